@@ -1,0 +1,169 @@
+"""The forecaster: a GPT-style causal Transformer on canonical coordinates of a weight trajectory.
+
+Shapes  B sequences, T tokens, k = n_components, d = d_model, H heads, D = d / H.
+Token t of a sequence whose observed prefix ends at checkpoint h is
+
+    u_t = [ x_t (k) | diff_scale * (x_t - x_{t-1}) (k, zero at t = 0) | (t - h) / max_len (1) ]      (2k + 1)
+
+and the model predicts a residual, x_{t+1} = x_t + out_scale * head(...), so that an untrained model is persistence.
+`csrc/decode.cpp` runs the same arithmetic over a KV cache; tests/test_decode.py holds the two together.
+"""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Sizes of a `TrajectoryTransformer`, and the scales that keep its inputs and outputs near one."""
+
+    n_components: int = 16
+    """Coordinates of a checkpoint, k."""
+    n_layer: int = 3
+    n_head: int = 4
+    d_model: int = 96
+    d_ff: int = 384
+    max_len: int = 64
+    """Longest trajectory, in checkpoints, that the model can represent (T <= max_len)."""
+    dropout: float = 0.1
+    diff_scale: float = 10.0
+    """Multiplies the last difference, which is about a tenth of a coordinate."""
+    out_scale: float = 0.1
+    """Multiplies the head's output, for the same reason."""
+
+    def __post_init__(self) -> None:
+        for name in ("n_components", "n_layer", "n_head", "d_model", "d_ff", "max_len"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"ModelConfig: {name} must be a positive int, got {value!r}")
+        if self.d_model % self.n_head:
+            raise ValueError(f"ModelConfig: d_model must be a multiple of n_head = {self.n_head}, got {self.d_model}")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"ModelConfig: dropout must lie in [0, 1), got {self.dropout}")
+
+    @property
+    def token_width(self) -> int:
+        return 2 * self.n_components + 1
+
+
+class Block(nn.Module):
+    """One pre-norm Transformer block, (B, T, d) -> (B, T, d)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        d = config.d_model
+        self.n_head = config.n_head
+        self.norm1 = nn.LayerNorm(d)
+        self.qkv = nn.Linear(d, 3 * d)
+        self.proj = nn.Linear(d, d)
+        self.norm2 = nn.LayerNorm(d)
+        self.fc1 = nn.Linear(d, config.d_ff)
+        self.fc2 = nn.Linear(config.d_ff, d)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, z: Tensor) -> Tensor:
+        B, T, d = z.shape
+        q, k, v = self.qkv(self.norm1(z)).view(B, T, 3, self.n_head, d // self.n_head).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, H, T, D)
+        z = z + self.dropout(self.proj(y.transpose(1, 2).reshape(B, T, d)))
+        return z + self.dropout(self.fc2(F.gelu(self.fc1(self.norm2(z)), approximate="tanh")))
+
+
+class TrajectoryTransformer(nn.Module):
+    """Predict the next coordinates at every position of a trajectory, causally."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = nn.Linear(config.token_width, config.d_model)
+        self.pos = nn.Embedding(config.max_len, config.d_model)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm = nn.LayerNorm(config.d_model)
+        self.head = nn.Linear(config.d_model, config.n_components)
+        nn.init.normal_(self.pos.weight, std=0.02)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, x: Tensor, prefix_end: Tensor) -> Tensor:
+        """Return the predicted x_{t+1} for each t, (B, T, k), from x (B, T, k) and prefix_end (B,), the index h."""
+        B, T, k = x.shape
+        if k != self.config.n_components:
+            raise ValueError(f"forward: x must have {self.config.n_components} coordinates, got {k}")
+        if T > self.config.max_len:
+            raise ValueError(f"forward: x must have at most max_len = {self.config.max_len} checkpoints, got {T}")
+        diff = F.pad(x[:, 1:] - x[:, :-1], (0, 0, 1, 0))  # (B, T, k), zero at t = 0
+        t = torch.arange(T, device=x.device)
+        since_prefix = ((t - prefix_end[:, None]) / self.config.max_len).to(x.dtype)[..., None]  # (B, T, 1)
+        z = self.embed(torch.cat([x, self.config.diff_scale * diff, since_prefix], -1)) + self.pos(t)
+        for block in self.blocks:
+            z = block(z)
+        return x + self.config.out_scale * self.head(self.norm(z))
+
+    @torch.inference_mode()
+    def rollout(self, x: Tensor, horizon: int) -> Tensor:
+        """Return `horizon` further coordinates (B, horizon, k) after the prefix x (B, h+1, k), by full recomputation.
+
+        Slow and obvious: the oracle of the native decoder. `tipl.rollout` uses `tipl.Decoder` instead.
+        """
+        prefix_end = torch.full((len(x),), x.shape[1] - 1, device=x.device)
+        path = x
+        for _ in range(horizon):
+            path = torch.cat([path, self(path, prefix_end)[:, -1:]], 1)
+        return path[:, x.shape[1] :]
+
+
+def save_model(model: TrajectoryTransformer, folder: Path, extra: dict[str, Any] | None = None) -> None:
+    """Write `config.json` and `model.safetensors` into `folder`, each whole or not at all.
+
+    `extra` holds what the forecaster's user needs beside the sizes (environment, basis, training trials): plain JSON.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {"format": "tipl-model", "version": 1, "model": dataclasses.asdict(model.config), **(extra or {})}
+    write_atomically(folder / "model.safetensors", safetensors.torch.save(model.state_dict()))
+    write_atomically(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+
+
+def load_model(folder: Path) -> tuple[TrajectoryTransformer, dict[str, Any]]:
+    """Return the model in `folder`, in eval mode, and its whole `config.json`. Nothing in the folder can run code.
+
+    Raises FileNotFoundError where a file is missing, RuntimeError where one is damaged or the two do not fit.
+    """
+    for name in ("config.json", "model.safetensors"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"load_model: {folder} is no model folder: {name} is missing")
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        if config.get("format") != "tipl-model" or config.get("version") != 1:
+            raise ValueError("format must be 'tipl-model', version 1")
+        model = TrajectoryTransformer(ModelConfig(**config["model"]))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise RuntimeError(f"load_model: {folder / 'config.json'} is damaged: {error}") from error
+    try:
+        model.load_state_dict(safetensors.torch.load_file(folder / "model.safetensors"), strict=True)
+    except (RuntimeError, safetensors.SafetensorError) as error:
+        raise RuntimeError(f"load_model: {folder / 'model.safetensors'} does not fit its config.json: {error}") from error
+    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+        raise RuntimeError(f"load_model: {folder / 'model.safetensors'} holds NaN or Inf")
+    return model.eval(), config
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write `data` to `path` whole or not at all: aside, flushed to disk, then renamed."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(aside, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
