@@ -95,7 +95,7 @@ class TrajectoryTransformer(nn.Module):
 
     def forward(self, x: Tensor, prefix_end: Tensor) -> Tensor:
         """Return the predicted x_{t+1} for each t, (B, T, k), from x (B, T, k) and prefix_end (B,), the index h."""
-        B, T, k = x.shape
+        _, T, k = x.shape
         if k != self.config.n_components:
             raise ValueError(f"forward: x must have {self.config.n_components} coordinates, got {k}")
         if T > self.config.max_len:
@@ -150,7 +150,9 @@ def load_model(folder: Path) -> tuple[TrajectoryTransformer, dict[str, Any]]:
     try:
         model.load_state_dict(safetensors.torch.load_file(folder / "model.safetensors"), strict=True)
     except (RuntimeError, safetensors.SafetensorError) as error:
-        raise RuntimeError(f"load_model: {folder / 'model.safetensors'} does not fit its config.json: {error}") from error
+        raise RuntimeError(
+            f"load_model: {folder / 'model.safetensors'} does not fit its config.json: {error}"
+        ) from error
     if not all(parameter.isfinite().all() for parameter in model.parameters()):
         raise RuntimeError(f"load_model: {folder / 'model.safetensors'} holds NaN or Inf")
     return model.eval(), config

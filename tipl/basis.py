@@ -1,0 +1,144 @@
+"""Temporal SVD: a trajectory of weights as a path of a few coordinates (Tang et al. 2023, arXiv 2303.01391).
+
+Shapes  T checkpoints, p weights, k = n_components, h = prefix_end (the index of the last observed checkpoint).
+
+Two ways to a `Basis`:
+
+* `Basis.from_prefix` knows one trial's observed prefix and nothing else. Its *canonical coordinates* are those of
+  theta_t - theta_0 on the prefix's right singular vectors, divided by |theta_h - theta_0|, each sign such that the
+  coordinate at h is positive: trials with other initialisations, tasks and sizes look alike in them, so that one
+  forecaster serves all.
+* `Basis.from_trials` is fitted on the rows of all training trials, as the paper does. It does not carry over to
+  initialisations it never saw; the floor that every evaluation reports shows by how much.
+"""
+
+import dataclasses
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+from numpy.typing import NDArray
+
+from tipl.store import Trial, write_atomically
+from tipl.svd import StreamingSVD, gram
+
+MIN_PREFIX_END = 3
+"""The shortest prefix that shows a curvature: theta_0 and three checkpoints after it."""
+
+# A direction whose singular value is below this share of the first one is rounding noise of float32 weights.
+_NOISE = 1e-6
+
+
+def trajectory_gram(weights: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Return G = D D^T (T, T) with D = weights - weights[0]: all that any prefix basis of the trial needs to know."""
+    return gram(weights, origin=weights[0])
+
+
+def prefix_coordinates(trial_gram: NDArray[np.float64], prefix_end: int, n_components: int) -> NDArray[np.float32]:
+    """Return the canonical coordinates (T, k) of a trial in the basis of its prefix 0..h, from its Gram matrix (T, T).
+
+    Exact, and without any p-sized work: with the prefix's displacements D_h = U S V^T the coordinates are
+    D V = D D_h^T U / S = G[:, :h+1] U / S. Where the prefix has fewer than k directions the rest are zero.
+    """
+    mixing, scale = _prefix_svd(trial_gram[: prefix_end + 1, : prefix_end + 1], n_components)
+    return np.asarray(trial_gram[:, : prefix_end + 1] @ mixing / scale, dtype=np.float32)
+
+
+def prefix_rank(prefix_end: int, n_components: int) -> int:
+    """Return how many coordinates a prefix 0..h can fill: its displacements have rank h at most."""
+    return min(prefix_end, n_components)
+
+
+def _prefix_svd(prefix_gram: NDArray[np.float64], n_components: int) -> tuple[NDArray[np.float64], float]:
+    """Return U / S with canonical signs (h+1, k), and |theta_h - theta_0|, from the prefix's Gram matrix (h+1, h+1)."""
+    prefix_end = len(prefix_gram) - 1
+    if prefix_end < MIN_PREFIX_END:
+        raise ValueError(
+            f"prefix basis: a prefix must hold at least {MIN_PREFIX_END + 1} checkpoints (theta_0 and "
+            f"{MIN_PREFIX_END} after it), got {prefix_end + 1}"
+        )
+    scale = float(np.sqrt(prefix_gram[-1, -1]))
+    if not scale > 0.0:
+        raise ValueError(
+            "prefix basis: the weights at the prefix's end equal the initial weights, so the path has no scale"
+        )
+    squares, left = np.linalg.eigh(prefix_gram)  # ascending
+    rank = prefix_rank(prefix_end, n_components)
+    squares, left = squares[::-1][:rank], left[:, ::-1][:, :rank]
+    kept = squares > squares[0] * _NOISE**2
+    singular = np.sqrt(squares[kept])
+    left = left[:, kept]
+    left = left * np.where(left[-1] < 0, -1.0, 1.0)  # the coordinate at h is left[-1] * singular
+    mixing = np.zeros((prefix_end + 1, n_components))
+    mixing[:, : len(singular)] = left / singular
+    return mixing, scale
+
+
+@dataclasses.dataclass(frozen=True)
+class Basis:
+    """Where a trajectory is written in coordinates: an origin, k directions and a scale."""
+
+    origin: NDArray[np.float32]
+    """theta_0 of the trial (prefix basis) or the mean of the training rows (shared basis), (p,)."""
+    directions: NDArray[np.float32]
+    """Orthonormal rows (k, p); in a prefix basis the rows beyond the prefix's rank are zero."""
+    scale: float
+    """|theta_h - theta_0| (prefix basis) or the training rows' deviation along the first direction (shared basis)."""
+
+    @classmethod
+    def from_prefix(cls, prefix: NDArray[np.float32], n_components: int) -> "Basis":
+        """Return the basis of the observed prefix theta_0..theta_h, (h+1, p) float32.
+
+        Raises ValueError where the prefix is too short, does not move, or holds NaN or Inf.
+        """
+        mixing, scale = _prefix_svd(trajectory_gram(prefix), n_components)
+        displacements = prefix.astype(np.float64) - prefix[0]  # (h+1, p)
+        return cls(prefix[0].copy(), (mixing.T @ displacements).astype(np.float32), scale)
+
+    @classmethod
+    def from_trials(
+        cls, trials: Iterable[Trial], n_components: int, *, block_rows: int = 256, seed: int = 0
+    ) -> "Basis":
+        """Return the basis of all rows of `trials`, read once in blocks: no trial is ever held whole."""
+        svd = StreamingSVD(n_components, center=True, seed=seed)
+        for trial in trials:
+            for block in trial.blocks(block_rows):
+                svd.partial_fit(block)
+        scale = float(svd.singular_values_[0] / np.sqrt(svd.n_samples_seen_))
+        if not scale > 0.0:
+            raise ValueError("shared basis: all training checkpoints are equal, so the paths have no scale")
+        return cls(svd.mean_.astype(np.float32), svd.components_.astype(np.float32), scale)
+
+    @property
+    def n_components(self) -> int:
+        return len(self.directions)
+
+    def encode(self, weights: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return coordinates (T, k) of weights (T, p)."""
+        return np.asarray((weights - self.origin) @ self.directions.T / np.float32(self.scale), dtype=np.float32)
+
+    def decode(self, coordinates: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return weights (T, p) of coordinates (T, k)."""
+        return np.asarray(self.origin + (np.float32(self.scale) * coordinates) @ self.directions, dtype=np.float32)
+
+    def residual(self, weights: NDArray[np.float32]) -> NDArray[np.float64]:
+        """Return |weights - decode(encode(weights))| a checkpoint, (T,): below it no forecast in this basis can go."""
+        return np.linalg.norm(weights.astype(np.float64) - self.decode(self.encode(weights)), axis=1)
+
+    def save(self, path: Path) -> None:
+        """Write the basis as one safetensors file."""
+        arrays = {"origin": self.origin, "directions": self.directions, "scale": np.array([self.scale])}
+        write_atomically(path, safetensors.numpy.save(arrays))
+
+    @classmethod
+    def load(cls, path: Path) -> "Basis":
+        """Return the basis in `path`. Raises FileNotFoundError or, where the file is damaged, RuntimeError."""
+        if not path.is_file():
+            raise FileNotFoundError(f"Basis.load: there is no file {path}")
+        try:
+            arrays = safetensors.numpy.load_file(path)
+            return cls(arrays["origin"], arrays["directions"], float(arrays["scale"][0]))
+        except (safetensors.SafetensorError, KeyError, IndexError) as error:
+            raise RuntimeError(f"Basis.load: {path} is damaged: {error}") from error
