@@ -1,0 +1,389 @@
+"""The trajectory store: the checkpoints of many trials on disk, a Zarr v3 hierarchy that survives crashes.
+
+    zarr.json                     group: what was run (env_id, policy, seeds, config); written once, last of all
+    trial_0000/zarr.json          group: the commit record, num_checkpoints = T
+    trial_0000/weights            (T, p) float32, in chunks of about 256 KiB, not compressed: weights are noise
+    trial_0000/env_steps          (T,) int64
+    trial_0000/episodic_return    (T,) float64, NaN before the first episode has ended
+
+Every file is written aside, flushed to disk and renamed; chunks and groups carry checksums (`zarr_files.py`). An append
+writes a trial's chunks first and its commit record last. Rows beyond num_checkpoints do not count, and the next append
+overwrites them. So a killed process or a full disk costs the append under way and nothing else. Directories are not
+flushed: after a power cut the last appends may be gone on a file system that keeps renames in order (ext4, XFS);
+elsewhere committed rows may be gone as well, which reading them reports.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+
+from tipl.policy import PolicySpec
+from tipl.zarr_files import ZarrArray, read_group, write_atomically, write_group
+
+__all__ = ["Store", "Trial", "write_atomically"]
+
+FORMAT, VERSION = "tipl-store", 1
+CHUNK_BYTES = 2**18
+SCALAR_CHUNK_ROWS = 1024  # of env_steps and episodic_return: 8 KiB
+WRITE_THREADS = 8  # they wait for the disk, not for a core
+
+Arrays = tuple[ZarrArray, ZarrArray, ZarrArray]  # weights, env_steps, episodic_return
+
+
+class Store:
+    """A store open for reading and, from `create` or `open(writable=True)`, for appending: one writer at a time."""
+
+    def __init__(self, path: Path, attributes: dict[str, Any]) -> None:
+        """Not for callers: use `create` or `open`."""
+        self.path = path
+        self.env_id: str = attributes["env_id"]
+        self.policy = PolicySpec.from_dict(attributes["policy"])
+        self.seeds: list[int] = attributes["seeds"]
+        self.config: dict[str, Any] = attributes["config"]
+        self._arrays: Arrays = (
+            ZarrArray("weights", "float32", "NaN", attributes["chunk_rows"], (self.policy.num_params,)),
+            ZarrArray("env_steps", "int64", -1, SCALAR_CHUNK_ROWS, ()),
+            ZarrArray("episodic_return", "float64", "-Infinity", SCALAR_CHUNK_ROWS, ()),
+        )
+        self._writer: _Writer | None = None
+
+    @classmethod
+    def create(
+        cls, path: str | Path, *, env_id: str, policy: PolicySpec, seeds: Sequence[int], config: dict[str, Any]
+    ) -> "Store":
+        """Return a new store at `path` with one empty trial a seed, open for appending. `config` is plain JSON.
+
+        Raises FileExistsError, and touches nothing, where `path` exists.
+        """
+        path = Path(path)
+        if not seeds or not all(isinstance(seed, int) and seed >= 0 for seed in seeds):
+            raise ValueError(f"create: seeds must be one non-negative int a trial, got {seeds!r}")
+        attributes = {
+            "format": FORMAT,
+            "version": VERSION,
+            "env_id": env_id,
+            "policy": policy.to_dict(),
+            "seeds": list(seeds),
+            "config": config,
+            "chunk_rows": max(1, CHUNK_BYTES // (4 * policy.num_params)),
+        }
+        try:
+            attributes = json.loads(json.dumps(attributes, allow_nan=False))  # what a reader will see
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"create: config must be plain JSON: {error}") from error
+        store = cls(path, attributes)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.mkdir()
+        except FileExistsError:
+            raise FileExistsError(f"create: {path} exists") from None
+        try:
+            with _released_on_failure(_Writer(path, store.seeds, store._arrays)) as writer:
+                writer.create_trials()
+                write_group(path, attributes)
+        except BaseException:
+            shutil.rmtree(path, ignore_errors=True)
+            raise
+        store._writer = writer
+        return store
+
+    @classmethod
+    def open(cls, path: str | Path, *, writable: bool = False) -> "Store":
+        """Return the store at `path`. A damaged trial raises when it is read, and only then: the others still read.
+
+        With `writable`, an append that a crash left committed in some trials only is undone there, so that all trials
+        have equally many checkpoints. Raises FileNotFoundError where there is no store; RuntimeError where it is
+        damaged, of another version, or (with `writable`) open in another writer.
+        """
+        path = Path(path)
+        if not (path / "zarr.json").exists() and not (path / _trial_name(0)).exists():
+            raise FileNotFoundError(f"open: there is no trajectory store at {path}")
+        attributes = read_group(path, f"store {path}")
+        if attributes.get("format") != FORMAT:
+            raise RuntimeError(f"store {path}: this Zarr group is no trajectory store of tipl")
+        if attributes["version"] != VERSION:
+            raise RuntimeError(f"store {path}: has version {attributes['version']}, this tipl reads version {VERSION}")
+        store = cls(path, attributes)
+        if writable:
+            with _released_on_failure(_Writer(path, store.seeds, store._arrays)) as writer:
+                writer.load_trials()
+            store._writer = writer
+        return store
+
+    @property
+    def num_trials(self) -> int:
+        return len(self.seeds)
+
+    def __len__(self) -> int:
+        return self.num_trials
+
+    @property
+    def num_checkpoints(self) -> int:
+        """Checkpoints that every trial has. A trial has more only after a crash, and then those of one append."""
+        return min(_read_commit(self.path, i, seed) for i, seed in enumerate(self.seeds))
+
+    def trial(self, i: int) -> "Trial":
+        """Return trial i as it is now: later appends do not show in it. Raises RuntimeError where it is damaged."""
+        if not 0 <= i < self.num_trials:
+            raise IndexError(f"trial: i must lie in [0, {self.num_trials}), got {i}")
+        return Trial(self.path, i, self.seeds[i], self._arrays)
+
+    def append(
+        self, weights: NDArray[np.float32], env_steps: NDArray[np.int64], episodic_return: NDArray[np.float64]
+    ) -> None:
+        """Append b checkpoints to each of the N trials: weights (N, b, p), env_steps (N, b), episodic_return (N, b).
+
+        When this returns they are on disk and committed. Wrong or non-finite input is refused and nothing is written.
+        A failure while writing (OSError) closes the store: `open` it again to go on from what was committed.
+        """
+        if self._writer is None:
+            raise ValueError(f"append: {self.path} is not open for appending")
+        columns = (weights, env_steps, episodic_return)
+        b = weights.shape[1] if isinstance(weights, np.ndarray) and weights.ndim == 3 else 1
+        for array, column in zip(self._arrays, columns, strict=True):
+            if not isinstance(column, np.ndarray) or column.dtype != array.dtype:
+                kind = column.dtype if isinstance(column, np.ndarray) else type(column).__name__
+                raise TypeError(f"append: {array.name} must be an array of {array.data_type}, got {kind}")
+            if column.shape != (self.num_trials, b, *array.row_shape):
+                expected = f"{'(N, b, p)' if array.row_shape else '(N, b)'} = {(self.num_trials, b, *array.row_shape)}"
+                raise ValueError(f"append: {array.name} must have shape {expected}, got {column.shape}")
+        for name, valid, rule in (
+            ("weights", np.isfinite(weights).all(-1), "finite"),
+            ("env_steps", env_steps >= 0, "non-negative"),
+            ("episodic_return", ~np.isinf(episodic_return), "finite or NaN"),
+        ):
+            if not valid.all():
+                i, row = np.argwhere(~valid)[0]
+                raise ValueError(f"append: {name} must be {rule}, but row {row} of trial {i} is not")
+        with _released_on_failure(self._writer) as writer:
+            self._writer = None
+            writer.append(columns)
+            self._writer = writer
+
+    def close(self) -> None:
+        """Give the arrays exactly as many rows as are committed, and let another writer in. Reading goes on."""
+        if self._writer is not None:
+            with _released_on_failure(self._writer) as writer:
+                self._writer = None
+                writer.trim()
+            writer.release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"Store({str(self.path)!r}: {self.num_trials} trials of {self.env_id}, p = {self.policy.num_params})"
+
+    def summary(self) -> str:
+        """Return one line: trials, checkpoints, weights, megabytes, and the trials' mean last return."""
+        p = self.policy.num_params
+        trials = [self.trial(i) for i in range(self.num_trials)]
+        counts = [trial.num_checkpoints for trial in trials]
+        low, high = min(counts), max(counts)
+        last = [trial.episodic_return[-1] for trial in trials if trial.num_checkpoints]
+        mean = np.mean([value for value in last if not np.isnan(value)] or np.nan)
+        return (
+            f"{self.env_id}: {self.num_trials} trials x {low if low == high else f'{low} to {high}'} checkpoints x {p} "
+            f"weights, {sum(counts) * p * 4 / 1e6:.1f} MB, mean last return {mean:.1f}"
+        )
+
+    def zarr_group(self) -> zarr.Group:
+        """Return the same data as a read-only zarr-python group, for tools that know Zarr.
+
+        Its arrays are longer than num_checkpoints, by fill values, while the store is being written or after a crash.
+        """
+        return zarr.open_group(self.path, mode="r", zarr_format=3)
+
+
+class Trial:
+    """The trajectory of one trial, T = num_checkpoints rows, read from disk as asked for.
+
+    Every method raises RuntimeError, naming the rows and the file, where what it would return is damaged.
+    """
+
+    def __init__(self, store_path: Path, index: int, seed: int, arrays: Arrays) -> None:
+        """Not for callers: use `Store.trial`."""
+        self.index, self.seed = index, seed
+        self.num_checkpoints = _read_commit(store_path, index, seed)
+        self._folder = store_path / _trial_name(index)
+        self._weights, self._env_steps, self._episodic_return = arrays
+        self._last_chunk: dict[str, tuple[int, NDArray[Any]]] = {}  # so that small blocks read a chunk once
+        for array in arrays:
+            array.check_document(self._folder / array.name, f"trial {index}", self.num_checkpoints)
+
+    @property
+    def chunk_rows(self) -> int:
+        """Checkpoints in one chunk, the least that is read from disk."""
+        return self._weights.chunk_rows
+
+    def weights(self, start: int = 0, stop: int | None = None) -> NDArray[np.float32]:
+        """Return the checkpoints [start, stop), (stop - start, p)."""
+        stop = self.num_checkpoints if stop is None else stop
+        if not 0 <= start <= stop <= self.num_checkpoints:
+            bounds = f"0 <= start <= stop <= {self.num_checkpoints}"
+            raise ValueError(f"weights: must have {bounds}, got start = {start}, stop = {stop}")
+        return self._read(self._weights, start, stop)
+
+    def blocks(self, rows: int) -> Iterator[NDArray[np.float32]]:
+        """Yield all weights in order, (rows, p) at a time, the last block shorter. Every chunk is read once."""
+        if rows < 1:
+            raise ValueError(f"blocks: rows must be positive, got {rows}")
+        for start in range(0, self.num_checkpoints, rows):
+            yield self._read(self._weights, start, min(start + rows, self.num_checkpoints))
+
+    @property
+    def env_steps(self) -> NDArray[np.int64]:
+        """Environment steps before each checkpoint, (T,)."""
+        return self._read(self._env_steps, 0, self.num_checkpoints)
+
+    @property
+    def episodic_return(self) -> NDArray[np.float64]:
+        """Mean return of the episodes that ended last before each checkpoint, (T,); NaN before the first has ended."""
+        return self._read(self._episodic_return, 0, self.num_checkpoints)
+
+    def __repr__(self) -> str:
+        return f"Trial({self.index}: {self.num_checkpoints} checkpoints, seed {self.seed})"
+
+    def _read(self, array: ZarrArray, start: int, stop: int) -> NDArray[Any]:
+        out = np.empty((stop - start, *array.row_shape), array.dtype)
+        for index, in_chunk, in_out in array.chunks(start, stop):
+            last, chunk = self._last_chunk.get(array.name, (-1, out))
+            if last != index:
+                chunk = array.read_chunk(self._folder / array.name, f"trial {self.index}", index)
+                self._last_chunk[array.name] = index, chunk
+            rows = chunk[in_chunk]
+            if array.holds_fill(rows):
+                which = f"{start + in_out.start}:{start + in_out.stop}"
+                raise RuntimeError(f"trial {self.index}: {array.name} rows {which} are committed but not on disk")
+            out[in_out] = rows
+        return out
+
+
+class _Writer:
+    """Appends to all trials of a store in lockstep. It holds a lock, and the unfinished last chunks in memory."""
+
+    def __init__(self, path: Path, seeds: list[int], arrays: Arrays) -> None:
+        self.path, self.seeds, self.arrays = path, seeds, arrays
+        self.num_checkpoints = 0
+        self.num_rows = 0  # what the arrays' documents say, at least num_checkpoints
+        self.tails: list[list[NDArray[Any]]] = []  # [trial][array]: the chunk in which the next row lies
+        self.lock = os.open(path, os.O_RDONLY)
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # dropped by the system if the process dies
+        except BlockingIOError:
+            os.close(self.lock)
+            raise RuntimeError(f"store {path}: another writer has it open") from None
+        self.pool = ThreadPoolExecutor(WRITE_THREADS, thread_name_prefix="tipl-store")
+
+    def create_trials(self) -> None:
+        def create(i: int) -> None:
+            for array in self.arrays:
+                folder = self.path / _trial_name(i) / array.name
+                folder.mkdir(parents=True)
+                array.write_document(folder, 0)
+            _write_commit(self.path, i, self.seeds[i], 0)
+
+        self.for_each_trial(create)
+        self.tails = [[array.empty_chunk() for array in self.arrays] for _ in self.seeds]
+
+    def load_trials(self) -> None:
+        """Undo what was committed in some trials only, remove what killed writers left, and load the last chunks."""
+        for aside in self.path.rglob(".*.partial"):
+            aside.unlink()
+        trials = [Trial(self.path, i, seed, self.arrays) for i, seed in enumerate(self.seeds)]
+        self.num_rows = self.num_checkpoints = n = min(trial.num_checkpoints for trial in trials)
+        for trial in trials:
+            if trial.num_checkpoints > n:
+                _write_commit(self.path, trial.index, trial.seed, n)
+            self.tails.append([array.empty_chunk() for array in self.arrays])
+            for array, tail in zip(self.arrays, self.tails[-1], strict=True):
+                start = n // array.chunk_rows * array.chunk_rows
+                tail[: n - start] = trial._read(array, start, n)
+
+    def append(self, columns: tuple[NDArray[Any], ...]) -> None:
+        """Append and commit the rows of `columns`, one column (N, b, ...) an array."""
+        start, stop = self.num_checkpoints, self.num_checkpoints + columns[0].shape[1]
+        grow = stop > self.num_rows
+        if grow:
+            self.num_rows = max(stop, 2 * self.num_rows)  # doubled, so that documents are seldom written
+
+        def append(i: int) -> None:
+            for array, tail, column in zip(self.arrays, self.tails[i], columns, strict=True):
+                folder = self.path / _trial_name(i) / array.name
+                if grow:
+                    array.write_document(folder, self.num_rows)
+                for index, in_chunk, in_column in array.chunks(start, stop):
+                    tail[in_chunk] = column[i, in_column]
+                    array.write_chunk(folder, index, tail)
+                    if in_chunk.stop == array.chunk_rows:
+                        tail[:] = float(array.fill_value)
+            _write_commit(self.path, i, self.seeds[i], stop)
+
+        self.for_each_trial(append)
+        self.num_checkpoints = stop
+
+    def trim(self) -> None:
+        """Give the arrays exactly as many rows as are committed."""
+
+        def trim(i: int) -> None:
+            for array in self.arrays:
+                array.write_document(self.path / _trial_name(i) / array.name, self.num_checkpoints)
+
+        if self.num_rows > self.num_checkpoints:
+            self.num_rows = self.num_checkpoints
+            self.for_each_trial(trim)
+
+    def for_each_trial(self, work: Callable[[int], None]) -> None:
+        """Call `work` for every trial, on the pool; the first failure is raised when all have ended."""
+        futures = [self.pool.submit(work, i) for i in range(len(self.seeds))]
+        wait(futures)
+        for future in futures:
+            future.result()
+
+    def release(self) -> None:
+        """Wait for the writing under way, and give up the lock."""
+        self.pool.shutdown()
+        os.close(self.lock)
+
+
+@contextmanager
+def _released_on_failure(writer: _Writer) -> Iterator[_Writer]:
+    try:
+        yield writer
+    except BaseException:
+        writer.release()
+        raise
+
+
+def _trial_name(i: int) -> str:
+    return f"trial_{i:04d}"
+
+
+def _write_commit(store_path: Path, i: int, seed: int, num_checkpoints: int) -> None:
+    write_group(store_path / _trial_name(i), {"trial": i, "seed": seed, "num_checkpoints": num_checkpoints})
+
+
+def _read_commit(store_path: Path, i: int, seed: int) -> int:
+    """Return the number of checkpoints that trial i's commit record states."""
+    folder = store_path / _trial_name(i)
+    record = read_group(folder, f"trial {i}")
+    if (record.get("trial"), record.get("seed")) != (i, seed):
+        raise RuntimeError(f"trial {i}: {folder} is not trial {i} of this store")
+    num_checkpoints: int = record["num_checkpoints"]
+    return num_checkpoints
