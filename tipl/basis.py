@@ -125,7 +125,8 @@ class Basis:
 
     def residual(self, weights: NDArray[np.float32]) -> NDArray[np.float64]:
         """Return |weights - decode(encode(weights))| a checkpoint, (T,): below it no forecast in this basis can go."""
-        return np.linalg.norm(weights.astype(np.float64) - self.decode(self.encode(weights)), axis=1)
+        outside = weights.astype(np.float64) - self.decode(self.encode(weights))
+        return np.asarray(np.linalg.norm(outside, axis=1))
 
     def save(self, path: Path) -> None:
         """Write the basis as one safetensors file."""

@@ -11,7 +11,7 @@ and the model predicts a residual, x_{t+1} = x_t + out_scale * head(...), so tha
 
 import dataclasses
 import json
-import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from tipl.store import write_atomically
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +57,10 @@ class ModelConfig:
         return 2 * self.n_components + 1
 
 
+KeyValues = tuple[Tensor, Tensor]
+"""Keys and values of the tokens that a block has seen, each (B, H, T, D)."""
+
+
 class Block(nn.Module):
     """One pre-norm Transformer block, (B, T, d) -> (B, T, d)."""
 
@@ -70,12 +76,16 @@ class Block(nn.Module):
         self.fc2 = nn.Linear(config.d_ff, d)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, z: Tensor) -> Tensor:
+    def forward(self, z: Tensor, past: KeyValues | None = None) -> tuple[Tensor, KeyValues]:
+        """Return the output and all keys and values so far; with a `past`, z is the one token that follows it."""
         B, T, d = z.shape
         q, k, v = self.qkv(self.norm1(z)).view(B, T, 3, self.n_head, d // self.n_head).permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, H, T, D)
+        if past is not None:
+            k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=past is None)  # (B, H, T, D)
         z = z + self.dropout(self.proj(y.transpose(1, 2).reshape(B, T, d)))
-        return z + self.dropout(self.fc2(F.gelu(self.fc1(self.norm2(z)), approximate="tanh")))
+        z = z + self.dropout(self.fc2(F.gelu(self.fc1(self.norm2(z)), approximate="tanh")))
+        return z, (k, v)
 
 
 class TrajectoryTransformer(nn.Module):
@@ -95,30 +105,58 @@ class TrajectoryTransformer(nn.Module):
 
     def forward(self, x: Tensor, prefix_end: Tensor) -> Tensor:
         """Return the predicted x_{t+1} for each t, (B, T, k), from x (B, T, k) and prefix_end (B,), the index h."""
-        _, T, k = x.shape
-        if k != self.config.n_components:
-            raise ValueError(f"forward: x must have {self.config.n_components} coordinates, got {k}")
-        if T > self.config.max_len:
-            raise ValueError(f"forward: x must have at most max_len = {self.config.max_len} checkpoints, got {T}")
+        self._check(x, x.shape[1])
         diff = F.pad(x[:, 1:] - x[:, :-1], (0, 0, 1, 0))  # (B, T, k), zero at t = 0
-        t = torch.arange(T, device=x.device)
-        since_prefix = ((t - prefix_end[:, None]) / self.config.max_len).to(x.dtype)[..., None]  # (B, T, 1)
-        z = self.embed(torch.cat([x, self.config.diff_scale * diff, since_prefix], -1)) + self.pos(t)
-        for block in self.blocks:
-            z = block(z)
-        return x + self.config.out_scale * self.head(self.norm(z))
+        return self._advance(x, diff, torch.arange(x.shape[1], device=x.device), prefix_end)[0]
+
+    def unroll(self, x: Tensor, horizon: int) -> Tensor:
+        """Return `horizon` further coordinates (B, horizon, k) after the prefix x (B, h+1, k); gradients flow through.
+
+        Each prediction is the next input, over a KV cache. Without gradients `tipl.Decoder` does the same, much faster.
+        """
+        self._check(x, x.shape[1] + horizon)
+        h = x.shape[1] - 1
+        prefix_end = torch.full((len(x),), h, device=x.device)
+        diff = F.pad(x[:, 1:] - x[:, :-1], (0, 0, 1, 0))
+        predicted, past = self._advance(x, diff, torch.arange(h + 1, device=x.device), prefix_end)
+        last, current = x[:, -1:], predicted[:, -1:]  # (B, 1, k)
+        path = [current]
+        for t in range(h + 1, h + horizon):
+            predicted, past = self._advance(
+                current, current - last, torch.tensor([t], device=x.device), prefix_end, past
+            )
+            last, current = current, predicted
+            path.append(current)
+        return torch.cat(path, 1)
 
     @torch.inference_mode()
     def rollout(self, x: Tensor, horizon: int) -> Tensor:
-        """Return `horizon` further coordinates (B, horizon, k) after the prefix x (B, h+1, k), by full recomputation.
-
-        Slow and obvious: the oracle of the native decoder. `tipl.rollout` uses `tipl.Decoder` instead.
-        """
+        """Return what `unroll` returns, each step recomputed from the start: slow and obvious, the tests' oracle."""
         prefix_end = torch.full((len(x),), x.shape[1] - 1, device=x.device)
         path = x
         for _ in range(horizon):
             path = torch.cat([path, self(path, prefix_end)[:, -1:]], 1)
         return path[:, x.shape[1] :]
+
+    def _advance(
+        self, x: Tensor, diff: Tensor, t: Tensor, prefix_end: Tensor, past: Sequence[KeyValues] | None = None
+    ) -> tuple[Tensor, list[KeyValues]]:
+        """Return predictions (B, T, k) that follow tokens x (B, T, k) at positions t (T,), and each block's cache."""
+        since_prefix = ((t - prefix_end[:, None]) / self.config.max_len).to(x.dtype)[..., None]  # (B, T, 1)
+        z = self.embed(torch.cat([x, self.config.diff_scale * diff, since_prefix], -1)) + self.pos(t)
+        present = []
+        for i, block in enumerate(self.blocks):
+            z, keys_values = block(z, past[i] if past else None)
+            present.append(keys_values)
+        return x + self.config.out_scale * self.head(self.norm(z)), present
+
+    def _check(self, x: Tensor, length: int) -> None:
+        if x.ndim != 3 or x.shape[2] != self.config.n_components:
+            raise ValueError(f"model: x must have shape (B, T, {self.config.n_components}), got {tuple(x.shape)}")
+        if length > self.config.max_len:
+            raise ValueError(
+                f"model: a path must have at most max_len = {self.config.max_len} checkpoints, got {length}"
+            )
 
 
 def save_model(model: TrajectoryTransformer, folder: Path, extra: dict[str, Any] | None = None) -> None:
@@ -156,16 +194,3 @@ def load_model(folder: Path) -> tuple[TrajectoryTransformer, dict[str, Any]]:
     if not all(parameter.isfinite().all() for parameter in model.parameters()):
         raise RuntimeError(f"load_model: {folder / 'model.safetensors'} holds NaN or Inf")
     return model.eval(), config
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write `data` to `path` whole or not at all: aside, flushed to disk, then renamed."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with open(aside, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)

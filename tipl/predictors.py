@@ -90,7 +90,7 @@ class MeanPath:
     @classmethod
     def fit(cls, training_grams: Sequence[NDArray[np.float64]], prefix_end: int, n_components: int) -> "MeanPath":
         paths = [prefix_coordinates(gram, prefix_end, n_components) for gram in training_grams]
-        return cls(np.mean(paths, axis=0, dtype=np.float64).astype(np.float32))
+        return cls(np.asarray(np.mean(paths, axis=0, dtype=np.float64), dtype=np.float32))
 
     def forecast(self, prefix: NDArray[np.float32], horizons: NDArray[np.int64]) -> NDArray[np.float32]:
         prefix_end = len(prefix) - 1

@@ -1,0 +1,50 @@
+#include "isa.h"
+
+#include <algorithm>
+
+#include "check.h"
+
+namespace tipl {
+namespace {
+
+const Kernels *chosen = &kernels_baseline;
+
+// The kernels that this build has and this CPU can run, worst first.
+std::vector<const Kernels *> supported_kernels() {
+  std::vector<const Kernels *> supported = {&kernels_baseline};
+#if defined(TIPL_X86)
+  __builtin_cpu_init();
+  const bool fma = __builtin_cpu_supports("fma");
+  if (fma && __builtin_cpu_supports("avx2")) supported.push_back(&kernels_avx2);
+  if (fma && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
+    supported.push_back(&kernels_avx512);
+  }
+#endif
+  return supported;
+}
+
+}  // namespace
+
+std::string choose_isa(const std::optional<std::string> &name, const std::vector<std::string> &supported) {
+  check(!supported.empty(), "choose_isa: supported must not be empty");
+  if (!name) return supported.back();
+  if (std::find(supported.begin(), supported.end(), *name) != supported.end()) return *name;
+  std::string list;
+  for (const std::string &isa : supported) list += (list.empty() ? "" : ", ") + isa;
+  check_state(*name == "baseline" || *name == "avx2" || *name == "avx512",
+              "TIPL_ISA must be one of baseline, avx2, avx512, got '", *name, "'");
+  throw std::runtime_error(text("TIPL_ISA: this CPU lacks ", *name, "; it supports ", list));
+}
+
+void select_isa(const char *name) {
+  const std::vector<const Kernels *> candidates = supported_kernels();
+  std::vector<std::string> names;
+  for (const Kernels *candidate : candidates) names.push_back(candidate->isa);
+  const std::string isa = choose_isa(name == nullptr ? std::nullopt : std::optional<std::string>(name), names);
+  chosen = candidates[std::find(names.begin(), names.end(), isa) - names.begin()];
+}
+
+const Kernels &kernels() noexcept { return *chosen; }
+
+}  // namespace tipl

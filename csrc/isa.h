@@ -1,0 +1,22 @@
+// Which instruction set the kernels use: the best that the CPU has, or what TIPL_ISA names. Chosen once, at import.
+#pragma once
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+
+namespace tipl {
+
+// `name` where it is among `supported` (worst first), or the last of these where there is no name.
+// Throws std::runtime_error where the name is unknown, or known but not supported.
+std::string choose_isa(const std::optional<std::string> &name, const std::vector<std::string> &supported);
+
+// Chooses the kernels for TIPL_ISA=name (nullptr: unset) on this CPU; throws as choose_isa does.
+void select_isa(const char *name);
+
+// The kernels chosen; those of the baseline before select_isa.
+const Kernels &kernels() noexcept;
+
+}  // namespace tipl

@@ -1,0 +1,83 @@
+// The SIMD kernels: kernels.cpp is compiled once per instruction set, and each copy fills one table of functions.
+//
+// Every function is noexcept and unchecked, computes on the calling thread, and keeps a fixed order of its sums: its
+// results depend neither on how many rows it is given nor on how the work was split. Matrices are row-major float32.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+namespace tipl {
+
+// A linear layer y = W x + b, its outputs in panels of N = lanes, so that a panel's sums fill one register.
+struct PackedLinear {
+  const float *weight;  // (panels, in, N), zero beyond `out`
+  const float *bias;    // (panels * N)
+  int in, out;
+};
+
+// What becomes of W x + b.
+enum class Epilogue { kStore, kGelu, kAdd };  // y = ., y = gelu_tanh(.), y += .
+
+// One query of one head against the head's filled cache slots.
+struct Attention {
+  const float *query;   // (D)
+  const float *keys;    // (slots / N rounded up, D, N): transposed inside blocks of N slots
+  const float *values;  // (slots, value_stride)
+  ptrdiff_t slots;      // >= 1
+  int head_dim;         // D
+  int value_stride;     // D rounded up to N
+  float scale;          // of the products query . key
+};
+
+// Rows of one length, wherever each of them lies.
+struct Rows {
+  const float *const *row;
+  ptrdiff_t count;
+};
+constexpr ptrdiff_t kProductBlock = 32;   // rows a side that one call of products takes at most
+constexpr ptrdiff_t kCombinePadding = 8;  // the weights of a row lie a multiple of this apart
+constexpr ptrdiff_t kColumnPadding = 16;  // combine takes a multiple of this many columns
+
+struct Kernels {
+  const char *isa;  // "baseline", "avx2" or "avx512"
+  int lanes;        // floats in a register, N
+
+  // ---- decode (decode.cpp); rows of x, y and out lie a stride of their own apart
+
+  // Panels [first, last) of y (rows, out) <- epilogue(x (rows, in) W^T + b). Writes whole panels: the rows of y have
+  // room for `out` rounded up to N. x and y do not overlap.
+  void (*linear)(const PackedLinear &layer, ptrdiff_t first, ptrdiff_t last, const float *x, ptrdiff_t x_stride,
+                 ptrdiff_t rows, Epilogue epilogue, float *y, ptrdiff_t y_stride) noexcept;
+
+  // y (rows, d) <- (x - mean) / sqrt(variance + 1e-5) * weight + bias, over each row.
+  void (*layer_norm)(const float *x, ptrdiff_t x_stride, ptrdiff_t rows, ptrdiff_t d, const float *weight,
+                     const float *bias, float *y, ptrdiff_t y_stride) noexcept;
+
+  // out (D) <- softmax(scale * query . keys) values, with online softmax (arXiv:1805.02867): the cache is read once.
+  // `scratch` has room for value_stride floats.
+  void (*attend)(const Attention &attention, float *scratch, float *out) noexcept;
+
+  // ---- streaming SVD (svd.cpp); float32 rows, float64 arithmetic
+
+  // out (left.count, right.count) <- (left - origin)(right - origin)^T over `columns` columns; origin may be null.
+  // At most kProductBlock rows a side. `lower`: left and right are the same rows, and only i >= j is written.
+  void (*products)(Rows left, Rows right, const double *origin, ptrdiff_t columns, bool lower, double *out,
+                   ptrdiff_t out_stride) noexcept;
+
+  // y (outputs, columns) <- weights^T rows[:, begin : begin + columns], with weights (rows.count, outputs rounded up to
+  // kCombinePadding), zero beyond `outputs`. `columns` is a multiple of kColumnPadding; y overlaps no row.
+  void (*combine)(Rows rows, ptrdiff_t begin, ptrdiff_t columns, const double *weights, ptrdiff_t outputs, float *y,
+                  ptrdiff_t y_stride) noexcept;
+
+  // Sum of the squares of x (n): NaN or Inf exactly where one of x's values is.
+  double (*sum_squares)(const float *x, ptrdiff_t n) noexcept;
+};
+
+extern const Kernels kernels_baseline;
+#if defined(TIPL_X86)
+extern const Kernels kernels_avx2;
+extern const Kernels kernels_avx512;
+#endif
+
+}  // namespace tipl

@@ -1,0 +1,172 @@
+// Vec: as many floats as the instruction set being compiled has in one register.
+//
+// For kernels.cpp alone, which is compiled once per instruction set: everything here is in an anonymous namespace and
+// no other header is included, because a function shared with the rest of the module could be the copy that the linker
+// keeps for all of it, and crash an older CPU.
+//
+// Arithmetic is GCC's and Clang's vector extension, which exists on every CPU: the baseline (4 floats) compiles to SSE2
+// on x86-64 and to NEON on AArch64. Only what the extension lacks is written per instruction set, below.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+typedef float Floats __attribute__((vector_size(4 * kLanes)));
+typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
+typedef float UnalignedFloats __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+
+struct Vec {
+  Floats v;
+
+  static Vec zero() { return {Floats{}}; }
+  static Vec all(float x) { return {x - Floats{}}; }
+  static Vec load(const float *p) { return {*reinterpret_cast<const UnalignedFloats *>(p)}; }
+  void store(float *p) const { *reinterpret_cast<UnalignedFloats *>(p) = v; }
+
+  friend Vec operator+(Vec a, Vec b) { return {a.v + b.v}; }
+  friend Vec operator-(Vec a, Vec b) { return {a.v - b.v}; }
+  friend Vec operator*(Vec a, Vec b) { return {a.v * b.v}; }
+  friend Vec operator/(Vec a, Vec b) { return {a.v / b.v}; }
+};
+
+// The larger and the smaller, lane by lane; b where either is NaN. (Not _mm512_max_ps: GCC 12's header warns about
+// itself.)
+inline Vec max(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }
+inline Vec min(Vec a, Vec b) { return {a.v < b.v ? a.v : b.v}; }
+
+// Lane indices 0 ... kLanes - 1.
+inline Ints lane_index() {
+  Ints index;
+  for (int lane = 0; lane < kLanes; ++lane) index[lane] = lane;
+  return index;
+}
+
+#if defined(__AVX512F__)
+
+inline Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }  // a * b + c, rounded once
+inline __mmask16 first_mask(ptrdiff_t n) { return static_cast<__mmask16>((1u << n) - 1); }
+inline Vec load_first(const float *p, ptrdiff_t n) { return {_mm512_maskz_loadu_ps(first_mask(n), p)}; }
+inline void store_first(float *p, ptrdiff_t n, Vec a) { _mm512_mask_storeu_ps(p, first_mask(n), a.v); }
+// Lane i of a where i < n, of b elsewhere.
+inline Vec select_first(ptrdiff_t n, Vec a, Vec b) { return {_mm512_mask_blend_ps(first_mask(n), b.v, a.v)}; }
+
+#elif defined(__AVX2__)
+
+inline Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+inline __m256i first_mask(ptrdiff_t n) { return reinterpret_cast<__m256i>(lane_index() < static_cast<int32_t>(n)); }
+inline Vec load_first(const float *p, ptrdiff_t n) { return {_mm256_maskload_ps(p, first_mask(n))}; }
+inline void store_first(float *p, ptrdiff_t n, Vec a) { _mm256_maskstore_ps(p, first_mask(n), a.v); }
+inline Vec select_first(ptrdiff_t n, Vec a, Vec b) {
+  return {_mm256_blendv_ps(b.v, a.v, _mm256_castsi256_ps(first_mask(n)))};
+}
+
+#else
+
+inline Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }  // SSE2 has no fused product: rounded twice
+inline Vec load_first(const float *p, ptrdiff_t n) {
+  Vec a = Vec::zero();
+  for (ptrdiff_t lane = 0; lane < n; ++lane) a.v[lane] = p[lane];
+  return a;
+}
+inline void store_first(float *p, ptrdiff_t n, Vec a) {
+  for (ptrdiff_t lane = 0; lane < n; ++lane) p[lane] = a.v[lane];
+}
+inline Vec select_first(ptrdiff_t n, Vec a, Vec b) { return {lane_index() < static_cast<int32_t>(n) ? a.v : b.v}; }
+
+#endif
+
+// 2^n, where the low bits of a's representation hold n, as in n + 1.5 * 2^23.
+inline Vec power_of_two(Vec a) { return {reinterpret_cast<Floats>((reinterpret_cast<Ints>(a.v) << 23) + 0x3f800000)}; }
+
+// b, but 0 in the lanes where a < bound.
+inline Vec zero_where_below(Vec a, float bound, Vec b) { return {a.v < Vec::all(bound).v ? Floats{} : b.v}; }
+
+// The sum and the maximum over all lanes, as a fixed binary tree.
+inline float sum(Vec a) {
+  float lanes[kLanes];
+  a.store(lanes);
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
+  }
+  return lanes[0];
+}
+
+inline float max_lane(Vec a) {
+  float lanes[kLanes];
+  a.store(lanes);
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    for (int lane = 0; lane < half; ++lane) {
+      if (lanes[lane + half] > lanes[lane]) lanes[lane] = lanes[lane + half];
+    }
+  }
+  return lanes[0];
+}
+
+// ---- float64
+
+constexpr int kDoubleLanes = kLanes / 2;
+
+typedef double DoubleLanes __attribute__((vector_size(8 * kDoubleLanes)));
+typedef float HalfFloats __attribute__((vector_size(4 * kDoubleLanes)));
+typedef float UnalignedHalfFloats __attribute__((vector_size(4 * kDoubleLanes), aligned(4), may_alias));
+typedef double UnalignedDoubles __attribute__((vector_size(8 * kDoubleLanes), aligned(8), may_alias));
+
+// A register of doubles. Floats become doubles as they are loaded, and are rounded to floats again as they are stored.
+struct Doubles {
+  DoubleLanes v;
+
+  static Doubles zero() { return {DoubleLanes{}}; }
+  static Doubles all(double x) { return {x - DoubleLanes{}}; }
+  static Doubles load(const double *p) { return {*reinterpret_cast<const UnalignedDoubles *>(p)}; }
+  static Doubles load(const float *p) {
+    const HalfFloats floats = *reinterpret_cast<const UnalignedHalfFloats *>(p);
+    return {__builtin_convertvector(floats, DoubleLanes)};
+  }
+  void store(double *p) const { *reinterpret_cast<UnalignedDoubles *>(p) = v; }
+  void store(float *p) const { *reinterpret_cast<UnalignedHalfFloats *>(p) = __builtin_convertvector(v, HalfFloats); }
+
+  friend Doubles operator+(Doubles a, Doubles b) { return {a.v + b.v}; }
+  friend Doubles operator-(Doubles a, Doubles b) { return {a.v - b.v}; }
+};
+
+// a * b + c; rounded twice where the instruction set has no fused product.
+#if defined(__AVX512F__)
+inline Doubles fma(Doubles a, Doubles b, Doubles c) { return {_mm512_fmadd_pd(a.v, b.v, c.v)}; }
+#elif defined(__AVX2__)
+inline Doubles fma(Doubles a, Doubles b, Doubles c) { return {_mm256_fmadd_pd(a.v, b.v, c.v)}; }
+#else
+inline Doubles fma(Doubles a, Doubles b, Doubles c) { return {a.v * b.v + c.v}; }
+#endif
+
+// The first n < kDoubleLanes values at p, and zeros.
+template <class T>
+inline Doubles load_first_doubles(const T *p, ptrdiff_t n) {
+  Doubles a = Doubles::zero();
+  for (ptrdiff_t lane = 0; lane < n; ++lane) a.v[lane] = static_cast<double>(p[lane]);
+  return a;
+}
+
+// The sum over all lanes, as a fixed binary tree.
+inline double sum(Doubles a) {
+  double lanes[kDoubleLanes];
+  a.store(lanes);
+  for (int half = kDoubleLanes / 2; half > 0; half /= 2) {
+    for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
+  }
+  return lanes[0];
+}
+
+}  // namespace

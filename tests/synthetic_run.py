@@ -1,0 +1,172 @@
+"""A run folder that looks like one, without training anything: input for the tests of results, verdict and report."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+from numpy.typing import NDArray
+
+from tipl.policy import PolicySpec
+from tipl.report import write_report
+from tipl.results import Results, read_results
+from tipl.store import Store
+
+SPEC = PolicySpec(obs_dim=4, act_dim=1, hidden_sizes=(16, 16))
+PREFIXES = (0.2, 0.4, 0.6, 0.8)
+NUM_COMPONENTS = 8
+
+
+def make_store(path: Path, num_trials: int, num_checkpoints: int, env_id: str = "InvertedPendulum-v5") -> Store:
+    """A store of paths that settle along a few directions, jittered, with returns that rise to about 1000."""
+    rng = np.random.default_rng(1)
+    t = np.linspace(0, 1, num_checkpoints)
+    shapes = np.stack([1 - np.exp(-3 * t), t**1.5, np.sin(2 * t), t * (1 - t)], 1)  # (T, 4)
+    store = Store.create(path, env_id=env_id, policy=SPEC, seeds=range(num_trials), config={"total_timesteps": 100_000})
+    weights, returns = [], []
+    for _ in range(num_trials):
+        directions = rng.normal(size=(4, SPEC.num_params)) * np.array([1.0, 0.6, 0.4, 0.2])[:, None]
+        jitter = np.cumsum(rng.normal(size=(num_checkpoints, SPEC.num_params)), 0) * 0.01
+        weights.append(rng.normal(size=SPEC.num_params) + shapes @ directions + jitter - jitter[0])
+        returns.append(policy_return(t, rng.uniform(0.25, 0.75)) + rng.normal(size=num_checkpoints) * 20)
+    steps = np.tile(2048 * np.arange(num_checkpoints, dtype=np.int64), (num_trials, 1))
+    episodic_return = np.stack(returns)
+    episodic_return[:, 0] = np.nan  # no episode has ended yet
+    store.append(np.stack(weights).astype(np.float32), steps, episodic_return)
+    return store
+
+
+def policy_return(t: Any, middle: float) -> Any:
+    return 1000 / (1 + np.exp(-12 * (np.asarray(t) - middle)))
+
+
+def make_rows(store: Store, heldout: list[int], prefixes: tuple[float, ...] = PREFIXES) -> list[dict[str, Any]]:
+    """Rows of an evaluation: true baselines, and a TIPL that finds four tenths of what persistence misses."""
+    rng = np.random.default_rng(2)
+    rows = []
+    for trial in heldout:
+        theta = store.trial(trial).weights().astype(np.float64)  # (T, p)
+        last, middle = len(theta) - 1, rng.uniform(0.25, 0.75)
+        for prefix in prefixes:
+            h = round(prefix * last)
+            for horizon in sorted({*np.linspace(1, last - h, 8).round().astype(int).tolist()}):
+                true = theta[h + horizon]
+                speed = (theta[h] - theta[h // 2]) / (h - h // 2)
+                seen = theta[: h + 1] - theta[0]
+                span = np.linalg.svd(seen, full_matrices=False)[2][:NUM_COMPONENTS]
+                drift = true - theta[h]
+                forecasts = {
+                    "tipl": (theta[h] + 0.4 * drift, 0.5),
+                    "persistence": (theta[h], 0.0),
+                    "linear": (theta[h] + horizon * speed, 0.6),
+                    "rank1": (theta[h] + span[:1].T @ (span[:1] @ (horizon * speed)), 0.3),
+                    "mean_path": (theta[h] + 0.2 * drift + rng.normal(size=len(drift)) * 0.01, 0.1),
+                    "basis_floor": (theta[0] + span.T @ (span @ (true - theta[0])), 0.9),
+                    "return_floor": (true, 1.0),
+                }
+                t0, t1 = h / last, (h + horizon) / last
+                return_true = float(policy_return(t1, middle) + rng.normal() * 2)
+                for name, (forecast, reach) in forecasts.items():
+                    noise = np.random.default_rng([trial, h, len(name)]).normal() * 4
+                    predicted = float(policy_return(t0 + reach * (t1 - t0), middle) + noise)
+                    error = np.linalg.norm(forecast - true)
+                    rows.append({
+                        "env_id": store.env_id, "trial": trial, "prefix": prefix, "horizon": int(horizon),
+                        "predictor": name, "wpe": float(error**2 / len(true)),
+                        "wpe_relative": float(error / np.linalg.norm(true - theta[0])), "return_true": return_true,
+                        "return_predicted": predicted, "repw": abs(return_true - predicted),
+                    })  # fmt: skip
+    return rows
+
+
+def make_results(store: Store, heldout: list[int], rows: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "format": "tipl-results", "version": 1, "env_id": store.env_id, "tipl_version": "0.1.0",
+        "settings": {
+            "num_trials": store.num_trials, "train_trials": [i for i in range(store.num_trials) if i not in heldout],
+            "heldout_trials": heldout, "num_checkpoints": store.trial(0).num_checkpoints, "prefixes": list(PREFIXES),
+            "num_episodes": 16, "episode_seeds": list(range(16)), "n_components": NUM_COMPONENTS,
+        },
+        "machine": {"cpu": "A server of today", "num_cores": 2, "isa": "avx512"},
+        "seconds": {"collect": 61.2, "evaluate": 17.3},
+        "rows": rows,
+    }  # fmt: skip
+
+
+def make_coordinates(store: Store, heldout: list[int], prefixes: tuple[float, ...]) -> dict[str, NDArray[np.generic]]:
+    arrays = {}
+    for trial in heldout[:3]:
+        theta = store.trial(trial).weights().astype(np.float64)
+        for prefix in prefixes:
+            h = round(prefix * (len(theta) - 1))
+            directions = np.linalg.svd(theta[: h + 1] - theta[0], full_matrices=False)[2][:NUM_COMPONENTS]
+            true = (theta - theta[0]) @ directions.T / np.linalg.norm(theta[h] - theta[0])
+            true *= np.where(true[h] < 0, -1, 1)
+            forecast = true.copy()
+            forecast[h:] = true[h] + 0.6 * (true[h:] - true[h])
+            stem = f"trial{trial}_prefix{round(100 * prefix)}_"
+            arrays[stem + "true"], arrays[stem + "tipl"] = true.astype(np.float32), forecast.astype(np.float32)
+            arrays[stem + "h"] = np.array([h])
+    return arrays
+
+
+def make_training() -> dict[str, Any]:
+    steps = list(range(0, 3000, 50))
+    loss = [0.02 * math.exp(-step / 600) + 0.001 for step in steps]
+    heldout = [value * 1.1 + 1e-7 * step for step, value in zip(steps, loss, strict=True)]
+    best = steps[int(np.argmin(heldout))]
+    return {"steps": steps, "train_loss": loss, "heldout_loss": heldout, "seconds": 95.2, "num_parameters": 348_000,
+            "best_step": best}  # fmt: skip
+
+
+class Run:
+    """A run folder to make reports of; `write` stores the (changed) results."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        num_trials: int = 6,
+        num_heldout: int = 3,
+        prefixes: tuple[float, ...] = PREFIXES,
+        env_id: str = "InvertedPendulum-v5",
+    ) -> None:
+        self.evaluation, self.output, self.training = folder / "evaluation", folder / "report", folder / "training.json"
+        self.evaluation.mkdir(parents=True)
+        self.store = make_store(folder / "store.zarr", num_trials, 31, env_id)
+        self.heldout = list(range(num_trials - num_heldout, num_trials))
+        self.results = make_results(self.store, self.heldout, make_rows(self.store, self.heldout, prefixes))
+        self.training.write_text(json.dumps(make_training()))
+        coordinates = make_coordinates(self.store, self.heldout, prefixes)
+        safetensors.numpy.save_file(coordinates, self.evaluation / "coordinates.safetensors")
+        self.write()
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        return self.results["rows"]
+
+    def write(self) -> Path:
+        path = self.evaluation / "results.json"
+        path.write_text(json.dumps(self.results))
+        return path
+
+    def read(self) -> Results:
+        return read_results(self.write())
+
+    def report(self, **kwargs: Any) -> Path:
+        arguments = {"evaluation": self.evaluation, "store": self.store, "training": self.training} | kwargs
+        return write_report(self.output, **arguments)
+
+
+def cell_of(row: dict[str, Any]) -> tuple[int, float, int]:
+    """Return what a row shares with those of the other predictors."""
+    return row["trial"], row["prefix"], row["horizon"]
+
+
+def at_end(rows: list[dict[str, Any]], prefix: float, predictor: str, measure: str) -> list[float]:
+    """Return a measure at the largest horizon, by trial."""
+    chosen = [row for row in rows if row["prefix"] == prefix and row["predictor"] == predictor]
+    last = max(row["horizon"] for row in chosen)
+    return [row[measure] for row in sorted(chosen, key=lambda row: row["trial"]) if row["horizon"] == last]

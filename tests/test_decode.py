@@ -1,0 +1,469 @@
+"""The native decoder against the float64 oracle, and against itself: prefill, step, generate."""
+
+import copy
+import dataclasses
+import os
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+import reference
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_engine import ISAS, run_python
+
+from tipl import _core
+from tipl.decoder import Decoder
+from tipl.model import ModelConfig, TrajectoryTransformer
+
+SMALL = ModelConfig(n_components=5, n_layer=2, n_head=3, d_model=39, d_ff=50, max_len=90, out_scale=0.05)
+EPS = np.finfo(np.float32).eps
+
+# Sizes around the vector width N of the instruction set in use.
+N = _core.lanes()
+SIZES = sorted({1, 3, 7, N - 1, N, N + 1, 8 * N + 2})
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_torch_thread():
+    """The models here are too small for more."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def make_model(config: ModelConfig, seed: int = 0) -> TrajectoryTransformer:
+    """A model with random weights, biases and head: an untrained one predicts persistence, whatever its blocks do."""
+    model = TrajectoryTransformer(config).eval()
+    model.load_state_dict({name: torch.from_numpy(w) for name, w in reference.random_forecaster(config, seed).items()})
+    return model
+
+
+def make_paths(config: ModelConfig, batch: int, length: int, seed: int = 1) -> np.ndarray:
+    """Smooth random paths (B, T, k), as trajectories are."""
+    steps = np.random.default_rng(seed).standard_normal((batch, length, config.n_components))
+    return (0.1 * np.cumsum(steps, axis=1)).astype(np.float32)
+
+
+def oracle(config: ModelConfig, x: np.ndarray, prefix_end: int, seed: int = 0) -> np.ndarray:
+    return reference.forecaster(config, reference.random_forecaster(config, seed), x, np.full(len(x), prefix_end))
+
+
+def assert_as_exact_as_torch(ours: np.ndarray, torch_float32: np.ndarray, exact: np.ndarray) -> None:
+    """Our largest error is at most twice that of torch in the same precision, and some units in the last place."""
+    assert np.abs(torch_float32 - exact).max() < 1e-4 * np.abs(exact).max()  # the bound below means something
+    bound = 2 * np.abs(torch_float32 - exact).max() + 4 * EPS * np.abs(exact).max()
+    assert np.abs(ours - exact).max() <= bound
+
+
+def feed(decoder: Decoder, x: np.ndarray, prefix: int) -> np.ndarray:
+    """The predictions (B, T - prefix + 1, k) that follow x[:, :prefix], x[:, :prefix + 1], ... x."""
+    rows = [decoder.prefill(np.ascontiguousarray(x[:, :prefix]))]
+    rows += [decoder.step(np.ascontiguousarray(x[:, t])) for t in range(prefix, x.shape[1])]
+    return np.stack(rows, axis=1)
+
+
+# ---- exactness
+
+
+def test_the_oracle_is_the_torch_model_in_float64():
+    config = dataclasses.replace(SMALL, max_len=64)  # a power of two: torch's float32 (t - h) / max_len is exact
+    x, prefix_end = make_paths(config, 3, 64), np.array([3, 40, 63])
+    with torch.inference_mode():
+        theirs = make_model(config).double()(torch.from_numpy(x).double(), torch.from_numpy(prefix_end)).numpy()
+    ours = reference.forecaster(config, reference.random_forecaster(config, 0), x, prefix_end)
+    assert np.abs(ours - theirs).max() < 1e-13 * np.abs(theirs).max()
+
+
+def test_the_bound_notices_a_small_mistake():
+    model, x = make_model(SMALL), make_paths(SMALL, 2, 40)
+    exact = oracle(SMALL, x, 19)[:, 19:]
+    with torch.inference_mode():
+        torch_float32 = model(torch.from_numpy(x), torch.full((2,), 19)).numpy()[:, 19:]
+    model.config = dataclasses.replace(SMALL, diff_scale=SMALL.diff_scale * 1.0001)
+    with pytest.raises(AssertionError):
+        assert_as_exact_as_torch(feed(Decoder.from_model(model, 2), x, 20), torch_float32, exact)
+
+
+@pytest.mark.parametrize("batch", [1, 7])
+@pytest.mark.parametrize(
+    "config",
+    [
+        ModelConfig(max_len=220, out_scale=0.02),
+        ModelConfig(n_components=7, n_layer=2, n_head=3, d_model=51, d_ff=130, max_len=240, out_scale=0.02),
+        ModelConfig(n_components=32, n_layer=1, n_head=1, d_model=24, d_ff=600, max_len=256, out_scale=0.02),
+    ],
+    ids=["default", "odd", "wide"],
+)
+def test_a_rollout_of_200_steps_is_as_exact_as_torch(config, batch):
+    model = make_model(config)
+    x = make_paths(config, batch, 20)
+    exact = copy.deepcopy(model).double().rollout(torch.from_numpy(x).double(), 200).numpy()
+    torch_float32 = model.rollout(torch.from_numpy(x), 200).numpy()
+    decoder = Decoder.from_model(model, batch)
+    decoder.prefill(x)
+    ours = decoder.generate(200)
+    assert np.abs(np.diff(exact, axis=1)).max() > 1e-3  # it moves
+    assert np.abs(exact).max() < 20  # and does not diverge
+    assert np.abs(ours - exact).max() < 2 * np.abs(torch_float32 - exact).max()
+
+
+@pytest.mark.parametrize("prefix", [1, 2, 40, 80])
+def test_every_step_equals_the_full_recompute(prefix):
+    model, x = make_model(SMALL), make_paths(SMALL, 2, 80)
+    exact = oracle(SMALL, x, prefix - 1)[:, prefix - 1 :]
+    with torch.inference_mode():
+        torch_float32 = model(torch.from_numpy(x), torch.full((2,), prefix - 1)).numpy()[:, prefix - 1 :]
+    assert_as_exact_as_torch(feed(Decoder.from_model(model, 2), x, prefix), torch_float32, exact)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("which", ["n_components", "head_dim", "d_ff"])
+def test_sizes_around_the_vector_width(which, size):
+    config = dataclasses.replace(SMALL, max_len=20)
+    if which == "head_dim":
+        config = dataclasses.replace(config, n_head=2, d_model=2 * size)
+    else:
+        config = dataclasses.replace(config, **{which: size})
+    model, x = make_model(config), make_paths(config, 3, 20)
+    exact = oracle(config, x, 11)[:, 11:]
+    with torch.inference_mode():
+        torch_float32 = model(torch.from_numpy(x), torch.full((3,), 11)).numpy()[:, 11:]
+    assert_as_exact_as_torch(feed(Decoder.from_model(model, 3), x, 12), torch_float32, exact)
+
+
+@pytest.mark.parametrize("isa", [isa for isa in ISAS if isa != _core.isa()])
+def test_each_other_instruction_set_is_exact(isa):
+    if run_python("import tipl._core", TIPL_ISA=isa).returncode != 0:
+        pytest.skip(f"this CPU lacks {isa}")
+    tests = "test_sizes or (test_every_step and 40) or (200_steps and odd-1) or test_a_prefill"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", tests],
+        env=os.environ | {"TIPL_ISA": isa},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+
+
+# ---- the same bits
+
+
+@pytest.mark.parametrize("batch", [1, 3, 12])
+def test_a_prefill_equals_the_same_tokens_one_by_one(batch):
+    model, x = make_model(SMALL), make_paths(SMALL, batch, 75)
+    with torch.no_grad():
+        model.embed.weight[:, -1] = 0  # the prefix's end is not seen, and prefixes of other lengths are comparable
+    steps = feed(Decoder.from_model(model, batch), x, 1)
+    for length in (2, 9, 64, 65, 75):
+        decoder = Decoder.from_model(model, batch)
+        assert np.array_equal(decoder.prefill(np.ascontiguousarray(x[:, :length])), steps[:, length - 1])
+
+
+def test_generate_is_step_on_its_own_predictions():
+    model, x = make_model(SMALL), make_paths(SMALL, 3, 10)
+    stepped, generated = Decoder.from_model(model, 3), Decoder.from_model(model, 3)
+    prediction, path = stepped.prefill(x), []
+    for _ in range(70):
+        path.append(prediction)
+        prediction = stepped.step(prediction)
+    generated.prefill(x)
+    assert np.array_equal(np.concatenate([generated.generate(30), generated.generate(40)], axis=1), np.stack(path, 1))
+    assert np.array_equal(stepped.position, generated.position)
+
+
+@settings(max_examples=25, deadline=None)
+@given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=9), n=st.integers(1, 50))
+def test_a_sequence_alone_equals_itself_in_a_ragged_batch(lengths, n):
+    model, x = make_model(SMALL), make_paths(SMALL, len(lengths), 40)
+    for b, length in enumerate(lengths):
+        x[b, length:] = np.nan  # never read
+    together = Decoder.from_model(model, len(lengths), num_threads=1)
+    alone = Decoder.from_model(model, 1, num_threads=1)
+    first = together.prefill(x, np.array(lengths))
+    assert together.position.tolist() == lengths
+    path = together.generate(n)
+    for b, length in enumerate(lengths):
+        alone.reset()
+        assert np.array_equal(alone.prefill(x[b : b + 1, :length])[0], first[b])
+        assert np.array_equal(alone.generate(n)[0], path[b])
+
+
+@pytest.mark.parametrize("batch", [1, 6])
+def test_threads_do_not_change_a_bit(batch):
+    config = ModelConfig(n_layer=2, d_model=192, d_ff=768, max_len=140)  # large enough to be shared at batch 1
+    model, x = make_model(config), make_paths(config, batch, 60)
+    paths = []
+    for num_threads in (1, 2, 7):
+        decoder = Decoder.from_model(model, batch, num_threads=num_threads)
+        assert decoder.num_threads == num_threads
+        paths.append(np.concatenate([decoder.prefill(x)[:, None], decoder.generate(80)], axis=1))
+    assert np.array_equal(paths[0], paths[1])
+    assert np.array_equal(paths[0], paths[2])
+
+
+def test_a_reset_decoder_forgets():
+    model, x = make_model(SMALL), make_paths(SMALL, 2, 30)
+    decoder = Decoder.from_model(model, 2)
+    decoder.prefill(x)
+    path = decoder.generate(50)
+    decoder.reset()
+    decoder.prefill(10 * x[:, ::-1].copy())
+    decoder.generate(60)
+    decoder.reset()
+    assert decoder.position.tolist() == [0, 0]
+    decoder.prefill(x)
+    assert np.array_equal(decoder.generate(50), path)
+
+
+def test_a_diverging_path_is_returned_as_it_is():
+    config = dataclasses.replace(SMALL, diff_scale=1e30, out_scale=1e30)
+    decoder = Decoder.from_model(make_model(config), 1)
+    decoder.prefill(make_paths(config, 1, 5))
+    assert not np.isfinite(decoder.generate(20)).all()
+    decoder.reset()
+    assert np.isfinite(decoder.prefill(np.zeros((1, 1, 5), np.float32))).all()
+
+
+# ---- limits and rejections
+
+
+def test_a_full_cache_raises_and_keeps_what_it_holds():
+    model, x = make_model(SMALL), make_paths(SMALL, 2, 8)
+    decoder = Decoder.from_model(model, 2, max_len=12)
+    decoder.prefill(x, np.array([8, 6]))
+    with pytest.raises(
+        ValueError,
+        match=r"^generate: the cache is full: sequence 0 holds 8 of max_len = 12 tokens, 5 more do not fit$",
+    ):
+        decoder.generate(5)
+    decoder.generate(4)
+    assert decoder.position.tolist() == [12, 10]
+    with pytest.raises(
+        ValueError, match=r"^step: the cache is full: sequence 0 holds 12 of max_len = 12 tokens, 1 more do not fit$"
+    ):
+        decoder.step(x[:, 0].copy())
+    assert decoder.position.tolist() == [12, 10]
+
+
+def decoder_of_four(k: int = 16) -> Decoder:
+    return Decoder.from_model(make_model(ModelConfig(n_components=k, n_layer=1, d_model=8, d_ff=8)), 4)
+
+
+def zeros(*shape: int) -> np.ndarray:
+    return np.zeros(shape, np.float32)
+
+
+@pytest.mark.parametrize(
+    ("x", "error", "message"),
+    [
+        (zeros(4, 7, 12), ValueError, r"prefill: x must have shape (B, t, k) = (4, t, 16), got (4, 7, 12)"),
+        (zeros(3, 7, 16), ValueError, r"prefill: x must have shape (B, t, k) = (4, t, 16), got (3, 7, 16)"),
+        (zeros(4, 16), ValueError, r"prefill: x must have shape (B, t, k) = (4, t, 16), got (4, 16)"),
+        (zeros(4, 0, 16), ValueError, r"prefill: t must lie in [1, 64], as max_len is, got 0"),
+        (zeros(4, 65, 16), ValueError, r"prefill: t must lie in [1, 64], as max_len is, got 65"),
+        (zeros(4, 16, 7).swapaxes(1, 2), ValueError, "prefill: x must be C-contiguous and aligned"),
+        (np.zeros((4, 7, 16)), TypeError, "prefill: x must be a NumPy array of float32, got float64"),
+        (zeros(4, 7, 16).astype(">f4"), TypeError, "prefill: x must be a NumPy array of float32, got >f4"),
+        ([[0.0]], TypeError, "prefill: x must be a NumPy array of float32, got list"),
+    ],
+)
+def test_prefill_refuses(x, error, message):
+    decoder = decoder_of_four()
+    with pytest.raises(error) as raised:
+        decoder.prefill(x)
+    assert str(raised.value) == message
+    assert decoder.position.tolist() == [0] * 4
+
+
+@pytest.mark.parametrize(
+    ("lengths", "error", "message"),
+    [
+        (np.array([1, 2, 3]), ValueError, "prefill: lengths must have shape (B,) = (4,), got (3,)"),
+        (np.array([1, 2, 0, 3]), ValueError, "prefill: lengths must lie in [1, 7], got 0 for sequence 2"),
+        (np.array([1, 2, 3, 8]), ValueError, "prefill: lengths must lie in [1, 7], got 8 for sequence 3"),
+        (np.array([1.0, 2, 3, 4]), TypeError, "prefill: lengths must be integers, got float64"),
+    ],
+)
+def test_prefill_refuses_lengths(lengths, error, message):
+    with pytest.raises(error) as raised:
+        decoder_of_four().prefill(zeros(4, 7, 16), lengths)
+    assert str(raised.value) == message
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_values_that_are_not_finite_are_refused(value):
+    decoder, x = decoder_of_four(), zeros(4, 7, 16)
+    x[2, 5, 11] = value
+    with pytest.raises(ValueError, match=rf"^prefill: x\[2\] must be finite, got {value} at \(5, 11\)$"):
+        decoder.prefill(x)
+    decoder.prefill(zeros(4, 7, 16))
+    with pytest.raises(ValueError, match=rf"^step: x must be finite, got {value} at \(2, 11\)$"):
+        decoder.step(x[:, 5].copy())
+    assert decoder.position.tolist() == [7] * 4
+
+
+def test_step_and_generate_refuse_senseless_arguments():
+    decoder = decoder_of_four()
+    decoder.prefill(zeros(4, 7, 16))
+    with pytest.raises(ValueError, match=r"^step: x must have shape \(B, k\) = \(4, 16\), got \(4, 1, 16\)$"):
+        decoder.step(zeros(4, 1, 16))
+    with pytest.raises(TypeError, match=r"^step: x must be a NumPy array of float32, got int64$"):
+        decoder.step(np.zeros((4, 16), np.int64))
+    for n in (0, -1):
+        with pytest.raises(ValueError, match=rf"^generate: n must be >= 1, got {n}$"):
+            decoder.generate(n)
+    with pytest.raises(ValueError, match=r"^generate: the cache is full: .* 4611686018427387904 more do not fit$"):
+        decoder.generate(2**62)
+
+
+def test_calls_out_of_order_are_refused():
+    decoder = decoder_of_four()
+    with pytest.raises(RuntimeError, match=r"^step: the decoder is empty; call prefill first$"):
+        decoder.step(zeros(4, 16))
+    with pytest.raises(RuntimeError, match=r"^generate: the decoder is empty; call prefill first$"):
+        decoder.generate(1)
+    decoder.prefill(zeros(4, 7, 16))
+    with pytest.raises(
+        RuntimeError,
+        match=r"^prefill: the decoder must be empty, but sequence 0 holds 7 tokens; call reset\(\) first$",
+    ):
+        decoder.prefill(zeros(4, 7, 16))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"batch_size": 0}, "Decoder: batch_size must lie in [1, 16777216], got 0"),
+        ({"max_len": 0}, "Decoder: max_len must lie in [1, 90], got 0"),
+        ({"max_len": 91}, "Decoder: max_len must lie in [1, 90], got 91"),
+        ({"num_threads": 0}, "num_threads must lie in [1, 1024], got 0"),
+        ({"dtype": "bfloat16"}, "Decoder: dtype must be one of 'float32', got 'bfloat16'"),
+    ],
+)
+def test_senseless_settings_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=r".*") as raised:
+        Decoder.from_model(make_model(SMALL), **({"batch_size": 1} | arguments))
+    assert str(raised.value) == message
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_weights_that_are_not_finite_are_refused(value):
+    model = make_model(SMALL)
+    with torch.no_grad():
+        model.blocks[1].fc1.weight[3, 4] = value
+    with pytest.raises(ValueError, match=rf"^Decoder: blocks\.1\.fc1\.weight must be finite, got {value} at \(3, 4\)$"):
+        Decoder.from_model(model, 1)
+
+
+def test_weights_that_do_not_fit_the_config_are_refused():
+    weights = reference.random_forecaster(SMALL, 0)
+    with pytest.raises(
+        ValueError, match=r"^Decoder: head\.weight must have shape \(out, in\) = \(5, 39\), got \(39, 5\)$"
+    ):
+        Decoder(SMALL, weights | {"head.weight": np.ascontiguousarray(weights["head.weight"].T)}, 1)
+    with pytest.raises(ValueError, match=r"^Decoder: norm\.bias must have shape \(out,\) = \(39,\), got \(38,\)$"):
+        Decoder(SMALL, weights | {"norm.bias": zeros(38)}, 1)
+    with pytest.raises(TypeError, match=r"^Decoder: pos\.weight must be a NumPy array of float32, got float64$"):
+        Decoder(SMALL, weights | {"pos.weight": weights["pos.weight"].astype(np.float64)}, 1)
+    with pytest.raises(ValueError, match=r"^Decoder: weights must be 31 tensors, got 32$"):
+        Decoder(SMALL, weights | {"blocks.2.qkv.weight": zeros(1)}, 1)
+    with pytest.raises(ValueError, match=r"^Decoder: weights lack 'norm\.weight'$"):
+        Decoder(SMALL, {name: w for name, w in weights.items() if name != "norm.weight"}, 1)
+
+
+def test_a_model_of_another_precision_is_refused():
+    with pytest.raises(
+        TypeError, match=r"^from_model: model's embed\.weight must be torch\.float32, got torch\.float64$"
+    ):
+        Decoder.from_model(make_model(SMALL).double(), 1)
+
+
+def test_a_cache_that_does_not_fit_into_memory_is_refused():
+    with pytest.raises(MemoryError):
+        Decoder.from_model(make_model(SMALL), 2**24, max_len=90)
+
+
+# ---- threads, signals, forks
+
+
+def test_generate_runs_without_the_gil_and_refuses_a_second_caller():
+    config = dataclasses.replace(SMALL, max_len=8_000)
+    decoder = Decoder.from_model(make_model(config), 1, num_threads=1)
+    decoder.prefill(make_paths(config, 1, 1))
+    worker = threading.Thread(target=decoder.generate, args=(7_000,))
+    worker.start()
+    with pytest.raises(RuntimeError, match=r"^position: the decoder is in use by another call$"):
+        while worker.is_alive():
+            assert decoder.position[0] == 1  # not yet begun
+    worker.join()
+    assert decoder.position.tolist() == [7_001]
+
+
+SCRIPT = """
+import dataclasses, os, signal, threading
+import numpy as np, reference, test_decode
+from tipl.decoder import Decoder
+
+def decoder_for(max_len, batch=1, **arguments):
+    config = dataclasses.replace(test_decode.SMALL, max_len=max_len)
+    return Decoder(config, reference.random_forecaster(config, 0), batch, **arguments)
+"""
+
+
+def test_ctrl_c_stops_the_decoder_and_leaves_it_usable():
+    done = run_python(
+        SCRIPT
+        + """
+def interrupted(work):
+    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+    try:
+        work()
+    except KeyboardInterrupt:
+        return True
+
+prefix = np.ones((1, 4, 5), np.float32)
+decoder, other = decoder_for(200_000), decoder_for(200_000)
+decoder.prefill(prefix)
+assert interrupted(lambda: decoder.generate(199_000))
+held = int(decoder.position[0])
+assert 4 < held < 199_000, held
+rest = decoder.generate(10)
+other.prefill(prefix)
+assert np.array_equal(other.generate(held - 4 + 10)[:, -10:], rest)
+
+decoder.reset()
+assert interrupted(lambda: decoder.prefill(np.zeros((1, 200_000, 5), np.float32)))
+assert decoder.position.tolist() == [0]
+decoder.prefill(prefix)
+assert np.array_equal(decoder.generate(10), (other.reset(), other.prefill(prefix), other.generate(10))[2])
+"""
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_decoder_works_in_a_forked_child_and_in_its_parent():
+    done = run_python(
+        SCRIPT
+        + """
+decoder = decoder_for(100, batch=64, num_threads=3)
+decoder.prefill(np.ones((64, 4, 5), np.float32))
+decoder.generate(10)
+child = os.fork()
+path = decoder.generate(10)
+expected = decoder_for(100, batch=64, num_threads=1)
+expected.prefill(np.ones((64, 4, 5), np.float32))
+same = np.array_equal(expected.generate(20)[:, 10:], path)
+if child == 0:
+    os._exit(0 if same else 1)
+assert same
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+"""
+    )
+    assert done.returncode == 0, done.stderr

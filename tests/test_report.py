@@ -1,0 +1,326 @@
+"""The report: its figures, its numbers against slow ones, what it refuses, and that it needs nothing but itself."""
+
+import html.parser
+import math
+import re
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from synthetic_run import PREFIXES, SPEC, Run, at_end, make_store
+
+from tipl.estimates import Estimate
+from tipl.page import MINUS, NBSP, TIMES, fmt, fmt_interval, fmt_percent, fmt_seconds
+from tipl.plots import THEME
+from tipl.report import FIGURES, path_singular_values
+from tipl.results import predictor_info
+
+
+class Page(html.parser.HTMLParser):
+    """What a page holds: its elements with their attributes, its tables, its text; checks that elements nest."""
+
+    VOID = ("meta", "br", "hr", "img", "link", "input")
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.tables: list[list[list[str]]] = []
+        self.text = ""
+        self.open: list[str] = []
+        self.feed(source)
+        self.close()
+        assert not self.open, f"never closed: {self.open}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self.open:
+            self.text += data
+        if {"td", "th"} & set(self.open):
+            self.tables[-1][-1][-1] += ("|" if "small" in self.open else "") + data
+
+
+def text_of(source: str) -> str:
+    return Page(source).text.replace(NBSP, " ")
+
+
+def numbers(text: str) -> list[float]:
+    return [float(n.replace(",", "")) for n in re.findall(r"-?[\d,]*\.?\d+", text.replace(MINUS, "-"))]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    run = Run(tmp_path_factory.mktemp("run"), num_trials=20, num_heldout=9)
+    run.report()
+    return run
+
+
+@pytest.fixture(scope="module")
+def page(run: Run) -> Page:
+    return Page((run.output / "report.html").read_text())
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Run:
+    """A run that is quickly drawn, to change and damage."""
+    run = Run(tmp_path, prefixes=(0.4,))
+    (run.evaluation / "coordinates.safetensors").unlink()
+    return run
+
+
+# ---------------------------------------------------------------- the page and its figures
+
+
+def test_every_figure_is_a_picture_beside_the_page(run: Run) -> None:
+    assert {path.name for path in run.output.iterdir()} == {"report.html", *(f"{name}.png" for name in FIGURES)}
+    for name in FIGURES:
+        data = (run.output / f"{name}.png").read_bytes()
+        assert data[:8] == b"\x89PNG\r\n\x1a\n"
+        width, height = np.frombuffer(data[16:24], ">u4")
+        assert width >= 600
+        assert height >= 400
+        assert len(data) > 10_000, f"{name}.png is all but empty"
+
+
+def test_the_page_needs_nothing_but_itself(run: Run, page: Page) -> None:
+    source = (run.output / "report.html").read_text()
+    assert not re.search(r"https?:|@import|<script|<link|javascript:", source)
+    targets = [attrs[key] for _, attrs in page.elements for key in ("src", "href", "data") if key in attrs]
+    ids = [attrs["id"] for _, attrs in page.elements if "id" in attrs]
+    assert len(ids) == len(set(ids))
+    for target in targets:
+        assert target is not None
+        assert target[1:] in ids if target.startswith("#") else (run.output / target).is_file()
+    for reference in re.findall(r"url\(([^)]*)\)", source):
+        assert reference[0] == "#"
+        assert reference[1:] in ids
+
+
+def test_figures_take_all_their_colours_from_the_theme(run: Run) -> None:
+    body = (run.output / "report.html").read_text().split("</style>")[1]
+    assert body.count("<svg") > 20
+    assert not re.search(r"#[0-9a-fA-F]{6}\b", body)
+    assert set(re.findall(r"var\(--([\w-]+)\)", body)) <= set(THEME)
+    light_colors = [light for light, _ in THEME.values()]
+    assert len(set(light_colors)) == len(light_colors)
+
+
+def test_the_same_results_give_the_same_page(tiny: Run) -> None:
+    rc_params = dict(matplotlib.rcParams)
+    first = tiny.report().read_bytes()
+    assert tiny.report(overwrite=True).read_bytes() == first
+    assert dict(matplotlib.rcParams) == rc_params
+
+
+def test_what_was_run_stands_at_the_top(page: Page) -> None:
+    text = page.text.replace(NBSP, " ")
+    for fact in (
+        "InvertedPendulum-v5", "20, of which 9 held out", "31 checkpoints, 61,440 env steps", "370 weights",
+        "348,000 parameters", "16 episodes", "collect 61 s, train 95 s, evaluate 17 s", "A server of today, 2 cores",
+    ):  # fmt: skip
+        assert fact in text
+
+
+# ---------------------------------------------------------------- its numbers
+
+
+def slow_mean_and_interval(values: list[float]) -> tuple[float, float, float]:
+    """The obvious bootstrap, one resample after the other, with other random numbers."""
+    rng = np.random.default_rng(99)
+    means = sorted(float(np.mean(rng.choice(values, len(values)))) for _ in range(2000))
+    return float(np.mean(values)), means[49], means[1949]
+
+
+COLUMNS = ["tipl", "persistence", "linear", "rank1", "mean_path", "basis_floor", "return_floor"]
+
+
+@pytest.mark.parametrize(
+    ("place", "measure", "columns"), [(0, "wpe_relative", COLUMNS[:-1]), (1, "wpe", COLUMNS[:-1]), (2, "repw", COLUMNS)]
+)
+def test_error_tables_equal_a_slow_computation(
+    run: Run, page: Page, place: int, measure: str, columns: list[str]
+) -> None:
+    head, *body = page.tables[place]
+    assert head == ["prefix", *(predictor_info(name).label for name in columns)]
+    assert [row[0].split("|")[0].replace(NBSP, "") for row in body] == ["20%", "40%", "60%", "80%"]
+    for prefix, row in zip(PREFIXES, body, strict=True):
+        for name, cell in zip(columns, row[1:], strict=True):
+            mean, low, high = slow_mean_and_interval(at_end(run.rows, prefix, name, measure))
+            shown, interval = cell.split("|")
+            assert shown == fmt(mean)
+            if measure != "wpe":  # its powers of ten are read by eye
+                assert numbers(interval) == pytest.approx([low, high], abs=0.12 * (high - low) + 0.01 * mean)
+
+
+def test_gain_table_equals_a_slow_computation(run: Run, page: Page) -> None:
+    head, *body = page.tables[3]
+    names = ["tipl", "linear", "rank1", "mean_path", "basis_floor"]
+    assert head == ["prefix", "future gain", *(predictor_info(name).label for name in names)]
+    for prefix, row in zip(PREFIXES, body, strict=True):
+        start = np.array(at_end(run.rows, prefix, "persistence", "return_predicted"))
+        future = np.array(at_end(run.rows, prefix, "persistence", "return_true")) - start
+        assert row[1].split("|")[0] == fmt(future.mean())
+        for name, cell in zip(names, row[2:], strict=True):
+            gained = np.array(at_end(run.rows, prefix, name, "return_predicted")) - start
+            assert cell.split("|")[0] == fmt_percent(gained.sum() / future.sum())
+
+
+def test_best_predictor_is_marked_and_a_floor_never(run: Run, page: Page) -> None:
+    source = (run.output / "report.html").read_text()
+    best = re.findall(r'<td class="([^"]*best[^"]*)"', source)
+    assert len(best) == 4 * 4  # four tables of four prefixes
+    assert set(best) == {"best"}  # never "best quiet"
+    for row in page.tables[0][1:]:
+        means = [numbers(cell.split("|")[0])[0] for cell in row[1:6]]
+        assert means.index(min(means)) == 0
+
+
+# ---------------------------------------------------------------- what else may come
+
+
+def test_one_trial_no_coordinates_no_training_and_a_name_that_is_markup(tmp_path: Path) -> None:
+    env_id = "<script>alert('$x_1$')</script>"
+    run = Run(tmp_path, num_trials=2, num_heldout=1, prefixes=(0.4,), env_id=env_id)
+    (run.evaluation / "coordinates.safetensors").unlink()
+    source = run.report(training=None).read_text()
+    assert "<script" not in source
+    assert "&lt;script&gt;" in source
+    page = Page(source)
+    assert env_id in page.text
+    assert "This is one held-out trial." in page.text
+    assert "The evaluation left no coordinates" in page.text
+    assert not (run.output / "coordinates.png").exists()
+    assert "[" not in "".join(cell for row in page.tables[0] for cell in row)
+
+
+def test_missing_returns_and_unknown_predictors(tiny: Run) -> None:
+    for row in list(tiny.rows):
+        row["return_true"] = row["return_predicted"] = row["repw"] = None if row["trial"] % 2 else math.nan
+        if row["predictor"] == "linear":
+            tiny.rows.append(row | {"predictor": "kalman <b> $x_1$", "wpe_relative": 50 * row["wpe_relative"]})
+    tiny.write()
+    page = Page(tiny.report().read_text())
+    assert "These results hold no returns." in page.text
+    assert "Nothing can be said about the return" in page.text
+    assert "kalman <b> $x_1$" in page.tables[0][0]
+    assert page.tables[0][0][-1] == "basis floor"
+    assert "off the scale" in page.text
+
+
+def test_returns_of_some_predictors_only(tmp_path: Path) -> None:
+    run = Run(tmp_path, prefixes=(0.2, 0.6))
+    for row in run.rows:
+        if row["predictor"] == "tipl" or row["prefix"] == 0.6:
+            row["return_predicted"] = row["repw"] = None
+    run.write()
+    page = Page(run.report(training=None).read_text())
+    gain = page.tables[3]
+    assert gain[1][2] == "\N{EN DASH}"
+    assert gain[2][2] == "not measured"
+
+
+def test_results_without_tipl(tiny: Run) -> None:
+    tiny.results["rows"] = [row for row in tiny.rows if row["predictor"] != "tipl"]
+    tiny.write()
+    assert "These results hold no forecast of TIPL." in Page(tiny.report(training=None).read_text()).text
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+def test_an_existing_report_is_kept(tiny: Run) -> None:
+    tiny.output.mkdir()
+    kept, stale = tiny.output / "report.html", tiny.output / "coordinates.png"
+    kept.write_text("mine")
+    with pytest.raises(FileExistsError, match=r"report\.html exists; pass overwrite=True"):
+        tiny.report()
+    assert kept.read_text() == "mine"
+    stale.write_text("of an earlier report")
+    tiny.report(overwrite=True)
+    assert "Forecasting" in kept.read_text()
+    assert not stale.exists()
+
+
+def test_output_must_be_a_folder(tiny: Run) -> None:
+    tiny.output.write_text("mine")
+    with pytest.raises(FileExistsError, match=r"output must be a folder, but .*report is a file"):
+        tiny.report()
+
+
+def test_nothing_is_written_of_damaged_results(tiny: Run) -> None:
+    tiny.rows[5].pop("wpe")
+    tiny.write()
+    with pytest.raises(RuntimeError, match=r"results\.json is damaged or not of tipl: rows\[5\] lacks 'wpe'"):
+        tiny.report()
+    assert not tiny.output.exists()
+
+
+def test_files_that_are_not_there(tiny: Run) -> None:
+    with pytest.raises(FileNotFoundError, match=r"training\.json does not exist; `tipl train` writes it"):
+        tiny.report(training=tiny.output / "training.json")
+    with pytest.raises(FileNotFoundError, match=r"results\.json does not exist; `tipl evaluate` writes it"):
+        tiny.report(evaluation=tiny.output)
+
+
+def test_results_of_another_store(tiny: Run, tmp_path: Path) -> None:
+    other = make_store(tmp_path / "other.zarr", 6, 5, "Ant-v5")
+    with pytest.raises(ValueError, match="is of env_id 'InvertedPendulum-v5', the store of 'Ant-v5'"):
+        tiny.report(store=other)
+    tinyer = make_store(tmp_path / "tinyer.zarr", 2, 5)
+    with pytest.raises(ValueError, match="judges trial 5, the store has 2 trials"):
+        tiny.report(store=tinyer)
+
+
+# ---------------------------------------------------------------- parts
+
+
+def test_singular_values_of_a_path(tiny: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    trial = tiny.store.trial(0)
+    theta = trial.weights().astype(np.float64)
+    expected = np.linalg.svd(theta - theta[0], compute_uv=False)[:-1]
+    np.testing.assert_allclose(path_singular_values(trial), expected, rtol=1e-6)
+    monkeypatch.setattr("tipl.report.SPECTRUM_CHECKPOINTS", 8)  # 31 checkpoints: every fourth
+    monkeypatch.setattr("tipl.report.SPECTRUM_BYTES", 16 * SPEC.num_params * 8 * 8)
+    strided = np.linalg.svd(theta[::4] - theta[0], compute_uv=False)[:-1]
+    np.testing.assert_allclose(path_singular_values(trial), strided, rtol=1e-6)
+
+
+@given(st.floats(-1e12, 1e12, allow_nan=False))
+def test_numbers_keep_three_digits(value: float) -> None:
+    text = fmt(value).replace(MINUS, "-").replace(",", "").replace(NBSP, "")
+    mantissa, _, exponent = text.partition(f"{TIMES}10")
+    shown = float(mantissa) * 10.0 ** int(exponent.translate(str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")) or 0)
+    assert shown == pytest.approx(value, rel=0.051 if exponent else 0.0051)
+
+
+def test_formats() -> None:
+    shown = [fmt(v).replace(NBSP, " ") for v in (1234.5, 99.96, -12.34, 1.5, 0.26851, 0.0123, 3e-5, 0.0, math.nan)]
+    times, dash = f"3.0 {TIMES} 10⁻⁵", "\N{EN DASH}"
+    assert shown == ["1,234", "100", f"{MINUS}12.3", "1.50", "0.269", "0.0123", times, "0.00", dash]
+    assert [fmt_percent(v).replace(NBSP, " ") for v in (0.243, -0.111, -0.001)] == ["24 %", f"{MINUS}11 %", "0 %"]
+    assert fmt_interval(Estimate(0.5, -0.11, 1.2), as_percent=True).replace(NBSP, " ") == f"[{MINUS}11, 120 %]"
+    assert fmt_interval(Estimate(0.5)) == ""
+    assert [fmt_seconds(v).replace(NBSP, " ") for v in (0.52, 61.2, 200, 7300)] == [
+        "0.52 s",
+        "61 s",
+        "3 min 20 s",
+        "2 h 1 min",
+    ]

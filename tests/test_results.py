@@ -1,0 +1,120 @@
+"""Reading what an evaluation and a training left: as arrays, and what is damaged is named."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from synthetic_run import Run, make_training
+
+from tipl.estimates import ranking
+from tipl.results import read_coordinates, read_results, read_training
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Run:
+    """A run to change and damage."""
+    return Run(tmp_path, prefixes=(0.2, 0.6))
+
+
+def test_results_become_arrays_by_trial_and_horizon(small: Run) -> None:
+    results = small.read()
+    assert results.trials == tuple(small.heldout)
+    assert results.prefixes == (0.2, 0.6)
+    assert results.predictors == ("tipl", "persistence", "linear", "rank1", "mean_path")
+    for row in small.rows:
+        cell = small.heldout.index(row["trial"]), list(results.horizons[row["prefix"]]).index(row["horizon"])
+        for measure in ("wpe", "wpe_relative", "return_true", "return_predicted", "repw"):
+            assert results.values(measure, row["prefix"], row["predictor"])[cell] == row[measure]
+    best = ranking(results, "wpe_relative", 0.2)
+    assert best[0][0] == "tipl"
+    assert [value for _, value in best] == sorted(value for _, value in best)
+
+
+def change(key: str, value: Any, place: int | None = None) -> Any:
+    def damage(results: dict[str, Any]) -> None:
+        (results if place is None else results["rows"][place])[key] = value
+
+    return damage
+
+
+def drop(key: str, place: int | None = None) -> Any:
+    return lambda results: (results if place is None else results["rows"][place]).pop(key)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (change("format", "other"), "format must be 'tipl-results'"),
+        (change("version", 2), "version must be 1, got 2"),
+        (drop("env_id"), "the file lacks 'env_id'"),
+        (change("settings", []), r"the file: settings must be of type dict, got \[\]"),
+        (change("settings", {}), "settings lacks 'heldout_trials'"),
+        (change("rows", []), "rows must not be empty"),
+        (change("machine", "fast"), "the file: machine must be of type dict, got 'fast'"),
+        (lambda results: results["rows"].insert(3, 7), r"rows\[3\] must be an object, got 7"),
+        (drop("wpe", 5), r"rows\[5\] lacks 'wpe'"),
+        (change("wpe", "small", 5), r"rows\[5\]: wpe must be of type int or float, got 'small'"),
+        (change("wpe_relative", -0.1, 5), r"rows\[5\]: wpe_relative must be finite and not negative, got -0.1"),
+        (change("return_true", math.inf, 5), r"rows\[5\]: return_true must be finite, got inf"),
+        (change("trial", 0, 5), r"rows\[5\]: trial must be one of settings.heldout_trials, got 0"),
+        (change("trial", True, 5), r"rows\[5\]: trial must be of type int, got True"),
+        (change("prefix", 1.5, 5), r"rows\[5\]: prefix must lie in \(0, 1\), got 1.5"),
+        (change("horizon", 0, 5), r"rows\[5\]: horizon must be at least 1, got 0"),
+        (change("env_id", "Ant-v5", 5), r"rows\[5\]: env_id must be 'InvertedPendulum-v5', got 'Ant-v5'"),
+        (change("predictor", "tipl", 1), r"rows\[1\]: trial 3, prefix 0.2, horizon 1, 'tipl' has come before"),
+    ],
+)
+def test_damaged_results_are_named(small: Run, damage: Any, message: str) -> None:
+    damage(small.results)
+    with pytest.raises(RuntimeError, match=rf"results\.json is damaged or not of tipl: {message}"):
+        small.read()
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b"[]"])
+def test_a_file_that_is_no_results_at_all(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "results.json"
+    path.write_bytes(content)
+    with pytest.raises(RuntimeError, match=r"results\.json is damaged or not of tipl"):
+        read_results(path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("steps", None, "the file: steps must be of type list, got None"),
+        ("heldout_loss", [1.0], "heldout_loss must be as long as steps, 60, got 1"),
+        ("train_loss", ["a"] * 60, r"train_loss\[0\]: train_loss must be of type int or float, got 'a'"),
+        ("num_parameters", "many", "the file: num_parameters must be of type int, got 'many'"),
+    ],
+)
+def test_damaged_training_is_named(tmp_path: Path, key: str, value: Any, message: str) -> None:
+    path = tmp_path / "training.json"
+    path.write_text(json.dumps(make_training() | {key: value}))
+    with pytest.raises(RuntimeError, match=rf"training\.json is damaged or not of tipl: {message}"):
+        read_training(path)
+
+
+def test_damaged_coordinates_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "coordinates.safetensors"
+    path.write_bytes(b"\0" * 20)
+    with pytest.raises(RuntimeError, match=r"coordinates\.safetensors is damaged or not of tipl"):
+        read_coordinates(path)
+    stem, paths = "trial3_prefix20_", np.zeros((5, 2), np.float32)
+    for arrays, message in (
+        ({"true": paths, "tipl": paths}, "File does not contain tensor trial3_prefix20_h"),
+        (
+            {"true": paths, "tipl": paths[:3], "h": np.array([1])},
+            r"trial3_prefix20_tipl must have the shape .* \(5, 2\)",
+        ),
+        (
+            {"true": paths, "tipl": paths, "h": np.array([5])},
+            r"trial3_prefix20_h must hold one index below T = 5, got \[5\]",
+        ),
+    ):
+        safetensors.numpy.save_file({stem + name: array for name, array in arrays.items()}, path)
+        with pytest.raises(RuntimeError, match=message):
+            read_coordinates(path)

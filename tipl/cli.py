@@ -1,0 +1,354 @@
+"""The command line: one command a stage, `run` for all of them, `demo` for a first look.
+
+Every command prints one line a result on stdout. A user's mistake ends in one line on stderr and exit status 2; Ctrl-C
+in one line and 130.
+"""
+
+import contextlib
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import safetensors.numpy
+import tyro
+from tyro.conf import OmitArgPrefixes, arg
+
+from tipl.collect import collect
+from tipl.evaluate import EvaluateConfig, evaluate
+from tipl.ppo import PPOConfig
+from tipl.report import write_report
+from tipl.rollout import Forecaster, rollout
+from tipl.store import Store, write_atomically
+from tipl.train import TrainConfig, prefix_end_of, train
+
+PathArg = Annotated[Path, arg(metavar="PATH")]
+
+
+@dataclasses.dataclass(frozen=True)
+class Collect:
+    """Train many PPO trials at once on a MuJoCo task and store a checkpoint of each after every iteration.
+
+    Example: tipl collect --env-id HalfCheetah-v5 --num-trials 32 --total-timesteps 300000 --output cheetah.zarr
+    """
+
+    output: PathArg
+    """Where the store goes; must not exist."""
+    env_id: str = "InvertedPendulum-v5"
+    """A Gymnasium id with continuous actions."""
+    num_trials: int = 48
+    """PPO runs, each with its own initial weights and seeds."""
+    total_timesteps: int = 100_000
+    """Env steps a trial."""
+    seed: int = 0
+    """All trials' seeds derive from it."""
+    shared_init: bool = False
+    """Start all trials from the same weights (the paper's setting)."""
+    num_threads: int | None = None
+    """Cores to use; all by default."""
+    ppo: PPOConfig = dataclasses.field(default_factory=PPOConfig)
+
+    def run(self) -> None:
+        self.collect()
+        print(f"store      {self.output}")
+
+    def collect(self) -> Store:
+        return collect(
+            self.output,
+            env_id=self.env_id,
+            num_trials=self.num_trials,
+            total_timesteps=self.total_timesteps,
+            seed=self.seed,
+            ppo=self.ppo,
+            shared_init=self.shared_init,
+            num_threads=self.num_threads,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    """Train the forecaster on a store's trials; a share of them is held out and never read.
+
+    Example: tipl train --store runs/cheetah/store.zarr --output runs/cheetah/model
+    """
+
+    store: PathArg
+    """A store written by `tipl collect`."""
+    output: PathArg
+    """The model folder; must not exist."""
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+
+    def run(self) -> None:
+        train(Store.open(self.store), self.output, self.train)
+        print(f"model      {self.output}: {_training_line(self.output)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rollout:
+    """Forecast the weights that follow the observed part of one trial, and write them as safetensors.
+
+    Example: tipl rollout --model runs/demo/model --store runs/demo/store.zarr --trial 3 --prefix 0.4 --output f.safetensors
+    """
+
+    model: PathArg
+    """A model folder written by `tipl train`."""
+    store: PathArg
+    output: PathArg
+    """A .safetensors file: `weights` (horizon, p) float32 and `checkpoint` (horizon,), the index of each row."""
+    trial: int = 0
+    prefix: float = 0.4
+    """Share of the trial's path that is observed."""
+    horizon: int | None = None
+    """Checkpoints to forecast; to the end of the path by default."""
+
+    def run(self) -> None:
+        if self.output.exists():
+            raise FileExistsError(f"rollout: output {self.output} exists already; choose another file or remove it")
+        if not 0.0 < self.prefix <= 1.0:
+            raise ValueError(f"rollout: prefix must be a share of the path in (0, 1], got {self.prefix}")
+        trial = Store.open(self.store).trial(self.trial)
+        prefix_end = prefix_end_of(self.prefix, trial.num_checkpoints)
+        horizon = trial.num_checkpoints - 1 - prefix_end if self.horizon is None else self.horizon
+        weights = rollout(self.model, trial.weights(0, prefix_end + 1), horizon)[0]
+        arrays = {"weights": weights, "checkpoint": np.arange(prefix_end + 1, prefix_end + 1 + horizon)}
+        self.output.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.output, safetensors.numpy.save(arrays))
+        print(f"forecast   {self.output}: checkpoints {prefix_end + 1} to {prefix_end + horizon} of trial {self.trial}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluate:
+    """Judge the forecasts of held-out trials in weight space and in the simulator, beside baselines and floors.
+
+    Example: tipl evaluate --store runs/demo/store.zarr --model runs/demo/model --output runs/demo/evaluation
+    """
+
+    store: PathArg
+    model: PathArg
+    output: PathArg
+    """The folder of results.json; must not exist."""
+    num_threads: int | None = None
+    """Cores to use; all by default."""
+    evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
+
+    def run(self) -> None:
+        forecaster = Forecaster.load(self.model)
+        target = evaluate(Store.open(self.store), forecaster, self.output, self.evaluate, num_threads=self.num_threads)
+        print(f"results    {target}")
+        print(end_of_path_table(target))
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Draw the report: one HTML page that needs no network, and its plots as PNG files.
+
+    Example: tipl report --store runs/demo/store.zarr --evaluation runs/demo/evaluation --output report
+    """
+
+    store: PathArg
+    evaluation: PathArg
+    output: PathArg
+    model: PathArg | None = None
+    """Adds the training curve."""
+    overwrite: bool = False
+    """Replace a report that is there."""
+
+    def run(self) -> None:
+        page = write_report(
+            self.output,
+            evaluation=self.evaluation,
+            store=Store.open(self.store),
+            training=None if self.model is None else self.model / "training.json",
+            overwrite=self.overwrite,
+        )
+        print(f"report     {page}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Run every stage: collect, train, evaluate, report. Each writes into its own folder under `output`.
+
+    Example: tipl run --env-id HalfCheetah-v4 --num-trials 32 --total-timesteps 300000 --output runs/cheetah
+    """
+
+    output: PathArg
+    """The run folder; must not exist unless --resume."""
+    env_id: str = "InvertedPendulum-v5"
+    """A Gymnasium id with continuous actions."""
+    num_trials: int = 48
+    """PPO runs, each with its own initial weights and seeds."""
+    total_timesteps: int = 100_000
+    """Env steps a trial."""
+    seed: int = 0
+    """Of the trials, of the split and of the episodes."""
+    shared_init: bool = False
+    """Start all trials from the same weights (the paper's setting)."""
+    num_threads: int | None = None
+    """Cores to use; all by default."""
+    resume: bool = False
+    """Keep the stages that an interrupted run has finished."""
+    ppo: PPOConfig = dataclasses.field(default_factory=PPOConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
+
+    def run(self) -> None:
+        store_path, model, evaluation = (self.output / name for name in ("store.zarr", "model", "evaluation"))
+        if self.output.exists() and not self.resume:
+            raise FileExistsError(f"run: output {self.output} exists already; choose another folder or pass --resume")
+        seconds = _Seconds(self.output / "seconds.json")
+
+        if store_path.exists():
+            store = self._complete_store(store_path)
+        else:
+            with seconds.of("collect"):
+                store = Collect(
+                    store_path,
+                    self.env_id,
+                    self.num_trials,
+                    self.total_timesteps,
+                    self.seed,
+                    self.shared_init,
+                    self.num_threads,
+                    self.ppo,
+                ).collect()
+        print(f"store      {store_path}: {store.summary()}")
+
+        if not (model / "config.json").exists():
+            with seconds.of("train"):
+                train(store, model, dataclasses.replace(self.train, seed=self.seed))
+        print(f"model      {model}: {_training_line(model)}")
+
+        results = evaluation / "results.json"
+        if not results.exists():
+            evaluate(
+                store,
+                Forecaster.load(model),
+                evaluation,
+                dataclasses.replace(self.evaluate, seed=self.seed),
+                num_threads=self.num_threads,
+                seconds=seconds.read(),
+            )
+        print(f"results    {results}")
+        print(end_of_path_table(results))
+
+        page = write_report(
+            self.output / "report",
+            evaluation=evaluation,
+            store=store,
+            training=model / "training.json",
+            overwrite=self.resume,
+        )
+        print(f"report     {page}")
+
+    def _complete_store(self, path: Path) -> Store:
+        """Return the store of an earlier run, if it is the one that this run would collect."""
+        store = Store.open(path)
+        expected = -(-self.total_timesteps // self.ppo.num_steps) + 1
+        found = (store.env_id, store.num_trials, store.num_checkpoints)
+        if found != (self.env_id, self.num_trials, expected):
+            raise ValueError(
+                f"run: --resume expects {expected} checkpoints of {self.num_trials} trials of {self.env_id} in {path}, "
+                f"which holds {found[2]} of {found[1]} trials of {found[0]}: remove it, or go on from what it holds "
+                "with `tipl train`"
+            )
+        return store
+
+
+@dataclasses.dataclass(frozen=True)
+class Demo:
+    """See the whole thing in minutes: `run` on InvertedPendulum-v5 with settings that fit two cores."""
+
+    output: PathArg = Path("runs/demo")
+    resume: bool = False
+    """Keep the stages that an interrupted demo has finished."""
+
+    def run(self) -> None:
+        Run(
+            self.output,
+            env_id="InvertedPendulum-v5",
+            num_trials=64,
+            total_timesteps=50 * 2048,
+            resume=self.resume,
+            train=TrainConfig(),
+            evaluate=EvaluateConfig(num_episodes=3),
+        ).run()
+
+
+Command = (
+    Annotated[Collect, tyro.conf.subcommand("collect")]
+    | Annotated[Train, tyro.conf.subcommand("train")]
+    | Annotated[Rollout, tyro.conf.subcommand("rollout")]
+    | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+    | Annotated[Report, tyro.conf.subcommand("report")]
+    | Annotated[Run, tyro.conf.subcommand("run")]
+    | Annotated[Demo, tyro.conf.subcommand("demo")]
+)
+
+
+def main() -> None:
+    """Parse the command line and run the command; the exit status is 0, 2 for a user's mistake, 130 for Ctrl-C."""
+    try:
+        tyro.cli(
+            OmitArgPrefixes[Command],  # type: ignore[misc]
+            prog="tipl",
+            description="Forecast where PPO takes a policy's weights. Start with `tipl demo`.",
+        ).run()
+    except KeyboardInterrupt as interrupt:
+        print(f"tipl: interrupted. {interrupt}".rstrip(), file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, RuntimeError, OSError, FloatingPointError) as error:
+        print(f"tipl: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def end_of_path_table(results: Path) -> str:
+    """Return the mean relative weight error at the end of the path, a line a predictor and a column a prefix."""
+    rows = json.loads(results.read_text())["rows"]
+    prefixes = sorted({row["prefix"] for row in rows})
+    names = list(dict.fromkeys(row["predictor"] for row in rows if row["predictor"] != "return_floor"))
+    last = {prefix: max(row["horizon"] for row in rows if row["prefix"] == prefix) for prefix in prefixes}
+    lines = ["relative weight error at the end of the path, mean over held-out trials"]
+    lines.append(f"{'prefix':<14}" + "".join(f"{prefix:>8.0%}" for prefix in prefixes))
+    for name in names:
+        errors = [
+            np.mean(
+                [
+                    row["wpe_relative"]
+                    for row in rows
+                    if (row["predictor"], row["prefix"], row["horizon"]) == (name, prefix, last[prefix])
+                ]
+            )
+            for prefix in prefixes
+        ]
+        lines.append(f"{name:<14}" + "".join(f"{error:>8.3f}" for error in errors))
+    return "\n".join(lines)
+
+
+class _Seconds:
+    """What each stage of a run took, kept in a file so that a resumed run still knows."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def read(self) -> dict[str, float]:
+        return dict(json.loads(self.path.read_text())) if self.path.exists() else {}
+
+    @contextlib.contextmanager
+    def of(self, stage: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        seconds = {**self.read(), stage: time.perf_counter() - started}
+        write_atomically(self.path, (json.dumps(seconds) + "\n").encode())
+
+
+def _training_line(model: Path) -> str:
+    training = json.loads((model / "training.json").read_text())
+    return (
+        f"{training['num_parameters'] / 1e6:.2f} M parameters, validation error {training['best_error']:.3f} at step "
+        f"{training['best_step']}, {training['seconds']:.0f} s"
+    )

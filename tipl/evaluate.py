@@ -1,0 +1,323 @@
+"""Judge forecasts on held-out trials: in weight space (WPE) and in the simulator (REPW), beside baselines and floors.
+
+Shapes  N policies, E episodes a policy, T checkpoints, p weights, n horizons; h = prefix_end.
+
+WPE   mean squared error over the weights; relative: |forecast - truth| / |truth - theta_0|.
+REPW  |return of the true policy - return of the forecast one|, mean over the same E episodes (same seeds) of both.
+Both as in Tang 2025, arXiv 2503.04074. Policies act deterministically: the mean action, clipped to the action space.
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+import torch
+from numpy.typing import NDArray
+from rich.progress import Progress
+
+from tipl import _core
+from tipl.basis import trajectory_gram
+from tipl.envs import make_vec
+from tipl.policy import PolicySpec, mean_action
+from tipl.predictors import fit_baselines
+from tipl.progress import progress_bar
+from tipl.rollout import Forecaster, rollout
+from tipl.store import Store, write_atomically
+from tipl.train import prefix_end_of
+
+ENVS_AT_ONCE = 256
+"""Simulations stepped together: enough to hide Python's cost a step, few enough for their weights to stay in cache."""
+
+COORDINATE_TRIALS = 4
+"""Held-out trials whose coordinates are kept for the report."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateConfig:
+    """What forecasts are judged on."""
+
+    prefixes: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8)
+    """Shares of the path that are observed."""
+    horizons: tuple[float, ...] = (0.1, 0.2, 0.4, 0.6)
+    """How far ahead, as shares of the path; those that fit, and always the end of the path."""
+    num_episodes: int = 5
+    """Episodes a policy, on the same seeds for all policies."""
+    seed: int = 0
+    """Of the episodes."""
+
+    def __post_init__(self) -> None:
+        for name in ("prefixes", "horizons"):
+            shares = getattr(self, name)
+            if not shares or not all(0.0 < share < 1.0 for share in shares):
+                raise ValueError(f"EvaluateConfig: {name} must be shares of the path in (0, 1), got {shares}")
+        if self.num_episodes < 1:
+            raise ValueError(f"EvaluateConfig: num_episodes must be at least 1, got {self.num_episodes}")
+
+    def horizon_grid(self, prefix_end: int, num_checkpoints: int) -> NDArray[np.int64]:
+        """Return the horizons (n,) after `prefix_end`, ascending; the last reaches the end of the path."""
+        to_end = num_checkpoints - 1 - prefix_end
+        steps = {max(1, round(share * (num_checkpoints - 1))) for share in self.horizons}
+        return np.array(sorted({step for step in steps if step < to_end} | {to_end}), dtype=np.int64)
+
+
+def weight_errors(
+    forecast: NDArray[np.float32], truth: NDArray[np.float32], initial: NDArray[np.float32]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return WPE (n,) and relative WPE (n,) of forecast (n, p) against truth (n, p), with theta_0 (p,)."""
+    squared = ((forecast.astype(np.float64) - truth) ** 2).sum(1)
+    walked = ((truth.astype(np.float64) - initial) ** 2).sum(1)
+    return squared / truth.shape[1], np.sqrt(squared / walked)
+
+
+def episodic_returns(
+    env_id: str,
+    policy: PolicySpec,
+    weights: NDArray[np.float32],
+    episode_seeds: NDArray[np.int64],
+    *,
+    num_threads: int | None = None,
+    bar: Progress | None = None,
+) -> NDArray[np.float64]:
+    """Return the episodic returns (N, E) of deterministic policies (N, p), episode e of each on episode_seeds[e].
+
+    Policies and episodes step together, `ENVS_AT_ONCE` simulations at a time; one that has ended is stepped no more.
+    """
+    num_episodes = len(episode_seeds)
+    at_once = min(len(weights), max(1, ENVS_AT_ONCE // num_episodes))
+    env = make_vec(
+        env_id, at_once * num_episodes, seeds=np.tile(episode_seeds, at_once).tolist(), num_threads=num_threads
+    )
+    task = (
+        bar.add_task(f"evaluate {len(weights)} policies", total=len(weights) * num_episodes, note="episodes")
+        if bar
+        else None
+    )
+    returns = np.zeros((len(weights), num_episodes))
+    try:
+        for first in range(0, len(weights), at_once):
+            group = torch.from_numpy(weights[first : first + at_once])
+            total = returns[first : first + at_once].reshape(-1)  # a view: filled in place
+            obs = env.reset(np.tile(episode_seeds, at_once).tolist())
+            running = np.arange(env.num_envs) < len(total)
+            while running.any():
+                # Only policies with a running episode think: (M, E, obs_dim) -> (M, E, act_dim)
+                busy = np.flatnonzero(running.reshape(at_once, num_episodes).any(1))
+                seen = obs.reshape(at_once, num_episodes, -1)[busy].astype(np.float32)
+                actions = np.zeros((at_once, num_episodes, env.act_dim))
+                chosen = group if len(busy) == len(group) else group[torch.from_numpy(busy)]
+                actions[busy] = mean_action(policy, chosen, torch.from_numpy(seen)).numpy()
+                step = env.step(actions.reshape(env.num_envs, -1), running)
+                obs = step.obs
+                total += step.reward[: len(total)]
+                ended = step.terminated | step.truncated  # nothing where it is not running
+                running &= ~ended
+                if bar is not None and task is not None and ended.any():
+                    bar.update(task, advance=int(ended.sum()))
+    finally:
+        env.close()
+    return returns
+
+
+class _Judged:
+    """The policies to be run, each once, and the rows that wait for their returns."""
+
+    def __init__(self) -> None:
+        self.weights: list[NDArray[np.float32]] = []
+        self.known: dict[tuple[Any, ...], int] = {}
+        self.rows: list[dict[str, Any]] = []
+
+    def policy(self, weights: NDArray[np.float32], *name: Any) -> int:
+        """Return the number of the policy called `name`, adding it if it is new."""
+        if name not in self.known:
+            self.known[name] = len(self.weights)
+            self.weights.append(weights)
+        return self.known[name]
+
+
+def evaluate(
+    store: Store,
+    forecaster: Forecaster,
+    output: Path,
+    config: EvaluateConfig = EvaluateConfig(),
+    *,
+    num_threads: int | None = None,
+    seconds: Mapping[str, float] | None = None,
+    progress: bool = True,
+) -> Path:
+    """Judge `forecaster` and every baseline on the held-out trials of `store`; return the path of results.json.
+
+    Writes results.json (tidy rows, one a trial, prefix, horizon and predictor) and coordinates.safetensors (some
+    held-out paths, true and forecast) into the folder `output`. `seconds` is what earlier stages took, for the report.
+
+    Raises FileExistsError where `output` exists; ValueError where the model was not trained on this store, or a prefix
+    is too short for a basis.
+    """
+    if output.exists():
+        raise FileExistsError(f"evaluate: output {output} exists already; choose another folder or remove it")
+    check_fit(store, forecaster)
+    started = time.perf_counter()
+    split = forecaster.config["split"]
+    num_checkpoints = forecaster.config["num_checkpoints"]
+    n_components = forecaster.model.config.n_components
+    heldout: list[int] = split["heldout"]
+    truth = np.array([store.trial(i).weights() for i in heldout])  # (trials, T, p)
+    training_grams = [trajectory_gram(store.trial(i).weights()) for i in split["train"]]
+
+    judged = _Judged()
+    coordinates: dict[str, NDArray[Any]] = {}
+    for share in config.prefixes:
+        prefix_end = prefix_end_of(share, num_checkpoints)
+        horizons = config.horizon_grid(prefix_end, num_checkpoints)
+        prefixes = truth[:, : prefix_end + 1]
+        forecasts = rollout(forecaster, prefixes, int(horizons[-1]), num_threads=num_threads)[:, horizons - 1]
+        baselines = fit_baselines(training_grams, prefix_end, n_components)
+        for trial, path, forecast in zip(heldout, truth, forecasts, strict=True):
+            basis = forecaster.basis_of(path[: prefix_end + 1])
+            future = path[prefix_end + horizons]  # (n, p)
+            predictions = {"tipl": forecast}
+            predictions |= {name: it.forecast(path[: prefix_end + 1], horizons) for name, it in baselines.items()}
+            predictions["basis_floor"] = basis.decode(basis.encode(future))
+            predictions["return_floor"] = future
+            _add_rows(judged, store.env_id, trial, share, prefix_end, horizons, path, predictions)
+        coordinates |= _coordinates(forecaster, truth, heldout, share, prefix_end)
+
+    episode_seeds = np.random.default_rng(config.seed).integers(2**31, size=(2, config.num_episodes))
+    weights = np.array(judged.weights)
+    true_policies = sorted({row["true"] for row in judged.rows})
+    with progress_bar(progress) as bar:
+        returns, again = (
+            episodic_returns(store.env_id, store.policy, policies, seeds, num_threads=num_threads, bar=bar).mean(1)
+            for policies, seeds in ((weights, episode_seeds[0]), (weights[true_policies], episode_seeds[1]))
+        )
+    on_other_seeds = dict(zip(true_policies, again, strict=True))
+    for row in judged.rows:
+        true, predicted = row.pop("true"), row.pop("predicted")
+        row["return_true"] = float(returns[true])
+        row["return_predicted"] = float(
+            on_other_seeds[true] if row["predictor"] == "return_floor" else returns[predicted]
+        )
+        row["repw"] = abs(row["return_true"] - row["return_predicted"])
+
+    results = {
+        "format": "tipl-results",
+        "version": 1,
+        "env_id": store.env_id,
+        "tipl_version": importlib.metadata.version("tipl"),
+        "settings": {
+            "num_trials": store.num_trials,
+            "train_trials": split["train"],
+            "validation_trials": split["validation"],
+            "heldout_trials": heldout,
+            "num_checkpoints": num_checkpoints,
+            "num_params": store.policy.num_params,
+            "n_components": n_components,
+            "episode_seeds": episode_seeds[0].tolist(),
+            **dataclasses.asdict(config),
+            "train": forecaster.config["train"],
+            "collect": store.config,
+        },
+        "machine": machine_record(),
+        "seconds": {**(seconds or {}), "evaluate": time.perf_counter() - started},
+        "rows": judged.rows,
+    }
+    output.mkdir(parents=True)
+    write_atomically(output / "coordinates.safetensors", safetensors.numpy.save(coordinates))
+    target = output / "results.json"
+    write_atomically(target, (json.dumps(results, indent=1, allow_nan=False) + "\n").encode())
+    return target
+
+
+def check_fit(store: Store, forecaster: Forecaster) -> None:
+    """Raise ValueError unless the forecaster was trained on this store."""
+    config = forecaster.config
+    if "split" not in config:
+        raise ValueError("evaluate: the model is not from `tipl train`: its config.json holds no split of trials")
+    for name, of_model, of_store in (
+        ("env_id", config["env_id"], store.env_id),
+        ("policy", config["policy"], store.policy.to_dict()),
+        ("seeds", config["seeds"], store.seeds),
+        ("num_checkpoints", config["num_checkpoints"], store.num_checkpoints),
+    ):
+        if of_model != of_store:
+            raise ValueError(
+                f"evaluate: the model does not fit the store {store.path}: it was trained on {name} = {of_model}, "
+                f"the store has {of_store}"
+            )
+
+
+def machine_record() -> dict[str, Any]:
+    """Return what the figures were measured on, as plain JSON."""
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        model = names[0] if names else model
+    packages = ("torch", "mujoco", "gymnasium", "numpy")
+    return {
+        "cpu": model,
+        "cores": len(os.sched_getaffinity(0)),
+        "isa": _core.isa(),
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in packages},
+    }
+
+
+def _add_rows(
+    judged: _Judged,
+    env_id: str,
+    trial: int,
+    share: float,
+    prefix_end: int,
+    horizons: NDArray[np.int64],
+    path: NDArray[np.float32],
+    predictions: dict[str, NDArray[np.float32]],
+) -> None:
+    """Add a row for every predictor and horizon; its two policies wait in `judged` for their returns."""
+    future = path[prefix_end + horizons]
+    for name, weights in predictions.items():
+        wpe, relative = weight_errors(weights, future, path[0])
+        for j, horizon in enumerate(horizons):
+            true = judged.policy(future[j], trial, int(prefix_end + horizon))
+            if name == "return_floor":
+                predicted = true
+            elif name == "persistence":
+                predicted = judged.policy(weights[j], trial, prefix_end)
+            else:
+                predicted = judged.policy(weights[j], trial, share, name, int(horizon))
+            judged.rows.append(
+                {
+                    "env_id": env_id,
+                    "trial": trial,
+                    "prefix": share,
+                    "horizon": int(horizon),
+                    "predictor": name,
+                    "wpe": float(wpe[j]),
+                    "wpe_relative": float(relative[j]),
+                    "true": true,
+                    "predicted": predicted,
+                }
+            )
+
+
+def _coordinates(
+    forecaster: Forecaster, truth: NDArray[np.float32], heldout: list[int], share: float, prefix_end: int
+) -> dict[str, NDArray[Any]]:
+    """Return some held-out paths in coordinates, true and forecast, under the names that the report reads."""
+    arrays: dict[str, NDArray[Any]] = {}
+    for trial, path in list(zip(heldout, truth, strict=True))[:COORDINATE_TRIALS]:
+        true = forecaster.basis_of(path[: prefix_end + 1]).encode(path)  # (T, k)
+        observed = true[None, : prefix_end + 1]
+        future = forecaster.continue_coordinates(observed, len(path) - 1 - prefix_end)
+        stem = f"trial{trial}_prefix{round(100 * share)}"
+        arrays[f"{stem}_true"] = true
+        arrays[f"{stem}_tipl"] = np.concatenate([observed, future], 1)[0]
+        arrays[f"{stem}_h"] = np.array([prefix_end])
+    return arrays

@@ -1,0 +1,478 @@
+"""The report's figures: each a `Plot` of one or more panels, drawn by matplotlib without touching its global state.
+
+A plot is rendered twice. As one PNG file with all panels and a legend, for papers and slides; and as one inline SVG a
+panel, whose colours are CSS variables and whose text is text, so that the page can lay the panels out for a wide or a
+narrow screen and follow the reader's light or dark theme.
+"""
+
+import dataclasses
+import io
+import math
+import re
+import textwrap
+from collections.abc import Callable, Sequence
+
+import matplotlib.style
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from numpy.typing import NDArray
+
+from tipl.estimates import Bootstrap, mean
+from tipl.results import CoordinatePath, FloatArray, Results, Training, predictor_info
+
+# Name -> colour on a light page, colour on a dark page. Predictors are told apart with any common colour blindness
+# (after Okabe and Ito), and by their markers; floors are grey. Every light colour occurs once: an SVG
+# names its colours by them.
+THEME: dict[str, tuple[str, str]] = {
+    "surface": ("#fffffe", "#161b22"),
+    "ink": ("#1f2328", "#e6edf3"),
+    "muted": ("#59636e", "#9aa4af"),
+    "faint": ("#b4bcc6", "#525c67"),
+    "grid": ("#e4e8ec", "#2b323b"),
+    "tipl": ("#d55e00", "#ff7a1a"),
+    "persistence": ("#0b4f9e", "#5a82e6"),
+    "linear": ("#00875f", "#2fc79b"),
+    "rank1": ("#97246e", "#c985e0"),
+    "mean_path": ("#4aa3d9", "#a6dcff"),
+    "basis_floor": ("#77808a", "#8d97a3"),
+    "return_floor": ("#9098a1", "#7b8591"),
+    "unknown-0": ("#8a6d00", "#d8c24a"),
+    "unknown-1": ("#6b5b95", "#b7a6e3"),
+    "unknown-2": ("#5f4b32", "#c9ac86"),
+}
+Curve = tuple[FloatArray, FloatArray, FloatArray]  # mean, lower and upper bound (H,)
+
+PANEL_INCHES = (4.8, 3.45)
+PNG_DPI = 150
+COORDINATES_SHOWN = 3
+MAX_CURVES = 128
+
+_STYLE = {
+    "font.size": 10,
+    "axes.titlesize": 10.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.labelsize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.8,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.formatter.useoffset": False,
+    "axes.unicode_minus": True,
+    "axes.edgecolor": THEME["faint"][0],
+    "axes.labelcolor": THEME["muted"][0],
+    "axes.titlecolor": THEME["ink"][0],
+    "xtick.color": THEME["faint"][0],
+    "ytick.color": THEME["faint"][0],
+    "xtick.labelcolor": THEME["muted"][0],
+    "ytick.labelcolor": THEME["muted"][0],
+    "grid.color": THEME["grid"][0],
+    "grid.linewidth": 0.8,
+    "text.color": THEME["ink"][0],
+    "text.parse_math": False,  # a name out of a file may hold a dollar sign
+    "legend.frameon": False,
+    "lines.solid_capstyle": "round",
+    "svg.fonttype": "none",
+    "svg.hashsalt": "tipl",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Panel:
+    """One pair of axes: its title, and what draws on it."""
+
+    title: str
+    draw: Callable[[Axes], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Mark:
+    """How a series looks in the plot and in its legend; `color` is a name in THEME."""
+
+    label: str
+    color: str
+    width: float = 1.6
+    dashes: tuple[float, ...] = ()
+    marker: str = ""
+
+    @property
+    def rgb(self) -> str:
+        return THEME[self.color][0]
+
+    @property
+    def marker_size(self) -> float:
+        return 3.5 + self.width / 2 if self.width else 6.0
+
+    def line(self, ax: Axes, x: NDArray[np.generic], y: NDArray[np.generic], *, zorder: float = 2.0) -> None:
+        markers = self.marker if len(x) <= 30 else ""  # further ones would hide the line
+        ax.plot(
+            x,
+            y,
+            color=self.rgb,
+            linewidth=self.width,
+            dashes=self.dashes or (None, None),
+            marker=markers,
+            markersize=self.marker_size,
+            markeredgewidth=0,
+            zorder=zorder,
+        )
+
+    def handle(self) -> Line2D:
+        line = Line2D([], [], color=self.rgb, linewidth=self.width, label=self.label)
+        line.set(marker=self.marker, markersize=self.marker_size, markeredgewidth=0)
+        if self.dashes:
+            line.set_dashes(self.dashes)
+        return line
+
+
+@dataclasses.dataclass(frozen=True)
+class Plot:
+    """A figure of the report; `name` is the stem of its PNG file."""
+
+    name: str
+    panels: tuple[Panel, ...]
+    legend: tuple[Mark, ...] = ()
+    columns: int = 2
+
+    def png(self) -> bytes:
+        """Return all panels and the legend as one PNG picture on white."""
+        columns = min(self.columns, len(self.panels))
+        rows = math.ceil(len(self.panels) / columns)
+        entries = min(len(self.legend), 2 * columns + 1)  # of the legend, in a row
+        height = rows * PANEL_INCHES[1] + (0.3 * math.ceil(len(self.legend) / entries) if entries else 0.0)
+        with matplotlib.style.context(["default", _STYLE]):
+            figure = Figure(figsize=(columns * PANEL_INCHES[0], height), layout=_layout())
+            for i, panel in enumerate(self.panels):
+                panel.draw(figure.add_subplot(rows, columns, i + 1, title=panel.title))
+            if entries:
+                handles = [mark.handle() for mark in self.legend]
+                figure.legend(handles=handles, loc="outside upper center", ncols=entries)
+            file = io.BytesIO()
+            figure.savefig(file, format="png", dpi=PNG_DPI)
+        return file.getvalue()
+
+    def svgs(self) -> list[str]:
+        """Return each panel as an SVG element to put into a page that defines the colours as CSS variables."""
+        elements = []
+        for i, panel in enumerate(self.panels):
+            with matplotlib.style.context(["default", _STYLE]):
+                figure = Figure(figsize=PANEL_INCHES, layout=_layout())
+                panel.draw(figure.add_subplot(title=panel.title))
+                file = io.StringIO()
+                nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+                figure.savefig(file, format="svg", transparent=True, metadata=nothing)
+            elements.append(_inline(file.getvalue(), f"{self.name}-{i}"))
+        return elements
+
+
+def _layout() -> ConstrainedLayoutEngine:
+    return ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.06)
+
+
+def _inline(svg: str, prefix: str) -> str:
+    """Return the <svg> element of an SVG file fit for a page: unique ids, no namespaces, colours by variable."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r'\s(?:xmlns(?::xlink)?|width|height|version)="[^"]*"', "", svg, count=5)
+    svg = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", svg, count=1, flags=re.DOTALL)  # it would style the page
+    svg = re.sub(r'\bid="([^"]*)"', rf'id="{prefix}-\1"', svg)
+    svg = re.sub(r'xlink:href="#', rf'href="#{prefix}-', svg)
+    svg = re.sub(r"url\(#", rf"url(#{prefix}-", svg)
+    for name, (light, _) in THEME.items():
+        svg = svg.replace(light, f"var(--{name})")
+    return svg
+
+
+def predictor_marks(names: Sequence[str]) -> dict[str, Mark]:
+    """Return the mark of each predictor, the same in every figure of a report that knows the same `names`."""
+    markers = {"tipl": "o", "persistence": "s", "linear": "^", "rank1": "D", "mean_path": "v"}
+    marks = {}
+    unknown = 0
+    for name in names:
+        info = predictor_info(name)
+        if name not in THEME:
+            color, marker = f"unknown-{unknown % 3}", "XP"[unknown // 3 % 2]
+            unknown += 1
+        else:
+            color, marker = name, markers.get(name, "")
+        dashes = () if not info.is_floor else (5.0, 2.5) if name == "basis_floor" else (1.5, 2.0)
+        marks[name] = Mark(info.label, color, {"tipl": 3.0, "persistence": 2.0}.get(name, 1.5), dashes, marker)
+    return marks
+
+
+def percent(prefix: float) -> str:
+    return f"{100 * prefix:.3g}\N{NO-BREAK SPACE}%"
+
+
+def error_plot(
+    name: str, results: Results, bootstrap: Bootstrap, measure: str, label: str, floors: Sequence[str]
+) -> Plot:
+    """Return the mean `measure` against the horizon with its 95 % bands, a panel a prefix, floors dashed."""
+    marks = predictor_marks(results.names)
+    shown = [n for n in results.names if n in floors or n in results.predictors]
+    shown = [n for n in shown if any(np.isfinite(results.values(measure, f, n)).any() for f in results.prefixes)]
+    bands = {f: {n: bootstrap.curve(results.values(measure, f, n)) for n in shown} for f in results.prefixes}
+
+    def draw(ax: Axes, prefix: float) -> None:
+        curves, x = bands[prefix], results.horizons[prefix]
+        for rank, n in enumerate(reversed(shown)):  # TIPL last, on top
+            center, low, high = curves[n]
+            marks[n].line(ax, x, center, zorder=3 + rank)
+            ax.fill_between(x, low, high, color=marks[n].rgb, alpha=0.2 if n == "tipl" else 0.1, linewidth=0, zorder=2)
+        main = [n for n in shown if n in ("tipl", "persistence", *floors)]
+        _frame(ax, [(marks[n].label, curves[n]) for n in shown], [curves[n] for n in main], bottom=0.0)
+        _horizon_axis(ax, x)
+        ax.set_ylabel(label)
+
+    return Plot(name, _prefix_panels(results, draw), tuple(marks[n] for n in shown))
+
+
+def gain_plot(results: Results, bootstrap: Bootstrap) -> Plot:
+    """Return the return gained over the prefix's end against the horizon, by the true future and by each forecast."""
+    marks = predictor_marks(results.names)
+    truth = Mark("true future", "ink", 2.4)
+    noise = Mark("return noise", "return_floor", 1.5, (1.5, 2.0))
+    shown = [n for n in results.names if n != "return_floor"]
+
+    def curves(prefix: float) -> list[tuple[Mark, Curve]]:
+        start = results.values("return_predicted", prefix, "persistence")  # (n, H): R(prefix end), at every horizon
+        gains = [(truth, results.values("return_true", prefix, "persistence") - start)]
+        gains += [(marks[n], results.values("return_predicted", prefix, n) - start) for n in shown]
+        return [(mark, bootstrap.curve(gain)) for mark, gain in gains]
+
+    bands = {prefix: curves(prefix) for prefix in results.prefixes}
+
+    def draw(ax: Axes, prefix: float) -> None:
+        x = results.horizons[prefix]
+        main = []
+        for rank, (mark, (center, low, high)) in enumerate(reversed(bands[prefix])):
+            mark.line(ax, x, center, zorder=3 + rank)
+            if mark.color in ("ink", "tipl"):
+                ax.fill_between(x, low, high, color=mark.rgb, alpha=0.15, linewidth=0, zorder=2)
+                main.append((center, low, high))
+        spread = mean(results.values("repw", prefix, "return_floor"))
+        for sign in (-1, 1):
+            noise.line(ax, x, sign * spread, zorder=2.5)
+        _frame(ax, [(mark.label, curve) for mark, curve in bands[prefix]], [*main, (0 * spread, -spread, spread)])
+        _horizon_axis(ax, x)
+        ax.set_ylabel("return gained")
+
+    has_noise = "return_floor" in results.names
+    return Plot("return_gain", _prefix_panels(results, draw), (truth, *(marks[n] for n in shown), *[noise] * has_noise))
+
+
+def returns_plot(results: Results) -> Plot:
+    """Return the scatter of the return of the forecast policy against the true policy's, persistence beside TIPL."""
+    marks = {n: dataclasses.replace(m, width=0.0) for n, m in predictor_marks(results.names).items()}
+    shown = [n for n in results.predictors if n in ("persistence", "tipl")] or list(results.predictors)
+
+    def points(prefix: float, name: str, get: Callable[[str, float, str], FloatArray]) -> tuple[FloatArray, FloatArray]:
+        return get("return_true", prefix, name).ravel(), get("return_predicted", prefix, name).ravel()
+
+    returns = np.concatenate([np.concatenate(points(f, n, results.values)) for f in results.prefixes for n in shown])
+    low, high = float(np.nanmin(returns)), float(np.nanmax(returns))
+    margin = 0.06 * (high - low) or 1.0
+
+    def draw(ax: Axes, prefix: float) -> None:
+        limits = low - margin, high + margin
+        ax.plot(limits, limits, color=THEME["faint"][0], linewidth=1.0, zorder=1)
+        for n in reversed(shown):  # TIPL last, on top
+            for get, size, alpha in ((results.values, 12, 0.3), (results.at_end, 42, 0.9)):
+                x, y = points(prefix, n, get)
+                marker = marks[n].marker or "o"
+                ax.scatter(x, y, s=size, color=marks[n].rgb, alpha=alpha, marker=marker, linewidths=0, zorder=3)
+        ax.set(xlim=limits, ylim=limits, xlabel="return of the true policy", ylabel="return of the forecast policy")
+        ax.xaxis.set_major_locator(MaxNLocator(5))
+        ax.yaxis.set_major_locator(MaxNLocator(5))
+
+    return Plot("returns", _prefix_panels(results, draw), tuple(marks[n] for n in shown))
+
+
+def coordinates_plot(paths: Sequence[CoordinatePath]) -> Plot:
+    """Return the first coordinates of held-out paths, true against forecast, a panel a (trial, prefix)."""
+    truth, forecast = Mark("true path", "ink", 1.5), Mark("TIPL's forecast", "tipl", 2.4, (3.0, 1.2))
+
+    def draw(ax: Axes, path: CoordinatePath) -> None:
+        t = np.arange(len(path.true))
+        shown = range(min(COORDINATES_SHOWN, path.true.shape[1]))
+        for i in shown:
+            truth.line(ax, t, path.true[:, i])
+            forecast.line(ax, t[path.prefix_end :], path.forecast[path.prefix_end :, i], zorder=3)
+        ax.axvline(path.prefix_end, color=THEME["faint"][0], linewidth=1.0, zorder=1)
+        low, high = ax.get_ylim()
+        ends = _apart(path.true[-1, : len(shown)].astype(float), 0.06 * (high - low))
+        for i, y in enumerate(ends):
+            ax.annotate(
+                f"{i + 1}",
+                (1.0, y),
+                xycoords=("axes fraction", "data"),
+                xytext=(4, 0),
+                textcoords="offset points",
+                va="center",
+            )
+        ax.set_xlim(0, len(path.true) - 1)
+        ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        ax.set(xlabel="checkpoint", ylabel="coordinate")
+
+    def panel(path: CoordinatePath) -> Panel:
+        return Panel(f"trial {path.trial}, prefix {path.percent}\N{NO-BREAK SPACE}%", lambda ax: draw(ax, path))
+
+    columns = max(2, len({path.percent for path in paths}))
+    return Plot("coordinates", tuple(panel(path) for path in paths), (truth, forecast), columns)
+
+
+def spectrum_plot(singular_values: Sequence[FloatArray], n_components: int | None) -> Plot:
+    """Return the singular spectrum of each held-out path, and the error that its first k directions leave."""
+
+    def draw(ax: Axes, curves: Sequence[FloatArray], label: str, xlabel: str) -> None:
+        length = min(len(curve) for curve in curves)
+        x = np.arange(1, length + 1)
+        for curve in curves:
+            ax.plot(x, curve[:length], color=THEME["faint"][0], linewidth=0.9)
+        ax.plot(x, np.median([curve[:length] for curve in curves], 0), color=THEME["ink"][0], linewidth=2.2)
+        if n_components is not None and n_components <= length:
+            _marked_line(ax, n_components, f"k = {n_components}")
+        ax.set(xscale="log", yscale="log", xlabel=xlabel, ylabel=label)
+        ax.xaxis.set_major_locator(LogLocator(2.0))
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        ax.xaxis.set_minor_formatter(NullFormatter())
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        ax.yaxis.set_minor_formatter(NullFormatter())
+
+    spectra = [s / s[0] for s in singular_values]
+    tails = [np.sqrt(np.maximum(0.0, 1 - np.cumsum(s**2) / np.sum(s**2)))[:-1] for s in singular_values]
+    panels = (
+        Panel("Singular values", lambda ax: draw(ax, spectra, "relative to the first", "direction")),
+        Panel("What k directions leave", lambda ax: draw(ax, tails, "relative error", "number of directions, k")),
+    )
+    return Plot("spectrum", panels, (Mark("median path", "ink", 2.2), Mark("each held-out path", "faint", 0.9)))
+
+
+def learning_plot(
+    env_steps: NDArray[np.int64],
+    returns: FloatArray,
+    is_heldout: NDArray[np.bool_],
+    prefixes: Sequence[float],
+    bootstrap: Bootstrap,
+) -> Plot:
+    """Return the learning curves (n, T) of all trials against their env steps (T,), with mean and interval."""
+    center, low, high = bootstrap.curve(returns)
+
+    def draw(ax: Axes) -> None:
+        for heldout, color in ((False, "faint"), (True, "muted")):
+            curves = returns[is_heldout == heldout][:MAX_CURVES]
+            lines = [np.column_stack([env_steps, curve])[np.isfinite(curve)] for curve in curves]
+            ax.add_collection(LineCollection(lines, colors=THEME[color][0], linewidths=0.7, alpha=0.6, zorder=2))
+        ax.fill_between(env_steps, low, high, color=THEME["ink"][0], alpha=0.2, linewidth=0, zorder=3)
+        ax.plot(env_steps, center, color=THEME["ink"][0], linewidth=2.4, zorder=4)
+        for prefix in prefixes:
+            x = float(np.interp(prefix, np.linspace(0, 1, len(env_steps)), env_steps))
+            ax.axvline(x, color=THEME["muted"][0], linewidth=0.8, linestyle=":", zorder=1)
+        ax.autoscale_view()
+        ax.set_xlim(0, float(env_steps[-1]))
+        ax.xaxis.set_major_locator(MaxNLocator(6))
+        ax.xaxis.set_major_formatter(FuncFormatter(_short_count))
+        ax.set(xlabel="environment steps", ylabel="episodic return in training")
+
+    legend = (Mark("mean", "ink", 2.4), Mark("held-out trials", "muted", 0.9), Mark("other trials", "faint", 0.9))
+    return Plot("learning_curves", (Panel("Learning curves", draw),), legend)
+
+
+def training_plot(training: Training) -> Plot:
+    """Return the forecaster's training loss and its validation error against optimiser steps."""
+    train, validation = Mark("training loss", "faint", 1.4), Mark("validation error", "ink", 2.2)
+
+    def draw(ax: Axes) -> None:
+        train.line(ax, training.steps, training.train_loss)
+        validation.line(ax, training.steps, training.heldout_loss)
+        best = training.best_step
+        _marked_line(ax, best, f"kept: step {best:,}", is_left=best > 0.5 * training.steps[-1])
+        ax.set(yscale="log", xlabel="optimiser step", ylabel="relative error")
+        ax.yaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        ax.yaxis.set_minor_formatter(NullFormatter())
+        ax.xaxis.set_major_formatter(FuncFormatter(_short_count))
+
+    return Plot("training", (Panel("Training of the forecaster", draw),), (train, validation))
+
+
+def _prefix_panels(results: Results, draw: Callable[[Axes, float], None]) -> tuple[Panel, ...]:
+    def panel(prefix: float) -> Panel:
+        return Panel(f"prefix {percent(prefix)}", lambda ax: draw(ax, prefix))
+
+    return tuple(panel(prefix) for prefix in results.prefixes)
+
+
+def _horizon_axis(ax: Axes, horizons: NDArray[np.int64]) -> None:
+    ax.set_xlim(0, 1.02 * float(horizons[-1]))
+    ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    ax.set_xlabel("horizon (checkpoints)")
+
+
+def _marked_line(ax: Axes, x: float, note: str, *, is_left: bool = False) -> None:
+    """Draw a dotted vertical line at `x` with a note at its top, on the right or the left of it."""
+    ax.axvline(x, color=THEME["muted"][0], linewidth=1.0, linestyle=":")
+    ax.annotate(
+        note,
+        (x, 0.98),
+        xycoords=("data", "axes fraction"),
+        xytext=(-4 if is_left else 4, 0),
+        textcoords="offset points",
+        va="top",
+        ha="right" if is_left else "left",
+        color=THEME["muted"][0],
+        fontsize=9,
+    )
+
+
+def _frame(ax: Axes, curves: Sequence[tuple[str, Curve]], main: Sequence[Curve], bottom: float | None = None) -> None:
+    """Fit the vertical axis to the `main` curves, and name those that leave it above, with their value at the end.
+
+    Others widen the frame where that costs little; one that runs away would flatten all the rest.
+    """
+    low, high = _extent(main or [curve for _, curve in curves])
+    lowest, highest = _extent([curve for _, curve in curves])
+    room = 0.75 * (high - low)
+    low, high = (
+        (min(low, lowest) if lowest > low - room else low),
+        (max(high, highest) if highest < high + room else high),
+    )
+    margin = 0.08 * (high - low) or 1.0
+    low, high = (low - margin if bottom is None else bottom), high + margin
+    ax.set_ylim(low, high)
+    away = [(label, center[-1]) for label, (center, _, _) in curves if ((center > high) | (center < low)).any()]
+    if away:
+        ends = ", ".join(f"{label} {end:.3g}".replace(" -", " \N{MINUS SIGN}") for label, end in away)
+        ax.set_title("\n".join(textwrap.wrap(f"off the scale: {ends}", 44)), loc="right", fontsize=8.5, weight="normal")
+
+
+def _extent(curves: Sequence[Curve]) -> tuple[float, float]:
+    """Return the smallest and largest finite value of curves and their bands, 0 and 1 where there is none."""
+    values = np.concatenate([part for curve in curves for part in curve])
+    values = values[np.isfinite(values)]
+    return (float(values.min()), float(values.max())) if len(values) else (0.0, 1.0)
+
+
+def _apart(positions: FloatArray, gap: float) -> FloatArray:
+    """Return `positions` (n,) moved as little as keeps neighbours `gap` apart, so that labels there do not collide."""
+    order = np.argsort(positions)
+    spread = positions[order].copy()
+    for i in range(1, len(spread)):
+        spread[i] = max(spread[i], spread[i - 1] + gap)
+    spread -= np.mean(spread - positions[order])
+    moved = np.empty_like(spread)
+    moved[order] = spread
+    return moved
+
+
+def _short_count(value: float, _: int | None = None) -> str:
+    """Return 2500000 as 2.5M, 20000 as 20k."""
+    for unit, suffix in ((1e6, "M"), (1e3, "k")):
+        if abs(value) >= unit:
+            return f"{value / unit:g}{suffix}"
+    return f"{value:g}"

@@ -1,0 +1,430 @@
+"""One self-contained HTML page of an evaluation: what was run, what came out, and how far to trust it.
+
+Reads `results.json` and `coordinates.safetensors` of `evaluate`, the store of `collect`, the loss curves of `train`.
+Here are the doors and the sections; `page` is the HTML, `plots` the figures, `estimates` the intervals, `verdict` the
+words that judge.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tipl import page, plots, verdict
+from tipl.estimates import Bootstrap, Estimate, captured_gain, ranking
+from tipl.page import NBSP, Html, element, fmt, fmt_interval, fmt_percent, fmt_seconds
+from tipl.plots import Plot, percent
+from tipl.results import (
+    CoordinatePath,
+    FloatArray,
+    Results,
+    Training,
+    predictor_info,
+    read_coordinates,
+    read_results,
+    read_training,
+)
+from tipl.store import Store, Trial, write_atomically
+
+FIGURES = ("wpe", "repw", "return_gain", "returns", "coordinates", "spectrum", "learning_curves", "training")
+COORDINATE_TRIALS = 2
+SPECTRUM_BYTES = 1 << 28
+SPECTRUM_CHECKPOINTS = 512
+
+
+def write_report(
+    output: Path, *, evaluation: Path, store: Store, training: Path | None = None, overwrite: bool = False
+) -> Path:
+    """Write `report.html` and its figures as PNG files into the folder `output`; return the path of the page.
+
+    `evaluation` is the folder that `tipl evaluate` wrote, `store` the trials that it judged, `training` the file
+    `training.json` of the model. Nothing is written before the whole report is made, and the page comes last.
+
+    Raises FileExistsError where the report is there already and `overwrite` is not set, FileNotFoundError where
+    results are missing, RuntimeError where a file is damaged, ValueError where the results are not of this store.
+    """
+    output, evaluation = Path(output), Path(evaluation)
+    targets = [output / "report.html", *(output / f"{name}.png" for name in FIGURES)]
+    if output.exists() and not output.is_dir():
+        raise FileExistsError(f"write_report: output must be a folder, but {output} is a file")
+    existing = [path for path in targets if path.exists()]
+    if existing and not overwrite:
+        raise FileExistsError(f"write_report: {existing[0]} exists; pass overwrite=True to make the report again")
+
+    results = read_results(evaluation / "results.json")
+    _check_store(results, store)
+    losses = read_training(Path(training)) if training is not None else None
+    coordinates = evaluation / "coordinates.safetensors"
+    paths = read_coordinates(coordinates) if coordinates.exists() else []
+
+    report = _Report(results, store, losses, paths)
+    body = report.body()  # makes the plots too
+    files = {output / f"{plot.name}.png": plot.png() for plot in report.plots}
+    output.mkdir(parents=True, exist_ok=True)
+    for path, data in files.items():
+        write_atomically(path, data)
+    for path in existing:
+        if path.suffix == ".png" and path not in files:
+            path.unlink()  # of an earlier report that had more to show
+    write_atomically(targets[0], page.document(f"tipl: {results.env_id}", body))
+    return targets[0]
+
+
+def _check_store(results: Results, store: Store) -> None:
+    if store.env_id != results.env_id:
+        raise ValueError(f"write_report: {results.path} is of env_id {results.env_id!r}, the store of {store.env_id!r}")
+    if max(results.trials) >= store.num_trials:
+        raise ValueError(
+            f"write_report: {results.path} judges trial {max(results.trials)}, the store has {store.num_trials} trials"
+        )
+
+
+def path_singular_values(trial: Trial) -> FloatArray:
+    """Return the singular values of theta_t - theta_0, descending, by its Gram matrix in float64.
+
+    The trial is read once in blocks. Where it is too long to hold, every n-th checkpoint stands for it.
+    """
+    first = trial.weights(0, 1)  # (1, p)
+    num_params = first.shape[1]
+    kept = max(2, min(SPECTRUM_CHECKPOINTS, SPECTRUM_BYTES // (8 * num_params)))
+    stride = -(-trial.num_checkpoints // kept)
+    parts, t = [], 0
+    for block in trial.blocks(max(1, SPECTRUM_BYTES // (16 * num_params))):
+        parts.append(block[-t % stride :: stride].astype(np.float64) - first)
+        t += len(block)
+    path = np.concatenate(parts)  # (T / stride, p)
+    squares = np.linalg.eigvalsh(path @ path.T)[::-1]
+    return np.asarray(np.sqrt(np.maximum(squares[: len(path) - 1], 0.0)), np.float64)  # theta_0 - theta_0 adds none
+
+
+class _Report:
+    """Builds the page from the top down; `plots` collects the figures that it shows."""
+
+    def __init__(
+        self, results: Results, store: Store, training: Training | None, paths: Sequence[CoordinatePath]
+    ) -> None:
+        self.results = results
+        self.store = store
+        self.training = training
+        self.paths = paths
+        self.bootstrap = Bootstrap(len(results.trials))
+        self.gains = {f: captured_gain(results, self.bootstrap, f) for f in results.prefixes}
+        self.plots: list[Plot] = []
+
+    def body(self) -> Html:
+        sections = [
+            ("verdict", "Verdict", verdict.verdict(self.results, self.bootstrap, self.gains)),
+            ("weights", "Weights", self._weights()),
+            ("returns", "Returns", self._returns()),
+            ("paths", "Paths", self._paths()),
+            ("runs", "Runs", self._runs()),
+            ("reading", "How to read this", self._reading()),
+            ("settings", "Settings", self._settings()),
+        ]
+        header = element(
+            "header",
+            element("h1", f"Forecasting PPO's weights on {self.results.env_id}"),
+            element("p", "How well a causal Transformer continues policy paths that it never saw.", cls="sub"),
+            self._facts(),
+        )
+        links = (Html(f'<a href="#{anchor}">{title}</a>') for anchor, title, _ in sections)
+        main = element("main", *(page.section(*content) for content in sections))
+        footer = f"Made by tipl {self.results.tipl_version}. Each figure also lies beside this page as a PNG file."
+        return page.join(header, element("nav", element("div", *links)), main, element("footer", footer))
+
+    def _figure(self, plot: Plot, caption: str) -> Html:
+        self.plots.append(plot)
+        return page.figure(plot, caption)
+
+    # ------------------------------------------------------------------------------------------- what was run
+
+    def _facts(self) -> Html:
+        results, settings, store = self.results, self.results.settings, self.store
+        trial = store.trial(results.trials[0])
+        items = [
+            ("Environment", results.env_id),
+            ("Trials (PPO runs)", f"{store.num_trials}, of which {len(results.trials)} held out"),
+            ("Path of a trial", f"{trial.num_checkpoints} checkpoints, {int(trial.env_steps[-1]):,} env steps"),
+            ("Policy", f"{store.policy.num_params:,} weights"),
+        ]
+        if self.training is not None:
+            items.append(("Forecaster", f"{self.training.num_parameters:,} parameters"))
+        if "num_episodes" in settings:
+            items.append(("A return is the mean of", f"{settings['num_episodes']} episodes"))
+        seconds = {stage: value for stage, value in results.seconds.items() if _is_number(value)}
+        if self.training is not None and not math.isnan(self.training.seconds):
+            seconds.setdefault("train", self.training.seconds)
+        order = ["collect", "train", "rollout", "evaluate"]
+        stages = sorted(seconds, key=lambda stage: order.index(stage) if stage in order else len(order))
+        if stages:
+            items.append(("Time", ", ".join(f"{stage} {fmt_seconds(seconds[stage])}" for stage in stages)))
+        if results.machine:
+            items.append(("Machine", _machine_words(results.machine)))
+        return page.facts(items)
+
+    # ------------------------------------------------------------------------------------------- weights
+
+    def _weights(self) -> Html:
+        names = [n for n in self.results.names if n != "return_floor"]  # the true policy has no weight error
+        caption = (
+            "Relative weight error at the end of the path, so many checkpoints ahead of the prefix's end: mean over "
+            "held-out trials, 95 % interval below it; the best predictor is marked. A value of 1 is as wrong as the "
+            "initial weights."
+        )
+        plot = plots.error_plot(
+            "wpe", self.results, self.bootstrap, "wpe_relative", "relative weight error", ["basis_floor"]
+        )
+        figure = self._figure(
+            plot,
+            "Relative weight error against the horizon: means and 95 % bands over held-out trials. No forecast in "
+            "the basis can go below the dashed floor.",
+        )
+        raw = self._error_table("Mean squared error over the policy's weights at the end of the path.", "wpe", names)
+        details = element("details", element("summary", "Mean squared weight error (WPE)"), raw)
+        return page.join(self._error_table(caption, "wpe_relative", names), figure, details)
+
+    def _error_table(self, caption: str, measure: str, names: Sequence[str]) -> Html:
+        """Return the mean of `measure` at the end of the path, a row a prefix and a column a predictor."""
+        rows = []
+        for f in self.results.prefixes:
+            ranked = ranking(self.results, measure, f)
+            ahead = element("small", f"{self.results.horizons[f][-1]} ahead")
+            row = [element("th", percent(f), ahead)]
+            for n in names:
+                estimate = self.bootstrap.estimate(self.results.at_end(measure, f, n))
+                is_best = bool(ranked) and ranked[0][0] == n
+                is_quiet = predictor_info(n).is_floor
+                row.append(
+                    page.estimate_cell(fmt(estimate.value), fmt_interval(estimate), is_best=is_best, is_quiet=is_quiet)
+                )
+            rows.append(row)
+        return page.table(caption, [element("th", "prefix"), *map(_column_head, names)], rows)
+
+    # ------------------------------------------------------------------------------------------- returns
+
+    def _returns(self) -> Html:
+        results = self.results
+        if not any(np.isfinite(results.values("repw", f, n)).any() for f in results.prefixes for n in results.names):
+            return element("p", "These results hold no returns.")
+        caption = (
+            "REPW at the end of the path, the absolute difference in mean episodic return between the forecast and the "
+            "true policy: mean over held-out trials, 95 % interval below it; the best predictor is marked."
+        )
+        floors = ["basis_floor", "return_floor"]
+        parts = [
+            element("h3", "Return error"),
+            self._error_table(caption, "repw", results.names),
+            self._figure(
+                plots.error_plot("repw", results, self.bootstrap, "repw", "return error (REPW)", floors),
+                "Return error against the horizon: means and 95 % bands over held-out trials. Below the dotted line a "
+                "difference comes from the episodes, not from the policy.",
+            ),
+        ]
+        if any(gain.is_measured for gain in self.gains.values()):
+            parts += [
+                element("h3", "Share of the future gain"),
+                self._gain_table(),
+                self._figure(
+                    plots.gain_plot(results, self.bootstrap),
+                    "Return gained over the policy at the prefix's end (persistence, zero by definition) by the true "
+                    "future and by each forecast: means over held-out trials, 95 % bands for the truth and TIPL. "
+                    "Between the dotted lines lies the return noise.",
+                ),
+            ]
+        parts += [
+            element("h3", "Returns, true against forecast"),
+            self._figure(
+                plots.returns_plot(results),
+                "Return of each forecast policy against the true policy's at the same checkpoint. Large marks: the end "
+                "of the path; small marks: nearer horizons. On the diagonal the forecast is as good as the truth.",
+            ),
+        ]
+        return page.join(*parts)
+
+    def _gain_table(self) -> Html:
+        names = [n for n in self.results.names if n not in ("persistence", "return_floor")]
+        rows = []
+        for f, gain in self.gains.items():
+            row = [element("th", percent(f)), page.estimate_cell(fmt(gain.future.value), fmt_interval(gain.future))]
+            if not gain.shares:
+                row.append(Html(f'<td colspan="{len(names)}" class="quiet">{page.escape(verdict.no_gain(gain))}</td>'))
+            else:
+                best = verdict.best_share(gain)
+                for n in names:
+                    share = gain.shares.get(n, Estimate(math.nan))
+                    text, interval = fmt_percent(share.value), fmt_interval(share, as_percent=True)
+                    is_quiet = predictor_info(n).is_floor
+                    row.append(page.estimate_cell(text, interval, is_best=n == best, is_quiet=is_quiet))
+            rows.append(row)
+        caption = (
+            "Share of the future gain captured at the end of the path: the return that the forecast gains over the "
+            "prefix's end, divided by what the true future gains, each summed over held-out trials. Persistence "
+            "captures nothing, by definition."
+        )
+        head = [element("th", "prefix"), element("th", "future gain"), *map(_column_head, names)]
+        return page.table(caption, head, rows)
+
+    # ------------------------------------------------------------------------------------------- paths and runs
+
+    def _paths(self) -> Html:
+        parts = [element("h3", "Coordinates")]
+        trials = sorted({path.trial for path in self.paths})[:COORDINATE_TRIALS]
+        if trials:
+            parts.append(
+                self._figure(
+                    plots.coordinates_plot([path for path in self.paths if path.trial in trials]),
+                    f"The first {plots.COORDINATES_SHOWN} coordinates, numbered at the right, of held-out paths in the "
+                    "basis of each prefix: the truth, and TIPL's forecast from the prefix's end (vertical line) on.",
+                )
+            )
+        else:
+            parts.append(element("p", "The evaluation left no coordinates of held-out paths."))
+        spectra = [path_singular_values(self.store.trial(i)) for i in self.results.trials]
+        spectra = [
+            singular_values for singular_values in spectra if len(singular_values) > 2 and singular_values[0] > 0
+        ]
+        if spectra:
+            k = self.results.settings.get("n_components")
+            parts.append(element("h3", "Singular spectrum"))
+            parts.append(
+                self._figure(
+                    plots.spectrum_plot(spectra, k if isinstance(k, int) else None),
+                    "Singular values of whole held-out paths, θₜ \N{MINUS SIGN} θ₀, and the relative error that the "
+                    "best k directions of each path leave. A forecast has only the directions of its prefix: see the "
+                    "basis floor. k: the number of coordinates that the forecaster works in.",
+                )
+            )
+        return page.join(*parts)
+
+    def _runs(self) -> Html:
+        trials = [self.store.trial(i) for i in range(self.store.num_trials)]
+        longest = max(trials, key=lambda trial: trial.num_checkpoints)
+        returns = np.full((len(trials), longest.num_checkpoints), np.nan)
+        for i, trial in enumerate(trials):
+            returns[i, : trial.num_checkpoints] = trial.episodic_return
+        figures = []
+        if np.isfinite(returns).any():
+            is_heldout = np.isin(np.arange(len(trials)), self.results.settings["heldout_trials"])
+            bootstrap = Bootstrap(len(trials), num_resamples=2000)
+            drawn = f", {plots.MAX_CURVES} of each kind drawn" if len(trials) > plots.MAX_CURVES else ""
+            figures.append(
+                self._figure(
+                    plots.learning_plot(longest.env_steps, returns, is_heldout, self.results.prefixes, bootstrap),
+                    f"Return of PPO's stochastic policy while it learns, {len(trials)} trials{drawn}: mean and its "
+                    "95 % interval. Dotted: the ends of the prefixes.",
+                )
+            )
+        if self.training is not None and len(self.training.steps):
+            figures.append(
+                self._figure(
+                    plots.training_plot(self.training),
+                    "The forecaster's loss in training (squared, of one batch) and its relative weight error at the end "
+                    "of validation trials' paths; the weights of the best validation are kept. Held-out trials take no "
+                    "part.",
+                )
+            )
+        if not figures:
+            return element("p", "No episode ended in any trial, and no training curve was given.")
+        return element("div", *figures, cls="pair")
+
+    # ------------------------------------------------------------------------------------------- how to read it
+
+    def _reading(self) -> Html:
+        num_trials = len(self.results.trials)
+        terms = [
+            ("trial", "one PPO run from its own random initialisation; the forecaster never saw the held-out ones"),
+            ("checkpoint", "the policy's weights after one PPO iteration; a path is a trial's row of checkpoints"),
+            ("prefix", "the part of a path that is seen, as a share of it; the forecast continues it"),
+            ("horizon", "how many checkpoints ahead of the prefix's end a forecast lies"),
+            ("WPE", "weight prediction error: the mean squared difference between forecast and true weights"),
+            (
+                "relative error",
+                "|forecast \N{MINUS SIGN} true| / |true \N{MINUS SIGN} initial|: 0 is perfect, 1 as wrong as the "
+                "initial weights",
+            ),
+            (
+                "REPW",
+                "return error of predicted weights: |return of the true policy \N{MINUS SIGN} return of the forecast "
+                "policy|, with deterministic actions, on the same episode seeds",
+            ),
+            (
+                "future gain",
+                "return of the true policy minus return of the policy at the prefix's end; its shares "
+                "are given where its whole interval lies above the return noise",
+            ),
+            (
+                "interval",
+                "95 % percentile bootstrap over held-out trials (10,000 resamples, fixed seed); percentages against "
+                "persistence compare the two on the same trials, so that they are tighter than the separate intervals",
+            ),
+        ]
+        terms += [(predictor_info(n).label, predictor_info(n).description) for n in self.results.names]
+        caveats = [
+            "Everything rests on one held-out trial: it has no interval, and another could behave otherwise."
+            if num_trials == 1
+            else f"Everything rests on {num_trials} held-out trials."
+            + " With so few, bootstrap intervals are somewhat too narrow." * (num_trials < 20),
+            f"One task ({self.results.env_id}), one algorithm, one set of hyperparameters: others can differ.",
+            "Weights and returns are different judges: a small weight error need not mean a good policy, nor a large "
+            "one a bad policy.",
+            "The floors know the answer. They are not predictors, and show what no forecast of this kind can beat.",
+        ]
+        entries = (page.join(element("dt", term), element("dd", f"{text}.")) for term, text in terms)
+        listing = element("ul", *(element("li", text) for text in caveats))
+        return page.join(element("dl", *entries, cls="terms"), element("h3", "Caveats"), listing)
+
+    def _settings(self) -> Html:
+        groups: dict[str, Mapping[str, Any]] = {
+            "Evaluation": {
+                name: value for name, value in self.results.settings.items() if not isinstance(value, Mapping)
+            }
+        }
+        groups |= {name: value for name, value in self.results.settings.items() if isinstance(value, Mapping)}
+        groups.setdefault("collect", self.store.config)
+        groups |= {"machine": self.results.machine, "seconds": self.results.seconds}
+        return page.join(*(_pairs(name.capitalize(), mapping) for name, mapping in groups.items() if mapping))
+
+
+def _column_head(name: str) -> Html:
+    info = predictor_info(name)
+    return element("th", info.label, cls="quiet" if info.is_floor else "")
+
+
+def _pairs(title: str, mapping: Mapping[str, Any]) -> Html:
+    """Return names and values behind a line to open."""
+    rows = (element("tr", element("th", name), element("td", _short(value))) for name, value in _flat(mapping))
+    table = Html(f'<table class="pairs">{element("tbody", *rows)}</table>')
+    return element("details", element("summary", title), element("div", table, cls="scroll"))
+
+
+def _flat(mapping: Mapping[str, Any], parent: str = "") -> list[tuple[str, Any]]:
+    """Return nested settings as dotted names."""
+    items: list[tuple[str, Any]] = []
+    for name, value in mapping.items():
+        items += _flat(value, f"{parent}{name}.") if isinstance(value, Mapping) else [(f"{parent}{name}", value)]
+    return items
+
+
+def _short(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    text = value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
+    return text if len(text) <= 300 else f"{text[:280]} …"
+
+
+def _machine_words(machine: Mapping[str, Any]) -> str:
+    """Return a machine in a few words: texts as they are, counts with their name."""
+    words = []
+    for name, value in machine.items():
+        if isinstance(value, str):
+            words.append(value)
+        elif _is_number(value):
+            words.append(f"{value:g}{NBSP}{name.removeprefix('num_').replace('_', NBSP)}")
+    return ", ".join(words[:3])
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

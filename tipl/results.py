@@ -1,0 +1,260 @@
+"""Read what an evaluation and a training left: results.json, coordinates.safetensors, training.json.
+
+`evaluate` writes one row a (trial, prefix, horizon, predictor); here the rows become arrays (n, H) over the n held-out
+trials and the H horizons of a prefix, NaN where a row or its value is missing. Each reader checks its file once, and
+says which file is wrong and where.
+"""
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+from numpy.typing import NDArray
+
+FloatArray = NDArray[np.float64]
+
+MEASURES = ("wpe", "wpe_relative", "return_true", "return_predicted", "repw")
+NON_NEGATIVE = ("wpe", "wpe_relative", "repw")
+
+
+@dataclasses.dataclass(frozen=True)
+class PredictorInfo:
+    """What a predictor is called and how it forecasts; a floor knows the answer and bounds what any forecast can do."""
+
+    label: str
+    description: str
+    is_floor: bool = False
+
+
+PREDICTORS: dict[str, PredictorInfo] = {
+    "tipl": PredictorInfo("TIPL", "the causal Transformer continues the coordinates of the observed prefix"),
+    "persistence": PredictorInfo("persistence", "nothing changes: every future checkpoint is the last one seen"),
+    "linear": PredictorInfo(
+        "linear", "every weight goes on at its mean speed over the last checkpoints (window fitted on training trials)"
+    ),
+    "rank1": PredictorInfo(
+        "rank-1 linear", "the prefix's first direction alone, its coordinate continued by a regression line"
+    ),
+    "mean_path": PredictorInfo(
+        "mean path", "the training trials' mean path in coordinates, from the last checkpoint on"
+    ),
+    "basis_floor": PredictorInfo(
+        "basis floor", "the true weights projected on the basis: no forecast in that basis can be nearer", is_floor=True
+    ),
+    "return_floor": PredictorInfo(
+        "return noise", "the true policy once more, on other episode seeds: smaller differences are luck", is_floor=True
+    ),
+}
+
+
+def predictor_info(name: str) -> PredictorInfo:
+    """Return what is known of the predictor called `name` in results.json; an unknown one is shown as it is."""
+    return PREDICTORS.get(name) or PredictorInfo(name, "unknown to this version of tipl, shown as it was found")
+
+
+@dataclasses.dataclass(frozen=True)
+class Results:
+    """A checked `results.json` as arrays: `values(measure, prefix, predictor)` is (n, H)."""
+
+    path: Path
+    env_id: str
+    tipl_version: str
+    settings: dict[str, Any]
+    machine: dict[str, Any]
+    seconds: dict[str, Any]
+    trials: tuple[int, ...]  # the n held-out trials that have rows
+    prefixes: tuple[float, ...]
+    names: tuple[str, ...]  # predictors in the order of PREDICTORS, unknown ones, floors
+    horizons: dict[float, NDArray[np.int64]]  # prefix -> (H,)
+    has_rows: dict[float, NDArray[np.bool_]]  # prefix -> (n, H), whether any predictor was evaluated there
+    cells: dict[tuple[str, float, str], FloatArray]  # (measure, prefix, predictor) -> (n, H)
+
+    @property
+    def predictors(self) -> tuple[str, ...]:
+        """The real predictors, without the floors."""
+        return tuple(name for name in self.names if not predictor_info(name).is_floor)
+
+    def values(self, measure: str, prefix: float, name: str) -> FloatArray:
+        """Return `measure` of predictor `name` (n, H), NaN where there is no value."""
+        empty = np.full((len(self.trials), len(self.horizons[prefix])), np.nan)
+        return self.cells.get((measure, prefix, name), empty)
+
+    def at_end(self, measure: str, prefix: float, name: str) -> FloatArray:
+        """Return `measure` of predictor `name` at the end of each trial's path (n,): its largest horizon with rows."""
+        is_there = self.has_rows[prefix]
+        last = is_there.shape[1] - 1 - np.argmax(is_there[:, ::-1], axis=1)  # (n,)
+        at_end = self.values(measure, prefix, name)[np.arange(len(last)), last]
+        return np.where(is_there.any(1), at_end, np.nan)
+
+
+def read_results(path: Path) -> Results:
+    """Return the results in `path`; RuntimeError names the file and what is wrong in it."""
+    if not path.is_file():
+        raise FileNotFoundError(f"read_results: {path} does not exist; `tipl evaluate` writes it")
+    try:
+        return _parse(path, json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:  # of the JSON, of its encoding, and of `_parse`
+        raise RuntimeError(f"read_results: {path} is damaged or not of tipl: {error}") from error
+
+
+def _parse(path: Path, document: Any) -> Results:
+    if not isinstance(document, dict) or document.get("format") != "tipl-results":
+        raise ValueError("format must be 'tipl-results'")
+    if document.get("version") != 1:
+        raise ValueError(f"version must be 1, got {document.get('version')!r}")
+    env_id = required(document, "env_id", str, "the file")
+    settings = required(document, "settings", dict, "the file")
+    heldout = required(settings, "heldout_trials", list, "settings")
+    rows = required(document, "rows", list, "the file")
+    if not rows:
+        raise ValueError("rows must not be empty")
+
+    keys: list[tuple[int, float, int, str]] = []
+    for i, row in enumerate(rows):
+        where = f"rows[{i}]"
+        if not isinstance(row, dict):
+            raise ValueError(f"{where} must be an object, got {row!r}")
+        trial, horizon = required(row, "trial", int, where), required(row, "horizon", int, where)
+        prefix = round(float(required(row, "prefix", (int, float), where)), 6)
+        if row.get("env_id", env_id) != env_id:
+            raise ValueError(f"{where}: env_id must be {env_id!r}, got {row['env_id']!r}")
+        if trial not in heldout:
+            raise ValueError(f"{where}: trial must be one of settings.heldout_trials, got {trial}")
+        if not 0 < prefix < 1:
+            raise ValueError(f"{where}: prefix must lie in (0, 1), got {prefix}")
+        if horizon < 1:
+            raise ValueError(f"{where}: horizon must be at least 1, got {horizon}")
+        keys.append((trial, prefix, horizon, required(row, "predictor", str, where)))
+
+    trials = tuple(sorted({key[0] for key in keys}))
+    prefixes = tuple(sorted({key[1] for key in keys}))
+    found = dict.fromkeys(key[3] for key in keys)  # in the order of the file
+    known, unknown = [n for n in PREDICTORS if n in found], [n for n in found if n not in PREDICTORS]
+    names = tuple(sorted(known + unknown, key=lambda n: predictor_info(n).is_floor))  # stable: floors to the end
+    horizons = {f: np.array(sorted({key[2] for key in keys if key[1] == f}), np.int64) for f in prefixes}
+    trial_index = {trial: i for i, trial in enumerate(trials)}
+    horizon_index = {(f, int(horizon)): j for f in prefixes for j, horizon in enumerate(horizons[f])}
+    cells = {
+        (measure, f, name): np.full((len(trials), len(horizons[f])), np.nan)
+        for measure in MEASURES
+        for f in prefixes
+        for name in names
+    }
+    has_rows = {f: np.zeros((len(trials), len(horizons[f])), bool) for f in prefixes}
+    seen: set[tuple[int, float, int, str]] = set()
+    for i, (key, row) in enumerate(zip(keys, rows, strict=True)):
+        trial, f, horizon, name = key
+        if key in seen:
+            raise ValueError(f"rows[{i}]: trial {trial}, prefix {f}, horizon {horizon}, {name!r} has come before")
+        seen.add(key)
+        cell = trial_index[trial], horizon_index[f, horizon]
+        has_rows[f][cell] = True
+        for measure in MEASURES:
+            cells[measure, f, name][cell] = number(row, measure, f"rows[{i}]", non_negative=measure in NON_NEGATIVE)
+    return Results(
+        path=path,
+        env_id=env_id,
+        tipl_version=str(document.get("tipl_version", "unknown")),
+        settings=settings,
+        machine=required(document, "machine", dict, "the file"),
+        seconds=required(document, "seconds", dict, "the file"),
+        trials=trials,
+        prefixes=prefixes,
+        names=names,
+        horizons=horizons,
+        has_rows=has_rows,
+        cells=cells,
+    )
+
+
+def required(mapping: Mapping[str, Any], key: str, kind: type | tuple[type, ...], where: str) -> Any:
+    """Return `mapping[key]`; ValueError unless it is there and of `kind` (a bool is no int)."""
+    if key not in mapping:
+        raise ValueError(f"{where} lacks {key!r}")
+    value = mapping[key]
+    if not isinstance(value, kind) or isinstance(value, bool):
+        expected = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
+        raise ValueError(f"{where}: {key} must be of type {expected}, got {value!r}")
+    return value
+
+
+def number(mapping: Mapping[str, Any], key: str, where: str, *, non_negative: bool = False) -> float:
+    """Return the number `mapping[key]`, NaN for null; ValueError for an infinity or another type."""
+    if key in mapping and mapping[key] is None:
+        return math.nan
+    value = float(required(mapping, key, (int, float), where))
+    if math.isinf(value) or (non_negative and value < 0):
+        raise ValueError(f"{where}: {key} must be finite{' and not negative' if non_negative else ''}, got {value}")
+    return value
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """How the forecaster was trained: its losses (S,) at optimiser steps (S,), NaN where none was measured."""
+
+    steps: FloatArray
+    train_loss: FloatArray
+    heldout_loss: FloatArray
+    seconds: float
+    num_parameters: int
+    best_step: int
+
+
+def read_training(path: Path) -> Training:
+    """Return the training in `path`; RuntimeError names the file and what is wrong in it."""
+    if not path.is_file():
+        raise FileNotFoundError(f"read_training: {path} does not exist; `tipl train` writes it")
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(document, dict):
+            raise ValueError("it must hold a JSON object")
+        curves = {}
+        for key in ("steps", "train_loss", "heldout_loss"):
+            values = required(document, key, list, "the file")
+            curves[key] = np.array([number({key: value}, key, f"{key}[{i}]") for i, value in enumerate(values)])
+            if len(values) != len(document["steps"]):
+                raise ValueError(f"{key} must be as long as steps, {len(document['steps'])}, got {len(values)}")
+        return Training(
+            **curves,
+            seconds=number(document, "seconds", "the file", non_negative=True),
+            num_parameters=required(document, "num_parameters", int, "the file"),
+            best_step=required(document, "best_step", int, "the file"),
+        )
+    except ValueError as error:
+        raise RuntimeError(f"read_training: {path} is damaged or not of tipl: {error}") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class CoordinatePath:
+    """A held-out path in the coordinates of one prefix: the truth, and TIPL's forecast after `prefix_end`."""
+
+    trial: int
+    percent: int
+    prefix_end: int
+    true: NDArray[np.float32]  # (T, k)
+    forecast: NDArray[np.float32]  # (T, k)
+
+
+def read_coordinates(path: Path) -> list[CoordinatePath]:
+    """Return the paths in `coordinates.safetensors`, by trial and prefix; RuntimeError names the file and the fault."""
+    found = []
+    try:
+        with safetensors.safe_open(path, framework="np") as file:
+            names = set(file.keys())
+            for match in filter(None, (re.fullmatch(r"(trial(\d+)_prefix(\d+)_)true", name) for name in names)):
+                stem = match[1]
+                true, forecast, h = (file.get_tensor(stem + part) for part in ("true", "tipl", "h"))
+                if true.ndim != 2 or true.shape != forecast.shape:
+                    raise ValueError(f"{stem}tipl must have the shape (T, k) = {true.shape}, got {forecast.shape}")
+                if h.shape != (1,) or not 0 <= int(h[0]) < len(true):
+                    raise ValueError(f"{stem}h must hold one index below T = {len(true)}, got {h.tolist()}")
+                found.append(CoordinatePath(int(match[2]), int(match[3]), int(h[0]), true, forecast))
+    except (safetensors.SafetensorError, ValueError) as error:
+        raise RuntimeError(f"read_coordinates: {path} is damaged or not of tipl: {error}") from error
+    return sorted(found, key=lambda path: (path.trial, path.percent))
