@@ -135,11 +135,11 @@ def value_is_first_observation(learner: Learner) -> None:
 
 def test_time_out_bootstraps_from_the_final_observation() -> None:
     trials = population([3, 4], dataclasses.replace(SMALL, hidden_sizes=()), num_threads=1)
-    transitions, num_episodes, _ = trials._act()
-    (learner,) = trials._learners
+    transitions, num_episodes, _ = trials.act()
+    (learner,) = trials.learners
     value_is_first_observation(learner)
-    values = learner._values(transitions.observations).numpy().T  # (T, N)
-    next_values = learner._next_values(values, transitions)
+    values = learner.values(transitions.observations).numpy().T  # (T, N)
+    next_values = learner.next_values(values, transitions)
     # Episodes of 5 (terminated) and 7 (timed out) steps in turn: 12 steps a pair, 64 = 5 x 12 + 4.
     step = np.concatenate([np.tile([*range(5), *range(7)], 5), np.arange(4)])
     assert num_episodes.tolist() == [10, 10]
@@ -157,8 +157,8 @@ def test_time_out_bootstraps_from_the_final_observation() -> None:
 def test_transitions_are_the_steps_that_were_made() -> None:
     trials = population([7, 2, 5], act_dim=2)
     weights = torch.from_numpy(trials.weights())
-    first, _, _ = trials._act()
-    second, _, _ = trials._act()
+    first, _, _ = trials.act()
+    second, _, _ = trials.act()
     t = np.arange(128)[:, None]
     rewards = np.concatenate([first.rewards, second.rewards])
     actions = torch.cat([first.actions, second.actions], 1)
@@ -233,17 +233,12 @@ def test_gradient_equals_autograd(hidden_sizes: tuple[int, ...], activation: str
 def test_update_equals_autograd_with_torch_clipping_and_adam() -> None:
     config = dataclasses.replace(SMALL, learning_rate=1e-3, ent_coef=0.01, max_grad_norm=2.0)
     trials = population([1, 2], config, act_dim=2, num_threads=1)
-    transitions, _, _ = trials._act()
+    transitions, _, _ = trials.act()
     transitions = dataclasses.replace(transitions, rewards=transitions.rewards / 1000)
-    rows, generators = trials._params.clone(), [torch.Generator().set_state(g.get_state()) for g in trials._generators]
-    (learner,) = trials._learners
-    values = learner._values(transitions.observations).numpy().T
-    done = transitions.terminated | transitions.truncated
-    advantages = gae(
-        transitions.rewards, values, learner._next_values(values, transitions), transitions.terminated, done,
-        gamma=config.gamma, gae_lambda=config.gae_lambda,
-    )  # fmt: skip
-    stats = trials._update(learner, transitions)
+    rows, generators = trials.params.clone(), [torch.Generator().set_state(g.get_state()) for g in trials.generators]
+    (learner,) = trials.learners
+    values, advantages = learner.estimate(transitions)
+    stats = learner.update(transitions, trials.generators)
     for i, generator in enumerate(generators):
         data = {
             "obs": transitions.observations[i],
@@ -256,7 +251,7 @@ def test_update_equals_autograd_with_torch_clipping_and_adam() -> None:
         oracle, in_float32 = (reference.Agent(row, 3, 2, config) for row in (rows[i].double(), rows[i]))
         logs = reference.ppo_update(oracle, {name: x.double() for name, x in data.items()}, orders, config)
         reference.ppo_update(in_float32, data, orders, config)
-        ours = trials._params[i, : len(oracle.row())]
+        ours = trials.params[i, : len(oracle.row())]
         bound = 2 * (in_float32.row() - oracle.row()).abs().max() + 4 * torch.finfo(torch.float32).eps
         assert (ours - oracle.row()).abs().max() <= bound
         assert (oracle.row() - rows[i, : len(oracle.row())]).abs().max() > 1e-3  # it did move
@@ -324,12 +319,12 @@ def test_every_transition_is_visited_once_an_epoch() -> None:
             super().backpropagate(m, obs, action, *rest)
 
     trials = population([1, 2, 3], dataclasses.replace(SMALL, normalize_advantage=False))
-    transitions, _, _ = trials._act()
+    transitions, _, _ = trials.act()
     # Each step is (trial, t), in every array alike.
     label = torch.stack([torch.arange(3.0)[:, None].expand(3, 64), torch.arange(64.0).expand(3, 64)], -1)
     observations = torch.cat([label, torch.zeros(3, 64, 1)], -1)
     transitions = dataclasses.replace(transitions, observations=observations, log_probs=label.sum(-1))
-    Recording(trials.spec, trials.config, trials._params).update(transitions, trials._generators)
+    Recording(trials.spec, trials.config, trials.params).update(transitions, trials.generators)
     assert [m for m, _, _ in visits] == [0, 1, 2, 3] * 3
     orders = []
     for epoch in range(3):
@@ -374,7 +369,7 @@ def test_shared_init_shares_the_initial_weights_and_nothing_else() -> None:
     # Noise and minibatch orders are those that each trial would have drawn with weights of its own.
     own = population(seeds)
     own.iterate()
-    for one, other in zip(shared._generators, own._generators, strict=True):
+    for one, other in zip(shared.generators, own.generators, strict=True):
         assert torch.equal(one.get_state(), other.get_state())
 
 
@@ -386,7 +381,7 @@ def test_initial_weights_are_stable_baselines3s() -> None:
         for weight in parts[name]:
             rows = weight if weight.shape[0] <= weight.shape[1] else weight.T
             torch.testing.assert_close(rows @ rows.T, gain**2 * torch.eye(len(rows)), rtol=0, atol=1e-5 * gain**2)
-    for learner in trials._learners:
+    for learner in trials.learners:
         gains = [2**0.5, 2**0.5, 1.0]
         for (weight, bias), gain in zip(learner.critic.layers, gains, strict=True):
             norm = torch.linalg.matrix_norm(weight, 2)

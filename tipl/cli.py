@@ -80,7 +80,7 @@ class Train:
     """A store written by `tipl collect`."""
     output: PathArg
     """The model folder; must not exist."""
-    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    train: OmitArgPrefixes[TrainConfig] = dataclasses.field(default_factory=TrainConfig)
 
     def run(self) -> None:
         train(Store.open(self.store), self.output, self.train)
@@ -91,7 +91,7 @@ class Train:
 class Rollout:
     """Forecast the weights that follow the observed part of one trial, and write them as safetensors.
 
-    Example: tipl rollout --model runs/demo/model --store runs/demo/store.zarr --trial 3 --prefix 0.4 --output f.safetensors
+    Example: tipl rollout --model runs/demo/model --store runs/demo/store.zarr --trial 3 --output f.safetensors
     """
 
     model: PathArg
@@ -133,7 +133,7 @@ class Evaluate:
     """The folder of results.json; must not exist."""
     num_threads: int | None = None
     """Cores to use; all by default."""
-    evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
+    evaluate: OmitArgPrefixes[EvaluateConfig] = dataclasses.field(default_factory=EvaluateConfig)
 
     def run(self) -> None:
         forecaster = Forecaster.load(self.model)
@@ -184,7 +184,7 @@ class Run:
     total_timesteps: int = 100_000
     """Env steps a trial."""
     seed: int = 0
-    """Of the trials, of the split and of the episodes."""
+    """All trials' seeds derive from it; --train.seed chooses the split, --evaluate.seed the episodes."""
     shared_init: bool = False
     """Start all trials from the same weights (the paper's setting)."""
     num_threads: int | None = None
@@ -219,7 +219,7 @@ class Run:
 
         if not (model / "config.json").exists():
             with seconds.of("train"):
-                train(store, model, dataclasses.replace(self.train, seed=self.seed))
+                train(store, model, self.train)
         print(f"model      {model}: {_training_line(model)}")
 
         results = evaluation / "results.json"
@@ -228,7 +228,7 @@ class Run:
                 store,
                 Forecaster.load(model),
                 evaluation,
-                dataclasses.replace(self.evaluate, seed=self.seed),
+                self.evaluate,
                 num_threads=self.num_threads,
                 seconds=seconds.read(),
             )
@@ -293,7 +293,7 @@ def main() -> None:
     """Parse the command line and run the command; the exit status is 0, 2 for a user's mistake, 130 for Ctrl-C."""
     try:
         tyro.cli(
-            OmitArgPrefixes[Command],  # type: ignore[misc]
+            Command,  # type: ignore[arg-type]
             prog="tipl",
             description="Forecast where PPO takes a policy's weights. Start with `tipl demo`.",
         ).run()

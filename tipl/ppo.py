@@ -207,17 +207,7 @@ class Learner:
         """Run the epochs of one iteration; generators (C,) give the minibatch orders. The statistics are (C,)."""
         config, trials = self.config, slice(self.trials.start, self.trials.stop)
         C, T, M, B = len(self.trials), config.num_steps, config.num_minibatches, config.minibatch_size
-        values = self._values(transitions.observations[trials]).numpy().T  # (T, C)
-        terminated, truncated = transitions.terminated[:, trials], transitions.truncated[:, trials]
-        advantages = gae(
-            transitions.rewards[:, trials],
-            values,
-            self._next_values(values, transitions),
-            terminated,
-            terminated | truncated,
-            gamma=config.gamma,
-            gae_lambda=config.gae_lambda,
-        )
+        values, advantages = self.estimate(transitions)
         returns = advantages + values
         # One row a step, so that one index picks the same minibatch of all trials.
         observations, actions = (x[trials].flatten(0, 1) for x in (transitions.observations, transitions.actions))
@@ -276,12 +266,28 @@ class Learner:
         value_error = torch.sub(self.critic.forward(obs)[..., 0], target, out=self.value_errors[m])
         self.critic.backward((value_error * (2 * config.vf_coef / B))[..., None])
 
-    def _values(self, obs: Tensor) -> Tensor:
+    def estimate(self, transitions: Transitions) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Return the critic's values and the advantages of the steps, (T, C) each."""
+        trials = slice(self.trials.start, self.trials.stop)
+        values = self.values(transitions.observations[trials]).numpy().T
+        terminated, truncated = transitions.terminated[:, trials], transitions.truncated[:, trials]
+        advantages = gae(
+            transitions.rewards[:, trials],
+            values,
+            self.next_values(values, transitions),
+            terminated,
+            terminated | truncated,
+            gamma=self.config.gamma,
+            gae_lambda=self.config.gae_lambda,
+        )
+        return values, advantages
+
+    def values(self, obs: Tensor) -> Tensor:
         """Return the critic's values (C, R) of obs (C, R, O), R a multiple of B."""
         B = self.config.minibatch_size
         return torch.cat([self.critic.forward(rows)[..., 0].clone() for rows in torch.split(obs, B, 1)], 1)
 
-    def _next_values(self, values: NDArray[np.float32], transitions: Transitions) -> NDArray[np.float32]:
+    def next_values(self, values: NDArray[np.float32], transitions: Transitions) -> NDArray[np.float32]:
         """Return the values of what each step led to, (T, C), given the values (T, C) of what it started from."""
         finals = [[step for step in transitions.final_steps if step.trial == trial] for trial in self.trials]
         B = self.config.minibatch_size
@@ -289,7 +295,7 @@ class Learner:
         final_obs = torch.zeros(len(finals), rows, transitions.observations.shape[-1])
         for i, steps in enumerate(finals):
             final_obs[i, : len(steps)] = torch.from_numpy(np.array([step.final_obs for step in steps]))
-        final_values = self._values(final_obs).numpy()
+        final_values = self.values(final_obs).numpy()
         next_values = np.roll(values, -1, 0)
         for i, steps in enumerate(finals):
             next_values[[step.t for step in steps], i] = final_values[i, : len(steps)]
@@ -331,15 +337,15 @@ class Population:
         self.spec = PolicySpec(env.obs_dim, env.act_dim, config.hidden_sizes, config.activation)
         self.env_steps = 0
         """Environment steps that each trial has made."""
-        self._generators = [torch.Generator().manual_seed(seed) for seed in self.seeds]
-        self._params = _initial_params(self.spec, self._generators)
+        self.generators = [torch.Generator().manual_seed(seed) for seed in self.seeds]
+        self.params = _initial_params(self.spec, self.generators)
         if shared_init:
-            self._params[1:] = self._params[0]
-        self._actor = StackedMLP(self._params[:, env.act_dim :], self.spec.layer_sizes, config.activation, batch_size=1)
+            self.params[1:] = self.params[0]
+        self._actor = StackedMLP(self.params[:, env.act_dim :], self.spec.layer_sizes, config.activation, batch_size=1)
         jobs = min(N, threads * math.ceil(N / (threads * TRIALS_PER_JOB)))
         bounds = [N * job // jobs for job in range(jobs + 1)]
-        self._learners = [
-            Learner(self.spec, config, self._params[first:last], first) for first, last in itertools.pairwise(bounds)
+        self.learners = [
+            Learner(self.spec, config, self.params[first:last], first) for first, last in itertools.pairwise(bounds)
         ]
         self._workers = ThreadPoolExecutor(threads, "ppo-update", torch.set_num_threads, (1,))
         self._obs = env.reset(self.seeds)
@@ -348,7 +354,7 @@ class Population:
 
     def weights(self) -> NDArray[np.float32]:
         """Return a copy of the policies' flat weights, (N, p) in the layout of `spec`."""
-        return self._params[:, : self.spec.num_params].numpy().copy()
+        return self.params[:, : self.spec.num_params].numpy().copy()
 
     def iterate(self) -> IterationStats:
         """Run one iteration of every trial: num_steps environment steps, then the update.
@@ -358,11 +364,11 @@ class Population:
         # One torch thread: the operations are too small to share, and idle OpenMP threads would spin beside the others.
         with _torch_threads(1):
             start = time.perf_counter()
-            transitions, num_episodes, env_seconds = self._act()
+            transitions, num_episodes, env_seconds = self.act()
             acted = time.perf_counter()
-            parts = list(self._workers.map(lambda learner: self._update(learner, transitions), self._learners))
+            parts = list(self._workers.map(lambda learner: self._update(learner, transitions), self.learners))
             updated = time.perf_counter()
-        finite = torch.isfinite(self._params).all(1)
+        finite = torch.isfinite(self.params).all(1)
         if not finite.all():
             i = int(finite.logical_not().nonzero()[0])
             where = f"trial {i} (seed {self.seeds[i]}) after {self.env_steps} environment steps"
@@ -376,14 +382,14 @@ class Population:
         )
 
     def _update(self, learner: Learner, transitions: Transitions) -> UpdateStats:
-        return learner.update(transitions, [self._generators[i] for i in learner.trials])
+        return learner.update(transitions, [self.generators[i] for i in learner.trials])
 
-    def _act(self) -> tuple[Transitions, NDArray[np.int64], float]:
+    def act(self) -> tuple[Transitions, NDArray[np.int64], float]:
         """Step the environments num_steps times; return transitions, episodes ended (N,) and the seconds this took."""
         N, T, A = self.env.num_envs, self.config.num_steps, self.env.act_dim
-        log_std = self._params[:, None, :A]
+        log_std = self.params[:, None, :A]
         noise = torch.empty(N, T, A)
-        for row, generator in zip(noise, self._generators, strict=True):
+        for row, generator in zip(noise, self.generators, strict=True):
             torch.randn(T, A, generator=generator, out=row)
         transitions = Transitions(
             observations=torch.empty(N, T, self.env.obs_dim),

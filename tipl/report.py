@@ -321,9 +321,9 @@ class _Report:
             figures.append(
                 self._figure(
                     plots.training_plot(self.training),
-                    "The forecaster's loss in training (squared, of one batch) and its relative weight error at the end "
-                    "of validation trials' paths; the weights of the best validation are kept. Held-out trials take no "
-                    "part.",
+                    "The forecaster's loss in training (squared, of one batch) and its relative weight error at the "
+                    "end of validation trials' paths; the weights of the best validation are kept. Held-out trials take "
+                    "no part.",
                 )
             )
         if not figures:
