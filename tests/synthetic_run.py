@@ -117,7 +117,7 @@ def make_training() -> dict[str, Any]:
     loss = [0.02 * math.exp(-step / 600) + 0.001 for step in steps]
     heldout = [value * 1.1 + 1e-7 * step for step, value in zip(steps, loss, strict=True)]
     best = steps[int(np.argmin(heldout))]
-    return {"steps": steps, "train_loss": loss, "heldout_loss": heldout, "seconds": 95.2, "num_parameters": 348_000,
+    return {"steps": steps, "train_loss": loss, "validation_error": heldout, "seconds": 95.2, "num_parameters": 348_000,
             "best_step": best}  # fmt: skip
 
 

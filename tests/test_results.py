@@ -86,7 +86,7 @@ def test_a_file_that_is_no_results_at_all(tmp_path: Path, content: bytes) -> Non
     ("key", "value", "message"),
     [
         ("steps", None, "the file: steps must be of type list, got None"),
-        ("heldout_loss", [1.0], "heldout_loss must be as long as steps, 60, got 1"),
+        ("validation_error", [1.0], "validation_error must be as long as steps, 60, got 1"),
         ("train_loss", ["a"] * 60, r"train_loss\[0\]: train_loss must be of type int or float, got 'a'"),
         ("num_parameters", "many", "the file: num_parameters must be of type int, got 'many'"),
     ],

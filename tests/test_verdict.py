@@ -10,7 +10,8 @@ import pytest
 from synthetic_run import Run, at_end, cell_of
 
 from tipl.estimates import Bootstrap, Estimate, captured_gain
-from tipl.page import NBSP, fmt
+from tipl.page import fmt
+from tipl.plots import NBSP
 from tipl.verdict import verdict
 
 
@@ -34,7 +35,7 @@ def test_verdict_says_what_the_numbers_say(tmp_path: Path) -> None:
     assert text.count("40 % lower") == 4  # TIPL goes four tenths of the way
     tipl, persistence = (np.mean(at_end(run.rows, 0.4, n, "wpe_relative")) for n in ("tipl", "persistence"))
     assert re.search(rf"at the end of the path is {fmt(tipl)} \[[^]]*\], persistence's {fmt(persistence)}: 40 %", text)
-    assert "more than every other predictor at 1 of 4 prefixes" in text  # linear reaches further in return
+    assert "more than every other predictor at 1 of these 4 prefixes" in text  # linear reaches further in return
 
 
 def test_verdict_of_a_loss_and_of_a_lead_within_the_noise(small: Run) -> None:
@@ -59,7 +60,7 @@ def test_no_gain_is_called_so(small: Run) -> None:
             row["repw"] = 0.0
     text = words_of(small)
     assert "After 60 % of the path no gain in return stands out of the noise." in text
-    assert "Return: no gain to capture (the true future's is 0.00 [0.00, 0.00], the return noise 0.00)." in text
+    assert "Return: no gain to capture (the true future's is 0 [0, 0], the return noise 0)." in text
 
 
 def test_a_tiny_gain_in_one_trial_does_not_blow_up_the_share(tmp_path: Path) -> None:

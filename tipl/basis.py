@@ -33,6 +33,7 @@ _NOISE = 1e-6
 
 def trajectory_gram(weights: NDArray[np.float32]) -> NDArray[np.float64]:
     """Return G = D D^T (T, T) with D = weights - weights[0]: all that any prefix basis of the trial needs to know."""
+    weights = np.ascontiguousarray(weights)
     return gram(weights, origin=weights[0])
 
 

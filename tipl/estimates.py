@@ -6,11 +6,12 @@ rows. Values are (n, H) over n trials and H horizons, or (n,) at one horizon; Na
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tipl.results import FloatArray, Results
+from tipl.results import FloatArray, Results, predictor_info
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +97,12 @@ def ranking(results: Results, measure: str, prefix: float) -> list[tuple[str, fl
     return sorted(((name, value) for name, value in ends.items() if math.isfinite(value)), key=lambda item: item[1])
 
 
+def leaders(ranked: Sequence[tuple[str, float]]) -> set[str]:
+    """Return the names that share the first value of a ranking; none where all of several do."""
+    first = {name for name, value in ranked if value == ranked[0][1]}
+    return first if len(first) < len(ranked) or len(ranked) == 1 else set()
+
+
 @dataclasses.dataclass(frozen=True)
 class Gain:
     """What the return gains between the prefix's end and the path's end, and the share of it that forecasts reach."""
@@ -117,6 +124,12 @@ class Gain:
     def is_clear(self) -> bool:
         """Whether the whole interval does (the value, where one trial has no interval)."""
         return (self.future.low if self.future.has_interval else self.future.value) > self._threshold
+
+    @property
+    def ranking(self) -> list[tuple[str, float]]:
+        """The real predictors with the share that they capture, the largest first."""
+        real = [(name, share.value) for name, share in self.shares.items() if not predictor_info(name).is_floor]
+        return sorted(real, key=lambda item: -item[1])
 
     @property
     def _threshold(self) -> float:

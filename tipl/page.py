@@ -10,9 +10,9 @@ import re
 from collections.abc import Iterable
 
 from tipl.estimates import Estimate
-from tipl.plots import THEME, Mark, Plot
+from tipl.plots import NBSP, THEME, Mark, Plot
 
-NBSP, MINUS, DASH, TIMES = "\N{NO-BREAK SPACE}", "\N{MINUS SIGN}", "\N{EN DASH}", "\N{MULTIPLICATION SIGN}"
+MINUS, DASH, TIMES = "\N{MINUS SIGN}", "\N{EN DASH}", "\N{MULTIPLICATION SIGN}"
 
 
 class Html(str):
@@ -110,11 +110,13 @@ def fmt(value: float) -> str:
     """Return a number with three significant digits and a true minus sign; integers from 100 on."""
     if math.isnan(value):
         return DASH
+    if value == 0:
+        return "0"
     size = abs(value)
     if size >= 99.95:
         text = f"{value:,.0f}"
-    elif size >= 0.00095 or size == 0:
-        decimals = 1 if size >= 9.995 else 2 if size >= 0.9995 or size == 0 else 3 if size >= 0.09995 else 4
+    elif size >= 0.00095:
+        decimals = 1 if size >= 9.995 else 2 if size >= 0.9995 else 3 if size >= 0.09995 else 4
         text = f"{value:.{decimals}f}"
     else:
         mantissa, exponent = f"{value:.1e}".split("e")

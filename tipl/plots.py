@@ -45,6 +45,7 @@ THEME: dict[str, tuple[str, str]] = {
     "unknown-1": ("#6b5b95", "#b7a6e3"),
     "unknown-2": ("#5f4b32", "#c9ac86"),
 }
+NBSP = "\N{NO-BREAK SPACE}"
 Curve = tuple[FloatArray, FloatArray, FloatArray]  # mean, lower and upper bound (H,)
 
 PANEL_INCHES = (4.8, 3.45)
@@ -206,7 +207,7 @@ def predictor_marks(names: Sequence[str]) -> dict[str, Mark]:
 
 
 def percent(prefix: float) -> str:
-    return f"{100 * prefix:.3g}\N{NO-BREAK SPACE}%"
+    return f"{100 * prefix:.3g}{NBSP}%"
 
 
 def error_plot(
@@ -320,7 +321,7 @@ def coordinates_plot(paths: Sequence[CoordinatePath]) -> Plot:
         ax.set(xlabel="checkpoint", ylabel="coordinate")
 
     def panel(path: CoordinatePath) -> Panel:
-        return Panel(f"trial {path.trial}, prefix {path.percent}\N{NO-BREAK SPACE}%", lambda ax: draw(ax, path))
+        return Panel(f"trial {path.trial}, prefix {path.percent}{NBSP}%", lambda ax: draw(ax, path))
 
     columns = max(2, len({path.percent for path in paths}))
     return Plot("coordinates", tuple(panel(path) for path in paths), (truth, forecast), columns)
@@ -336,7 +337,8 @@ def spectrum_plot(singular_values: Sequence[FloatArray], n_components: int | Non
             ax.plot(x, curve[:length], color=THEME["faint"][0], linewidth=0.9)
         ax.plot(x, np.median([curve[:length] for curve in curves], 0), color=THEME["ink"][0], linewidth=2.2)
         if n_components is not None and n_components <= length:
-            _marked_line(ax, n_components, f"k = {n_components}")
+            ax.axvline(n_components, color=THEME["muted"][0], linewidth=1.0, linestyle=":")
+            _note(ax, f"dotted: k = {n_components}")
         ax.set(xscale="log", yscale="log", xlabel=xlabel, ylabel=label)
         ax.xaxis.set_major_locator(LogLocator(2.0))
         ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -384,18 +386,15 @@ def learning_plot(
 
 
 def training_plot(training: Training) -> Plot:
-    """Return the forecaster's training loss and its validation error against optimiser steps."""
-    train, validation = Mark("training loss", "faint", 1.4), Mark("validation error", "ink", 2.2)
+    """Return the forecaster's errors in training and in validation against optimiser steps."""
+    train, validation = Mark("training", "faint", 1.4), Mark("validation", "ink", 2.2)
 
     def draw(ax: Axes) -> None:
-        train.line(ax, training.steps, training.train_loss)
-        validation.line(ax, training.steps, training.heldout_loss)
-        best = training.best_step
-        _marked_line(ax, best, f"kept: step {best:,}", is_left=best > 0.5 * training.steps[-1])
-        ax.set(yscale="log", xlabel="optimiser step", ylabel="relative error")
-        ax.yaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
-        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        ax.yaxis.set_minor_formatter(NullFormatter())
+        train.line(ax, training.steps, np.sqrt(training.train_loss))
+        validation.line(ax, training.steps, training.validation_error)
+        ax.axvline(training.best_step, color=THEME["muted"][0], linewidth=1.0, linestyle=":")
+        _note(ax, f"kept: step {training.best_step:,}")
+        ax.set(xlabel="optimiser step", ylabel="relative error", ylim=(0, None))
         ax.xaxis.set_major_formatter(FuncFormatter(_short_count))
 
     return Plot("training", (Panel("Training of the forecaster", draw),), (train, validation))
@@ -412,22 +411,6 @@ def _horizon_axis(ax: Axes, horizons: NDArray[np.int64]) -> None:
     ax.set_xlim(0, 1.02 * float(horizons[-1]))
     ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     ax.set_xlabel("horizon (checkpoints)")
-
-
-def _marked_line(ax: Axes, x: float, note: str, *, is_left: bool = False) -> None:
-    """Draw a dotted vertical line at `x` with a note at its top, on the right or the left of it."""
-    ax.axvline(x, color=THEME["muted"][0], linewidth=1.0, linestyle=":")
-    ax.annotate(
-        note,
-        (x, 0.98),
-        xycoords=("data", "axes fraction"),
-        xytext=(-4 if is_left else 4, 0),
-        textcoords="offset points",
-        va="top",
-        ha="right" if is_left else "left",
-        color=THEME["muted"][0],
-        fontsize=9,
-    )
 
 
 def _frame(ax: Axes, curves: Sequence[tuple[str, Curve]], main: Sequence[Curve], bottom: float | None = None) -> None:
@@ -447,8 +430,14 @@ def _frame(ax: Axes, curves: Sequence[tuple[str, Curve]], main: Sequence[Curve],
     ax.set_ylim(low, high)
     away = [(label, center[-1]) for label, (center, _, _) in curves if ((center > high) | (center < low)).any()]
     if away:
-        ends = ", ".join(f"{label} {end:.3g}".replace(" -", " \N{MINUS SIGN}") for label, end in away)
-        ax.set_title("\n".join(textwrap.wrap(f"off the scale: {ends}", 44)), loc="right", fontsize=8.5, weight="normal")
+        ends = [f"{label} {end:.3g}".replace(" -", " \N{MINUS SIGN}").replace(" ", NBSP) for label, end in away]
+        lines = textwrap.wrap(f"off the scale: {', '.join(ends)}", 46, break_on_hyphens=False)
+        _note(ax, "\n".join(lines))
+
+
+def _note(ax: Axes, text: str) -> None:
+    """Write a small note above the axes, at the right."""
+    ax.set_title(text, loc="right", fontsize=8.5, weight="normal")
 
 
 def _extent(curves: Sequence[Curve]) -> tuple[float, float]:

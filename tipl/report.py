@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from tipl import page, plots, verdict
-from tipl.estimates import Bootstrap, Estimate, captured_gain, ranking
-from tipl.page import NBSP, Html, element, fmt, fmt_interval, fmt_percent, fmt_seconds
-from tipl.plots import Plot, percent
+from tipl.estimates import Bootstrap, Estimate, captured_gain, leaders, ranking
+from tipl.page import Html, element, fmt, fmt_interval, fmt_percent, fmt_seconds
+from tipl.plots import NBSP, Plot, percent
 from tipl.results import (
     CoordinatePath,
     FloatArray,
@@ -190,16 +190,11 @@ class _Report:
         """Return the mean of `measure` at the end of the path, a row a prefix and a column a predictor."""
         rows = []
         for f in self.results.prefixes:
-            ranked = ranking(self.results, measure, f)
-            ahead = element("small", f"{self.results.horizons[f][-1]} ahead")
-            row = [element("th", percent(f), ahead)]
+            best = leaders(ranking(self.results, measure, f))
+            row = [element("th", percent(f), element("small", f"{self.results.horizons[f][-1]} ahead"))]
             for n in names:
                 estimate = self.bootstrap.estimate(self.results.at_end(measure, f, n))
-                is_best = bool(ranked) and ranked[0][0] == n
-                is_quiet = predictor_info(n).is_floor
-                row.append(
-                    page.estimate_cell(fmt(estimate.value), fmt_interval(estimate), is_best=is_best, is_quiet=is_quiet)
-                )
+                row.append(_estimate_cell(n, fmt(estimate.value), fmt_interval(estimate), best))
             rows.append(row)
         return page.table(caption, [element("th", "prefix"), *map(_column_head, names)], rows)
 
@@ -252,12 +247,10 @@ class _Report:
             if not gain.shares:
                 row.append(Html(f'<td colspan="{len(names)}" class="quiet">{page.escape(verdict.no_gain(gain))}</td>'))
             else:
-                best = verdict.best_share(gain)
+                best = leaders(gain.ranking)
                 for n in names:
                     share = gain.shares.get(n, Estimate(math.nan))
-                    text, interval = fmt_percent(share.value), fmt_interval(share, as_percent=True)
-                    is_quiet = predictor_info(n).is_floor
-                    row.append(page.estimate_cell(text, interval, is_best=n == best, is_quiet=is_quiet))
+                    row.append(_estimate_cell(n, fmt_percent(share.value), fmt_interval(share, as_percent=True), best))
             rows.append(row)
         caption = (
             "Share of the future gain captured at the end of the path: the return that the forecast gains over the "
@@ -321,9 +314,9 @@ class _Report:
             figures.append(
                 self._figure(
                     plots.training_plot(self.training),
-                    "The forecaster's loss in training (squared, of one batch) and its relative weight error at the "
-                    "end of validation trials' paths; the weights of the best validation are kept. Held-out trials take "
-                    "no part.",
+                    "The forecaster's relative error in training (root of a batch's loss: first of one-step "
+                    "predictions, then of whole rollouts), and its relative weight error at the end of validation "
+                    "trials' paths. The weights of the best validation are kept; held-out trials take no part.",
                 )
             )
         if not figures:
@@ -391,6 +384,11 @@ class _Report:
 def _column_head(name: str) -> Html:
     info = predictor_info(name)
     return element("th", info.label, cls="quiet" if info.is_floor else "")
+
+
+def _estimate_cell(name: str, text: str, interval: str, best: set[str]) -> Html:
+    """Return the table cell of a predictor's estimate, marked where it is the best, quiet where it is a floor's."""
+    return page.estimate_cell(text, interval, is_best=name in best, is_quiet=predictor_info(name).is_floor)
 
 
 def _pairs(title: str, mapping: Mapping[str, Any]) -> Html:

@@ -200,7 +200,7 @@ class Training:
 
     steps: FloatArray
     train_loss: FloatArray
-    heldout_loss: FloatArray
+    validation_error: FloatArray
     seconds: float
     num_parameters: int
     best_step: int
@@ -215,9 +215,11 @@ def read_training(path: Path) -> Training:
         if not isinstance(document, dict):
             raise ValueError("it must hold a JSON object")
         curves = {}
-        for key in ("steps", "train_loss", "heldout_loss"):
+        for key in ("steps", "train_loss", "validation_error"):
             values = required(document, key, list, "the file")
-            curves[key] = np.array([number({key: value}, key, f"{key}[{i}]") for i, value in enumerate(values)])
+            curves[key] = np.array(
+                [number({key: value}, key, f"{key}[{i}]", non_negative=True) for i, value in enumerate(values)]
+            )
             if len(values) != len(document["steps"]):
                 raise ValueError(f"{key} must be as long as steps, {len(document['steps'])}, got {len(values)}")
         return Training(

@@ -9,6 +9,7 @@ read here at all; `evaluate` judges on them.
 import copy
 import dataclasses
 import json
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,7 +46,7 @@ class TrainConfig:
     batch_size: int = 64
     """Trajectories a step, each cut at a random prefix of a random training trial."""
     learning_rate: float = 1e-3
-    """Peak of a one-cycle cosine schedule with 10 % warm-up."""
+    """Peak of a cosine schedule with 10 % warm-up."""
     weight_decay: float = 0.05
     dropout: float = 0.1
     noise: float = 0.01
@@ -284,7 +285,7 @@ def loss_of(model: TrajectoryTransformer, batch: Batch, noise: Tensor, *, teache
 
 
 class Trainer:
-    """AdamW with a one-cycle schedule, an average of the weights, and the validation that chooses among them."""
+    """AdamW with a cosine schedule, an average of the weights, and the validation that chooses among them."""
 
     VALIDATIONS = 20
 
@@ -309,9 +310,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
         )
-        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
-            self.optimizer, config.learning_rate, total_steps=config.steps, pct_start=0.1
-        )
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._share_of_peak)
         self.best = Best(0, float("inf"), copy.deepcopy(self.average.state_dict()))
         self.step_count = 0
 
@@ -335,6 +334,11 @@ class Trainer:
             for averaged, current in zip(self.average.parameters(), self.model.parameters(), strict=True):
                 averaged.lerp_(current, 1.0 - decay)
         return float(loss.detach())
+
+    def _share_of_peak(self, step: int) -> float:
+        """Return the learning rate of `step` as a share of its peak: 10 % warm-up, then half a cosine to zero."""
+        progress = step / self.config.steps
+        return min(1.0, (progress + 1 / self.config.steps) / 0.1) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
 
     def validate(self) -> float:
         """Return the validation error of the averaged weights, and remember them if none were better."""

@@ -5,9 +5,9 @@ difference is within the noise.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
-from tipl.estimates import Bootstrap, Estimate, Gain, ranking
+from tipl.estimates import Bootstrap, Estimate, Gain, leaders, ranking
 from tipl.page import Html, element, fmt, fmt_interval, fmt_percent, join
 from tipl.plots import percent
 from tipl.results import Results, predictor_info
@@ -29,7 +29,7 @@ def _weight_verdict(results: Results, bootstrap: Bootstrap) -> str:
     """Return at which prefixes TIPL has the smallest mean error, and where that may be luck."""
     prefixes = results.prefixes
     ranked = {f: ranking(results, "wpe_relative", f) for f in prefixes}
-    wins = [f for f in prefixes if _best(ranked[f]) == "tipl"]
+    wins = [f for f in prefixes if leaders(ranked[f]) == {"tipl"}]
     if not wins:
         return "TIPL is not the best forecast of the weights at the end of the path, at any prefix."
     where = f" at {len(wins)} of {len(prefixes)} prefixes: {_words(percent(f) for f in wins)}"
@@ -52,9 +52,12 @@ def _return_verdict(results: Results, gains: Mapping[float, Gain]) -> str:
     sentences = []
     if shares:
         captured = _words(f"{_share(share)} after {percent(f)} of the path" for f, share in shares.items())
-        wins = sum(best_share(gains[f]) == "tipl" for f in shares)
-        many = f"{wins or 'none'} of {len(shares)} prefixes"
-        rank = f": more than every other predictor at {many}" if len(results.predictors) > 2 else ""
+        wins = sum(leaders(gains[f].ranking) == {"tipl"} for f in shares)
+        rank = ""
+        if len(results.predictors) > 2:
+            often = f" at {wins or 'none'} of these {len(shares)} prefixes" if len(shares) > 1 else ""
+            rank = ", more than every other predictor" if wins or often else ", not more than every other predictor"
+            rank += often
         sentences.append(f"Of the return that the run still gains, TIPL's policies capture {captured}{rank}.")
     without = [percent(f) for f in results.prefixes if f not in shares]
     if without:
@@ -76,7 +79,7 @@ def _card(results: Results, bootstrap: Bootstrap, prefix: float, gain: Gain) -> 
         lines = [f"{error}, persistence's {fmt(persistence.value)}: {_share(change)} {word}."]
         if change.low <= 0 <= change.high:
             lines.append("The interval includes zero: a difference within the noise of these trials.")
-    is_best = _best(ranked) == "tipl"
+    is_best = leaders(ranked) == {"tipl"}
     rivals = [(name, value) for name, value in ranked if name != "tipl"]
     if is_best and rivals:
         lines.append(f"✓ Below every other predictor; the nearest is {_named(*rivals[0])}.")
@@ -103,14 +106,8 @@ def _gain_words(gain: Gain) -> str:
     if "tipl" not in gain.shares:
         return no_gain(gain)
     words = f"{_share(gain.shares['tipl'])} of the future gain of {fmt(gain.future.value)} captured"
-    rival = best_share(gain, without="tipl")
-    return f"{words}; {predictor_info(rival).label} {fmt_percent(gain.shares[rival].value)}" if rival else words
-
-
-def best_share(gain: Gain, without: str = "") -> str:
-    """Return the real predictor that captures most of the gain, "" where there is none."""
-    real = [name for name in gain.shares if name != without and not predictor_info(name).is_floor]
-    return max(real, key=lambda name: gain.shares[name].value, default="")
+    rivals = [(name, share) for name, share in gain.ranking if name != "tipl"]
+    return f"{words}; {predictor_info(rivals[0][0]).label} {fmt_percent(rivals[0][1])}" if rivals else words
 
 
 def no_gain(gain: Gain) -> str:
@@ -122,10 +119,6 @@ def no_gain(gain: Gain) -> str:
     noise = "" if math.isnan(gain.noise) else f", the return noise {fmt(gain.noise)}"
     reason = "the gain is too uncertain to share out" if gain.is_there else "no gain to capture"
     return f"{reason} (the true future's is {_with_interval(gain.future)}{noise})"
-
-
-def _best(ranked: Sequence[tuple[str, float]]) -> str:
-    return ranked[0][0] if ranked else ""
 
 
 def _named(name: str, value: float) -> str:

@@ -1,0 +1,116 @@
+"""The forecaster: causality, the two ways of continuing, and its files."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from reference import forecaster, random_forecaster
+
+from tipl.model import ModelConfig, TrajectoryTransformer, load_model, save_model
+
+CONFIG = ModelConfig(n_components=5, n_layer=2, n_head=2, d_model=16, d_ff=40, max_len=24, dropout=0.1)
+
+
+def random_model(config: ModelConfig = CONFIG, seed: int = 0) -> TrajectoryTransformer:
+    model = TrajectoryTransformer(config)
+    model.load_state_dict({name: torch.from_numpy(w) for name, w in random_forecaster(config, seed).items()})
+    return model.eval()
+
+
+def test_no_output_depends_on_a_later_input() -> None:
+    model, (B, T, k) = random_model(), (3, 12, 5)
+    x, prefix_end = torch.randn(B, T, k), torch.tensor([3, 6, 11])
+    before = model(x, prefix_end)
+    for t in range(T):
+        changed = x.clone()
+        changed[:, t] += 1.0
+        after = model(changed, prefix_end)
+        torch.testing.assert_close(after[:, :t], before[:, :t], rtol=0, atol=0)
+        assert (after[:, t] != before[:, t]).any()
+
+
+def test_forward_equals_the_float64_oracle() -> None:
+    x, prefix_end = np.random.default_rng(0).standard_normal((3, 12, 5)).astype(np.float32), np.array([3, 6, 11])
+    got = random_model()(torch.from_numpy(x), torch.from_numpy(prefix_end)).detach().numpy()
+    expected = forecaster(CONFIG, random_forecaster(CONFIG, 0), x, prefix_end)
+    np.testing.assert_allclose(got, expected, atol=100 * np.finfo(np.float32).eps)
+
+
+def test_unroll_equals_recomputation_and_lets_gradients_through() -> None:
+    model, x = random_model(), torch.randn(3, 7, 5)
+    torch.testing.assert_close(model.unroll(x, 17), model.rollout(x, 17), rtol=0, atol=1e-4)
+    observed = x.clone().requires_grad_()
+    model.unroll(observed, 4)[:, -1].sum().backward()
+    assert observed.grad is not None
+    assert (observed.grad != 0).any(dim=-1).all()
+
+
+def test_an_untrained_model_is_persistence() -> None:
+    x = torch.randn(2, 6, 5)
+    path = TrajectoryTransformer(CONFIG).eval().rollout(x, 5)
+    torch.testing.assert_close(path, x[:, -1:].expand(2, 5, 5), rtol=0, atol=0)
+
+
+def test_model_folder_round_trip(tmp_path: Path) -> None:
+    model = random_model()
+    save_model(model, tmp_path / "model", {"env_id": "X-v0"})
+    loaded, config = load_model(tmp_path / "model")
+    x, prefix_end = torch.randn(2, 9, 5), torch.tensor([4, 8])
+    torch.testing.assert_close(loaded(x, prefix_end), model(x, prefix_end), rtol=0, atol=0)
+    assert config["env_id"] == "X-v0"
+    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_damaged_model_folders(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"is no model folder: config\.json is missing"):
+        load_model(tmp_path / "nothing")
+    folder = tmp_path / "model"
+    save_model(random_model(), folder)
+    config = (folder / "config.json").read_text()
+    weights = (folder / "model.safetensors").read_bytes()
+
+    (folder / "config.json").write_text(config[:40])
+    with pytest.raises(RuntimeError, match=r"config\.json is damaged"):
+        load_model(folder)
+    (folder / "config.json").write_text(json.dumps(json.loads(config) | {"format": "else"}))
+    with pytest.raises(RuntimeError, match="format must be 'tipl-model'"):
+        load_model(folder)
+    (folder / "config.json").write_text(config.replace('"d_model": 16', '"d_model": 18'))
+    with pytest.raises(RuntimeError, match=r"model\.safetensors does not fit its config\.json"):
+        load_model(folder)
+
+    (folder / "config.json").write_text(config)
+    (folder / "model.safetensors").write_bytes(weights[:-7])
+    with pytest.raises(RuntimeError, match=r"model\.safetensors does not fit its config\.json"):
+        load_model(folder)
+    state = safetensors.torch.load(weights)
+    state["head.bias"][0] = float("nan")
+    (folder / "model.safetensors").write_bytes(safetensors.torch.save(state))
+    with pytest.raises(RuntimeError, match="holds NaN or Inf"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"n_layer": 0}, "n_layer must be a positive int, got 0"),
+        ({"d_model": 17}, "d_model must be a multiple of n_head = 2, got 17"),
+        ({"dropout": 1.0}, r"dropout must lie in \[0, 1\), got 1.0"),
+    ],
+)
+def test_config_rejections(change: dict[str, float], message: str) -> None:
+    import dataclasses
+
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(CONFIG, **change)  # type: ignore[arg-type]
+
+
+def test_forward_rejections() -> None:
+    model = random_model()
+    with pytest.raises(ValueError, match=r"x must have shape \(B, T, 5\), got \(2, 9, 4\)"):
+        model(torch.zeros(2, 9, 4), torch.zeros(2))
+    with pytest.raises(ValueError, match="at most max_len = 24 checkpoints, got 25"):
+        model.unroll(torch.zeros(2, 9, 5), 16)

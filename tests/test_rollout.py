@@ -1,0 +1,56 @@
+"""From prefix weights to forecast weights, against the torch recursion in the same basis."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from test_basis import random_path
+from test_model import CONFIG, random_model
+
+from tipl.basis import Basis
+from tipl.model import save_model
+from tipl.rollout import Forecaster, rollout
+
+
+def prefixes(count: int, length: int = 8) -> NDArray[np.float32]:
+    return np.stack([random_path(20, 60, seed)[:length] for seed in range(count)])
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_rollout_is_the_torch_recursion_between_encode_and_decode(count: int) -> None:
+    model, observed = random_model(), prefixes(count)
+    forecast = rollout(model, observed, 12)
+    assert forecast.shape == (count, 12, 60)
+    for weights, prefix in zip(forecast, observed, strict=True):
+        basis = Basis.from_prefix(prefix, CONFIG.n_components)
+        expected = basis.decode(model.rollout(torch.from_numpy(basis.encode(prefix)[None]), 12)[0].numpy())
+        np.testing.assert_allclose(weights, expected, atol=1e-4 * np.abs(expected).max())
+
+
+def test_model_may_be_a_folder_and_a_prefix_may_stand_alone(tmp_path: Path) -> None:
+    model, observed = random_model(), prefixes(2)
+    save_model(model, tmp_path / "model")
+    batch = rollout(tmp_path / "model", observed, 5)
+    np.testing.assert_array_equal(rollout(str(tmp_path / "model"), observed[1], 5)[0], batch[1])
+    np.testing.assert_array_equal(rollout(Forecaster(model), observed, 5), batch)
+
+
+def test_rejections() -> None:
+    model, observed = random_model(), prefixes(2)
+    with pytest.raises(TypeError, match="prefix_weights must be float32, got float64"):
+        rollout(model, observed.astype(np.float64), 3)
+    with pytest.raises(ValueError, match=r"must have shape \(B, h\+1, p\) or \(h\+1, p\), got \(60,\)"):
+        rollout(model, observed[0, 0], 3)
+    spoilt = observed.copy()
+    spoilt[1, 4, 7] = np.inf
+    with pytest.raises(ValueError, match="NaN or Inf in trial 1, checkpoint 4"):
+        rollout(model, spoilt, 3)
+    with pytest.raises(ValueError, match=r"horizon must lie in \[1, 16\] .* got 17"):
+        rollout(model, observed, 17)
+    with pytest.raises(ValueError, match="a prefix must hold at least 4 checkpoints"):
+        rollout(model, observed[:, :3], 3)
+    shared = Forecaster(model, Basis.from_prefix(prefixes(1)[0][:, :50], CONFIG.n_components))
+    with pytest.raises(ValueError, match="must hold p = 50 weights a checkpoint, .* got 60"):
+        rollout(shared, observed, 3)
