@@ -52,5 +52,5 @@ def test_rejections() -> None:
     with pytest.raises(ValueError, match="a prefix must hold at least 4 checkpoints"):
         rollout(model, observed[:, :3], 3)
     shared = Forecaster(model, Basis.from_prefix(prefixes(1)[0][:, :50], CONFIG.n_components))
-    with pytest.raises(ValueError, match="must hold p = 50 weights a checkpoint, .* got 60"):
+    with pytest.raises(ValueError, match=r"must hold p = 50 weights a checkpoint, .* got 60"):
         rollout(shared, observed, 3)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from synthetic_run import Run, at_end, cell_of
 
-from tipl.estimates import Bootstrap, Estimate, captured_gain
+from tipl.estimates import Bootstrap, Estimate, captured_gain, leaders
 from tipl.page import fmt
 from tipl.plots import NBSP
 from tipl.verdict import verdict
@@ -51,6 +51,19 @@ def test_verdict_of_a_loss_and_of_a_lead_within_the_noise(small: Run) -> None:
     assert "100 % higher" in text
     assert "✗ Not the best: persistence," in text
     assert "The interval includes zero: a difference within the noise" in text
+
+
+def test_equals_are_no_winners(small: Run) -> None:
+    for row in small.rows:
+        row["wpe_relative"] = 0.5 if row["predictor"] in ("tipl", "linear") else 0.7
+    assert "TIPL is not the best forecast of the weights at the end of the path, at any prefix." in words_of(small)
+    assert leaders([("a", 1.0), ("b", 1.0), ("c", 2.0)]) == {"a", "b"}
+    assert leaders([("a", 1.0), ("b", 1.0)]) == set()
+
+
+def test_tipl_alone_has_nothing_to_be_compared_with(small: Run) -> None:
+    small.results["rows"] = [row for row in small.rows if row["predictor"] in ("tipl", "basis_floor")]
+    assert "These results hold no other predictor to compare TIPL with." in words_of(small)
 
 
 def test_no_gain_is_called_so(small: Run) -> None:

@@ -110,7 +110,10 @@ class Rollout:
             raise FileExistsError(f"rollout: output {self.output} exists already; choose another file or remove it")
         if not 0.0 < self.prefix <= 1.0:
             raise ValueError(f"rollout: prefix must be a share of the path in (0, 1], got {self.prefix}")
-        trial = Store.open(self.store).trial(self.trial)
+        store = Store.open(self.store)
+        if not 0 <= self.trial < store.num_trials:
+            raise ValueError(f"rollout: trial must lie in [0, {store.num_trials}), got {self.trial}")
+        trial = store.trial(self.trial)
         prefix_end = prefix_end_of(self.prefix, trial.num_checkpoints)
         horizon = trial.num_checkpoints - 1 - prefix_end if self.horizon is None else self.horizon
         weights = rollout(self.model, trial.weights(0, prefix_end + 1), horizon)[0]
@@ -199,10 +202,12 @@ class Run:
         store_path, model, evaluation = (self.output / name for name in ("store.zarr", "model", "evaluation"))
         if self.output.exists() and not self.resume:
             raise FileExistsError(f"run: output {self.output} exists already; choose another folder or pass --resume")
+        num_checkpoints = -(-self.total_timesteps // self.ppo.num_steps) + 1
+        self.evaluate.prefix_ends(num_checkpoints)  # refuses now what could not be judged after an hour
         seconds = _Seconds(self.output / "seconds.json")
 
         if store_path.exists():
-            store = self._complete_store(store_path)
+            store = self._complete_store(store_path, num_checkpoints)
         else:
             with seconds.of("collect"):
                 store = Collect(
@@ -244,10 +249,9 @@ class Run:
         )
         print(f"report     {page}")
 
-    def _complete_store(self, path: Path) -> Store:
+    def _complete_store(self, path: Path, expected: int) -> Store:
         """Return the store of an earlier run, if it is the one that this run would collect."""
         store = Store.open(path)
-        expected = -(-self.total_timesteps // self.ppo.num_steps) + 1
         found = (store.env_id, store.num_trials, store.num_checkpoints)
         if found != (self.env_id, self.num_trials, expected):
             raise ValueError(
@@ -293,7 +297,7 @@ def main() -> None:
     """Parse the command line and run the command; the exit status is 0, 2 for a user's mistake, 130 for Ctrl-C."""
     try:
         tyro.cli(
-            Command,  # type: ignore[arg-type]
+            Command,
             prog="tipl",
             description="Forecast where PPO takes a policy's weights. Start with `tipl demo`.",
         ).run()

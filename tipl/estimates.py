@@ -98,9 +98,9 @@ def ranking(results: Results, measure: str, prefix: float) -> list[tuple[str, fl
 
 
 def leaders(ranked: Sequence[tuple[str, float]]) -> set[str]:
-    """Return the names that share the first value of a ranking; none where all of several do."""
+    """Return the names that share the first value of a ranking; none where all do."""
     first = {name for name, value in ranked if value == ranked[0][1]}
-    return first if len(first) < len(ranked) or len(ranked) == 1 else set()
+    return first if len(first) < len(ranked) else set()
 
 
 @dataclasses.dataclass(frozen=True)

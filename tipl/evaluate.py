@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from rich.progress import Progress
 
 from tipl import _core
-from tipl.basis import trajectory_gram
+from tipl.basis import MIN_PREFIX_END, trajectory_gram
 from tipl.envs import make_vec
 from tipl.policy import PolicySpec, mean_action
 from tipl.predictors import fit_baselines
@@ -60,6 +60,21 @@ class EvaluateConfig:
                 raise ValueError(f"EvaluateConfig: {name} must be shares of the path in (0, 1), got {shares}")
         if self.num_episodes < 1:
             raise ValueError(f"EvaluateConfig: num_episodes must be at least 1, got {self.num_episodes}")
+
+    def prefix_ends(self, num_checkpoints: int) -> list[int]:
+        """Return the index h at which each prefix ends.
+
+        Raises ValueError where a prefix is too short for a basis, or leaves nothing to forecast.
+        """
+        ends = [prefix_end_of(share, num_checkpoints) for share in self.prefixes]
+        for share, end in zip(self.prefixes, ends, strict=True):
+            if not MIN_PREFIX_END <= end < num_checkpoints - 1:
+                raise ValueError(
+                    f"evaluate: prefix {share:g} of a path of {num_checkpoints} checkpoints ends at checkpoint {end}, "
+                    f"which must lie in [{MIN_PREFIX_END}, {num_checkpoints - 2}]: collect longer paths (a larger "
+                    "total_timesteps) or choose other prefixes"
+                )
+        return ends
 
     def horizon_grid(self, prefix_end: int, num_checkpoints: int) -> NDArray[np.int64]:
         """Return the horizons (n,) after `prefix_end`, ascending; the last reaches the end of the path."""
@@ -166,6 +181,7 @@ def evaluate(
     started = time.perf_counter()
     split = forecaster.config["split"]
     num_checkpoints = forecaster.config["num_checkpoints"]
+    prefix_ends = config.prefix_ends(num_checkpoints)
     n_components = forecaster.model.config.n_components
     heldout: list[int] = split["heldout"]
     truth = np.array([store.trial(i).weights() for i in heldout])  # (trials, T, p)
@@ -173,8 +189,7 @@ def evaluate(
 
     judged = _Judged()
     coordinates: dict[str, NDArray[Any]] = {}
-    for share in config.prefixes:
-        prefix_end = prefix_end_of(share, num_checkpoints)
+    for share, prefix_end in zip(config.prefixes, prefix_ends, strict=True):
         horizons = config.horizon_grid(prefix_end, num_checkpoints)
         prefixes = truth[:, : prefix_end + 1]
         forecasts = rollout(forecaster, prefixes, int(horizons[-1]), num_threads=num_threads)[:, horizons - 1]

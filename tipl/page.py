@@ -107,20 +107,19 @@ def document(title: str, body: str) -> bytes:
 
 
 def fmt(value: float) -> str:
-    """Return a number with three significant digits and a true minus sign; integers from 100 on."""
+    """Return a number with three significant digits and a true minus sign; a whole number from 100 on."""
     if math.isnan(value):
         return DASH
     if value == 0:
         return "0"
-    size = abs(value)
-    if size >= 99.95:
+    mantissa, exponent = f"{value:.2e}".split("e")
+    power = int(exponent)
+    if power >= 2:
         text = f"{value:,.0f}"
-    elif size >= 0.00095:
-        decimals = 1 if size >= 9.995 else 2 if size >= 0.9995 else 3 if size >= 0.09995 else 4
-        text = f"{value:.{decimals}f}"
+    elif power >= -3:
+        text = f"{value:.{2 - power}f}"
     else:
-        mantissa, exponent = f"{value:.1e}".split("e")
-        superscript = str(int(exponent)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+        superscript = str(power).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
         text = f"{mantissa}{NBSP}{TIMES}{NBSP}10{superscript}"
     return text.replace("-", MINUS)
 
@@ -213,6 +212,7 @@ dl.terms dd{margin:0;max-width:72ch}
 ul{padding-left:20px;max-width:78ch}
 details{margin:10px 0}
 summary{cursor:pointer;color:var(--muted)}
+table.pairs{min-width:0}
 details td{white-space:normal;overflow-wrap:anywhere}
 footer{padding:4px 20px 40px;font-size:.88rem}
 @media (max-width:640px){

@@ -23,11 +23,11 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from numpy.typing import NDArray
 
 from tipl.estimates import Bootstrap, mean
-from tipl.results import CoordinatePath, FloatArray, Results, Training, predictor_info
+from tipl.results import PREDICTORS, CoordinatePath, FloatArray, Results, Training, predictor_info
 
 # Name -> colour on a light page, colour on a dark page. Predictors are told apart with any common colour blindness
-# (after Okabe and Ito), and by their markers; floors are grey. Every light colour occurs once: an SVG
-# names its colours by them.
+# (after Okabe and Ito), and by their markers; floors are grey. Every light colour occurs once, for an SVG's colours are
+# found by it.
 THEME: dict[str, tuple[str, str]] = {
     "surface": ("#fffffe", "#161b22"),
     "ink": ("#1f2328", "#e6edf3"),
@@ -196,11 +196,11 @@ def predictor_marks(names: Sequence[str]) -> dict[str, Mark]:
     unknown = 0
     for name in names:
         info = predictor_info(name)
-        if name not in THEME:
+        if name in PREDICTORS:
+            color, marker = name, markers.get(name, "")
+        else:
             color, marker = f"unknown-{unknown % 3}", "XP"[unknown // 3 % 2]
             unknown += 1
-        else:
-            color, marker = name, markers.get(name, "")
         dashes = () if not info.is_floor else (5.0, 2.5) if name == "basis_floor" else (1.5, 2.0)
         marks[name] = Mark(info.label, color, {"tipl": 3.0, "persistence": 2.0}.get(name, 1.5), dashes, marker)
     return marks
@@ -216,7 +216,7 @@ def error_plot(
     """Return the mean `measure` against the horizon with its 95 % bands, a panel a prefix, floors dashed."""
     marks = predictor_marks(results.names)
     shown = [n for n in results.names if n in floors or n in results.predictors]
-    shown = [n for n in shown if any(np.isfinite(results.values(measure, f, n)).any() for f in results.prefixes)]
+    shown = [n for n in shown if results.has_values(measure, n)]
     bands = {f: {n: bootstrap.curve(results.values(measure, f, n)) for n in shown} for f in results.prefixes}
 
     def draw(ax: Axes, prefix: float) -> None:
@@ -268,9 +268,13 @@ def gain_plot(results: Results, bootstrap: Bootstrap) -> Plot:
 
 
 def returns_plot(results: Results) -> Plot:
-    """Return the scatter of the return of the forecast policy against the true policy's, persistence beside TIPL."""
+    """Return the scatter of the return of the forecast policy against the true policy's, persistence beside TIPL.
+
+    Where the results hold neither's returns, all others are shown; some predictor must have returns.
+    """
     marks = {n: dataclasses.replace(m, width=0.0) for n, m in predictor_marks(results.names).items()}
-    shown = [n for n in results.predictors if n in ("persistence", "tipl")] or list(results.predictors)
+    known = [n for n in results.names if results.has_values("return_predicted", n)]
+    shown = [n for n in known if n in ("persistence", "tipl")] or known
 
     def points(prefix: float, name: str, get: Callable[[str, float, str], FloatArray]) -> tuple[FloatArray, FloatArray]:
         return get("return_true", prefix, name).ravel(), get("return_predicted", prefix, name).ravel()
@@ -426,7 +430,8 @@ def _frame(ax: Axes, curves: Sequence[tuple[str, Curve]], main: Sequence[Curve],
         (max(high, highest) if highest < high + room else high),
     )
     margin = 0.08 * (high - low) or 1.0
-    low, high = (low - margin if bottom is None else bottom), high + margin
+    high += margin
+    low = low - margin if bottom is None else bottom - 0.02 * (high - bottom)  # so that a line at the bottom shows
     ax.set_ylim(low, high)
     away = [(label, center[-1]) for label, (center, _, _) in curves if ((center > high) | (center < low)).any()]
     if away:

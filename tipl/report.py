@@ -202,7 +202,7 @@ class _Report:
 
     def _returns(self) -> Html:
         results = self.results
-        if not any(np.isfinite(results.values("repw", f, n)).any() for f in results.prefixes for n in results.names):
+        if not any(results.has_values("return_predicted", name) for name in results.names):
             return element("p", "These results hold no returns.")
         caption = (
             "REPW at the end of the path, the absolute difference in mean episodic return between the forecast and the "
@@ -363,7 +363,8 @@ class _Report:
             f"One task ({self.results.env_id}), one algorithm, one set of hyperparameters: others can differ.",
             "Weights and returns are different judges: a small weight error need not mean a good policy, nor a large "
             "one a bad policy.",
-            "The floors know the answer. They are not predictors, and show what no forecast of this kind can beat.",
+            "The floors know the answer; they are not predictors. The basis floor bounds weight errors, not returns: "
+            "there a forecast may do better.",
         ]
         entries = (page.join(element("dt", term), element("dd", f"{text}.")) for term, text in terms)
         listing = element("ul", *(element("li", text) for text in caveats))

@@ -85,6 +85,10 @@ class Results:
         empty = np.full((len(self.trials), len(self.horizons[prefix])), np.nan)
         return self.cells.get((measure, prefix, name), empty)
 
+    def has_values(self, measure: str, name: str) -> bool:
+        """Return whether `measure` of predictor `name` is known anywhere."""
+        return any(np.isfinite(self.values(measure, prefix, name)).any() for prefix in self.prefixes)
+
     def at_end(self, measure: str, prefix: float, name: str) -> FloatArray:
         """Return `measure` of predictor `name` at the end of each trial's path (n,): its largest horizon with rows."""
         is_there = self.has_rows[prefix]

@@ -285,7 +285,10 @@ def loss_of(model: TrajectoryTransformer, batch: Batch, noise: Tensor, *, teache
 
 
 class Trainer:
-    """AdamW with a cosine schedule, an average of the weights, and the validation that chooses among them."""
+    """AdamW with a cosine schedule, an average of the weights, and the validation that chooses among them.
+
+    Initial weights and dropout come from torch's global generator, examples and noise from one of our own.
+    """
 
     VALIDATIONS = 20
 
@@ -293,19 +296,17 @@ class Trainer:
         self.config = config
         self.data = data
         self.generator = torch.Generator().manual_seed(config.seed)
-        with torch.random.fork_rng():
-            torch.manual_seed(config.seed)
-            self.model = TrajectoryTransformer(
-                ModelConfig(
-                    n_components=config.n_components,
-                    n_layer=config.n_layer,
-                    n_head=config.n_head,
-                    d_model=config.d_model,
-                    d_ff=4 * config.d_model,
-                    max_len=data.examples.coordinates.shape[2],
-                    dropout=config.dropout,
-                )
-            ).to(config.device)
+        self.model = TrajectoryTransformer(
+            ModelConfig(
+                n_components=config.n_components,
+                n_layer=config.n_layer,
+                n_head=config.n_head,
+                d_model=config.d_model,
+                d_ff=4 * config.d_model,
+                max_len=data.examples.coordinates.shape[2],
+                dropout=config.dropout,
+            )
+        ).to(config.device)
         self.average = copy.deepcopy(self.model).eval()
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
@@ -368,28 +369,11 @@ def train(store: Store, output: Path, config: TrainConfig = TrainConfig(), *, pr
         raise FileExistsError(f"train: output {output} exists already; choose another folder or remove it")
     split = split_trials(store.num_trials, config)
     data = load_training_data(store, split, config)
-    trainer = Trainer(data, config)
     started = time.perf_counter()
-    curve: dict[str, list[float]] = {"steps": [], "train_loss": [], "validation_error": []}
-    every = max(1, config.steps // Trainer.VALIDATIONS)
-    stale = 0
-    with SummaryWriter(str(output / "tb")) as writer, progress_bar(progress) as bar:
-        task = bar.add_task("train", total=config.steps, note="")
-        for step in range(1, config.steps + 1):
-            loss = trainer.step()
-            writer.add_scalar("losses/train", loss, step)
-            bar.update(task, advance=1)
-            if step % every and step != config.steps:
-                continue
-            best_before = trainer.best.step
-            error = trainer.validate()
-            writer.add_scalar("losses/validation_relative_weight_error", error, step)
-            for name, value in zip(curve, (step, loss, error), strict=True):
-                curve[name].append(value)
-            bar.update(task, note=f"validation error {error:.3f}, best {trainer.best.error:.3f}")
-            stale = 0 if trainer.best.step != best_before else stale + 1
-            if stale >= config.patience:
-                break
+    with torch.random.fork_rng():  # the caller's random numbers go on as if nothing had been trained
+        torch.manual_seed(config.seed)
+        trainer = Trainer(data, config)
+        curve = _fit(trainer, output / "tb", progress)
     model = trainer.average.cpu()
     model.load_state_dict(trainer.best.state)
     if data.shared_basis is not None:
@@ -413,3 +397,26 @@ def train(store: Store, output: Path, config: TrainConfig = TrainConfig(), *, pr
     write_atomically(output / "training.json", (json.dumps(summary) + "\n").encode())
     save_model(model, output, extra)  # last: a folder with a config.json is a whole model
     return output
+
+
+def _fit(trainer: Trainer, events: Path, progress: bool) -> dict[str, list[float]]:
+    """Train until the last step or until validation has had enough; return the curves for training.json."""
+    steps, patience = trainer.config.steps, trainer.config.patience
+    curve: dict[str, list[float]] = {"steps": [], "train_loss": [], "validation_error": []}
+    every = max(1, steps // Trainer.VALIDATIONS)
+    with SummaryWriter(str(events)) as writer, progress_bar(progress) as bar:
+        task = bar.add_task("train", total=steps, note="")
+        for step in range(1, steps + 1):
+            loss = trainer.step()
+            writer.add_scalar("losses/train", loss, step)
+            bar.update(task, advance=1)
+            if step % every and step != steps:
+                continue
+            error = trainer.validate()
+            writer.add_scalar("losses/validation_relative_weight_error", error, step)
+            for name, value in zip(curve, (step, loss, error), strict=True):
+                curve[name].append(value)
+            bar.update(task, note=f"validation error {error:.3f}, best {trainer.best.error:.3f}")
+            if step - trainer.best.step >= patience * every:
+                break
+    return curve

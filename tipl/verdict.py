@@ -27,6 +27,8 @@ def verdict(results: Results, bootstrap: Bootstrap, gains: Mapping[float, Gain])
 
 def _weight_verdict(results: Results, bootstrap: Bootstrap) -> str:
     """Return at which prefixes TIPL has the smallest mean error, and where that may be luck."""
+    if len(results.predictors) == 1:
+        return "These results hold no other predictor to compare TIPL with."
     prefixes = results.prefixes
     ranked = {f: ranking(results, "wpe_relative", f) for f in prefixes}
     wins = [f for f in prefixes if leaders(ranked[f]) == {"tipl"}]

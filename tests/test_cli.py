@@ -1,0 +1,157 @@
+"""The command line as a user meets it: every stage once, one line for every mistake, nothing lost."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import safetensors.numpy
+
+from tipl.cli import main
+from tipl.store import Store
+
+PPO = ["--ppo.num-steps", "64", "--ppo.num-minibatches", "2", "--ppo.update-epochs", "1"]
+MODEL = ["--n-components", "4", "--n-layer", "1", "--n-head", "2", "--d-model", "16", "--steps", "10"]
+JUDGE = ["--prefixes", "0.5", "--horizons", "0.2", "--num-episodes", "1"]
+
+
+def tipl(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    """Run the command in this process and return its exit status."""
+    monkeypatch.setattr(sys, "argv", ["tipl", *map(str, arguments)])
+    try:
+        main()
+    except SystemExit as ending:
+        return int(ending.code or 0)
+    return 0
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("cli") / "run"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        status = tipl(
+            monkeypatch, "run", "--output", output, "--num-trials", 4, "--total-timesteps", 640, *PPO,
+            *[x.replace("--", "--train.") for x in MODEL], *[x.replace("--", "--evaluate.") for x in JUDGE],
+        )  # fmt: skip
+    assert status == 0
+    return output
+
+
+def test_run_leaves_every_stage(finished_run: Path) -> None:
+    assert Store.open(finished_run / "store.zarr").num_checkpoints == 11
+    for name in ("model/model.safetensors", "evaluation/results.json", "report/report.html", "seconds.json"):
+        assert (finished_run / name).stat().st_size > 0
+    assert set(json.loads((finished_run / "seconds.json").read_text())) == {"collect", "train"}
+
+
+def test_stages_one_by_one_give_what_run_gives(
+    finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store, model, evaluation = tmp_path / "s.zarr", tmp_path / "model", tmp_path / "evaluation"
+    assert tipl(monkeypatch, "collect", "--output", store, "--num-trials", 4, "--total-timesteps", 640, *PPO) == 0
+    assert tipl(monkeypatch, "train", "--store", store, "--output", model, *MODEL) == 0
+    judged = ["--store", store, "--model", model]
+    assert tipl(monkeypatch, "evaluate", *judged, "--output", evaluation, *JUDGE) == 0
+    one, other = (json.loads((run / "evaluation/results.json").read_text()) for run in (finished_run, tmp_path))
+    assert one["rows"] == other["rows"]
+    assert "relative weight error at the end of the path" in capsys.readouterr().out
+
+    report = ["report", "--store", store, "--evaluation", evaluation, "--output", tmp_path / "report"]
+    assert tipl(monkeypatch, *report) == 0
+    assert tipl(monkeypatch, *report) == 2
+    assert "exists" in capsys.readouterr().err
+    assert tipl(monkeypatch, *report, "--overwrite") == 0
+
+    forecast = tmp_path / "forecast.safetensors"
+    command = ["rollout", *judged, "--trial", 1, "--prefix", 0.5, "--output", forecast]
+    assert tipl(monkeypatch, *command) == 0
+    arrays = safetensors.numpy.load_file(forecast)
+    assert arrays["checkpoint"].tolist() == [6, 7, 8, 9, 10]
+    assert arrays["weights"].shape == (5, Store.open(store).policy.num_params)
+    assert tipl(monkeypatch, *command) == 2
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_resume_keeps_finished_stages(
+    finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "run"
+    shutil.copytree(finished_run, output)
+    shutil.rmtree(output / "evaluation")
+    (output / "report" / "report.html").unlink()
+    model = (output / "model" / "model.safetensors").stat().st_mtime_ns
+    command = [
+        "run", "--output", output, "--num-trials", 4, "--total-timesteps", 640, *PPO,
+        *[x.replace("--", "--train.") for x in MODEL], *[x.replace("--", "--evaluate.") for x in JUDGE],
+    ]  # fmt: skip
+    assert tipl(monkeypatch, *command) == 2
+    assert "choose another folder or pass --resume" in capsys.readouterr().err
+    assert tipl(monkeypatch, *command, "--resume") == 0
+    assert (output / "model" / "model.safetensors").stat().st_mtime_ns == model
+    assert (output / "report" / "report.html").exists()
+    command[command.index("--num-trials") + 1] = 5
+    assert tipl(monkeypatch, *command, "--resume") == 2
+    assert "--resume expects 11 checkpoints of 5 trials" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["collect", "--env-id", "HalfCheeta-v5", "--output", "OUT"], "HalfCheetah-v5"),
+        (["collect", "--env-id", "CartPole-v1", "--output", "OUT"], "CartPole-v1"),
+        (["collect", "--num-trials", "0", "--output", "OUT"], "num_trials"),
+        (["collect", "--output", "STORE"], "exists"),
+        (["run", "--output", "OUT", "--total-timesteps", "2048"], "prefix 0.2 of a path of 2 checkpoints"),
+        (["train", "--store", "NONE", "--output", "OUT"], "there is no trajectory store"),
+        (["evaluate", "--store", "STORE", "--model", "NONE", "--output", "OUT"], "is no model folder"),
+        (["rollout", "--model", "MODEL", "--store", "STORE", "--trial", "9", "--output", "OUT"], "trial"),
+        (["rollout", "--model", "MODEL", "--store", "STORE", "--prefix", "0.1", "--output", "OUT"], "at least 4"),
+        (["report", "--store", "STORE", "--evaluation", "NONE", "--output", "OUT"], "does not exist"),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_nothing(
+    arguments: list[str], message: str, finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    places = {
+        "OUT": tmp_path / "out", "NONE": tmp_path / "none", "STORE": finished_run / "store.zarr",
+        "MODEL": finished_run / "model",
+    }  # fmt: skip
+    assert tipl(monkeypatch, *[places.get(argument, argument) for argument in arguments]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("tipl: error: ")
+    assert message in lines[0]
+    assert not (tmp_path / "out").exists()
+
+
+def test_ctrl_c_in_the_middle_of_a_collection_keeps_what_was_committed(tmp_path: Path) -> None:
+    output = tmp_path / "store.zarr"
+    command = [sys.executable, "-c", "from tipl.cli import main; main()", "collect", "--output", str(output)]
+    command += ["--num-trials", "3", "--total-timesteps", "64000000", *PPO]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and not (
+            (output / "zarr.json").exists() and Store.open(output).num_checkpoints > 3
+        ):
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors.strip().splitlines()[-1].startswith("tipl: interrupted.")
+    assert "Traceback" not in errors
+    store = Store.open(output)
+    assert store.num_checkpoints > 3
+    for i in range(3):
+        assert store.trial(i).weights().shape[0] == store.trial(i).num_checkpoints
+
+
+def test_help_teaches(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert tipl(monkeypatch, "--help") == 0
+    text = capsys.readouterr().out
+    for name in ("collect", "train", "rollout", "evaluate", "report", "run", "demo", "Example"):
+        assert name in text
