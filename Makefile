@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-ENGINE := CMakeLists.txt pyproject.toml constraints.txt $(wildcard csrc/*)
+ENGINE := CMakeLists.txt pyproject.toml constraints.txt $(wildcard csrc/*) tipl tipl/report  # a folder: when files come or go
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test bench lint format wheel clean

@@ -128,7 +128,7 @@ void bind_engine(py::module_ &m) {
         "Four standard normals: block `index` of a stream.");
 
   py::class_<ThreadPool>(m, "ThreadPool", "The engine's thread pool, as its tests see it.")
-      .def(py::init<int>(), py::arg("num_threads"))
+      .def(py::init<ptrdiff_t>(), py::arg("num_threads"))
       .def_property_readonly("size", &ThreadPool::size)
       .def("owners", &pool_owners, py::arg("items"), py::arg("fail_at") = std::vector<ptrdiff_t>(),
            "The rank that ran each item, (items,) int32; the items of `fail_at` throw on their threads.")
@@ -144,8 +144,8 @@ bool signal_raised() {
   return PyErr_CheckSignals() != 0;
 }
 
-std::unique_ptr<Decoder> make_decoder(const DecoderConfig &config, const py::dict &weights, int batch_size, int max_len,
-                                      int num_threads) {
+std::unique_ptr<Decoder> make_decoder(const DecoderConfig &config, const py::dict &weights, ptrdiff_t batch_size,
+                                      ptrdiff_t max_len, ptrdiff_t num_threads) {
   const std::vector<TensorSpec> specs = tensor_specs(config);
   std::vector<const float *> tensors;
   for (const TensorSpec &spec : specs) {
@@ -210,7 +210,8 @@ py::array_t<float> generate(Decoder &decoder, py::ssize_t n) {
 void bind_decoder(py::module_ &m) {
   py::class_<Decoder>(m, "Decoder", "The forecaster over a KV cache; tipl.Decoder documents it.")
       .def(py::init([](int n_components, int n_layer, int n_head, int d_model, int d_ff, int max_len, float diff_scale,
-                       float out_scale, const py::dict &weights, int batch_size, int cache_len, int num_threads) {
+                       float out_scale, const py::dict &weights, ptrdiff_t batch_size, ptrdiff_t cache_len,
+                       ptrdiff_t num_threads) {
              return make_decoder({n_components, n_layer, n_head, d_model, d_ff, max_len, diff_scale, out_scale},
                                  weights, batch_size, cache_len, num_threads);
            }),

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
-#include <limits>
+#include <utility>
 
 #include "check.h"
 #include "isa.h"
@@ -48,9 +48,9 @@ const std::vector<const float *> &checked(const DecoderConfig &config, const std
   return tensors;
 }
 
-int checked_size(const char *name, int size, int highest) {
+int checked_size(const char *name, ptrdiff_t size, int highest) {
   check(1 <= size && size <= highest, "Decoder: ", name, " must lie in [1, ", highest, "], got ", size);
-  return size;
+  return static_cast<int>(size);
 }
 
 // Asks `interrupted` when the last time lies far enough back.
@@ -176,8 +176,8 @@ class Decoder::InUse {
   std::atomic_flag &flag_;
 };
 
-Decoder::Decoder(const DecoderConfig &config, const std::vector<const float *> &tensors, int batch_size, int max_len,
-                 int num_threads)
+Decoder::Decoder(const DecoderConfig &config, const std::vector<const float *> &tensors, ptrdiff_t batch_size,
+                 ptrdiff_t max_len, ptrdiff_t num_threads)
     : config_(config),
       kernels_(kernels()),
       weights_(checked(config, tensors).data(), config),
@@ -189,7 +189,7 @@ Decoder::Decoder(const DecoderConfig &config, const std::vector<const float *> &
       pool_(num_threads),
       position_(batch_size),
       prefix_end_(batch_size),
-      last_(ptrdiff_t{batch_size} * config.n_components),
+      last_(batch_size * config.n_components),
       prediction_(last_.size()),
       max_rows_(std::max<ptrdiff_t>(batch_size, kPrefillRows)),
       token_stride_(row_stride(config.token_width())),

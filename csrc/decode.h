@@ -95,8 +95,8 @@ class Decoder {
 
   // `tensors` as tensor_specs(config) lists them; max_len is T, the tokens that a sequence can hold.
   // Throws std::invalid_argument for wrong sizes and for NaN or Inf in a tensor.
-  Decoder(const DecoderConfig &config, const std::vector<const float *> &tensors, int batch_size, int max_len,
-          int num_threads);
+  Decoder(const DecoderConfig &config, const std::vector<const float *> &tensors, ptrdiff_t batch_size,
+          ptrdiff_t max_len, ptrdiff_t num_threads);
 
   // y (B, k) <- the next coordinates, from the observed prefixes x (B, t, k), of which sequence b has lengths[b] tokens
   // (all t where lengths is null) and h = lengths[b] - 1. The decoder must be empty. False: interrupted, and empty

@@ -233,9 +233,9 @@ void attend(const Attention &a, float *acc, float *out) noexcept {
     }
   }
   const Vec inverse = Vec::all(1.0f / sum(total));
-  const int whole = a.head_dim / kLanes * kLanes;
+  const int whole = a.head_dim / kLanes * kLanes, rest = a.head_dim - whole;
   for (int i = 0; i < whole; i += kLanes) (Vec::load(acc + i) * inverse).store(out + i);
-  store_first(out + whole, a.head_dim - whole, Vec::load(acc + whole) * inverse);
+  if (rest > 0) store_first(out + whole, rest, Vec::load(acc + whole) * inverse);
 }
 
 }  // namespace

@@ -109,7 +109,7 @@ struct ThreadPool::Team {
   std::vector<std::thread> threads;          // ranks 1 ... size - 1
 };
 
-ThreadPool::ThreadPool(int num_threads) : size_(num_threads) {
+ThreadPool::ThreadPool(ptrdiff_t num_threads) : size_(static_cast<int>(num_threads)) {
   check(1 <= num_threads && num_threads <= kMaxThreads, "num_threads must lie in [1, ", kMaxThreads, "], got ",
         num_threads);
 }

@@ -22,7 +22,7 @@ constexpr Range share(ptrdiff_t n, int rank, int size) noexcept { return {n * ra
 
 class ThreadPool {
  public:
-  explicit ThreadPool(int num_threads);  // throws std::invalid_argument unless 1 <= num_threads <= 1024
+  explicit ThreadPool(ptrdiff_t num_threads);  // throws std::invalid_argument unless 1 <= num_threads <= 1024
   ~ThreadPool();
   ThreadPool(const ThreadPool &) = delete;
   ThreadPool &operator=(const ThreadPool &) = delete;

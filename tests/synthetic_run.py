@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from tipl.policy import PolicySpec
 from tipl.report import write_report
-from tipl.results import Results, read_results
+from tipl.report.results import Results, read_results
 from tipl.store import Store
 
 SPEC = PolicySpec(obs_dim=4, act_dim=1, hidden_sizes=(16, 16))

@@ -13,7 +13,7 @@ import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_engine import ISAS, run_python
+from test_engine import IMPORT_CORE, ISAS, run_python
 
 from tipl import _core
 from tipl.decoder import Decoder
@@ -138,7 +138,7 @@ def test_sizes_around_the_vector_width(which, size):
 
 @pytest.mark.parametrize("isa", [isa for isa in ISAS if isa != _core.isa()])
 def test_each_other_instruction_set_is_exact(isa):
-    if run_python("import tipl._core", TIPL_ISA=isa).returncode != 0:
+    if run_python(IMPORT_CORE, TIPL_ISA=isa).returncode != 0:
         pytest.skip(f"this CPU lacks {isa}")
     tests = "test_sizes or (test_every_step and 40) or (200_steps and odd-1) or test_a_prefill"
     done = subprocess.run(
@@ -316,6 +316,8 @@ def test_step_and_generate_refuse_senseless_arguments():
         decoder.step(zeros(4, 1, 16))
     with pytest.raises(TypeError, match=r"^step: x must be a NumPy array of float32, got int64$"):
         decoder.step(np.zeros((4, 16), np.int64))
+    with pytest.raises(TypeError, match=r"^generate: n must be an int, got '3'$"):
+        decoder.generate("3")
     for n in (0, -1):
         with pytest.raises(ValueError, match=rf"^generate: n must be >= 1, got {n}$"):
             decoder.generate(n)
@@ -344,6 +346,7 @@ def test_calls_out_of_order_are_refused():
         ({"max_len": 0}, "Decoder: max_len must lie in [1, 90], got 0"),
         ({"max_len": 91}, "Decoder: max_len must lie in [1, 90], got 91"),
         ({"num_threads": 0}, "num_threads must lie in [1, 1024], got 0"),
+        ({"num_threads": 2**40}, "num_threads must lie in [1, 1024], got 1099511627776"),
         ({"dtype": "bfloat16"}, "Decoder: dtype must be one of 'float32', got 'bfloat16'"),
     ],
 )
@@ -351,6 +354,12 @@ def test_senseless_settings_are_refused(arguments, message):
     with pytest.raises(ValueError, match=r".*") as raised:
         Decoder.from_model(make_model(SMALL), **({"batch_size": 1} | arguments))
     assert str(raised.value) == message
+
+
+@pytest.mark.parametrize("name", ["batch_size", "max_len", "num_threads"])
+def test_settings_that_are_no_ints_are_refused(name):
+    with pytest.raises(TypeError, match=rf"^Decoder: {name} must be an int, got 2\.5$"):
+        Decoder.from_model(make_model(SMALL), **({"batch_size": 1} | {name: 2.5}))
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

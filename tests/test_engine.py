@@ -11,6 +11,14 @@ from tipl import _core
 
 ISAS = ("baseline", "avx2", "avx512")
 
+# Imports the engine alone: the package would import torch, and take seconds.
+IMPORT_CORE = f"""
+import importlib.util, os
+spec = importlib.util.spec_from_file_location("_core", {_core.__file__!r})
+_core = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(_core)
+"""
+
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run `code` in a new interpreter that finds the same modules, warnings being errors there too."""
@@ -29,7 +37,7 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_the_environment_overrides_the_instruction_set_or_the_import_fails(isa):
-    done = run_python("from tipl import _core; print(_core.isa(), _core.lanes())", TIPL_ISA=isa)
+    done = run_python(IMPORT_CORE + "print(_core.isa(), _core.lanes())", TIPL_ISA=isa)
     if done.returncode == 0:
         assert done.stdout.split() == [isa, str({"baseline": 4, "avx2": 8, "avx512": 16}[isa])]
     else:
@@ -37,7 +45,7 @@ def test_the_environment_overrides_the_instruction_set_or_the_import_fails(isa):
 
 
 def test_an_unknown_instruction_set_fails_the_import():
-    done = run_python("import tipl._core", TIPL_ISA="sse9")
+    done = run_python(IMPORT_CORE, TIPL_ISA="sse9")
     assert done.returncode != 0
     assert "ImportError: TIPL_ISA must be one of baseline, avx2, avx512, got 'sse9'" in done.stderr
 
@@ -132,16 +140,14 @@ def test_a_senseless_number_of_threads_is_refused(num_threads):
 def test_available_cpus_are_those_of_the_affinity_mask():
     assert _core.available_cpus() == len(os.sched_getaffinity(0))
     first = min(os.sched_getaffinity(0))
-    done = run_python(
-        f"import os; os.sched_setaffinity(0, [{first}]); from tipl import _core; print(_core.available_cpus())"
-    )
+    done = run_python(IMPORT_CORE + f"os.sched_setaffinity(0, [{first}]); print(_core.available_cpus())")
     assert done.stdout == "1\n", done.stderr
 
 
 def test_the_pool_works_in_a_forked_child_and_in_its_parent():
-    done = run_python("""
-import os
-from tipl import _core
+    done = run_python(
+        IMPORT_CORE
+        + """
 pool = _core.ThreadPool(3)
 before = pool.owners(9).tolist()
 child = os.fork()
@@ -152,5 +158,6 @@ if child == 0:
 _, status = os.waitpid(child, 0)
 assert os.waitstatus_to_exitcode(status) == 0, status
 assert pool.owners(9).tolist() == before
-""")
+"""
+    )
     assert done.returncode == 0, done.stderr

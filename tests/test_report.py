@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from synthetic_run import PREFIXES, SPEC, Run, at_end, make_store
 
-from tipl.estimates import Estimate
-from tipl.page import MINUS, TIMES, fmt, fmt_interval, fmt_percent, fmt_seconds
-from tipl.plots import NBSP, THEME
-from tipl.report import FIGURES, path_singular_values
-from tipl.results import predictor_info
+from tipl.report.estimates import Estimate
+from tipl.report.page import MINUS, TIMES, fmt, fmt_interval, fmt_percent, fmt_seconds
+from tipl.report.plots import NBSP, THEME
+from tipl.report.results import predictor_info
+from tipl.report.write import FIGURES, path_singular_values
 
 
 class Page(html.parser.HTMLParser):
@@ -305,8 +305,8 @@ def test_singular_values_of_a_path(tiny: Run, monkeypatch: pytest.MonkeyPatch) -
     theta = trial.weights().astype(np.float64)
     expected = np.linalg.svd(theta - theta[0], compute_uv=False)[:-1]
     np.testing.assert_allclose(path_singular_values(trial), expected, rtol=1e-6)
-    monkeypatch.setattr("tipl.report.SPECTRUM_CHECKPOINTS", 8)  # 31 checkpoints: every fourth
-    monkeypatch.setattr("tipl.report.SPECTRUM_BYTES", 16 * SPEC.num_params * 8 * 8)
+    monkeypatch.setattr("tipl.report.write.SPECTRUM_CHECKPOINTS", 8)  # 31 checkpoints: every fourth
+    monkeypatch.setattr("tipl.report.write.SPECTRUM_BYTES", 16 * SPEC.num_params * 8 * 8)
     strided = np.linalg.svd(theta[::4] - theta[0], compute_uv=False)[:-1]
     np.testing.assert_allclose(path_singular_values(trial), strided, rtol=1e-6)
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from synthetic_run import Run, at_end, cell_of
 
-from tipl.estimates import Bootstrap, Estimate, captured_gain, leaders
-from tipl.page import fmt
-from tipl.plots import NBSP
-from tipl.verdict import verdict
+from tipl.report.estimates import Bootstrap, Estimate, captured_gain, leaders
+from tipl.report.page import fmt
+from tipl.report.plots import NBSP
+from tipl.report.verdict import verdict
 
 
 def words_of(run: Run) -> str:

@@ -3,8 +3,9 @@
 Shapes  B sequences, t tokens, k = n_components. The arithmetic is `tipl.model.TrajectoryTransformer`'s.
 """
 
+import operator
 from collections.abc import Mapping
-from typing import Literal, Self
+from typing import Literal, Self, SupportsIndex
 
 import numpy as np
 import torch
@@ -45,7 +46,7 @@ class Decoder:
         to the cores that this process may use.
 
         Raises ValueError for sizes that make no decoder, a dtype that it lacks, a weight of another shape, a missing or
-        an unknown one, NaN or Inf; TypeError for a weight that is not float32.
+        an unknown one, NaN or Inf; TypeError for a weight that is not float32, a size that is no int.
         """
         if dtype not in DTYPES:
             raise ValueError(f"Decoder: dtype must be one of {', '.join(map(repr, DTYPES))}, got {dtype!r}")
@@ -60,9 +61,9 @@ class Decoder:
             diff_scale=config.diff_scale,
             out_scale=config.out_scale,
             weights=dict(weights),
-            batch_size=batch_size,
-            cache_len=config.max_len if max_len is None else max_len,
-            num_threads=_core.available_cpus() if num_threads is None else num_threads,
+            batch_size=as_int("Decoder: batch_size", batch_size),
+            cache_len=config.max_len if max_len is None else as_int("Decoder: max_len", max_len),
+            num_threads=_core.available_cpus() if num_threads is None else as_int("Decoder: num_threads", num_threads),
         )
 
     @classmethod
@@ -116,7 +117,7 @@ class Decoder:
         Raises ValueError for n < 1 and where the cache lacks room for n tokens (nothing is appended then); RuntimeError
         before `prefill`.
         """
-        return self._core.generate(n)
+        return self._core.generate(as_int("generate: n", n))
 
     def reset(self) -> None:
         """Empty every sequence."""
@@ -139,3 +140,10 @@ class Decoder:
     @property
     def num_threads(self) -> int:
         return self._core.num_threads
+
+
+def as_int(name: str, value: SupportsIndex) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an int, got {value!r}") from None

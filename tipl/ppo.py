@@ -385,16 +385,17 @@ class Population:
         return learner.update(transitions, [self.generators[i] for i in learner.trials])
 
     def act(self) -> tuple[Transitions, NDArray[np.int64], float]:
-        """Step the environments num_steps times; return transitions, episodes ended (N,) and the seconds this took."""
+        """Step the environments num_steps times; return transitions, episodes ended (N,), seconds of stepping."""
         N, T, A = self.env.num_envs, self.config.num_steps, self.env.act_dim
         log_std = self.params[:, None, :A]
         noise = torch.empty(N, T, A)
         for row, generator in zip(noise, self.generators, strict=True):
             torch.randn(T, A, generator=generator, out=row)
+        log_probs = log_prob(noise, log_std)  # of the actions before clipping: a function of the noise alone
         transitions = Transitions(
             observations=torch.empty(N, T, self.env.obs_dim),
-            log_probs=log_prob(noise, log_std),  # of the actions before clipping: a function of the noise alone
             actions=noise.mul_(log_std.exp()),  # the means are added step by step
+            log_probs=log_probs,
             rewards=np.empty((T, N), np.float32),
             terminated=np.empty((T, N), np.bool_),
             truncated=np.empty((T, N), np.bool_),

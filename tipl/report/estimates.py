@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from tipl.results import FloatArray, Results, predictor_info
+from tipl.report.results import FloatArray, Results, predictor_info
 
 
 @dataclasses.dataclass(frozen=True)

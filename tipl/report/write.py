@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from tipl import page, plots, verdict
-from tipl.estimates import Bootstrap, Estimate, captured_gain, leaders, ranking
-from tipl.page import Html, element, fmt, fmt_interval, fmt_percent, fmt_seconds
-from tipl.plots import NBSP, Plot, percent
-from tipl.results import (
+from tipl.report import page, plots, verdict
+from tipl.report.estimates import Bootstrap, Estimate, captured_gain, leaders, ranking
+from tipl.report.page import Html, element, fmt, fmt_interval, fmt_percent, fmt_seconds
+from tipl.report.plots import NBSP, Plot, percent
+from tipl.report.results import (
     CoordinatePath,
     FloatArray,
     Results,

@@ -22,8 +22,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
-from tipl.estimates import Bootstrap, mean
-from tipl.results import PREDICTORS, CoordinatePath, FloatArray, Results, Training, predictor_info
+from tipl.report.estimates import Bootstrap, mean
+from tipl.report.results import PREDICTORS, CoordinatePath, FloatArray, Results, Training, predictor_info
 
 # Name -> colour on a light page, colour on a dark page. Predictors are told apart with any common colour blindness
 # (after Okabe and Ito), and by their markers; floors are grey. Every light colour occurs once, for an SVG's colours are

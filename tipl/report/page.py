@@ -9,8 +9,8 @@ import math
 import re
 from collections.abc import Iterable
 
-from tipl.estimates import Estimate
-from tipl.plots import NBSP, THEME, Mark, Plot
+from tipl.report.estimates import Estimate
+from tipl.report.plots import NBSP, THEME, Mark, Plot
 
 MINUS, DASH, TIMES = "\N{MINUS SIGN}", "\N{EN DASH}", "\N{MULTIPLICATION SIGN}"
 

@@ -7,10 +7,10 @@ difference is within the noise.
 import math
 from collections.abc import Iterable, Mapping
 
-from tipl.estimates import Bootstrap, Estimate, Gain, leaders, ranking
-from tipl.page import Html, element, fmt, fmt_interval, fmt_percent, join
-from tipl.plots import percent
-from tipl.results import Results, predictor_info
+from tipl.report.estimates import Bootstrap, Estimate, Gain, leaders, ranking
+from tipl.report.page import Html, element, fmt, fmt_interval, fmt_percent, join
+from tipl.report.plots import percent
+from tipl.report.results import Results, predictor_info
 
 
 def verdict(results: Results, bootstrap: Bootstrap, gains: Mapping[float, Gain]) -> Html:
