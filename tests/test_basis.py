@@ -7,7 +7,7 @@ import pytest
 from numpy.typing import NDArray
 from synthetic_run import make_store
 
-from tipl.basis import MIN_PREFIX_END, Basis, prefix_coordinates, trajectory_gram
+from tipl.basis import MIN_PREFIX_END, Basis, Centre, prefix_coordinates, trajectory_gram
 
 EPS = np.finfo(np.float32).eps
 
@@ -112,6 +112,21 @@ def test_basis_file_round_trip(tmp_path: Path) -> None:
     np.testing.assert_array_equal(loaded.origin, basis.origin)
     np.testing.assert_array_equal(loaded.directions, basis.directions)
     assert loaded.scale == basis.scale
+
+
+def test_centre_is_exact_at_its_ends_and_interpolates_between(tmp_path: Path) -> None:
+    paths = np.random.default_rng(0).standard_normal((3, 12, 4)).astype(np.float32)
+    centre = Centre(np.array([3, 5, 9]), paths)
+    centre.save(tmp_path / "centre.safetensors")
+    loaded = Centre.load(tmp_path / "centre.safetensors")
+    for i, end in enumerate((3, 5, 9)):
+        np.testing.assert_array_equal(loaded.at(end), paths[i])
+    np.testing.assert_allclose(loaded.at(6), 0.75 * paths[1] + 0.25 * paths[2], rtol=1e-6)
+    np.testing.assert_array_equal(loaded.at(10), paths[2])
+    np.testing.assert_array_equal(Centre(np.array([3]), paths[:1]).at(7), paths[0])
+    (tmp_path / "centre.safetensors").write_bytes(b"")
+    with pytest.raises(RuntimeError, match="Centre.load: .* is damaged"):  # noqa: RUF043
+        Centre.load(tmp_path / "centre.safetensors")
 
 
 def test_rejections(tmp_path: Path) -> None:

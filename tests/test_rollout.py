@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from test_basis import random_path
 from test_model import CONFIG, random_model
 
-from tipl.basis import Basis
-from tipl.model import save_model
+from tipl.basis import Basis, Centre
+from tipl.model import TrajectoryTransformer, save_model
 from tipl.rollout import Forecaster, rollout
 
 
@@ -35,6 +35,16 @@ def test_model_may_be_a_folder_and_a_prefix_may_stand_alone(tmp_path: Path) -> N
     batch = rollout(tmp_path / "model", observed, 5)
     np.testing.assert_array_equal(rollout(str(tmp_path / "model"), observed[1], 5)[0], batch[1])
     np.testing.assert_array_equal(rollout(Forecaster(model), observed, 5), batch)
+
+
+def test_a_centred_forecaster_that_learned_nothing_follows_the_mean_path() -> None:
+    rng = np.random.default_rng(0)
+    centre = Centre(np.array([5, 9]), rng.standard_normal((2, CONFIG.max_len, CONFIG.n_components)).astype(np.float32))
+    untrained = Forecaster(TrajectoryTransformer(CONFIG).eval(), None, centre)
+    observed = rng.standard_normal((2, 8, CONFIG.n_components)).astype(np.float32)  # ends at 7, between 5 and 9
+    mean = centre.paths.mean(0)
+    expected = observed[:, -1:] + mean[8:14] - mean[7]
+    np.testing.assert_allclose(untrained.continue_coordinates(observed, 6), expected, atol=1e-5)
 
 
 def test_rejections() -> None:

@@ -48,6 +48,11 @@ def test_rows_too_large_for_float32_directions_are_refused_and_change_nothing():
         estimator.merge(StreamingSVD(1).fit(np.full((1, 2), 6e37, np.float32)))
     assert results(estimator) == before
     assert np.isfinite(estimator.components_).all()
+    smaller = [StreamingSVD(1).fit(np.full((1, 2), 4e37, np.float32)) for _ in range(3)]
+    for other in smaller[1:]:
+        smaller[0].merge(other)  # what was merged counts: 9.6e75 now
+    with pytest.raises(ValueError, match=rf"^partial_fit: {message}"):
+        smaller[0].partial_fit(np.full((1, 2), 4e37, np.float32))
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch
 from synthetic_run import make_store
 from test_model import random_model
 
-from tipl.basis import prefix_coordinates, trajectory_gram
+from tipl.basis import Centre, prefix_coordinates, trajectory_gram
 from tipl.rollout import Forecaster, rollout
 from tipl.train import Batch, Examples, TrainConfig, Trainer, load_training_data, loss_of, split_trials, train
 
@@ -43,7 +43,9 @@ def test_examples_are_the_prefix_coordinates_of_the_trials(tmp_path: Path) -> No
     store = make_store(tmp_path / "store.zarr", 3, 16)
     grams = [trajectory_gram(store.trial(i).weights()) for i in range(3)]
     examples = Examples.of_prefixes(grams, [3, 8], 6)
-    np.testing.assert_array_equal(examples.coordinates[2, 1], prefix_coordinates(grams[2], 8, 6))
+    paths = np.array([prefix_coordinates(gram, 8, 6) for gram in grams])
+    np.testing.assert_allclose(examples.centre.at(8), paths.mean(0), atol=1e-6)
+    np.testing.assert_allclose(examples.coordinates[2, 1], paths[2] - paths.mean(0), atol=1e-6)
     assert examples.filled.tolist() == [[1, 1, 1, 0, 0, 0], [1] * 6]
     path = store.trial(2).weights()
     norm = np.linalg.norm(path[-1] - path[0]) / np.linalg.norm(path[8] - path[0])
@@ -52,7 +54,8 @@ def test_examples_are_the_prefix_coordinates_of_the_trials(tmp_path: Path) -> No
 
 def test_sampled_examples_are_mixtures_at_one_prefix() -> None:
     paths = torch.arange(4.0)[:, None, None, None].expand(4, 1, 10, 2)  # trial i is i everywhere
-    examples = Examples(paths, torch.tensor([3, 5]), torch.ones(2, 2), torch.ones(4, 2))
+    centre = Centre(np.array([3, 5]), np.zeros((2, 10, 2), np.float32))
+    examples = Examples(paths, torch.tensor([3, 5]), torch.ones(2, 2), torch.ones(4, 2), centre)
     generator = torch.Generator().manual_seed(0)
     unmixed = examples.sample(TrainConfig(mixing=0.0, batch_size=64), generator)
     assert set(unmixed.x.unique().tolist()) == {0.0, 1.0, 2.0, 3.0}

@@ -15,6 +15,7 @@ Two ways to a `Basis`:
 import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors
@@ -137,10 +138,48 @@ class Basis:
     @classmethod
     def load(cls, path: Path) -> "Basis":
         """Return the basis in `path`. Raises FileNotFoundError or, where the file is damaged, RuntimeError."""
-        if not path.is_file():
-            raise FileNotFoundError(f"Basis.load: there is no file {path}")
-        try:
-            arrays = safetensors.numpy.load_file(path)
-            return cls(arrays["origin"], arrays["directions"], float(arrays["scale"][0]))
-        except (safetensors.SafetensorError, KeyError, IndexError) as error:
-            raise RuntimeError(f"Basis.load: {path} is damaged: {error}") from error
+        arrays = _load_arrays(path, "Basis.load", ("origin", "directions", "scale"))
+        return cls(arrays["origin"], arrays["directions"], float(arrays["scale"][0]))
+
+
+@dataclasses.dataclass(frozen=True)
+class Centre:
+    """The mean path of the training trials in coordinates, which the forecaster's own coordinates are measured from.
+
+    A forecaster that has learned nothing then continues every path as the training trials went on average, and all that
+    it learns is how a path departs from the others.
+    """
+
+    ends: NDArray[np.int64]
+    """The prefix ends that have a mean path of their own, ascending, (P,)."""
+    paths: NDArray[np.float32]
+    """(P, T, k); in a shared basis P = 1."""
+
+    def at(self, prefix_end: int) -> NDArray[np.float32]:
+        """Return the mean path (T, k) for prefixes that end at `prefix_end`, interpolated between its neighbours."""
+        position = float(np.interp(prefix_end, self.ends, np.arange(len(self.ends))))
+        below = min(int(position), len(self.ends) - 1)
+        above = min(below + 1, len(self.ends) - 1)
+        share = np.float32(position - below)
+        return np.asarray((1 - share) * self.paths[below] + share * self.paths[above], dtype=np.float32)
+
+    def save(self, path: Path) -> None:
+        write_atomically(path, safetensors.numpy.save({"ends": self.ends, "paths": self.paths}))
+
+    @classmethod
+    def load(cls, path: Path) -> "Centre":
+        """Return the centre in `path`. Raises FileNotFoundError or, where the file is damaged, RuntimeError."""
+        arrays = _load_arrays(path, "Centre.load", ("ends", "paths"))
+        return cls(arrays["ends"], arrays["paths"])
+
+
+def _load_arrays(path: Path, owner: str, names: tuple[str, ...]) -> dict[str, NDArray[Any]]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{owner}: there is no file {path}")
+    try:
+        arrays = safetensors.numpy.load_file(path)
+    except safetensors.SafetensorError as error:
+        raise RuntimeError(f"{owner}: {path} is damaged: {error}") from error
+    if set(arrays) != set(names) or not all(np.isfinite(array).all() for array in arrays.values()):
+        raise RuntimeError(f"{owner}: {path} is damaged: it must hold finite {', '.join(names)}, got {sorted(arrays)}")
+    return arrays

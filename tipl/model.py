@@ -142,7 +142,7 @@ class TrajectoryTransformer(nn.Module):
         self, x: Tensor, diff: Tensor, t: Tensor, prefix_end: Tensor, past: Sequence[KeyValues] | None = None
     ) -> tuple[Tensor, list[KeyValues]]:
         """Return predictions (B, T, k) that follow tokens x (B, T, k) at positions t (T,), and each block's cache."""
-        since_prefix = ((t - prefix_end[:, None]) / self.config.max_len).to(x.dtype)[..., None]  # (B, T, 1)
+        since_prefix = ((t - prefix_end[:, None]).to(x.dtype) / self.config.max_len)[..., None]  # (B, T, 1)
         z = self.embed(torch.cat([x, self.config.diff_scale * diff, since_prefix], -1)) + self.pos(t)
         present = []
         for i, block in enumerate(self.blocks):

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tipl.basis import Basis
+from tipl.basis import Basis, Centre
 from tipl.decoder import Decoder
 from tipl.model import TrajectoryTransformer, load_model
 
@@ -22,6 +22,8 @@ class Forecaster:
     model: TrajectoryTransformer
     shared_basis: Basis | None = None
     """The basis of all training trials; None where each prefix has its own, the default."""
+    centre: Centre | None = None
+    """The training trials' mean path; None where the model's coordinates are not centred."""
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
     """The model folder's config.json."""
 
@@ -40,7 +42,12 @@ class Forecaster:
                 f"Forecaster.load: {folder}: the basis has {basis.n_components} components, the model "
                 f"{model.config.n_components}"
             )
-        return cls(model, basis, config)
+        centre = Centre.load(folder / "centre.safetensors") if "train" in config else None
+        if centre is not None and centre.paths.shape[1:] != (model.config.max_len, model.config.n_components):
+            raise RuntimeError(
+                f"Forecaster.load: {folder}: the centre's paths {centre.paths.shape} do not fit the model"
+            )
+        return cls(model, basis, centre, config)
 
     def basis_of(self, prefix: NDArray[np.float32]) -> Basis:
         """Return the basis in which the forecast of `prefix` (h+1, p) is made."""
@@ -52,8 +59,12 @@ class Forecaster:
         """Return the n coordinates (B, n, k) that follow observed ones (B, h+1, k): native prefill, then n decodes."""
         batch_size, length, _ = coordinates.shape
         decoder = Decoder.from_model(self.model, batch_size, max_len=length + horizon, num_threads=num_threads)
-        decoder.prefill(np.ascontiguousarray(coordinates))
-        return decoder.generate(horizon)
+        if self.centre is None:
+            decoder.prefill(np.ascontiguousarray(coordinates))
+            return decoder.generate(horizon)
+        mean = self.centre.at(length - 1)
+        decoder.prefill(coordinates - mean[:length])
+        return decoder.generate(horizon) + mean[length : length + horizon]
 
 
 def rollout(

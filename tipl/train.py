@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
-from tipl.basis import MIN_PREFIX_END, Basis, prefix_coordinates, prefix_rank, trajectory_gram
+from tipl.basis import MIN_PREFIX_END, Basis, Centre, prefix_coordinates, prefix_rank, trajectory_gram
 from tipl.decoder import Decoder
 from tipl.model import ModelConfig, TrajectoryTransformer, save_model
 from tipl.progress import progress_bar
@@ -114,30 +114,38 @@ class Examples:
     """Trajectories in coordinates, each with the prefix that it is to be continued from."""
 
     coordinates: Tensor
-    """(N, P, T, k) float32; P = 1 where the coordinates do not depend on the prefix."""
+    """(N, P, T, k) float32, less the centre; P = 1 where the coordinates do not depend on the prefix."""
     prefix_ends: Tensor
     """(P',) int64, the indices h."""
     filled: Tensor
     """(P', k) float32, one where a prefix of that length spans the coordinate and zero where it is padding."""
     norms: Tensor
     """(N, P') float32, |theta_T - theta_0| in the unit of the coordinates: what an error is relative to."""
+    centre: Centre
+    """The mean path over the N trials."""
 
     @classmethod
     def of_prefixes(cls, grams: Sequence[NDArray[np.float64]], ends: Sequence[int], n_components: int) -> "Examples":
         """Return every trial in the basis of each of its prefixes."""
-        paths = [[prefix_coordinates(gram, end, n_components) for end in ends] for gram in grams]
-        norms = [[np.sqrt(gram[-1, -1] / gram[end, end]) for end in ends] for gram in grams]
+        paths = np.array([[prefix_coordinates(gram, end, n_components) for end in ends] for gram in grams])
+        norms = np.array([[np.sqrt(gram[-1, -1] / gram[end, end]) for end in ends] for gram in grams])
         filled = [[float(j < prefix_rank(end, n_components)) for j in range(n_components)] for end in ends]
-        return cls(
-            torch.from_numpy(np.array(paths)), torch.tensor(ends), torch.tensor(filled), torch.tensor(norms).float()
-        )
+        return cls._centred(paths, np.array(ends), torch.tensor(filled), norms)
 
     @classmethod
-    def of_paths(cls, paths: Sequence[NDArray[np.float32]], norms: Sequence[float], ends: Sequence[int]) -> "Examples":
-        """Return every trial in one shared basis."""
-        coordinates = torch.from_numpy(np.array(paths))[:, None]
-        filled = torch.ones(len(ends), coordinates.shape[-1])
-        return cls(coordinates, torch.tensor(ends), filled, torch.tensor(norms)[:, None].expand(-1, len(ends)).float())
+    def of_paths(cls, paths: NDArray[np.float32], norms: NDArray[np.float64], ends: Sequence[int]) -> "Examples":
+        """Return every trial (N, T, k) in one shared basis."""
+        filled = torch.ones(len(ends), paths.shape[-1])
+        return cls._centred(paths[:, None], np.array(ends), filled, np.repeat(norms[:, None], len(ends), 1))
+
+    @classmethod
+    def _centred(
+        cls, paths: NDArray[np.float32], ends: NDArray[np.int64], filled: Tensor, norms: NDArray[np.float64]
+    ) -> "Examples":
+        mean = paths.mean(0, dtype=np.float64).astype(np.float32)  # (P, T, k)
+        centre = Centre(ends if len(mean) > 1 else ends[:1], mean)
+        coordinates = torch.from_numpy(paths - mean)
+        return cls(coordinates, torch.from_numpy(ends), filled, torch.from_numpy(norms).float(), centre)
 
     def sample(self, config: "TrainConfig", generator: torch.Generator) -> "Batch":
         """Return random trajectories that share one random prefix end."""
@@ -188,7 +196,7 @@ class Validation:
         self.cases: list[tuple[NDArray[np.float32], NDArray[np.float64], NDArray[np.float64]]] = []
 
     def add(self, paths: NDArray[np.float32], outside: NDArray[np.float64], norms: NDArray[np.float64]) -> None:
-        """Add the paths (N, T, k) of the next prefix end.
+        """Add the paths (N, T, k), less the centre, of the next prefix end.
 
         `outside` (N,) is the length of the final displacement outside the basis, `norms` (N,) its whole length, both in
         the unit of the coordinates.
@@ -231,20 +239,20 @@ def load_training_data(store: Store, split: Split, config: TrainConfig) -> Train
             f"train: a trial must hold at least {MIN_PREFIX_END + 2} checkpoints, got {num_checkpoints}: "
             "collect with a larger total_timesteps"
         )
-    ends = np.unique(np.linspace(MIN_PREFIX_END, last, config.max_prefixes).round().astype(int)).tolist()
     validation = Validation(num_checkpoints)
+    spread = np.linspace(MIN_PREFIX_END, last, config.max_prefixes).round().astype(int)
+    ends = sorted({*spread.tolist(), *validation.prefix_ends})
     if config.basis == "shared":
         basis = Basis.from_trials([store.trial(i) for i in split.train], config.n_components, seed=config.seed)
         weights = [store.trial(i).weights() for i in split.train]
-        examples = Examples.of_paths(
-            [basis.encode(w) for w in weights], [_final_distance(w) / basis.scale for w in weights], ends
-        )
+        norms = np.array([_final_distance(w) for w in weights]) / basis.scale
+        examples = Examples.of_paths(np.array([basis.encode(w) for w in weights]), norms, ends)
         weights = [store.trial(i).weights() for i in split.validation]
         paths = np.array([basis.encode(w) for w in weights])
         outside = np.array([basis.residual(w[-1:])[0] for w in weights]) / basis.scale
         norms = np.array([_final_distance(w) for w in weights]) / basis.scale
-        for _ in validation.prefix_ends:
-            validation.add(paths, outside, norms)
+        for prefix_end in validation.prefix_ends:
+            validation.add(paths - examples.centre.at(prefix_end), outside, norms)
         return TrainingData(examples, validation, basis)
     grams = [trajectory_gram(store.trial(i).weights()) for i in split.train]
     examples = Examples.of_prefixes(grams, ends, config.n_components)
@@ -253,7 +261,8 @@ def load_training_data(store: Store, split: Split, config: TrainConfig) -> Train
         paths = np.array([prefix_coordinates(gram, prefix_end, config.n_components) for gram in grams])
         norms = np.array([np.sqrt(gram[-1, -1] / gram[prefix_end, prefix_end]) for gram in grams])
         inside = np.linalg.norm(paths[:, -1].astype(np.float64), axis=1)
-        validation.add(paths, np.sqrt(np.maximum(norms**2 - inside**2, 0.0)), norms)
+        outside = np.sqrt(np.maximum(norms**2 - inside**2, 0.0))
+        validation.add(paths - examples.centre.at(prefix_end), outside, norms)
     return TrainingData(examples, validation, None)
 
 
@@ -361,9 +370,10 @@ class Best:
 def train(store: Store, output: Path, config: TrainConfig = TrainConfig(), *, progress: bool = True) -> Path:
     """Train a forecaster on `store` and write it to the folder `output`; return `output`.
 
-    Writes model.safetensors, config.json (sizes, the split, the training settings), training.json (curves), TensorBoard
-    events in tb/ and, for a shared basis, basis.safetensors. Raises FileExistsError where `output` exists, ValueError
-    where the store has too few trials or checkpoints.
+    Writes model.safetensors, centre.safetensors, config.json (sizes, the split, the training settings), training.json
+    (curves), TensorBoard events in tb/ and, for a shared basis, basis.safetensors.
+
+    Raises FileExistsError where `output` exists, ValueError where the store has too few trials or checkpoints.
     """
     if output.exists():
         raise FileExistsError(f"train: output {output} exists already; choose another folder or remove it")
@@ -378,6 +388,7 @@ def train(store: Store, output: Path, config: TrainConfig = TrainConfig(), *, pr
     model.load_state_dict(trainer.best.state)
     if data.shared_basis is not None:
         data.shared_basis.save(output / "basis.safetensors")
+    data.examples.centre.save(output / "centre.safetensors")
     seconds = time.perf_counter() - started
     extra = {
         "env_id": store.env_id,
