@@ -36,30 +36,32 @@ class TrainConfig:
     """prefix: an SVD of each observed prefix, carries over to new runs. shared: one SVD of the training trials."""
     n_components: int = 16
     """Coordinates of a checkpoint, k."""
-    n_layer: int = 3
+    n_layer: int = 2
     n_head: int = 4
-    d_model: int = 96
-    steps: int = 1000
+    d_model: int = 64
+    steps: int = 600
     """Optimiser steps at most."""
     teacher_forced: float = 0.25
     """Share of the steps that learn one-step predictions of true paths; the rest learn from the model's rollouts."""
-    batch_size: int = 64
+    batch_size: int = 32
     """Trajectories a step, each cut at a random prefix of a random training trial."""
     learning_rate: float = 1e-3
     """Peak of a cosine schedule with 10 % warm-up."""
-    weight_decay: float = 0.05
-    dropout: float = 0.1
-    noise: float = 0.01
-    """Standard deviation of the noise on the inputs, which teaches the model to return to the path."""
+    weight_decay: float = 0.5
+    dropout: float = 0.3
+    noise: float = 0.0
+    """Standard deviation of the noise on the inputs. It helps one-step training; trained on its own rollouts the model
+    did not need it on InvertedPendulum (0.03 made it worse)."""
     flip_probability: float = 0.0
-    """Share of coordinates whose sign is flipped over a whole trajectory."""
+    """Share of coordinates whose sign is flipped over a whole trajectory. With 0.5 the model can learn odd functions
+    only, which on InvertedPendulum left it at the mean path."""
     mixing: float = 1.0
     """Parameter of the Beta distribution by which two training paths are averaged into one example; 0 for none."""
-    ema_decay: float = 0.99
+    ema_decay: float = 0.998
     """The forecaster is the running average of the weights over the last 1 / (1 - ema_decay) steps."""
     patience: int = 8
     """Validations (of 20 in all) without an improvement after which training stops."""
-    validation_fraction: float = 0.1
+    validation_fraction: float = 0.15
     """Share of the trials that choose when to stop."""
     heldout_fraction: float = 0.2
     """Share of the trials that training never reads."""
@@ -122,7 +124,7 @@ class Examples:
     norms: Tensor
     """(N, P') float32, |theta_T - theta_0| in the unit of the coordinates: what an error is relative to."""
     centre: Centre
-    """The mean path over the N trials."""
+    """The mean path over the N trials, weighted as the loss weighs them."""
 
     @classmethod
     def of_prefixes(cls, grams: Sequence[NDArray[np.float64]], ends: Sequence[int], n_components: int) -> "Examples":
@@ -142,7 +144,10 @@ class Examples:
     def _centred(
         cls, paths: NDArray[np.float32], ends: NDArray[np.int64], filled: Tensor, norms: NDArray[np.float64]
     ) -> "Examples":
-        mean = paths.mean(0, dtype=np.float64).astype(np.float32)  # (P, T, k)
+        # The constant path with the least relative loss: a mean that counts a trial the less the farther it goes.
+        shares = norms[:, : paths.shape[1]] ** -2.0  # (N, P)
+        shares /= shares.sum(0)
+        mean = np.einsum("np,nptk->ptk", shares, paths, dtype=np.float64).astype(np.float32)  # (P, T, k)
         centre = Centre(ends if len(mean) > 1 else ends[:1], mean)
         coordinates = torch.from_numpy(paths - mean)
         return cls(coordinates, torch.from_numpy(ends), filled, torch.from_numpy(norms).float(), centre)
@@ -280,6 +285,9 @@ def loss_of(model: TrajectoryTransformer, batch: Batch, noise: Tensor, *, teache
     Coordinates that the prefix cannot span are padding and count nothing.
     """
     x, h = batch.x, batch.prefix_end
+    if not teacher_forced:
+        noise = noise.clone()
+        noise[:, h] = 0.0  # where the forecast starts from
     observed = (x + noise) * batch.filled
     relative = batch.filled / batch.norms[:, None, None] ** 2  # (B, 1, k)
     error: Tensor
