@@ -9,15 +9,17 @@ import torch
 from synthetic_run import make_store
 from test_model import random_model
 
-from tipl.basis import Centre, prefix_coordinates, trajectory_gram
+from tipl.basis import Basis, Centre, prefix_coordinates, trajectory_gram
 from tipl.rollout import Forecaster, rollout
 from tipl.train import (
     Batch,
+    Case,
     Examples,
     TrainConfig,
     Trainer,
     TrainingData,
     Validation,
+    Written,
     load_training_data,
     loss_of,
     split_trials,
@@ -51,60 +53,114 @@ def test_held_out_trials_are_never_read(tmp_path: Path) -> None:
 
 
 def test_examples_are_the_prefix_coordinates_of_the_trials(tmp_path: Path) -> None:
-    store = make_store(tmp_path / "store.zarr", 3, 16)
-    grams = [trajectory_gram(store.trial(i).weights()) for i in range(3)]
-    examples = Examples.of_prefixes(grams, [3, 8], 6)
-    paths = np.array([prefix_coordinates(gram, 8, 6) for gram in grams])
-    distances = [np.sqrt(gram[-1, -1] / gram[8, 8]) for gram in grams]
-    mean = np.average(paths, axis=0, weights=np.square(distances) ** -1.0)
-    np.testing.assert_allclose(examples.centre.at(8), mean, atol=1e-6)
-    np.testing.assert_allclose(examples.coordinates[2, 1], paths[2] - mean, atol=1e-6)
-    assert examples.filled.tolist() == [[1, 1, 1, 0, 0, 0], [1] * 6]
-    path = store.trial(2).weights()
-    norm = np.linalg.norm(path[-1] - path[0]) / np.linalg.norm(path[8] - path[0])
-    assert float(examples.norms[2, 1]) == pytest.approx(norm, rel=1e-4)
+    store = make_store(tmp_path / "store.zarr", 6, 16)
+    split = split_trials(6, TINY)
+    data = load_training_data(store, split, TINY)
+    ends = data.examples.prefix_ends.tolist()
+    assert data.examples.filled[ends.index(3)].tolist() == [1, 1, 1, 0, 0, 0]
+    assert data.examples.filled[ends.index(8)].tolist() == [1] * 6
+    paths = np.array([prefix_coordinates(trajectory_gram(store.trial(i).weights()), 8, 6) for i in split.train])
+    np.testing.assert_allclose(
+        data.examples.coordinates[:, ends.index(8)], paths - data.examples.centre.at(8), atol=1e-6
+    )
+
+    weights = store.trial(split.train[2]).weights()
+    basis = Basis.from_prefix(weights[:9], 6)
+    distances = np.linalg.norm(weights - weights[0], axis=1) / basis.scale
+    np.testing.assert_allclose(data.examples.distances[2, ends.index(8)], distances, rtol=1e-4)
+    outside = basis.residual(weights) / basis.scale
+    np.testing.assert_allclose(data.examples.outside[2, ends.index(8)], outside, rtol=1e-2, atol=1e-3)
+
+
+def test_no_constant_path_errs_less_than_the_centre(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "store.zarr", 12, 16)
+    data = load_training_data(store, split_trials(12, TINY), TINY)
+    examples, row = data.examples, 4
+    distances, outside = (x[:, row, -1].double() for x in (examples.distances, examples.outside))
+
+    def error(shift: torch.Tensor) -> float:
+        inside = (examples.coordinates[:, row, -1] - shift).norm(dim=-1)
+        return float((torch.hypot(inside, outside) / distances).mean())
+
+    least = error(torch.zeros(6))
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        assert error(0.1 * torch.randn(6, generator=generator)) > least
+    plain_mean = examples.coordinates[:, row, -1].mean(0)
+    assert error(plain_mean) > least
+
+
+def test_validation_errs_as_evaluate_does(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "store.zarr", 6, 16)
+    for basis in ("prefix", "shared"):
+        folder = train(store, tmp_path / basis, TrainConfig(**{**vars(TINY), "basis": basis}), progress=False)
+        forecaster = Forecaster.load(folder)
+        del forecaster.config["trust"]
+        errors = []
+        for i in forecaster.config["split"]["validation"]:
+            weights = store.trial(i).weights()
+            for end in Validation.prefix_ends(16):
+                forecast = rollout(forecaster, weights[: end + 1], 15 - end)[0, -1]
+                errors.append(np.linalg.norm(forecast - weights[-1]) / np.linalg.norm(weights[-1] - weights[0]))
+        best = json.loads((folder / "training.json").read_text())["best_error"]
+        assert best == pytest.approx(np.mean(errors), rel=1e-3)
 
 
 def test_sampled_examples_are_mixtures_at_one_prefix() -> None:
     paths = torch.arange(4.0)[:, None, None, None].expand(4, 1, 10, 2)  # trial i is i everywhere
     centre = Centre(np.array([3, 5]), np.zeros((2, 10, 2), np.float32))
-    examples = Examples(paths, torch.tensor([3, 5]), torch.ones(2, 2), torch.ones(4, 2), centre)
+    lengths = paths[..., 0]
+    examples = Examples(paths, lengths, lengths, torch.tensor([3, 5]), torch.ones(2, 2), centre)
     generator = torch.Generator().manual_seed(0)
     unmixed = examples.sample(TrainConfig(mixing=0.0, batch_size=64), generator)
     assert set(unmixed.x.unique().tolist()) == {0.0, 1.0, 2.0, 3.0}
     mixed = examples.sample(TrainConfig(mixing=1.0, batch_size=64), generator)
     assert len(mixed.x[:, 0, 0].unique()) > 32
     assert 0.0 <= float(mixed.x.min()) <= float(mixed.x.max()) <= 3.0
+    assert (mixed.x == mixed.distances[..., None]).all()
+    assert (mixed.distances == mixed.outside).all()
     flipped = examples.sample(TrainConfig(flip_probability=0.5, batch_size=64), generator).x
     assert (flipped < 0).any()
     assert (flipped.abs() == flipped.abs()[:, :1]).all()  # a coordinate is flipped over a whole trajectory
     assert {examples.sample(TINY, generator).prefix_end for _ in range(20)} == {3, 5}
 
 
-def test_loss_is_relative_and_ignores_padding() -> None:
+def test_loss_is_the_relative_error_and_ignores_padding() -> None:
     model, x = random_model(), torch.randn(4, 12, 5)
-    filled, norms = torch.tensor([1.0, 1, 1, 0, 0]), torch.full((4,), 2.0)
-    batch, noise = Batch(x, 6, filled, norms), torch.zeros_like(x)
+    filled, distances, outside = torch.tensor([1.0, 1, 1, 0, 0]), 1.0 + torch.rand(4, 12), torch.rand(4, 12)
+    batch, noise = Batch(x, 6, filled, distances, outside), torch.zeros_like(x)
     forecast = model.unroll((x * filled)[:, :7], 5)
-    expected = (((forecast - x[:, 7:]) ** 2 * filled).sum() / 4.0) / (4 * 5)
+    inside = ((forecast - x[:, 7:]) * filled).norm(dim=-1)  # (B, n)
+    expected = (torch.hypot(inside, outside[:, 7:]) / distances[:, 7:]).mean()
     torch.testing.assert_close(loss_of(model, batch, noise, teacher_forced=False), expected)
+    one_step = (
+        (model(x * filled, torch.full((4,), 6))[:, :-1] - x[:, 1:]) * filled / distances[:, -1, None, None]
+    ) ** 2
+    weight = torch.tensor([0.1] * 6 + [1.0] * 5)
+    expected = (one_step.sum(-1) * weight).sum(1).mean() / weight.sum()
+    torch.testing.assert_close(loss_of(model, batch, noise, teacher_forced=True), expected)
     spoilt = x.clone()
     spoilt[..., 3:] += 9.0
     for teacher_forced in (True, False):
         of_x, of_spoilt = (
-            loss_of(model, Batch(y, 6, filled, norms), noise, teacher_forced=teacher_forced) for y in (x, spoilt)
+            loss_of(model, Batch(y, 6, filled, distances, outside), noise, teacher_forced=teacher_forced)
+            for y in (x, spoilt)
         )
         torch.testing.assert_close(of_x, of_spoilt)
 
 
+def lines_about_a_mean_path(num_trials: int) -> list[list[Written]]:
+    """Straight lines of random slopes, (T, 2): what the mean path cannot know, the prefix shows."""
+    slopes = np.random.default_rng(0).standard_normal((num_trials, 1, 2))
+    paths = (np.arange(12)[:, None] / 11 * (1.0 + slopes)).astype(np.float32)
+    return [[(path, np.ones(12), np.zeros(12))] for path in paths]
+
+
 def test_training_learns_what_the_prefix_tells() -> None:
-    """Straight lines of random slopes about a mean path: what the centre cannot know, the prefix shows."""
-    slopes = np.random.default_rng(0).standard_normal((24, 1, 1, 2))
-    paths = (np.arange(12)[:, None] / 11 * (1.0 + slopes)).astype(np.float32)  # (N, 1, T, k)
-    examples = Examples.of_paths(paths[:16, 0], np.ones(16), [4, 6, 8])
-    validation = Validation(12)
-    for end in validation.prefix_ends:
-        validation.add(paths[16:, 0] - examples.centre.at(end), np.zeros(8), np.ones(8))
+    trials = lines_about_a_mean_path(24)
+    examples = Examples.of(trials[:16], [4, 6, 8], torch.ones(3, 2))
+    paths = np.array([trial[0][0] for trial in trials[16:]])
+    cases = [Case(end, paths - examples.centre.at(end), np.ones(8), np.zeros(8)) for end in (4, 8)]
     config = TrainConfig(
         n_components=2,
         n_layer=1,
@@ -117,11 +173,42 @@ def test_training_learns_what_the_prefix_tells() -> None:
         dropout=0.0,
         ema_decay=0.9,
     )
-    trainer = Trainer(TrainingData(examples, validation, None), config)
+    trainer = Trainer(TrainingData(examples, Validation(cases), None), config)
     of_the_mean_path = trainer.validate()
     for _ in range(config.steps):
         trainer.step()
     assert trainer.validate() < 0.3 * of_the_mean_path
+    assert min(trainer.data.validation.trust(trainer.average)) >= 0.9
+
+
+def test_what_only_guesses_is_not_trusted() -> None:
+    paths = np.random.default_rng(0).standard_normal((200, 12, 5)).astype(np.float32)  # noise: nothing to know
+    paths[:, 6] = 0.0
+    validation = Validation([Case(6, paths, np.ones(200), np.zeros(200))])
+    model = random_model()
+    (trust,) = validation.trust(model)
+    forecast = validation.cases[0].forecast(model)
+    assert trust < 0.5
+    assert validation.cases[0].error(trust * forecast) < validation.cases[0].error(forecast)
+
+
+def test_forecasts_depart_from_the_mean_path_as_far_as_they_are_trusted(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "store.zarr", 6, 16)
+    forecaster = Forecaster.load(train(store, tmp_path / "model", TINY, progress=False))
+    with torch.no_grad():
+        forecaster.model.head.weight.normal_()
+    coordinates = np.random.default_rng(0).standard_normal((2, 9, 6)).astype(np.float32)
+
+    def forecast(*shares: float) -> np.ndarray:
+        forecaster.config["trust"] = {"prefix_ends": [6, 10], "shares": list(shares)}
+        return forecaster.continue_coordinates(coordinates, 5)
+
+    mean = forecaster.centre.at(8)
+    of_mean_path = coordinates[:, -1:] + mean[9:14] - mean[8]
+    np.testing.assert_allclose(forecast(0.0, 0.0), of_mean_path, atol=1e-6)
+    half = (forecast(1.0, 1.0) + of_mean_path) / 2
+    np.testing.assert_allclose(forecast(0.0, 1.0), half, rtol=1e-4, atol=1e-5)
+    assert abs(half - of_mean_path).max() > 0.01
 
 
 def test_a_model_folder_reads_back(tmp_path: Path) -> None:

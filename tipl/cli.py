@@ -274,11 +274,12 @@ class Demo:
         Run(
             self.output,
             env_id="InvertedPendulum-v5",
-            num_trials=64,
-            total_timesteps=50 * 2048,
+            num_trials=256,
+            total_timesteps=50 * 512,
             resume=self.resume,
-            train=TrainConfig(),
-            evaluate=EvaluateConfig(num_episodes=3),
+            ppo=PPOConfig(num_steps=512, num_minibatches=8),
+            train=TrainConfig(heldout_fraction=0.15),
+            evaluate=EvaluateConfig(num_episodes=2),
         ).run()
 
 

@@ -63,8 +63,16 @@ class Forecaster:
             decoder.prefill(np.ascontiguousarray(coordinates))
             return decoder.generate(horizon)
         mean = self.centre.at(length - 1)
-        decoder.prefill(coordinates - mean[:length])
-        return decoder.generate(horizon) + mean[length : length + horizon]
+        observed = coordinates - mean[:length]
+        decoder.prefill(observed)
+        last = observed[:, -1:]
+        departure = self.trust(length - 1) * (decoder.generate(horizon) - last)
+        return np.asarray(last + departure + mean[length : length + horizon], dtype=np.float32)
+
+    def trust(self, prefix_end: int) -> np.float32:
+        """Return the share of the model's departure from the mean path that validation trials bore out, in [0, 1]."""
+        trust = self.config.get("trust")
+        return np.float32(np.interp(prefix_end, trust["prefix_ends"], trust["shares"]) if trust else 1.0)
 
 
 def rollout(

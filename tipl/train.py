@@ -13,12 +13,13 @@ import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.tensorboard import SummaryWriter
 
 from tipl.basis import MIN_PREFIX_END, Basis, Centre, prefix_coordinates, prefix_rank, trajectory_gram
@@ -39,7 +40,7 @@ class TrainConfig:
     n_layer: int = 2
     n_head: int = 4
     d_model: int = 64
-    steps: int = 600
+    steps: int = 1200
     """Optimiser steps at most."""
     teacher_forced: float = 0.25
     """Share of the steps that learn one-step predictions of true paths; the rest learn from the model's rollouts."""
@@ -48,7 +49,7 @@ class TrainConfig:
     learning_rate: float = 1e-3
     """Peak of a cosine schedule with 10 % warm-up."""
     weight_decay: float = 0.5
-    dropout: float = 0.3
+    dropout: float = 0.4
     noise: float = 0.0
     """Standard deviation of the noise on the inputs. It helps one-step training; trained on its own rollouts the model
     did not need it on InvertedPendulum (0.03 made it worse)."""
@@ -111,66 +112,80 @@ def prefix_end_of(fraction: float, num_checkpoints: int) -> int:
     return round(fraction * (num_checkpoints - 1))
 
 
+Written = tuple[NDArray[np.float32], NDArray[np.float64], NDArray[np.float64]]
+"""A trial in a basis: coordinates (T, k) and, in their unit, |theta_t - theta_0| (T,) and its part outside (T,)."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Examples:
     """Trajectories in coordinates, each with the prefix that it is to be continued from."""
 
     coordinates: Tensor
     """(N, P, T, k) float32, less the centre; P = 1 where the coordinates do not depend on the prefix."""
+    distances: Tensor
+    """(N, P, T) float32, |theta_t - theta_0| in the unit of the coordinates: what an error is relative to."""
+    outside: Tensor
+    """(N, P, T) float32, the part of that distance which lies outside the basis: below it no forecast can go."""
     prefix_ends: Tensor
     """(P',) int64, the indices h."""
     filled: Tensor
     """(P', k) float32, one where a prefix of that length spans the coordinate and zero where it is padding."""
-    norms: Tensor
-    """(N, P') float32, |theta_T - theta_0| in the unit of the coordinates: what an error is relative to."""
     centre: Centre
-    """The mean path over the N trials, weighted as the loss weighs them."""
+    """The mean path over the N trials."""
 
     @classmethod
-    def of_prefixes(cls, grams: Sequence[NDArray[np.float64]], ends: Sequence[int], n_components: int) -> "Examples":
-        """Return every trial in the basis of each of its prefixes."""
-        paths = np.array([[prefix_coordinates(gram, end, n_components) for end in ends] for gram in grams])
-        norms = np.array([[np.sqrt(gram[-1, -1] / gram[end, end]) for end in ends] for gram in grams])
-        filled = [[float(j < prefix_rank(end, n_components)) for j in range(n_components)] for end in ends]
-        return cls._centred(paths, np.array(ends), torch.tensor(filled), norms)
-
-    @classmethod
-    def of_paths(cls, paths: NDArray[np.float32], norms: NDArray[np.float64], ends: Sequence[int]) -> "Examples":
-        """Return every trial (N, T, k) in one shared basis."""
-        filled = torch.ones(len(ends), paths.shape[-1])
-        return cls._centred(paths[:, None], np.array(ends), filled, np.repeat(norms[:, None], len(ends), 1))
-
-    @classmethod
-    def _centred(
-        cls, paths: NDArray[np.float32], ends: NDArray[np.int64], filled: Tensor, norms: NDArray[np.float64]
-    ) -> "Examples":
-        # The constant path with the least relative loss: a mean that counts a trial the less the farther it goes.
-        shares = norms[:, : paths.shape[1]] ** -2.0  # (N, P)
-        shares /= shares.sum(0)
-        mean = np.einsum("np,nptk->ptk", shares, paths, dtype=np.float64).astype(np.float32)  # (P, T, k)
-        centre = Centre(ends if len(mean) > 1 else ends[:1], mean)
-        coordinates = torch.from_numpy(paths - mean)
-        return cls(coordinates, torch.from_numpy(ends), filled, torch.from_numpy(norms).float(), centre)
+    def of(cls, trials: Sequence[Sequence[Written]], ends: Sequence[int], filled: Tensor) -> "Examples":
+        """Return trials, each written in the basis of each of its prefixes or once in a shared one."""
+        paths, distances, outside = (np.array([[it[j] for it in trial] for trial in trials]) for j in range(3))
+        mean = _mean_path(paths, distances, outside)
+        return cls(
+            coordinates=torch.from_numpy(paths - mean),
+            distances=torch.from_numpy(distances).float(),
+            outside=torch.from_numpy(outside).float(),
+            prefix_ends=torch.tensor(ends),
+            filled=filled,
+            centre=Centre(np.array(ends[: len(mean)]), mean),
+        )
 
     def sample(self, config: "TrainConfig", generator: torch.Generator) -> "Batch":
         """Return random trajectories that share one random prefix end."""
         prefix = int(torch.randint(len(self.prefix_ends), (), generator=generator))
         row = prefix if self.coordinates.shape[1] > 1 else 0
         trial = torch.randint(len(self.coordinates), (2, config.batch_size), generator=generator)
-        x, norms = self.coordinates[trial, row], self.norms[trial, prefix]  # (2, B, T, k), (2, B)
+        columns = (self.coordinates[trial, row], self.distances[trial, row], self.outside[trial, row])
         if config.mixing > 0.0:
             share = torch.from_numpy(self._beta(config, generator))
-            x, norms = torch.lerp(x[0], x[1], share[:, None, None]), torch.lerp(norms[0], norms[1], share)
+            x, distances, outside = (
+                torch.lerp(a, b, share.view(-1, *[1] * (a.ndim - 1))) for a, b in columns
+            )  # (B, T, k), (B, T), (B, T)
         else:
-            x, norms = x[0], norms[0]
+            x, distances, outside = (a for a, _ in columns)
         flip = torch.rand(config.batch_size, 1, x.shape[-1], generator=generator) < config.flip_probability
-        return Batch(torch.where(flip, -x, x), int(self.prefix_ends[prefix]), self.filled[prefix], norms)
+        x = torch.where(flip, -x, x)
+        return Batch(x, int(self.prefix_ends[prefix]), self.filled[prefix], distances, outside)
 
     @staticmethod
     def _beta(config: "TrainConfig", generator: torch.Generator) -> NDArray[np.float32]:
         """Return shares (B,) from Beta(mixing, mixing); torch's own sampler takes no generator."""
         seed = int(torch.randint(2**62, (), generator=generator))
         return np.random.default_rng(seed).beta(config.mixing, config.mixing, config.batch_size).astype(np.float32)
+
+
+def _mean_path(
+    paths: NDArray[np.float32], distances: NDArray[np.float64], outside: NDArray[np.float64]
+) -> NDArray[np.float32]:
+    """Return the mean of the paths (N, P, T, k) over the trials whose relative error at the end is least, (P, T, k).
+
+    That is a geometric median: a mean that weighs each trial by one over its error, found by Weiszfeld's iteration.
+    """
+    far, unknown = distances[:, :, -1], outside[:, :, -1]  # (N, P)
+    errors = far
+    for _ in range(20):
+        shares = 1.0 / (far * np.maximum(errors, 1e-6 * far))
+        shares /= shares.sum(0)
+        end = np.einsum("np,npk->pk", shares, paths[:, :, -1])
+        errors = np.hypot(np.linalg.norm(paths[:, :, -1] - end, axis=-1), unknown)
+    return np.asarray(np.einsum("np,nptk->ptk", shares, paths), dtype=np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,41 +197,67 @@ class Batch:
     prefix_end: int
     filled: Tensor
     """(k,)"""
-    norms: Tensor
-    """(B,)"""
+    distances: Tensor
+    """(B, T)"""
+    outside: Tensor
+    """(B, T)"""
 
     def to(self, device: str) -> "Batch":
-        return Batch(self.x.to(device), self.prefix_end, self.filled.to(device), self.norms.to(device))
+        x, filled, distances, outside = (y.to(device) for y in (self.x, self.filled, self.distances, self.outside))
+        return Batch(x, self.prefix_end, filled, distances, outside)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Validation trials at one prefix end, with what their forecasts are measured by at the last checkpoint."""
+
+    prefix_end: int
+    paths: NDArray[np.float32]
+    """(N, T, k), less the centre."""
+    distance: NDArray[np.float64]
+    """(N,)"""
+    outside: NDArray[np.float64]
+    """(N,)"""
+
+    def forecast(self, model: TrajectoryTransformer) -> NDArray[np.float32]:
+        """Return the coordinates (N, k) that the native rollout gives the last checkpoint."""
+        decoder = Decoder.from_model(model, batch_size=len(self.paths), max_len=self.paths.shape[1])
+        decoder.prefill(np.ascontiguousarray(self.paths[:, : self.prefix_end + 1]))
+        return decoder.generate(self.paths.shape[1] - 1 - self.prefix_end)[:, -1]
+
+    def error(self, forecast: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
+        """Return the mean of |forecast - truth| / |truth - theta_0| over the trials; forecast (..., N, k)."""
+        inside = np.linalg.norm(forecast - self.paths[:, -1], axis=-1)
+        return np.asarray((np.hypot(inside, self.outside) / self.distance).mean(-1))
 
 
 class Validation:
-    """The relative weight error at the end of the path, over validation trials and prefixes, by native rollouts."""
+    """The relative weight error at the end of the path, over validation trials and prefixes."""
 
-    PREFIXES = (0.2, 0.4, 0.6, 0.8)
+    PREFIXES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 
-    def __init__(self, num_checkpoints: int) -> None:
-        self.prefix_ends = sorted(
-            {max(MIN_PREFIX_END, prefix_end_of(fraction, num_checkpoints)) for fraction in self.PREFIXES}
-        )
-        self.cases: list[tuple[NDArray[np.float32], NDArray[np.float64], NDArray[np.float64]]] = []
+    def __init__(self, cases: Sequence[Case]) -> None:
+        self.cases = list(cases)
 
-    def add(self, paths: NDArray[np.float32], outside: NDArray[np.float64], norms: NDArray[np.float64]) -> None:
-        """Add the paths (N, T, k), less the centre, of the next prefix end.
-
-        `outside` (N,) is the length of the final displacement outside the basis, `norms` (N,) its whole length, both in
-        the unit of the coordinates.
-        """
-        self.cases.append((paths, outside, norms))
+    @classmethod
+    def prefix_ends(cls, num_checkpoints: int) -> list[int]:
+        return sorted({max(MIN_PREFIX_END, prefix_end_of(share, num_checkpoints)) for share in cls.PREFIXES})
 
     def error(self, model: TrajectoryTransformer) -> float:
-        """Return the mean of |forecast - truth| / |truth - theta_0| at the last checkpoint."""
-        errors = []
-        for prefix_end, (paths, outside, norms) in zip(self.prefix_ends, self.cases, strict=True):
-            decoder = Decoder.from_model(model, batch_size=len(paths), max_len=paths.shape[1])
-            decoder.prefill(np.ascontiguousarray(paths[:, : prefix_end + 1]))
-            final = decoder.generate(paths.shape[1] - 1 - prefix_end)[:, -1]  # (N, k)
-            errors.append(np.hypot(np.linalg.norm(final - paths[:, -1], axis=1), outside) / norms)
-        return float(np.mean(errors))
+        return float(np.mean([case.error(case.forecast(model)) for case in self.cases]))
+
+    def trust(self, model: TrajectoryTransformer) -> list[float]:
+        """Return, a case, the share in [0, 1] of the model's departure from the mean path that errs least.
+
+        Near one where the model knows how these trials go on, zero where it only guesses.
+        """
+        shares = np.linspace(0.0, 1.0, 11)
+        best = []
+        for case in self.cases:
+            last = case.paths[:, case.prefix_end]  # (N, k): to stay here is to go on as the mean path
+            forecasts = last + shares[:, None, None] * (case.forecast(model) - last)
+            best.append(float(shares[np.argmin(case.error(forecasts))]))
+        return best
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,61 +285,68 @@ def load_training_data(store: Store, split: Split, config: TrainConfig) -> Train
             f"train: a trial must hold at least {MIN_PREFIX_END + 2} checkpoints, got {num_checkpoints}: "
             "collect with a larger total_timesteps"
         )
-    validation = Validation(num_checkpoints)
     spread = np.linspace(MIN_PREFIX_END, last, config.max_prefixes).round().astype(int)
-    ends = sorted({*spread.tolist(), *validation.prefix_ends})
+    judged = Validation.prefix_ends(num_checkpoints)
+    ends = sorted({*spread.tolist(), *judged})
     if config.basis == "shared":
         basis = Basis.from_trials([store.trial(i) for i in split.train], config.n_components, seed=config.seed)
-        weights = [store.trial(i).weights() for i in split.train]
-        norms = np.array([_final_distance(w) for w in weights]) / basis.scale
-        examples = Examples.of_paths(np.array([basis.encode(w) for w in weights]), norms, ends)
-        weights = [store.trial(i).weights() for i in split.validation]
-        paths = np.array([basis.encode(w) for w in weights])
-        outside = np.array([basis.residual(w[-1:])[0] for w in weights]) / basis.scale
-        norms = np.array([_final_distance(w) for w in weights]) / basis.scale
-        for prefix_end in validation.prefix_ends:
-            validation.add(paths - examples.centre.at(prefix_end), outside, norms)
-        return TrainingData(examples, validation, basis)
+        written = [[_in_shared_basis(store.trial(i).weights(), basis)] for i in split.train]
+        examples = Examples.of(written, ends, torch.ones(len(ends), config.n_components))
+        chosen = [_in_shared_basis(store.trial(i).weights(), basis) for i in split.validation]
+        return TrainingData(examples, Validation([_case(chosen, examples.centre, end) for end in judged]), basis)
+    k = config.n_components
     grams = [trajectory_gram(store.trial(i).weights()) for i in split.train]
-    examples = Examples.of_prefixes(grams, ends, config.n_components)
+    written = [[_in_prefix_basis(gram, end, k) for end in ends] for gram in grams]
+    filled = torch.tensor([[float(j < prefix_rank(end, k)) for j in range(k)] for end in ends])
+    examples = Examples.of(written, ends, filled)
     grams = [trajectory_gram(store.trial(i).weights()) for i in split.validation]
-    for prefix_end in validation.prefix_ends:
-        paths = np.array([prefix_coordinates(gram, prefix_end, config.n_components) for gram in grams])
-        norms = np.array([np.sqrt(gram[-1, -1] / gram[prefix_end, prefix_end]) for gram in grams])
-        inside = np.linalg.norm(paths[:, -1].astype(np.float64), axis=1)
-        outside = np.sqrt(np.maximum(norms**2 - inside**2, 0.0))
-        validation.add(paths - examples.centre.at(prefix_end), outside, norms)
-    return TrainingData(examples, validation, None)
+    cases = [_case([_in_prefix_basis(gram, end, k) for gram in grams], examples.centre, end) for end in judged]
+    return TrainingData(examples, Validation(cases), None)
 
 
-def _final_distance(weights: NDArray[np.float32]) -> float:
-    """Return |theta_T - theta_0| of a trajectory (T, p)."""
-    return float(np.linalg.norm(weights[-1].astype(np.float64) - weights[0]))
+def _in_prefix_basis(gram: NDArray[np.float64], prefix_end: int, n_components: int) -> Written:
+    coordinates = prefix_coordinates(gram, prefix_end, n_components)
+    distances = np.sqrt(np.diag(gram) / gram[prefix_end, prefix_end])
+    inside = np.linalg.norm(coordinates.astype(np.float64), axis=1)
+    return coordinates, distances, np.sqrt(np.maximum(distances**2 - inside**2, 0.0))
+
+
+def _in_shared_basis(weights: NDArray[np.float32], basis: Basis) -> Written:
+    distances = np.linalg.norm(weights.astype(np.float64) - weights[0], axis=1)
+    return basis.encode(weights), distances / basis.scale, basis.residual(weights) / basis.scale
+
+
+def _case(written: Sequence[Written], centre: Centre, prefix_end: int) -> Case:
+    paths, distances, outside = (np.array(x) for x in zip(*written, strict=True))
+    return Case(prefix_end, paths - centre.at(prefix_end), distances[:, -1], outside[:, -1])
 
 
 def loss_of(model: TrajectoryTransformer, batch: Batch, noise: Tensor, *, teacher_forced: bool) -> Tensor:
-    """Return the mean squared error relative to how far the paths go.
+    """Return the mean relative weight error of the model's rollouts, which is what `evaluate` reports.
 
-    noise (B, T, k) is added to what the model observes. Teacher-forced: one-step predictions from the true path, the
-    future weighted ten times the past, which is a milder lesson of the same kind. Otherwise the model continues the
-    prefix by its own predictions to the end of the path, as it will be used, and gradients flow through all of it.
-    Coordinates that the prefix cannot span are padding and count nothing.
+    noise (B, T, k) is added to what the model observes of the past. The model continues the prefix by its own
+    predictions to the end of the path, as it will be used, and gradients flow through all of it.
+
+    Teacher-forced: squared errors of one-step predictions from the true path, the future weighted ten times the past,
+    a milder lesson of the same kind. Coordinates that the prefix cannot span are padding and count nothing.
     """
     x, h = batch.x, batch.prefix_end
-    if not teacher_forced:
-        noise = noise.clone()
-        noise[:, h] = 0.0  # where the forecast starts from
-    observed = (x + noise) * batch.filled
-    relative = batch.filled / batch.norms[:, None, None] ** 2  # (B, 1, k)
-    error: Tensor
     if teacher_forced:
+        observed = (x + noise) * batch.filled
         prefix_end = torch.full((len(x),), h, device=x.device)
-        error = (model(observed[:, :-1], prefix_end) - x[:, 1:]) ** 2 * relative  # (B, T-1, k)
+        error: Tensor = (
+            (model(observed[:, :-1], prefix_end) - x[:, 1:]) * batch.filled / batch.distances[:, -1, None, None]
+        )
         weight = torch.where(torch.arange(x.shape[1] - 1, device=x.device) >= h, 1.0, 0.1)
-        return (error * weight[:, None]).sum() / (len(x) * weight.sum())
+        return (error.square() * weight[:, None]).sum() / (len(x) * weight.sum())
+    past = x[:, : h + 1] + F.pad(noise[:, :h], (0, 0, 0, 1))  # the forecast starts from the checkpoint h as it is
     future = x[:, h + 1 :]
-    error = (model.unroll(observed[:, : h + 1], future.shape[1]) - future) ** 2 * relative
-    return error.sum() / (len(x) * future.shape[1])
+    inside = ((model.unroll(past * batch.filled, future.shape[1]) - future) * batch.filled).square().sum(-1)  # (B, n)
+    outside = batch.outside[:, h + 1 :].square()
+    errors: Tensor = (inside + outside + 1e-12).sqrt() / batch.distances[
+        :, h + 1 :
+    ]  # (B, n); a root's slope at 0 is inf
+    return errors.mean()
 
 
 class Trainer:
@@ -405,6 +453,10 @@ def train(store: Store, output: Path, config: TrainConfig = TrainConfig(), *, pr
         "num_checkpoints": data.examples.coordinates.shape[2],
         "split": dataclasses.asdict(split),
         "train": dataclasses.asdict(config),
+        "trust": {
+            "prefix_ends": [case.prefix_end for case in data.validation.cases],
+            "shares": data.validation.trust(model),
+        },
     }
     summary = {
         **curve,
