@@ -78,8 +78,17 @@ def test_residual_is_what_the_span_misses() -> None:
     basis = Basis.from_prefix(path[:10], 4)
     displacement = path.astype(np.float64) - path[0]
     v = np.linalg.svd(displacement[:10], full_matrices=False)[2][:4]
-    expected = np.linalg.norm(displacement - displacement @ v.T @ v, axis=1)
-    np.testing.assert_allclose(basis.residual(path)[1:], expected[1:], rtol=1e-3, atol=1e-4)
+    since_prefix = displacement - displacement[9]  # the basis passes through theta_h
+    expected = np.linalg.norm(since_prefix - since_prefix @ v.T @ v, axis=1)
+    np.testing.assert_allclose(basis.residual(path), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_a_basis_through_a_checkpoint_holds_it_and_leaves_the_coordinates() -> None:
+    path = random_path(30, 80, 6)
+    basis = Basis.from_prefix(path[:20], 4)
+    moved = basis.through(path[25])
+    np.testing.assert_allclose(moved.decode(moved.encode(path[25:26])), path[25:26], atol=1e-5)
+    np.testing.assert_allclose(moved.encode(path), basis.encode(path), atol=1e-5)
 
 
 def test_a_path_of_rank_one_has_one_coordinate() -> None:

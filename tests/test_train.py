@@ -107,7 +107,7 @@ def test_validation_errs_as_evaluate_does(tmp_path: Path) -> None:
 
 
 def test_sampled_examples_are_mixtures_at_one_prefix() -> None:
-    paths = torch.arange(4.0)[:, None, None, None].expand(4, 1, 10, 2)  # trial i is i everywhere
+    paths = torch.arange(4.0)[:, None, None, None].expand(4, 2, 10, 2)  # trial i is i everywhere
     centre = Centre(np.array([3, 5]), np.zeros((2, 10, 2), np.float32))
     lengths = paths[..., 0]
     examples = Examples(paths, lengths, lengths, torch.tensor([3, 5]), torch.ones(2, 2), centre)
@@ -153,7 +153,7 @@ def lines_about_a_mean_path(num_trials: int) -> list[list[Written]]:
     """Straight lines of random slopes, (T, 2): what the mean path cannot know, the prefix shows."""
     slopes = np.random.default_rng(0).standard_normal((num_trials, 1, 2))
     paths = (np.arange(12)[:, None] / 11 * (1.0 + slopes)).astype(np.float32)
-    return [[(path, np.ones(12), np.zeros(12))] for path in paths]
+    return [[(path, np.ones(12), np.zeros(12))] * 3 for path in paths]
 
 
 def test_training_learns_what_the_prefix_tells() -> None:
@@ -179,6 +179,17 @@ def test_training_learns_what_the_prefix_tells() -> None:
         trainer.step()
     assert trainer.validate() < 0.3 * of_the_mean_path
     assert min(trainer.data.validation.trust(trainer.average)) >= 0.9
+
+
+def test_what_is_outside_a_basis_is_its_residual(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "store.zarr", 6, 16)
+    split = split_trials(6, TINY)
+    data = load_training_data(store, split, TrainConfig(**{**vars(TINY), "basis": "shared"}))
+    weights = store.trial(split.train[1]).weights()
+    for row, end in enumerate(data.examples.prefix_ends.tolist()):
+        basis = data.shared_basis.through(weights[end])
+        outside = basis.residual(weights) / basis.scale
+        np.testing.assert_allclose(data.examples.outside[1, row], outside, rtol=1e-2, atol=2e-3)
 
 
 def test_what_only_guesses_is_not_trusted() -> None:

@@ -10,6 +10,11 @@ Two ways to a `Basis`:
   forecaster serves all.
 * `Basis.from_trials` is fitted on the rows of all training trials, as the paper does. It does not carry over to
   initialisations it never saw; the floor that every evaluation reports shows by how much.
+
+Either basis, where a forecast is made in it, passes through the last observed checkpoint (`Basis.through`): what the
+directions cannot represent of theta_h stays as it was last seen. Where a prefix has more directions than k that is most
+of what the basis misses (HalfCheetah, 80 % of 148 checkpoints, k = 16: the floor falls from 0.304 to 0.297, below
+persistence's 0.300).
 """
 
 import dataclasses
@@ -83,7 +88,7 @@ class Basis:
     """Where a trajectory is written in coordinates: an origin, k directions and a scale."""
 
     origin: NDArray[np.float32]
-    """theta_0 of the trial (prefix basis) or the mean of the training rows (shared basis), (p,)."""
+    """A point of the affine space that the basis spans, (p,): where the coordinates are zero."""
     directions: NDArray[np.float32]
     """Orthonormal rows (k, p); in a prefix basis the rows beyond the prefix's rank are zero."""
     scale: float
@@ -91,13 +96,13 @@ class Basis:
 
     @classmethod
     def from_prefix(cls, prefix: NDArray[np.float32], n_components: int) -> "Basis":
-        """Return the basis of the observed prefix theta_0..theta_h, (h+1, p) float32.
+        """Return the basis of the observed prefix theta_0..theta_h, (h+1, p) float32, through theta_h.
 
         Raises ValueError where the prefix is too short, does not move, or holds NaN or Inf.
         """
         mixing, scale = _prefix_svd(trajectory_gram(prefix), n_components)
         displacements = prefix.astype(np.float64) - prefix[0]  # (h+1, p)
-        return cls(prefix[0].copy(), (mixing.T @ displacements).astype(np.float32), scale)
+        return cls(prefix[0], (mixing.T @ displacements).astype(np.float32), scale).through(prefix[-1])
 
     @classmethod
     def from_trials(
@@ -116,6 +121,11 @@ class Basis:
     @property
     def n_components(self) -> int:
         return len(self.directions)
+
+    def through(self, weights: NDArray[np.float32]) -> "Basis":
+        """Return this basis with its origin moved at right angles to it, such that `weights` (p,) decode exactly."""
+        outside = weights - self.decode(self.encode(weights[None]))[0]
+        return dataclasses.replace(self, origin=self.origin + outside)
 
     def encode(self, weights: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return coordinates (T, k) of weights (T, p)."""
@@ -153,7 +163,7 @@ class Centre:
     ends: NDArray[np.int64]
     """The prefix ends that have a mean path of their own, ascending, (P,)."""
     paths: NDArray[np.float32]
-    """(P, T, k); in a shared basis P = 1."""
+    """(P, T, k)"""
 
     def at(self, prefix_end: int) -> NDArray[np.float32]:
         """Return the mean path (T, k) for prefixes that end at `prefix_end`, interpolated between its neighbours."""

@@ -74,7 +74,7 @@ class RankOne:
     """The prefix's first singular direction, its coordinate continued by regression (RELEX, arXiv 2605.21468)."""
 
     def forecast(self, prefix: NDArray[np.float32], horizons: NDArray[np.int64]) -> NDArray[np.float32]:
-        basis = Basis.from_prefix(prefix, 1)
+        basis = Basis.from_prefix(prefix, 1).through(prefix[0])  # RELEX's line starts from theta_0
         slope, intercept = np.polyfit(np.arange(len(prefix)), basis.encode(prefix)[:, 0], 1)
         coordinate = intercept + slope * (len(prefix) - 1 + horizons)  # (n,)
         return basis.decode(coordinate[:, None].astype(np.float32))

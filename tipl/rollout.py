@@ -51,7 +51,9 @@ class Forecaster:
 
     def basis_of(self, prefix: NDArray[np.float32]) -> Basis:
         """Return the basis in which the forecast of `prefix` (h+1, p) is made."""
-        return self.shared_basis or Basis.from_prefix(prefix, self.model.config.n_components)
+        if self.shared_basis is not None:
+            return self.shared_basis.through(prefix[-1])
+        return Basis.from_prefix(prefix, self.model.config.n_components)
 
     def continue_coordinates(
         self, coordinates: NDArray[np.float32], horizon: int, *, num_threads: int | None = None

@@ -113,7 +113,7 @@ def prefix_end_of(fraction: float, num_checkpoints: int) -> int:
 
 
 Written = tuple[NDArray[np.float32], NDArray[np.float64], NDArray[np.float64]]
-"""A trial in a basis: coordinates (T, k) and, in their unit, |theta_t - theta_0| (T,) and its part outside (T,)."""
+"""A trial in a basis: coordinates (T, k) and, in their unit, |theta_t - theta_0| and how far theta_t lies outside."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,21 +121,21 @@ class Examples:
     """Trajectories in coordinates, each with the prefix that it is to be continued from."""
 
     coordinates: Tensor
-    """(N, P, T, k) float32, less the centre; P = 1 where the coordinates do not depend on the prefix."""
+    """(N, P, T, k) float32, less the centre."""
     distances: Tensor
     """(N, P, T) float32, |theta_t - theta_0| in the unit of the coordinates: what an error is relative to."""
     outside: Tensor
-    """(N, P, T) float32, the part of that distance which lies outside the basis: below it no forecast can go."""
+    """(N, P, T) float32, how far theta_t lies outside the basis through theta_h: below it no error can go."""
     prefix_ends: Tensor
-    """(P',) int64, the indices h."""
+    """(P,) int64, the indices h."""
     filled: Tensor
-    """(P', k) float32, one where a prefix of that length spans the coordinate and zero where it is padding."""
+    """(P, k) float32, one where a prefix of that length spans the coordinate and zero where it is padding."""
     centre: Centre
     """The mean path over the N trials."""
 
     @classmethod
     def of(cls, trials: Sequence[Sequence[Written]], ends: Sequence[int], filled: Tensor) -> "Examples":
-        """Return trials, each written in the basis of each of its prefixes or once in a shared one."""
+        """Return trials, each written in a basis for each of its prefixes."""
         paths, distances, outside = (np.array([[it[j] for it in trial] for trial in trials]) for j in range(3))
         mean = _mean_path(paths, distances, outside)
         return cls(
@@ -144,15 +144,14 @@ class Examples:
             outside=torch.from_numpy(outside).float(),
             prefix_ends=torch.tensor(ends),
             filled=filled,
-            centre=Centre(np.array(ends[: len(mean)]), mean),
+            centre=Centre(np.array(ends), mean),
         )
 
     def sample(self, config: "TrainConfig", generator: torch.Generator) -> "Batch":
         """Return random trajectories that share one random prefix end."""
         prefix = int(torch.randint(len(self.prefix_ends), (), generator=generator))
-        row = prefix if self.coordinates.shape[1] > 1 else 0
         trial = torch.randint(len(self.coordinates), (2, config.batch_size), generator=generator)
-        columns = (self.coordinates[trial, row], self.distances[trial, row], self.outside[trial, row])
+        columns = (self.coordinates[trial, prefix], self.distances[trial, prefix], self.outside[trial, prefix])
         if config.mixing > 0.0:
             share = torch.from_numpy(self._beta(config, generator))
             x, distances, outside = (
@@ -288,32 +287,39 @@ def load_training_data(store: Store, split: Split, config: TrainConfig) -> Train
     spread = np.linspace(MIN_PREFIX_END, last, config.max_prefixes).round().astype(int)
     judged = Validation.prefix_ends(num_checkpoints)
     ends = sorted({*spread.tolist(), *judged})
+    basis, k = None, config.n_components
     if config.basis == "shared":
-        basis = Basis.from_trials([store.trial(i) for i in split.train], config.n_components, seed=config.seed)
-        written = [[_in_shared_basis(store.trial(i).weights(), basis)] for i in split.train]
-        examples = Examples.of(written, ends, torch.ones(len(ends), config.n_components))
-        chosen = [_in_shared_basis(store.trial(i).weights(), basis) for i in split.validation]
-        return TrainingData(examples, Validation([_case(chosen, examples.centre, end) for end in judged]), basis)
-    k = config.n_components
-    grams = [trajectory_gram(store.trial(i).weights()) for i in split.train]
-    written = [[_in_prefix_basis(gram, end, k) for end in ends] for gram in grams]
-    filled = torch.tensor([[float(j < prefix_rank(end, k)) for j in range(k)] for end in ends])
-    examples = Examples.of(written, ends, filled)
-    grams = [trajectory_gram(store.trial(i).weights()) for i in split.validation]
-    cases = [_case([_in_prefix_basis(gram, end, k) for gram in grams], examples.centre, end) for end in judged]
-    return TrainingData(examples, Validation(cases), None)
+        basis = Basis.from_trials([store.trial(i) for i in split.train], k, seed=config.seed)
+
+    def write(trial: int, prefix_ends: Sequence[int]) -> list[Written]:
+        """Return a trial in the basis of each prefix."""
+        weights = store.trial(trial).weights()
+        gram = trajectory_gram(weights)
+        if basis is None:
+            return [_written(gram, prefix_coordinates(gram, end, k), end) for end in prefix_ends]
+        coordinates = basis.encode(weights)
+        return [_written(gram, coordinates, end, basis.scale) for end in prefix_ends]
+
+    ranks = [k if basis is not None else prefix_rank(end, k) for end in ends]
+    filled = (torch.arange(k) < torch.tensor(ranks)[:, None]).float()
+    examples = Examples.of([write(i, ends) for i in split.train], ends, filled)
+    chosen = [write(i, judged) for i in split.validation]
+    cases = [_case(trials, examples.centre, end) for end, trials in zip(judged, zip(*chosen, strict=True), strict=True)]
+    return TrainingData(examples, Validation(cases), basis)
 
 
-def _in_prefix_basis(gram: NDArray[np.float64], prefix_end: int, n_components: int) -> Written:
-    coordinates = prefix_coordinates(gram, prefix_end, n_components)
-    distances = np.sqrt(np.diag(gram) / gram[prefix_end, prefix_end])
-    inside = np.linalg.norm(coordinates.astype(np.float64), axis=1)
-    return coordinates, distances, np.sqrt(np.maximum(distances**2 - inside**2, 0.0))
+def _written(
+    gram: NDArray[np.float64], coordinates: NDArray[np.float32], prefix_end: int, scale: float | None = None
+) -> Written:
+    """Return a trial with Gram matrix (T, T) in a basis through its checkpoint `prefix_end`.
 
-
-def _in_shared_basis(weights: NDArray[np.float32], basis: Basis) -> Written:
-    distances = np.linalg.norm(weights.astype(np.float64) - weights[0], axis=1)
-    return basis.encode(weights), distances / basis.scale, basis.residual(weights) / basis.scale
+    `scale` is the basis's, |theta_h - theta_0| by default. What the coordinates lack of |theta_t - theta_h| is outside.
+    """
+    unit = gram[prefix_end, prefix_end] if scale is None else scale**2
+    squared = np.diag(gram)  # (T,)
+    since_prefix = (squared + squared[prefix_end] - 2.0 * gram[prefix_end]) / unit
+    inside = np.square(coordinates.astype(np.float64) - coordinates[prefix_end]).sum(1)
+    return coordinates, np.sqrt(squared / unit), np.sqrt(np.maximum(since_prefix - inside, 0.0))
 
 
 def _case(written: Sequence[Written], centre: Centre, prefix_end: int) -> Case:
