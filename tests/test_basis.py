@@ -1,5 +1,6 @@
 """Bases: canonical coordinates, their two ways of being computed, what they cannot represent, and their files."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -125,14 +126,19 @@ def test_basis_file_round_trip(tmp_path: Path) -> None:
 
 def test_centre_is_exact_at_its_ends_and_interpolates_between(tmp_path: Path) -> None:
     paths = np.random.default_rng(0).standard_normal((3, 12, 4)).astype(np.float32)
-    centre = Centre(np.array([3, 5, 9]), paths)
+    centre = Centre(np.array([3, 5, 9]), paths, np.array([1.0, 0.5, 0.0]))
     centre.save(tmp_path / "centre.safetensors")
     loaded = Centre.load(tmp_path / "centre.safetensors")
     for i, end in enumerate((3, 5, 9)):
         np.testing.assert_array_equal(loaded.at(end), paths[i])
     np.testing.assert_allclose(loaded.at(6), 0.75 * paths[1] + 0.25 * paths[2], rtol=1e-6)
     np.testing.assert_array_equal(loaded.at(10), paths[2])
-    np.testing.assert_array_equal(Centre(np.array([3]), paths[:1]).at(7), paths[0])
+    np.testing.assert_array_equal([loaded.trust_at(end) for end in (2, 4, 5, 9)], [1.0, 0.75, 0.5, 0.0])
+    one = Centre(np.array([3]), paths[:1], np.ones(1))
+    np.testing.assert_array_equal(one.at(7), paths[0])
+    dataclasses.replace(centre, trust=np.ones(2)).save(tmp_path / "centre.safetensors")
+    with pytest.raises(RuntimeError, match="Centre.load: .* is damaged: expected"):  # noqa: RUF043
+        Centre.load(tmp_path / "centre.safetensors")
     (tmp_path / "centre.safetensors").write_bytes(b"")
     with pytest.raises(RuntimeError, match="Centre.load: .* is damaged"):  # noqa: RUF043
         Centre.load(tmp_path / "centre.safetensors")

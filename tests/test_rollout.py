@@ -39,7 +39,8 @@ def test_model_may_be_a_folder_and_a_prefix_may_stand_alone(tmp_path: Path) -> N
 
 def test_a_centred_forecaster_that_learned_nothing_follows_the_mean_path() -> None:
     rng = np.random.default_rng(0)
-    centre = Centre(np.array([5, 9]), rng.standard_normal((2, CONFIG.max_len, CONFIG.n_components)).astype(np.float32))
+    paths = rng.standard_normal((2, CONFIG.max_len, CONFIG.n_components)).astype(np.float32)
+    centre = Centre(np.array([5, 9]), paths, np.ones(2))
     untrained = Forecaster(TrajectoryTransformer(CONFIG).eval(), None, centre)
     observed = rng.standard_normal((2, 8, CONFIG.n_components)).astype(np.float32)  # ends at 7, between 5 and 9
     mean = centre.paths.mean(0)

@@ -1,5 +1,6 @@
 """Training: whole-trial splits, examples, the loss, and a run on synthetic paths."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -95,7 +96,7 @@ def test_validation_errs_as_evaluate_does(tmp_path: Path) -> None:
     for basis in ("prefix", "shared"):
         folder = train(store, tmp_path / basis, TrainConfig(**{**vars(TINY), "basis": basis}), progress=False)
         forecaster = Forecaster.load(folder)
-        del forecaster.config["trust"]
+        forecaster.centre.trust[:] = 1.0
         errors = []
         for i in forecaster.config["split"]["validation"]:
             weights = store.trial(i).weights()
@@ -108,7 +109,7 @@ def test_validation_errs_as_evaluate_does(tmp_path: Path) -> None:
 
 def test_sampled_examples_are_mixtures_at_one_prefix() -> None:
     paths = torch.arange(4.0)[:, None, None, None].expand(4, 2, 10, 2)  # trial i is i everywhere
-    centre = Centre(np.array([3, 5]), np.zeros((2, 10, 2), np.float32))
+    centre = Centre(np.array([3, 5]), np.zeros((2, 10, 2), np.float32), np.ones(2))
     lengths = paths[..., 0]
     examples = Examples(paths, lengths, lengths, torch.tensor([3, 5]), torch.ones(2, 2), centre)
     generator = torch.Generator().manual_seed(0)
@@ -211,8 +212,9 @@ def test_forecasts_depart_from_the_mean_path_as_far_as_they_are_trusted(tmp_path
     coordinates = np.random.default_rng(0).standard_normal((2, 9, 6)).astype(np.float32)
 
     def forecast(*shares: float) -> np.ndarray:
-        forecaster.config["trust"] = {"prefix_ends": [6, 10], "shares": list(shares)}
-        return forecaster.continue_coordinates(coordinates, 5)
+        trust = np.interp(forecaster.centre.ends, [6, 10], shares)
+        trusting = dataclasses.replace(forecaster, centre=dataclasses.replace(forecaster.centre, trust=trust))
+        return trusting.continue_coordinates(coordinates, 5)
 
     mean = forecaster.centre.at(8)
     of_mean_path = coordinates[:, -1:] + mean[9:14] - mean[8]

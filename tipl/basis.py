@@ -164,6 +164,8 @@ class Centre:
     """The prefix ends that have a mean path of their own, ascending, (P,)."""
     paths: NDArray[np.float32]
     """(P, T, k)"""
+    trust: NDArray[np.float64]
+    """The share in [0, 1] of the forecaster's departures from the mean path that validation trials bore out, (P,)."""
 
     def at(self, prefix_end: int) -> NDArray[np.float32]:
         """Return the mean path (T, k) for prefixes that end at `prefix_end`, interpolated between its neighbours."""
@@ -173,14 +175,29 @@ class Centre:
         share = np.float32(position - below)
         return np.asarray((1 - share) * self.paths[below] + share * self.paths[above], dtype=np.float32)
 
+    def trust_at(self, prefix_end: int) -> np.float32:
+        """Return the trust for prefixes that end at `prefix_end`, interpolated too."""
+        return np.float32(np.interp(prefix_end, self.ends, self.trust))
+
     def save(self, path: Path) -> None:
-        write_atomically(path, safetensors.numpy.save({"ends": self.ends, "paths": self.paths}))
+        write_atomically(path, safetensors.numpy.save(dict(vars(self))))
 
     @classmethod
     def load(cls, path: Path) -> "Centre":
         """Return the centre in `path`. Raises FileNotFoundError or, where the file is damaged, RuntimeError."""
-        arrays = _load_arrays(path, "Centre.load", ("ends", "paths"))
-        return cls(arrays["ends"], arrays["paths"])
+        arrays = _load_arrays(path, "Centre.load", ("ends", "paths", "trust"))
+        centre = cls(arrays["ends"], arrays["paths"], arrays["trust"])
+        P = len(centre.ends)
+        if (
+            P < 1
+            or centre.ends.ndim != 1
+            or centre.paths.ndim != 3
+            or len(centre.paths) != P
+            or centre.trust.shape != (P,)
+        ):
+            shapes = {name: array.shape for name, array in arrays.items()}
+            raise RuntimeError(f"Centre.load: {path} is damaged: expected (P,), (P, T, k) and (P,), got {shapes}")
+        return centre
 
 
 def _load_arrays(path: Path, owner: str, names: tuple[str, ...]) -> dict[str, NDArray[Any]]:

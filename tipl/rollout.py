@@ -68,13 +68,8 @@ class Forecaster:
         observed = coordinates - mean[:length]
         decoder.prefill(observed)
         last = observed[:, -1:]
-        departure = self.trust(length - 1) * (decoder.generate(horizon) - last)
+        departure = self.centre.trust_at(length - 1) * (decoder.generate(horizon) - last)
         return np.asarray(last + departure + mean[length : length + horizon], dtype=np.float32)
-
-    def trust(self, prefix_end: int) -> np.float32:
-        """Return the share of the model's departure from the mean path that validation trials bore out, in [0, 1]."""
-        trust = self.config.get("trust")
-        return np.float32(np.interp(prefix_end, trust["prefix_ends"], trust["shares"]) if trust else 1.0)
 
 
 def rollout(
