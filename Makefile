@@ -11,8 +11,8 @@ ENGINE := CMakeLists.txt pyproject.toml constraints.txt $(wildcard csrc/*) tipl 
 help:  ## Show what there is
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
-demo: $(VENV)/.runtime  ## Collect, train, forecast and judge on InvertedPendulum, in minutes; ends with the report's path
-	$(BIN)/tipl demo --output runs/demo
+demo: $(VENV)/.runtime  ## Collect, train, forecast and judge on InvertedPendulum, in minutes; goes on where it was stopped
+	$(BIN)/tipl demo --output runs/demo --resume
 
 test: $(VENV)/.develop  ## Run the tests
 	$(BIN)/python -m pytest tests
