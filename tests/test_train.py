@@ -161,7 +161,7 @@ def test_training_learns_what_the_prefix_tells() -> None:
     trials = lines_about_a_mean_path(24)
     examples = Examples.of(trials[:16], [4, 6, 8], torch.ones(3, 2))
     paths = np.array([trial[0][0] for trial in trials[16:]])
-    cases = [Case(end, paths - examples.centre.at(end), np.ones(8), np.zeros(8)) for end in (4, 8)]
+    cases = [Case(end, paths - examples.centre.at(end), np.ones(8), np.zeros(8), 2) for end in (4, 8)]
     config = TrainConfig(
         n_components=2,
         n_layer=1,
@@ -193,10 +193,17 @@ def test_what_is_outside_a_basis_is_its_residual(tmp_path: Path) -> None:
         np.testing.assert_allclose(data.examples.outside[1, row], outside, rtol=1e-2, atol=2e-3)
 
 
+def test_padding_does_not_count_in_validation() -> None:
+    paths = np.zeros((3, 12, 5), np.float32)
+    forecast = np.array([3.0, 4.0, 7.0, 7.0, 7.0])
+    assert Case(6, paths, np.full(3, 2.0), np.zeros(3), 2).error(forecast) == pytest.approx(2.5)
+    assert Case(6, paths, np.full(3, 2.0), np.full(3, 12.0), 2).error(forecast) == pytest.approx(6.5)
+
+
 def test_what_only_guesses_is_not_trusted() -> None:
     paths = np.random.default_rng(0).standard_normal((200, 12, 5)).astype(np.float32)  # noise: nothing to know
     paths[:, 6] = 0.0
-    validation = Validation([Case(6, paths, np.ones(200), np.zeros(200))])
+    validation = Validation([Case(6, paths, np.ones(200), np.zeros(200), 5)])
     model = random_model()
     (trust,) = validation.trust(model)
     forecast = validation.cases[0].forecast(model)
@@ -262,7 +269,12 @@ def test_rejections(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="at least 5 checkpoints, got 4"):
         train(store, tmp_path / "model", TINY, progress=False)
     assert not (tmp_path / "model").exists()
-    with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
-        TrainConfig(steps=0)
-    with pytest.raises(ValueError, match=r"heldout_fraction must lie in \[0, 1\), got 1.0"):
-        TrainConfig(heldout_fraction=1.0)
+    for name, value, message in (
+        ("steps", 0, "must be at least 1, got 0"),
+        ("heldout_fraction", 1.0, r"must lie in \[0, 1\), got 1.0"),
+        ("teacher_forced", 1.5, r"must lie in \[0, 1\], got 1.5"),
+        ("learning_rate", float("nan"), "must be positive and finite, got nan"),
+        ("mixing", -1.0, "must be finite and not negative, got -1.0"),
+    ):
+        with pytest.raises(ValueError, match=f"TrainConfig: {name} {message}"):
+            TrainConfig(**{name: value})

@@ -75,12 +75,19 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("n_components", "n_layer", "n_head", "d_model", "steps", "batch_size", "max_prefixes"):
+        for name in ("n_components", "n_layer", "n_head", "d_model", "steps", "batch_size", "patience", "max_prefixes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"TrainConfig: {name} must be at least 1, got {getattr(self, name)}")
-        for name in ("validation_fraction", "heldout_fraction", "flip_probability"):
+        for name in ("validation_fraction", "heldout_fraction", "flip_probability", "dropout", "ema_decay"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"TrainConfig: {name} must lie in [0, 1), got {getattr(self, name)}")
+        if not 0.0 <= self.teacher_forced <= 1.0:
+            raise ValueError(f"TrainConfig: teacher_forced must lie in [0, 1], got {self.teacher_forced}")
+        if not 0.0 < self.learning_rate < math.inf:
+            raise ValueError(f"TrainConfig: learning_rate must be positive and finite, got {self.learning_rate}")
+        for name in ("weight_decay", "noise", "mixing"):
+            if not 0.0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"TrainConfig: {name} must be finite and not negative, got {getattr(self, name)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,6 +225,8 @@ class Case:
     """(N,)"""
     outside: NDArray[np.float64]
     """(N,)"""
+    rank: int
+    """Coordinates that the prefix spans; those behind are padding and count nothing."""
 
     def forecast(self, model: TrajectoryTransformer) -> NDArray[np.float32]:
         """Return the coordinates (N, k) that the native rollout gives the last checkpoint."""
@@ -227,7 +236,7 @@ class Case:
 
     def error(self, forecast: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
         """Return the mean of |forecast - truth| / |truth - theta_0| over the trials; forecast (..., N, k)."""
-        inside = np.linalg.norm(forecast - self.paths[:, -1], axis=-1)
+        inside = np.linalg.norm((forecast - self.paths[:, -1])[..., : self.rank], axis=-1)
         return np.asarray((np.hypot(inside, self.outside) / self.distance).mean(-1))
 
 
@@ -305,7 +314,10 @@ def load_training_data(store: Store, split: Split, config: TrainConfig) -> Train
     filled = (torch.arange(k) < torch.tensor(ranks)[:, None]).float()
     examples = Examples.of([write(i, ends) for i in split.train], ends, filled)
     chosen = [write(i, judged) for i in split.validation]
-    cases = [_case(trials, examples.centre, end) for end, trials in zip(judged, zip(*chosen, strict=True), strict=True)]
+    cases = [
+        _case(trials, examples.centre, end, ranks[ends.index(end)])
+        for end, trials in zip(judged, zip(*chosen, strict=True), strict=True)
+    ]
     return TrainingData(examples, Validation(cases), basis)
 
 
@@ -323,9 +335,9 @@ def _written(
     return coordinates, np.sqrt(squared / unit), np.sqrt(np.maximum(since_prefix - inside, 0.0))
 
 
-def _case(written: Sequence[Written], centre: Centre, prefix_end: int) -> Case:
+def _case(written: Sequence[Written], centre: Centre, prefix_end: int, rank: int) -> Case:
     paths, distances, outside = (np.array(x) for x in zip(*written, strict=True))
-    return Case(prefix_end, paths - centre.at(prefix_end), distances[:, -1], outside[:, -1])
+    return Case(prefix_end, paths - centre.at(prefix_end), distances[:, -1], outside[:, -1], rank)
 
 
 def loss_of(model: TrajectoryTransformer, batch: Batch, noise: Tensor, *, teacher_forced: bool) -> Tensor:
