@@ -139,6 +139,9 @@ def test_centre_is_exact_at_its_ends_and_interpolates_between(tmp_path: Path) ->
     dataclasses.replace(centre, trust=np.ones(2)).save(tmp_path / "centre.safetensors")
     with pytest.raises(RuntimeError, match="Centre.load: .* is damaged: expected"):  # noqa: RUF043
         Centre.load(tmp_path / "centre.safetensors")
+    dataclasses.replace(centre, ends=np.array(3)).save(tmp_path / "centre.safetensors")
+    with pytest.raises(RuntimeError, match="Centre.load: .* is damaged: expected"):  # noqa: RUF043
+        Centre.load(tmp_path / "centre.safetensors")
     (tmp_path / "centre.safetensors").write_bytes(b"")
     with pytest.raises(RuntimeError, match="Centre.load: .* is damaged"):  # noqa: RUF043
         Centre.load(tmp_path / "centre.safetensors")

@@ -246,6 +246,23 @@ def test_a_model_folder_reads_back(tmp_path: Path) -> None:
         train(store, folder, TINY, progress=False)
 
 
+def test_the_training_curve_is_the_mean_error_between_validations(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, errors = Trainer.step, []
+
+    def recorded(trainer: Trainer) -> float:
+        errors.append(step(trainer))
+        return errors[-1]
+
+    monkeypatch.setattr(Trainer, "step", recorded)
+    store = make_store(tmp_path / "store.zarr", 6, 14)
+    train(store, tmp_path / "model", TrainConfig(**{**vars(TINY), "patience": 20}), progress=False)
+    curve = json.loads((tmp_path / "model" / "training.json").read_text())
+    assert curve["steps"] == list(range(2, 41, 2))
+    np.testing.assert_allclose(curve["train_loss"], np.reshape(errors, (20, 2)).mean(1))
+
+
 def test_same_seed_same_model(tmp_path: Path) -> None:
     store = make_store(tmp_path / "store.zarr", 6, 14)
     weights = []

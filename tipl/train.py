@@ -310,12 +310,14 @@ def load_training_data(store: Store, split: Split, config: TrainConfig) -> Train
         coordinates = basis.encode(weights)
         return [_written(gram, coordinates, end, basis.scale) for end in prefix_ends]
 
-    ranks = [k if basis is not None else prefix_rank(end, k) for end in ends]
-    filled = (torch.arange(k) < torch.tensor(ranks)[:, None]).float()
+    def rank(prefix_end: int) -> int:
+        return k if basis is not None else prefix_rank(prefix_end, k)
+
+    filled = (torch.arange(k) < torch.tensor([rank(end) for end in ends])[:, None]).float()
     examples = Examples.of([write(i, ends) for i in split.train], ends, filled)
     chosen = [write(i, judged) for i in split.validation]
     cases = [
-        _case(trials, examples.centre, end, ranks[ends.index(end)])
+        _case(trials, examples.centre, end, rank(end))
         for end, trials in zip(judged, zip(*chosen, strict=True), strict=True)
     ]
     return TrainingData(examples, Validation(cases), basis)
@@ -361,10 +363,8 @@ def loss_of(model: TrajectoryTransformer, batch: Batch, noise: Tensor, *, teache
     past = x[:, : h + 1] + F.pad(noise[:, :h], (0, 0, 0, 1))  # the forecast starts from the checkpoint h as it is
     future = x[:, h + 1 :]
     inside = ((model.unroll(past * batch.filled, future.shape[1]) - future) * batch.filled).square().sum(-1)  # (B, n)
-    outside = batch.outside[:, h + 1 :].square()
-    errors: Tensor = (inside + outside + 1e-12).sqrt() / batch.distances[
-        :, h + 1 :
-    ]  # (B, n); a root's slope at 0 is inf
+    outside, distances = (y[:, h + 1 :] for y in (batch.outside, batch.distances))  # (B, n)
+    errors: Tensor = (inside + outside.square() + 1e-12).sqrt() / distances  # a root's slope at 0 is infinite
     return errors.mean()
 
 
@@ -400,7 +400,7 @@ class Trainer:
         self.step_count = 0
 
     def step(self) -> float:
-        """Take one optimiser step and return its loss."""
+        """Take one optimiser step; return its relative error, one step ahead while teacher-forced, then of rollouts."""
         config = self.config
         batch = self.data.examples.sample(config, self.generator)
         noise = config.noise * torch.randn(batch.x.shape, generator=self.generator)
@@ -418,7 +418,7 @@ class Trainer:
             decay = min(config.ema_decay, self.step_count / (self.step_count + 10))  # soon forget the first weights
             for averaged, current in zip(self.average.parameters(), self.model.parameters(), strict=True):
                 averaged.lerp_(current, 1.0 - decay)
-        return float(loss.detach())
+        return math.sqrt(loss.item()) if teacher_forced else loss.item()
 
     def _share_of_peak(self, step: int) -> float:
         """Return the learning rate of `step` as a share of its peak: 10 % warm-up, then half a cosine to zero."""
@@ -493,18 +493,20 @@ def _fit(trainer: Trainer, events: Path, progress: bool) -> dict[str, list[float
     steps, patience = trainer.config.steps, trainer.config.patience
     curve: dict[str, list[float]] = {"steps": [], "train_loss": [], "validation_error": []}
     every = max(1, steps // Trainer.VALIDATIONS)
+    since_validation: list[float] = []
     with SummaryWriter(str(events)) as writer, progress_bar(progress) as bar:
         task = bar.add_task("train", total=steps, note="")
         for step in range(1, steps + 1):
-            loss = trainer.step()
-            writer.add_scalar("losses/train", loss, step)
+            since_validation.append(trainer.step())
+            writer.add_scalar("losses/train_relative_error", since_validation[-1], step)
             bar.update(task, advance=1)
             if step % every and step != steps:
                 continue
             error = trainer.validate()
             writer.add_scalar("losses/validation_relative_weight_error", error, step)
-            for name, value in zip(curve, (step, loss, error), strict=True):
+            for name, value in zip(curve, (step, float(np.mean(since_validation)), error), strict=True):
                 curve[name].append(value)
+            since_validation.clear()
             bar.update(task, note=f"validation error {error:.3f}, best {trainer.best.error:.3f}")
             if step - trainer.best.step >= patience * every:
                 break

@@ -391,10 +391,10 @@ def learning_plot(
 
 def training_plot(training: Training) -> Plot:
     """Return the forecaster's errors in training and in validation against optimiser steps."""
-    train, validation = Mark("training", "faint", 1.4), Mark("validation", "ink", 2.2)
+    train, validation = Mark("training (one step ahead, then rollouts)", "faint", 1.4), Mark("validation", "ink", 2.2)
 
     def draw(ax: Axes) -> None:
-        train.line(ax, training.steps, np.sqrt(training.train_loss))
+        train.line(ax, training.steps, training.train_loss)
         validation.line(ax, training.steps, training.validation_error)
         ax.axvline(training.best_step, color=THEME["muted"][0], linewidth=1.0, linestyle=":")
         _note(ax, f"kept: step {training.best_step:,}")
