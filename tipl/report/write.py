@@ -314,8 +314,9 @@ class _Report:
             figures.append(
                 self._figure(
                     plots.training_plot(self.training),
-                    "The forecaster's relative error in training (first of one-step predictions, then of whole rollouts), "
-                    "and its relative weight error at the end of validation trials' paths. The weights of the best validation are kept; held-out trials take no part.",
+                    "The forecaster's relative error in training (first of one-step predictions, then of whole "
+                    "rollouts), and its relative weight error at the end of validation trials' paths. The weights of "
+                    "the best validation are kept; held-out trials take no part.",
                 )
             )
         if not figures:
