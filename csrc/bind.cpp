@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <initializer_list>
 #include <iterator>
+#include <limits>
 #include <memory>
 #include <optional>
 #include <string>
@@ -118,7 +119,9 @@ bool pool_barriers_hold(ThreadPool &pool, int rounds) {
 }
 
 void bind_engine(py::module_ &m) {
-  m.def("isa", [] { return kernels().isa; }, "Instruction set of the kernels in use: baseline, avx2 or avx512.");
+  m.def(
+      "isa", [] { return kernels().isa; },
+      "Instruction set of the kernels in use: baseline, avx2, avx512 or avx512bf16.");
   m.def("lanes", [] { return kernels().lanes; }, "Floats in one register of that instruction set.");
   m.def("choose_isa", &choose_isa, py::arg("name"), py::arg("supported"),
         "The instruction set that TIPL_ISA=name (None: unset) picks on a CPU that supports these, worst first.");
@@ -144,8 +147,13 @@ bool signal_raised() {
   return PyErr_CheckSignals() != 0;
 }
 
-std::unique_ptr<Decoder> make_decoder(const DecoderConfig &config, const py::dict &weights, ptrdiff_t batch_size,
-                                      ptrdiff_t max_len, ptrdiff_t num_threads) {
+Precision precision_of(const std::string &name) {
+  if (name == "bfloat16") return Precision::kBfloat16;
+  return name == "int8" ? Precision::kInt8 : Precision::kFloat32;
+}
+
+std::unique_ptr<Decoder> make_decoder(const DecoderConfig &config, const py::dict &weights,
+                                      const DecoderOptions &options) {
   const std::vector<TensorSpec> specs = tensor_specs(config);
   std::vector<const float *> tensors;
   for (const TensorSpec &spec : specs) {
@@ -159,7 +167,7 @@ std::unique_ptr<Decoder> make_decoder(const DecoderConfig &config, const py::dic
   }
   check(weights.size() == specs.size(), "Decoder: weights must be ", specs.size(), " tensors, got ", weights.size());
   py::gil_scoped_release release;
-  return std::make_unique<Decoder>(config, tensors, batch_size, max_len, num_threads);
+  return std::make_unique<Decoder>(config, tensors, options);
 }
 
 py::array_t<float> prefill(Decoder &decoder, const py::object &x, const py::object &lengths) {
@@ -194,14 +202,23 @@ py::array_t<float> step(Decoder &decoder, const py::object &x) {
   return y;
 }
 
-py::array_t<float> generate(Decoder &decoder, py::ssize_t n) {
+// n is int64 (B,). Rows of y that a sequence did not ask for are NaN.
+py::array_t<float> generate(Decoder &decoder, const py::object &n) {
   const py::ssize_t B = decoder.batch_size(), k = decoder.config().n_components;
-  py::array_t<float> y({B, std::clamp<py::ssize_t>(n, 0, decoder.max_len()), k});  // any other n is refused below
+  const auto n_array = checked_array<int64_t>("generate", "n", n, {{"B", B}});
+  const std::vector<int64_t> steps(n_array.data(), n_array.data() + B);
+  // Decoder::generate refuses whatever does not fit.
+  const auto most = std::clamp<int64_t>(*std::max_element(steps.begin(), steps.end()), 0, decoder.max_len());
+  py::array_t<float> y({B, static_cast<py::ssize_t>(most), k});
   float *y_data = y.mutable_data();
   bool done;
   {
     py::gil_scoped_release release;
-    done = decoder.generate(n, y_data, signal_raised);
+    for (py::ssize_t b = 0; b < B; ++b) {
+      const int64_t own = std::clamp<int64_t>(steps[b], 0, most);
+      std::fill(y_data + (b * most + own) * k, y_data + (b + 1) * most * k, std::numeric_limits<float>::quiet_NaN());
+    }
+    done = decoder.generate(steps, y_data, signal_raised);
   }
   if (!done) throw py::error_already_set();
   return y;
@@ -209,15 +226,17 @@ py::array_t<float> generate(Decoder &decoder, py::ssize_t n) {
 
 void bind_decoder(py::module_ &m) {
   py::class_<Decoder>(m, "Decoder", "The forecaster over a KV cache; tipl.Decoder documents it.")
-      .def(py::init([](int n_components, int n_layer, int n_head, int d_model, int d_ff, int max_len, float diff_scale,
-                       float out_scale, const py::dict &weights, ptrdiff_t batch_size, ptrdiff_t cache_len,
-                       ptrdiff_t num_threads) {
-             return make_decoder({n_components, n_layer, n_head, d_model, d_ff, max_len, diff_scale, out_scale},
-                                 weights, batch_size, cache_len, num_threads);
-           }),
-           py::kw_only(), py::arg("n_components"), py::arg("n_layer"), py::arg("n_head"), py::arg("d_model"),
-           py::arg("d_ff"), py::arg("max_len"), py::arg("diff_scale"), py::arg("out_scale"), py::arg("weights"),
-           py::arg("batch_size"), py::arg("cache_len"), py::arg("num_threads"))
+      .def(
+          py::init([](int n_components, int n_layer, int n_head, int d_model, int d_ff, int max_len, float diff_scale,
+                      float out_scale, const py::dict &weights, const std::string &dtype,
+                      const std::string &cache_dtype, ptrdiff_t batch_size, ptrdiff_t cache_len,
+                      ptrdiff_t num_threads) {
+            return make_decoder({n_components, n_layer, n_head, d_model, d_ff, max_len, diff_scale, out_scale}, weights,
+                                {precision_of(dtype), precision_of(cache_dtype), batch_size, cache_len, num_threads});
+          }),
+          py::kw_only(), py::arg("n_components"), py::arg("n_layer"), py::arg("n_head"), py::arg("d_model"),
+          py::arg("d_ff"), py::arg("max_len"), py::arg("diff_scale"), py::arg("out_scale"), py::arg("weights"),
+          py::arg("dtype"), py::arg("cache_dtype"), py::arg("batch_size"), py::arg("cache_len"), py::arg("num_threads"))
       .def("prefill", &prefill, py::arg("x"), py::arg("lengths") = py::none())
       .def("step", &step, py::arg("x"))
       .def("generate", &generate, py::arg("n"))

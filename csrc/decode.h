@@ -4,99 +4,59 @@
 // Rows    One pass takes M tokens, each a (sequence, slot): a step is one row a sequence, a prefill many. Prefixes may
 // be
 //         ragged, and a sequence without a row costs nothing.
-// Cache   (L, B, H, T, D): a head's past lies together, and attention reads it once, with online softmax
-//         (arXiv:1805.02867). Keys are transposed inside blocks of N slots, so that N scores fill one register.
+// Cache   (L, B, H, T, D) in float32 or bfloat16: a head's past lies together, and attention reads it once, with online
+//         softmax (arXiv:1805.02867). Keys are transposed inside blocks of N slots, so that N scores fill one register.
 // Threads split a layer's outputs, and (sequence, head) in attention; no sum is split. A row's result has the same bits
 //         for any thread count and whatever rows are beside it: a prefill equals the same tokens one by one.
-// Cost    2 * M * L * (4 d^2 + 2 d d_ff + 2 d slot) flops; bound by reading the weights at small M.
+// Cost    2 * M * L * (4 d^2 + 2 d d_ff + 2 d slot) flops; bound by reading the weights at small M, and the cache at
+//         large M and slot.
 #pragma once
 
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
-#include <string>
 #include <vector>
 
 #include "aligned.h"
 #include "kernels.h"
 #include "parallel.h"
+#include "weights.h"
 
 namespace tipl {
 
-struct DecoderConfig {
-  int n_components, n_layer, n_head, d_model, d_ff, max_len;
-  float diff_scale, out_scale;
-
-  int head_dim() const noexcept { return d_model / n_head; }
-  int token_width() const noexcept { return 2 * n_components + 1; }
-};
-
-// One tensor of the model: its name in the state_dict, and its shape.
-struct TensorSpec {
-  std::string name;
-  std::vector<ptrdiff_t> shape;
-};
-
-// The tensors of a model of these sizes, in the order in which Decoder takes them.
-// Throws std::invalid_argument where the sizes make no model.
-std::vector<TensorSpec> tensor_specs(const DecoderConfig &config);
-
-// The model's tensors, packed for the kernels in use. Every constructor takes its tensors from the front of a list in
-// tensor_specs' order, and moves the list on.
-struct Weights {
-  using Tensors = const float *const *;
-
-  struct Linear {
-    Linear(Tensors &tensors, int in, int out);  // weight (out, in), bias (out)
-    AlignedFloats weight, bias;                 // as PackedLinear wants them
-    PackedLinear packed;
-  };
-  struct LayerNorm {
-    LayerNorm(Tensors &tensors, int d);
-    AlignedFloats weight, bias;  // (d) each
-  };
-  struct Block {
-    Block(Tensors &tensors, const DecoderConfig &config);
-    LayerNorm norm1;
-    Linear qkv, proj;  // (3d, d) with rows q | k | v and heads contiguous inside each, (d, d)
-    LayerNorm norm2;
-    Linear fc1, fc2;  // (d_ff, d), (d, d_ff)
-  };
-
-  Weights(Tensors tensors, const DecoderConfig &config);
-
-  Linear embed;               // (d, 2k + 1)
-  AlignedFloats pos;          // (max_len, d)
-  std::vector<Block> blocks;  // L
-  LayerNorm norm;
-  Linear head;  // (k, d)
-};
-
 struct KvCache {
-  KvCache(const DecoderConfig &config, int batch_size, int max_len, int lanes);
+  KvCache(const DecoderConfig &config, Precision precision, int batch_size, int max_len, int lanes);
 
-  // Head h of sequence b in layer l: its keys (T / N, D, N) and its values (T, D rounded up to N).
-  float *keys_of(int l, int b, int h) noexcept { return keys.data() + head_index(l, b, h) * keys_size; }
-  float *values_of(int l, int b, int h) noexcept { return values.data() + head_index(l, b, h) * values_size; }
-  ptrdiff_t head_index(int l, int b, int h) const noexcept { return (ptrdiff_t{l} * B + b) * H + h; }
+  // Head h of sequence b in layer l.
+  HeadCache of(int l, int b, int h) noexcept {
+    const ptrdiff_t head = (ptrdiff_t{l} * B + b) * H + h;
+    return {precision, head_dim, value_stride, keys.data() + head * keys_size, values.data() + head * values_size};
+  }
 
-  int B, H, T;
-  int value_stride;                  // D rounded up to N
-  ptrdiff_t keys_size, values_size;  // floats of one head
-  AlignedFloats keys, values;        // (L, B, H, keys_size), (L, B, H, values_size)
+  const Precision precision;
+  const int B, H, T, head_dim;
+  const int value_stride;                  // head_dim rounded up to N
+  const ptrdiff_t keys_size, values_size;  // words of one head
+  AlignedWords keys, values;               // (L, B, H, keys_size), (L, B, H, values_size)
+};
+
+// How a model is run: what its weights and its cache are stored in, how many sequences of how many tokens, on how many
+// threads.
+struct DecoderOptions {
+  Precision weights, cache;  // the cache is not kInt8
+  ptrdiff_t batch_size, max_len, num_threads;
 };
 
 // B trajectories and their caches. One call at a time: a second thread's is refused with std::runtime_error.
 class Decoder {
  public:
-  // Asked between passes, about every 20 ms. True stops the work.
+  // Asked between the layers of a pass, about every 20 ms. True stops the work.
   using Interrupted = std::function<bool()>;
 
   // `tensors` as tensor_specs(config) lists them; max_len is T, the tokens that a sequence can hold.
   // Throws std::invalid_argument for wrong sizes and for NaN or Inf in a tensor.
-  Decoder(const DecoderConfig &config, const std::vector<const float *> &tensors, ptrdiff_t batch_size,
-          ptrdiff_t max_len, ptrdiff_t num_threads);
+  Decoder(const DecoderConfig &config, const std::vector<const float *> &tensors, const DecoderOptions &options);
 
   // y (B, k) <- the next coordinates, from the observed prefixes x (B, t, k), of which sequence b has lengths[b] tokens
   // (all t where lengths is null) and h = lengths[b] - 1. The decoder must be empty. False: interrupted, and empty
@@ -106,9 +66,10 @@ class Decoder {
   // Appends x (B, k); y (B, k) <- the next coordinates.
   void step(const float *x, float *y);
 
-  // Appends n predictions, the last one returned first, and writes them to y (B, n, k). False: interrupted after some
+  // Appends n[b] >= 0 predictions to sequence b, the last one returned first, and writes them to the first rows of
+  // y[b] in y (B, the largest n, k). A sequence that has all its own costs nothing more. False: interrupted after some
   // steps; position() tells how many, and generate goes on from there.
-  bool generate(ptrdiff_t n, float *y, const Interrupted &interrupted);
+  bool generate(const std::vector<int64_t> &n, float *y, const Interrupted &interrupted);
 
   // Empties every sequence.
   void reset();
@@ -124,18 +85,19 @@ class Decoder {
     int sequence, slot;
   };
   class InUse;
+  class Poll;
 
-  void check_room(const char *where, ptrdiff_t tokens) const;
+  void check_room(const char *where, int sequence, int64_t tokens) const;
   void begin_rows() noexcept;
   void add_row(Row row, const float *x, const float *previous) noexcept;
-  void step_rows(const float *x);
-  void run_rows();
-  void pass(int rank) noexcept;
+  bool run_rows(Poll &poll);
+  void pass(int rank, Poll &poll) noexcept;
   void barrier() noexcept;
   void linear(int rank, const Weights::Linear &layer, const float *x, ptrdiff_t x_stride, Epilogue epilogue, float *y,
               ptrdiff_t y_stride) noexcept;
   const float *normalised(int rank, const Weights::LayerNorm &norm) noexcept;
   void attend(int rank, int layer) noexcept;
+  ptrdiff_t first_head(int rank) const noexcept;
 
   const DecoderConfig config_;
   const Kernels &kernels_;
@@ -151,10 +113,12 @@ class Decoder {
   std::vector<float> prediction_;    // (B, k), of the coordinates that follow it
 
   // The current pass. Rows of one sequence lie together.
-  std::vector<Row> rows_;     // (M)
-  std::vector<int> groups_;   // first row of each sequence's run of rows, then M
-  int team_size_ = 1;         // ranks at work: all of the pool, or 1 where the pass is too small to share
-  const ptrdiff_t max_rows_;  // room for M below
+  std::vector<Row> rows_;        // (M)
+  std::vector<int> groups_;      // first row of each sequence's run of rows, then M
+  std::vector<ptrdiff_t> work_;  // slots that a head of the groups before each reads, then of all
+  bool stopped_ = false;         // by Ctrl-C; written by rank 0 before a barrier, read by all behind it
+  int team_size_ = 1;            // ranks at work: all of the pool, or 1 where the pass is too small to share
+  const ptrdiff_t max_rows_;     // room for M below
   const int token_stride_, d_stride_, qkv_stride_, ff_stride_, k_stride_;
   AlignedFloats token_;             // (M, 2k + 1), u in model.py
   AlignedFloats z_;                 // (M, d), the residual stream

@@ -19,6 +19,7 @@ std::vector<const Kernels *> supported_kernels() {
   if (fma && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
     supported.push_back(&kernels_avx512);
+    if (__builtin_cpu_supports("avx512bf16")) supported.push_back(&kernels_avx512bf16);
   }
 #endif
   return supported;
@@ -32,8 +33,8 @@ std::string choose_isa(const std::optional<std::string> &name, const std::vector
   if (std::find(supported.begin(), supported.end(), *name) != supported.end()) return *name;
   std::string list;
   for (const std::string &isa : supported) list += (list.empty() ? "" : ", ") + isa;
-  check_state(*name == "baseline" || *name == "avx2" || *name == "avx512",
-              "TIPL_ISA must be one of baseline, avx2, avx512, got '", *name, "'");
+  check_state(*name == "baseline" || *name == "avx2" || *name == "avx512" || *name == "avx512bf16",
+              "TIPL_ISA must be one of baseline, avx2, avx512, avx512bf16, got '", *name, "'");
   throw std::runtime_error(text("TIPL_ISA: this CPU lacks ", *name, "; it supports ", list));
 }
 

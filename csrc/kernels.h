@@ -9,25 +9,33 @@
 
 namespace tipl {
 
+// How stored numbers are packed into 32-bit words, each of one row's or one slot's lane: one float, two bfloat16 or
+// four int8 a word, the lowest bits first. Sums are float32 throughout.
+enum class Precision { kFloat32, kBfloat16, kInt8 };
+constexpr int values_per_word(Precision precision) {
+  return precision == Precision::kFloat32 ? 1 : precision == Precision::kBfloat16 ? 2 : 4;
+}
+
 // A linear layer y = W x + b, its outputs in panels of N = lanes, so that a panel's sums fill one register.
 struct PackedLinear {
-  const float *weight;  // (panels, in, N), zero beyond `out`
-  const float *bias;    // (panels * N)
+  Precision precision;
+  const uint32_t *weight;  // (panels, in / values a word rounded up, N) words, zero beyond `out` and `in`
+  const float *scale;      // (panels * N), of each output's int8 weights; null for the other precisions
+  const float *bias;       // (panels * N)
   int in, out;
 };
+constexpr ptrdiff_t kInputPadding = 32;  // rows of x are readable and zero up to a multiple of this
 
 // What becomes of W x + b.
 enum class Epilogue { kStore, kGelu, kAdd };  // y = ., y = gelu_tanh(.), y += .
 
-// One query of one head against the head's filled cache slots.
-struct Attention {
-  const float *query;   // (D)
-  const float *keys;    // (slots / N rounded up, D, N): transposed inside blocks of N slots
-  const float *values;  // (slots, value_stride)
-  ptrdiff_t slots;      // >= 1
-  int head_dim;         // D
-  int value_stride;     // D rounded up to N
-  float scale;          // of the products query . key
+// One head's past in one sequence; c = values_per_word(precision), which is not kInt8.
+struct HeadCache {
+  Precision precision;
+  int head_dim;      // D
+  int value_stride;  // D rounded up to N
+  uint32_t *keys;    // (slots / N, D / c, N) words, each ratio rounded up: transposed inside blocks of N slots
+  uint32_t *values;  // (slots / c rounded up, value_stride) words: c slots side by side
 };
 
 // Rows of one length, wherever each of them lies.
@@ -40,13 +48,14 @@ constexpr ptrdiff_t kCombinePadding = 8;  // the weights of a row lie a multiple
 constexpr ptrdiff_t kColumnPadding = 16;  // combine takes a multiple of this many columns
 
 struct Kernels {
-  const char *isa;  // "baseline", "avx2" or "avx512"
+  const char *isa;  // "baseline", "avx2", "avx512" or "avx512bf16"
   int lanes;        // floats in a register, N
 
   // ---- decode (decode.cpp); rows of x, y and out lie a stride of their own apart
 
   // Panels [first, last) of y (rows, out) <- epilogue(x (rows, in) W^T + b). Writes whole panels: the rows of y have
-  // room for `out` rounded up to N. x and y do not overlap.
+  // room for `out` rounded up to N. x and y do not overlap. With bfloat16 weights x is rounded to bfloat16 where the
+  // instruction set multiplies it.
   void (*linear)(const PackedLinear &layer, ptrdiff_t first, ptrdiff_t last, const float *x, ptrdiff_t x_stride,
                  ptrdiff_t rows, Epilogue epilogue, float *y, ptrdiff_t y_stride) noexcept;
 
@@ -54,9 +63,12 @@ struct Kernels {
   void (*layer_norm)(const float *x, ptrdiff_t x_stride, ptrdiff_t rows, ptrdiff_t d, const float *weight,
                      const float *bias, float *y, ptrdiff_t y_stride) noexcept;
 
-  // out (D) <- softmax(scale * query . keys) values, with online softmax (arXiv:1805.02867): the cache is read once.
-  // `scratch` has room for value_stride floats.
-  void (*attend)(const Attention &attention, float *scratch, float *out) noexcept;
+  // key (D) and value (D) into `slot`; the slots behind it may be overwritten.
+  void (*append)(const HeadCache &cache, ptrdiff_t slot, const float *key, const float *value) noexcept;
+
+  // out (D) <- softmax(query (D) . keys / sqrt(D)) values over the first slots >= 1, with online softmax
+  // (arXiv:1805.02867): the cache is read once. `scratch` has room for value_stride floats.
+  void (*attend)(const HeadCache &cache, const float *query, ptrdiff_t slots, float *scratch, float *out) noexcept;
 
   // ---- streaming SVD (svd.cpp); float32 rows, float64 arithmetic
 
@@ -78,6 +90,7 @@ extern const Kernels kernels_baseline;
 #if defined(TIPL_X86)
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
+extern const Kernels kernels_avx512bf16;
 #endif
 
 }  // namespace tipl

@@ -5,7 +5,8 @@
 // keeps for all of it, and crash an older CPU.
 //
 // Arithmetic is GCC's and Clang's vector extension, which exists on every CPU: the baseline (4 floats) compiles to SSE2
-// on x86-64 and to NEON on AArch64. Only what the extension lacks is written per instruction set, below.
+// on x86-64 and to NEON on AArch64, where fma() has room for vfmaq_f32 and dot_bfloat16() for vbfdotq_f32. Only what
+// the extension lacks is written per instruction set, below.
 #pragma once
 
 #include <stddef.h>
@@ -26,7 +27,9 @@ constexpr int kLanes = 4;
 
 typedef float Floats __attribute__((vector_size(4 * kLanes)));
 typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
 typedef float UnalignedFloats __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+typedef uint32_t UnalignedWords __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
 
 struct Vec {
   Floats v;
@@ -86,6 +89,41 @@ inline void store_first(float *p, ptrdiff_t n, Vec a) {
 }
 inline Vec select_first(ptrdiff_t n, Vec a, Vec b) { return {lane_index() < static_cast<int32_t>(n) ? a.v : b.v}; }
 
+#endif
+
+// ---- packed values
+
+// A register of 32-bit words, each of which holds one float, two bfloat16 or four int8, the lowest bits first.
+struct Packed {
+  Words v;
+
+  static Packed all(uint32_t x) { return {x - Words{}}; }
+  static Packed load(const uint32_t *p) { return {*reinterpret_cast<const UnalignedWords *>(p)}; }
+  void store(uint32_t *p) const { *reinterpret_cast<UnalignedWords *>(p) = v; }
+
+  Vec float32() const { return {reinterpret_cast<Floats>(v)}; }
+  // Value `i` of every word.
+  Vec bfloat16(int i) const { return {reinterpret_cast<Floats>(i == 0 ? v << 16 : v & 0xffff0000u)}; }
+  Vec int8(int i) const { return {__builtin_convertvector(reinterpret_cast<Ints>(v << (24 - 8 * i)) >> 24, Floats)}; }
+};
+
+// The nearest bfloat16 in the low half of every word, ties to even; NaN stays NaN.
+inline Packed round_to_bfloat16(Vec a) {
+  const Words bits = reinterpret_cast<Words>(a.v);
+  const Words nearest = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return {a.v == a.v ? nearest : (bits >> 16) | 0x40u};
+}
+
+#if defined(__AVX512BF16__)
+#define TIPL_BFLOAT16_DOT 1
+// c + a * b over both bfloat16 of every word, summed in float32.
+inline Vec dot_bfloat16(Packed a, Packed b, Vec c) {
+  return {_mm512_dpbf16_ps(c.v, reinterpret_cast<__m512bh>(a.v), reinterpret_cast<__m512bh>(b.v))};
+}
+// 2 * kLanes floats at p as bfloat16, two a word.
+inline Packed load_as_bfloat16(const float *p) {
+  return {reinterpret_cast<Words>(_mm512_cvtne2ps_pbh(Vec::load(p + kLanes).v, Vec::load(p).v))};
+}
 #endif
 
 // 2^n, where the low bits of a's representation hold n, as in n + 1.5 * 2^23.

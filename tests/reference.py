@@ -64,6 +64,25 @@ def forecaster(
     return x + config.out_scale * linear("head", layer_norm("norm", z))
 
 
+def to_bfloat16(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return the nearest bfloat16 of each value, ties to even, as float32."""
+    return torch.from_numpy(values).bfloat16().float().numpy()
+
+
+def stored(state: dict[str, NDArray[np.float32]], dtype: str) -> dict[str, NDArray[np.float32]]:
+    """Return the state_dict with its blocks' matrices as a decoder of this dtype stores them."""
+    result = dict(state)
+    for name, value in state.items():
+        if not name.startswith("blocks.") or value.ndim == 1 or dtype == "float32":
+            continue
+        if dtype == "bfloat16":
+            result[name] = to_bfloat16(value)
+        else:
+            scale = np.abs(value).max(1, keepdims=True) / np.float32(127)  # of a row
+            result[name] = np.rint(value / np.maximum(scale, 1e-30)) * scale
+    return result
+
+
 # ---- streaming SVD (tipl/svd.py, csrc/svd.cpp)
 
 

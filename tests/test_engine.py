@@ -9,7 +9,8 @@ import pytest
 
 from tipl import _core
 
-ISAS = ("baseline", "avx2", "avx512")
+LANES = {"baseline": 4, "avx2": 8, "avx512": 16, "avx512bf16": 16}
+ISAS = tuple(LANES)
 
 # Imports the engine alone: the package would import torch, and take seconds.
 IMPORT_CORE = f"""
@@ -39,7 +40,7 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str
 def test_the_environment_overrides_the_instruction_set_or_the_import_fails(isa):
     done = run_python(IMPORT_CORE + "print(_core.isa(), _core.lanes())", TIPL_ISA=isa)
     if done.returncode == 0:
-        assert done.stdout.split() == [isa, str({"baseline": 4, "avx2": 8, "avx512": 16}[isa])]
+        assert done.stdout.split() == [isa, str(LANES[isa])]
     else:
         assert f"ImportError: TIPL_ISA: this CPU lacks {isa}; it supports baseline" in done.stderr
 
@@ -47,11 +48,12 @@ def test_the_environment_overrides_the_instruction_set_or_the_import_fails(isa):
 def test_an_unknown_instruction_set_fails_the_import():
     done = run_python(IMPORT_CORE, TIPL_ISA="sse9")
     assert done.returncode != 0
-    assert "ImportError: TIPL_ISA must be one of baseline, avx2, avx512, got 'sse9'" in done.stderr
+    assert "ImportError: TIPL_ISA must be one of baseline, avx2, avx512, avx512bf16, got 'sse9'" in done.stderr
 
 
 def test_the_best_supported_instruction_set_is_the_default():
-    assert _core.choose_isa(None, ISAS) == "avx512"
+    assert _core.choose_isa(None, ISAS) == "avx512bf16"
+    assert _core.choose_isa(None, ISAS[:3]) == "avx512"
     assert _core.choose_isa(None, ISAS[:2]) == "avx2"
     assert _core.choose_isa(None, ISAS[:1]) == "baseline"
 
@@ -60,7 +62,7 @@ def test_an_instruction_set_that_the_cpu_lacks_is_refused():
     assert _core.choose_isa("avx2", ISAS) == "avx2"
     with pytest.raises(RuntimeError, match=r"^TIPL_ISA: this CPU lacks avx512; it supports baseline, avx2$"):
         _core.choose_isa("avx512", ISAS[:2])
-    with pytest.raises(RuntimeError, match=r"^TIPL_ISA must be one of baseline, avx2, avx512, got ''$"):
+    with pytest.raises(RuntimeError, match=r"^TIPL_ISA must be one of baseline, avx2, avx512, avx512bf16, got ''$"):
         _core.choose_isa("", ISAS)
     with pytest.raises(ValueError, match=r"^choose_isa: supported must not be empty$"):
         _core.choose_isa(None, [])

@@ -4,8 +4,8 @@ Shapes  B sequences, t tokens, k = n_components. The arithmetic is `tipl.model.T
 """
 
 import operator
-from collections.abc import Mapping
-from typing import Literal, Self, SupportsIndex
+from collections.abc import Mapping, Sequence
+from typing import Literal, Self, SupportsIndex, get_args
 
 import numpy as np
 import torch
@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from tipl import _core
 from tipl.model import ModelConfig, TrajectoryTransformer
 
-DTYPES = ("float32",)
-"""What `Decoder` computes in."""
+Dtype = Literal["float32", "bfloat16", "int8"]
+CacheDtype = Literal["float32", "bfloat16"]
 
 
 class Decoder:
@@ -37,19 +37,23 @@ class Decoder:
         batch_size: int,
         *,
         max_len: int | None = None,
-        dtype: Literal["float32"] = "float32",
+        dtype: Dtype = "float32",
+        cache_dtype: CacheDtype = "float32",
         num_threads: int | None = None,
     ) -> None:
         """Pack `weights`, the model's state_dict as NumPy arrays, and allocate caches for B = `batch_size` sequences.
 
         `max_len` is the tokens that a sequence can hold, at most and by default config.max_len; `num_threads` defaults
-        to the cores that this process may use.
+        to the cores that this process may use. `dtype` is what the blocks' matrices are stored in: bfloat16, or int8
+        with a scale a row; `cache_dtype` the same of keys and values. Sums are float32 throughout.
 
         Raises ValueError for sizes that make no decoder, a dtype that it lacks, a weight of another shape, a missing or
         an unknown one, NaN or Inf; TypeError for a weight that is not float32, a size that is no int.
         """
-        if dtype not in DTYPES:
-            raise ValueError(f"Decoder: dtype must be one of {', '.join(map(repr, DTYPES))}, got {dtype!r}")
+        for name, value, known in (("dtype", dtype, Dtype), ("cache_dtype", cache_dtype, CacheDtype)):
+            if value not in get_args(known):
+                names = ", ".join(map(repr, get_args(known)))
+                raise ValueError(f"Decoder: {name} must be one of {names}, got {value!r}")
         self.config = config
         self._core = _core.Decoder(
             n_components=config.n_components,
@@ -61,6 +65,8 @@ class Decoder:
             diff_scale=config.diff_scale,
             out_scale=config.out_scale,
             weights=dict(weights),
+            dtype=dtype,
+            cache_dtype=cache_dtype,
             batch_size=as_int("Decoder: batch_size", batch_size),
             cache_len=config.max_len if max_len is None else as_int("Decoder: max_len", max_len),
             num_threads=_core.available_cpus() if num_threads is None else as_int("Decoder: num_threads", num_threads),
@@ -72,7 +78,8 @@ class Decoder:
         model: TrajectoryTransformer,
         batch_size: int,
         max_len: int | None = None,
-        dtype: Literal["float32"] = "float32",
+        dtype: Dtype = "float32",
+        cache_dtype: CacheDtype = "float32",
         num_threads: int | None = None,
     ) -> Self:
         """Return a decoder with a copy of `model`'s weights, on whatever device they are; errors as in `Decoder`."""
@@ -81,7 +88,15 @@ class Decoder:
             if tensor.dtype != torch.float32:
                 raise TypeError(f"from_model: model's {name} must be torch.float32, got {tensor.dtype}")
             weights[name] = np.ascontiguousarray(tensor.detach().cpu().numpy())
-        return cls(model.config, weights, batch_size, max_len=max_len, dtype=dtype, num_threads=num_threads)
+        return cls(
+            model.config,
+            weights,
+            batch_size,
+            max_len=max_len,
+            dtype=dtype,
+            cache_dtype=cache_dtype,
+            num_threads=num_threads,
+        )
 
     def prefill(self, x: NDArray[np.float32], lengths: NDArray[np.integer] | None = None) -> NDArray[np.float32]:
         """Return the prediction (B, k) of the coordinates that follow the observed prefixes `x` (B, t, k).
@@ -106,18 +121,27 @@ class Decoder:
         """
         return self._core.step(x)
 
-    def generate(self, n: int) -> NDArray[np.float32]:
+    def generate(self, n: int | NDArray[np.integer]) -> NDArray[np.float32]:
         """Append the model's own predictions n times; return what was appended, (B, n, k).
 
         The first is the prediction that the last call returned, so that prefill and generate(n) give what
-        `TrajectoryTransformer.rollout` gives, and generate(n) then generate(m) what generate(n + m) gives. A path that
-        diverges is returned as it is, Inf or NaN. The loop runs without the GIL. Interrupted by Ctrl-C, the decoder
-        holds as many tokens as `position` says, and generate goes on from there.
+        `TrajectoryTransformer.rollout` gives, and generate(n) then generate(m) what generate(n + m) gives. With an n of
+        its own for each sequence, (B,), the result is (B, n.max(), k) and NaN behind a sequence's own n; one that has
+        all its own costs nothing more. A path that diverges is returned as it is, Inf or NaN. The loop runs without the
+        GIL. Interrupted by Ctrl-C, the decoder holds as many tokens as `position` says, and generate goes on from
+        there.
 
-        Raises ValueError for n < 1 and where the cache lacks room for n tokens (nothing is appended then); RuntimeError
-        before `prefill`.
+        Raises TypeError where `n` holds no integers; ValueError for n < 1 (of an array: n < 0, or another shape) and
+        where the cache lacks room for n tokens (nothing is appended then); RuntimeError before `prefill`.
         """
-        return self._core.generate(as_int("generate: n", n))
+        if isinstance(n, np.ndarray) and n.ndim > 0:
+            if not np.issubdtype(n.dtype, np.integer):
+                raise TypeError(f"generate: n must be integers, got {n.dtype}")
+            return self._core.generate(np.ascontiguousarray(n, dtype=np.int64))
+        steps = as_int("generate: n", n)
+        if steps < 1:
+            raise ValueError(f"generate: n must be >= 1, got {steps}")
+        return self._core.generate(np.full(self.batch_size, min(steps, np.iinfo(np.int64).max)))
 
     def reset(self) -> None:
         """Empty every sequence."""
@@ -140,6 +164,24 @@ class Decoder:
     @property
     def num_threads(self) -> int:
         return self._core.num_threads
+
+
+def continue_paths(
+    model: TrajectoryTransformer,
+    observed: Sequence[NDArray[np.float32]],
+    horizons: Sequence[int],
+    *,
+    num_threads: int | None = None,
+) -> list[NDArray[np.float32]]:
+    """Return what the model itself says follows paths (h+1, k) of any lengths, (n, k) each: native, in one batch."""
+    lengths = np.array([len(path) for path in observed])
+    steps = np.array(horizons)
+    x = np.zeros((len(observed), lengths.max(), model.config.n_components), np.float32)
+    for row, path in zip(x, observed, strict=True):
+        row[: len(path)] = path
+    decoder = Decoder.from_model(model, len(x), max_len=int((lengths + steps).max()), num_threads=num_threads)
+    decoder.prefill(x, lengths)
+    return [path[:n] for path, n in zip(decoder.generate(steps), steps, strict=True)]
 
 
 def as_int(name: str, value: SupportsIndex) -> int:

@@ -1,0 +1,176 @@
+// Attention over a KV cache. A part of kernels.cpp, under its rules.
+#pragma once
+
+#include "kernels.h"
+#include "kernels_math.h"
+#include "vec.h"
+
+namespace {
+
+using tipl::HeadCache;
+using tipl::Precision;
+
+constexpr ptrdiff_t kSlotsAtOnce = 64;  // scores of one block of the online softmax; a multiple of every kLanes
+constexpr int kKeyGroups = 4;           // groups of N slots whose scores are summed side by side
+
+// Value `i` of every word.
+template <Precision PRECISION>
+inline Vec unpack(Packed word, int i) {
+  return PRECISION == Precision::kFloat32 ? word.float32() : word.bfloat16(i);
+}
+
+// scores (GROUPS groups of N) <- query . keys, over groups that lie group_words apart.
+template <Precision PRECISION, int GROUPS>
+inline void score_groups(const float *query, const uint32_t *keys, ptrdiff_t group_words, int head_dim,
+                         Vec (&score)[GROUPS]) {
+  constexpr int kPerWord = tipl::values_per_word(PRECISION);
+  const auto add = [&](int i, int j) {
+    const Vec q = Vec::all(query[i + j]);
+#pragma GCC unroll 4
+    for (int g = 0; g < GROUPS; ++g) {
+      score[g] = fma(q, unpack<PRECISION>(Packed::load(keys + g * group_words), j), score[g]);
+    }
+  };
+#pragma GCC unroll 4
+  for (int g = 0; g < GROUPS; ++g) score[g] = Vec::zero();
+  int i = 0;
+  for (; i + kPerWord <= head_dim; i += kPerWord, keys += kLanes) {
+#pragma GCC unroll 2
+    for (int j = 0; j < kPerWord; ++j) add(i, j);
+  }
+  for (int j = 0; i + j < head_dim; ++j) add(i, j);
+}
+
+// scores (<= 64, rounded up to N) <- query . keys / sqrt(D) over `count` slots, -inf beyond; returns their maximum.
+template <Precision PRECISION>
+inline Vec score_slots(const HeadCache &cache, const float *query, float scale, const uint32_t *keys,
+                       ptrdiff_t group_words, ptrdiff_t count, float *scores) {
+  const Vec lowest = Vec::all(-__builtin_inff());
+  Vec highest = lowest;
+  const auto finish = [&](Vec score, ptrdiff_t slot) {
+    score = score * Vec::all(scale);
+    if (slot + kLanes > count) score = select_first(count - slot, score, lowest);
+    score.store(scores + slot);
+    highest = max(highest, score);
+  };
+  ptrdiff_t slot = 0;
+  for (; slot + (kKeyGroups - 1) * kLanes < count; slot += kKeyGroups * kLanes, keys += kKeyGroups * group_words) {
+    Vec score[kKeyGroups];
+    score_groups<PRECISION>(query, keys, group_words, cache.head_dim, score);
+#pragma GCC unroll 4
+    for (int g = 0; g < kKeyGroups; ++g) finish(score[g], slot + g * kLanes);
+  }
+  for (; slot < count; slot += kLanes, keys += group_words) {
+    Vec score[1];
+    score_groups<PRECISION>(query, keys, group_words, cache.head_dim, score);
+    finish(score[0], slot);
+  }
+  return highest;
+}
+
+// acc (COLUMNS registers) <- acc * decay + sum over slots of weight * value. PHASES words' sums run side by side.
+template <Precision PRECISION, int COLUMNS, int PHASES>
+inline void add_values(const uint32_t *values, ptrdiff_t stride, const float *weights, ptrdiff_t count, Vec decay,
+                       float *acc) {
+  constexpr int kPerWord = tipl::values_per_word(PRECISION);
+  Vec partial[PHASES][COLUMNS];
+  for (int phase = 0; phase < PHASES; ++phase) {
+    for (int c = 0; c < COLUMNS; ++c) partial[phase][c] = Vec::zero();
+  }
+  const auto add = [&](int phase, ptrdiff_t slot) {
+#pragma GCC unroll 2
+    for (int j = 0; j < kPerWord; ++j) {
+      const Vec weight = Vec::all(weights[slot + j]);
+#pragma GCC unroll 8
+      for (int c = 0; c < COLUMNS; ++c) {
+        const Packed word = Packed::load(values + phase * stride + c * kLanes);
+        partial[phase][c] = fma(weight, unpack<PRECISION>(word, j), partial[phase][c]);
+      }
+    }
+  };
+  ptrdiff_t slot = 0;
+  for (; slot + PHASES * kPerWord <= count; slot += PHASES * kPerWord, values += PHASES * stride) {
+#pragma GCC unroll 8
+    for (int phase = 0; phase < PHASES; ++phase) add(phase, slot + phase * kPerWord);
+  }
+  for (; slot < count; slot += kPerWord, values += stride) add(0, slot);
+  for (int c = 0; c < COLUMNS; ++c) {
+    Vec total = partial[0][c];
+    for (int phase = 1; phase < PHASES; ++phase) total = total + partial[phase][c];
+    fma(Vec::load(acc + c * kLanes), decay, total).store(acc + c * kLanes);
+  }
+}
+
+template <Precision PRECISION>
+inline void attend_in(const HeadCache &cache, const float *query, ptrdiff_t slots, float *acc, float *out) {
+  constexpr int kPerWord = tipl::values_per_word(PRECISION);
+  const ptrdiff_t group_words = (cache.head_dim + kPerWord - 1) / kPerWord * ptrdiff_t{kLanes};
+  const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(cache.head_dim));
+  alignas(64) float weights[kSlotsAtOnce];
+  Vec total = Vec::zero();                    // of the weights, lane by lane
+  Vec highest = Vec::all(-__builtin_inff());  // score so far, in every lane
+  for (int i = 0; i < cache.value_stride; i += kLanes) Vec::zero().store(acc + i);
+  for (ptrdiff_t begin = 0; begin < slots; begin += kSlotsAtOnce) {
+    const ptrdiff_t count = slots - begin < kSlotsAtOnce ? slots - begin : kSlotsAtOnce;
+    const uint32_t *keys = cache.keys + begin / kLanes * group_words;
+    const Vec block_highest = score_slots<PRECISION>(cache, query, scale, keys, group_words, count, weights);
+    const Vec now_highest = max(highest, Vec::all(max_lane(block_highest)));
+    const Vec decay = exp(highest - now_highest);  // 0 in the first block
+    highest = now_highest;
+    total = total * decay;
+    for (ptrdiff_t slot = 0; slot < count; slot += kLanes) {
+      const Vec weight = exp(Vec::load(weights + slot) - highest);
+      weight.store(weights + slot);  // 0 beyond `count`, up to a whole register
+      total = total + weight;
+    }
+    const ptrdiff_t stride = cache.value_stride;
+    const uint32_t *values = cache.values + begin / kPerWord * stride;
+    ptrdiff_t column = 0;
+    for (; column + 4 * kLanes <= stride; column += 4 * kLanes) {
+      add_values<PRECISION, 4, 2>(values + column, stride, weights, count, decay, acc + column);
+    }
+    for (; column + 2 * kLanes <= stride; column += 2 * kLanes) {
+      add_values<PRECISION, 2, 4>(values + column, stride, weights, count, decay, acc + column);
+    }
+    for (; column < stride; column += kLanes) {
+      add_values<PRECISION, 1, 8>(values + column, stride, weights, count, decay, acc + column);
+    }
+  }
+  const Vec inverse = Vec::all(1.0f / sum(total));
+  const int whole = cache.head_dim / kLanes * kLanes, rest = cache.head_dim - whole;
+  for (int i = 0; i < whole; i += kLanes) (Vec::load(acc + i) * inverse).store(out + i);
+  if (rest > 0) store_first(out + whole, rest, Vec::load(acc + whole) * inverse);
+}
+
+void attend(const HeadCache &cache, const float *query, ptrdiff_t slots, float *scratch, float *out) noexcept {
+  if (cache.precision == Precision::kBfloat16) {
+    attend_in<Precision::kBfloat16>(cache, query, slots, scratch, out);
+  } else {
+    attend_in<Precision::kFloat32>(cache, query, slots, scratch, out);
+  }
+}
+
+void append(const HeadCache &cache, ptrdiff_t slot, const float *key, const float *value) noexcept {
+  const int per_word = tipl::values_per_word(cache.precision), D = cache.head_dim;
+  uint32_t *keys = cache.keys + slot / kLanes * ((D + per_word - 1) / per_word * ptrdiff_t{kLanes}) + slot % kLanes;
+  uint32_t *values = cache.values + slot / per_word * cache.value_stride;
+  for (int i = 0; i < D; i += kLanes) {
+    const ptrdiff_t count = D - i < kLanes ? D - i : kLanes;
+    Packed k = {reinterpret_cast<Words>(load_first(key + i, count).v)};
+    Packed v = {reinterpret_cast<Words>(load_first(value + i, count).v)};
+    if (cache.precision == Precision::kBfloat16) {
+      k = round_to_bfloat16({k.float32()});
+      v = round_to_bfloat16({v.float32()});
+      // The even slot of a pair clears the odd one: what an earlier path left there may be NaN, and NaN times a weight
+      // of zero is NaN.
+      if (slot % 2 == 1) v.v = (v.v << 16) | (Packed::load(values + i).v & 0xffffu);
+    }
+    v.store(values + i);
+    for (int lane = 0; lane < count; ++lane) {
+      uint32_t &word = keys[(i + lane) / per_word * kLanes];
+      word = (i + lane) % per_word == 0 ? k.v[lane] : word | k.v[lane] << 16;
+    }
+  }
+}
+
+}  // namespace

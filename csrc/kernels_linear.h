@@ -1,0 +1,166 @@
+// The linear layers of the decoder: a matrix-vector product at one row, register tiles at more. A part of kernels.cpp,
+// under its rules.
+#pragma once
+
+#include "kernels.h"
+#include "kernels_math.h"
+#include "vec.h"
+
+namespace {
+
+using tipl::Epilogue;
+using tipl::PackedLinear;
+using tipl::Precision;
+
+// Registers of a tile: ROWS x PANELS sums, PANELS weights, one input.
+constexpr int kTileRows = 6;
+constexpr int kTilePanels = kLanes == 16 ? 4 : 2;
+constexpr int kOneRowPanels = 8;  // a row alone: enough independent sums to hide the latency of fma
+constexpr int kRowsAtOnce = 36;   // rows whose sums stay in the L1 cache while the weights stream through it
+constexpr ptrdiff_t kSummedAtOnce =
+    128;  // inputs; a longer sum is a sum of sums, which keeps its rounding error small,
+          // and so many inputs' weights of a tile stay in the L1 cache for all rows
+
+// sum (ROWS, PANELS) += x (ROWS, count) times the weights of PANELS panels that lie panel_words apart. Each output is
+// summed over the inputs in the same order whatever ROWS and PANELS are.
+template <Precision PRECISION, int ROWS, int PANELS>
+inline void multiply(const uint32_t *weight, ptrdiff_t panel_words, const float *x, ptrdiff_t x_stride, ptrdiff_t count,
+                     Vec (&sum)[ROWS][PANELS]) {
+  constexpr int kPerWord = tipl::values_per_word(PRECISION);
+#if defined(TIPL_BFLOAT16_DOT)
+  if constexpr (PRECISION == Precision::kBfloat16) {
+    alignas(64) uint32_t inputs[ROWS][kSummedAtOnce / kPerWord];
+    const ptrdiff_t words = (count + kPerWord - 1) / kPerWord;
+    for (int row = 0; row < ROWS; ++row) {
+      for (ptrdiff_t i = 0; i < words; i += kLanes) {
+        load_as_bfloat16(x + row * x_stride + i * kPerWord).store(inputs[row] + i);
+      }
+    }
+    for (ptrdiff_t i = 0; i < words; ++i) {
+      Packed w[PANELS];
+#pragma GCC unroll 8
+      for (int p = 0; p < PANELS; ++p) w[p] = Packed::load(weight + p * panel_words + i * kLanes);
+#pragma GCC unroll 8
+      for (int row = 0; row < ROWS; ++row) {
+        const Packed input = Packed::all(inputs[row][i]);
+#pragma GCC unroll 8
+        for (int p = 0; p < PANELS; ++p) sum[row][p] = dot_bfloat16(input, w[p], sum[row][p]);
+      }
+    }
+    return;
+  }
+#endif
+  for (ptrdiff_t i = 0; i < count; i += kPerWord, weight += kLanes) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kPerWord; ++j) {
+      Vec w[PANELS];
+#pragma GCC unroll 8
+      for (int p = 0; p < PANELS; ++p) {
+        const Packed word = Packed::load(weight + p * panel_words);
+        if constexpr (PRECISION == Precision::kFloat32) w[p] = word.float32();
+        if constexpr (PRECISION == Precision::kBfloat16) w[p] = word.bfloat16(j);
+        if constexpr (PRECISION == Precision::kInt8) w[p] = word.int8(j);
+      }
+#pragma GCC unroll 8
+      for (int row = 0; row < ROWS; ++row) {
+        const Vec input = Vec::all(x[row * x_stride + i + j]);
+#pragma GCC unroll 8
+        for (int p = 0; p < PANELS; ++p) sum[row][p] = fma(input, w[p], sum[row][p]);
+      }
+    }
+  }
+}
+
+// total (rows <= ROWS, PANELS registers) += the products of one run of inputs.
+template <Precision PRECISION, int ROWS, int PANELS>
+inline void add_products(int rows, const uint32_t *weight, ptrdiff_t panel_words, const float *x, ptrdiff_t x_stride,
+                         ptrdiff_t count, float *total) {
+  if (rows < ROWS) {
+    if constexpr (ROWS > 1) {
+      add_products<PRECISION, ROWS - 1, PANELS>(rows, weight, panel_words, x, x_stride, count, total);
+    }
+    return;
+  }
+  Vec sum[ROWS][PANELS];
+  for (int row = 0; row < ROWS; ++row) {
+    for (int p = 0; p < PANELS; ++p) sum[row][p] = Vec::zero();
+  }
+  multiply<PRECISION, ROWS, PANELS>(weight, panel_words, x, x_stride, count, sum);
+  for (int row = 0; row < ROWS; ++row) {
+    for (int p = 0; p < PANELS; ++p, total += kLanes) (Vec::load(total) + sum[row][p]).store(total);
+  }
+}
+
+// At most kRowsAtOnce rows through PANELS panels, in tiles of at most ROWS rows and as equal as can be.
+template <Precision PRECISION, int ROWS, int PANELS>
+inline void linear_rows(const PackedLinear &layer, ptrdiff_t panel, const float *x, ptrdiff_t x_stride, ptrdiff_t rows,
+                        Epilogue epilogue, float *y, ptrdiff_t y_stride) {
+  constexpr int kPerWord = tipl::values_per_word(PRECISION);
+  const ptrdiff_t panel_words = (layer.in + kPerWord - 1) / kPerWord * kLanes, tiles = (rows + ROWS - 1) / ROWS;
+  const uint32_t *weight = layer.weight + panel * panel_words;
+  alignas(64) float totals[ROWS == 1 ? 1 : kRowsAtOnce][PANELS * kLanes];
+  for (ptrdiff_t row = 0; row < rows; ++row) {
+    for (int p = 0; p < PANELS; ++p) Vec::zero().store(totals[row] + p * kLanes);
+  }
+  for (ptrdiff_t begin = 0; begin < layer.in; begin += kSummedAtOnce) {
+    const ptrdiff_t count = layer.in - begin < kSummedAtOnce ? layer.in - begin : kSummedAtOnce;
+    for (ptrdiff_t tile = 0; tile < tiles; ++tile) {
+      const ptrdiff_t row = rows * tile / tiles, behind = rows * (tile + 1) / tiles;
+      add_products<PRECISION, ROWS, PANELS>(static_cast<int>(behind - row), weight + begin / kPerWord * kLanes,
+                                            panel_words, x + row * x_stride + begin, x_stride, count, totals[row]);
+    }
+  }
+  for (ptrdiff_t row = 0; row < rows; ++row) {
+    for (int p = 0; p < PANELS; ++p) {
+      const ptrdiff_t output = (panel + p) * kLanes;
+      float *out = y + row * y_stride + output;
+      const Vec total = Vec::load(totals[row] + p * kLanes), bias = Vec::load(layer.bias + output);
+      Vec value = PRECISION == Precision::kInt8 ? fma(total, Vec::load(layer.scale + output), bias) : total + bias;
+      if (epilogue == Epilogue::kGelu) value = gelu(value);
+      if (epilogue == Epilogue::kAdd) value = Vec::load(out) + value;
+      value.store(out);
+    }
+  }
+}
+
+// Panels [first, last), PANELS at a time, what is left in smaller groups: the weights are read from memory once for
+// every kRowsAtOnce rows.
+template <Precision PRECISION, int ROWS, int PANELS>
+inline void linear_panels(const PackedLinear &layer, ptrdiff_t first, ptrdiff_t last, const float *x,
+                          ptrdiff_t x_stride, ptrdiff_t rows, Epilogue epilogue, float *y, ptrdiff_t y_stride) {
+  const ptrdiff_t runs = (rows + kRowsAtOnce - 1) / kRowsAtOnce;
+  for (; first + PANELS <= last; first += PANELS) {
+    for (ptrdiff_t run = 0; run < runs; ++run) {
+      const ptrdiff_t row = rows * run / runs, behind = rows * (run + 1) / runs;
+      linear_rows<PRECISION, ROWS, PANELS>(layer, first, x + row * x_stride, x_stride, behind - row, epilogue,
+                                           y + row * y_stride, y_stride);
+    }
+  }
+  if constexpr (PANELS > 1) {
+    linear_panels<PRECISION, ROWS, PANELS / 2>(layer, first, last, x, x_stride, rows, epilogue, y, y_stride);
+  }
+}
+
+template <Precision PRECISION>
+inline void linear_of(const PackedLinear &layer, ptrdiff_t first, ptrdiff_t last, const float *x, ptrdiff_t x_stride,
+                      ptrdiff_t rows, Epilogue epilogue, float *y, ptrdiff_t y_stride) {
+  if (rows == 1) {
+    linear_panels<PRECISION, 1, kOneRowPanels>(layer, first, last, x, x_stride, rows, epilogue, y, y_stride);
+  } else {
+    linear_panels<PRECISION, kTileRows, kTilePanels>(layer, first, last, x, x_stride, rows, epilogue, y, y_stride);
+  }
+}
+
+void linear(const PackedLinear &layer, ptrdiff_t first, ptrdiff_t last, const float *x, ptrdiff_t x_stride,
+            ptrdiff_t rows, Epilogue epilogue, float *y, ptrdiff_t y_stride) noexcept {
+  switch (layer.precision) {
+    case Precision::kFloat32:
+      return linear_of<Precision::kFloat32>(layer, first, last, x, x_stride, rows, epilogue, y, y_stride);
+    case Precision::kBfloat16:
+      return linear_of<Precision::kBfloat16>(layer, first, last, x, x_stride, rows, epilogue, y, y_stride);
+    case Precision::kInt8:
+      return linear_of<Precision::kInt8>(layer, first, last, x, x_stride, rows, epilogue, y, y_stride);
+  }
+}
+
+}  // namespace

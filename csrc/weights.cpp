@@ -1,0 +1,145 @@
+#include "weights.h"
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <utility>
+
+#include "check.h"
+#include "isa.h"
+
+namespace tipl {
+namespace {
+
+// The nearest bfloat16, ties to even, of a finite value; the largest one instead of infinity.
+uint32_t to_bfloat16(float value) {
+  const uint32_t bits = std::bit_cast<uint32_t>(value), sign = bits & 0x80000000u, magnitude = bits ^ sign;
+  return std::min((magnitude + 0x7fffu + ((magnitude >> 16) & 1u)) >> 16, 0x7f7fu) | sign >> 16;
+}
+
+AlignedFloats copied(const float *source, ptrdiff_t size) {
+  AlignedFloats copy({size});
+  std::copy_n(source, size, copy.data());
+  return copy;
+}
+
+const std::vector<const float *> &checked(const DecoderConfig &config, const std::vector<const float *> &tensors) {
+  const std::vector<TensorSpec> specs = tensor_specs(config);
+  check(tensors.size() == specs.size(), "Decoder: weights must be ", specs.size(), " tensors, got ", tensors.size());
+  for (size_t i = 0; i < specs.size(); ++i) check_finite("Decoder", specs[i].name, tensors[i], specs[i].shape);
+  return tensors;
+}
+
+}  // namespace
+
+void check_finite(const char *where, const std::string &name, const float *x, const std::vector<ptrdiff_t> &shape) {
+  ptrdiff_t size = 1;
+  for (const ptrdiff_t extent : shape) size *= extent;
+  const float *bad = std::find_if_not(x, x + size, [](float value) { return std::isfinite(value); });
+  if (bad == x + size) return;
+  std::string index;
+  ptrdiff_t rest = bad - x;
+  for (auto extent = shape.rbegin(); extent != shape.rend(); ++extent) {
+    index = std::to_string(rest % *extent) + (index.empty() ? "" : ", ") + index;
+    rest /= *extent;
+  }
+  check(false, where, ": ", name, " must be finite, got ", *bad, " at (", index, ")");
+}
+
+std::vector<TensorSpec> tensor_specs(const DecoderConfig &config) {
+  const ptrdiff_t d = config.d_model, d_ff = config.d_ff, k = config.n_components;
+  constexpr int kHighest = 1 << 24;
+  for (const auto &[name, size] : {std::pair{"n_components", config.n_components},
+                                   {"n_layer", config.n_layer},
+                                   {"n_head", config.n_head},
+                                   {"d_model", config.d_model},
+                                   {"d_ff", config.d_ff},
+                                   {"max_len", config.max_len}}) {
+    check(1 <= size && size <= kHighest, "Decoder: ", name, " must lie in [1, ", kHighest, "], got ", size);
+  }
+  check(config.d_model % config.n_head == 0, "Decoder: d_model must be a multiple of n_head = ", config.n_head,
+        ", got ", config.d_model);
+  check(std::isfinite(config.diff_scale) && std::isfinite(config.out_scale),
+        "Decoder: diff_scale and out_scale must be finite, got ", config.diff_scale, " and ", config.out_scale);
+  std::vector<TensorSpec> specs;
+  const auto linear = [&](const std::string &name, ptrdiff_t in, ptrdiff_t out) {
+    specs.push_back({name + ".weight", {out, in}});
+    specs.push_back({name + ".bias", {out}});
+  };
+  const auto layer_norm = [&](const std::string &name) {
+    specs.push_back({name + ".weight", {d}});
+    specs.push_back({name + ".bias", {d}});
+  };
+  linear("embed", config.token_width(), d);
+  specs.push_back({"pos.weight", {config.max_len, d}});
+  for (int i = 0; i < config.n_layer; ++i) {
+    const std::string block = text("blocks.", i, ".");
+    layer_norm(block + "norm1");
+    linear(block + "qkv", d, 3 * d);
+    linear(block + "proj", d, d);
+    layer_norm(block + "norm2");
+    linear(block + "fc1", d, d_ff);
+    linear(block + "fc2", d_ff, d);
+  }
+  layer_norm("norm");
+  linear("head", d, k);
+  return specs;
+}
+
+Weights::Linear::Linear(Tensors &tensors, int in, int out, Precision precision) {
+  const float *from_weight = *tensors++, *from_bias = *tensors++;
+  const int lanes = kernels().lanes, per_word = values_per_word(precision), bits = 32 / per_word;
+  const ptrdiff_t padded = round_up(out, lanes), words = (in + per_word - 1) / per_word;
+  weight = AlignedWords({padded, words});
+  bias = AlignedFloats({padded});
+  if (precision == Precision::kInt8) scale = AlignedFloats({padded});
+  for (ptrdiff_t row = 0; row < out; ++row) {
+    const float *from = from_weight + row * in;
+    uint32_t *panel = weight.data() + row / lanes * words * lanes + row % lanes;
+    float step = 0.0f;  // of the row's int8 weights
+    if (precision == Precision::kInt8) {
+      for (ptrdiff_t i = 0; i < in; ++i) step = std::max(step, std::fabs(from[i]) / 127.0f);
+      scale.data()[row] = step;
+    }
+    for (ptrdiff_t i = 0; i < in; ++i) {
+      uint32_t value = std::bit_cast<uint32_t>(from[i]);
+      if (precision == Precision::kBfloat16) value = to_bfloat16(from[i]);
+      if (precision == Precision::kInt8) {
+        value = static_cast<uint8_t>(step > 0 ? std::clamp(std::lrint(from[i] / step), -127L, 127L) : 0);
+      }
+      panel[i / per_word * lanes] |= value << (i % per_word * bits);
+    }
+    bias.data()[row] = from_bias[row];
+  }
+  packed = {precision, weight.data(), scale.data(), bias.data(), in, out};
+}
+
+Weights::LayerNorm::LayerNorm(Tensors &tensors, int d) {
+  weight = copied(*tensors++, d);
+  bias = copied(*tensors++, d);
+}
+
+Weights::Block::Block(Tensors &tensors, const DecoderConfig &config, Precision precision)
+    : norm1(tensors, config.d_model),
+      qkv(tensors, config.d_model, 3 * config.d_model, precision),
+      proj(tensors, config.d_model, config.d_model, precision),
+      norm2(tensors, config.d_model),
+      fc1(tensors, config.d_model, config.d_ff, precision),
+      fc2(tensors, config.d_ff, config.d_model, precision) {}
+
+Weights::Weights(const std::vector<const float *> &tensors, const DecoderConfig &config, Precision precision)
+    : Weights(checked(config, tensors).data(), config, precision) {}
+
+Weights::Weights(Tensors tensors, const DecoderConfig &config, Precision precision)
+    : embed(tensors, config.token_width(), config.d_model, Precision::kFloat32),
+      pos(copied(*tensors++, ptrdiff_t{config.max_len} * config.d_model)),
+      blocks([&] {
+        std::vector<Block> list;
+        for (int i = 0; i < config.n_layer; ++i) list.emplace_back(tensors, config, precision);
+        return list;
+      }()),
+      norm(tensors, config.d_model),
+      head(tensors, config.d_model, config.n_components, Precision::kFloat32) {}
+
+}  // namespace tipl

@@ -1,0 +1,73 @@
+// The forecaster's sizes, its tensors by name, and the same tensors packed for the kernels in use.
+#pragma once
+
+#include <cstddef>
+#include <string>
+#include <vector>
+
+#include "aligned.h"
+#include "kernels.h"
+
+namespace tipl {
+
+// Throws std::invalid_argument where one of x's values, of the given shape, is NaN or Inf.
+void check_finite(const char *where, const std::string &name, const float *x, const std::vector<ptrdiff_t> &shape);
+
+// n rounded up to a multiple.
+constexpr ptrdiff_t round_up(ptrdiff_t n, ptrdiff_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+struct DecoderConfig {
+  int n_components, n_layer, n_head, d_model, d_ff, max_len;
+  float diff_scale, out_scale;
+
+  int head_dim() const noexcept { return d_model / n_head; }
+  int token_width() const noexcept { return 2 * n_components + 1; }
+};
+
+// One tensor of the model: its name in the state_dict, and its shape.
+struct TensorSpec {
+  std::string name;
+  std::vector<ptrdiff_t> shape;
+};
+
+// The tensors of a model of these sizes, in the order in which Weights takes them.
+// Throws std::invalid_argument where the sizes make no model.
+std::vector<TensorSpec> tensor_specs(const DecoderConfig &config);
+
+// Every constructor takes its tensors from the front of a list in tensor_specs' order, and moves the list on.
+struct Weights {
+  using Tensors = const float *const *;
+
+  struct Linear {
+    Linear(Tensors &tensors, int in, int out, Precision precision);  // weight (out, in), bias (out)
+    AlignedWords weight;                                             // as PackedLinear wants them
+    AlignedFloats scale, bias;
+    PackedLinear packed;
+  };
+  struct LayerNorm {
+    LayerNorm(Tensors &tensors, int d);
+    AlignedFloats weight, bias;  // (d) each
+  };
+  struct Block {
+    Block(Tensors &tensors, const DecoderConfig &config, Precision precision);
+    LayerNorm norm1;
+    Linear qkv, proj;  // (3d, d) with rows q | k | v and heads contiguous inside each, (d, d)
+    LayerNorm norm2;
+    Linear fc1, fc2;  // (d_ff, d), (d, d_ff)
+  };
+
+  // The blocks' matrices are stored in `precision`, nearly all there is to read; the rest stays float32.
+  // Throws std::invalid_argument for wrong sizes and for NaN or Inf in a tensor.
+  Weights(const std::vector<const float *> &tensors, const DecoderConfig &config, Precision precision);
+
+  Linear embed;               // (d, 2k + 1)
+  AlignedFloats pos;          // (max_len, d)
+  std::vector<Block> blocks;  // L
+  LayerNorm norm;
+  Linear head;  // (k, d)
+
+ private:
+  Weights(Tensors tensors, const DecoderConfig &config, Precision precision);
+};
+
+}  // namespace tipl
