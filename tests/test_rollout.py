@@ -45,7 +45,23 @@ def test_a_centred_forecaster_that_learned_nothing_follows_the_mean_path() -> No
     observed = rng.standard_normal((2, 8, CONFIG.n_components)).astype(np.float32)  # ends at 7, between 5 and 9
     mean = centre.paths.mean(0)
     expected = observed[:, -1:] + mean[8:14] - mean[7]
-    np.testing.assert_allclose(untrained.continue_coordinates(observed, 6), expected, atol=1e-5)
+    np.testing.assert_allclose(untrained.continue_coordinates(observed, [6, 6]), expected, atol=1e-5)
+
+
+def test_prefixes_of_all_lengths_are_continued_together() -> None:
+    rng = np.random.default_rng(0)
+    centre = Centre(
+        np.array([3, 19]),
+        rng.standard_normal((2, CONFIG.max_len, CONFIG.n_components)).astype(np.float32),
+        np.array([0.5, 1.0]),
+    )
+    for forecaster in (Forecaster(random_model()), Forecaster(random_model(), None, centre)):
+        paths, lengths, horizons = prefixes(4, 20), [8, 5, 20, 8], [1, 12, 4, 6]
+        observed = [path[:length] for path, length in zip(paths, lengths, strict=True)]
+        together = forecaster.forecast(observed, horizons)
+        for prefix, n, forecast in zip(observed, horizons, together, strict=True):
+            assert forecast.weights().shape == (n, 60)
+            np.testing.assert_array_equal(forecast.weights(), rollout(forecaster, prefix, n)[0])
 
 
 def test_rejections() -> None:

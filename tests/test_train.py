@@ -206,7 +206,7 @@ def test_what_only_guesses_is_not_trusted() -> None:
     validation = Validation([Case(6, paths, np.ones(200), np.zeros(200), 5)])
     model = random_model()
     (trust,) = validation.trust(model)
-    forecast = validation.cases[0].forecast(model)
+    forecast = validation.forecasts(model)[0]
     assert trust < 0.5
     assert validation.cases[0].error(trust * forecast) < validation.cases[0].error(forecast)
 
@@ -221,7 +221,7 @@ def test_forecasts_depart_from_the_mean_path_as_far_as_they_are_trusted(tmp_path
     def forecast(*shares: float) -> np.ndarray:
         trust = np.interp(forecaster.centre.ends, [6, 10], shares)
         trusting = dataclasses.replace(forecaster, centre=dataclasses.replace(forecaster.centre, trust=trust))
-        return trusting.continue_coordinates(coordinates, 5)
+        return np.array(trusting.continue_coordinates(coordinates, [5, 5]))
 
     mean = forecaster.centre.at(8)
     of_mean_path = coordinates[:, -1:] + mean[9:14] - mean[8]

@@ -29,7 +29,7 @@ from tipl.envs import make_vec
 from tipl.policy import PolicySpec, mean_action
 from tipl.predictors import fit_baselines
 from tipl.progress import progress_bar
-from tipl.rollout import Forecaster, rollout
+from tipl.rollout import Forecast, Forecaster
 from tipl.store import Store, write_atomically
 from tipl.train import prefix_end_of
 
@@ -189,20 +189,29 @@ def evaluate(
 
     judged = _Judged()
     coordinates: dict[str, NDArray[Any]] = {}
+    # Every trial at every prefix, to the end of the path, decoded together.
+    cases = [(end, path) for end in prefix_ends for path in truth]
+    forecasts = iter(
+        forecaster.forecast(
+            [path[: end + 1] for end, path in cases],
+            [num_checkpoints - 1 - end for end, _ in cases],
+            num_threads=num_threads,
+        )
+    )
     for share, prefix_end in zip(config.prefixes, prefix_ends, strict=True):
         horizons = config.horizon_grid(prefix_end, num_checkpoints)
-        prefixes = truth[:, : prefix_end + 1]
-        forecasts = rollout(forecaster, prefixes, int(horizons[-1]), num_threads=num_threads)[:, horizons - 1]
         baselines = fit_baselines(training_grams, prefix_end, n_components)
-        for trial, path, forecast in zip(heldout, truth, forecasts, strict=True):
-            basis = forecaster.basis_of(path[: prefix_end + 1])
+        for number, (trial, path) in enumerate(zip(heldout, truth, strict=True)):
+            forecast = next(forecasts)
+            basis = forecast.basis
             future = path[prefix_end + horizons]  # (n, p)
-            predictions = {"tipl": forecast}
+            predictions = {"tipl": basis.decode(forecast.future[horizons - 1])}
             predictions |= {name: it.forecast(path[: prefix_end + 1], horizons) for name, it in baselines.items()}
             predictions["basis_floor"] = basis.decode(basis.encode(future))
             predictions["return_floor"] = future
             _add_rows(judged, store.env_id, trial, share, prefix_end, horizons, path, predictions)
-        coordinates |= _coordinates(forecaster, truth, heldout, share, prefix_end)
+            if number < COORDINATE_TRIALS:
+                coordinates |= _coordinates(forecast, path, f"trial{trial}_prefix{round(100 * share)}")
 
     episode_seeds = np.random.default_rng(config.seed).integers(2**31, size=(2, config.num_episodes))
     weights = np.array(judged.weights)
@@ -322,17 +331,10 @@ def _add_rows(
             )
 
 
-def _coordinates(
-    forecaster: Forecaster, truth: NDArray[np.float32], heldout: list[int], share: float, prefix_end: int
-) -> dict[str, NDArray[Any]]:
-    """Return some held-out paths in coordinates, true and forecast, under the names that the report reads."""
-    arrays: dict[str, NDArray[Any]] = {}
-    for trial, path in list(zip(heldout, truth, strict=True))[:COORDINATE_TRIALS]:
-        true = forecaster.basis_of(path[: prefix_end + 1]).encode(path)  # (T, k)
-        observed = true[None, : prefix_end + 1]
-        future = forecaster.continue_coordinates(observed, len(path) - 1 - prefix_end)
-        stem = f"trial{trial}_prefix{round(100 * share)}"
-        arrays[f"{stem}_true"] = true
-        arrays[f"{stem}_tipl"] = np.concatenate([observed, future], 1)[0]
-        arrays[f"{stem}_h"] = np.array([prefix_end])
-    return arrays
+def _coordinates(forecast: Forecast, path: NDArray[np.float32], stem: str) -> dict[str, NDArray[Any]]:
+    """Return a held-out path (T, p) in coordinates, true and forecast, under the names that the report reads."""
+    return {
+        f"{stem}_true": forecast.basis.encode(path),
+        f"{stem}_tipl": np.concatenate([forecast.observed, forecast.future]),
+        f"{stem}_h": np.array([len(forecast.observed) - 1]),
+    }

@@ -4,6 +4,7 @@ Shapes  B trials, p weights, k = n_components, h = prefix_end, n = horizon.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tipl.basis import Basis, Centre
-from tipl.decoder import Decoder
+from tipl.decoder import continue_paths
 from tipl.model import TrajectoryTransformer, load_model
+
+
+@dataclasses.dataclass(frozen=True)
+class Forecast:
+    """One run continued."""
+
+    basis: Basis
+    observed: NDArray[np.float32]
+    """Coordinates of the prefix in the basis, (h+1, k)."""
+    future: NDArray[np.float32]
+    """Coordinates forecast for what follows, (n, k)."""
+
+    def weights(self) -> NDArray[np.float32]:
+        """Return the forecast weights, (n, p)."""
+        return self.basis.decode(self.future)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,21 +71,31 @@ class Forecaster:
             return self.shared_basis.through(prefix[-1])
         return Basis.from_prefix(prefix, self.model.config.n_components)
 
+    def forecast(
+        self, prefixes: Sequence[NDArray[np.float32]], horizons: Sequence[int], *, num_threads: int | None = None
+    ) -> list[Forecast]:
+        """Return each run continued, from prefixes (h+1, p) of any lengths by horizons n of their own, in one batch."""
+        bases = [self.basis_of(prefix) for prefix in prefixes]
+        observed = [basis.encode(prefix) for basis, prefix in zip(bases, prefixes, strict=True)]
+        futures = self.continue_coordinates(observed, horizons, num_threads=num_threads)
+        return [Forecast(*parts) for parts in zip(bases, observed, futures, strict=True)]
+
     def continue_coordinates(
-        self, coordinates: NDArray[np.float32], horizon: int, *, num_threads: int | None = None
-    ) -> NDArray[np.float32]:
-        """Return the n coordinates (B, n, k) that follow observed ones (B, h+1, k): native prefill, then n decodes."""
-        batch_size, length, _ = coordinates.shape
-        decoder = Decoder.from_model(self.model, batch_size, max_len=length + horizon, num_threads=num_threads)
+        self, observed: Sequence[NDArray[np.float32]], horizons: Sequence[int], *, num_threads: int | None = None
+    ) -> list[NDArray[np.float32]]:
+        """Return the coordinates (n, k) that follow observed ones (h+1, k), of any lengths: one native batch."""
         if self.centre is None:
-            decoder.prefill(np.ascontiguousarray(coordinates))
-            return decoder.generate(horizon)
-        mean = self.centre.at(length - 1)
-        observed = coordinates - mean[:length]
-        decoder.prefill(observed)
-        last = observed[:, -1:]
-        departure = self.centre.trust_at(length - 1) * (decoder.generate(horizon) - last)
-        return np.asarray(last + departure + mean[length : length + horizon], dtype=np.float32)
+            return continue_paths(self.model, observed, horizons, num_threads=num_threads)
+        means = [self.centre.at(len(path) - 1) for path in observed]
+        departures = [path - mean[: len(path)] for path, mean in zip(observed, means, strict=True)]
+        continued = []
+        for departure, future, mean in zip(
+            departures, continue_paths(self.model, departures, horizons, num_threads=num_threads), means, strict=True
+        ):
+            length, last = len(departure), departure[-1:]
+            trusted = last + self.centre.trust_at(length - 1) * (future - last)
+            continued.append(np.asarray(trusted + mean[length : length + len(future)], dtype=np.float32))
+        return continued
 
 
 def rollout(
@@ -104,10 +130,8 @@ def rollout(
             f"rollout: prefix_weights must hold p = {model.shared_basis.directions.shape[1]} weights a checkpoint, as "
             f"the model's shared basis, got {prefixes.shape[2]}"
         )
-    bases = [model.basis_of(prefix) for prefix in prefixes]
-    coordinates = np.array([basis.encode(prefix) for basis, prefix in zip(bases, prefixes, strict=True)])
-    future = model.continue_coordinates(coordinates, horizon, num_threads=num_threads)
-    return np.array([basis.decode(path) for basis, path in zip(bases, future, strict=True)])
+    forecasts = model.forecast(list(prefixes), [horizon] * len(prefixes), num_threads=num_threads)
+    return np.array([forecast.weights() for forecast in forecasts])
 
 
 def check_prefixes(prefix_weights: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from torch.utils.tensorboard import SummaryWriter
 
 from tipl.basis import MIN_PREFIX_END, Basis, Centre, prefix_coordinates, prefix_rank, trajectory_gram
-from tipl.decoder import Decoder
+from tipl.decoder import continue_paths
 from tipl.model import ModelConfig, TrajectoryTransformer, save_model
 from tipl.progress import progress_bar
 from tipl.store import Store, write_atomically
@@ -228,12 +228,6 @@ class Case:
     rank: int
     """Coordinates that the prefix spans; those behind are padding and count nothing."""
 
-    def forecast(self, model: TrajectoryTransformer) -> NDArray[np.float32]:
-        """Return the coordinates (N, k) that the native rollout gives the last checkpoint."""
-        decoder = Decoder.from_model(model, batch_size=len(self.paths), max_len=self.paths.shape[1])
-        decoder.prefill(np.ascontiguousarray(self.paths[:, : self.prefix_end + 1]))
-        return decoder.generate(self.paths.shape[1] - 1 - self.prefix_end)[:, -1]
-
     def error(self, forecast: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
         """Return the mean of |forecast - truth| / |truth - theta_0| over the trials; forecast (..., N, k)."""
         inside = np.linalg.norm((forecast - self.paths[:, -1])[..., : self.rank], axis=-1)
@@ -252,8 +246,16 @@ class Validation:
     def prefix_ends(cls, num_checkpoints: int) -> list[int]:
         return sorted({max(MIN_PREFIX_END, prefix_end_of(share, num_checkpoints)) for share in cls.PREFIXES})
 
+    def forecasts(self, model: TrajectoryTransformer) -> list[NDArray[np.float32]]:
+        """Return each case's coordinates (N, k) that the native rollout gives the last checkpoint, all in one batch."""
+        observed = [path[: case.prefix_end + 1] for case in self.cases for path in case.paths]
+        horizons = [case.paths.shape[1] - 1 - case.prefix_end for case in self.cases for _ in case.paths]
+        ends = iter([path[-1] for path in continue_paths(model, observed, horizons)])
+        return [np.array([next(ends) for _ in case.paths]) for case in self.cases]
+
     def error(self, model: TrajectoryTransformer) -> float:
-        return float(np.mean([case.error(case.forecast(model)) for case in self.cases]))
+        cases = zip(self.cases, self.forecasts(model), strict=True)
+        return float(np.mean([case.error(forecast) for case, forecast in cases]))
 
     def trust(self, model: TrajectoryTransformer) -> list[float]:
         """Return, a case, the share in [0, 1] of the model's departure from the mean path that errs least.
@@ -262,10 +264,10 @@ class Validation:
         """
         shares = np.linspace(0.0, 1.0, 11)
         best = []
-        for case in self.cases:
+        for case, forecast in zip(self.cases, self.forecasts(model), strict=True):
             last = case.paths[:, case.prefix_end]  # (N, k): to stay here is to go on as the mean path
-            forecasts = last + shares[:, None, None] * (case.forecast(model) - last)
-            best.append(float(shares[np.argmin(case.error(forecasts))]))
+            trusted = last + shares[:, None, None] * (forecast - last)
+            best.append(float(shares[np.argmin(case.error(trusted))]))
         return best
 
 
