@@ -30,10 +30,10 @@ KvCache::KvCache(const DecoderConfig &config, Precision precision, int batch_siz
       T(max_len),
       head_dim(config.head_dim()),
       value_stride(static_cast<int>(round_up(head_dim, lanes))),
-      keys_size(round_up(T, lanes) * round_up(head_dim, values_per_word(precision)) / values_per_word(precision)),
-      values_size(round_up(T, values_per_word(precision)) / values_per_word(precision) * value_stride),
-      keys({config.n_layer, B, H, keys_size}),
-      values({config.n_layer, B, H, values_size}) {}
+      block_keys(kCacheBlock * round_up(head_dim, values_per_word(precision)) / values_per_word(precision)),
+      block_words(block_keys + kCacheBlock / values_per_word(precision) * value_stride),
+      head_words(round_up(T, kCacheBlock) / kCacheBlock * block_words),
+      words({config.n_layer, B, H, head_words}) {}
 
 // ---- the decoder's door
 
@@ -295,14 +295,20 @@ const float *Decoder::normalised(int rank, const Weights::LayerNorm &norm) noexc
 void Decoder::attend(int rank, int layer) noexcept {
   const int H = config_.n_head, D = config_.head_dim(), d = config_.d_model;
   float *scratch = own_[rank].data() + kOwnRows * d_stride_;
-  for (ptrdiff_t item = first_head(rank), end = first_head(rank + 1); item < end; ++item) {
-    const int first = groups_[item / H], last = groups_[item / H + 1], head = static_cast<int>(item % H);
-    const HeadCache cache = cache_.of(layer, rows_[first].sequence, head);
-    const auto query = [&](int m) { return qkv_.data() + ptrdiff_t{m} * qkv_stride_ + head * D; };
-    for (int m = first; m < last; ++m) kernels_.append(cache, rows_[m].slot, query(m) + d, query(m) + 2 * d);
-    for (int m = first; m < last; ++m) {
-      kernels_.attend(cache, query(m), rows_[m].slot + 1, scratch,
-                      attended_.data() + ptrdiff_t{m} * d_stride_ + head * D);
+  const ptrdiff_t end = first_head(rank + 1);
+  const auto cache_of = [&](ptrdiff_t item) {
+    return cache_.of(layer, rows_[groups_[item / H]].sequence, static_cast<int>(item % H));
+  };
+  for (ptrdiff_t item = first_head(rank); item < end; ++item) {
+    const ptrdiff_t first = groups_[item / H], last = groups_[item / H + 1], head = item % H * D;
+    const HeadCache cache = cache_of(item), next = item + 1 < end ? cache_of(item + 1) : cache;
+    for (ptrdiff_t m = first; m < last; ++m) {
+      const float *query = qkv_.data() + m * qkv_stride_ + head;
+      kernels_.append(cache, rows_[m].slot, query + d, query + 2 * d);
+    }
+    for (ptrdiff_t m = first; m < last; ++m) {
+      const float *query = qkv_.data() + m * qkv_stride_ + head;
+      kernels_.attend(cache, next, query, rows_[m].slot + 1, scratch, attended_.data() + m * d_stride_ + head);
     }
   }
 }

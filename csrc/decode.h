@@ -4,8 +4,9 @@
 // Rows    One pass takes M tokens, each a (sequence, slot): a step is one row a sequence, a prefill many. Prefixes may
 // be
 //         ragged, and a sequence without a row costs nothing.
-// Cache   (L, B, H, T, D) in float32 or bfloat16: a head's past lies together, and attention reads it once, with online
-//         softmax (arXiv:1805.02867). Keys are transposed inside blocks of N slots, so that N scores fill one register.
+// Cache   (L, B, H, T / 64, keys and values of 64 slots) in float32 or bfloat16: attention reads a head's past as one
+//         stream and once, with online softmax (arXiv:1805.02867). Keys are transposed inside groups of N slots, so
+//         that N scores fill one register.
 // Threads split a layer's outputs, and (sequence, head) in attention; no sum is split. A row's result has the same bits
 //         for any thread count and whatever rows are beside it: a prefill equals the same tokens one by one.
 // Cost    2 * M * L * (4 d^2 + 2 d d_ff + 2 d slot) flops; bound by reading the weights at small M, and the cache at
@@ -30,15 +31,15 @@ struct KvCache {
 
   // Head h of sequence b in layer l.
   HeadCache of(int l, int b, int h) noexcept {
-    const ptrdiff_t head = (ptrdiff_t{l} * B + b) * H + h;
-    return {precision, head_dim, value_stride, keys.data() + head * keys_size, values.data() + head * values_size};
+    uint32_t *head = words.data() + ((ptrdiff_t{l} * B + b) * H + h) * head_words;
+    return {precision, head_dim, value_stride, head, head + block_keys, block_words};
   }
 
   const Precision precision;
   const int B, H, T, head_dim;
-  const int value_stride;                  // head_dim rounded up to N
-  const ptrdiff_t keys_size, values_size;  // words of one head
-  AlignedWords keys, values;               // (L, B, H, keys_size), (L, B, H, values_size)
+  const int value_stride;                               // head_dim rounded up to N
+  const ptrdiff_t block_keys, block_words, head_words;  // words of one block's keys, of one block, of one head
+  AlignedWords words;                                   // (L, B, H, head_words)
 };
 
 // How a model is run: what its weights and its cache are stored in, how many sequences of how many tokens, on how many

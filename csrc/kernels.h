@@ -29,14 +29,17 @@ constexpr ptrdiff_t kInputPadding = 32;  // rows of x are readable and zero up t
 // What becomes of W x + b.
 enum class Epilogue { kStore, kGelu, kAdd };  // y = ., y = gelu_tanh(.), y += .
 
-// One head's past in one sequence; c = values_per_word(precision), which is not kInt8.
+// One head's past in one sequence, in blocks of kCacheBlock slots that follow each other in memory, each one its keys
+// and then its values; c = values_per_word(precision), which is not kInt8.
 struct HeadCache {
   Precision precision;
   int head_dim;      // D
   int value_stride;  // D rounded up to N
-  uint32_t *keys;    // (slots / N, D / c, N) words, each ratio rounded up: transposed inside blocks of N slots
-  uint32_t *values;  // (slots / c rounded up, value_stride) words: c slots side by side
+  uint32_t *keys;    // of block 0: (kCacheBlock / N, D / c rounded up, N) words, transposed inside groups of N slots
+  uint32_t *values;  // of block 0: (kCacheBlock / c, value_stride) words, c slots side by side
+  ptrdiff_t block_words;  // from one block to the next
 };
+constexpr ptrdiff_t kCacheBlock = 64;  // a multiple of every N; the scores of one block of the online softmax
 
 // Rows of one length, wherever each of them lies.
 struct Rows {
@@ -67,8 +70,10 @@ struct Kernels {
   void (*append)(const HeadCache &cache, ptrdiff_t slot, const float *key, const float *value) noexcept;
 
   // out (D) <- softmax(query (D) . keys / sqrt(D)) values over the first slots >= 1, with online softmax
-  // (arXiv:1805.02867): the cache is read once. `scratch` has room for value_stride floats.
-  void (*attend)(const HeadCache &cache, const float *query, ptrdiff_t slots, float *scratch, float *out) noexcept;
+  // (arXiv:1805.02867): the cache is read once, and the first block of `next`, which is read after it, is fetched
+  // meanwhile. `scratch` has room for value_stride floats.
+  void (*attend)(const HeadCache &cache, const HeadCache &next, const float *query, ptrdiff_t slots, float *scratch,
+                 float *out) noexcept;
 
   // ---- streaming SVD (svd.cpp); float32 rows, float64 arithmetic
 

@@ -10,8 +10,10 @@ namespace {
 using tipl::HeadCache;
 using tipl::Precision;
 
-constexpr ptrdiff_t kSlotsAtOnce = 64;  // scores of one block of the online softmax; a multiple of every kLanes
-constexpr int kKeyGroups = 4;           // groups of N slots whose scores are summed side by side
+using tipl::kCacheBlock;
+
+constexpr int kKeyGroups = 4;  // groups of N slots whose scores are summed side by side
+static_assert(kCacheBlock % (kKeyGroups * kLanes) == 0);
 
 // Value `i` of every word.
 template <Precision PRECISION>
@@ -19,9 +21,10 @@ inline Vec unpack(Packed word, int i) {
   return PRECISION == Precision::kFloat32 ? word.float32() : word.bfloat16(i);
 }
 
-// scores (GROUPS groups of N) <- query . keys, over groups that lie group_words apart.
+// scores (GROUPS groups of N) <- query . keys, over groups that lie group_words apart. Whatever lies `ahead` words
+// behind a word read is fetched.
 template <Precision PRECISION, int GROUPS>
-inline void score_groups(const float *query, const uint32_t *keys, ptrdiff_t group_words, int head_dim,
+inline void score_groups(const float *query, const uint32_t *keys, ptrdiff_t ahead, ptrdiff_t group_words, int head_dim,
                          Vec (&score)[GROUPS]) {
   constexpr int kPerWord = tipl::values_per_word(PRECISION);
   const auto add = [&](int i, int j) {
@@ -35,6 +38,8 @@ inline void score_groups(const float *query, const uint32_t *keys, ptrdiff_t gro
   for (int g = 0; g < GROUPS; ++g) score[g] = Vec::zero();
   int i = 0;
   for (; i + kPerWord <= head_dim; i += kPerWord, keys += kLanes) {
+#pragma GCC unroll 4
+    for (int g = 0; g < GROUPS; ++g) __builtin_prefetch(keys + g * group_words + ahead);
 #pragma GCC unroll 2
     for (int j = 0; j < kPerWord; ++j) add(i, j);
   }
@@ -43,7 +48,7 @@ inline void score_groups(const float *query, const uint32_t *keys, ptrdiff_t gro
 
 // scores (<= 64, rounded up to N) <- query . keys / sqrt(D) over `count` slots, -inf beyond; returns their maximum.
 template <Precision PRECISION>
-inline Vec score_slots(const HeadCache &cache, const float *query, float scale, const uint32_t *keys,
+inline Vec score_slots(const HeadCache &cache, const float *query, float scale, const uint32_t *keys, ptrdiff_t ahead,
                        ptrdiff_t group_words, ptrdiff_t count, float *scores) {
   const Vec lowest = Vec::all(-__builtin_inff());
   Vec highest = lowest;
@@ -56,28 +61,31 @@ inline Vec score_slots(const HeadCache &cache, const float *query, float scale, 
   ptrdiff_t slot = 0;
   for (; slot + (kKeyGroups - 1) * kLanes < count; slot += kKeyGroups * kLanes, keys += kKeyGroups * group_words) {
     Vec score[kKeyGroups];
-    score_groups<PRECISION>(query, keys, group_words, cache.head_dim, score);
+    score_groups<PRECISION>(query, keys, ahead, group_words, cache.head_dim, score);
 #pragma GCC unroll 4
     for (int g = 0; g < kKeyGroups; ++g) finish(score[g], slot + g * kLanes);
   }
   for (; slot < count; slot += kLanes, keys += group_words) {
     Vec score[1];
-    score_groups<PRECISION>(query, keys, group_words, cache.head_dim, score);
+    score_groups<PRECISION>(query, keys, ahead, group_words, cache.head_dim, score);
     finish(score[0], slot);
   }
   return highest;
 }
 
-// acc (COLUMNS registers) <- acc * decay + sum over slots of weight * value. PHASES words' sums run side by side.
+// acc (COLUMNS registers) <- acc * decay + sum over slots of weight * value. PHASES words' sums run
+// side by side, and whatever lies `ahead` words behind a word read is fetched.
 template <Precision PRECISION, int COLUMNS, int PHASES>
-inline void add_values(const uint32_t *values, ptrdiff_t stride, const float *weights, ptrdiff_t count, Vec decay,
-                       float *acc) {
+inline void add_values(const uint32_t *values, ptrdiff_t ahead, ptrdiff_t stride, const float *weights, ptrdiff_t count,
+                       Vec decay, float *acc) {
   constexpr int kPerWord = tipl::values_per_word(PRECISION);
   Vec partial[PHASES][COLUMNS];
   for (int phase = 0; phase < PHASES; ++phase) {
     for (int c = 0; c < COLUMNS; ++c) partial[phase][c] = Vec::zero();
   }
   const auto add = [&](int phase, ptrdiff_t slot) {
+#pragma GCC unroll 8
+    for (int c = 0; c < COLUMNS; ++c) __builtin_prefetch(values + phase * stride + c * kLanes + ahead);
 #pragma GCC unroll 2
     for (int j = 0; j < kPerWord; ++j) {
       const Vec weight = Vec::all(weights[slot + j]);
@@ -102,18 +110,23 @@ inline void add_values(const uint32_t *values, ptrdiff_t stride, const float *we
 }
 
 template <Precision PRECISION>
-inline void attend_in(const HeadCache &cache, const float *query, ptrdiff_t slots, float *acc, float *out) {
+inline void attend_in(const HeadCache &cache, const HeadCache &next, const float *query, ptrdiff_t slots, float *acc,
+                      float *out) {
   constexpr int kPerWord = tipl::values_per_word(PRECISION);
-  const ptrdiff_t group_words = (cache.head_dim + kPerWord - 1) / kPerWord * ptrdiff_t{kLanes};
+  const ptrdiff_t group_words = (cache.head_dim + kPerWord - 1) / kPerWord * kLanes;
   const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(cache.head_dim));
-  alignas(64) float weights[kSlotsAtOnce];
+  alignas(64) float weights[kCacheBlock];
   Vec total = Vec::zero();                    // of the weights, lane by lane
   Vec highest = Vec::all(-__builtin_inff());  // score so far, in every lane
   for (int i = 0; i < cache.value_stride; i += kLanes) Vec::zero().store(acc + i);
-  for (ptrdiff_t begin = 0; begin < slots; begin += kSlotsAtOnce) {
-    const ptrdiff_t count = slots - begin < kSlotsAtOnce ? slots - begin : kSlotsAtOnce;
-    const uint32_t *keys = cache.keys + begin / kLanes * group_words;
-    const Vec block_highest = score_slots<PRECISION>(cache, query, scale, keys, group_words, count, weights);
+  const ptrdiff_t blocks = (slots + kCacheBlock - 1) / kCacheBlock;
+  for (ptrdiff_t block = 0; block < blocks; ++block) {
+    const uint32_t *keys = cache.keys + block * cache.block_words, *values = cache.values + block * cache.block_words;
+    const ptrdiff_t count = block + 1 < blocks ? kCacheBlock : slots - block * kCacheBlock;
+    // As many blocks ahead as hold 16 KB at D = 32; behind the last lies the first of `next`.
+    const ptrdiff_t beyond = block + kPerWord - blocks;
+    const ptrdiff_t ahead = beyond < 0 ? kPerWord * cache.block_words : next.keys + beyond * next.block_words - keys;
+    const Vec block_highest = score_slots<PRECISION>(cache, query, scale, keys, ahead, group_words, count, weights);
     const Vec now_highest = max(highest, Vec::all(max_lane(block_highest)));
     const Vec decay = exp(highest - now_highest);  // 0 in the first block
     highest = now_highest;
@@ -124,16 +137,15 @@ inline void attend_in(const HeadCache &cache, const float *query, ptrdiff_t slot
       total = total + weight;
     }
     const ptrdiff_t stride = cache.value_stride;
-    const uint32_t *values = cache.values + begin / kPerWord * stride;
     ptrdiff_t column = 0;
     for (; column + 4 * kLanes <= stride; column += 4 * kLanes) {
-      add_values<PRECISION, 4, 2>(values + column, stride, weights, count, decay, acc + column);
+      add_values<PRECISION, 4, 2>(values + column, ahead, stride, weights, count, decay, acc + column);
     }
     for (; column + 2 * kLanes <= stride; column += 2 * kLanes) {
-      add_values<PRECISION, 2, 4>(values + column, stride, weights, count, decay, acc + column);
+      add_values<PRECISION, 2, 4>(values + column, ahead, stride, weights, count, decay, acc + column);
     }
     for (; column < stride; column += kLanes) {
-      add_values<PRECISION, 1, 8>(values + column, stride, weights, count, decay, acc + column);
+      add_values<PRECISION, 1, 8>(values + column, ahead, stride, weights, count, decay, acc + column);
     }
   }
   const Vec inverse = Vec::all(1.0f / sum(total));
@@ -142,18 +154,20 @@ inline void attend_in(const HeadCache &cache, const float *query, ptrdiff_t slot
   if (rest > 0) store_first(out + whole, rest, Vec::load(acc + whole) * inverse);
 }
 
-void attend(const HeadCache &cache, const float *query, ptrdiff_t slots, float *scratch, float *out) noexcept {
+void attend(const HeadCache &cache, const HeadCache &next, const float *query, ptrdiff_t slots, float *scratch,
+            float *out) noexcept {
   if (cache.precision == Precision::kBfloat16) {
-    attend_in<Precision::kBfloat16>(cache, query, slots, scratch, out);
+    attend_in<Precision::kBfloat16>(cache, next, query, slots, scratch, out);
   } else {
-    attend_in<Precision::kFloat32>(cache, query, slots, scratch, out);
+    attend_in<Precision::kFloat32>(cache, next, query, slots, scratch, out);
   }
 }
 
 void append(const HeadCache &cache, ptrdiff_t slot, const float *key, const float *value) noexcept {
   const int per_word = tipl::values_per_word(cache.precision), D = cache.head_dim;
-  uint32_t *keys = cache.keys + slot / kLanes * ((D + per_word - 1) / per_word * ptrdiff_t{kLanes}) + slot % kLanes;
-  uint32_t *values = cache.values + slot / per_word * cache.value_stride;
+  const ptrdiff_t block = slot / kCacheBlock * cache.block_words, row = slot % kCacheBlock;
+  uint32_t *keys = cache.keys + block + row / kLanes * ((D + per_word - 1) / per_word * kLanes) + row % kLanes;
+  uint32_t *values = cache.values + block + row / per_word * cache.value_stride;
   for (int i = 0; i < D; i += kLanes) {
     const ptrdiff_t count = D - i < kLanes ? D - i : kLanes;
     Packed k = {reinterpret_cast<Words>(load_first(key + i, count).v)};

@@ -22,11 +22,18 @@ constexpr ptrdiff_t kSummedAtOnce =
           // and so many inputs' weights of a tile stay in the L1 cache for all rows
 
 // sum (ROWS, PANELS) += x (ROWS, count) times the weights of PANELS panels that lie panel_words apart. Each output is
-// summed over the inputs in the same order whatever ROWS and PANELS are.
+// summed over the inputs in the same order whatever ROWS and PANELS are. Meanwhile the same inputs of two panels from
+// `ahead` on are fetched into the cache.
 template <Precision PRECISION, int ROWS, int PANELS>
-inline void multiply(const uint32_t *weight, ptrdiff_t panel_words, const float *x, ptrdiff_t x_stride, ptrdiff_t count,
-                     Vec (&sum)[ROWS][PANELS]) {
+inline void multiply(const uint32_t *weight, ptrdiff_t panel_words, const uint32_t *ahead, const float *x,
+                     ptrdiff_t x_stride, ptrdiff_t count, Vec (&sum)[ROWS][PANELS]) {
   constexpr int kPerWord = tipl::values_per_word(PRECISION);
+  const auto fetch = [&](ptrdiff_t word) {
+    if constexpr (ROWS > 1) {  // a single row is bound by memory, and its loads are fetch enough
+      __builtin_prefetch(ahead + word);
+      __builtin_prefetch(ahead + panel_words + word);
+    }
+  };
 #if defined(TIPL_BFLOAT16_DOT)
   if constexpr (PRECISION == Precision::kBfloat16) {
     alignas(64) uint32_t inputs[ROWS][kSummedAtOnce / kPerWord];
@@ -37,6 +44,7 @@ inline void multiply(const uint32_t *weight, ptrdiff_t panel_words, const float 
       }
     }
     for (ptrdiff_t i = 0; i < words; ++i) {
+      fetch(i * kLanes);
       Packed w[PANELS];
 #pragma GCC unroll 8
       for (int p = 0; p < PANELS; ++p) w[p] = Packed::load(weight + p * panel_words + i * kLanes);
@@ -51,6 +59,7 @@ inline void multiply(const uint32_t *weight, ptrdiff_t panel_words, const float 
   }
 #endif
   for (ptrdiff_t i = 0; i < count; i += kPerWord, weight += kLanes) {
+    fetch(i / kPerWord * kLanes);
 #pragma GCC unroll 4
     for (int j = 0; j < kPerWord; ++j) {
       Vec w[PANELS];
@@ -73,11 +82,11 @@ inline void multiply(const uint32_t *weight, ptrdiff_t panel_words, const float 
 
 // total (rows <= ROWS, PANELS registers) += the products of one run of inputs.
 template <Precision PRECISION, int ROWS, int PANELS>
-inline void add_products(int rows, const uint32_t *weight, ptrdiff_t panel_words, const float *x, ptrdiff_t x_stride,
-                         ptrdiff_t count, float *total) {
+inline void add_products(int rows, const uint32_t *weight, ptrdiff_t panel_words, const uint32_t *ahead, const float *x,
+                         ptrdiff_t x_stride, ptrdiff_t count, float *total) {
   if (rows < ROWS) {
     if constexpr (ROWS > 1) {
-      add_products<PRECISION, ROWS - 1, PANELS>(rows, weight, panel_words, x, x_stride, count, total);
+      add_products<PRECISION, ROWS - 1, PANELS>(rows, weight, panel_words, ahead, x, x_stride, count, total);
     }
     return;
   }
@@ -85,7 +94,7 @@ inline void add_products(int rows, const uint32_t *weight, ptrdiff_t panel_words
   for (int row = 0; row < ROWS; ++row) {
     for (int p = 0; p < PANELS; ++p) sum[row][p] = Vec::zero();
   }
-  multiply<PRECISION, ROWS, PANELS>(weight, panel_words, x, x_stride, count, sum);
+  multiply<PRECISION, ROWS, PANELS>(weight, panel_words, ahead, x, x_stride, count, sum);
   for (int row = 0; row < ROWS; ++row) {
     for (int p = 0; p < PANELS; ++p, total += kLanes) (Vec::load(total) + sum[row][p]).store(total);
   }
@@ -97,17 +106,21 @@ inline void linear_rows(const PackedLinear &layer, ptrdiff_t panel, const float 
                         Epilogue epilogue, float *y, ptrdiff_t y_stride) {
   constexpr int kPerWord = tipl::values_per_word(PRECISION);
   const ptrdiff_t panel_words = (layer.in + kPerWord - 1) / kPerWord * kLanes, tiles = (rows + ROWS - 1) / ROWS;
-  const uint32_t *weight = layer.weight + panel * panel_words;
+  const uint32_t *const first = layer.weight + panel * panel_words, *weight = first;
   alignas(64) float totals[ROWS == 1 ? 1 : kRowsAtOnce][PANELS * kLanes];
   for (ptrdiff_t row = 0; row < rows; ++row) {
     for (int p = 0; p < PANELS; ++p) Vec::zero().store(totals[row] + p * kLanes);
   }
-  for (ptrdiff_t begin = 0; begin < layer.in; begin += kSummedAtOnce) {
-    const ptrdiff_t count = layer.in - begin < kSummedAtOnce ? layer.in - begin : kSummedAtOnce;
+  for (ptrdiff_t begin = 0; begin < layer.in; begin += kSummedAtOnce, weight += kSummedAtOnce / kPerWord * kLanes) {
+    const bool last = begin + kSummedAtOnce >= layer.in;
+    const ptrdiff_t count = last ? layer.in - begin : kSummedAtOnce;
+    // The weights that follow: of the next inputs, or of the next panels. Each tile fetches two panels of them.
+    const uint32_t *next = last ? first + PANELS * panel_words : weight + kSummedAtOnce / kPerWord * kLanes;
     for (ptrdiff_t tile = 0; tile < tiles; ++tile) {
       const ptrdiff_t row = rows * tile / tiles, behind = rows * (tile + 1) / tiles;
-      add_products<PRECISION, ROWS, PANELS>(static_cast<int>(behind - row), weight + begin / kPerWord * kLanes,
-                                            panel_words, x + row * x_stride + begin, x_stride, count, totals[row]);
+      const uint32_t *ahead = 2 * tile < PANELS ? next + 2 * tile * panel_words : weight;
+      add_products<PRECISION, ROWS, PANELS>(static_cast<int>(behind - row), weight, panel_words, ahead,
+                                            x + row * x_stride + begin, x_stride, count, totals[row]);
     }
   }
   for (ptrdiff_t row = 0; row < rows; ++row) {
