@@ -108,11 +108,11 @@ bool pool_barriers_hold(ThreadPool &pool, int rounds) {
   pool.run([&](int rank) noexcept {
     for (int round = 1; round <= rounds; ++round) {
       reached[rank] = round;
-      pool.barrier();
+      pool.barrier(rank);
       for (const int other : reached) {
         if (other != round) hold = false;
       }
-      pool.barrier();
+      pool.barrier(rank);
     }
   });
   return hold;

@@ -246,27 +246,27 @@ bool Decoder::run_rows(Poll &poll) {
   return true;
 }
 
-void Decoder::barrier() noexcept {
-  if (team_size_ > 1) pool_.barrier();
+void Decoder::barrier(int rank) noexcept {
+  if (team_size_ > 1) pool_.barrier(rank);
 }
 
 void Decoder::pass(int rank, Poll &poll) noexcept {
   linear(rank, weights_.embed, token_.data(), token_stride_, Epilogue::kAdd, z_.data(), d_stride_);
-  barrier();
+  barrier(rank);
   for (int layer = 0; layer < config_.n_layer; ++layer) {
     const Weights::Block &block = weights_.blocks[layer];
     if (rank == 0) stopped_ = poll();
     linear(rank, block.qkv, normalised(rank, block.norm1), d_stride_, Epilogue::kStore, qkv_.data(), qkv_stride_);
-    barrier();
+    barrier(rank);
     if (stopped_) return;
     attend(rank, layer);
-    barrier();
+    barrier(rank);
     linear(rank, block.proj, attended_.data(), d_stride_, Epilogue::kAdd, z_.data(), d_stride_);
-    barrier();
+    barrier(rank);
     linear(rank, block.fc1, normalised(rank, block.norm2), d_stride_, Epilogue::kGelu, hidden_.data(), ff_stride_);
-    barrier();
+    barrier(rank);
     linear(rank, block.fc2, hidden_.data(), ff_stride_, Epilogue::kAdd, z_.data(), d_stride_);
-    barrier();
+    barrier(rank);
   }
   linear(rank, weights_.head, normalised(rank, weights_.norm), d_stride_, Epilogue::kStore, head_.data(), k_stride_);
 }
@@ -287,7 +287,7 @@ const float *Decoder::normalised(int rank, const Weights::LayerNorm &norm) noexc
   float *y = alone ? own_[rank].data() : normed_.data();
   kernels_.layer_norm(z_.data() + mine.begin * d_stride_, d_stride_, mine.end - mine.begin, config_.d_model,
                       norm.weight.data(), norm.bias.data(), y + mine.begin * d_stride_, d_stride_);
-  if (!alone) barrier();
+  if (!alone) barrier(rank);
   return y;
 }
 

@@ -93,7 +93,7 @@ class Decoder {
   void add_row(Row row, const float *x, const float *previous) noexcept;
   bool run_rows(Poll &poll);
   void pass(int rank, Poll &poll) noexcept;
-  void barrier() noexcept;
+  void barrier(int rank) noexcept;
   void linear(int rank, const Weights::Linear &layer, const float *x, ptrdiff_t x_stride, Epilogue epilogue, float *y,
               ptrdiff_t y_stride) noexcept;
   const float *normalised(int rank, const Weights::LayerNorm &norm) noexcept;

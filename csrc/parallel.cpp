@@ -29,17 +29,18 @@ void pause() noexcept {
 #endif
 }
 
-// Returns a value of `word` that is not `old`: spins first, then sleeps until notified.
-int wait_for_change(const std::atomic<int> &word, int old, int spins) noexcept {
+// Returns the first value of `word` that is `enough`: spins first, then sleeps until notified.
+template <class Enough>
+unsigned wait_until(const std::atomic<unsigned> &word, int spins, const Enough &enough) noexcept {
   for (int spin = 0; spin < spins; ++spin) {
-    const int now = word.load(std::memory_order_acquire);
-    if (now != old) return now;
+    const unsigned now = word.load(std::memory_order_acquire);
+    if (enough(now)) return now;
     pause();
   }
   for (;;) {
-    const int now = word.load();
-    if (now != old) return now;
-    word.wait(old);
+    const unsigned now = word.load();
+    if (enough(now)) return now;
+    word.wait(now);
   }
 }
 
@@ -63,7 +64,7 @@ int available_cpus() noexcept {
 }
 
 struct ThreadPool::Team {
-  explicit Team(int size) : size(size), spins(size <= available_cpus() ? kSpins : 0), errors(size) {
+  explicit Team(int size) : size(size), spins(size <= available_cpus() ? kSpins : 0), errors(size), arrivals(size) {
     try {
       for (int rank = 1; rank < size; ++rank) threads.emplace_back([this, rank] { work(rank); });
     } catch (...) {  // the system has no more threads: stop those that started
@@ -80,8 +81,8 @@ struct ThreadPool::Team {
   }
 
   void work(int rank) noexcept {
-    for (int seen = 0;;) {
-      seen = wait_for_change(job, seen, spins);
+    for (unsigned seen = 0;;) {
+      seen = wait_until(job, spins, [seen](unsigned now) { return now != seen; });
       if (call == nullptr) return;
       attempt(rank);
       if (running.fetch_sub(1) == 1) running.notify_one();
@@ -101,12 +102,14 @@ struct ThreadPool::Team {
   Call call = nullptr;  // the job; written before `job` changes, read after
   void *context = nullptr;
   std::vector<std::exception_ptr> errors;  // (size,), by rank
-  // Each on a cache line of its own: all are written while others spin on them.
-  alignas(64) std::atomic<int> job{0};       // counts jobs; a change is the signal to start
-  alignas(64) std::atomic<int> running{0};   // workers that have not finished the job
-  alignas(64) std::atomic<int> arrived{0};   // ranks inside the current barrier
-  alignas(64) std::atomic<int> barriers{0};  // counts barriers; a change is the signal to go on
-  std::vector<std::thread> threads;          // ranks 1 ... size - 1
+  // Each on a cache line of its own: all are written while others spin on them. Counters may wrap.
+  struct alignas(64) Counter {
+    std::atomic<unsigned> count{0};
+  };
+  std::vector<Counter> arrivals;                 // (size,), barriers that each rank has come to
+  alignas(64) std::atomic<unsigned> job{0};      // counts jobs; a change is the signal to start
+  alignas(64) std::atomic<unsigned> running{0};  // workers that have not finished the job
+  std::vector<std::thread> threads;              // ranks 1 ... size - 1
 };
 
 ThreadPool::ThreadPool(ptrdiff_t num_threads) : size_(static_cast<int>(num_threads)) {
@@ -126,11 +129,11 @@ void ThreadPool::run(Call call, void *context) {
   Team &team = *team_;
   team.call = call;
   team.context = context;
-  team.running.store(size_ - 1);
+  team.running.store(static_cast<unsigned>(size_ - 1));
   team.job.fetch_add(1);
   team.job.notify_all();
   team.attempt(0);
-  for (int left = team.running.load(); left != 0;) left = wait_for_change(team.running, left, team.spins);
+  wait_until(team.running, team.spins, [](unsigned left) { return left == 0; });
   std::exception_ptr first;
   for (std::exception_ptr &error : team.errors) {
     if (error && !first) first = error;
@@ -139,16 +142,15 @@ void ThreadPool::run(Call call, void *context) {
   if (first) std::rethrow_exception(first);
 }
 
-void ThreadPool::barrier() noexcept {
+void ThreadPool::barrier(int rank) noexcept {
   if (size_ == 1) return;
   Team &team = *team_;
-  const int passed = team.barriers.load();
-  if (team.arrived.fetch_add(1) + 1 == team.size) {
-    team.arrived.store(0);
-    team.barriers.fetch_add(1);
-    team.barriers.notify_all();
-  } else {
-    wait_for_change(team.barriers, passed, team.spins);
+  // One write, and one read of every other rank's line: a common counter would cross between the cores twice.
+  const unsigned mine = team.arrivals[rank].count.load(std::memory_order_relaxed) + 1;
+  team.arrivals[rank].count.store(mine);
+  team.arrivals[rank].count.notify_all();
+  for (const Team::Counter &other : team.arrivals) {
+    wait_until(other.count, team.spins, [mine](unsigned count) { return static_cast<int>(count - mine) >= 0; });
   }
 }
 

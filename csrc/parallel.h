@@ -40,7 +40,7 @@ class ThreadPool {
 
   // Inside a body: waits until every rank has come here. Only for bodies that are noexcept and all call it equally
   // often.
-  void barrier() noexcept;
+  void barrier(int rank) noexcept;
 
  private:
   struct Team;
