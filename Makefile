@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 ENGINE := CMakeLists.txt pyproject.toml constraints.txt $(wildcard csrc/*) tipl tipl/report  # a folder: when files come or go
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench lint format wheel clean
+.PHONY: help demo test sanitize bench lint format wheel clean
 
 help:  ## Show what there is
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -17,19 +17,23 @@ demo: $(VENV)/.runtime  ## Collect, train, forecast and judge on InvertedPendulu
 test: $(VENV)/.develop  ## Run the tests
 	$(BIN)/python -m pytest tests
 
-bench: $(VENV)/.develop  ## Time the engine beside its peers
-	$(BIN)/python -m pytest bench --benchmark-columns=min,median,iqr,rounds
+sanitize: $(VENV)/.develop  ## Run the engine's tests under ASan and UBSan, and those of its threads under TSan
+	.ci/sanitize address
+	.ci/sanitize thread
+
+bench: $(VENV)/.bench  ## Time the engine beside its peers, 25 minutes; ratios must not fall below bench/baseline.json's
+	$(BIN)/python -m pytest bench
 
 lint: $(VENV)/.develop  ## ruff, ruff format, mypy --strict, clang-format: all only check
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*.cpp
+	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*.cpp bench/*.cpp
 
 format: $(VENV)/.develop  ## Apply ruff and clang-format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i csrc/*.h csrc/*.cpp
+	$(BIN)/clang-format -i csrc/*.h csrc/*.cpp bench/*.cpp
 
 wheel: $(VENV)/.runtime  ## Build the wheel into dist/
 	PIP_CONSTRAINT=constraints.txt $(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
@@ -44,5 +48,11 @@ $(VENV)/.runtime: $(ENGINE)
 	touch $@
 
 $(VENV)/.develop: $(VENV)/.runtime
-	PIP_CONSTRAINT=constraints.txt $(BIN)/pip install --quiet --config-settings=cmake.define.TIPL_WERROR=ON --editable '.[dev,bench]'
+	PIP_CONSTRAINT=constraints.txt $(BIN)/pip install --quiet --config-settings=cmake.define.TIPL_WERROR=ON --editable '.[dev]'
+	touch $@
+
+# llama.cpp is built from source for this machine's instruction set, in minutes, once.
+$(VENV)/.bench: $(VENV)/.develop
+	CMAKE_ARGS=-DLLAVA_BUILD=OFF CMAKE_BUILD_PARALLEL_LEVEL=$$(nproc) PIP_CONSTRAINT=constraints.txt \
+	  $(BIN)/pip install --quiet --config-settings=cmake.define.TIPL_WERROR=ON --editable '.[dev,bench]'
 	touch $@

@@ -7,8 +7,11 @@
 #include <initializer_list>
 #include <new>
 #include <utility>
-#if defined(__linux__)
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>  // guards what malloc gives, but neither a mapping nor the rest of the last line
+#elif defined(__linux__)
 #include <sys/mman.h>
+#define TIPL_HUGE_PAGES 1
 #endif
 
 namespace tipl {
@@ -26,7 +29,7 @@ class AlignedArray {
       if (__builtin_mul_overflow(bytes, static_cast<size_t>(extent), &bytes)) throw std::bad_alloc();
     }
     if (bytes > PTRDIFF_MAX - kHugePage) throw std::bad_alloc();
-#if defined(__linux__)
+#if defined(TIPL_HUGE_PAGES)
     if (bytes >= kHugePage) {
       mapped_ = bytes + kHugePage;
       block_ = mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -39,6 +42,10 @@ class AlignedArray {
     block_ = std::calloc(bytes + kCacheLine, 1);
     if (block_ == nullptr) throw std::bad_alloc();
     data_ = aligned(kCacheLine);
+#if defined(__SANITIZE_ADDRESS__)
+    char *behind = reinterpret_cast<char *>(data_) + bytes;
+    ASAN_POISON_MEMORY_REGION(behind, static_cast<char *>(block_) + bytes + kCacheLine - behind);
+#endif
   }
   AlignedArray(AlignedArray &&other) noexcept { swap(other); }
   AlignedArray &operator=(AlignedArray &&other) noexcept {
@@ -46,7 +53,7 @@ class AlignedArray {
     return *this;
   }
   ~AlignedArray() {
-#if defined(__linux__)
+#if defined(TIPL_HUGE_PAGES)
     if (mapped_ > 0) {
       munmap(block_, mapped_);
       return;
