@@ -147,7 +147,7 @@ def plot(settings: Settings, steps: NDArray[np.int64], curves: dict[str, Curves]
 
 def main(settings: Settings) -> None:
     if find_spec("stable_baselines3") is None:
-        raise SystemExit("compare_sb3_curves: stable-baselines3 is not installed (the extra `bench` has it)")
+        raise SystemExit("compare_sb3_curves: stable-baselines3 is not installed (the extra `dev` has it)")
     output = settings.output if settings.output != Path() else Path("runs/compare_sb3_curves") / settings.env_id
     output.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()

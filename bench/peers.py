@@ -1,0 +1,202 @@
+"""What a user could decode with instead of `tipl.Decoder`: PyTorch eager, torch.compile, llama.cpp. All on one model.
+
+Each peer is a callable: `peer(n)` makes n decode steps of B sequences from empty caches. The two of PyTorch believe
+their own predictions and return them; llama.cpp is fed embeddings made beforehand, so that nothing but the Transformer
+is asked of it, and is flattered.
+
+Shapes  L layers, B sequences, H heads, T slots, D head_dim, d = H * D, k = n_components; every cache is allocated once.
+"""
+
+import ctypes
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+import gguf
+import llama_cpp
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tipl import TrajectoryTransformer, _core
+from tipl.model import Block
+
+Floats = NDArray[np.float32]
+
+
+class TorchStep(nn.Module):
+    """One decode step of the model over its caches, in eager mode."""
+
+    def __init__(self, model: TrajectoryTransformer, batch_size: int) -> None:
+        super().__init__()
+        config = model.config
+        self.model = model
+        shape = (config.n_layer, batch_size, config.n_head, config.max_len, config.d_model // config.n_head)
+        self.keys, self.values = list(torch.zeros(shape)), list(torch.zeros(shape))  # L times (B, H, T, D)
+
+    def forward(self, x: Tensor, last: Tensor, pos: Tensor, slot: int) -> Tensor:
+        """Return the prediction (B, 1, k) that follows x (B, 1, k) at `slot`; pos (1,) is the slot as a tensor."""
+        model, config = self.model, self.model.config
+        since_prefix = (pos / config.max_len).expand(len(x), 1, 1)  # the prefix is one token, h = 0
+        z = model.embed(torch.cat([x, config.diff_scale * (x - last), since_prefix], -1)) + model.pos(pos)
+        for block, keys, values in zip(model.blocks, self.keys, self.values, strict=True):
+            q, k, v = block.qkv(block.norm1(z)).view(len(x), 1, 3, config.n_head, -1).permute(2, 0, 3, 1, 4)
+            y = self.attend(q, k, v, keys, values, pos, slot)  # (B, H, 1, D)
+            z = z + block.proj(y.transpose(1, 2).reshape(z.shape))
+            z = z + block.fc2(F.gelu(block.fc1(block.norm2(z)), approximate="tanh"))
+        return x + config.out_scale * model.head(model.norm(z))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, pos: Tensor, slot: int) -> Tensor:
+        keys[:, :, slot : slot + 1], values[:, :, slot : slot + 1] = k, v
+        return F.scaled_dot_product_attention(q, keys[:, :, : slot + 1], values[:, :, : slot + 1])
+
+
+class CompiledStep(TorchStep):
+    """The same for torch.compile: shapes never change, so that it compiles once, and a mask hides the free slots."""
+
+    def __init__(self, model: TrajectoryTransformer, batch_size: int) -> None:
+        super().__init__(model, batch_size)
+        self.register_buffer("mask", torch.ones(model.config.max_len, model.config.max_len, dtype=torch.bool).tril())
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, pos: Tensor, slot: int) -> Tensor:
+        keys.index_copy_(2, pos, k)
+        values.index_copy_(2, pos, v)
+        return F.scaled_dot_product_attention(q, keys, values, attn_mask=self.mask[pos])
+
+
+class TorchRollout:
+    """`TrajectoryTransformer.rollout` from one observed token `start` (B, 1, k), over a cache."""
+
+    def __init__(self, model: TrajectoryTransformer, start: Floats, *, compiled: bool = False) -> None:
+        step = (CompiledStep if compiled else TorchStep)(model, len(start)).eval()
+        self.step = torch.compile(step, fullgraph=True, dynamic=False) if compiled else step
+        self.compiled = compiled
+        self.start = torch.from_numpy(start)
+        self.positions = torch.arange(model.config.max_len).split(1)
+
+    @torch.inference_mode()
+    def __call__(self, n: int) -> Floats:
+        """Return the path (B, n, k) that follows the start."""
+        last, x = self.start.clone(), self.start.clone()  # inference tensors like all that follow: compiled once
+        path = []
+        for t in range(n):  # a compiled step would be compiled for every slot
+            last, x = x, self.step(x, last, self.positions[t], 0 if self.compiled else t)
+            path.append(x)
+        return torch.cat(path, 1).numpy()
+
+
+Quantisation = Literal["f32", "f16", "q8_0"]
+
+
+def write_gguf(model: TrajectoryTransformer, path: Path, quantisation: Quantisation) -> None:
+    """Write the model as a GPT-2, which has the same arithmetic, but for the head's bias and the token's embedding."""
+    config = model.config
+    writer = gguf.GGUFWriter(path, "gpt2")
+    writer.add_block_count(config.n_layer)
+    writer.add_context_length(config.max_len)
+    writer.add_embedding_length(config.d_model)
+    writer.add_feed_forward_length(config.d_ff)
+    writer.add_head_count(config.n_head)
+    writer.add_layer_norm_eps(model.norm.eps)
+    writer.add_tokenizer_model("none")
+    writer.add_vocab_size(config.n_components)
+
+    def add(name: str, weight: Tensor, *, exact: bool = False) -> None:
+        array = weight.detach().numpy()
+        if exact or array.ndim == 1 or quantisation == "f32":
+            writer.add_tensor(name, array)
+        elif quantisation == "f16":
+            writer.add_tensor(name, array.astype(np.float16))
+        else:
+            packed = gguf.quants.quantize(array, gguf.GGMLQuantizationType.Q8_0)
+            writer.add_tensor(name, packed, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+
+    def add_layer(name: str, layer: nn.Module) -> None:
+        add(f"{name}.weight", layer.weight)
+        add(f"{name}.bias", layer.bias)
+
+    add("token_embd.weight", model.head.weight, exact=True)  # never looked up
+    add("position_embd.weight", model.pos.weight, exact=True)
+    for i, block in enumerate(model.blocks):
+        assert isinstance(block, Block)
+        parts = {
+            "attn_norm": block.norm1,
+            "attn_qkv": block.qkv,
+            "attn_output": block.proj,
+            "ffn_norm": block.norm2,
+            "ffn_up": block.fc1,
+            "ffn_down": block.fc2,
+        }
+        for name, layer in parts.items():
+            add_layer(f"blk.{i}.{name}", layer)
+    add_layer("output_norm", model.norm)
+    add("output.weight", model.head.weight)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@llama_cpp.llama_log_callback
+def ignore(level: int, text: bytes, user_data: ctypes.c_void_p) -> None: ...
+
+
+class LlamaCpp:
+    """llama.cpp on `embeddings` (B, n, d), the tokens' without their positions; the last goes on for ever."""
+
+    def __init__(self, llama: ctypes.c_void_p, max_len: int, embeddings: Floats) -> None:
+        B, _, d = embeddings.shape
+        params = llama_cpp.llama_context_default_params()
+        params.n_ctx = B * max_len
+        params.n_seq_max = params.n_batch = params.n_ubatch = B
+        params.n_threads = params.n_threads_batch = _core.available_cpus()
+        self.context = llama_cpp.llama_init_from_model(llama, params)
+        if not self.context:
+            raise RuntimeError("LlamaCpp: llama.cpp made no context")
+        self.logits_width = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(llama))
+        self.embeddings = np.ascontiguousarray(embeddings.transpose(1, 0, 2))  # (n, B, d)
+        self.batch = llama_cpp.llama_batch_init(B, d, 1)
+        self.batch.n_tokens = B
+        self.positions = np.ctypeslib.as_array(self.batch.pos, (B,))
+        for b in range(B):
+            self.batch.n_seq_id[b], self.batch.seq_id[b][0], self.batch.logits[b] = 1, b, 1
+
+    def __call__(self, n: int) -> Floats:
+        """Return the head's outputs (B, k), without its bias, after the last of n steps."""
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.context), True)
+        for t in range(n):
+            embeddings = self.embeddings[min(t, len(self.embeddings) - 1)]
+            ctypes.memmove(self.batch.embd, embeddings.ctypes.data, embeddings.nbytes)
+            self.positions[:] = t
+            if code := llama_cpp.llama_decode(self.context, self.batch):
+                raise RuntimeError(f"LlamaCpp: llama_decode returned {code}")
+            logits = llama_cpp.llama_get_logits(self.context)  # waits for them
+        return np.ctypeslib.as_array(logits, (len(self.positions), self.logits_width)).copy()
+
+    def close(self) -> None:
+        llama_cpp.llama_batch_free(self.batch)
+        llama_cpp.llama_free(self.context)
+
+
+@contextmanager
+def open_llama_cpp(model: TrajectoryTransformer, quantisation: Quantisation, embeddings: Floats) -> Iterator[LlamaCpp]:
+    llama_cpp.llama_log_set(ignore, ctypes.c_void_p())
+    llama_cpp.llama_backend_init()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.gguf"
+        write_gguf(model, path, quantisation)
+        params = llama_cpp.llama_model_default_params()
+        params.use_mmap = False  # in memory of its own
+        llama = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
+    if not llama:
+        raise RuntimeError(f"llama.cpp does not load the model as {quantisation}")
+    peer = LlamaCpp(llama, model.config.max_len, embeddings)
+    try:
+        yield peer
+    finally:
+        peer.close()
+        llama_cpp.llama_model_free(llama)

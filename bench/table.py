@@ -1,0 +1,125 @@
+"""Print the README's table of decode steps, Markdown, from bench/latest.json.
+
+python bench/table.py                     # prints it
+python bench/table.py --write README.md   # puts it between <!-- bench:decode --> and <!-- /bench:decode -->
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+BEGIN, END = "<!-- bench:decode -->", "<!-- /bench:decode -->"
+TARGETS: dict[tuple[str, str], float] = {
+    ("d128 b1 fp32", "torch eager"): 8,
+    ("d128 b1 fp32", "llama.cpp f32"): 5,
+    ("d128 b32 fp32", "torch eager"): 3,
+    ("d128 b32 bf16+cache", "torch eager"): 4.5,
+    ("d256 b1 fp32", "torch eager"): 9,
+    ("d256 b1 fp32", "llama.cpp f32"): 4,
+    ("d256 b1 bf16", "tipl fp32"): 1.6,
+    ("d256 b32 fp32", "torch eager"): 2.5,
+    ("d256 b32 bf16+cache", "torch eager"): 4.5,
+    ("d512 b1 fp32", "torch eager"): 3,
+    ("d512 b1 bf16", "tipl fp32"): 1.8,
+    ("d512 b32 fp32", "torch eager"): 2,
+    ("d512 b32 bf16+cache", "torch eager"): 4.5,
+    ("d512 b32 bf16+cache", "llama.cpp f16"): 2,
+    ("d128 b1 fp32 avx2", "tipl avx512"): 0.6,
+    ("d256 b1 fp32 avx2", "tipl avx512"): 0.6,
+    ("d512 b1 fp32 avx2", "tipl avx512"): 0.6,
+    ("d128 b1 fp32 after torch.mm", "tipl alone"): 0.9,
+}
+"""(case, peer) -> the ratio that is wanted."""
+ROOF_TARGETS = {"d256 b1 fp32": 60, "d512 b1 fp32": 80}
+"""case -> percent of the roof that is wanted."""
+LIKE = {"fp32": "llama.cpp f32", "bf16": "llama.cpp f16", "bf16+cache": "llama.cpp f16", "int8": "llama.cpp q8_0"}
+"""Our mode -> llama.cpp's weights of about the same size."""
+
+
+def number(value: float | None, target: float | None = None) -> str:
+    text = "-" if value is None else f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    return text if target is None else f"{text} (≥ {target:g})"
+
+
+class Decoded:
+    """The record's rows of the suite `decode`, by case and peer."""
+
+    def __init__(self, rows: list[dict[str, Any]]) -> None:
+        self.rows = {(row["case"], row["peer"]): row for row in rows if row["suite"] == "decode"}
+        self.cases = {case: row for (case, _), row in self.rows.items()}
+
+    def peer_us(self, group: str, *peers: str) -> str:
+        """A peer's time does not depend on our mode; fp32 is in every group."""
+        return " / ".join(number(self.rows.get((f"{group} fp32", peer), {}).get("peer_value")) for peer in peers)
+
+    def ratio(self, case: str, peer: str) -> str:
+        return number(self.rows.get((case, peer), {}).get("ratio"), TARGETS.get((case, peer)))
+
+    def roof(self, case: str) -> str:
+        percent = number(round(self.cases[case]["percent_of_roof"]), ROOF_TARGETS.get(case))
+        return f"{percent} {self.cases[case]['binds']}"
+
+    def line(self, group: str) -> str:
+        """The table's line of one model and batch, our modes side by side."""
+        cases = [case for case in self.cases if case in {f"{group} {mode}" for mode in LIKE}]
+        mode = {case: case.removeprefix(f"{group} ") for case in cases}
+        columns = [
+            *group.split(),
+            " / ".join(mode.values()),
+            " / ".join(number(self.cases[case]["ours"]) for case in cases),
+            self.peer_us(group, "torch eager"),
+            self.peer_us(group, "torch.compile"),
+            self.peer_us(group, "llama.cpp f32", "llama.cpp f16", "llama.cpp q8_0"),
+            " / ".join(self.ratio(case, "torch eager") for case in cases),
+            " / ".join(self.ratio(case, LIKE[mode[case]]) for case in cases),
+            " / ".join(self.ratio(case, "tipl fp32") for case in cases[1:]),
+            " / ".join(self.roof(case) for case in cases),
+        ]
+        return f"| {' | '.join(columns)} |"
+
+
+HEADER = """\
+| model | batch | precision | tipl | torch eager | torch.compile | llama.cpp f32 / f16 / q8 | x torch eager | \
+x llama.cpp, like precision | x tipl fp32 | % of the roof that binds |
+|---|---|---|---|---|---|---|---|---|---|---|"""
+
+
+def table(record: dict[str, Any]) -> str:
+    decoded, machine, roofs = Decoded(record["rows"]), record["machine"], record["roofs"]
+    groups = dict.fromkeys(" ".join(case.split()[:2]) for case in decoded.cases if len(case.split()) == 3)
+    others = [f"{case} {decoded.ratio(case, peer)} x {peer}" for case, peer in decoded.rows if len(case.split()) > 3]
+    reads = ", ".join(f"{name} {number(gbps)}" for name, gbps in roofs["read_gbps"].items())
+    gemms = ", ".join(f"{name} {number(gflops)}" for name, gflops in roofs["gemm_gflops"].items())
+    return "\n".join(
+        [
+            "Microseconds a step, medians of one run; (≥ target).",
+            "",
+            HEADER,
+            *(decoded.line(group) for group in groups),
+            "",
+            *([f"Speed beside our own: {'; '.join(others)}.", ""] if others else []),
+            f"{machine['cpu']}, {machine['cores']} cores, {machine['isa']}, {machine['compiler']}, torch "
+            f"{machine['versions']['torch']}, llama-cpp-python {machine['versions']['llama_cpp_python']}, "
+            f"{machine['git_sha']}. Roofs: reading, GB/s: {reads}; GEMM, GFLOP/s: {gemms}.",
+        ]
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Print the table of decode steps from bench/latest.json.")
+    parser.add_argument("--write", type=Path, metavar="FILE", help=f"put it between {BEGIN} and {END} of FILE")
+    file: Path | None = parser.parse_args().write
+    text = table(json.loads(Path(__file__).with_name("latest.json").read_text()))
+    if file is None:
+        print(text)
+        return
+    before, begin, rest = file.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise SystemExit(f"table: {file} has no {BEGIN} ... {END}")
+    file.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
+
+
+if __name__ == "__main__":
+    main()
