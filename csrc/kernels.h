@@ -39,7 +39,7 @@ struct HeadCache {
   uint32_t *values;  // of block 0: (kCacheBlock / c, value_stride) words, c slots side by side
   ptrdiff_t block_words;  // from one block to the next
 };
-constexpr ptrdiff_t kCacheBlock = 64;  // a multiple of every N; the scores of one block of the online softmax
+constexpr ptrdiff_t kCacheBlock = 64;  // a multiple of every N
 
 // Rows of one length, wherever each of them lies.
 struct Rows {

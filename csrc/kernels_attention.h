@@ -12,7 +12,8 @@ using tipl::Precision;
 
 using tipl::kCacheBlock;
 
-constexpr int kKeyGroups = 4;  // groups of N slots whose scores are summed side by side
+constexpr int kKeyGroups = 4;           // groups of N slots whose scores are summed side by side
+constexpr ptrdiff_t kBlocksAtOnce = 4;  // blocks of a round of the online softmax, whose scores share a maximum
 static_assert(kCacheBlock % (kKeyGroups * kLanes) == 0);
 
 // Value `i` of every word.
@@ -115,40 +116,51 @@ inline void attend_in(const HeadCache &cache, const HeadCache &next, const float
   constexpr int kPerWord = tipl::values_per_word(PRECISION);
   const ptrdiff_t group_words = (cache.head_dim + kPerWord - 1) / kPerWord * kLanes;
   const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(cache.head_dim));
-  alignas(64) float weights[kCacheBlock];
+  const ptrdiff_t stride = cache.value_stride, blocks = (slots + kCacheBlock - 1) / kCacheBlock;
+  alignas(64) float weights[kBlocksAtOnce * kCacheBlock];
   Vec total = Vec::zero();                    // of the weights, lane by lane
   Vec highest = Vec::all(-__builtin_inff());  // score so far, in every lane
-  for (int i = 0; i < cache.value_stride; i += kLanes) Vec::zero().store(acc + i);
-  const ptrdiff_t blocks = (slots + kCacheBlock - 1) / kCacheBlock;
-  for (ptrdiff_t block = 0; block < blocks; ++block) {
-    const uint32_t *keys = cache.keys + block * cache.block_words, *values = cache.values + block * cache.block_words;
-    const ptrdiff_t count = block + 1 < blocks ? kCacheBlock : slots - block * kCacheBlock;
-    // As many blocks ahead as hold 16 KB at D = 32; behind the last lies the first of `next`.
-    const ptrdiff_t beyond = block + kPerWord - blocks;
-    const ptrdiff_t ahead = beyond < 0 ? kPerWord * cache.block_words : next.keys + beyond * next.block_words - keys;
-    const Vec block_highest = score_slots<PRECISION>(cache, query, scale, keys, ahead, group_words, count, weights);
-    const Vec now_highest = max(highest, Vec::all(max_lane(block_highest)));
-    const Vec decay = exp(highest - now_highest);  // 0 in the first block
+  for (ptrdiff_t i = 0; i < stride; i += kLanes) Vec::zero().store(acc + i);
+  for (ptrdiff_t round = 0; round < blocks; round += kBlocksAtOnce) {
+    const ptrdiff_t behind = round + kBlocksAtOnce < blocks ? round + kBlocksAtOnce : blocks;
+    const auto slots_of = [&](ptrdiff_t block) {
+      return block + 1 < blocks ? kCacheBlock : slots - block * kCacheBlock;
+    };
+    Vec now_highest = highest;
+    for (ptrdiff_t block = round; block < behind; ++block) {  // and the block's values are fetched
+      now_highest = max(now_highest, score_slots<PRECISION>(cache, query, scale, cache.keys + block * cache.block_words,
+                                                            cache.values - cache.keys, group_words, slots_of(block),
+                                                            weights + (block - round) * kCacheBlock));
+    }
+    now_highest = max_lanes(now_highest);
+    Vec decay = exp(highest - now_highest);  // 0 in the first round
     highest = now_highest;
     total = total * decay;
-    for (ptrdiff_t slot = 0; slot < count; slot += kLanes) {
+    for (ptrdiff_t slot = 0; slot < slots - round * kCacheBlock && slot < kBlocksAtOnce * kCacheBlock; slot += kLanes) {
       const Vec weight = exp(Vec::load(weights + slot) - highest);
-      weight.store(weights + slot);  // 0 beyond `count`, up to a whole register
+      weight.store(weights + slot);  // 0 beyond the last slot, up to a whole register
       total = total + weight;
     }
-    const ptrdiff_t stride = cache.value_stride;
-    ptrdiff_t column = 0;
-    for (; column + 4 * kLanes <= stride; column += 4 * kLanes) {
-      add_values<PRECISION, 4, 2>(values + column, ahead, stride, weights, count, decay, acc + column);
-    }
-    for (; column + 2 * kLanes <= stride; column += 2 * kLanes) {
-      add_values<PRECISION, 2, 4>(values + column, ahead, stride, weights, count, decay, acc + column);
-    }
-    for (; column < stride; column += kLanes) {
-      add_values<PRECISION, 1, 8>(values + column, ahead, stride, weights, count, decay, acc + column);
+    for (ptrdiff_t block = round; block < behind; ++block) {  // and the keys are fetched that are read a round later
+      const uint32_t *values = cache.values + block * cache.block_words;
+      const float *block_weights = weights + (block - round) * kCacheBlock;
+      const uint32_t *later = block + kBlocksAtOnce < blocks ? cache.keys + (block + kBlocksAtOnce) * cache.block_words
+                                                             : next.keys + (block - round) * next.block_words;
+      const ptrdiff_t ahead = later - values, count = slots_of(block);
+      ptrdiff_t column = 0;
+      for (; column + 4 * kLanes <= stride; column += 4 * kLanes) {
+        add_values<PRECISION, 4, 2>(values + column, ahead, stride, block_weights, count, decay, acc + column);
+      }
+      for (; column + 2 * kLanes <= stride; column += 2 * kLanes) {
+        add_values<PRECISION, 2, 4>(values + column, ahead, stride, block_weights, count, decay, acc + column);
+      }
+      for (; column < stride; column += kLanes) {
+        add_values<PRECISION, 1, 8>(values + column, ahead, stride, block_weights, count, decay, acc + column);
+      }
+      decay = Vec::all(1.0f);
     }
   }
-  const Vec inverse = Vec::all(1.0f / sum(total));
+  const Vec inverse = Vec::all(1.0f) / sum_lanes(total);
   const int whole = cache.head_dim / kLanes * kLanes, rest = cache.head_dim - whole;
   for (int i = 0; i < whole; i += kLanes) (Vec::load(acc + i) * inverse).store(out + i);
   if (rest > 0) store_first(out + whole, rest, Vec::load(acc + whole) * inverse);

@@ -38,14 +38,14 @@ void layer_norm(const float *x, ptrdiff_t x_stride, ptrdiff_t rows, ptrdiff_t d,
   for (; rows > 0; --rows, x += x_stride, y += y_stride) {
     Vec total = load_first(x + whole, rest);
     for (ptrdiff_t i = 0; i < whole; i += kLanes) total = total + Vec::load(x + i);
-    const Vec mean = Vec::all(sum(total) / static_cast<float>(d));
+    const Vec mean = Vec::all(first_lane(sum_lanes(total)) / static_cast<float>(d));
     const Vec last = select_first(rest, load_first(x + whole, rest) - mean, Vec::zero());
     Vec squares = last * last;
     for (ptrdiff_t i = 0; i < whole; i += kLanes) {
       const Vec centred = Vec::load(x + i) - mean;
       squares = fma(centred, centred, squares);
     }
-    const float variance = sum(squares) / static_cast<float>(d);
+    const float variance = first_lane(sum_lanes(squares)) / static_cast<float>(d);
     const Vec inverse = Vec::all(1.0f / __builtin_sqrtf(variance + 1e-5f));
     for (ptrdiff_t i = 0; i < whole; i += kLanes) {
       fma((Vec::load(x + i) - mean) * inverse, Vec::load(weight + i), Vec::load(bias + i)).store(y + i);

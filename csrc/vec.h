@@ -132,26 +132,35 @@ inline Vec power_of_two(Vec a) { return {reinterpret_cast<Floats>((reinterpret_c
 // b, but 0 in the lanes where a < bound.
 inline Vec zero_where_below(Vec a, float bound, Vec b) { return {a.v < Vec::all(bound).v ? Floats{} : b.v}; }
 
-// The sum and the maximum over all lanes, as a fixed binary tree.
-inline float sum(Vec a) {
-  float lanes[kLanes];
-  a.store(lanes);
-  for (int half = kLanes / 2; half > 0; half /= 2) {
-    for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
-  }
-  return lanes[0];
+// Lane i of the result is lane (i + BY) mod kLanes of a.
+template <int BY>
+inline Vec rotate(Vec a) {
+#if defined(__AVX512F__)
+  return {__builtin_shufflevector(a.v, a.v, BY, BY + 1, BY + 2, BY + 3, BY + 4, BY + 5, BY + 6, BY + 7, BY + 8, BY + 9,
+                                  BY + 10, BY + 11, BY + 12, BY + 13, BY + 14, BY + 15)};
+#elif defined(__AVX2__)
+  return {__builtin_shufflevector(a.v, a.v, BY, BY + 1, BY + 2, BY + 3, BY + 4, BY + 5, BY + 6, BY + 7)};
+#else
+  return {__builtin_shufflevector(a.v, a.v, BY, BY + 1, BY + 2, BY + 3)};
+#endif
 }
 
-inline float max_lane(Vec a) {
-  float lanes[kLanes];
-  a.store(lanes);
-  for (int half = kLanes / 2; half > 0; half /= 2) {
-    for (int lane = 0; lane < half; ++lane) {
-      if (lanes[lane + half] > lanes[lane]) lanes[lane] = lanes[lane + half];
-    }
-  }
-  return lanes[0];
+// The sum and the maximum over all lanes, in every lane, as a fixed binary tree.
+template <int HALF = kLanes / 2>
+inline Vec sum_lanes(Vec a) {
+  a = a + rotate<HALF>(a);
+  if constexpr (HALF > 1) return sum_lanes<HALF / 2>(a);
+  return a;
 }
+
+template <int HALF = kLanes / 2>
+inline Vec max_lanes(Vec a) {
+  a = max(rotate<HALF>(a), a);
+  if constexpr (HALF > 1) return max_lanes<HALF / 2>(a);
+  return a;
+}
+
+inline float first_lane(Vec a) { return a.v[0]; }
 
 // ---- float64
 

@@ -126,6 +126,29 @@ def test_every_step_equals_the_full_recompute(prefix):
     assert_as_exact_as_torch(feed(Decoder.from_model(model, 2), x, prefix), torch_float32, exact)
 
 
+@modes
+def test_a_path_of_8192_tokens(dtype, cache_dtype):
+    """Each prediction sees all that came before, to the very end."""
+    config = ModelConfig(n_components=3, n_layer=1, n_head=2, d_model=24, d_ff=32, max_len=8192, out_scale=0.5)
+    model, x = make_model(config), make_paths(config, 1, 8192)
+    x /= np.abs(x).max()
+    with torch.inference_mode():
+        torch_float32 = model(torch.from_numpy(x), torch.tensor([0]))[:, -1].numpy()
+        exact = copy.deepcopy(model).double()(torch.from_numpy(x).double(), torch.tensor([0]))[:, -1].numpy()
+    decoder = Decoder.from_model(model, 1, dtype=dtype, cache_dtype=cache_dtype)
+    decoder.prefill(x[:, :1].copy())
+    for t in range(1, 8192):
+        last = decoder.step(x[:, t].copy())
+    if dtype == cache_dtype == "float32":
+        assert_as_exact_as_torch(last, torch_float32, exact)
+    else:
+        assert relative_error(last, exact, x[:, -1]) < 0.02
+    with pytest.raises(
+        ValueError, match=r"^generate: the cache is full: sequence 0 holds 8192 of max_len = 8192 tokens"
+    ):
+        decoder.generate(1)
+
+
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("which", ["n_components", "head_dim", "d_ff"])
 def test_sizes_around_the_vector_width(which, size):
@@ -579,7 +602,7 @@ def test_ctrl_c_stops_a_pass_between_its_layers():
     done = run_python(
         SCRIPT
         + """
-config = test_decode.ModelConfig(n_components=5, n_layer=400, n_head=2, d_model=64, d_ff=512, max_len=8)
+config = test_decode.ModelConfig(n_components=5, n_layer=100, n_head=2, d_model=64, d_ff=512, max_len=8)
 weights = reference.random_forecaster(dataclasses.replace(config, n_layer=1), 0)
 for i in range(config.n_layer):
     weights |= {name.replace("blocks.0", f"blocks.{i}"): w for name, w in weights.items() if "blocks.0" in name}
