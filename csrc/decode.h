@@ -2,8 +2,7 @@
 //
 // Shapes  L layers, B sequences, H heads, D head_dim, T slots, d = H * D, k coordinates, M rows; row-major float32.
 // Rows    One pass takes M tokens, each a (sequence, slot): a step is one row a sequence, a prefill many. Prefixes may
-// be
-//         ragged, and a sequence without a row costs nothing.
+//         be ragged, and a sequence without a row costs nothing.
 // Cache   (L, B, H, T / 64, keys and values of 64 slots) in float32 or bfloat16: attention reads a head's past as one
 //         stream and once, with online softmax (arXiv:1805.02867). Keys are transposed inside groups of N slots, so
 //         that N scores fill one register.

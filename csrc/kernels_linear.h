@@ -17,9 +17,9 @@ constexpr int kTileRows = 6;
 constexpr int kTilePanels = kLanes == 16 ? 4 : 2;
 constexpr int kOneRowPanels = 8;  // a row alone: enough independent sums to hide the latency of fma
 constexpr int kRowsAtOnce = 36;   // rows whose sums stay in the L1 cache while the weights stream through it
-constexpr ptrdiff_t kSummedAtOnce =
-    128;  // inputs; a longer sum is a sum of sums, which keeps its rounding error small,
-          // and so many inputs' weights of a tile stay in the L1 cache for all rows
+// Inputs of a partial sum. A longer sum is a sum of sums, which keeps its rounding error small, and the weights of so
+// many inputs stay in the L1 cache until all rows have used them.
+constexpr ptrdiff_t kSummedAtOnce = 128;
 
 // sum (ROWS, PANELS) += x (ROWS, count) times the weights of PANELS panels that lie panel_words apart. Each output is
 // summed over the inputs in the same order whatever ROWS and PANELS are. Meanwhile the same inputs of two panels from
