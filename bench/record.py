@@ -29,7 +29,7 @@ class Record:
 
     def __init__(self, config: pytest.Config) -> None:
         baseline = json.loads(BASELINE.read_text()) if BASELINE.exists() else {"machine": {}, "ratios": {}}
-        self.terminal = config.pluginmanager.getplugin("capturemanager")
+        self.capture = config.pluginmanager.getplugin("capturemanager")
         self.updates: bool = config.getoption("--update-baseline")
         self.baseline_machine: dict[str, Any] = baseline["machine"]
         self.baseline: dict[str, float] = baseline["ratios"]
@@ -62,7 +62,7 @@ class Record:
 
     def say(self, *lines: str) -> None:
         """Print at once, though pytest captures what benchmarks print."""
-        with self.terminal.global_and_fixture_disabled():
+        with self.capture.global_and_fixture_disabled():
             print("", *lines, sep="\n", flush=True)
 
     def write(self, roofs: dict[str, dict[str, float]]) -> str:

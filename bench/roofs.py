@@ -59,18 +59,8 @@ class Roofs:
 
     num_threads: int = field(default_factory=_core.available_cpus)
     reader: ctypes.CDLL = field(default_factory=compile_reader)
-    read: dict[float, float] = field(default_factory=dict)
-    """MiB -> GB/s."""
     gemm: dict[str, float] = field(default_factory=dict)
     """float32, bfloat16 -> GFLOP/s."""
-
-    def read_gbps(self, num_bytes: float) -> float:
-        """GB/s at a footprint; from a GiB on it is DRAM's whatever the size."""
-        mib = float(f"{min(num_bytes / MIB, 1024):.3g}")
-        if mib not in self.read:
-            passes = max(2, round(512 / mib))  # some milliseconds
-            self.read[mib] = self.reader.read_gbps(int(mib * MIB), self.num_threads, passes, 12)
-        return self.read[mib]
 
     def reading_s(self, num_bytes: float) -> float:
         """Seconds that reading so much takes now, when it was read just before."""
@@ -97,13 +87,15 @@ class Roofs:
         return 100 * max(reading_s, computing_s) / seconds, binds
 
     def record(self) -> dict[str, dict[str, float]]:
-        for num_bytes in LEVELS.values():
-            self.read_gbps(num_bytes)
-        for dtype in ("float32", "bfloat16"):
-            self.gemm_gflops(dtype)
-        levels = {f"{name} ({size // MIB} MiB)": self.read_gbps(size) for name, size in LEVELS.items()}
-        sizes = {f"{mib:g} MiB": self.read[mib] for mib in sorted(self.read)}
-        return {"read_gbps": levels, "read_gbps_by_footprint": sizes, "gemm_gflops": self.gemm}
+        """Return the best GB/s of each level and GFLOP/s of each type."""
+        levels = {
+            f"{name} ({size // MIB} MiB)": self.reader.read_gbps(size, self.num_threads, max(2, 512 * MIB // size), 12)
+            for name, size in LEVELS.items()
+        }
+        return {
+            "read_gbps": levels,
+            "gemm_gflops": {dtype: self.gemm_gflops(dtype) for dtype in ("float32", "bfloat16")},
+        }
 
 
 if __name__ == "__main__":

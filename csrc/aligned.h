@@ -16,6 +16,9 @@
 
 namespace tipl {
 
+// n rounded up to a multiple.
+constexpr ptrdiff_t round_up(ptrdiff_t n, ptrdiff_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
 // Arrays of some MB are asked for in huge pages where the system has them: a model or a cache that streams through the
 // L3 cache comes up to 1.4 times as fast, because neighbours in memory stay neighbours in the cache.
 template <class T>

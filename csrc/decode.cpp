@@ -30,8 +30,8 @@ KvCache::KvCache(const DecoderConfig &config, Precision precision, int batch_siz
       T(max_len),
       head_dim(config.head_dim()),
       value_stride(static_cast<int>(round_up(head_dim, lanes))),
-      block_keys(kCacheBlock * round_up(head_dim, values_per_word(precision)) / values_per_word(precision)),
-      block_words(block_keys + kCacheBlock / values_per_word(precision) * value_stride),
+      block_keys(kCacheBlock * words_of(head_dim, precision)),
+      block_words(block_keys + words_of(kCacheBlock, precision) * value_stride),
       head_words(round_up(T, kCacheBlock) / kCacheBlock * block_words),
       words({config.n_layer, B, H, head_words}) {}
 

@@ -12,8 +12,13 @@ namespace tipl {
 // How stored numbers are packed into 32-bit words, each of one row's or one slot's lane: one float, two bfloat16 or
 // four int8 a word, the lowest bits first. Sums are float32 throughout.
 enum class Precision { kFloat32, kBfloat16, kInt8 };
-constexpr int values_per_word(Precision precision) {
+// (static: this header is compiled for several instruction sets, and no copy of one may serve the others.)
+static constexpr int values_per_word(Precision precision) {
   return precision == Precision::kFloat32 ? 1 : precision == Precision::kBfloat16 ? 2 : 4;
+}
+// The words that n values of one row take.
+static constexpr ptrdiff_t words_of(ptrdiff_t n, Precision precision) {
+  return (n + values_per_word(precision) - 1) / values_per_word(precision);
 }
 
 // A linear layer y = W x + b, its outputs in panels of N = lanes, so that a panel's sums fill one register.

@@ -8,9 +8,8 @@
 namespace {
 
 using tipl::HeadCache;
-using tipl::Precision;
-
 using tipl::kCacheBlock;
+using tipl::Precision;
 
 constexpr int kKeyGroups = 4;           // groups of N slots whose scores are summed side by side
 constexpr ptrdiff_t kBlocksAtOnce = 4;  // blocks of a round of the online softmax, whose scores share a maximum
@@ -113,8 +112,7 @@ inline void add_values(const uint32_t *values, ptrdiff_t ahead, ptrdiff_t stride
 template <Precision PRECISION>
 inline void attend_in(const HeadCache &cache, const HeadCache &next, const float *query, ptrdiff_t slots, float *acc,
                       float *out) {
-  constexpr int kPerWord = tipl::values_per_word(PRECISION);
-  const ptrdiff_t group_words = (cache.head_dim + kPerWord - 1) / kPerWord * kLanes;
+  const ptrdiff_t group_words = tipl::words_of(cache.head_dim, PRECISION) * kLanes;
   const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(cache.head_dim));
   const ptrdiff_t stride = cache.value_stride, blocks = (slots + kCacheBlock - 1) / kCacheBlock;
   alignas(64) float weights[kBlocksAtOnce * kCacheBlock];
@@ -178,7 +176,7 @@ void attend(const HeadCache &cache, const HeadCache &next, const float *query, p
 void append(const HeadCache &cache, ptrdiff_t slot, const float *key, const float *value) noexcept {
   const int per_word = tipl::values_per_word(cache.precision), D = cache.head_dim;
   const ptrdiff_t block = slot / kCacheBlock * cache.block_words, row = slot % kCacheBlock;
-  uint32_t *keys = cache.keys + block + row / kLanes * ((D + per_word - 1) / per_word * kLanes) + row % kLanes;
+  uint32_t *keys = cache.keys + block + row / kLanes * (tipl::words_of(D, cache.precision) * kLanes) + row % kLanes;
   uint32_t *values = cache.values + block + row / per_word * cache.value_stride;
   for (int i = 0; i < D; i += kLanes) {
     const ptrdiff_t count = D - i < kLanes ? D - i : kLanes;

@@ -37,7 +37,7 @@ inline void multiply(const uint32_t *weight, ptrdiff_t panel_words, const uint32
 #if defined(TIPL_BFLOAT16_DOT)
   if constexpr (PRECISION == Precision::kBfloat16) {
     alignas(64) uint32_t inputs[ROWS][kSummedAtOnce / kPerWord];
-    const ptrdiff_t words = (count + kPerWord - 1) / kPerWord;
+    const ptrdiff_t words = tipl::words_of(count, PRECISION);
     for (int row = 0; row < ROWS; ++row) {
       for (ptrdiff_t i = 0; i < words; i += kLanes) {
         load_as_bfloat16(x + row * x_stride + i * kPerWord).store(inputs[row] + i);
@@ -105,7 +105,7 @@ template <Precision PRECISION, int ROWS, int PANELS>
 inline void linear_rows(const PackedLinear &layer, ptrdiff_t panel, const float *x, ptrdiff_t x_stride, ptrdiff_t rows,
                         Epilogue epilogue, float *y, ptrdiff_t y_stride) {
   constexpr int kPerWord = tipl::values_per_word(PRECISION);
-  const ptrdiff_t panel_words = (layer.in + kPerWord - 1) / kPerWord * kLanes, tiles = (rows + ROWS - 1) / ROWS;
+  const ptrdiff_t panel_words = tipl::words_of(layer.in, PRECISION) * kLanes, tiles = (rows + ROWS - 1) / ROWS;
   const uint32_t *const first = layer.weight + panel * panel_words, *weight = first;
   alignas(64) float totals[ROWS == 1 ? 1 : kRowsAtOnce][PANELS * kLanes];
   for (ptrdiff_t row = 0; row < rows; ++row) {

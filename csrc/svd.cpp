@@ -21,8 +21,6 @@ constexpr ptrdiff_t kMinBlock = 64;     // rows of a block at least
 constexpr ptrdiff_t kColumnTile = 128;  // columns that a thread takes at once where every row is combined
 constexpr double kMaxSquares = 1.0e76;  // below float32's largest value squared: nothing computed from it overflows
 
-ptrdiff_t round_up(ptrdiff_t n, ptrdiff_t multiple) { return (n + multiple - 1) / multiple * multiple; }
-
 // body(rank, item) once for each item of n, whichever thread comes first: for items that write apart from one another.
 template <class Body>
 void for_each_item(ThreadPool &pool, ptrdiff_t n, const Body &body) {

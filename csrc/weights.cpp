@@ -90,7 +90,7 @@ std::vector<TensorSpec> tensor_specs(const DecoderConfig &config) {
 Weights::Linear::Linear(Tensors &tensors, int in, int out, Precision precision) {
   const float *from_weight = *tensors++, *from_bias = *tensors++;
   const int lanes = kernels().lanes, per_word = values_per_word(precision), bits = 32 / per_word;
-  const ptrdiff_t padded = round_up(out, lanes), words = (in + per_word - 1) / per_word;
+  const ptrdiff_t padded = round_up(out, lanes), words = words_of(in, precision);
   weight = AlignedWords({padded, words});
   bias = AlignedFloats({padded});
   if (precision == Precision::kInt8) scale = AlignedFloats({padded});

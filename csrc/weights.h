@@ -13,9 +13,6 @@ namespace tipl {
 // Throws std::invalid_argument where one of x's values, of the given shape, is NaN or Inf.
 void check_finite(const char *where, const std::string &name, const float *x, const std::vector<ptrdiff_t> &shape);
 
-// n rounded up to a multiple.
-constexpr ptrdiff_t round_up(ptrdiff_t n, ptrdiff_t multiple) { return (n + multiple - 1) / multiple * multiple; }
-
 struct DecoderConfig {
   int n_components, n_layer, n_head, d_model, d_ff, max_len;
   float diff_scale, out_scale;
