@@ -16,6 +16,7 @@ RECORD, ROOFS = pytest.StashKey[Record](), pytest.StashKey[Roofs]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-baseline", action="store_true", help="write the measured ratios to bench/baseline.json")
+    parser.addoption("--svd-disk", action="store_true", help="also fit 200,000 x 20,000 from disk: 16 GB")
 
 
 def pytest_configure(config: pytest.Config) -> None:

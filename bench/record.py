@@ -99,7 +99,7 @@ def first_line(*command: str) -> str:
 
 def machine() -> dict[str, object]:
     cpu = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    packages = ("tipl", "torch", "numpy", "llama_cpp_python", "stable_baselines3")
+    packages = ("tipl", "torch", "numpy", "scikit-learn", "llama_cpp_python", "stable_baselines3")
     return {
         "cpu": cpu[0].partition(":")[2].strip() if cpu else platform.processor(),
         "cores": _core.available_cpus(),

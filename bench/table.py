@@ -1,15 +1,15 @@
-"""Print the README's table of decode steps, Markdown, from bench/latest.json.
+"""Print the README's tables, Markdown, from bench/latest.json: decode steps, and fitting a basis.
 
-python bench/table.py                     # prints it
-python bench/table.py --write README.md   # puts it between <!-- bench:decode --> and <!-- /bench:decode -->
+python bench/table.py                     # prints what the last run measured
+python bench/table.py --write README.md   # puts each between its markers, <!-- bench:decode --> and <!-- /bench:decode -->
 """
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-BEGIN, END = "<!-- bench:decode -->", "<!-- /bench:decode -->"
 TARGETS: dict[tuple[str, str], float] = {
     ("d128 b1 fp32", "torch eager"): 8,
     ("d128 b1 fp32", "llama.cpp f32"): 5,
@@ -29,6 +29,12 @@ TARGETS: dict[tuple[str, str], float] = {
     ("d256 b1 fp32 avx2", "tipl avx512"): 0.6,
     ("d512 b1 fp32 avx2", "tipl avx512"): 0.6,
     ("d128 b1 fp32 after torch.mm", "tipl alone"): 0.9,
+    ("8192x73484 one-pass", "torch.svd_lowrank niter=2"): 2.5,
+    ("8192x73484 one-pass", "sklearn IncrementalPCA"): 45,
+    ("8192x73484 two-pass", "torch.svd_lowrank niter=2"): 2,
+    ("31296x5708 one-pass", "torch.svd_lowrank niter=2"): 2,
+    ("31296x5708 two-pass", "torch.svd_lowrank niter=2"): 1.5,
+    ("live row p=100000 k=32", "wanted: 2 ms"): 1,
 }
 """(case, peer) -> the ratio that is wanted."""
 ROOF_TARGETS = {"d256 b1 fp32": 60, "d512 b1 fp32": 80}
@@ -85,40 +91,62 @@ x llama.cpp, like precision | x tipl fp32 | % of the roof that binds |
 |---|---|---|---|---|---|---|---|---|---|---|"""
 
 
-def table(record: dict[str, Any]) -> str:
-    decoded, machine, roofs = Decoded(record["rows"]), record["machine"], record["roofs"]
+def decode_table(record: dict[str, Any]) -> list[str]:
+    decoded = Decoded(record["rows"])
     groups = dict.fromkeys(" ".join(case.split()[:2]) for case in decoded.cases if len(case.split()) == 3)
     others = [f"{case} {decoded.ratio(case, peer)} x {peer}" for case, peer in decoded.rows if len(case.split()) > 3]
+    return [
+        "Microseconds a step, medians of one run; (≥ target).",
+        "",
+        HEADER,
+        *(decoded.line(group) for group in groups),
+        "",
+        *([f"Speed beside our own: {'; '.join(others)}.", ""] if others else []),
+    ]
+
+
+def svd_table(record: dict[str, Any]) -> list[str]:
+    lines = []
+    for row in (row for row in record["rows"] if row["suite"] == "svd"):
+        roof = "-" if row["percent_of_roof"] is None else f"{row['percent_of_roof']:.0f} {row['binds']}"
+        ratio = number(row["ratio"], TARGETS.get((row["case"], row["peer"])))
+        ours, theirs = (f"{number(row[name])} {row['unit']}" for name in ("ours", "peer_value"))
+        lines.append(f"| {row['case']} | {ours} | {row['peer']} | {theirs} | {ratio} | {roof} |")
+    header = "| rows x columns | tipl | peer | | x | % of the roof that binds |"
+    return ["Medians of one run; (≥ target).", "", header, "|---|---|---|---|---|---|", *lines, ""]
+
+
+def machine_line(record: dict[str, Any]) -> str:
+    machine, roofs = record["machine"], record["roofs"]
     reads = ", ".join(f"{name} {number(gbps)}" for name, gbps in roofs["read_gbps"].items())
     gemms = ", ".join(f"{name} {number(gflops)}" for name, gflops in roofs["gemm_gflops"].items())
-    return "\n".join(
-        [
-            "Microseconds a step, medians of one run; (≥ target).",
-            "",
-            HEADER,
-            *(decoded.line(group) for group in groups),
-            "",
-            *([f"Speed beside our own: {'; '.join(others)}.", ""] if others else []),
-            f"{machine['cpu']}, {machine['cores']} cores, {machine['isa']}, {machine['compiler']}, torch "
-            f"{machine['versions']['torch']}, llama-cpp-python {machine['versions']['llama_cpp_python']}, "
-            f"{machine['git_sha']}. Roofs: reading, GB/s: {reads}; GEMM, GFLOP/s: {gemms}.",
-        ]
+    versions = ", ".join(f"{name} {machine['versions'][name]}" for name in machine["versions"] if name != "tipl")
+    return (
+        f"{machine['cpu']}, {machine['cores']} cores, {machine['isa']}, {machine['compiler']}, {versions}, "
+        f"{machine['git_sha']}. Roofs: reading, GB/s: {reads}; torch's GEMM, GFLOP/s: {gemms}."
     )
 
 
+TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {"decode": decode_table, "svd": svd_table}
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Print the table of decode steps from bench/latest.json.")
-    parser.add_argument("--write", type=Path, metavar="FILE", help=f"put it between {BEGIN} and {END} of FILE")
+    parser = argparse.ArgumentParser(description="Print the README's tables from bench/latest.json.")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="put them between their markers in FILE")
     file: Path | None = parser.parse_args().write
-    text = table(json.loads(Path(__file__).with_name("latest.json").read_text()))
-    if file is None:
-        print(text)
-        return
-    before, begin, rest = file.read_text().partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise SystemExit(f"table: {file} has no {BEGIN} ... {END}")
-    file.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
+    record = json.loads(Path(__file__).with_name("latest.json").read_text())
+    measured = {row["suite"] for row in record["rows"]}
+    for suite in [suite for suite in TABLES if suite in measured]:
+        text = "\n".join([*TABLES[suite](record), machine_line(record)])
+        if file is None:
+            print(text, end="\n\n")
+            continue
+        begin, end = f"<!-- bench:{suite} -->", f"<!-- /bench:{suite} -->"
+        before, found, rest = file.read_text().partition(begin)
+        _, closed, after = rest.partition(end)
+        if not (found and closed):
+            raise SystemExit(f"table: {file} has no {begin} ... {end}")
+        file.write_text(f"{before}{begin}\n{text}\n{end}{after}")
 
 
 if __name__ == "__main__":

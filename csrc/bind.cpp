@@ -21,7 +21,6 @@
 #include "parallel.h"
 #include "rng.h"
 #include "svd.h"
-#include "symmetric_eigen.h"
 
 namespace py = pybind11;
 
@@ -251,102 +250,216 @@ void bind_decoder(py::module_ &m) {
       .def_property_readonly("num_threads", &Decoder::num_threads);
 }
 
-// ---- streaming SVD
+// ---- Temporal SVD
 
-std::unique_ptr<StreamingSvd> make_svd(ptrdiff_t num_features, ptrdiff_t n_components, ptrdiff_t n_oversamples,
-                                       bool center, uint64_t seed, int num_threads) {
+// The rows of a float32 array (n, p) whose rows are contiguous, wherever each of them lies.
+RowView row_view(const char *where, const char *name, const py::array_t<float> &x, py::ssize_t p) {
+  check(x.ndim() == 2 && (p < 0 || x.shape(1) == p), where, ": ", name, " must have shape ",
+        letters({{"n"}, {"p", p}}, true), ", got ", shape_of(x));
+  constexpr py::ssize_t kSize = sizeof(float);
+  const bool contiguous = x.size() == 0 || x.shape(1) == 1 || x.strides(1) == kSize;
+  check(contiguous && x.strides(0) % kSize == 0 && reinterpret_cast<uintptr_t>(x.data()) % kSize == 0, where, ": ",
+        name, " must have contiguous rows");
+  return {x.data(), x.shape(0), x.strides(0) / kSize};
+}
+
+// As row_view, of an object that must be a float32 array.
+RowView row_view(const char *where, const char *name, const py::object &object, py::ssize_t p) {
+  if (!py::isinstance<py::array_t<float>>(object)) {
+    const py::object type =
+        py::isinstance<py::array>(object) ? py::object(object.attr("dtype")) : py::type::of(object).attr("__name__");
+    throw py::type_error(
+        text(where, ": ", name, " must be a NumPy array of float32, got ", py::str(type).cast<std::string>()));
+  }
+  return row_view(where, name, py::reinterpret_borrow<py::array_t<float>>(object), p);
+}
+
+// An array of this shape that owns the vector.
+template <class T>
+py::array_t<T> array_of(std::vector<T> values, std::vector<py::ssize_t> shape) {
+  auto *const kept = new std::vector<T>(std::move(values));
+  const py::capsule owner(kept, [](void *vector) { delete static_cast<std::vector<T> *>(vector); });
+  return py::array_t<T>(std::move(shape), kept->data(), owner);
+}
+
+std::unique_ptr<RowSketch> make_sketch(ptrdiff_t num_features, ptrdiff_t range_size, ptrdiff_t test_size, uint64_t seed,
+                                       int num_threads, const py::object &origin, const py::object &directions) {
+  std::optional<py::array_t<float>> origin_array, directions_array;
+  if (!origin.is_none()) origin_array = checked_array<float>("RowSketch", "origin", origin, {{"p", num_features}});
+  if (!directions.is_none()) {
+    directions_array =
+        checked_array<float>("RowSketch", "directions", directions, {{"l", range_size}, {"p", num_features}});
+  }
+  const float *const origin_data = origin_array ? origin_array->data() : nullptr;
+  const float *const directions_data = directions_array ? directions_array->data() : nullptr;
   py::gil_scoped_release release;
-  return std::make_unique<StreamingSvd>(SvdConfig{num_features, n_components, n_oversamples, center, seed},
-                                        num_threads);
+  return std::make_unique<RowSketch>(SketchConfig{num_features, range_size, test_size, seed}, origin_data,
+                                     directions_data, num_threads);
 }
 
-// p of rows that partial_fit could take first.
-py::ssize_t columns_of(const char *where, const py::object &x) {
-  return checked_array<float>(where, "X", x, {{"n"}, {"p"}}).shape(1);
-}
-
-void svd_partial_fit(StreamingSvd &svd, const py::object &x) {
-  const auto x_array = checked_array<float>("partial_fit", "X", x, {{"n"}, {"p", svd.config().num_features}});
-  const float *x_data = x_array.data();
-  const py::ssize_t n = x_array.shape(0);
+void sketch_partial_fit(RowSketch &sketch, const py::object &x, int64_t first_row, bool all_or_none) {
+  const RowView rows = row_view("partial_fit", "X", x, sketch.config().num_features);
   bool done;
   {
     py::gil_scoped_release release;
-    done = svd.partial_fit(x_data, n, signal_raised);
+    done = sketch.partial_fit(rows, first_row, all_or_none, signal_raised);
   }
   if (!done) throw py::error_already_set();
 }
 
-// components (k, p) float32, singular values (k), mean (p) and the bound of the residual.
-py::tuple svd_factors(const StreamingSvd &svd) {
-  const ptrdiff_t k = svd.config().n_components, p = svd.config().num_features;
-  py::array_t<float> components({k, p});
-  float *components_data = components.mutable_data();
-  const StreamingSvd::Factors factors = [&] {
+py::array_t<float> sketch_apply(const RowSketch &sketch, const py::object &x) {
+  const RowView rows = row_view("apply", "X", x, sketch.config().num_features);
+  std::vector<float> y = [&] {
     py::gil_scoped_release release;
-    StreamingSvd::Factors read = svd.factors();
-    for (ptrdiff_t j = 0; j < k; ++j) {
-      std::copy_n(read.components.data() + j * read.stride, p, components_data + j * p);
-    }
-    return read;
+    return sketch.apply(rows);
   }();
-  return py::make_tuple(components, py::array_t<double>(k, factors.singular_values.data()),
-                        py::array_t<double>(p, factors.mean.data()), factors.residual_bound);
+  return array_of(std::move(y), {rows.count, sketch.outputs() - 1});
 }
 
-py::array_t<double> bound_gram(const py::object &x, const py::object &origin, int num_threads) {
-  const auto x_array = checked_array<float>("gram", "X", x, {{"T"}, {"p"}});
-  const py::ssize_t T = x_array.shape(0), p = x_array.shape(1);
+py::array_t<float> sketch_exact_rows(const RowSketch &sketch) {
+  std::vector<float> rows = [&] {
+    py::gil_scoped_release release;
+    return sketch.exact_rows();
+  }();
+  const py::ssize_t p = sketch.config().num_features, n = std::ssize(rows) / p;
+  return array_of(std::move(rows), {n, p});
+}
+
+py::array_t<float> sketch_range_rows(const RowSketch &sketch) {
+  std::vector<float> rows = [&] {
+    py::gil_scoped_release release;
+    return sketch.range_rows();
+  }();
+  const py::ssize_t l = sketch.config().range_size, n = std::ssize(rows) / l;
+  return array_of(std::move(rows), {n, l});
+}
+
+py::array_t<float> sketch_combine(const RowSketch &sketch, const py::object &weights) {
+  const auto array = checked_array<double>("combine", "weights", weights, {{"l + q + 1", sketch.outputs()}, {"r"}});
+  const py::ssize_t r = array.shape(1);
+  py::array_t<float> out({r, static_cast<py::ssize_t>(sketch.config().num_features)});
+  const double *weight_data = array.data();
+  float *out_data = out.mutable_data();
+  {
+    py::gil_scoped_release release;
+    sketch.combine_co_range(weight_data, r, out_data);
+  }
+  return out;
+}
+
+py::array_t<double> sketch_gram(const RowSketch &sketch) {
+  return py::array_t<double>({sketch.outputs(), sketch.outputs()}, sketch.sums().gram.data());
+}
+
+py::array_t<double> sketch_co_range(const RowSketch &sketch) {
+  return py::array_t<double>({sketch.outputs(), sketch.config().num_features}, sketch.sums().co_range.data());
+}
+
+// Of d, over all rows that are not pending (p).
+py::array_t<double> sketch_row_sum(const RowSketch &sketch) {
+  const ptrdiff_t p = sketch.config().num_features;
+  return py::array_t<double>(p, sketch.sums().co_range.data() + (sketch.outputs() - 1) * p);
+}
+
+py::array_t<float> sketch_origin(const RowSketch &sketch) {
+  return py::array_t<float>(std::ssize(sketch.origin()), sketch.origin().data());
+}
+
+py::array_t<float> sketch_pending(const RowSketch &sketch) {
+  const RowView rows = sketch.pending();
+  return py::array_t<float>({rows.count, static_cast<ptrdiff_t>(sketch.config().num_features)}, rows.data);
+}
+
+void sketch_restore(RowSketch &sketch, const py::object &co_range, const py::object &gram, double squares,
+                    const py::object &range_rows, const py::object &pending) {
+  const py::ssize_t p = sketch.config().num_features, l = sketch.config().range_size, L = sketch.outputs();
+  const auto c = checked_array<double>("restore", "co_range", co_range, {{"l + q + 1", L}, {"p", p}});
+  const auto g = checked_array<double>("restore", "gram", gram, {{"l + q + 1", L}, {"l + q + 1", L}});
+  const auto y = checked_array<float>("restore", "range_rows", range_rows, {{"n"}, {"l", l}});
+  const RowView rows = row_view("restore", "pending", pending, p);
+  RowSketch::Sums sums;
+  sums.co_range = AlignedArray<double>({L, p});
+  std::copy_n(c.data(), L * p, sums.co_range.data());
+  sums.gram.assign(g.data(), g.data() + L * L);
+  sums.squares = squares;
+  sums.rows = y.shape(0);
+  sums.range_rows.push_back(std::make_shared<const std::vector<float>>(y.data(), y.data() + y.size()));
+  sketch.restore(std::move(sums), rows);
+}
+
+void bound_check_finite(const char *where, const py::object &x, int num_threads, int64_t first_row) {
+  const RowView rows = row_view(where, "X", x, -1);
+  const py::ssize_t p = py::reinterpret_borrow<py::array>(x).shape(1);
+  py::gil_scoped_release release;
+  check_finite_rows(where, rows, first_row, p, num_threads);
+}
+
+// (X - origin)(Y - origin)^T in float64, of X with itself where Y is None.
+py::array_t<double> bound_products(const char *where, const py::object &x, const py::object &y,
+                                   const py::object &origin, int num_threads, int64_t first_row) {
+  const RowView left = row_view(where, "X", x, -1);
+  const py::ssize_t p = py::reinterpret_borrow<py::array>(x).shape(1);
+  const RowView right = y.is_none() ? left : row_view(where, "Y", y, p);
   std::optional<py::array_t<float>> origin_array;
-  if (!origin.is_none()) origin_array = checked_array<float>("gram", "origin", origin, {{"p", p}});
-  py::array_t<double> out({T, T});
-  const float *x_data = x_array.data(), *origin_data = origin_array ? origin_array->data() : nullptr;
+  if (!origin.is_none()) origin_array = checked_array<float>(where, "origin", origin, {{"p", p}});
+  const float *origin_data = origin_array ? origin_array->data() : nullptr;
+  py::array_t<double> out({left.count, right.count});
   double *out_data = out.mutable_data();
   {
     py::gil_scoped_release release;
-    gram(x_data, T, p, origin_data, out_data, num_threads);
+    products(where, left, first_row, right, origin_data, p, y.is_none(), out_data, num_threads);
   }
   return out;
 }
 
-py::array_t<double> bound_cross_products(const py::object &x, const py::object &y, int num_threads) {
-  const auto y_array = checked_array<float>("transform", "components_", y, {{"k"}, {"p"}});
-  const py::ssize_t k = y_array.shape(0), p = y_array.shape(1);
-  const auto x_array = checked_array<float>("transform", "X", x, {{"n"}, {"p", p}});
-  const py::ssize_t n = x_array.shape(0);
-  py::array_t<double> out({n, k});
-  const float *x_data = x_array.data(), *y_data = y_array.data();
-  double *out_data = out.mutable_data();
+// weights^T X in float64, rounded.
+py::array_t<float> bound_combine(const py::object &x, const py::object &weights, int num_threads) {
+  const RowView rows = row_view("combine", "X", x, -1);
+  const py::ssize_t p = py::reinterpret_borrow<py::array>(x).shape(1);
+  const auto array = checked_array<double>("combine", "weights", weights, {{"n", rows.count}, {"r"}});
+  const py::ssize_t r = array.shape(1);
+  py::array_t<float> out({r, p});
+  const double *weight_data = array.data();
+  float *out_data = out.mutable_data();
   {
     py::gil_scoped_release release;
-    cross_products(x_data, n, y_data, k, p, out_data, num_threads);
+    combine(rows, p, weight_data, r, out_data, num_threads);
   }
   return out;
-}
-
-// Eigenvalues (n), descending, and eigenvectors (n, n), a row each. For the solver's tests.
-py::tuple bound_symmetric_eigen(const py::object &a) {
-  const auto array = checked_array<double>("symmetric_eigen", "a", a, {{"n"}, {"n"}});
-  const py::ssize_t n = array.shape(0);
-  check(array.shape(1) == n, "symmetric_eigen: a must be square, got ", shape_of(array));
-  const SymmetricEigen eigen(array.data(), n);
-  return py::make_tuple(py::array_t<double>(n, eigen.values.data()), py::array_t<double>({n, n}, eigen.vectors.data()));
 }
 
 void bind_svd(py::module_ &m) {
-  py::class_<StreamingSvd>(m, "StreamingSvd", "The sketch of the rows seen; tipl.StreamingSVD documents it.")
-      .def(py::init(&make_svd), py::kw_only(), py::arg("num_features"), py::arg("n_components"),
-           py::arg("n_oversamples"), py::arg("center"), py::arg("seed"), py::arg("num_threads"))
-      .def("partial_fit", &svd_partial_fit, py::arg("X"))
-      .def("merge", &StreamingSvd::merge, py::arg("other"), py::call_guard<py::gil_scoped_release>())
-      .def("factors", &svd_factors)
-      .def("num_rows", &StreamingSvd::num_rows, py::call_guard<py::gil_scoped_release>())
-      .def_property_readonly("num_features", [](const StreamingSvd &svd) { return svd.config().num_features; })
-      .def_property_readonly("num_threads", &StreamingSvd::num_threads);
-  m.def("columns_of", &columns_of, py::arg("where"), py::arg("X"));
-  m.def("gram", &bound_gram, py::arg("X"), py::arg("origin"), py::arg("num_threads"));
-  m.def("cross_products", &bound_cross_products, py::arg("X"), py::arg("Y"), py::arg("num_threads"));
-  m.def("symmetric_eigen", &bound_symmetric_eigen, py::arg("a"));
+  const auto release = py::call_guard<py::gil_scoped_release>();
+  py::class_<RowSketch>(m, "RowSketch", "The sketch of the rows seen; tipl.StreamingSVD documents it.")
+      .def(py::init(&make_sketch), py::kw_only(), py::arg("num_features"), py::arg("range_size"), py::arg("test_size"),
+           py::arg("seed"), py::arg("num_threads"), py::arg("origin"), py::arg("directions"))
+      .def("partial_fit", &sketch_partial_fit, py::arg("X"), py::arg("first_row"), py::arg("all_or_none"))
+      .def("merge", &RowSketch::merge, py::arg("other"), release)
+      .def("settle", &RowSketch::settle, release)
+      .def("snapshot", &RowSketch::snapshot, py::arg("settled") = true, release)
+      .def("apply", &sketch_apply, py::arg("X"))
+      .def("exact_rows", &sketch_exact_rows)
+      .def("range_rows", &sketch_range_rows)
+      .def("combine", &sketch_combine, py::arg("weights"))
+      .def("num_rows", &RowSketch::num_rows, release)
+      .def("restore", &sketch_restore, py::kw_only(), py::arg("co_range"), py::arg("gram"), py::arg("squares"),
+           py::arg("range_rows"), py::arg("pending"))
+      .def_property_readonly("gram", &sketch_gram)
+      .def_property_readonly("co_range", &sketch_co_range)
+      .def_property_readonly("row_sum", &sketch_row_sum)
+      .def_property_readonly("squares", [](const RowSketch &sketch) { return sketch.sums().squares; })
+      .def_property_readonly("pending", &sketch_pending)
+      .def_property_readonly("origin", &sketch_origin)
+      .def_property_readonly("num_features", [](const RowSketch &sketch) { return sketch.config().num_features; })
+      .def_property_readonly("exact", &RowSketch::exact)
+      .def_property_readonly("directed", &RowSketch::directed)
+      .def_property_readonly("range_size", [](const RowSketch &sketch) { return sketch.config().range_size; })
+      .def_property_readonly("test_size", [](const RowSketch &sketch) { return sketch.config().test_size; });
+  m.def("check_finite", &bound_check_finite, py::arg("where"), py::arg("X"), py::arg("num_threads"),
+        py::arg("first_row") = 0);
+  m.def("products", &bound_products, py::arg("where"), py::arg("X"), py::arg("Y"), py::arg("origin"),
+        py::arg("num_threads"), py::arg("first_row") = 0);
+  m.def("combine", &bound_combine, py::arg("X"), py::arg("weights"), py::arg("num_threads"));
 }
 
 }  // namespace

@@ -22,8 +22,12 @@ extern const Kernels TIPL_JOIN(kernels_, TIPL_ISA_NAME) = {
     .layer_norm = layer_norm,
     .append = append,
     .attend = attend,
+    .sketch = sketch,
+    .update = update,
+    .subtract = subtract,
     .products = products,
-    .combine = combine,
+    .combine_floats = combine<float>,
+    .combine_doubles = combine<double>,
     .sum_squares = sum_squares,
 };
 

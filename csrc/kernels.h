@@ -51,9 +51,12 @@ struct Rows {
   const float *const *row;
   ptrdiff_t count;
 };
-constexpr ptrdiff_t kProductBlock = 32;   // rows a side that one call of products takes at most
-constexpr ptrdiff_t kCombinePadding = 8;  // the weights of a row lie a multiple of this apart
-constexpr ptrdiff_t kColumnPadding = 16;  // combine takes a multiple of this many columns
+constexpr ptrdiff_t kProductBlock = 32;    // rows a side that one call of products takes at most
+constexpr ptrdiff_t kCombinePadding = 8;   // the weights of a row lie a multiple of this apart
+constexpr ptrdiff_t kSketchColumns = 256;  // columns that sketch takes at most, which stay in the L1 cache
+constexpr int kUpdateOutputs = 6;          // outputs side by side in y as update takes it
+constexpr ptrdiff_t kUpdateColumns = 64;   // columns of d that update takes
+constexpr ptrdiff_t kUpdateRows = 128;     // rows that update takes at most: so many products are summed in float32
 
 struct Kernels {
   const char *isa;  // "baseline", "avx2", "avx512" or "avx512bf16"
@@ -80,20 +83,39 @@ struct Kernels {
   void (*attend)(const HeadCache &cache, const HeadCache &next, const float *query, ptrdiff_t slots, float *scratch,
                  float *out) noexcept;
 
-  // ---- streaming SVD (svd.cpp); float32 rows, float64 arithmetic
+  // ---- sketches of rows (svd.cpp); origin may be null, for zero
 
-  // out (left.count, right.count) <- (left - origin)(right - origin)^T over `columns` columns; origin may be null.
-  // At most kProductBlock rows a side. `lower`: left and right are the same rows, and only i >= j is written.
-  void (*products)(Rows left, Rows right, const double *origin, ptrdiff_t columns, bool lower, double *out,
+  // y (outputs, lanes) += Omega^T (x - origin)^T of rows <= lanes rows of x, and squares (rows) += those of x - origin.
+  // Omega (columns <= kSketchColumns, outputs): output j's entries are codes[starts[j]] ... codes[starts[j + 1] - 1],
+  // each 2 * column for +1 or 2 * column + 1 for -1. Lanes without a row get finite values.
+  void (*sketch)(const float *const *x, ptrdiff_t rows, const float *origin, ptrdiff_t columns, const uint32_t *starts,
+                 const uint16_t *codes, ptrdiff_t outputs, float *y, double *squares) noexcept;
+
+  // z (outputs, kUpdateColumns) += y^T d, with y (outputs / kUpdateOutputs rounded up, rows, kUpdateOutputs) zero
+  // beyond `outputs`, and d (rows <= kUpdateRows, kUpdateColumns). Summed over the rows in float32, added to z in
+  // float64. Meanwhile `ahead` (rows, kUpdateColumns), which is read after it, is fetched.
+  void (*update)(const float *y, const float *d, ptrdiff_t rows, ptrdiff_t outputs, const float *ahead,
+                 ptrdiff_t ahead_stride, double *z, ptrdiff_t z_stride) noexcept;
+
+  // d (n) <- x - origin.
+  void (*subtract)(const float *x, const float *origin, ptrdiff_t n, float *d) noexcept;
+
+  // ---- products of rows (svd.cpp); float32 rows, float64 arithmetic; origin may be null, for zero
+
+  // out (left.count, right.count) <- (left - origin)(right - origin)^T over `columns` columns. At most kProductBlock
+  // rows a side. `lower`: left and right are the same rows, and only i >= j is written.
+  void (*products)(Rows left, Rows right, const float *origin, ptrdiff_t columns, bool lower, double *out,
                    ptrdiff_t out_stride) noexcept;
 
-  // y (outputs, columns) <- weights^T rows[:, begin : begin + columns], with weights (rows.count, outputs rounded up to
-  // kCombinePadding), zero beyond `outputs`. `columns` is a multiple of kColumnPadding; y overlaps no row.
-  void (*combine)(Rows rows, ptrdiff_t begin, ptrdiff_t columns, const double *weights, ptrdiff_t outputs, float *y,
-                  ptrdiff_t y_stride) noexcept;
+  // y (outputs, columns) <- weights^T rows[:, begin : begin + columns], with weights (rows, outputs rounded up to
+  // kCombinePadding), zero beyond `outputs`. y overlaps no row.
+  void (*combine_floats)(const float *const *row, ptrdiff_t rows, ptrdiff_t begin, ptrdiff_t columns,
+                         const double *weights, ptrdiff_t outputs, float *y, ptrdiff_t y_stride) noexcept;
+  void (*combine_doubles)(const double *const *row, ptrdiff_t rows, ptrdiff_t begin, ptrdiff_t columns,
+                          const double *weights, ptrdiff_t outputs, float *y, ptrdiff_t y_stride) noexcept;
 
-  // Sum of the squares of x (n): NaN or Inf exactly where one of x's values is.
-  double (*sum_squares)(const float *x, ptrdiff_t n) noexcept;
+  // Sum of the squares of x - origin (n): NaN or Inf exactly where one of x's values is.
+  double (*sum_squares)(const float *x, const float *origin, ptrdiff_t n) noexcept;
 };
 
 extern const Kernels kernels_baseline;

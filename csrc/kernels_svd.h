@@ -1,4 +1,4 @@
-// The kernels of the streaming SVD: float32 rows, float64 arithmetic. A part of kernels.cpp, under its rules.
+// The kernels of the sketch and of the products of rows (svd.cpp). A part of kernels.cpp, under its rules.
 #pragma once
 
 #include "kernels.h"
@@ -12,12 +12,141 @@ constexpr int kProductTile = kLanes == 16 ? 4 : 3;  // rows a side of a register
 constexpr int kBlockSide = (tipl::kProductBlock + kProductTile - 1) / kProductTile;  // register tiles a side of a block
 constexpr ptrdiff_t kColumnsAtOnce = 512;           // columns of two blocks' rows that stay in the L2 cache
 constexpr int kCombineTile = kLanes == 16 ? 8 : 4;  // outputs of a register tile of combinations
-static_assert(tipl::kCombinePadding % kCombineTile == 0 && tipl::kColumnPadding % (2 * kDoubleLanes) == 0);
+static_assert(tipl::kCombinePadding % kCombineTile == 0);
+
+// ---- sketch
+
+// The sketch of one run of columns. FULL: rows = lanes.
+template <bool FULL, bool kOrigin>
+inline void sketch_columns(const float *const *x, ptrdiff_t rows, const float *origin, ptrdiff_t columns,
+                           const uint32_t *starts, const uint16_t *codes, ptrdiff_t outputs, float *y,
+                           double *squares) {
+  alignas(64) float signed_columns[2 * tipl::kSketchColumns * kLanes];  // of d: each as it is, and negated
+  Vec squared = Vec::zero();
+  const auto transposed = [&](ptrdiff_t first, const auto &load) {
+    const Vec zero_point = kOrigin ? load(origin + first) : Vec::zero();
+    Vec tile[kLanes];
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) {
+      tile[i] = FULL || i < rows ? load(x[i] + first) : Vec::zero();
+      if (kOrigin) tile[i] = tile[i] - zero_point;
+    }
+    transpose(tile);
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) {
+      tile[i].store(signed_columns + 2 * (first + i) * kLanes);
+      (Vec::zero() - tile[i]).store(signed_columns + (2 * (first + i) + 1) * kLanes);
+      squared = fma(tile[i], tile[i], squared);
+    }
+  };
+  const ptrdiff_t whole = columns / kLanes * kLanes;
+  for (ptrdiff_t first = 0; first < whole; first += kLanes) {
+    transposed(first, [](const float *at) { return Vec::load(at); });
+  }
+  if (whole < columns) {
+    transposed(whole, [rest = columns - whole](const float *at) { return load_first(at, rest); });
+  }
+  float lanes[kLanes];
+  squared.store(lanes);
+  for (ptrdiff_t i = 0; i < rows; ++i) squares[i] += static_cast<double>(lanes[i]);
+  const auto column = [&](uint16_t code) { return Vec::load(signed_columns + code * kLanes); };
+  for (ptrdiff_t output = 0; output < outputs; ++output) {
+    const uint16_t *code = codes + starts[output], *const end = codes + starts[output + 1];
+    Vec sum = Vec::load(y + output * kLanes), other = Vec::zero();  // two chains of sums
+    for (; code + 4 <= end; code += 4) {
+      sum = sum + column(code[0]);
+      other = other + column(code[1]);
+      sum = sum + column(code[2]);
+      other = other + column(code[3]);
+    }
+    for (; code < end; ++code) sum = sum + column(*code);
+    (sum + other).store(y + output * kLanes);
+  }
+}
+
+void sketch(const float *const *x, ptrdiff_t rows, const float *origin, ptrdiff_t columns, const uint32_t *starts,
+            const uint16_t *codes, ptrdiff_t outputs, float *y, double *squares) noexcept {
+  if (rows < kLanes && origin != nullptr) {
+    sketch_columns<false, true>(x, rows, origin, columns, starts, codes, outputs, y, squares);
+  } else if (rows < kLanes) {
+    sketch_columns<false, false>(x, rows, origin, columns, starts, codes, outputs, y, squares);
+  } else if (origin != nullptr) {
+    sketch_columns<true, true>(x, rows, origin, columns, starts, codes, outputs, y, squares);
+  } else {
+    sketch_columns<true, false>(x, rows, origin, columns, starts, codes, outputs, y, squares);
+  }
+}
+
+// z (kUpdateOutputs, PANELS registers wide) += y^T d. A line of each row of `ahead` is fetched unless it is null.
+template <int PANELS>
+inline void update_tile(const float *y, const float *d, ptrdiff_t rows, ptrdiff_t outputs, const float *ahead,
+                        ptrdiff_t ahead_stride, double *z, ptrdiff_t z_stride) {
+  Vec sum[tipl::kUpdateOutputs][PANELS];
+  for (auto &row : sum) {
+    for (Vec &value : row) value = Vec::zero();
+  }
+  for (ptrdiff_t r = 0; r < rows; ++r, y += tipl::kUpdateOutputs, d += tipl::kUpdateColumns) {
+    if (ahead != nullptr) __builtin_prefetch(ahead + r * ahead_stride, 0, 2);
+    Vec right[PANELS];
+#pragma GCC unroll 4
+    for (int p = 0; p < PANELS; ++p) right[p] = Vec::load(d + p * kLanes);
+#pragma GCC unroll 6
+    for (int o = 0; o < tipl::kUpdateOutputs; ++o) {
+      const Vec left = Vec::all(y[o]);
+#pragma GCC unroll 4
+      for (int p = 0; p < PANELS; ++p) sum[o][p] = fma(left, right[p], sum[o][p]);
+    }
+  }
+  for (ptrdiff_t o = 0; o < outputs; ++o) {
+    for (int p = 0; p < PANELS; ++p) {
+      float values[kLanes];
+      sum[o][p].store(values);
+      double *const to = z + o * z_stride + p * kLanes;
+      for (int at = 0; at < kLanes; at += kDoubleLanes)
+        (Doubles::load(to + at) + Doubles::load(values + at)).store(to + at);
+    }
+  }
+}
+
+void update(const float *y, const float *d, ptrdiff_t rows, ptrdiff_t outputs, const float *ahead,
+            ptrdiff_t ahead_stride, double *z, ptrdiff_t z_stride) noexcept {
+  constexpr int kPanels = kLanes == 16 ? 4 : 2;
+  constexpr ptrdiff_t kWidth = kPanels * kLanes, kLine = 16, kLines = tipl::kUpdateColumns / kLine;
+  static_assert(tipl::kUpdateColumns % kWidth == 0);
+  for (ptrdiff_t c = 0; c < tipl::kUpdateColumns; c += kWidth) {
+    const float *tile = y;
+    for (ptrdiff_t o = 0; o < outputs; o += tipl::kUpdateOutputs, tile += rows * tipl::kUpdateOutputs) {
+      const ptrdiff_t here = outputs - o < tipl::kUpdateOutputs ? outputs - o : tipl::kUpdateOutputs;
+      const ptrdiff_t line = o / tipl::kUpdateOutputs;  // each is fetched in a tile of its own
+      const float *const fetched = c == 0 && line < kLines ? ahead + line * kLine : nullptr;
+      update_tile<kPanels>(tile, d + c, rows, here, fetched, ahead_stride, z + o * z_stride + c, z_stride);
+    }
+  }
+}
+
+template <bool kOrigin>
+inline void subtract_from(const float *x, const float *origin, ptrdiff_t n, float *d) {
+  ptrdiff_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    (kOrigin ? Vec::load(x + i) - Vec::load(origin + i) : Vec::load(x + i)).store(d + i);
+  }
+  for (; i < n; ++i) d[i] = kOrigin ? x[i] - origin[i] : x[i];
+}
+
+void subtract(const float *x, const float *origin, ptrdiff_t n, float *d) noexcept {
+  if (origin == nullptr) {
+    subtract_from<false>(x, origin, n, d);
+  } else {
+    subtract_from<true>(x, origin, n, d);
+  }
+}
+
+// ---- products and combinations in float64
 
 // acc[i][j] += sum over columns of (left[i] - origin) * (right[j] - origin), lane by lane. A tile at the edge of a
 // block repeats its last row.
 template <bool kOrigin>
-inline void product_tile(const float *const *left, const float *const *right, const double *origin, ptrdiff_t begin,
+inline void product_tile(const float *const *left, const float *const *right, const float *origin, ptrdiff_t begin,
                          ptrdiff_t end, Doubles (&acc)[kProductTile][kProductTile]) {
   const auto step = [&](const auto &load) {
     const Doubles zero_point = kOrigin ? load(origin) : Doubles::zero();
@@ -32,12 +161,12 @@ inline void product_tile(const float *const *left, const float *const *right, co
     }
   };
   ptrdiff_t c = begin;
-  for (; c + kDoubleLanes <= end; c += kDoubleLanes) step([c](const auto *row) { return Doubles::load(row + c); });
-  if (c < end) step([c, end](const auto *row) { return load_first_doubles(row + c, end - c); });
+  for (; c + kDoubleLanes <= end; c += kDoubleLanes) step([c](const float *row) { return Doubles::load(row + c); });
+  if (c < end) step([c, end](const float *row) { return load_first_doubles(row + c, end - c); });
 }
 
 template <bool kOrigin>
-inline void product_block(Rows left, Rows right, const double *origin, ptrdiff_t columns, bool lower, double *out,
+inline void product_block(Rows left, Rows right, const float *origin, ptrdiff_t columns, bool lower, double *out,
                           ptrdiff_t out_stride) {
   Doubles acc[kBlockSide][kBlockSide][kProductTile][kProductTile];
   const int tiles_down = static_cast<int>((left.count + kProductTile - 1) / kProductTile);
@@ -77,7 +206,7 @@ inline void product_block(Rows left, Rows right, const double *origin, ptrdiff_t
   }
 }
 
-void products(Rows left, Rows right, const double *origin, ptrdiff_t columns, bool lower, double *out,
+void products(Rows left, Rows right, const float *origin, ptrdiff_t columns, bool lower, double *out,
               ptrdiff_t out_stride) noexcept {
   if (origin == nullptr) {
     product_block<false>(left, right, origin, columns, lower, out, out_stride);
@@ -86,48 +215,67 @@ void products(Rows left, Rows right, const double *origin, ptrdiff_t columns, bo
   }
 }
 
-void combine(Rows rows, ptrdiff_t begin, ptrdiff_t columns, const double *weights, ptrdiff_t outputs, float *y,
-             ptrdiff_t y_stride) noexcept {
+template <class T>
+void combine(const T *const *row, ptrdiff_t rows, ptrdiff_t begin, ptrdiff_t columns, const double *weights,
+             ptrdiff_t outputs, float *y, ptrdiff_t y_stride) noexcept {
   const ptrdiff_t weight_stride = (outputs + tipl::kCombinePadding - 1) / tipl::kCombinePadding * tipl::kCombinePadding;
   for (ptrdiff_t first = 0; first < outputs; first += kCombineTile) {
     const ptrdiff_t last = first + kCombineTile < outputs ? first + kCombineTile : outputs;
     float *const tile = y + first * y_stride;
-    for (ptrdiff_t c = 0; c < columns; c += 2 * kDoubleLanes) {
-      Doubles acc[kCombineTile][2];
-      for (auto &pair : acc) pair[0] = pair[1] = Doubles::zero();
-      for (ptrdiff_t r = 0; r < rows.count; ++r) {
-        const float *row = rows.row[r] + begin + c;
+    ptrdiff_t c = 0;
+    const auto step = [&]<int REGISTERS>(const auto &load) {
+      Doubles acc[kCombineTile][REGISTERS];
+      for (auto &sums : acc) {
+        for (Doubles &value : sums) value = Doubles::zero();
+      }
+      for (ptrdiff_t r = 0; r < rows; ++r) {
         const double *weight = weights + r * weight_stride + first;
-        const Doubles x[2] = {Doubles::load(row), Doubles::load(row + kDoubleLanes)};
+        Doubles x[REGISTERS];
+        for (int i = 0; i < REGISTERS; ++i) x[i] = load(row[r] + begin + c + i * kDoubleLanes);
 #pragma GCC unroll 8
         for (int o = 0; o < kCombineTile; ++o) {
           const Doubles w = Doubles::all(weight[o]);
-          acc[o][0] = fma(w, x[0], acc[o][0]);
-          acc[o][1] = fma(w, x[1], acc[o][1]);
+          for (int i = 0; i < REGISTERS; ++i) acc[o][i] = fma(w, x[i], acc[o][i]);
         }
       }
       for (ptrdiff_t o = 0; o < last - first; ++o) {
-        acc[o][0].store(tile + o * y_stride + c);
-        acc[o][1].store(tile + o * y_stride + c + kDoubleLanes);
+        for (int i = 0; i < REGISTERS; ++i) {
+          float values[kDoubleLanes];
+          acc[o][i].store(values);
+          const ptrdiff_t at = c + i * kDoubleLanes;
+          for (ptrdiff_t lane = 0; lane < kDoubleLanes && at + lane < columns; ++lane) {
+            tile[o * y_stride + at + lane] = values[lane];
+          }
+        }
       }
+    };
+    for (; c + 2 * kDoubleLanes <= columns; c += 2 * kDoubleLanes) {
+      step.template operator()<2>([](const T *at) { return Doubles::load(at); });
+    }
+    for (; c < columns; c += kDoubleLanes) {
+      const ptrdiff_t count = columns - c < kDoubleLanes ? columns - c : kDoubleLanes;
+      step.template operator()<1>([count](const T *at) { return load_first_doubles(at, count); });
     }
   }
 }
 
-double sum_squares(const float *x, ptrdiff_t n) noexcept {
+double sum_squares(const float *x, const float *origin, ptrdiff_t n) noexcept {
   constexpr int kSums = 4;
   Doubles acc[kSums];
   for (Doubles &a : acc) a = Doubles::zero();
+  const auto add = [&](Doubles &a, Doubles value) { a = fma(value, value, a); };
   ptrdiff_t i = 0;
   for (; i + kSums * kDoubleLanes <= n; i += kSums * kDoubleLanes) {
     for (int s = 0; s < kSums; ++s) {
-      const Doubles value = Doubles::load(x + i + s * kDoubleLanes);
-      acc[s] = fma(value, value, acc[s]);
+      const ptrdiff_t at = i + s * kDoubleLanes;
+      const Doubles value = Doubles::load(x + at);
+      add(acc[s], origin == nullptr ? value : value - Doubles::load(origin + at));
     }
   }
   for (; i < n; i += kDoubleLanes) {
-    const Doubles value = i + kDoubleLanes <= n ? Doubles::load(x + i) : load_first_doubles(x + i, n - i);
-    acc[0] = fma(value, value, acc[0]);
+    const ptrdiff_t count = n - i < kDoubleLanes ? n - i : kDoubleLanes;
+    const Doubles value = load_first_doubles(x + i, count);
+    add(acc[0], origin == nullptr ? value : value - load_first_doubles(origin + i, count));
   }
   return sum((acc[0] + acc[1]) + (acc[2] + acc[3]));
 }

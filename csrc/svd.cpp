@@ -2,24 +2,26 @@
 
 #include <algorithm>
 #include <atomic>
+#include <bit>
 #include <cmath>
-#include <limits>
 #include <numeric>
-#include <string>
+#include <type_traits>
+#include <utility>
 
 #include "check.h"
 #include "isa.h"
 #include "rng.h"
-#include "symmetric_eigen.h"
 
 namespace tipl {
 namespace {
 
-constexpr double kFloatEps = std::numeric_limits<float>::epsilon();
-constexpr double kDoubleEps = std::numeric_limits<double>::epsilon();
-constexpr ptrdiff_t kMinBlock = 64;     // rows of a block at least
-constexpr ptrdiff_t kColumnTile = 128;  // columns that a thread takes at once where every row is combined
-constexpr double kMaxSquares = 1.0e76;  // below float32's largest value squared: nothing computed from it overflows
+constexpr ptrdiff_t kBlockRows = 256;         // b; C is read and written once a block
+constexpr ptrdiff_t kNonzeros = 4;            // of a column of A in Omega: from 4 on more did not lower any error
+constexpr ptrdiff_t kTestNonzeros = 2;        // and in Omega'
+constexpr ptrdiff_t kUpdatePanels = 4;        // of kUpdateColumns each: what a thread takes of C at once
+constexpr ptrdiff_t kDirectionColumns = 512;  // columns of the directions that stay in the L2 cache
+constexpr ptrdiff_t kColumnTile = 128;        // columns that a thread takes at once where rows are combined
+constexpr double kMaxSquares = 1.0e30;        // products of sums of so large rows stay within float32
 
 // body(rank, item) once for each item of n, whichever thread comes first: for items that write apart from one another.
 template <class Body>
@@ -30,34 +32,45 @@ void for_each_item(ThreadPool &pool, ptrdiff_t n, const Body &body) {
   });
 }
 
-// body(begin, end, rank) over tiles of columns.
-template <class Body>
-void for_each_column_tile(ThreadPool &pool, ptrdiff_t columns, const Body &body) {
-  for_each_item(pool, (columns + kColumnTile - 1) / kColumnTile, [&](int rank, ptrdiff_t tile) {
-    body(tile * kColumnTile, std::min((tile + 1) * kColumnTile, columns), rank);
-  });
-}
-
-// The sum of squares of each row of x (n, p). Throws std::invalid_argument where a value is NaN or Inf.
-std::vector<double> finite_squares(ThreadPool &pool, const char *where, const char *name, const float *x, ptrdiff_t n,
-                                   ptrdiff_t p) {
-  std::vector<double> squares(n);
-  const Kernels &kernels = tipl::kernels();
-  parallel_for(pool, n, [&](ptrdiff_t begin, ptrdiff_t end) {
-    for (ptrdiff_t i = begin; i < end; ++i) squares[i] = kernels.sum_squares(x + i * p, p);
-  });
-  const auto bad = std::find_if_not(squares.begin(), squares.end(), [](double s) { return std::isfinite(s); });
-  if (bad == squares.end()) return squares;
-  const ptrdiff_t i = bad - squares.begin();
-  const float *row = x + i * p;
+// Throws std::invalid_argument for the first value of row i that is not finite, if any.
+void check_row(const char *where, const char *name, const float *row, int64_t i, ptrdiff_t p) {
   const ptrdiff_t j = std::find_if_not(row, row + p, [](float value) { return std::isfinite(value); }) - row;
-  check(false, where, ": ", name, " must be finite, got ", row[j], " at row ", i, ", column ", j);
-  return {};
+  check(j == p, where, ": ", name, " must be finite, got ", j < p ? row[j] : 0.0f, " at row ", i, ", column ", j);
 }
 
-std::vector<const float *> rows_of(const float *x, ptrdiff_t n, ptrdiff_t stride) {
-  std::vector<const float *> rows(n);
-  for (ptrdiff_t i = 0; i < n; ++i) rows[i] = x + i * stride;
+// Throws std::invalid_argument where a value is NaN or Inf, or a row far too large, as the squares of its row tell.
+// x's first row is row `first` to the caller.
+void check_squares(const char *where, RowView x, int64_t first, ptrdiff_t p, const std::vector<double> &squares) {
+  for (ptrdiff_t i = 0; i < x.count; ++i) {
+    if (squares[i] < kMaxSquares) continue;
+    check_row(where, "X", x.row(i), first + i, p);
+    check(false, where, ": X is too large for float32 sums: the squares of row ", first + i, " sum to ", squares[i],
+          ", which must stay below ", kMaxSquares);
+  }
+}
+
+// Throws std::invalid_argument where a value is NaN or Inf; returns the sum of squares of each row less origin.
+std::vector<double> checked_squares(ThreadPool &pool, const char *where, const char *name, RowView x, int64_t first,
+                                    const float *origin, ptrdiff_t p) {
+  std::vector<double> squares(x.count);
+  const Kernels &kernels = tipl::kernels();
+  const auto sum = [&](ptrdiff_t begin, ptrdiff_t end) {
+    for (ptrdiff_t i = begin; i < end; ++i) squares[i] = kernels.sum_squares(x.row(i), origin, p);
+  };
+  if (x.count == 1) {  // as rows of a run in the making come: not worth waking threads
+    sum(0, 1);
+  } else {
+    parallel_for(pool, x.count, sum);
+  }
+  for (ptrdiff_t i = 0; i < x.count; ++i) {
+    if (!std::isfinite(squares[i])) check_row(where, name, x.row(i), first + i, p);
+  }
+  return squares;
+}
+
+std::vector<const float *> pointers(RowView x) {
+  std::vector<const float *> rows(x.count);
+  for (ptrdiff_t i = 0; i < x.count; ++i) rows[i] = x.row(i);
   return rows;
 }
 
@@ -67,313 +80,559 @@ Rows block_of(const std::vector<const float *> &rows, ptrdiff_t index) {
   return {rows.data() + begin, std::min<ptrdiff_t>(kProductBlock, std::ssize(rows) - begin)};
 }
 
-ptrdiff_t num_blocks(ptrdiff_t rows) { return (rows + kProductBlock - 1) / kProductBlock; }
-
-// out (m, m) <- the products of all pairs of rows less origin, in both triangles.
-void gram_of(ThreadPool &pool, const std::vector<const float *> &rows, ptrdiff_t columns, const double *origin,
-             double *out) {
-  const ptrdiff_t m = std::ssize(rows);
+// out (x.count, y.count) <- (x - origin)(y - origin)^T.
+void products_of(ThreadPool &pool, RowView x, RowView y, const float *origin, ptrdiff_t p, bool same, double *out) {
+  const std::vector<const float *> left = pointers(x), right = pointers(y);
+  const auto blocks = [](ptrdiff_t rows) { return (rows + kProductBlock - 1) / kProductBlock; };
   std::vector<std::pair<ptrdiff_t, ptrdiff_t>> tasks;  // pairs of blocks of rows
-  for (ptrdiff_t i = 0; i < num_blocks(m); ++i) {
-    for (ptrdiff_t j = 0; j <= i; ++j) tasks.emplace_back(i, j);
+  for (ptrdiff_t i = 0; i < blocks(x.count); ++i) {
+    for (ptrdiff_t j = 0; j < (same ? i + 1 : blocks(y.count)); ++j) tasks.emplace_back(i, j);
   }
   const Kernels &kernels = tipl::kernels();
   for_each_item(pool, std::ssize(tasks), [&](int, ptrdiff_t task) {
     const auto [i, j] = tasks[task];
-    kernels.products(block_of(rows, i), block_of(rows, j), origin, columns, i == j, out + (i * m + j) * kProductBlock,
-                     m);
+    kernels.products(block_of(left, i), block_of(right, j), origin, p, same && i == j,
+                     out + (i * y.count + j) * kProductBlock, y.count);
   });
-  for (ptrdiff_t i = 0; i < m; ++i) {
-    for (ptrdiff_t j = 0; j < i; ++j) out[j * m + i] = out[i * m + j];
+  if (!same) return;
+  for (ptrdiff_t i = 0; i < x.count; ++i) {
+    for (ptrdiff_t j = 0; j < i; ++j) out[j * x.count + i] = out[i * x.count + j];
   }
 }
 
-// to <- factor * (a - b), p values.
-void difference(const double *a, const double *b, double factor, ptrdiff_t p, float *to) {
-  for (ptrdiff_t c = 0; c < p; ++c) to[c] = static_cast<float>(factor * (a[c] - b[c]));
+// out (r, p) <- weights^T rows with weights (rows, r).
+template <class T>
+void combine_rows(ThreadPool &pool, const std::vector<const T *> &rows, ptrdiff_t p, const double *weights, ptrdiff_t r,
+                  float *out) {
+  const ptrdiff_t stride = round_up(r, kCombinePadding);
+  std::vector<double> padded(rows.size() * stride);
+  for (ptrdiff_t i = 0; i < std::ssize(rows); ++i) std::copy_n(weights + i * r, r, &padded[i * stride]);
+  const Kernels &kernels = tipl::kernels();
+  for_each_item(pool, (p + kColumnTile - 1) / kColumnTile, [&](int, ptrdiff_t tile) {
+    const ptrdiff_t begin = tile * kColumnTile, columns = std::min(kColumnTile, p - begin);
+    const auto kernel = [&] {
+      if constexpr (std::is_same_v<T, float>)
+        return kernels.combine_floats;
+      else
+        return kernels.combine_doubles;
+    }();
+    kernel(rows.data(), std::ssize(rows), begin, columns, padded.data(), r, out + begin, p);
+  });
 }
 
-// What a difference of means weighs as a row of its own, beside n and m rows about their own means (Ross et al. 2008).
-double step_weight(int64_t n, int64_t m) {
-  return std::sqrt(static_cast<double>(n) * static_cast<double>(m) / static_cast<double>(n + m));
-}
-
-const SvdConfig &checked(const SvdConfig &config) {
-  check(config.num_features >= 1, "StreamingSVD: X must have at least one column, got ", config.num_features);
-  check(1 <= config.n_components && config.n_components <= config.num_features,
-        "StreamingSVD: n_components must lie in [1, p] = [1, ", config.num_features, "], got ", config.n_components);
-  check(config.n_oversamples >= 0, "StreamingSVD: n_oversamples must be >= 0, got ", config.n_oversamples);
+const SketchConfig &checked(const SketchConfig &config) {
+  const ptrdiff_t p = config.num_features, l = config.range_size, q = config.test_size;
+  check(p >= 1, "RowSketch: X must have at least one column, got ", p);
+  check(1 <= l && l <= p, "RowSketch: range_size must lie in [1, p] = [1, ", p, "], got ", l);
+  check(q >= 0, "RowSketch: test_size must be >= 0, got ", q);
   return config;
 }
 
 }  // namespace
 
-void gram(const float *x, ptrdiff_t n, ptrdiff_t p, const float *origin, double *out, int num_threads) {
+void check_finite_rows(const char *where, RowView x, int64_t first_row, ptrdiff_t p, int num_threads) {
   ThreadPool pool(num_threads);
-  finite_squares(pool, "gram", "X", x, n, p);
-  std::vector<double> exact_origin;
-  if (origin != nullptr) {
-    finite_squares(pool, "gram", "origin", origin, 1, p);
-    exact_origin.assign(origin, origin + p);
-  }
-  gram_of(pool, rows_of(x, n, p), p, origin == nullptr ? nullptr : exact_origin.data(), out);
+  checked_squares(pool, where, "X", x, first_row, nullptr, p);
 }
 
-void cross_products(const float *x, ptrdiff_t n, const float *y, ptrdiff_t k, ptrdiff_t p, double *out,
-                    int num_threads) {
+void products(const char *where, RowView x, int64_t first_row, RowView y, const float *origin, ptrdiff_t p, bool same,
+              double *out, int num_threads) {
   ThreadPool pool(num_threads);
-  finite_squares(pool, "transform", "X", x, n, p);
-  const std::vector<const float *> left = rows_of(x, n, p), right = rows_of(y, k, p);
-  const Kernels &kernels = tipl::kernels();
-  for_each_item(pool, num_blocks(n) * num_blocks(k), [&](int, ptrdiff_t task) {
-    const ptrdiff_t i = task / num_blocks(k), j = task % num_blocks(k);
-    kernels.products(block_of(left, i), block_of(right, j), nullptr, p, false, out + (i * k + j) * kProductBlock, k);
+  checked_squares(pool, where, "X", x, first_row, nullptr, p);
+  if (origin != nullptr) checked_squares(pool, where, "origin", {origin, 1, p}, 0, nullptr, p);
+  products_of(pool, x, y, origin, p, same, out);
+}
+
+void combine(RowView x, ptrdiff_t p, const double *weights, ptrdiff_t r, float *out, int num_threads) {
+  ThreadPool pool(num_threads);
+  combine_rows(pool, pointers(x), p, weights, r, out);
+}
+
+// ---- Omega
+
+// What takes a row d (p) to its first l + q outputs.
+struct RowSketch::Omega {
+  // As Kernels::sketch takes them, for each kSketchColumns columns: (chunks, l + q + 1) and all chunks' codes. Empty
+  // where directions are given.
+  std::vector<uint32_t> starts;
+  std::vector<std::vector<uint16_t>> codes;
+  AlignedWords directions;  // for each kDirectionColumns columns, panels (l / N, columns, N), zero beyond l
+  AlignedFloats bias;       // (l rounded up to N), zero
+
+  static std::shared_ptr<const Omega> of_signs(ThreadPool &pool, const SketchConfig &config);
+  static std::shared_ptr<const Omega> of_directions(ThreadPool &pool, const SketchConfig &config,
+                                                    const float *directions);
+};
+
+std::shared_ptr<const RowSketch::Omega> RowSketch::Omega::of_signs(ThreadPool &pool, const SketchConfig &config) {
+  const ptrdiff_t p = config.num_features, l = config.range_size, q = config.test_size, outputs = l + q;
+  const ptrdiff_t chunks = (p + kSketchColumns - 1) / kSketchColumns;
+  auto omega = std::make_shared<Omega>();
+  omega->starts.resize(chunks * (outputs + 1));
+  omega->codes.resize(chunks);
+  // One entry of every column in `size` outputs, each output with as many as any other but for one: the columns in
+  // random order are dealt out to the outputs. Calls add(column, output, negative).
+  const auto deal = [&](ptrdiff_t chunk, ptrdiff_t columns, ptrdiff_t stratum, ptrdiff_t size, const auto &add) {
+    const auto low = [](uint64_t x) { return static_cast<uint32_t>(x); };
+    std::vector<ptrdiff_t> order(columns);
+    std::iota(order.begin(), order.end(), 0);
+    for (ptrdiff_t i = columns; i-- > 0;) {
+      const auto random = philox4x32({low(i), low(chunk), low(static_cast<uint64_t>(chunk) >> 32), low(stratum)},
+                                     {low(config.seed), low(config.seed >> 32)});
+      std::swap(order[i], order[(uint64_t{random[0]} * static_cast<uint64_t>(i + 1)) >> 32]);  // Fisher and Yates
+      // Of more outputs than columns, one of as many as there are to each column.
+      const ptrdiff_t output = (i * size + (columns < size ? random[2] % size : 0)) / columns;
+      add(order[i], output, random[1] & 1);
+    }
+  };
+  parallel_for(pool, chunks, [&](ptrdiff_t begin, ptrdiff_t end) {
+    for (ptrdiff_t chunk = begin; chunk < end; ++chunk) {
+      const ptrdiff_t first = chunk * kSketchColumns, columns = std::min(kSketchColumns, p - first);
+      std::vector<std::vector<uint16_t>> by_output(outputs);
+      // `strata` entries a column in the outputs [from, from + width), one in each part of them.
+      const auto fill = [&](ptrdiff_t from, ptrdiff_t width, ptrdiff_t strata, ptrdiff_t tag) {
+        for (ptrdiff_t i = 0; i < strata; ++i) {
+          const ptrdiff_t part = width * i / strata, size = width * (i + 1) / strata - part;
+          deal(chunk, columns, tag + i, size, [&](ptrdiff_t column, ptrdiff_t output, uint32_t negative) {
+            by_output[from + part + output].push_back(static_cast<uint16_t>(2 * column + negative));
+          });
+        }
+      };
+      if (l == p) {
+        for (ptrdiff_t c = 0; c < columns; ++c) by_output[first + c].push_back(static_cast<uint16_t>(2 * c));
+      } else {
+        fill(0, l, std::min(kNonzeros, l), 0);
+      }
+      fill(l, q, std::min(kTestNonzeros, q), kNonzeros);
+      std::vector<uint16_t> &codes = omega->codes[chunk];
+      uint32_t *const starts = &omega->starts[chunk * (outputs + 1)];
+      for (ptrdiff_t output = 0; output < outputs; ++output) {
+        codes.insert(codes.end(), by_output[output].begin(), by_output[output].end());
+        starts[output + 1] = static_cast<uint32_t>(codes.size());
+      }
+    }
   });
+  return omega;
+}
+
+std::shared_ptr<const RowSketch::Omega> RowSketch::Omega::of_directions(ThreadPool &pool, const SketchConfig &config,
+                                                                        const float *directions) {
+  const ptrdiff_t p = config.num_features, l = config.range_size, N = kernels().lanes, panels = (l + N - 1) / N;
+  auto omega = std::make_shared<Omega>();
+  omega->directions = AlignedWords({panels, p, N});
+  omega->bias = AlignedFloats({panels * N});
+  for_each_item(pool, (p + kDirectionColumns - 1) / kDirectionColumns, [&](int, ptrdiff_t chunk) {
+    const ptrdiff_t begin = chunk * kDirectionColumns, columns = std::min(kDirectionColumns, p - begin);
+    uint32_t *const packed = omega->directions.data() + begin * panels * N;
+    for (ptrdiff_t j = 0; j < l; ++j) {
+      for (ptrdiff_t c = 0; c < columns; ++c) {
+        packed[(j / N * columns + c) * N + j % N] = std::bit_cast<uint32_t>(directions[j * p + begin + c]);
+      }
+    }
+  });
+  return omega;
+}
+
+RowSketch::RowSketch(const SketchConfig &config, const float *origin, const float *directions, int num_threads)
+    : config_(checked(config)),
+      outputs_(config.range_size + config.test_size + 1),
+      y_stride_(round_up(outputs_, 16)),
+      kernels_(kernels()),
+      origin_(origin == nullptr ? std::vector<float>() : std::vector<float>(origin, origin + config.num_features)),
+      pool_(num_threads),
+      sums_(std::make_shared<Sums>()) {
+  const ptrdiff_t p = config_.num_features;
+  if (origin != nullptr) checked_squares(pool_, "RowSketch", "origin", {origin, 1, p}, 0, nullptr, p);
+  if (directions == nullptr) {
+    omega_ = Omega::of_signs(pool_, config_);
+  } else {
+    check(config_.test_size == 0, "RowSketch: beside given directions test_size must be 0, got ", config_.test_size);
+    checked_squares(pool_, "RowSketch", "directions", {directions, config_.range_size, p}, 0, nullptr, p);
+    omega_ = Omega::of_directions(pool_, config_, directions);
+  }
+  sums_->co_range = AlignedArray<double>({outputs_, p});
+  sums_->gram.resize(outputs_ * outputs_);
+}
+
+RowSketch::RowSketch(const RowSketch &other, std::shared_ptr<Sums> sums)
+    : config_(other.config_),
+      outputs_(other.outputs_),
+      y_stride_(other.y_stride_),
+      kernels_(other.kernels_),
+      origin_(other.origin_),
+      pool_(other.pool_.size()),
+      omega_(other.omega_),
+      sums_(std::move(sums)) {}
+
+// ---- rows to y
+
+// y (rows, y_stride): [d Omega, d Omega', 1] of each row, and the sum of squares of its d.
+struct RowSketch::Block {
+  AlignedFloats y;
+  std::vector<double> squares;
+};
+
+RowSketch::Block RowSketch::sketched(RowView x) const {
+  Block block{AlignedFloats({x.count, y_stride_}), std::vector<double>(x.count)};
+  apply_to(x, origin_or_null(), block.y.data(), block.squares.data());
+  for (ptrdiff_t i = 0; i < x.count; ++i) block.y.data()[i * y_stride_ + outputs_ - 1] = 1.0f;
+  return block;
+}
+
+// y (rows, y_stride) <- (x - origin) [Omega, Omega'], and the sum of squares of each x - origin.
+void RowSketch::apply_to(RowView x, const float *origin, float *y, double *squares) const {
+  if (directed()) {
+    multiply_rows(x, origin, y, squares);
+  } else {
+    sketch_rows(x, origin, y, squares);
+  }
+}
+
+// Through signs, as many rows at a time as a register has lanes.
+void RowSketch::sketch_rows(RowView x, const float *origin, float *y, double *squares) const {
+  const ptrdiff_t p = config_.num_features, N = kernels_.lanes, mapped = outputs_ - 1;
+  for_each_item(pool_, (x.count + N - 1) / N, [&](int, ptrdiff_t group) {
+    const ptrdiff_t first = group * N, rows = std::min(N, x.count - first);
+    AlignedFloats sums({mapped, N});
+    for (ptrdiff_t begin = 0; begin < p; begin += kSketchColumns) {
+      const float *row[16];
+      for (ptrdiff_t i = 0; i < rows; ++i) row[i] = x.row(first + i) + begin;
+      const ptrdiff_t chunk = begin / kSketchColumns;
+      kernels_.sketch(row, rows, origin == nullptr ? nullptr : origin + begin, std::min(kSketchColumns, p - begin),
+                      &omega_->starts[chunk * (mapped + 1)], omega_->codes[chunk].data(), mapped, sums.data(),
+                      squares + first);
+    }
+    for (ptrdiff_t i = 0; i < rows; ++i) {
+      for (ptrdiff_t j = 0; j < mapped; ++j) y[(first + i) * y_stride_ + j] = sums.data()[j * N + i];
+    }
+  });
+}
+
+// Through given directions, in slices of their columns.
+void RowSketch::multiply_rows(RowView x, const float *origin, float *y, double *squares) const {
+  const ptrdiff_t p = config_.num_features, l = config_.range_size, N = kernels_.lanes, panels = (l + N - 1) / N;
+  constexpr ptrdiff_t kRows = 64;  // that the directions are read once for
+  for_each_item(pool_, (x.count + kRows - 1) / kRows, [&](int, ptrdiff_t group) {
+    const ptrdiff_t first = group * kRows, rows = std::min(kRows, x.count - first);
+    AlignedFloats d({rows, kDirectionColumns});
+    for (ptrdiff_t begin = 0; begin < p; begin += kDirectionColumns) {
+      const ptrdiff_t columns = std::min(kDirectionColumns, p - begin);
+      const float *const zero_point = origin == nullptr ? nullptr : origin + begin;
+      for (ptrdiff_t i = 0; i < rows; ++i) {
+        const float *const row = x.row(first + i) + begin;
+        if (begin + columns < p) {
+          for (ptrdiff_t c = 0; c < kDirectionColumns; c += 16) __builtin_prefetch(row + kDirectionColumns + c, 0, 2);
+        }
+        kernels_.subtract(row, zero_point, columns, d.data() + i * kDirectionColumns);
+        squares[first + i] += kernels_.sum_squares(row, zero_point, columns);
+      }
+      const PackedLinear layer{Precision::kFloat32,
+                               omega_->directions.data() + begin * panels * N,
+                               nullptr,
+                               omega_->bias.data(),
+                               static_cast<int>(columns),
+                               static_cast<int>(l)};
+      kernels_.linear(layer, 0, panels, d.data(), kDirectionColumns, rows,
+                      begin == 0 ? Epilogue::kStore : Epilogue::kAdd, y + first * y_stride_, y_stride_);
+    }
+  });
+}
+
+std::vector<float> RowSketch::apply(RowView x) const {
+  const std::lock_guard lock(mutex_);
+  const ptrdiff_t mapped = outputs_ - 1;
+  AlignedFloats y({x.count, y_stride_});
+  std::vector<double> squares(x.count);
+  apply_to(x, nullptr, y.data(), squares.data());
+  std::vector<float> out(x.count * mapped);
+  for (ptrdiff_t i = 0; i < x.count; ++i) std::copy_n(y.data() + i * y_stride_, mapped, &out[i * mapped]);
+  return out;
+}
+
+// ---- y to sums
+
+// G += y^T y.
+void RowSketch::add_gram(const Block &block, double *gram) const {
+  const ptrdiff_t rows = std::ssize(block.squares);
+  AlignedFloats transposed({outputs_, rows});
+  for (ptrdiff_t i = 0; i < rows; ++i) {
+    for (ptrdiff_t j = 0; j < outputs_; ++j) transposed.data()[j * rows + i] = block.y.data()[i * y_stride_ + j];
+  }
+  const RowView view{transposed.data(), outputs_, rows};
+  std::vector<double> added(outputs_ * outputs_);
+  products_of(pool_, view, view, nullptr, rows, true, added.data());
+  for (size_t i = 0; i < added.size(); ++i) gram[i] += added[i];
+}
+
+// C += y^T d.
+void RowSketch::add_co_range(RowView x, const Block &block, double *co_range) const {
+  const ptrdiff_t p = config_.num_features, rows = x.count, tiles = (outputs_ + kUpdateOutputs - 1) / kUpdateOutputs;
+  const float *const origin = origin_or_null();
+  // y as Kernels::update takes it, kUpdateRows rows at a time.
+  AlignedFloats packed({rows, tiles * kUpdateOutputs});
+  for (ptrdiff_t first = 0; first < rows; first += kUpdateRows) {
+    const ptrdiff_t count = std::min(kUpdateRows, rows - first);
+    float *const run = packed.data() + first * tiles * kUpdateOutputs;
+    for (ptrdiff_t i = 0; i < count; ++i) {
+      for (ptrdiff_t j = 0; j < outputs_; ++j) {
+        run[(j / kUpdateOutputs * count + i) * kUpdateOutputs + j % kUpdateOutputs] =
+            block.y.data()[(first + i) * y_stride_ + j];
+      }
+    }
+  }
+  constexpr ptrdiff_t kWidth = kUpdatePanels * kUpdateColumns;
+  std::vector<AlignedFloats> scratch;
+  for (int rank = 0; rank < pool_.size(); ++rank) {
+    scratch.push_back(AlignedFloats({kUpdatePanels, kUpdateRows, kUpdateColumns}));
+  }
+  for_each_item(pool_, (p + kWidth - 1) / kWidth, [&](int rank, ptrdiff_t task) {
+    const ptrdiff_t begin = task * kWidth, end = std::min(begin + kWidth, p);
+    // What this thread is likely to read next, a panel each.
+    const ptrdiff_t next = begin + pool_.size() * kWidth < p ? pool_.size() * kWidth : 0;
+    const auto panel_of = [&](ptrdiff_t c) {
+      return scratch[rank].data() + (c - begin) / kUpdateColumns * kUpdateRows * kUpdateColumns;
+    };
+    for (ptrdiff_t first = 0; first < rows; first += kUpdateRows) {
+      const ptrdiff_t count = std::min(kUpdateRows, rows - first);
+      for (ptrdiff_t i = 0; i < count; ++i) {
+        for (ptrdiff_t c = begin; c < end; c += kUpdateColumns) {
+          kernels_.subtract(x.row(first + i) + c, origin == nullptr ? nullptr : origin + c,
+                            std::min(kUpdateColumns, end - c), panel_of(c) + i * kUpdateColumns);
+        }
+      }
+      const float *const y = packed.data() + first * tiles * kUpdateOutputs;
+      const ptrdiff_t ahead = first + kUpdateRows < rows ? first + kUpdateRows : 0;
+      for (ptrdiff_t c = begin; c < end; c += kUpdateColumns) {
+        const bool whole = c + kUpdateColumns <= end;
+        AlignedArray<double> edge({whole ? 0 : outputs_, kUpdateColumns});  // beyond the last columns there is no C
+        kernels_.update(y, panel_of(c), count, outputs_, x.row(ahead) + c + (ahead == 0 ? next : 0), x.stride,
+                        whole ? co_range + c : edge.data(), whole ? p : kUpdateColumns);
+        for (ptrdiff_t j = 0; j < (whole ? 0 : outputs_); ++j) {
+          for (ptrdiff_t i = 0; i < end - c; ++i) co_range[j * p + c + i] += edge.data()[j * kUpdateColumns + i];
+        }
+      }
+    }
+  });
+}
+
+// The sums, not shared with any snapshot.
+RowSketch::Sums &RowSketch::changed() {
+  if (sums_.use_count() == 1) return *sums_;
+  auto copy = std::make_shared<Sums>();
+  const ptrdiff_t size = outputs_ * config_.num_features;
+  copy->co_range = AlignedArray<double>({size});
+  parallel_for(pool_, size, [&](ptrdiff_t begin, ptrdiff_t end) {
+    std::copy(sums_->co_range.data() + begin, sums_->co_range.data() + end, copy->co_range.data() + begin);
+  });
+  copy->gram = sums_->gram;
+  copy->squares = sums_->squares;
+  copy->rows = sums_->rows;
+  copy->range_rows = sums_->range_rows;
+  sums_ = std::move(copy);
+  return *sums_;
+}
+
+// Takes up at most kBlockRows rows, of which the first is row `first` to the caller.
+void RowSketch::take(RowView x, int64_t first) {
+  const Block block = sketched(x);
+  check_squares("partial_fit", x, first, config_.num_features, block.squares);
+  const double squares = std::accumulate(block.squares.begin(), block.squares.end(), 0.0);
+  check_sum("partial_fit", x.data == pending_.data() ? 0.0 : squares);
+  const ptrdiff_t l = config_.range_size;
+  auto range = std::make_shared<std::vector<float>>(x.count * l);
+  for (ptrdiff_t i = 0; i < x.count; ++i) std::copy_n(block.y.data() + i * y_stride_, l, range->data() + i * l);
+  Sums &sums = changed();
+  add_gram(block, sums.gram.data());
+  add_co_range(x, block, sums.co_range.data());
+  sums.range_rows.push_back(std::move(range));
+  sums.squares += squares;
+  sums.rows += x.count;
 }
 
 // ---- rows in
 
-// Eigenvectors of the Gram matrix of m rows: the left singular vectors of their stack.
-struct StreamingSvd::Spectrum {
-  SymmetricEigen eigen;
-  ptrdiff_t rank;  // leading eigenvalues that the Gram matrix resolves
-
-  double square(ptrdiff_t j) const { return std::max(0.0, eigen.values[j]); }  // of the j-th singular value
-  double squares_from(ptrdiff_t first) const {
-    double total = 0.0;
-    for (ptrdiff_t j = eigen.size - 1; j >= first; --j) total += square(j);  // the small ones first
-    return total;
-  }
-  // (m, outputs rounded up) for Kernels::combine: the leading eigenvectors, each divided by its singular value if
-  // asked.
-  std::vector<double> weights(ptrdiff_t outputs, bool unit) const {
-    const ptrdiff_t stride = round_up(outputs, kCombinePadding);
-    std::vector<double> result(eigen.size * stride);
-    for (ptrdiff_t j = 0; j < outputs; ++j) {
-      const double factor = unit ? 1.0 / std::sqrt(square(j)) : 1.0;
-      for (ptrdiff_t i = 0; i < eigen.size; ++i) result[i * stride + j] = factor * eigen.vector(j)[i];
-    }
-    return result;
-  }
-};
-
-StreamingSvd::StreamingSvd(const SvdConfig &config, int num_threads)
-    : config_(checked(config)),
-      max_kept_(config.n_components + config.n_oversamples),
-      max_block_(std::max(kMinBlock, round_up(max_kept_, kProductBlock))),
-      stride_(round_up(config.num_features, kColumnPadding)),
-      kernels_(kernels()),
-      pool_(num_threads),
-      kept_({max_kept_, stride_}),
-      block_({max_block_ + 1, stride_}),
-      mean_(config.num_features) {}
-
-int64_t StreamingSvd::num_rows() const {
-  const std::lock_guard lock(mutex_);
-  return num_before_ + num_block_;
-}
-
-void StreamingSvd::check_size(const char *where, double squares) const {
-  check(squares < kMaxSquares, where, ": X is too large for float32 directions: the squares of all rows seen sum to ",
+// Throws std::invalid_argument unless the squares of all rows, with these, stay within float32 sums.
+void RowSketch::check_sum(const char *where, double more) const {
+  const double squares = sums_->squares + pending_squares_ + more;
+  check(squares < kMaxSquares, where, ": all rows together are too large for float32 sums: their squares sum to ",
         squares, ", which must stay below ", kMaxSquares);
 }
 
-bool StreamingSvd::partial_fit(const float *x, ptrdiff_t n, const Interrupted &interrupted) {
-  const std::lock_guard lock(mutex_);
+// The sum of the rows' squares. Throws std::invalid_argument where a row cannot be taken.
+double RowSketch::checked_sum(RowView x, int64_t first) const {
   const ptrdiff_t p = config_.num_features;
-  check(n >= 1, "partial_fit: X must have at least one row, got 0");
-  const std::vector<double> squares = finite_squares(pool_, "partial_fit", "X", x, n, p);
-  check_size("partial_fit", std::accumulate(squares.begin(), squares.end(), squares_));
-  for (ptrdiff_t taken = 0; taken < n;) {
-    if (num_block_ == max_block_) {
-      if (interrupted()) return false;
-      compress(stacked(block_.data(), mean_.data()));
+  const std::vector<double> squares = checked_squares(pool_, "partial_fit", "X", x, first, origin_or_null(), p);
+  check_squares("partial_fit", x, first, p, squares);
+  const double sum = std::accumulate(squares.begin(), squares.end(), 0.0);
+  check_sum("partial_fit", sum);
+  return sum;
+}
+
+void RowSketch::keep(RowView x) {
+  const ptrdiff_t p = config_.num_features;
+  if (pending_.data() == nullptr) pending_ = AlignedFloats({kBlockRows, p});
+  for (ptrdiff_t i = 0; i < x.count; ++i) {
+    std::copy_n(x.row(i), p, pending_.data() + (num_pending_++) * p);
+    pending_squares_ += kernels_.sum_squares(x.row(i), origin_or_null(), p);
+  }
+}
+
+void RowSketch::take_pending() {
+  take(pending(), 0);
+  num_pending_ = 0;
+  pending_squares_ = 0.0;
+}
+
+bool RowSketch::partial_fit(RowView x, int64_t first_row, bool all_or_none, const Interrupted &interrupted) {
+  const std::lock_guard lock(mutex_);
+  check(x.count >= 1, "partial_fit: X must have at least one row, got 0");
+  if (all_or_none) checked_sum(x, first_row);
+  for (ptrdiff_t taken = 0; taken < x.count;) {
+    if (num_pending_ == kBlockRows) take_pending();
+    if (taken > 0 && interrupted()) return false;
+    const RowView rest{x.row(taken), std::min(x.count - taken, kBlockRows - num_pending_), x.stride};
+    // A first block stays as it is until another row comes: so far all is exact.
+    const bool alone = sums_->rows == 0 && taken + rest.count == x.count;
+    if (rest.count == kBlockRows && !alone) {
+      take(rest, first_row + taken);
+    } else {
+      if (!all_or_none) checked_sum(rest, first_row + taken);
+      keep(rest);
     }
-    const ptrdiff_t rows = std::min(n - taken, max_block_ - num_block_);
-    parallel_for(pool_, rows, [&](ptrdiff_t begin, ptrdiff_t end) {
-      for (ptrdiff_t i = begin; i < end; ++i) {
-        std::copy_n(x + (taken + i) * p, p, block_.data() + (num_block_ + i) * stride_);
-      }
-    });
-    for (ptrdiff_t i = 0; i < rows; ++i) squares_ += squares[taken + i];
-    num_block_ += rows;
-    taken += rows;
+    taken += rest.count;
   }
   return true;
 }
 
-void StreamingSvd::merge(const StreamingSvd &other) {
+void RowSketch::settle() {
+  const std::lock_guard lock(mutex_);
+  if (num_pending_ > 0 && sums_->rows > 0) take_pending();
+}
+
+bool RowSketch::exact() const {
+  const std::lock_guard lock(mutex_);
+  return sums_->rows == 0;
+}
+
+bool RowSketch::directed() const noexcept { return omega_->starts.empty(); }
+
+int64_t RowSketch::num_rows() const {
+  const std::lock_guard lock(mutex_);
+  return sums_->rows + num_pending_;
+}
+
+// ---- two sketches
+
+void RowSketch::merge(const RowSketch &other) {
   check(this != &other, "merge: other must be another estimator, with rows of its own");
   const std::scoped_lock lock(mutex_, other.mutex_);
   const auto check_same = [](const char *name, auto ours, auto theirs) {
     check(ours == theirs, "merge: other must have ", name, " = ", ours, ", got ", theirs);
   };
-  check_same("n_features_in_", config_.num_features, other.config_.num_features);
-  check_same("n_components", config_.n_components, other.config_.n_components);
-  check_same("n_oversamples", config_.n_oversamples, other.config_.n_oversamples);
-  check_same("center", config_.center, other.config_.center);
+  const ptrdiff_t p = config_.num_features, last = outputs_ - 1;
+  check_same("n_features_in_", p, other.config_.num_features);
+  check_same("range_size", config_.range_size, other.config_.range_size);
+  check_same("test_size", config_.test_size, other.config_.test_size);
   check_same("seed", config_.seed, other.config_.seed);
-  if (other.num_before_ + other.num_block_ == 0) return;
-  check_size("merge", squares_ + other.squares_);
-
-  const ptrdiff_t p = config_.num_features;
-  AlignedFloats other_centred({config_.center ? other.max_block_ + 1 : 0, stride_}), step({1, stride_});
-  std::vector<double> other_mean = other.mean_;
-  std::vector<const float *> rows = stacked(block_.data(), mean_.data());
-  const int64_t ours = num_before_ + num_block_, theirs = other.num_before_ + other.num_block_;
-  const std::vector<const float *> other_rows = other.stacked(other_centred.data(), other_mean.data());
-  rows.insert(rows.end(), other_rows.begin(), other_rows.end());
-  if (config_.center && ours > 0) {
-    difference(mean_.data(), other_mean.data(), step_weight(ours, theirs), p, step.data());
-    rows.push_back(step.data());
+  check(!directed() && !other.directed(), "merge: sketches in given directions do not merge");
+  check_sum("merge", other.sums_->squares + other.pending_squares_);
+  if (other.sums_->rows > 0) {
+    if (num_pending_ > 0) take_pending();  // before theirs, as the rows' order is
+    // Their rows about our origin: d + shift, and y + step with step = [shift Omega, shift Omega', 0].
+    std::vector<float> shift(p);
+    for (ptrdiff_t c = 0; c < p; ++c) {
+      shift[c] = (other.origin_.empty() ? 0.0f : other.origin_[c]) - (origin_.empty() ? 0.0f : origin_[c]);
+    }
+    AlignedFloats step({1, y_stride_});
+    double squared = 0.0;
+    sketch_rows({shift.data(), 1, p}, nullptr, step.data(), &squared);
+    step.data()[last] = 0.0f;
+    const Sums &theirs = *other.sums_;
+    Sums &ours = changed();
+    const double *const g = theirs.gram.data(), *const sum_of_d = theirs.co_range.data() + last * p;
+    const double rows = g[last * outputs_ + last];
+    const auto sum_of_y = [&](ptrdiff_t j) { return g[j * outputs_ + last]; };
+    parallel_for(pool_, outputs_, [&](ptrdiff_t begin, ptrdiff_t end) {
+      for (ptrdiff_t j = begin; j < end; ++j) {
+        const double own_step = step.data()[j];
+        const double *const from = theirs.co_range.data() + j * p;
+        double *const to = ours.co_range.data() + j * p;
+        for (ptrdiff_t c = 0; c < p; ++c) {
+          to[c] += from[c] + sum_of_y(j) * shift[c] + own_step * (sum_of_d[c] + rows * shift[c]);
+        }
+        for (ptrdiff_t i = 0; i < outputs_; ++i) {
+          const double other_step = step.data()[i];
+          ours.gram[j * outputs_ + i] +=
+              g[j * outputs_ + i] + own_step * sum_of_y(i) + other_step * sum_of_y(j) + own_step * other_step * rows;
+        }
+      }
+    });
+    const double across = std::inner_product(shift.begin(), shift.end(), sum_of_d, 0.0);
+    ours.squares += theirs.squares + 2.0 * across + rows * squared;
+    ours.rows += theirs.rows;
+    for (const auto &block : theirs.range_rows) {
+      auto moved = std::make_shared<std::vector<float>>(*block);
+      for (size_t i = 0; i < moved->size(); ++i) (*moved)[i] += step.data()[i % config_.range_size];
+      ours.range_rows.push_back(std::move(moved));
+    }
   }
-  const double share = static_cast<double>(theirs) / static_cast<double>(ours + theirs);
-  for (ptrdiff_t c = 0; c < p; ++c) mean_[c] += share * (other_mean[c] - mean_[c]);
-  compress(rows);
-  num_before_ += theirs;
-  dropped_ += other.dropped_;
-  squares_ += other.squares_;
+  for (ptrdiff_t i = 0; i < other.num_pending_; ++i) {
+    if (num_pending_ == kBlockRows) take_pending();
+    keep({other.pending().row(i), 1, p});
+  }
 }
 
-// The rows whose Gram matrix is that of all rows seen (about their mean if `center`), less what was dropped: M, and the
-// block. With `center` the block's rows about their own mean are written to `centred` (b + 1, stride), which may be
-// block_ itself, then the step between the means; `mean` (p) becomes that of all rows.
-std::vector<const float *> StreamingSvd::stacked(float *centred, double *mean) const {
-  std::vector<const float *> rows = rows_of(kept_.data(), num_kept_, stride_);
-  if (config_.center && num_block_ > 0) {
-    float *const step = centred + max_block_ * stride_;
-    const auto rows_in_block = static_cast<double>(num_block_);
-    const double weight = step_weight(num_before_, num_block_);
-    const double share = rows_in_block / (static_cast<double>(num_before_) + rows_in_block);
-    for_each_column_tile(pool_, config_.num_features, [&](ptrdiff_t begin, ptrdiff_t end, int) {
-      double block_mean[kColumnTile] = {};
-      for (ptrdiff_t i = 0; i < num_block_; ++i) {
-        const float *row = block_.data() + i * stride_;
-        for (ptrdiff_t c = begin; c < end; ++c) block_mean[c - begin] += row[c];
-      }
-      for (ptrdiff_t c = begin; c < end; ++c) block_mean[c - begin] /= rows_in_block;
-      for (ptrdiff_t i = 0; i < num_block_; ++i) {
-        const float *row = block_.data() + i * stride_;
-        float *to = centred + i * stride_;
-        for (ptrdiff_t c = begin; c < end; ++c) to[c] = static_cast<float>(row[c] - block_mean[c - begin]);
-      }
-      difference(mean + begin, block_mean, weight, end - begin, step + begin);
-      for (ptrdiff_t c = begin; c < end; ++c) mean[c] += share * (block_mean[c - begin] - mean[c]);
-    });
-    if (num_before_ > 0) rows.push_back(step);
+std::unique_ptr<RowSketch> RowSketch::snapshot(bool settled) const {
+  const std::lock_guard lock(mutex_);
+  std::unique_ptr<RowSketch> copy(new RowSketch(*this, sums_));
+  if (num_pending_ > 0) copy->keep(pending());
+  if (num_pending_ > 0 && settled) copy->take_pending();
+  return copy;
+}
+
+std::vector<float> RowSketch::exact_rows() const {
+  const std::lock_guard lock(mutex_);
+  if (sums_->rows > 0) return {};
+  const ptrdiff_t p = config_.num_features;
+  std::vector<float> rows(num_pending_ * p);
+  for (ptrdiff_t i = 0; i < num_pending_; ++i) {
+    kernels_.subtract(pending().row(i), origin_or_null(), p, &rows[i * p]);
   }
-  const float *const block = config_.center ? centred : block_.data();
-  for (ptrdiff_t i = 0; i < num_block_; ++i) rows.push_back(block + i * stride_);
   return rows;
 }
 
-StreamingSvd::Spectrum StreamingSvd::spectrum(const std::vector<const float *> &rows) const {
-  const ptrdiff_t m = std::ssize(rows);
-  std::vector<double> products(m * m);
-  gram_of(pool_, rows, config_.num_features, nullptr, products.data());
-  Spectrum spectrum{SymmetricEigen(products.data(), m), 0};
-  // Rounding moves eigenvalues by a few m * eps of the largest.
-  const double resolved = m == 0 ? 0.0 : 4.0 * static_cast<double>(m) * kDoubleEps * spectrum.square(0);
-  while (spectrum.rank < m && spectrum.square(spectrum.rank) > resolved) ++spectrum.rank;
-  return spectrum;
-}
+// ---- reading
 
-// M <- the leading rows of U^T times `rows`, which hold all that was seen. The block is empty then.
-void StreamingSvd::compress(const std::vector<const float *> &rows) {
-  const Spectrum spectrum = this->spectrum(rows);
-  const ptrdiff_t kept = std::min(max_kept_, spectrum.rank);
-  combine(rows, spectrum.weights(kept, false), kept, kept_.data());
-  dropped_ += spectrum.squares_from(kept);
-  num_kept_ = kept;
-  num_before_ += num_block_;
-  num_block_ = 0;
-}
-
-// target (outputs, stride) <- weights^T rows. `target` may hold some of `rows`.
-void StreamingSvd::combine(const std::vector<const float *> &rows, const std::vector<double> &weights,
-                           ptrdiff_t outputs, float *target) const {
-  const ptrdiff_t tile_size = outputs * kColumnTile;
-  AlignedFloats tiles({pool_.size(), tile_size});
-  for_each_column_tile(pool_, stride_, [&](ptrdiff_t begin, ptrdiff_t end, int rank) {
-    float *const tile = tiles.data() + rank * tile_size;
-    kernels_.combine({rows.data(), std::ssize(rows)}, begin, end - begin, weights.data(), outputs, tile, kColumnTile);
-    for (ptrdiff_t o = 0; o < outputs; ++o) {
-      std::copy_n(tile + o * kColumnTile, end - begin, target + o * stride_ + begin);
-    }
-  });
-}
-
-// ---- directions out
-
-StreamingSvd::Factors StreamingSvd::factors() const {
+void RowSketch::combine_co_range(const double *weights, ptrdiff_t r, float *out) const {
   const std::lock_guard lock(mutex_);
-  check_state(num_before_ + num_block_ > 0, "StreamingSVD: no rows were seen");
-  const ptrdiff_t k = config_.n_components;
-  Factors factors{AlignedFloats({k, stride_}), stride_, std::vector<double>(k), mean_, 0.0};
-  const AlignedFloats centred({config_.center && num_block_ > 0 ? max_block_ + 1 : 0, stride_});
-  const std::vector<const float *> rows = stacked(const_cast<float *>(centred.data()), factors.mean.data());
-  const Spectrum spectrum = this->spectrum(rows);
-  const ptrdiff_t rank = std::min(k, spectrum.rank);
-  for (ptrdiff_t j = 0; j < rank; ++j) factors.singular_values[j] = std::sqrt(spectrum.square(j));
-  combine(rows, spectrum.weights(rank, true), rank, factors.components.data());
-  complete(factors.components.data(), rank);
-  orthonormalise(factors.components.data());
-  fix_signs(factors.components.data());
-  // The directions' own rounding to float32 leaves up to eps of everything outside them.
-  factors.residual_bound =
-      std::sqrt(dropped_ + spectrum.squares_from(rank)) + kFloatEps * std::sqrt(dropped_ + spectrum.squares_from(0));
-  return factors;
+  std::vector<const double *> rows(outputs_);
+  for (ptrdiff_t j = 0; j < outputs_; ++j) rows[j] = sums_->co_range.data() + j * config_.num_features;
+  combine_rows(pool_, rows, config_.num_features, weights, r, out);
 }
 
-// Components beyond `rank`: random, because the rows have no more directions.
-void StreamingSvd::complete(float *components, ptrdiff_t rank) const {
-  const ptrdiff_t p = config_.num_features;
-  const float scale = 1.0f / std::sqrt(static_cast<float>(p));
-  for_each_item(pool_, config_.n_components - rank, [&](int, ptrdiff_t item) {
-    float *const row = components + (rank + item) * stride_;
-    for (ptrdiff_t c = 0; c < p; c += 4) {
-      const auto normals = normal4(config_.seed, rank + item, c / 4);
-      for (ptrdiff_t i = 0; i < 4 && c + i < p; ++i) row[c + i] = scale * normals[i];
+std::vector<float> RowSketch::range_rows() const {
+  const std::lock_guard lock(mutex_);
+  const ptrdiff_t l = config_.range_size;
+  std::vector<float> rows;
+  rows.reserve((sums_->rows + num_pending_) * l);
+  for (const auto &block : sums_->range_rows) rows.insert(rows.end(), block->begin(), block->end());
+  if (num_pending_ > 0) {
+    const Block block = sketched(pending());
+    for (ptrdiff_t i = 0; i < num_pending_; ++i) {
+      rows.insert(rows.end(), block.y.data() + i * y_stride_, block.y.data() + i * y_stride_ + l);
     }
-  });
-}
-
-// Component j loses what lies along components 0 ... j - 1, which directions of very different singular values share by
-// rounding: V <- L^-1 V with V V^T = L L^T. Twice, because the first time squares V's condition
-// (CholeskyQR2, Yamamoto et al. 2015, https://etna.ricam.oeaw.ac.at/vol.44.2015/pp306-326.dir/pp306-326.pdf).
-void StreamingSvd::orthonormalise(float *components) const {
-  const ptrdiff_t k = config_.n_components, weight_stride = round_up(k, kCombinePadding);
-  const std::vector<const float *> rows = rows_of(components, k, stride_);
-  for (int pass = 0; pass < 2; ++pass) {
-    std::vector<double> l(k * k), inverse(k * weight_stride);  // inverse: L^-T, the weights of combine
-    gram_of(pool_, rows, config_.num_features, nullptr, l.data());
-    for (ptrdiff_t i = 0; i < k; ++i) {  // L, row by row, over the lower triangle
-      for (ptrdiff_t j = 0; j <= i; ++j) {
-        double rest = l[i * k + j];
-        for (ptrdiff_t t = 0; t < j; ++t) rest -= l[i * k + t] * l[j * k + t];
-        l[i * k + j] = i == j ? std::sqrt(std::max(rest, kDoubleEps)) : rest / l[j * k + j];
-      }
-    }
-    for (ptrdiff_t j = 0; j < k; ++j) {  // column j of L^-1
-      for (ptrdiff_t i = j; i < k; ++i) {
-        double rest = i == j ? 1.0 : 0.0;
-        for (ptrdiff_t t = j; t < i; ++t) rest -= l[i * k + t] * inverse[j * weight_stride + t];
-        inverse[j * weight_stride + i] = rest / l[i * k + i];
-      }
-    }
-    combine(rows, inverse, k, components);
   }
+  return rows;
 }
 
-void StreamingSvd::fix_signs(float *components) const {
-  parallel_for(pool_, config_.n_components, [&](ptrdiff_t begin, ptrdiff_t end) {
-    for (ptrdiff_t j = begin; j < end; ++j) {
-      float *const row = components + j * stride_;
-      const auto smaller = [](float a, float b) { return std::abs(a) < std::abs(b); };
-      if (*std::max_element(row, row + config_.num_features, smaller) >= 0.0f) continue;
-      for (ptrdiff_t c = 0; c < config_.num_features; ++c) row[c] = -row[c];
-    }
-  });
+void RowSketch::restore(Sums sums, RowView pending) {
+  const std::lock_guard lock(mutex_);
+  check(pending.count <= kBlockRows, "restore: there must be at most ", kBlockRows, " pending rows, got ",
+        pending.count);
+  sums_ = std::make_shared<Sums>(std::move(sums));
+  num_pending_ = 0;
+  pending_squares_ = 0.0;
+  keep(pending);
 }
 
 }  // namespace tipl

@@ -1,28 +1,32 @@
-// Streaming truncated SVD of a matrix A whose rows come in blocks and are never all kept; and the Gram matrix of rows.
+// Temporal SVD of a matrix A whose rows come in blocks and are never all kept: a sketch of the rows seen, and products
+// of rows that are in memory. tipl/svd.py solves the small problems that are left.
 //
-// Shapes  n rows seen, p columns, k = n_components, l = k + n_oversamples, b rows of a block, m = l + 1 + b.
-// Method  l rows M (l, p) stand for all rows before the current block X (b, p). When X is full, the eigenvectors U of
-// the
-//         Gram matrix [M; X] [M; X]^T (m, m) give the next M: the l leading rows of U^T [M; X]. This is the sequential
-//         Karhunen-Loeve update (Levy and Lindenbaum 2000, doi:10.1109/83.855432; Brand 2006,
-//         doi:10.1016/j.laa.2005.07.021) with the SVD taken from the exact Gram matrix. With `center`, X loses its own
-//         mean and one more row carries the step between the means (Ross et al. 2008, doi:10.1007/s11263-007-0075-7).
-// Error   M^T M never exceeds A^T A, and what a step drops is known: with V the k directions,
-//             |A - A V^T V|_F^2  <=  everything dropped so far + the squared singular values beyond the k-th,
-//         which is residual_bound. Rows that fit into l + b are not truncated at all.
-// Merging stacks the rows that stand for either side: the same step again.
-// Numbers float32 rows, float64 sums and eigenvectors: forming the Gram matrix squares the singular values, and they
-// are
-//         resolved down to 1e-7 or so of the largest. Below that they count as zero.
-// Cost    p m (m + 2 l) / b float64 flops a row (12 p l where b = l), and 9 m^3 a block for the eigenvectors.
-// Memory  4 p m bytes, and a copy of the block while directions are read or sketches are merged with `center`.
-// Blocks depend on the number of rows alone and no sum is split between threads: results have the same bits for any
-// chunking of the rows and any thread count. Reading changes nothing.
+// Shapes  n rows seen, p columns, l range and q test directions, b = 256 rows of a block.
+// Method  Each row d = x - origin gives y = [d Omega, d Omega', 1] with Omega (p, l) and Omega' (p, q), and the sketch
+//         keeps C = sum y^T d (l + q + 1, p) and G = sum y^T y. With Q an orthonormal basis of the range of
+//         Y = A Omega, Q^T A = R^-T Y^T A follows from C and G: the range finder of Halko, Martinsson and Tropp 2011
+//         (doi:10.1137/090771806, algorithm 4.1) and its projection in one pass, without Q and without a second look at
+//         A. In exact arithmetic it is the Nystrom approximation of A^T A (Tropp and Webber 2023, arXiv:2306.12418).
+//         The last column of y gives the sums of d and of y, for the mean; the test directions, which no basis has
+//         seen, give an estimate of what Q misses. All of it is a sum over rows: neither the order of the rows nor how
+//         sketches are merged matters but for rounding, and no row needs a number of its own.
+// Omega   sparse: kNonzeros signs a column of A, one in each of as many strata of the outputs (OSNAP, Nelson and Nguyen
+//         2013, arXiv:1211.1002); dense signs in Omega'; the identity where l = p. Or given, orthonormal directions of
+//         an earlier pass: subspace iteration, a pass a step.
+// Numbers float32 rows; C is summed in float32 over 128 rows, then in float64. C holds squares of singular values:
+// those
+//         below some 3e-4 of the largest drown in rounding (tipl/svd.py cuts them off), a later pass resolves them.
+// Cost    2 p (l + q + 1) + (kNonzeros + q) p flops a row (4 p (l + q + 1) where the directions are given), and A is
+//         read twice a block, from where it lies and then from cache or memory; C (16 p (l + q + 1) bytes a block).
+// Memory  8 p (l + q + 1) bytes and 4 l a row; a block of rows (4 b p) only where rows come in fewer than b at a time.
+// Blocks begin at every b-th row whatever came at once, and no sum is split between threads: the same bits for any
+// chunking of the rows and any thread count.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <mutex>
 #include <vector>
 
@@ -32,79 +36,121 @@
 
 namespace tipl {
 
-// out (n, n) <- D D^T with D = x - origin, x (n, p), origin (p) or null: differences, products and sums in float64.
-// n^2 p float64 flops. Throws std::invalid_argument for NaN or Inf.
-void gram(const float *x, ptrdiff_t n, ptrdiff_t p, const float *origin, double *out, int num_threads);
+// Rows of p floats, `stride` floats apart.
+struct RowView {
+  const float *data;
+  ptrdiff_t count, stride;
+  const float *row(ptrdiff_t i) const noexcept { return data + i * stride; }
+};
 
-// out (n, k) <- x y^T, x (n, p) and y (k, p), summed in float64. Throws std::invalid_argument for NaN or Inf in x.
-void cross_products(const float *x, ptrdiff_t n, const float *y, ptrdiff_t k, ptrdiff_t p, double *out,
-                    int num_threads);
+// Throws std::invalid_argument where a value of X (count, p) is NaN or Inf; the message counts rows from first_row on.
+void check_finite_rows(const char *where, RowView x, int64_t first_row, ptrdiff_t p, int num_threads);
 
-// What a StreamingSvd is built with, but for its threads. Two can be merged where all of it is equal.
-struct SvdConfig {
-  ptrdiff_t num_features, n_components, n_oversamples;  // p, k, l - k
-  bool center;    // about the mean of all rows, as in principal component analysis
-  uint64_t seed;  // of the random directions that complete the components where A has fewer than k
+// out (x.count, y.count) <- (x - origin)(y - origin)^T over p columns, in float64; `same`: x and y are the same rows.
+// Throws std::invalid_argument for NaN or Inf in x, which the message calls X with rows from first_row on, or in the
+// origin.
+void products(const char *where, RowView x, int64_t first_row, RowView y, const float *origin, ptrdiff_t p, bool same,
+              double *out, int num_threads);
+
+// out (r, p) <- weights^T x with weights (x.count, r), summed in float64.
+void combine(RowView x, ptrdiff_t p, const double *weights, ptrdiff_t r, float *out, int num_threads);
+
+struct SketchConfig {
+  ptrdiff_t num_features, range_size, test_size;  // p, l, q
+  uint64_t seed;                                  // of Omega and Omega'
 };
 
 // Calls from several threads wait for one another.
-class StreamingSvd {
+class RowSketch {
  public:
   // Asked between blocks. True stops the work.
   using Interrupted = std::function<bool()>;
 
-  // Throws std::invalid_argument for wrong sizes.
-  StreamingSvd(const SvdConfig &config, int num_threads);
+  // origin (p) or null; directions (l, p) or null for a sparse Omega. Throws std::invalid_argument for wrong sizes and
+  // for NaN or Inf.
+  RowSketch(const SketchConfig &config, const float *origin, const float *directions, int num_threads);
 
-  // Takes the rows x (n, p), n >= 1. Throws std::invalid_argument, and has taken none, where one is NaN or Inf or where
-  // the squares' sum leaves float32's range squared. False: interrupted; num_rows() tells how many rows were taken.
-  bool partial_fit(const float *x, ptrdiff_t n, const Interrupted &interrupted);
+  // Takes the rows, of which messages call the first `first_row`. Throws std::invalid_argument where one is NaN or Inf
+  // or far too large: it has taken none then if `all_or_none`, which reads x twice, and else those of whole blocks
+  // before. False: interrupted; num_rows() tells how many rows were taken.
+  bool partial_fit(RowView x, int64_t first_row, bool all_or_none, const Interrupted &interrupted);
 
-  // Takes all that `other` has seen. Throws std::invalid_argument where other is this, is built differently, or where
-  // the two together are too large, as partial_fit does.
-  void merge(const StreamingSvd &other);
+  // Takes all that `other` has seen; its rows come behind ours. Throws std::invalid_argument where other is this or is
+  // built differently but for its origin and threads.
+  void merge(const RowSketch &other);
 
-  struct Factors {
-    AlignedFloats components;  // (k, stride): orthonormal rows of p values, each one's largest entry positive
-    ptrdiff_t stride;
-    std::vector<double> singular_values;  // (k), descending; 0 where A has fewer directions
-    std::vector<double> mean;             // (p), zero unless `center`
-    double residual_bound;                // >= |A - A V^T V|_F
+  // y (l + q) of each row of x, as if the origin were zero.
+  std::vector<float> apply(RowView x) const;
+
+  // Takes up the rows that are pending, unless all are: the next block begins with the next row.
+  void settle();
+
+  // What was seen so far, and not changed by what comes; `settled`: with the pending rows taken up.
+  std::unique_ptr<RowSketch> snapshot(bool settled) const;
+
+  // All rows less origin (rows, p) where they are no more than pending; empty otherwise.
+  std::vector<float> exact_rows() const;
+
+  // out (r, p) <- weights^T C with weights (l + q + 1, r), of the rows that are not pending.
+  void combine_co_range(const double *weights, ptrdiff_t r, float *out) const;
+
+  // d Omega (num_rows, l) of all rows in order, pending ones too.
+  std::vector<float> range_rows() const;
+
+  // All that was seen, of the rows that are not pending.
+  struct Sums {
+    AlignedArray<double> co_range;  // C (l + q + 1, p)
+    std::vector<double> gram;       // G (l + q + 1, l + q + 1)
+    double squares = 0.0;           // of the Frobenius norm of all d
+    int64_t rows = 0;
+    std::vector<std::shared_ptr<const std::vector<float>>> range_rows;  // d Omega (rows, l) of each block
   };
-  // Of all rows taken so far. Throws std::runtime_error where there are none.
-  Factors factors() const;
+  // For a sketch that nothing changes meanwhile: a snapshot, or one to be saved.
+  const Sums &sums() const noexcept { return *sums_; }
+  RowView pending() const noexcept { return {pending_.data(), num_pending_, config_.num_features}; }
 
-  const SvdConfig &config() const noexcept { return config_; }
-  int64_t num_rows() const;
+  // Replaces all that was seen, for a sketch that was saved. The sizes in `sums` are the caller's to check.
+  void restore(Sums sums, RowView pending);
+
+  const SketchConfig &config() const noexcept { return config_; }
+  bool exact() const;                                      // whether no row is more than pending
+  bool directed() const noexcept;                          // whether directions were given
+  ptrdiff_t outputs() const noexcept { return outputs_; }  // l + q + 1
   int num_threads() const noexcept { return pool_.size(); }
+  const std::vector<float> &origin() const noexcept { return origin_; }  // empty for zero
+  int64_t num_rows() const;
 
  private:
-  struct Spectrum;  // of a stack of rows
+  struct Omega;
+  struct Block;  // of rows taken up
 
-  void check_size(const char *where, double squares) const;
-  std::vector<const float *> stacked(float *centred, double *mean) const;
-  Spectrum spectrum(const std::vector<const float *> &rows) const;
-  void compress(const std::vector<const float *> &rows);
-  void combine(const std::vector<const float *> &rows, const std::vector<double> &weights, ptrdiff_t outputs,
-               float *target) const;
-  void complete(float *components, ptrdiff_t rank) const;
-  void orthonormalise(float *components) const;
-  void fix_signs(float *components) const;
+  RowSketch(const RowSketch &other, std::shared_ptr<Sums> sums);
 
-  const SvdConfig config_;
-  const ptrdiff_t max_kept_, max_block_;  // l, b
-  const ptrdiff_t stride_;                // floats between rows: p rounded up, zero beyond p
+  const float *origin_or_null() const noexcept { return origin_.empty() ? nullptr : origin_.data(); }
+  Sums &changed();
+  void apply_to(RowView x, const float *origin, float *y, double *squares) const;
+  void sketch_rows(RowView x, const float *origin, float *y, double *squares) const;
+  void multiply_rows(RowView x, const float *origin, float *y, double *squares) const;
+  Block sketched(RowView x) const;
+  void take(RowView x, int64_t first);
+  void add_gram(const Block &block, double *gram) const;
+  void add_co_range(RowView x, const Block &block, double *co_range) const;
+  void check_sum(const char *where, double more) const;
+  double checked_sum(RowView x, int64_t first) const;
+  void keep(RowView x);
+  void take_pending();
+
+  const SketchConfig config_;
+  const ptrdiff_t outputs_, y_stride_;
   const Kernels &kernels_;
+  const std::vector<float> origin_;
   mutable ThreadPool pool_;
   mutable std::mutex mutex_;
-
-  AlignedFloats kept_;        // (l, stride), M
-  AlignedFloats block_;       // (b + 1, stride), X; the last row is the step between means while X is taken up
-  std::vector<double> mean_;  // (p), of the rows before the block; zero unless `center`
-  ptrdiff_t num_kept_ = 0, num_block_ = 0;
-  int64_t num_before_ = 0;  // rows before the block
-  double dropped_ = 0.0;    // squared singular values left out of M so far
-  double squares_ = 0.0;    // sum of squares of all rows as they came
+  std::shared_ptr<const Omega> omega_;
+  std::shared_ptr<Sums> sums_;  // shared with snapshots until it changes
+  AlignedFloats pending_;       // (b, p), rows that do not fill a block yet; nothing until the first
+  ptrdiff_t num_pending_ = 0;
+  double pending_squares_ = 0.0;
 };
 
 }  // namespace tipl

@@ -132,17 +132,35 @@ inline Vec power_of_two(Vec a) { return {reinterpret_cast<Floats>((reinterpret_c
 // b, but 0 in the lanes where a < bound.
 inline Vec zero_where_below(Vec a, float bound, Vec b) { return {a.v < Vec::all(bound).v ? Floats{} : b.v}; }
 
+// Lane numbers as a pack: every_lane([]<int... LANE>() { ... }) with LANE = 0 ... kLanes - 1.
+template <int N = kLanes, int... LANE, class Body>
+inline auto every_lane(const Body &body) {
+  if constexpr (N == 0) {
+    return body.template operator()<LANE...>();
+  } else {
+    return every_lane<N - 1, N - 1, LANE...>(body);
+  }
+}
+
 // Lane i of the result is lane (i + BY) mod kLanes of a.
 template <int BY>
 inline Vec rotate(Vec a) {
-#if defined(__AVX512F__)
-  return {__builtin_shufflevector(a.v, a.v, BY, BY + 1, BY + 2, BY + 3, BY + 4, BY + 5, BY + 6, BY + 7, BY + 8, BY + 9,
-                                  BY + 10, BY + 11, BY + 12, BY + 13, BY + 14, BY + 15)};
-#elif defined(__AVX2__)
-  return {__builtin_shufflevector(a.v, a.v, BY, BY + 1, BY + 2, BY + 3, BY + 4, BY + 5, BY + 6, BY + 7)};
-#else
-  return {__builtin_shufflevector(a.v, a.v, BY, BY + 1, BY + 2, BY + 3)};
-#endif
+  return every_lane([a]<int... LANE>() -> Vec { return {__builtin_shufflevector(a.v, a.v, (LANE + BY) % kLanes...)}; });
+}
+
+// Lane i of row j becomes lane j of row i: blocks of BIT lanes of BIT rows change sides, then blocks twice that size.
+template <int BIT = 1>
+inline void transpose(Vec (&rows)[kLanes]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) {
+    if ((i & BIT) != 0) continue;
+    const Floats a = rows[i].v, b = rows[i + BIT].v;
+    every_lane([&]<int... LANE>() {
+      rows[i].v = __builtin_shufflevector(a, b, ((LANE & BIT) == 0 ? LANE : LANE + kLanes - BIT)...);
+      rows[i + BIT].v = __builtin_shufflevector(a, b, ((LANE & BIT) == 0 ? LANE + BIT : LANE + kLanes)...);
+    });
+  }
+  if constexpr (2 * BIT < kLanes) transpose<2 * BIT>(rows);
 }
 
 // The sum and the maximum over all lanes, in every lane, as a fixed binary tree.

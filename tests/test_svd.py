@@ -1,4 +1,4 @@
-"""The streaming SVD against the exact one: its error, its bound, its invariances, merging, and degenerate rows."""
+"""The streaming SVD against the exact one: its error and its bounds, its invariances, merging, degenerate rows."""
 
 import functools
 import re
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import reference
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_engine import ISAS, run_python
 
@@ -17,7 +17,9 @@ from tipl.svd import NotFittedError, StreamingSVD, gram
 
 EPS = float(np.finfo(np.float32).eps)
 EPS64 = float(np.finfo(np.float64).eps)
-N, P, K = 2000, 3000, 32  # of the matrices on which the error is measured
+N, P, K = 1000, 1500, 32  # of the matrices on which the error is measured
+EXACT_ROWS = 256  # that are kept as they are
+ROUNDING = 1e-6  # of |A|_F: what float32 sums may add to an error or take off it
 
 # Sizes around the vector width, and around the register tiles and blocks of the kernels.
 SIZES = sorted({1, 3, 7, *(_core.lanes() * i + j for i in (1, 2, 8) for j in (-1, 0, 1, 2))})
@@ -37,21 +39,15 @@ def flat_with_gap() -> np.ndarray:
     return reference.with_singular_values(np.r_[np.ones(K), np.full(N - K, 1 / 3)], N, P, seed=1)
 
 
-def weak_among_loud() -> np.ndarray:
-    """The flat spectrum at its worst: K equal directions spread thinly over every other row, and in between 1000 rows
-    that are each a direction of their own, sqrt(10) times below: louder than all of a block's share of the first K."""
-    rng = np.random.default_rng(4)
-    directions = np.linalg.qr(rng.standard_normal((P, K + N // 2)))[0].T
-    rows = np.empty((N, P), np.float32)
-    rows[::2] = np.sqrt(0.1) * directions[K:]
-    rows[1::2] = np.linalg.qr(rng.standard_normal((N // 2, K)))[0] @ directions[:K]
-    return rows
+def geometric() -> np.ndarray:
+    """Eight directions a decade: the K-th is 1e-4 of the first, whose square is all that float32 sums resolve."""
+    return reference.with_singular_values(10.0 ** (-np.arange(100) / 8), N, P, seed=1)
 
 
 @functools.cache
 def matrix(make: Callable[[], np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """The matrix, and its exact singular values. Squared they are known to 1e-12 of the largest, and in the tails that
-    matter here they are 1e-8 of it at least."""
+    """The matrix, and its exact singular values. Squared they are known to 1e-13 of the largest, and in the tails that
+    matter here they are 1e-9 of it at least."""
     rows = make()
     return rows, np.sqrt(np.maximum(np.linalg.eigvalsh(reference.gram(rows, None))[::-1], 0.0))
 
@@ -81,10 +77,17 @@ def results(estimator: StreamingSVD) -> tuple[Any, ...]:
     """All that an estimator says, to be compared to the bit."""
     return (
         estimator.n_samples_seen_,
+        estimator.n_features_in_,
+        estimator.n_components_,
         estimator.components_.tobytes(),
         estimator.singular_values_.tobytes(),
+        estimator.explained_variance_ratio_.tobytes(),
+        estimator.coordinates_.tobytes(),
         estimator.mean_.tobytes(),
+        estimator.residual_,
+        estimator.residual_interval_,
         estimator.residual_bound_,
+        estimator.optimum_bound_,
     )
 
 
@@ -100,117 +103,444 @@ def assert_orthonormal(components: np.ndarray) -> None:
     assert np.abs(v @ v.T - np.eye(len(v))).max() <= 2 * EPS
 
 
+def coordinates(rows: np.ndarray, components: np.ndarray, mean: np.ndarray) -> np.ndarray:
+    return (rows.astype(np.float64) - mean) @ components.T.astype(np.float64)
+
+
 # ---- error
 
 
-@pytest.mark.parametrize("make", [low_rank, power_law, flat_with_gap])
-def test_the_residual_is_within_5_percent_of_the_optimum(make):
+@pytest.mark.parametrize(("passes", "tolerance"), [(1, 0.03), (2, 0.005)])
+@pytest.mark.parametrize("make", [low_rank, power_law])
+def test_the_residual_is_near_the_optimum_after_one_pass_and_nearer_after_two(make, passes, tolerance):
     rows, exact = matrix(make)
     optimum = float(np.linalg.norm(exact[K:]))
-    estimator = stream(StreamingSVD(K), rows, 100, 37, 211)
+    estimator = StreamingSVD(K, passes=passes).fit(rows)
     assert_orthonormal(estimator.components_)
     error = reference.residual(rows, estimator.components_, center=False)
-    assert optimum * (1 - EPS) <= error <= 1.05 * optimum
-    # What it says of itself is true, and within 5 % too.
-    assert error <= estimator.residual_bound_ <= 1.05 * optimum + EPS * np.linalg.norm(exact)
+    assert optimum * (1 - EPS) <= error <= (1 + tolerance) * optimum
 
 
 @pytest.mark.parametrize("make", [low_rank, power_law, flat_with_gap])
-def test_singular_values_are_never_too_large_and_lack_only_what_the_bound_admits(make):
+def test_further_passes_and_oversamples_only_help(make):
     rows, exact = matrix(make)
-    estimator = stream(StreamingSVD(K), rows, 64)
-    ours = estimator.singular_values_
-    assert (ours <= exact[:K] + EPS * exact[0]).all()
-    missing = estimator.residual_bound_**2 - np.sum(exact[K:] ** 2)  # >= the sum of exact^2 - ours^2
-    assert (ours**2 >= exact[:K] ** 2 - missing - EPS * exact[0] ** 2).all()
-
-
-@pytest.mark.parametrize("n_oversamples", [0, 10])
-def test_too_few_oversamples_miss_the_5_percent_on_a_flat_spectrum_and_the_bound_says_so(n_oversamples):
-    rows, exact = matrix(weak_among_loud)
     optimum = float(np.linalg.norm(exact[K:]))
-    estimator = StreamingSVD(K, n_oversamples=n_oversamples).fit(rows)
-    error = reference.residual(rows, estimator.components_, center=False)
-    assert error > 1.05 * optimum
-    assert estimator.residual_bound_ >= error
+
+    def error(**params: int) -> float:
+        estimator = StreamingSVD(K, **params).fit(rows)
+        return reference.residual(rows, estimator.components_, center=False) / optimum
+
+    few, default, many = (error(n_oversamples=oversamples) for oversamples in (8, K, 6 * K))
+    assert 1 - EPS <= many <= default * (1 + EPS) <= few * (1 + 2 * EPS)
+    two, three = error(passes=2), error(passes=3)
+    assert 1 - EPS <= three <= two * (1 + EPS) <= default * (1 + 2 * EPS)
+    assert three <= 1.001
 
 
-def test_enough_oversamples_meet_the_5_percent_on_the_same_spectrum():
-    rows, exact = matrix(weak_among_loud)
-    estimator = StreamingSVD(K, n_oversamples=96).fit(rows)
+def test_a_second_pass_resolves_what_one_pass_does_not():
+    """Singular values down to 1e-4 of the first; one pass sums their squares beside the first one's in float32."""
+    rows, exact = matrix(geometric)
+    optimum = float(np.linalg.norm(exact[K:]))
+    one, two = (StreamingSVD(K, passes=passes).fit(rows) for passes in (1, 2))
+    assert reference.residual(rows, one.components_, center=False) > 2 * optimum
+    assert reference.residual(rows, two.components_, center=False) <= 1.005 * optimum
+    assert np.abs(two.singular_values_ / exact[:K] - 1).max() <= 0.005
+    assert (one.singular_values_ <= exact[:K] * (1 + EPS)).all()  # what is not resolved is 0, not noise
+
+
+def test_too_few_oversamples_miss_2_percent_on_a_flat_spectrum_and_the_estimator_says_so():
+    """The negative control: where no direction stands out one pass with few oversamples mixes them with the rest."""
+    rows, exact = matrix(flat_with_gap)
+    optimum = float(np.linalg.norm(exact[K:]))
+    estimator = StreamingSVD(K, n_oversamples=8).fit(rows)
     error = reference.residual(rows, estimator.components_, center=False)
-    assert error <= 1.05 * np.linalg.norm(exact[K:])
-    assert error <= estimator.residual_bound_ <= 1.05 * np.linalg.norm(exact[K:])
+    low, high = estimator.residual_interval_
+    assert error > 1.02 * optimum
+    assert estimator.residual_ > 1.02 * optimum
+    assert 1.02 * optimum < low <= estimator.residual_ <= high
+    assert low <= error <= high
+    assert error <= estimator.residual_bound_ <= 1.1 * error
+    assert estimator.optimum_bound_ <= optimum
+
+
+@pytest.mark.parametrize("make", [low_rank, power_law, flat_with_gap])
+@pytest.mark.parametrize("passes", [1, 2])
+def test_singular_values_are_never_too_large_and_lack_only_what_the_bound_admits(make, passes):
+    rows, exact = matrix(make)
+    estimator = StreamingSVD(K, passes=passes).fit(rows)
+    ours = estimator.singular_values_
+    assert (np.diff(ours) <= 0).all()
+    assert (ours <= exact[:K] + EPS * exact[0]).all()
+    missing = estimator.residual_bound_**2 - np.sum(exact[K:] ** 2)  # the sum of exact^2 - ours^2
+    assert (ours**2 >= exact[:K] ** 2 - missing - EPS * exact[0] ** 2).all()
+    assert np.allclose(estimator.explained_variance_ratio_, ours**2 / np.sum(exact**2), rtol=8 * EPS)
 
 
 @pytest.mark.parametrize("center", [False, True])
-def test_rows_that_fit_into_one_block_give_the_exact_svd(center):
-    rows = random_rows(64, 200)
-    estimator = StreamingSVD(8, center=center).fit(rows)
+@pytest.mark.parametrize("n", [64, EXACT_ROWS])
+def test_rows_that_are_kept_as_they_are_give_the_exact_svd(n, center):
+    rows = random_rows(n, 400)
+    estimator = StreamingSVD(8, n_oversamples=0, center=center).fit(rows)
     exact = rows.astype(np.float64) - (rows.astype(np.float64).mean(0) if center else 0)
     _, singular, directions = np.linalg.svd(exact, full_matrices=False)
-    assert np.allclose(estimator.singular_values_, singular[:8], rtol=0, atol=64 * EPS * singular[0])
+    assert np.allclose(estimator.singular_values_, singular[:8], rtol=0, atol=4 * EPS * singular[0])
     projector = estimator.components_.T.astype(np.float64) @ estimator.components_
     gap = singular[7] - singular[8]
-    assert np.linalg.norm(projector - directions[:8].T @ directions[:8], 2) <= 64 * EPS * singular[0] / gap
+    assert np.linalg.norm(projector - directions[:8].T @ directions[:8], 2) <= 8 * EPS * singular[0] / gap
+    optimum, size = np.linalg.norm(singular[8:]), np.linalg.norm(singular)
+    assert np.isclose(estimator.residual_, optimum, rtol=0, atol=ROUNDING * size)
+    assert estimator.residual_ == estimator.residual_bound_ == estimator.residual_interval_[0]
+    assert np.isclose(estimator.optimum_bound_, optimum, rtol=0, atol=ROUNDING * size)
+    assert np.allclose(estimator.explained_variance_ratio_, singular[:8] ** 2 / size**2, rtol=8 * EPS)
+
+
+@pytest.mark.parametrize("center", [False, True])
+@pytest.mark.parametrize("passes", [1, 2])
+def test_as_many_directions_as_columns_give_the_exact_svd(center, passes):
+    """n_components + n_oversamples >= p: the sketch is A^T A, in float64."""
+    rows = random_rows(700, 30)
+    estimator = StreamingSVD(14, center=center, passes=passes).fit(rows)
+    exact = rows.astype(np.float64) - (rows.astype(np.float64).mean(0) if center else 0)
+    _, singular, directions = np.linalg.svd(exact, full_matrices=False)
+    assert np.allclose(estimator.singular_values_, singular[:14], rtol=0, atol=4 * EPS * singular[0])
+    gap = singular[13] - singular[14]
+    assert largest_angle(estimator.components_, directions[:14]) <= 8 * EPS * singular[0] / gap
+    optimum, size = np.linalg.norm(singular[14:]), np.linalg.norm(singular)
+    assert np.isclose(estimator.residual_bound_, optimum, rtol=0, atol=ROUNDING * size)
+    assert np.isclose(estimator.optimum_bound_, optimum, rtol=0, atol=ROUNDING * size)
+
+
+def test_one_row_more_than_are_kept_exactly_changes_little():
+    """Both sides of the border between exact rows and a sketch, on rows of low rank, which a sketch resolves."""
+    rows = reference.with_singular_values(np.array([5.0, 4.0, 3.0, 2.0]), EXACT_ROWS + 1, 120, seed=2)
+    exact, sketched = (StreamingSVD(4).fit(rows[:n]) for n in (EXACT_ROWS, EXACT_ROWS + 1))
+    for estimator in (exact, sketched):
+        singular = reference.singular_values(rows[: estimator.n_samples_seen_], center=False)
+        assert np.allclose(estimator.singular_values_, singular[:4], rtol=0, atol=8 * EPS * singular[0])
+        assert estimator.residual_bound_ <= 2e-3 * np.linalg.norm(singular)
+    assert largest_angle(exact.components_, sketched.components_) <= 16 * EPS * 5 / 2
 
 
 def test_the_largest_entry_of_each_component_is_positive():
-    components = StreamingSVD(8).fit(random_rows(100, 50)).components_
-    assert (components[np.arange(8), np.abs(components).argmax(1)] > 0).all()
+    for n in (100, 400):
+        components = StreamingSVD(8).fit(random_rows(n, 50)).components_
+        assert (components[np.arange(8), np.abs(components).argmax(1)] > 0).all()
 
 
-def test_small_singular_values_survive_float32():
-    """A tail a million times below the first direction is found, because all sums are float64."""
-    exact = np.r_[1.0, np.geomspace(1e-4, 1e-6, 20)]
-    rows = reference.with_singular_values(exact, 300, 400, seed=5)
-    estimator = stream(StreamingSVD(12), rows, 30)
-    exact = reference.singular_values(rows, center=False)  # of the rows as rounded
-    assert np.abs(estimator.singular_values_ / exact[:12] - 1).max() < 0.01
+# ---- what it says of its error
+
+
+def drawn_rows(n: int, p: int, decay: float, offset: float, loud: bool, seed: int) -> np.ndarray:
+    """Rows whose singular values decay, about `offset`, some of them much louder than others if `loud`."""
+    rng = np.random.default_rng(seed)
+    rows = rng.standard_normal((n, p)) * np.arange(1.0, p + 1) ** -decay @ rng.standard_normal((p, p)) + offset
+    if loud:
+        rows *= rng.pareto(1.0, (n, 1))
+    return rows.astype(np.float32)
+
+
+def assert_bounds_hold(estimator: StreamingSVD, rows: np.ndarray, center: bool) -> None:
+    singular = reference.singular_values(rows, center)
+    rounding = ROUNDING * float(np.linalg.norm(singular))
+    assert reference.residual(rows, estimator.components_, center) <= estimator.residual_bound_ + rounding
+    assert estimator.optimum_bound_ <= np.linalg.norm(singular[estimator.n_components_ :]) + rounding
+
+
+drawn = {
+    "p": st.integers(2, 80),
+    "k": st.integers(1, 80),
+    "decay": st.floats(0, 3),
+    "offset": st.sampled_from([0.0, 1.0, 100.0]),
+    "center": st.booleans(),
+    "loud": st.booleans(),
+    "n_oversamples": st.integers(0, 6),
+    "seed": st.integers(0, 2**32 - 1),
+}
+
+
+@settings(max_examples=150, deadline=None)
+@given(n=st.integers(1, 700), **drawn)
+# Rows of 1e5 and of 10 whose third direction, of 0.02, is nearly the one that the mean takes away.
+@example(n=4, p=4, k=4, decay=2.7978147865604654, offset=100.0, center=True, loud=True, n_oversamples=0, seed=4)
+# Residuals below 1e-3 of |A|, near the rounding of what is summed.
+@example(n=540, p=72, k=67, decay=2.91, offset=0.0, center=True, loud=True, n_oversamples=2, seed=435)
+@example(n=298, p=37, k=3, decay=2.96, offset=100.0, center=True, loud=True, n_oversamples=6, seed=398)
+def test_the_bounds_of_the_residual_and_of_the_optimum_hold(n, p, k, decay, offset, center, loud, n_oversamples, seed):
+    rows = drawn_rows(n, p, decay, offset, loud, seed)
+    estimator = StreamingSVD(min(k, p), n_oversamples=n_oversamples, center=center)
+    stream(estimator, rows, 17, 300)
     assert_orthonormal(estimator.components_)
-    assert reference.residual(rows, estimator.components_, center=False) <= 1.05 * np.linalg.norm(exact[12:])
+    assert_bounds_hold(estimator, rows, center)
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    n=st.integers(1, 200),
-    p=st.integers(1, 40),
-    decay=st.floats(0, 3),
-    offset=st.sampled_from([0.0, 1.0, 100.0]),
-    center=st.booleans(),
-    n_oversamples=st.integers(0, 3),
-    data=st.data(),
-)
-def test_the_bound_of_the_residual_holds(n, p, decay, offset, center, n_oversamples, data):
-    k = data.draw(st.integers(1, p))
-    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
-    rows = rng.standard_normal((n, p)) * np.arange(1.0, p + 1) ** -decay @ rng.standard_normal((p, p)) + offset
-    rows = (rows * rng.pareto(1.0, (n, 1))).astype(np.float32)  # some rows much louder than others
-    estimator = stream(StreamingSVD(k, n_oversamples=n_oversamples, center=center), rows, 17)
+@given(n=st.integers(EXACT_ROWS + 1, 700), **drawn)
+@example(n=513, p=55, k=50, decay=2.26, offset=0.0, center=False, loud=False, n_oversamples=4, seed=60)
+@example(n=669, p=47, k=23, decay=2.49, offset=0.0, center=True, loud=False, n_oversamples=2, seed=1050)
+@example(n=697, p=69, k=34, decay=1.14, offset=100.0, center=False, loud=True, n_oversamples=0, seed=536)
+def test_the_bounds_hold_after_a_second_pass(n, p, k, decay, offset, center, loud, n_oversamples, seed):
+    rows = drawn_rows(n, p, decay, offset, loud, seed)
+    estimator = StreamingSVD(min(k, p), n_oversamples=n_oversamples, center=center, passes=2).fit(rows)
     assert_orthonormal(estimator.components_)
-    assert reference.residual(rows, estimator.components_, center) <= estimator.residual_bound_
+    assert_bounds_hold(estimator, rows, center)
 
 
-# ---- the mean
+@pytest.mark.parametrize("n", [2, 200, 500])
+@pytest.mark.parametrize("p", [6, 60])
+@pytest.mark.parametrize("center", [False, True])
+@pytest.mark.parametrize("passes", [1, 2])
+def test_the_estimates_are_in_order(n, p, center, passes):
+    rows = random_rows(n, p)
+    for k in (1, 2, p // 2):
+        estimator = StreamingSVD(k, n_oversamples=2, center=center, passes=passes).fit(rows)
+        low, high = estimator.residual_interval_
+        assert 0 <= estimator.optimum_bound_ <= low <= estimator.residual_ <= high <= estimator.residual_bound_
 
 
-def test_a_mean_far_larger_than_the_deviations_is_taken_off():
+@pytest.mark.parametrize("make", [low_rank, power_law, flat_with_gap])
+def test_the_bound_after_a_second_pass_is_within_1_percent_of_the_truth(make):
+    rows, exact = matrix(make)
+    estimator = StreamingSVD(K, passes=2).fit(rows)
+    error = reference.residual(rows, estimator.components_, center=False)
+    assert_bounds_hold(estimator, rows, center=False)
+    rounding = 3e-4 * np.linalg.norm(exact)  # what float32 sums cannot tell from a residual
+    assert estimator.residual_bound_ <= np.hypot(1.01 * error, rounding)
+    assert estimator.residual_ == estimator.residual_bound_
+    assert estimator.residual_interval_ == (estimator.residual_, estimator.residual_)
+
+
+@pytest.mark.parametrize("params", [{}, {"n_oversamples": 8}, {"n_oversamples": 0}])
+@pytest.mark.parametrize("passes", [1, 2, 3])
+@pytest.mark.parametrize("make", [low_rank, power_law, flat_with_gap, geometric])
+def test_the_bounds_hold_on_every_spectrum_after_any_number_of_passes(make, passes, params):
+    rows, _ = matrix(make)
+    assert_bounds_hold(StreamingSVD(K, passes=passes, **params).fit(rows), rows, center=False)
+
+
+@functools.cache
+def estimates(make: Callable[[], np.ndarray]) -> np.ndarray:
+    """The true residual, its estimate, and the ends of the interval, (40, 4), of 40 seeds."""
+    rows, _ = matrix(make)
+    runs = []
+    for seed in range(40):
+        estimator = StreamingSVD(K, seed=seed).fit(rows)
+        error = reference.residual(rows, estimator.components_, center=False)
+        runs.append((error, estimator.residual_, *estimator.residual_interval_))
+    return np.array(runs)
+
+
+def test_the_interval_covers_the_residual():
+    """95 % is meant, of eight test directions and a t distribution. Measured: 37 of 40 runs each on low_rank and on
+    flat_with_gap, 36 on power_law."""
+    covered = {}
+    for make in (low_rank, power_law, flat_with_gap):
+        error, _, low, high = estimates(make).T
+        covered[make.__name__] = float(np.mean((low <= error) & (error <= high)))
+    assert min(covered.values()) >= 0.85, covered
+
+
+def test_the_estimate_of_the_residual_is_close_and_has_no_bias():
+    """Measured on a power law: within 9 % in all of 40 runs, 3 % in the root mean square, and 0.1 % on average."""
+    error, estimate, _, _ = estimates(power_law).T
+    ratio = estimate / error
+    assert np.abs(ratio - 1).mean() <= 0.15
+    assert np.abs(ratio - 1).max() <= 0.15
+    assert abs(ratio.mean() - 1) <= 0.02
+
+
+def test_bounds_hold_where_the_first_row_lies_far_from_all_others():
+    """Centred, the first row is the origin: all sums are of rows 1e4 away from it, and the mean is taken off later."""
+    rows = np.random.default_rng(0).standard_normal((600, 100)).astype(np.float32)
+    rows[0] += 1e4
+    assert_bounds_hold(StreamingSVD(3, center=True).fit(rows), rows, center=True)
+
+
+def test_bounds_hold_where_the_origin_lies_far_from_the_rows():
+    rows = (1e3 + 1e-2 * np.random.default_rng(0).standard_normal((600, 100))).astype(np.float32)
+    estimator = StreamingSVD(3, center=True, origin=np.zeros(100, np.float32)).fit(rows)
+    assert_bounds_hold(estimator, rows, center=True)
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize("center", [False, True])
+def test_bounds_hold_where_one_row_is_louder_than_all_others_together(center, passes):
+    """Rounding is that of one row then: there are no others to average it with."""
+    for seed in range(8):
+        rows = np.random.default_rng(seed).standard_normal((400, 70)).astype(np.float32)
+        rows[200] *= np.float32(1e4)
+        assert_bounds_hold(StreamingSVD(3, center=center, passes=passes).fit(rows), rows, center)
+
+
+@pytest.mark.parametrize("scale", [1e-15, 1e9])
+@pytest.mark.parametrize("n", [100, 400])
+def test_the_scale_of_the_rows_changes_nothing_but_the_scale(n, scale):
+    """Powers of two scale float32 exactly while no square of an entry leaves its range."""
+    rows = random_rows(n, 90)
+    factor = np.float32(2.0 ** round(np.log2(scale)))
+    plain, scaled = StreamingSVD(5).fit(rows), StreamingSVD(5).fit(rows * factor)
+    assert np.array_equal(plain.components_, scaled.components_)
+    assert np.allclose(scaled.singular_values_, plain.singular_values_ * factor, rtol=EPS64)
+    assert np.isclose(scaled.residual_, plain.residual_ * factor, rtol=64 * EPS64)
+
+
+# ---- a share of the energy for n_components
+
+
+def shares_of(rows: np.ndarray, center: bool) -> np.ndarray:
+    squares = reference.singular_values(rows, center) ** 2
+    return np.cumsum(squares) / squares.sum()
+
+
+@pytest.mark.parametrize("share", [0.3, 0.9, 0.99, 0.999])
+@pytest.mark.parametrize("center", [False, True])
+@pytest.mark.parametrize("n", [200, 900])
+def test_a_share_of_the_energy_picks_the_fewest_components_that_explain_it(n, center, share):
+    rows = reference.with_singular_values(0.85 ** np.arange(180), n, 400, seed=3)
+    explained = shares_of(rows, center)
+    k = int(np.argmax(explained >= share)) + 1
+    assert np.abs(explained - share).min() > 1e-5  # no other k would do within rounding
+    estimator = StreamingSVD(share, center=center).fit(rows)
+    assert estimator.n_components_ == k
+    assert estimator.components_.shape == (k, 400)
+    assert estimator.coordinates_.shape == (n, k)
+    assert np.allclose(np.cumsum(estimator.explained_variance_ratio_), explained[:k], rtol=0, atol=1e-6)
+    assert estimator.transform(rows[:2]).shape == (2, k)
+
+
+def test_a_share_holds_for_all_rows_seen_so_far():
+    rows = reference.with_singular_values(0.85 ** np.arange(180), 900, 400, seed=3)
+    estimator = StreamingSVD(0.99)
+    for part in np.split(rows, 3):
+        explained = shares_of(rows[: estimator.partial_fit(part).n_samples_seen_], center=False)
+        assert estimator.n_components_ == np.argmax(explained >= 0.99) + 1
+
+
+def test_a_share_out_of_reach_is_warned_of_and_the_most_components_are_taken():
+    rows = np.random.default_rng(0).standard_normal((900, 600)).astype(np.float32)
+    estimator = StreamingSVD(0.99).fit(rows)
+    message = r"^n_components=0\.99: 128 directions of one pass explain 0\.[0-9]{4} of the energy, and there are no"
+    with pytest.warns(RuntimeWarning, match=message):
+        assert estimator.n_components_ == 128
+    assert estimator.explained_variance_ratio_.sum() < 0.99
+    assert_orthonormal(estimator.components_)
+
+
+def test_a_share_of_nothing_is_one_component():
+    estimator = StreamingSVD(0.5).fit(np.zeros((300, 40), np.float32))
+    assert estimator.n_components_ == 1
+    assert not estimator.explained_variance_ratio_.any()
+
+
+def test_a_share_of_two_passes_is_that_of_the_last_one():
+    rows, exact = matrix(power_law)
+    explained = np.cumsum(exact**2) / np.sum(exact**2)
+    estimator = StreamingSVD(0.95, passes=2).fit(rows)
+    assert estimator.n_components_ == np.argmax(explained >= 0.95) + 1
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0, -0.5, 2.0, float("nan"), float("inf")])
+def test_a_share_outside_0_and_1_is_refused(share):
+    message = r"^StreamingSVD: n_components must be an integer, or a share of the energy in \(0, 1\), got "
+    with pytest.raises(ValueError, match=message):
+        StreamingSVD(share).fit(random_rows(10, 4))
+
+
+# ---- coordinates of the rows seen
+
+
+@pytest.mark.parametrize(
+    "params", [{}, {"center": True}, {"origin": True}, {"center": True, "origin": True}, {"passes": 2}]
+)
+@pytest.mark.parametrize("n", [1, 200, EXACT_ROWS, 257, 700])
+def test_coordinates_are_those_of_all_rows_seen_in_their_order(n, params):
+    """Of rows of low rank, to the rounding of the sketch; of rows kept as they are, to that of float32."""
+    rows = reference.with_singular_values(np.array([5.0, 4.0, 3.0, 2.0]), 700, 120, seed=9)[:n] + np.float32(0.25)
+    if "origin" in params:
+        params = params | {"origin": np.full(120, 0.25, np.float32)}
+    estimator = StreamingSVD(5, **params).fit(rows)
+    theirs = coordinates(rows, estimator.components_, estimator.mean_)
+    size = np.linalg.norm(rows, axis=1).max()
+    assert estimator.coordinates_.shape == (n, 5)
+    assert estimator.coordinates_.dtype == np.float32
+    assert np.abs(estimator.coordinates_ - theirs).max() <= (1 if n <= EXACT_ROWS else 64) * EPS * size
+    assert np.abs(estimator.transform(rows) - theirs).max() <= EPS * size
+
+
+def test_coordinates_lack_no_more_than_the_directions_do():
+    """Of any rows: Q Q^T A V^T, whose distance to A V^T is the part of the bound that the estimate takes off."""
+    rows, _ = matrix(power_law)
+    estimator = StreamingSVD(K).fit(rows)
+    theirs = coordinates(rows, estimator.components_, estimator.mean_)
+    missing = estimator.residual_bound_**2 - reference.residual(rows, estimator.components_, center=False) ** 2
+    assert np.isclose(np.linalg.norm(estimator.coordinates_ - theirs) ** 2, missing, rtol=0.01)
+    near = StreamingSVD(K, passes=2).fit(rows)
+    theirs = coordinates(rows, near.components_, near.mean_)
+    assert np.linalg.norm(near.coordinates_ - theirs) <= 0.02 * np.linalg.norm(theirs)
+
+
+def test_fit_transform_gives_the_coordinates_of_fit():
+    rows = random_rows(400, 60)
+    assert np.array_equal(StreamingSVD(4).fit_transform(rows), StreamingSVD(4).fit(rows).coordinates_)
+
+
+# ---- the mean and the origin
+
+
+@pytest.mark.parametrize("n", [200, 600])
+def test_a_mean_far_larger_than_the_deviations_is_taken_off(n):
     rng = np.random.default_rng(6)
     mean = 1000 * rng.standard_normal(300)
-    deviations = reference.with_singular_values(np.r_[3, 2, 1, np.full(100, 0.01)] * 30, 500, 300, seed=7)
+    deviations = reference.with_singular_values(np.r_[3, 2, 1, np.full(100, 1e-3)] * 100, n, 300, seed=7)
     rows = (mean + deviations).astype(np.float32)
     estimator = stream(StreamingSVD(3, center=True), rows, 41)
-    assert np.allclose(estimator.mean_, rows.astype(np.float64).mean(0), rtol=1000 * EPS64, atol=0)
+    size = np.abs(deviations).max()
+    assert np.allclose(estimator.mean_, rows.astype(np.float64).mean(0), rtol=EPS64, atol=4 * EPS * size)
     exact = reference.singular_values(rows, center=True)
-    assert np.allclose(estimator.singular_values_, exact[:3], rtol=0, atol=8 * EPS * exact[0])
-    assert reference.residual(rows, estimator.components_, center=True) <= 1.05 * np.linalg.norm(exact[3:])
+    assert np.allclose(estimator.singular_values_, exact[:3], rtol=0, atol=32 * EPS * exact[0])
+    assert reference.residual(rows, estimator.components_, center=True) <= 1.03 * np.linalg.norm(exact[3:])
 
 
-def test_the_mean_is_that_of_all_rows_and_zero_without_center():
-    rows = random_rows(333, 21)
+@pytest.mark.parametrize("n", [200, 600])
+@pytest.mark.parametrize("center", [False, True])
+def test_an_origin_among_the_rows_keeps_deviations_a_million_times_smaller(n, center):
+    rng = np.random.default_rng(6)
+    origin = (1000 * rng.standard_normal(300)).astype(np.float32)
+    deviations = reference.with_singular_values(np.r_[3, 2, 1, np.full(100, 1e-3)], n, 300, seed=7)
+    rows = (origin + deviations).astype(np.float32)
+    estimator = stream(StreamingSVD(3, center=center, origin=origin), rows, 41)
+    about_origin = (rows - origin).astype(np.float32)  # exact: neighbours in float32
+    exact = reference.singular_values(about_origin, center)
+    assert np.allclose(estimator.singular_values_, exact[:3], rtol=0, atol=32 * EPS * exact[0])
+    error = reference.residual(about_origin, estimator.components_, center)
+    assert error <= 1.03 * np.linalg.norm(exact[3:])
+    assert error <= estimator.residual_bound_ + ROUNDING * np.linalg.norm(exact)
+    plain = StreamingSVD(3, center=center, origin=np.zeros(300, np.float32)).fit(about_origin)
+    assert np.array_equal(plain.components_, estimator.components_)
+    assert np.array_equal(plain.coordinates_, estimator.coordinates_)
+
+
+@pytest.mark.parametrize("n", [200, 600])
+def test_the_mean_is_that_of_all_rows_the_origin_or_zero(n):
+    rows = random_rows(n, 50)
+    origin = rows[7] + np.float32(1)
     exact = rows.astype(np.float64).mean(0)
-    assert np.allclose(stream(StreamingSVD(2, center=True), rows, 50).mean_, exact, rtol=333 * EPS64)
+    size = np.abs(rows).max()
+    assert np.allclose(stream(StreamingSVD(2, center=True), rows, 50).mean_, exact, rtol=0, atol=4 * EPS * size)
+    centred = stream(StreamingSVD(2, center=True, origin=origin), rows, 50)
+    assert np.allclose(centred.mean_, exact, rtol=0, atol=4 * EPS * size)
+    assert np.array_equal(StreamingSVD(2, origin=origin).fit(rows).mean_, origin)
+    assert StreamingSVD(2).fit(rows).mean_.dtype == np.float64
     assert not StreamingSVD(2).fit(rows).mean_.any()
+
+
+def test_with_center_the_origin_changes_nothing_but_rounding():
+    rows = reference.with_singular_values(np.array([5.0, 4.0, 3.0, 2.0]), 700, 120, seed=9) + np.float32(0.25)
+    first = StreamingSVD(4, center=True).fit(rows)
+    other = StreamingSVD(4, center=True, origin=np.full(120, -1, np.float32)).fit(rows)
+    squares = np.linalg.norm(rows + 1) ** 2  # about the origin farther away: what is rounded to float32
+    assert np.abs(first.singular_values_**2 - other.singular_values_**2).max() <= EPS * squares
+    assert np.allclose(first.mean_, other.mean_, rtol=0, atol=8 * EPS)
+    assert largest_angle(first.components_, other.components_) <= EPS * squares / first.singular_values_[3] ** 2
 
 
 # ---- the same bits
@@ -218,132 +548,236 @@ def test_the_mean_is_that_of_all_rows_and_zero_without_center():
 
 @settings(max_examples=50, deadline=None)
 @given(
-    sizes=st.lists(st.integers(1, 150), min_size=1, max_size=8),
+    sizes=st.lists(st.integers(1, 400), min_size=1, max_size=8),
     read=st.lists(st.booleans(), min_size=1, max_size=8),
     center=st.booleans(),
     k=st.sampled_from([1, 5, 70]),
+    n=st.sampled_from([200, 256, 257, 700]),
 )
-def test_any_chunking_of_the_rows_and_any_reading_in_between_give_the_same_bits(sizes, read, center, k):
-    rows = random_rows(300, 90)
+@example(sizes=[1], read=[True], center=True, k=5, n=257)
+@example(sizes=[256], read=[True], center=False, k=5, n=700)
+def test_any_chunking_of_the_rows_and_any_reading_in_between_give_the_same_bits(sizes, read, center, k, n):
+    rows = random_rows(n, 90)
     whole = StreamingSVD(k, center=center).fit(rows)
     streamed = StreamingSVD(k, center=center)
     for i, chunk in enumerate(chunks(rows, sizes)):
         streamed.partial_fit(chunk)
-        if read[i % len(read)]:
+        if read[i % len(read)] and i < 20:
             assert streamed.components_.shape == (k, 90)
+            assert len(streamed.coordinates_) == streamed.n_samples_seen_
     assert results(streamed) == results(whole)
 
 
+@pytest.mark.parametrize("passes", [1, 2, 3])
 @pytest.mark.parametrize("center", [False, True])
-def test_any_number_of_threads_gives_the_same_bits(center):
-    rows = random_rows(400, 1001)
-    one, *others = (StreamingSVD(6, center=center, num_threads=threads).fit(rows) for threads in (1, 2, 7))
+@pytest.mark.parametrize("n", [100, 600])
+def test_any_number_of_threads_gives_the_same_bits(n, center, passes):
+    rows = random_rows(n, 1001)
+    one, *others = (
+        StreamingSVD(6, center=center, passes=passes, num_threads=threads).fit(rows) for threads in (1, 2, 7)
+    )
     for other in others:
         assert results(other) == results(one)
         assert np.array_equal(other.transform(rows), one.transform(rows))
 
 
+def test_the_same_seed_gives_the_same_bits_and_another_one_others_of_the_same_span():
+    """Each span holds the leading directions but for residual / singular value, and so do both of one another."""
+    rows, exact = matrix(low_rank)
+    one, same, other = (StreamingSVD(24, seed=seed).fit(rows) for seed in (1, 1, 2))
+    assert results(one) == results(same)
+    assert not np.array_equal(one.components_, other.components_)
+    assert largest_angle(one.components_, other.components_) <= 2 * one.residual_bound_ / exact[23]
+    errors = [reference.residual(rows, estimator.components_, center=False) for estimator in (one, other)]
+    assert errors[0] != errors[1]
+    assert np.isclose(errors[0], errors[1], rtol=0.03)
+
+
 @pytest.mark.parametrize("isa", ISAS)
-def test_every_instruction_set_gives_the_same_directions(isa, tmp_path):
-    rows = reference.with_singular_values(np.r_[3.0, 2.0, 1.0, np.full(50, 0.1)], 300, 131, seed=8)
+def test_every_instruction_set_gives_the_same_directions_from_the_same_omega(isa, tmp_path):
+    rows = reference.with_singular_values(np.r_[3.0, 2.0, 1.0, np.full(50, 0.01)], 600, 331, seed=8)
     np.save(tmp_path / "rows.npy", rows)
+    # apply() of the identity is Omega itself, of signs: every instruction set must make it to the bit.
     done = run_python(
-        "import sys, numpy as np\n"
+        f"folder = {str(tmp_path)!r}\n"
+        "import numpy as np\n"
+        "from tipl import _core\n"
         "from tipl.svd import StreamingSVD, gram\n"
-        "folder = sys.path.pop()\n"
         "rows = np.load(folder + '/rows.npy')\n"
-        "svd = StreamingSVD(3, center=True).fit(rows)\n"
-        "np.savez(folder + '/svd.npz', components=svd.components_, values=svd.singular_values_, mean=svd.mean_,\n"
-        "         gram=gram(rows, rows[0]), coordinates=svd.transform(rows))\n".replace(
-            "sys.path.pop()", repr(str(tmp_path))
-        ),
+        "few, one, two = (StreamingSVD(3, center=True, passes=passes).fit(rows[:n])\n"
+        "                 for n, passes in ((200, 1), (600, 1), (600, 2)))\n"
+        "omega = _core.RowSketch(num_features=331, range_size=19, test_size=8, seed=5, num_threads=2, origin=None,\n"
+        "                        directions=None).apply(np.eye(331, dtype=np.float32))\n"
+        "np.savez(folder + '/svd.npz', omega=omega, gram=gram(rows, rows[0]), residual=one.residual_,\n"
+        "         **{f'{name}_{count}': value for count, svd in enumerate((few, one, two)) for name, value in (\n"
+        "             ('components', svd.components_), ('values', svd.singular_values_), ('mean', svd.mean_),\n"
+        "             ('coordinates', svd.coordinates_), ('transformed', svd.transform(rows)))})\n",
         TIPL_ISA=isa,
     )
     if f"this CPU lacks {isa}" in done.stderr:
         pytest.skip(f"this CPU lacks {isa}")
     assert done.returncode == 0, done.stderr
     theirs = np.load(tmp_path / "svd.npz")
-    here = StreamingSVD(3, center=True).fit(rows)
-    assert np.allclose(theirs["values"], here.singular_values_, rtol=0, atol=8 * EPS * here.singular_values_[0])
-    assert np.abs(theirs["components"] - here.components_).max() <= 8 * EPS
-    assert np.array_equal(theirs["mean"], here.mean_)
-    assert np.allclose(theirs["gram"], gram(rows, rows[0]), rtol=0, atol=131 * EPS64 * 36)
-    assert np.allclose(theirs["coordinates"], here.transform(rows), rtol=0, atol=32 * EPS * 3)
+    omega = _core.RowSketch(
+        num_features=331, range_size=19, test_size=8, seed=5, num_threads=1, origin=None, directions=None
+    ).apply(np.eye(331, dtype=np.float32))
+    assert np.array_equal(theirs["omega"], omega)
+    assert np.allclose(theirs["gram"], gram(rows, rows[0]), rtol=0, atol=331 * EPS64 * 36)
+    for count, (n, passes) in enumerate(((200, 1), (600, 1), (600, 2))):
+        here = StreamingSVD(3, center=True, passes=passes).fit(rows[:n])
+        largest = here.singular_values_[0]
+        assert np.allclose(theirs[f"values_{count}"], here.singular_values_, rtol=0, atol=8 * EPS * largest)
+        assert np.abs(theirs[f"components_{count}"] - here.components_).max() <= 8 * EPS
+        assert np.allclose(theirs[f"mean_{count}"], here.mean_, rtol=0, atol=EPS)
+        assert np.allclose(theirs[f"coordinates_{count}"], here.coordinates_, rtol=0, atol=32 * EPS * largest)
+        assert np.allclose(theirs[f"transformed_{count}"], here.transform(rows), rtol=0, atol=32 * EPS * largest)
+    assert np.isclose(theirs["residual"], StreamingSVD(3, center=True).fit(rows).residual_, rtol=0.02)
 
 
 # ---- merging
 
 
-@pytest.mark.parametrize("center", [False, True])
-def test_merged_sketches_of_low_rank_rows_equal_one_run_over_all_rows(center):
-    """Where nothing is truncated, only rounding tells the parts from the whole, in whatever order they are merged."""
-    rows = reference.with_singular_values(np.array([5.0, 4.0, 3.0, 2.0]), 700, 120, seed=9) + np.float32(0.25)
-    whole = StreamingSVD(4, center=center).fit(rows)
-    exact = reference.singular_values(rows, center)
-    cuts = [slice(0, 5), slice(5, 300), slice(300, 301), slice(301, 700)]
-    for order in ([0, 1, 2, 3], [3, 1, 0, 2], [2, 3, 1, 0]):
-        merged = StreamingSVD(4, center=center)
+SPLITS = {
+    "all pending": [5, 100, 40],
+    "pending and sketched": [100, 300, 700, 5],
+    "whole blocks": [256, 512, 256],
+    "sketched": [300, 400, 405],
+}
+
+
+def parts_of(rows: np.ndarray, sizes: list[int]) -> list[np.ndarray]:
+    return np.split(rows[: sum(sizes)], np.cumsum(sizes)[:-1])
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("params", [{}, {"center": True}, {"center": True, "offset": 100}, {"origin": 100}])
+def test_merged_sketches_equal_one_run_over_all_rows_in_any_order(split, params):
+    """Sums, so that only rounding tells the parts from the whole: of rows near their origin, wherever that lies."""
+    spectrum = np.r_[9.0, 7.0, 5.0, 3.0, 0.05 / np.arange(1, 100)]
+    rows = reference.with_singular_values(spectrum, 1105, 150, seed=10)
+    if "origin" in params or "offset" in params:
+        rows = rows + np.float32(100)
+    origin = np.full(150, 100, np.float32) if "origin" in params else None
+    center = "center" in params
+    parts = parts_of(rows, SPLITS[split])
+    for order in (range(len(parts)), range(len(parts) - 1, -1, -1), np.roll(range(len(parts)), 1)):
+        merged = StreamingSVD(4, center=center, origin=origin)
         for part in order:
-            merged.merge(stream(StreamingSVD(4, center=center), rows[cuts[part]], 40))
-        assert merged.n_samples_seen_ == 700
-        assert np.allclose(merged.mean_, whole.mean_, rtol=0, atol=700 * EPS64)
-        assert np.allclose(merged.singular_values_, exact[:4], rtol=0, atol=32 * EPS * exact[0])
-        assert largest_angle(merged.components_, whole.components_) <= 32 * EPS * exact[0] / exact[3]
+            merged.merge(stream(StreamingSVD(4, center=center, origin=origin), parts[part], 90))
+        all_rows = np.concatenate([parts[part] for part in order])
+        assert_one_run(merged, StreamingSVD(4, center=center, origin=origin).fit(all_rows), all_rows)
 
 
-@pytest.mark.parametrize("center", [False, True])
-def test_merged_sketches_keep_the_error_of_one_run_in_any_order(center):
-    rows = reference.with_singular_values(1.0 / np.arange(1, 301), 900, 300, seed=10) + np.float32(0.01)
-    optimum = float(np.linalg.norm(reference.singular_values(rows, center)[16:]))
-    parts = [stream(StreamingSVD(16, center=center), part, 64) for part in np.split(rows, 3)]
-    merged = []
-    for order in ([0, 1, 2], [2, 0, 1]):
-        both = StreamingSVD(16, center=center)
-        for part in order:
-            both.merge(parts[part])
-        error = reference.residual(rows, both.components_, center)
-        assert error <= both.residual_bound_ <= 1.05 * optimum
-        merged.append(both)
-    # Two sets of directions that each lose at most x of the squares can differ by no more than x in each square.
-    lost = merged[0].residual_bound_ ** 2 - optimum**2
-    assert np.abs(merged[0].singular_values_ ** 2 - merged[1].singular_values_ ** 2).max() <= 2 * lost
+def assert_one_run(merged: StreamingSVD, whole: StreamingSVD, rows: np.ndarray) -> None:
+    """The same results within rounding, that of sums of squares in float32 for the errors."""
+    largest, smallest = whole.singular_values_[[0, -1]]
+    assert merged.n_samples_seen_ == whole.n_samples_seen_ == len(rows)
+    assert np.allclose(merged.mean_, whole.mean_, rtol=EPS64, atol=8 * EPS)
+    assert np.allclose(merged.singular_values_, whole.singular_values_, rtol=0, atol=16 * EPS * largest)
+    projectors = [estimator.components_.T.astype(np.float64) @ estimator.components_ for estimator in (merged, whole)]
+    assert np.linalg.norm(projectors[0] - projectors[1], 2) <= 32 * EPS * largest / smallest
+    assert np.isclose(merged.residual_bound_, whole.residual_bound_, rtol=0.02)
+    assert np.isclose(merged.optimum_bound_, whole.optimum_bound_, rtol=0.02, atol=ROUNDING * largest)
+    assert np.isclose(merged.residual_, whole.residual_, rtol=0.05)
+    assert merged.coordinates_.shape == whole.coordinates_.shape
+    assert np.abs(merged.coordinates_ - whole.coordinates_).max() <= 128 * EPS * largest
+    theirs = coordinates(rows, merged.components_, merged.mean_)
+    own = coordinates(rows, whole.components_, whole.mean_)
+    missing = np.abs(whole.coordinates_ - own).max()  # by the directions, not by merging
+    assert np.abs(merged.coordinates_ - theirs).max() <= missing + 128 * EPS * largest
 
 
-def test_a_merged_estimator_goes_on_and_the_other_one_stays_as_it_was():
-    rows = random_rows(500, 80)
-    first = stream(StreamingSVD(5, center=True), rows[:150], 33)
-    other = stream(StreamingSVD(5, center=True), rows[150:330], 33)
-    before = results(other)
-    first.merge(other)
-    assert results(other) == before
-    other.partial_fit(rows[330:])
-    first.partial_fit(rows[330:])
-    assert first.n_samples_seen_ == 500
+def test_merging_exact_sketches_stays_exact_while_they_are_few():
+    rows = random_rows(EXACT_ROWS, 80)
+    merged = StreamingSVD(5).fit(rows[:100]).merge(StreamingSVD(5).fit(rows[100:]))
+    assert results(merged) == results(StreamingSVD(5).fit(rows))
+
+
+def test_centred_sketches_with_origins_of_their_own_merge():
+    """Their origins only serve the numbers: each may have another one, near its own rows."""
+    rows = reference.with_singular_values(np.array([5.0, 4.0, 3.0, 2.0]), 900, 120, seed=9) + np.float32(10)
+    origins = [np.full(120, value, np.float32) for value in (10, 9, 11)]
+    merged = StreamingSVD(4, center=True, origin=origins[0]).fit(rows[:300])
+    merged.merge(StreamingSVD(4, center=True, origin=origins[1]).fit(rows[300:310]))
+    merged.merge(StreamingSVD(4, center=True, origin=origins[2]).fit(rows[310:]))
     exact = reference.singular_values(rows, center=True)
-    assert np.allclose(first.mean_, rows.astype(np.float64).mean(0), rtol=500 * EPS64)
-    assert reference.residual(rows, first.components_, center=True) <= 1.05 * np.linalg.norm(exact[5:])
+    assert np.allclose(merged.mean_, rows.astype(np.float64).mean(0), rtol=0, atol=8 * EPS)
+    size = np.linalg.norm(rows - 9)
+    assert np.allclose(merged.singular_values_, exact[:4], rtol=0, atol=4 * EPS * size)
+    theirs = coordinates(rows, merged.components_, merged.mean_)
+    assert np.abs(merged.coordinates_ - theirs).max() <= 16 * EPS * size
+
+
+def test_the_coordinates_of_merged_rows_come_behind_ours():
+    rows = reference.with_singular_values(np.array([5.0, 4.0, 3.0, 2.0]), 700, 120, seed=9)
+    for cut in (3, 300, 690):
+        merged = StreamingSVD(4).fit(rows[cut:]).merge(StreamingSVD(4).fit(rows[:cut]))
+        theirs = coordinates(np.roll(rows, -cut, axis=0), merged.components_, merged.mean_)
+        assert np.abs(merged.coordinates_ - theirs).max() <= 64 * EPS * np.linalg.norm(theirs, axis=1).max()
+
+
+@pytest.mark.parametrize("cut", [150, 300])
+@pytest.mark.parametrize("center", [False, True])
+def test_a_merged_estimator_goes_on_and_the_other_one_stays_as_it_was(cut, center):
+    rows = random_rows(1000, 80)
+    first = stream(StreamingSVD(5, center=center), rows[:cut], 33)
+    other = stream(StreamingSVD(5, center=center), rows[cut:700], 33)
+    before = results(other)
+    assert first.merge(other) is first
+    assert results(other) == before
+    other.partial_fit(rows[700:])
+    first.partial_fit(rows[700:])
+    assert results(other) == results(stream(StreamingSVD(5, center=center), rows[cut:], 33))
+    assert first.n_samples_seen_ == 1000
+    whole = StreamingSVD(5, center=center).fit(rows)
+    largest = whole.singular_values_[0]
+    assert np.allclose(first.singular_values_, whole.singular_values_, rtol=0, atol=64 * EPS * largest)
+    assert np.isclose(first.residual_bound_, whole.residual_bound_, rtol=0.001)
+    assert np.abs(first.coordinates_ - whole.coordinates_).max() <= 1e-3 * np.abs(whole.coordinates_).max()
+
+
+@settings(max_examples=30, deadline=None)
+@given(sizes=st.lists(st.integers(1, 400), min_size=2, max_size=5), center=st.booleans(), data=st.data())
+def test_any_tree_of_merges_keeps_the_sums_of_all_rows(sizes, center, data):
+    rows = random_rows(sum(sizes), 60)
+    left = [StreamingSVD(3, n_oversamples=5, center=center).fit(part) for part in parts_of(rows, sizes)]
+    while len(left) > 1:
+        i = data.draw(st.integers(0, len(left) - 2), label="merged with its neighbour")
+        left[i].merge(left.pop(i + 1))
+    whole = StreamingSVD(3, n_oversamples=5, center=center).fit(rows)
+    size = np.sqrt(np.sum(whole.singular_values_**2) + whole.residual_bound_**2)
+    assert left[0].n_samples_seen_ == len(rows)
+    assert np.allclose(left[0].mean_, rows.astype(np.float64).mean(0) if center else 0, rtol=0, atol=64 * EPS)
+    assert np.allclose(left[0].singular_values_, whole.singular_values_, rtol=0, atol=64 * EPS * size)
+    energy = [e.singular_values_[0] ** 2 / e.explained_variance_ratio_[0] for e in (left[0], whole) if size > 0]
+    assert not energy or np.isclose(*energy, rtol=16 * EPS)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"n_components": 4}, "n_components = 5, got 4"),
-        ({"n_oversamples": 3}, "n_oversamples = 10, got 3"),
-        ({"center": True}, "center = 0, got 1"),
-        ({"seed": 9}, "seed = 0, got 9"),
+        ({"n_components": 4}, "other must have n_components = 5, got 4"),
+        ({"n_oversamples": 3}, "other must have range_size = 21, got 8"),
+        ({"center": True}, "other must have center = False, got True"),
+        ({"seed": 9}, "other must have seed = 0, got 9"),
+        ({"origin": np.ones(30, np.float32)}, "other must have the same origin"),
     ],
 )
-def test_merge_refuses_other_parameters(change, message):
-    rows = random_rows(20, 30)
+@pytest.mark.parametrize("n", [20, 300])
+def test_merge_refuses_other_parameters(n, change, message):
+    rows = random_rows(n, 30)
     estimator = StreamingSVD(5).fit(rows)
     before = results(estimator)
-    with pytest.raises(ValueError, match=re.escape(f"merge: other must have {message}")):
+    with pytest.raises(ValueError, match=re.escape(f"merge: {message}")):
         estimator.merge(StreamingSVD(**{"n_components": 5, **change}).fit(rows))
     assert results(estimator) == before
+    with pytest.raises(ValueError, match=re.escape(f"merge: {message}")):
+        StreamingSVD(5).merge(StreamingSVD(**{"n_components": 5, **change}).fit(rows))
 
 
 def test_merge_refuses_other_columns_itself_no_rows_and_other_things():
     estimator = StreamingSVD(5).fit(random_rows(20, 30))
+    before = results(estimator)
     with pytest.raises(ValueError, match="merge: other must have n_features_in_ = 30, got 31"):
         estimator.merge(StreamingSVD(5).fit(random_rows(20, 31)))
     with pytest.raises(ValueError, match="merge: other must be another estimator, with rows of its own"):
@@ -352,7 +786,17 @@ def test_merge_refuses_other_columns_itself_no_rows_and_other_things():
         estimator.merge(StreamingSVD(5))
     with pytest.raises(TypeError, match="merge: other must be a StreamingSVD, got list"):
         estimator.merge([])
+    assert results(estimator) == before
     estimator.merge(StreamingSVD(5, num_threads=1).fit(random_rows(20, 30)))  # threads may differ
+
+
+def test_sketches_of_two_passes_do_not_merge():
+    rows = random_rows(600, 90)
+    estimator = StreamingSVD(5, passes=2).fit(rows[:300])
+    before = results(estimator)
+    with pytest.raises(ValueError, match=r"^merge: "):
+        estimator.merge(StreamingSVD(5, passes=2).fit(rows[300:]))
+    assert results(estimator) == before
 
 
 # ---- rows with fewer directions than components
@@ -365,21 +809,27 @@ def assert_completed(estimator: StreamingSVD, rank: int) -> None:
     assert not estimator.singular_values_[rank:].any()
 
 
+@pytest.mark.parametrize("center", [False, True])
+@pytest.mark.parametrize("p", [9, 90])
 @pytest.mark.parametrize("n", [1, 30, 300])
-def test_a_zero_matrix_has_zero_singular_values_and_orthonormal_components(n):
-    estimator = StreamingSVD(4).fit(np.zeros((n, 9), np.float32))
+@pytest.mark.parametrize("passes", [1, 2])
+def test_a_zero_matrix_has_zero_singular_values_and_orthonormal_components(n, p, center, passes):
+    estimator = StreamingSVD(4, center=center, passes=passes).fit(np.zeros((n, p), np.float32))
     assert_completed(estimator, 0)
-    assert estimator.residual_bound_ == 0
+    assert estimator.residual_ == estimator.residual_bound_ == estimator.optimum_bound_ == 0
+    assert not estimator.explained_variance_ratio_.any()
+    assert not estimator.coordinates_.any()
 
 
+@pytest.mark.parametrize("p", [9, 90])
 @pytest.mark.parametrize("n", [1, 30, 300])
-def test_repeated_rows_have_one_direction_and_none_about_their_mean(n):
-    row = np.arange(1, 10, dtype=np.float32)
+def test_repeated_rows_have_one_direction_and_none_about_their_mean(n, p):
+    row = np.arange(1, p + 1, dtype=np.float32)
     rows = np.tile(row, (n, 1))
     estimator = StreamingSVD(4).fit(rows)
     assert_completed(estimator, 1)
     assert np.allclose(estimator.components_[0], row / np.linalg.norm(row), rtol=4 * EPS)
-    assert np.isclose(estimator.singular_values_[0], np.sqrt(n) * np.linalg.norm(row), rtol=n * EPS)
+    assert np.isclose(estimator.singular_values_[0], np.sqrt(n) * np.linalg.norm(row), rtol=16 * EPS)
     centred = StreamingSVD(4, center=True).fit(rows)
     assert_completed(centred, 0)
     assert np.array_equal(centred.mean_, row)
@@ -394,42 +844,51 @@ def test_fewer_rows_than_components(center):
     assert estimator.residual_bound_ <= 8 * EPS * np.linalg.norm(rows)
 
 
-def test_rank_below_n_components_over_many_blocks():
-    rows = reference.with_singular_values(np.array([3.0, 2.0, 1.0]), 500, 60, seed=11)
-    rows = np.rint(rows * 2**12).astype(np.float32)  # integers: the rows' rounding is a fourth direction, and many more
-    basis = np.rint(rows[:3])
-    rows = (np.random.default_rng(0).integers(-8, 9, (500, 3)) @ basis).astype(np.float32)  # exact: rank 3
-    estimator = stream(StreamingSVD(6), rows, 77)
+@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize("n", [200, 500])
+def test_rank_below_n_components_over_many_blocks(n, passes):
+    rng = np.random.default_rng(0)
+    basis = rng.integers(-8, 9, (3, 60))
+    rows = (rng.integers(-8, 9, (n, 3)) @ basis).astype(np.float32)  # integers: the rank is exactly 3
+    estimator = StreamingSVD(6, passes=passes).fit(rows)
     assert_completed(estimator, 3)
     assert reference.residual(rows, estimator.components_, center=False) <= 4 * EPS * np.linalg.norm(rows)
 
 
-def test_repeated_singular_values():
+@pytest.mark.parametrize("n", [200, 600])
+def test_repeated_singular_values(n):
     """Which directions is open, but not their span or their values."""
-    rows = np.zeros((200, 50), np.float32)
-    rows[np.arange(200), np.arange(200) % 10] = 3.0  # ten directions of singular value 3 sqrt(20)
+    rows = np.zeros((n, 50), np.float32)
+    rows[np.arange(n), np.arange(n) % 10] = 3.0  # ten directions of singular value 3 sqrt(n / 10)
     estimator = stream(StreamingSVD(10), rows, 9)
-    assert np.allclose(estimator.singular_values_, 3 * np.sqrt(20), rtol=8 * EPS)
+    assert np.allclose(estimator.singular_values_, 3 * np.sqrt(n / 10), rtol=8 * EPS)
     assert np.abs(estimator.components_.T @ estimator.components_ - np.diag(np.arange(50) < 10)).max() <= 16 * EPS
     few = stream(StreamingSVD(4), rows, 9)
     assert_orthonormal(few.components_)
-    assert np.allclose(few.singular_values_, 3 * np.sqrt(20), rtol=8 * EPS)
+    assert np.allclose(few.singular_values_, 3 * np.sqrt(n / 10), rtol=8 * EPS)
 
 
 @pytest.mark.parametrize("p", SIZES)
-def test_as_many_components_as_columns(p):
-    rows = random_rows(3 * p + 70, p)
-    estimator = stream(StreamingSVD(p, n_oversamples=0), rows, 50)
+@pytest.mark.parametrize("passes", [1, 2])
+def test_as_many_components_as_columns(p, passes):
+    rows = random_rows(3 * p + 270, p)
+    estimator = StreamingSVD(p, n_oversamples=0, passes=passes).fit(rows)
     assert_orthonormal(estimator.components_)
     exact = reference.singular_values(rows, center=False)
-    assert np.allclose(estimator.singular_values_, exact, rtol=0, atol=32 * EPS * exact[0])
-    assert reference.residual(rows, estimator.components_, center=False) <= estimator.residual_bound_
+    assert np.allclose(estimator.singular_values_, exact, rtol=0, atol=8 * EPS * exact[0])
+    error = reference.residual(rows, estimator.components_, center=False)
+    assert error <= estimator.residual_bound_ + ROUNDING * np.linalg.norm(rows)
 
 
-def test_the_seed_chooses_the_directions_that_complete_the_components_and_nothing_else():
-    rows = random_rows(3, 40)
+@pytest.mark.parametrize("n", [3, 400])
+def test_the_seed_chooses_the_directions_that_complete_the_components(n):
+    rows = (np.arange(n)[:, None] % 3 == np.arange(40) % 3).astype(np.float32)  # rank 3
     one, same, other = (StreamingSVD(6, seed=seed).fit(rows).components_ for seed in (1, 1, 2))
     assert np.array_equal(one, same)
-    assert np.array_equal(one[:3], other[:3])
-    assert np.abs(one[3:] - other[3:]).min(axis=1).max() > 0
-    assert np.array_equal(StreamingSVD(3, seed=1).fit(rows).components_, StreamingSVD(3, seed=2).fit(rows).components_)
+    assert largest_angle(one[:3], other[:3]) <= 16 * EPS
+    assert largest_angle(one[3:], other[3:]) > 0.1
+
+
+def test_the_seed_changes_nothing_of_rows_that_are_kept_as_they_are():
+    rows = random_rows(100, 40)
+    assert results(StreamingSVD(3, seed=1).fit(rows)) == results(StreamingSVD(3, seed=2).fit(rows))

@@ -1,7 +1,11 @@
 """tipl: policy weights under PPO as a sequence, and a Transformer that continues it (arXiv 2503.04074)."""
 
+import importlib
 import os
+import sys
 from importlib.metadata import version
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 # After torch's last parallel loop libgomp's threads spin for up to 16 ms, on the cores that a decoder wants: on two
 # cores it ran at 0.6 of its speed. Some tenths of a millisecond serve torch as well. This is read when torch is loaded;
@@ -9,25 +13,45 @@ from importlib.metadata import version
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
-from tipl.basis import Basis
-from tipl.collect import collect
-from tipl.decoder import Decoder
-from tipl.evaluate import EvaluateConfig, evaluate
-from tipl.model import ModelConfig, TrajectoryTransformer
-from tipl.ppo import PPOConfig
-from tipl.report import write_report
-from tipl.rollout import Forecaster, rollout
-from tipl.store import Store
-from tipl.svd import StreamingSVD, gram
-from tipl.train import TrainConfig, train
+if TYPE_CHECKING:
+    from tipl.basis import Basis
+    from tipl.collect import collect
+    from tipl.decoder import Decoder
+    from tipl.evaluate import EvaluateConfig, evaluate
+    from tipl.model import ModelConfig, TrajectoryTransformer
+    from tipl.ppo import PPOConfig
+    from tipl.report import write_report
+    from tipl.rollout import Forecaster, rollout
+    from tipl.store import Store
+    from tipl.svd import GroupedSVD, RunningGram, StreamingSVD, gram
+    from tipl.train import TrainConfig, train
+
+# What each module gives to the package. A name is imported when it is first asked for: StreamingSVD needs neither torch
+# nor MuJoCo, which take 1.5 s and 250 MB.
+_EXPORTS = {
+    "basis": ["Basis"],
+    "collect": ["collect"],
+    "decoder": ["Decoder"],
+    "evaluate": ["EvaluateConfig", "evaluate"],
+    "model": ["ModelConfig", "TrajectoryTransformer"],
+    "ppo": ["PPOConfig"],
+    "report": ["write_report"],
+    "rollout": ["Forecaster", "rollout"],
+    "store": ["Store"],
+    "svd": ["GroupedSVD", "RunningGram", "StreamingSVD", "gram"],
+    "train": ["TrainConfig", "train"],
+}
+_MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names}
 
 __all__ = [
     "Basis",
     "Decoder",
     "EvaluateConfig",
     "Forecaster",
+    "GroupedSVD",
     "ModelConfig",
     "PPOConfig",
+    "RunningGram",
     "Store",
     "StreamingSVD",
     "TrainConfig",
@@ -40,3 +64,27 @@ __all__ = [
     "write_report",
 ]
 __version__ = version("tipl")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'tipl' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"tipl.{_MODULE_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _Package(ModuleType):
+    """Importing tipl.train binds the module to tipl.train, where the function of that name belongs."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, ModuleType) and name in _MODULE_OF:
+            value = getattr(value, name)
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

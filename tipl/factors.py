@@ -1,0 +1,288 @@
+"""From the sketch of a matrix's rows to its leading directions, and what they leave: the small problem of a basis.
+
+Shapes  n rows seen, p columns, k components, l range directions, q test directions.
+
+`csrc/svd.h` has the sketch: C = Y^T A and G = Y^T Y of the rows A (about their origin, or about their mean) and
+Y = A Omega. Here is the small problem that is left. With G = W S^2 W^T and Q = Y W S^-1, orthonormal columns,
+
+    Q^T A = S^-1 W^T C = U diag(sigma) V^T    (l, p),
+
+of which the leading k rows of V^T are `components_`: the randomised SVD of Halko, Martinsson and Tropp 2011
+(doi:10.1137/090771806), in one pass over the rows because C and G are all that it needs to know.
+
+Error   Q Q^T A is a projection of A, so that by Pythagoras, without any estimate,
+            |A - A V^T V|^2  =  |A|^2 - |Q^T A V^T|^2 - m,    m = |(I - Q Q^T) A V^T|^2 >= 0.
+        m = 0 gives `residual_bound_`. m is the trace of V R V^T for R = A^T A - A^T Q Q^T A, and R w is known for the q
+        random directions w (Hutchinson's estimator; Tropp et al. 2019, arXiv:1902.08651, section 6, test the error with
+        fresh directions in the same spirit): `residual_`, and from their spread `residual_interval_`.
+Passes  Every further pass takes Omega = the directions of the pass before, k and a few more, one step of subspace
+        iteration. What is left of m is then too small to tell from rounding: `residual_` is the bound.
+Exact   Up to 256 rows are kept as they are, and their Gram matrix in float64 gives the exact SVD. So does G if l = p.
+"""
+
+import dataclasses
+import warnings
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tipl import _core
+
+TEST_DIRECTIONS = 8
+_TEST_SCALE = 4.0  # makes E[w w^T] = I: a column of A has an entry in 2 of the 8
+_STUDENT_95 = 2.365  # quantile 0.975 of Student's t with 7 degrees of freedom
+
+SHARE_COMPONENTS = 128
+"""The most components that a share of the energy may pick."""
+
+_RESOLVED = 1e-7
+"""Of the largest squared singular value: below lies what the float32 sums of C cannot tell from rounding."""
+_RESOLVED_LATER = 1e-13
+"""The same where an earlier pass has told the directions apart, so that each one's sums are of its own size."""
+_HINTED = 1e-10
+"""Enough for the start of a later pass: rounding there costs nothing but a direction."""
+
+_ROUNDING = 2e-6
+"""Over sqrt(p), of |A|^2 before the mean is taken off: how far |A|^2 - |Q^T A V^T|^2 may be from the truth.
+
+A row much louder than the 127 that are summed with it rounds every entry of C by some 4e-7, at random.
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Factors:
+    components: NDArray[np.float32]  # (k, p)
+    singular_values: NDArray[np.float64]  # (k)
+    mean: NDArray[np.float64]  # (p), of what transform takes off
+    energy: float  # |A|^2
+    residual: float
+    residual_bound: float
+    residual_interval: tuple[float, float]
+    optimum_bound: float
+    rank: int
+    coordinates: NDArray[np.float64] | None  # (n, k) where the rows are exact
+    mixing: NDArray[np.float64]  # (l + 1, k): coordinates = [Y, 1] mixing, elsewhere
+
+
+def factors_of(core: _core.RowSketch, n_components: int | float, center: bool, seed: int, num_threads: int) -> Factors:
+    rows = core.exact_rows()
+    if len(rows):
+        return _of_rows(rows, core.origin, n_components, center, seed, num_threads)
+    settled = core.snapshot()
+    if settled.range_size == settled.num_features:
+        return _of_all_columns(settled, n_components, center, seed, num_threads)
+    return _of_sketch(settled, n_components, center, seed, num_threads)
+
+
+def leading_directions(
+    core: _core.RowSketch, n_components: int | float, center: bool, seed: int, num_threads: int
+) -> NDArray[np.float32]:
+    """Return the leading directions and a few more, (more than k, p): the start of the next pass."""
+    projection = _Projection(core.snapshot(), center, _RESOLVED_LATER if core.directed else _HINTED, num_threads)
+    k = projection.number_of(n_components)
+    more = min(k + max(8, k // 4), core.range_size)
+    return projection.directions(more, seed)[: max(k, projection.rank)]
+
+
+def _of_rows(
+    rows: NDArray[np.float32],
+    origin: NDArray[np.float32],
+    n_components: int | float,
+    center: bool,
+    seed: int,
+    num_threads: int,
+) -> Factors:
+    """The SVD of a few rows less their origin, from their Gram matrix."""
+    n, p = rows.shape
+    products = _core.products("fit", rows, None, None, num_threads)
+    mean = np.zeros(p)
+    if center:
+        means = products.mean(axis=0)
+        products = products - means - means[:, None] + means.mean()
+        mean = rows.mean(axis=0, dtype=np.float64)
+    squares, left = _descending(products)
+    rank = int(np.sum(squares > 8 * n * np.finfo(np.float64).eps * squares[0])) if squares[0] > 0 else 0
+    energy = float(np.trace(products)) if rank else 0.0
+    k = _number_of_components(n_components, squares[:rank] / (energy or 1.0), p)
+    kept = min(k, rank)
+    weights = left[:, :kept] / np.sqrt(squares[:kept])
+    components = _completed(_core.combine(rows, weights, num_threads), k, seed, num_threads)
+    coordinates = _core.products("fit", rows, components, None, num_threads) - components @ mean
+    return _exact_factors(squares[:rank], energy, components, mean + (origin if origin.size else 0.0), coordinates)
+
+
+def _of_all_columns(
+    core: _core.RowSketch, n_components: int | float, center: bool, seed: int, num_threads: int
+) -> Factors:
+    """The SVD where Omega is the identity, as there are no more columns than directions: G is A^T A, in float64."""
+    sums, p = core.gram, core.num_features
+    n = sums[-1, -1]
+    mean = sums[-1, :-1] / n if center else np.zeros(p)
+    squares, right = _descending(sums[:-1, :-1] - n * np.outer(mean, mean))
+    rank = int(np.sum(squares > 8 * p * np.finfo(np.float64).eps * sums.trace())) if squares[0] > 0 else 0
+    energy = float(np.sum(squares[:rank]))
+    k = _number_of_components(n_components, squares[:rank] / (energy or 1.0), p)
+    found = np.ascontiguousarray(right[:, : min(k, rank)].T, dtype=np.float32)
+    components = _completed(found, k, seed, num_threads)
+    factors = _exact_factors(squares[:rank], energy, components, mean + (core.origin if core.origin.size else 0.0))
+    mixing = components.T.astype(np.float64)  # Y = A
+    return dataclasses.replace(factors, mixing=np.concatenate([mixing, -(mean @ mixing)[None]]))
+
+
+def _exact_factors(
+    squares: NDArray[np.float64],
+    energy: float,
+    components: NDArray[np.float32],
+    mean: NDArray[np.float64],
+    coordinates: NDArray[np.float64] | None = None,
+) -> Factors:
+    """From all squared singular values above rounding."""
+    k = len(components)
+    optimum = float(np.sum(squares[k:]))
+    rounding = float(4 * np.finfo(np.float32).eps) ** 2 * energy  # of the components
+    residual = float(np.sqrt(optimum + rounding))
+    return Factors(
+        components=components,
+        singular_values=np.r_[np.sqrt(squares[:k]), np.zeros(max(0, k - len(squares)))],
+        mean=mean,
+        energy=energy,
+        residual=residual,
+        residual_bound=residual,
+        residual_interval=(residual, residual),
+        optimum_bound=float(np.sqrt(optimum)),
+        rank=min(k, len(squares)),
+        coordinates=coordinates,
+        mixing=np.zeros((0, k)),
+    )
+
+
+class _Projection:
+    """Q^T A = U diag(sigma) V^T of a sketch whose rows are all taken up."""
+
+    def __init__(self, core: _core.RowSketch, center: bool, resolved: float, num_threads: int) -> None:
+        """Take what is above `resolved` of the largest squared singular value."""
+        sums, size = core.gram, core.range_size  # (l + q + 1, l + q + 1)
+        self.core, self.num_threads, self.energy = core, num_threads, core.squares
+        self.mean = np.zeros(core.num_features)  # of the rows
+        self.mean_y = np.zeros(len(sums) - 1)
+        self.gram = sums[:-1, :-1]  # about the mean, as all below
+        if center:
+            n = sums[-1, -1]
+            self.mean, self.mean_y = core.row_sum / n, sums[-1, :-1] / n
+            self.gram = self.gram - n * np.outer(self.mean_y, self.mean_y)
+            self.energy = max(self.energy - float(n * self.mean @ self.mean), 0.0)
+        squares, vectors = _descending(self.gram[:size, :size])
+        largest = max(squares[0], np.max(np.diag(sums)[:size]))  # before the mean was taken off, too
+        kept = squares > resolved * largest
+        self.whitening = np.zeros((len(self.gram), int(kept.sum())))  # [W S^-1; 0]: Q = Y whitening
+        self.whitening[:size] = vectors[:, kept] / np.sqrt(squares[kept])
+        self.rows = self.combined(self.whitening)  # Q^T A (r, p)
+        self.squares, self.left = _descending(_core.products("fit", self.rows, None, None, num_threads))
+        self.rank = int(np.sum(self.squares > resolved * self.squares[0])) if len(self.squares) else 0
+
+    def combined(self, weights: NDArray[np.float64]) -> NDArray[np.float32]:
+        """Return weights^T C, (r, p), for weights (l + q, r)."""
+        return self.core.combine(np.concatenate([weights, -(self.mean_y @ weights)[None]]))
+
+    def number_of(self, n_components: int | float) -> int:
+        return _number_of_components(
+            n_components, self.squares[: self.rank] / (self.energy or 1.0), self.core.num_features
+        )
+
+    def directions(self, k: int, seed: int) -> NDArray[np.float32]:
+        """Return the k leading rows of V^T, the last ones random where there are fewer."""
+        found = min(k, self.rank)
+        weights = self.left[:, :found] / np.sqrt(self.squares[:found])
+        return _completed(_core.combine(self.rows, weights, self.num_threads), k, seed, self.num_threads)
+
+    def missed(self, components: NDArray[np.float32]) -> NDArray[np.float64]:
+        """Return an estimate of |(I - Q Q^T) A V^T|^2 from each test direction, (q,)."""
+        size = self.core.range_size
+        # R w = A^T A w - A^T Q Q^T A w for the test directions w, then w^T V^T V R w.
+        tests = np.eye(len(self.gram))[:, size:] - self.whitening @ (self.whitening.T @ self.gram[:, size:])
+        products = _core.products("fit", components, self.combined(tests), None, self.num_threads)  # V R w (k, q)
+        return np.asarray(_TEST_SCALE * np.sum(products * self.core.apply(components)[:, size:], axis=0))
+
+
+def _of_sketch(core: _core.RowSketch, n_components: int | float, center: bool, seed: int, num_threads: int) -> Factors:
+    projection = _Projection(core, center, _RESOLVED_LATER if core.directed else _RESOLVED, num_threads)
+    k = projection.number_of(n_components)
+    components = projection.directions(k, seed)
+    inside = _core.products("fit", projection.rows, components, None, num_threads)  # Q^T A V^T (r, k)
+    # Of unit length the components are only to float32 rounding, which would count as energy.
+    lengths = _core.products("fit", components, None, None, num_threads)
+    captured = float(np.sum(inside.T * np.linalg.solve(lengths, inside.T)))
+    rounding = _ROUNDING / float(np.sqrt(core.num_features)) * core.squares
+    rest = rounding + max(projection.energy - captured, 0.0)
+    optimum = min(float(np.sum(projection.squares[k : projection.rank])), rest)
+    low, best, high = rest, rest, rest
+    if core.test_size:
+        missed = projection.missed(components)
+        spread = _STUDENT_95 * float(np.std(missed, ddof=1)) / np.sqrt(len(missed))
+        low, best, high = (
+            float(np.clip(rest - np.mean(missed) - step, optimum, rest)) for step in (spread, 0.0, -spread)
+        )
+    mixing = projection.whitening[: core.range_size] @ inside  # coordinates = (Y - mean of Y) mixing
+    return Factors(
+        components=components,
+        singular_values=np.sqrt(np.r_[projection.squares[: projection.rank], np.zeros(k)][:k]),
+        mean=projection.mean + (core.origin if core.origin.size else 0.0),
+        energy=projection.energy,
+        residual=float(np.sqrt(best)),
+        residual_bound=float(np.sqrt(rest)),
+        residual_interval=(float(np.sqrt(low)), float(np.sqrt(high))),
+        optimum_bound=float(np.sqrt(optimum)),
+        rank=min(k, projection.rank),
+        coordinates=None,
+        mixing=np.concatenate([mixing, -(projection.mean_y[: core.range_size] @ mixing)[None]]),
+    )
+
+
+def _descending(matrix: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return the eigenvalues (m,) and the eigenvectors (m, m), a column each, of a symmetric matrix."""
+    values, vectors = np.linalg.eigh(matrix)
+    return values[::-1], vectors[:, ::-1]
+
+
+def _number_of_components(n_components: int | float, shares: NDArray[np.float64], p: int) -> int:
+    """Return k, from the share of the energy that each direction found explains."""
+    if not isinstance(n_components, float):
+        return int(n_components)
+    explained = np.cumsum(shares)
+    k = int(np.searchsorted(explained, n_components)) + 1
+    most = min(SHARE_COMPONENTS, p)
+    if k > min(len(shares), most):
+        k = max(1, min(len(shares), most))
+        reached = explained[k - 1] if len(explained) else 1.0
+        if reached < n_components - 1e-9:
+            warnings.warn(
+                f"n_components={n_components}: {k} directions of one pass explain {reached:.4f} of the energy, and "
+                f"there are no more than {most}; n_oversamples or passes=2 may find better ones",
+                RuntimeWarning,
+                stacklevel=5,
+            )
+    return k
+
+
+def _completed(components: NDArray[np.float32], k: int, seed: int, num_threads: int) -> NDArray[np.float32]:
+    """Return k orthonormal rows with fixed signs: the given ones (r, p), then random ones at right angles to them."""
+    r, p = components.shape
+    if r < k:
+        random = np.random.Generator(np.random.Philox(seed)).standard_normal((k - r, p), dtype=np.float32)
+        random /= np.float32(np.sqrt(p))
+        random -= (random @ components.T) @ components
+        components = np.concatenate([components, random])
+    for _ in range(2):  # CholeskyQR2 (Yamamoto et al. 2015): the first step squares the rows' condition
+        products = _core.products("fit", components, None, None, num_threads)
+        if np.abs(products - np.eye(k)).max() <= np.finfo(np.float32).eps:
+            break
+        try:
+            inverse = np.linalg.inv(np.linalg.cholesky(products))
+        except np.linalg.LinAlgError:  # as good as dependent, by rounding
+            q, r = np.linalg.qr(components.T.astype(np.float64))
+            components = np.ascontiguousarray((q * np.where(np.diag(r) < 0, -1, 1)).T, dtype=np.float32)
+            break
+        components = _core.combine(components, np.ascontiguousarray(inverse.T), num_threads)
+    largest = components[np.arange(k), np.argmax(np.abs(components), axis=1)]
+    components *= np.where(largest < 0, np.float32(-1), np.float32(1))[:, None]
+    return components
