@@ -1,7 +1,7 @@
 """Print the README's tables, Markdown, from bench/latest.json: decode steps, and fitting a basis.
 
 python bench/table.py                     # prints what the last run measured
-python bench/table.py --write README.md   # puts each between its markers, <!-- bench:decode --> and <!-- /bench:decode -->
+python bench/table.py --write README.md   # puts each between its markers, such as <!-- bench:svd -->
 """
 
 import argparse

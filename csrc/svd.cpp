@@ -106,7 +106,7 @@ void combine_rows(ThreadPool &pool, const std::vector<const T *> &rows, ptrdiff_
                   float *out) {
   const ptrdiff_t stride = round_up(r, kCombinePadding);
   std::vector<double> padded(rows.size() * stride);
-  for (ptrdiff_t i = 0; i < std::ssize(rows); ++i) std::copy_n(weights + i * r, r, &padded[i * stride]);
+  for (ptrdiff_t i = 0; i < std::ssize(rows); ++i) std::copy_n(weights + i * r, r, padded.data() + i * stride);
   const Kernels &kernels = tipl::kernels();
   for_each_item(pool, (p + kColumnTile - 1) / kColumnTile, [&](int, ptrdiff_t tile) {
     const ptrdiff_t begin = tile * kColumnTile, columns = std::min(kColumnTile, p - begin);

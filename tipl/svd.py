@@ -51,8 +51,10 @@ class StreamingSVD:
     depending on scikit-learn. `fit` reads its rows `passes` times; `partial_fit` takes rows as they come, once.
     Memory: 8 (l + 9) p bytes whatever the number of rows, and 4 l bytes a row for `coordinates_`.
 
-    Results have the same bits for any chunking of the rows and any number of threads, and are equal within rounding
-    for any order of the rows and of merging. Reading results in between changes nothing.
+    Results have the same bits for any chunking of the rows (a `fit` that more rows follow counts for itself) and any
+    number of threads, and are equal within rounding for any order of the rows and of merging. Reading in between
+    changes nothing. Sums are float32 where rows are many: values below 1e-15 in magnitude may count as zero, and rows
+    whose norm is above 1e15 are refused.
 
     What one pass loses: singular values are found from their squares in float32 sums, which resolves about 3e-4 of the
     largest, and the directions of a spectrum that decays slowly come out mixed with others of nearly their strength.
@@ -259,7 +261,7 @@ class StreamingSVD:
 
     @property
     def n_components_(self) -> int:
-        return len(self.components_)
+        return len(self._read("n_components_").components)
 
     @property
     def n_samples_seen_(self) -> int:
@@ -459,6 +461,8 @@ class GroupedSVD:
 
     def merge(self, other: "GroupedSVD") -> Self:
         """Take all that `other`, with the same groups, has seen."""
+        if not isinstance(other, GroupedSVD):
+            raise TypeError(f"merge: other must be a GroupedSVD, got {type(other).__name__}")
         if self.groups != other.groups:
             raise ValueError(f"merge: other must have the groups {self.groups}, got {other.groups}")
         for name, estimator in self.estimators_.items():
@@ -581,7 +585,7 @@ def _blocks(
 ) -> Iterator[NDArray[np.float32]]:
     """Yield the rows of X in order, as float32 blocks of contiguous rows; float32 memory as it lies."""
     shape = tuple(getattr(X, "shape", ()))
-    if not shape or not hasattr(X, "dtype"):
+    if not shape or not hasattr(X, "dtype") or isinstance(X, np.ma.MaskedArray):
         raise TypeError(f"{where}: X must be an array of rows, got {type(X).__name__}")
     if len(shape) != 2 or shape[0] < 1 or shape[1] < 1 or (columns is not None and shape[1] != columns):
         expected = "(n, p)" if columns is None else f"(n, p) = (n, {columns})"
