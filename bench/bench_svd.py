@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from functools import cache, partial
+from functools import partial
 from multiprocessing import get_context
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
@@ -44,13 +44,13 @@ def write_matrix(path: Path, n: int, p: int) -> Path:
     """
     rng, rank = np.random.default_rng(0), 200
     strength = (np.arange(1, rank + 1) ** -1.0).astype(np.float32)
-    directions = rng.standard_normal((rank, p), dtype=np.float32) / np.sqrt(p)
+    directions = (rng.standard_normal((rank, p), dtype=np.float32) / np.sqrt(p)).astype(np.float32)
     rows = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(n, p))
     for start in range(0, n, 2048):
         count = min(2048, n - start)
         walks = np.cumsum(rng.standard_normal((count, rank), dtype=np.float32), 0) / np.sqrt(count)
         noise = NOISE * rng.standard_normal((count, p), dtype=np.float32)
-        rows[start : start + count] = (walks * strength) @ directions.astype(np.float32) + noise
+        rows[start : start + count] = (walks * strength) @ directions + noise
     rows.flush()
     return path
 
@@ -77,9 +77,9 @@ def ours(path: Path, passes: int) -> Directions:
     return StreamingSVD(K, passes=passes).fit(np.load(path, mmap_mode="r")).components_
 
 
-def svd_lowrank(rows: torch.Tensor, niter: int) -> Directions:
+def svd_lowrank(rows: torch.Tensor, k: int) -> Directions:
     torch.manual_seed(0)
-    return torch.svd_lowrank(rows, q=K + 10, niter=niter)[2][:, :K].T.contiguous().numpy()
+    return torch.svd_lowrank(rows, q=min(k + 10, *rows.shape), niter=2)[2][:, :k].T.contiguous().numpy()
 
 
 def randomized_svd(rows: torch.Tensor) -> Directions:
@@ -128,7 +128,7 @@ def bench_fit(matrix: Path, record: Record, roofs: Roofs) -> None:
     fits = {
         "one-pass": partial(ours, matrix, 1),
         "two-pass": partial(ours, matrix, 2),
-        "torch.svd_lowrank niter=2": partial(svd_lowrank, rows, 2),
+        "torch.svd_lowrank niter=2": partial(svd_lowrank, rows, K),
         "sklearn randomized_svd": partial(randomized_svd, rows),
         "sklearn IncrementalPCA": partial(incremental_pca, rows),
     }
@@ -230,7 +230,6 @@ def bench_live(record: Record) -> None:
 # ---- real trajectories
 
 
-@cache
 def trajectories(folder: str) -> tuple[list[NDArray[np.float32]], dict[str, tuple[int, int]]]:
     """Return the weights of 16 trials of `tipl collect` on HalfCheetah, 121 checkpoints each, and the layers."""
     ppo = PPOConfig(num_steps=256, num_minibatches=4)
@@ -252,9 +251,7 @@ def bench_trajectories(record: Record, tmp_path_factory: pytest.TempPathFactory)
     shared, k = np.concatenate(trials), 16
 
     def lowrank(rows: NDArray[np.float32]) -> Directions:
-        torch.manual_seed(0)
-        q = min(k + 10, *rows.shape)
-        return torch.svd_lowrank(torch.from_numpy(rows), q=q, niter=2)[2][:, :k].T.contiguous().numpy()
+        return svd_lowrank(torch.from_numpy(rows), k)
 
     paths = [np.ascontiguousarray(trial - trial[0]) for trial in trials]
     wide = {name: slice(*ends) for name, ends in layers.items() if ends[1] - ends[0] > 2 * k}

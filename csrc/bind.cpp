@@ -252,8 +252,15 @@ void bind_decoder(py::module_ &m) {
 
 // ---- Temporal SVD
 
-// The rows of a float32 array (n, p) whose rows are contiguous, wherever each of them lies.
-RowView row_view(const char *where, const char *name, const py::array_t<float> &x, py::ssize_t p) {
+// The rows of a float32 array (n, p), each contiguous, wherever they lie; p < 0: any number of columns.
+RowView row_view(const char *where, const char *name, const py::object &object, py::ssize_t p) {
+  if (!py::isinstance<py::array_t<float>>(object)) {
+    const py::object type =
+        py::isinstance<py::array>(object) ? py::object(object.attr("dtype")) : py::type::of(object).attr("__name__");
+    throw py::type_error(
+        text(where, ": ", name, " must be a NumPy array of float32, got ", py::str(type).cast<std::string>()));
+  }
+  const auto x = py::reinterpret_borrow<py::array_t<float>>(object);
   check(x.ndim() == 2 && (p < 0 || x.shape(1) == p), where, ": ", name, " must have shape ",
         letters({{"n"}, {"p", p}}, true), ", got ", shape_of(x));
   constexpr py::ssize_t kSize = sizeof(float);
@@ -263,23 +270,15 @@ RowView row_view(const char *where, const char *name, const py::array_t<float> &
   return {x.data(), x.shape(0), x.strides(0) / kSize};
 }
 
-// As row_view, of an object that must be a float32 array.
-RowView row_view(const char *where, const char *name, const py::object &object, py::ssize_t p) {
-  if (!py::isinstance<py::array_t<float>>(object)) {
-    const py::object type =
-        py::isinstance<py::array>(object) ? py::object(object.attr("dtype")) : py::type::of(object).attr("__name__");
-    throw py::type_error(
-        text(where, ": ", name, " must be a NumPy array of float32, got ", py::str(type).cast<std::string>()));
-  }
-  return row_view(where, name, py::reinterpret_borrow<py::array_t<float>>(object), p);
-}
-
-// An array of this shape that owns the vector.
-template <class T>
-py::array_t<T> array_of(std::vector<T> values, std::vector<py::ssize_t> shape) {
-  auto *const kept = new std::vector<T>(std::move(values));
-  const py::capsule owner(kept, [](void *vector) { delete static_cast<std::vector<T> *>(vector); });
-  return py::array_t<T>(std::move(shape), kept->data(), owner);
+// The rows (n, columns) that `work` returns, which runs without the GIL.
+template <class Work>
+py::array_t<float> rows_from(py::ssize_t columns, const Work &work) {
+  auto *const rows = [&] {
+    py::gil_scoped_release release;
+    return new std::vector<float>(work());
+  }();
+  const py::capsule owner(rows, [](void *vector) { delete static_cast<std::vector<float> *>(vector); });
+  return py::array_t<float>({std::ssize(*rows) / columns, columns}, rows->data(), owner);
 }
 
 std::unique_ptr<RowSketch> make_sketch(ptrdiff_t num_features, ptrdiff_t range_size, ptrdiff_t test_size, uint64_t seed,
@@ -309,29 +308,15 @@ void sketch_partial_fit(RowSketch &sketch, const py::object &x, int64_t first_ro
 
 py::array_t<float> sketch_apply(const RowSketch &sketch, const py::object &x) {
   const RowView rows = row_view("apply", "X", x, sketch.config().num_features);
-  std::vector<float> y = [&] {
-    py::gil_scoped_release release;
-    return sketch.apply(rows);
-  }();
-  return array_of(std::move(y), {rows.count, sketch.outputs() - 1});
+  return rows_from(sketch.outputs() - 1, [&] { return sketch.apply(rows); });
 }
 
 py::array_t<float> sketch_exact_rows(const RowSketch &sketch) {
-  std::vector<float> rows = [&] {
-    py::gil_scoped_release release;
-    return sketch.exact_rows();
-  }();
-  const py::ssize_t p = sketch.config().num_features, n = std::ssize(rows) / p;
-  return array_of(std::move(rows), {n, p});
+  return rows_from(sketch.config().num_features, [&] { return sketch.exact_rows(); });
 }
 
 py::array_t<float> sketch_range_rows(const RowSketch &sketch) {
-  std::vector<float> rows = [&] {
-    py::gil_scoped_release release;
-    return sketch.range_rows();
-  }();
-  const py::ssize_t l = sketch.config().range_size, n = std::ssize(rows) / l;
-  return array_of(std::move(rows), {n, l});
+  return rows_from(sketch.config().range_size, [&] { return sketch.range_rows(); });
 }
 
 py::array_t<float> sketch_combine(const RowSketch &sketch, const py::object &weights) {

@@ -68,6 +68,8 @@ std::vector<double> checked_squares(ThreadPool &pool, const char *where, const c
   return squares;
 }
 
+double total(const std::vector<double> &values) { return std::accumulate(values.begin(), values.end(), 0.0); }
+
 std::vector<const float *> pointers(RowView x) {
   std::vector<const float *> rows(x.count);
   for (ptrdiff_t i = 0; i < x.count; ++i) rows[i] = x.row(i);
@@ -120,7 +122,7 @@ void combine_rows(ThreadPool &pool, const std::vector<const T *> &rows, ptrdiff_
   });
 }
 
-const SketchConfig &checked(const SketchConfig &config) {
+const SketchConfig &checked_config(const SketchConfig &config) {
   const ptrdiff_t p = config.num_features, l = config.range_size, q = config.test_size;
   check(p >= 1, "RowSketch: X must have at least one column, got ", p);
   check(1 <= l && l <= p, "RowSketch: range_size must lie in [1, p] = [1, ", p, "], got ", l);
@@ -234,7 +236,7 @@ std::shared_ptr<const RowSketch::Omega> RowSketch::Omega::of_directions(ThreadPo
 }
 
 RowSketch::RowSketch(const SketchConfig &config, const float *origin, const float *directions, int num_threads)
-    : config_(checked(config)),
+    : config_(checked_config(config)),
       outputs_(config.range_size + config.test_size + 1),
       y_stride_(round_up(outputs_, 16)),
       kernels_(kernels()),
@@ -432,12 +434,8 @@ RowSketch::Sums &RowSketch::changed() {
   return *sums_;
 }
 
-// Takes up at most kBlockRows rows, of which the first is row `first` to the caller.
-void RowSketch::take(RowView x, int64_t first) {
-  const Block block = sketched(x);
-  check_squares("partial_fit", x, first, config_.num_features, block.squares);
-  const double squares = std::accumulate(block.squares.begin(), block.squares.end(), 0.0);
-  check_sum("partial_fit", x.data == pending_.data() ? 0.0 : squares);
+// Takes up at most kBlockRows rows that may be taken.
+void RowSketch::take(RowView x, const Block &block) {
   const ptrdiff_t l = config_.range_size;
   auto range = std::make_shared<std::vector<float>>(x.count * l);
   for (ptrdiff_t i = 0; i < x.count; ++i) std::copy_n(block.y.data() + i * y_stride_, l, range->data() + i * l);
@@ -445,59 +443,64 @@ void RowSketch::take(RowView x, int64_t first) {
   add_gram(block, sums.gram.data());
   add_co_range(x, block, sums.co_range.data());
   sums.range_rows.push_back(std::move(range));
-  sums.squares += squares;
+  sums.squares += total(block.squares);
   sums.rows += x.count;
 }
 
 // ---- rows in
 
-// Throws std::invalid_argument unless the squares of all rows, with these, stay within float32 sums.
+// Throws std::invalid_argument unless the squares of all rows, with so much more, stay within float32 sums.
 void RowSketch::check_sum(const char *where, double more) const {
-  const double squares = sums_->squares + pending_squares_ + more;
+  const double squares = sums_->squares + total(pending_squares_) + more;
   check(squares < kMaxSquares, where, ": all rows together are too large for float32 sums: their squares sum to ",
         squares, ", which must stay below ", kMaxSquares);
 }
 
-// The sum of the rows' squares. Throws std::invalid_argument where a row cannot be taken.
-double RowSketch::checked_sum(RowView x, int64_t first) const {
-  const ptrdiff_t p = config_.num_features;
-  const std::vector<double> squares = checked_squares(pool_, "partial_fit", "X", x, first, origin_or_null(), p);
-  check_squares("partial_fit", x, first, p, squares);
-  const double sum = std::accumulate(squares.begin(), squares.end(), 0.0);
-  check_sum("partial_fit", sum);
-  return sum;
+// Throws std::invalid_argument where one of the rows cannot be taken, as their squares tell.
+void RowSketch::check_rows(RowView x, int64_t first, const std::vector<double> &squares) const {
+  check_squares("partial_fit", x, first, config_.num_features, squares);
+  check_sum("partial_fit", total(squares));
 }
 
-void RowSketch::keep(RowView x) {
+// The squares of each row. Throws std::invalid_argument where one cannot be taken.
+std::vector<double> RowSketch::checked(RowView x, int64_t first) const {
+  std::vector<double> squares =
+      checked_squares(pool_, "partial_fit", "X", x, first, origin_or_null(), config_.num_features);
+  check_rows(x, first, squares);
+  return squares;
+}
+
+// Keeps rows that may be taken, whose squares these are.
+void RowSketch::keep(RowView x, const double *squares) {
   const ptrdiff_t p = config_.num_features;
   if (pending_.data() == nullptr) pending_ = AlignedFloats({kBlockRows, p});
-  for (ptrdiff_t i = 0; i < x.count; ++i) {
-    std::copy_n(x.row(i), p, pending_.data() + (num_pending_++) * p);
-    pending_squares_ += kernels_.sum_squares(x.row(i), origin_or_null(), p);
-  }
+  for (ptrdiff_t i = 0; i < x.count; ++i) std::copy_n(x.row(i), p, pending_.data() + (num_pending() + i) * p);
+  pending_squares_.insert(pending_squares_.end(), squares, squares + x.count);
 }
 
 void RowSketch::take_pending() {
-  take(pending(), 0);
-  num_pending_ = 0;
-  pending_squares_ = 0.0;
+  take(pending(), sketched(pending()));
+  pending_squares_.clear();
 }
 
 bool RowSketch::partial_fit(RowView x, int64_t first_row, bool all_or_none, const Interrupted &interrupted) {
   const std::lock_guard lock(mutex_);
   check(x.count >= 1, "partial_fit: X must have at least one row, got 0");
-  if (all_or_none) checked_sum(x, first_row);
+  std::vector<double> squares;  // of all rows if all_or_none, else of the rest that is taken
+  if (all_or_none) squares = checked(x, first_row);
   for (ptrdiff_t taken = 0; taken < x.count;) {
-    if (num_pending_ == kBlockRows) take_pending();
+    if (num_pending() == kBlockRows) take_pending();
     if (taken > 0 && interrupted()) return false;
-    const RowView rest{x.row(taken), std::min(x.count - taken, kBlockRows - num_pending_), x.stride};
+    const RowView rest{x.row(taken), std::min(x.count - taken, kBlockRows - num_pending()), x.stride};
     // A first block stays as it is until another row comes: so far all is exact.
     const bool alone = sums_->rows == 0 && taken + rest.count == x.count;
     if (rest.count == kBlockRows && !alone) {
-      take(rest, first_row + taken);
+      const Block block = sketched(rest);
+      check_rows(rest, first_row + taken, block.squares);
+      take(rest, block);
     } else {
-      if (!all_or_none) checked_sum(rest, first_row + taken);
-      keep(rest);
+      if (!all_or_none) squares = checked(rest, first_row + taken);
+      keep(rest, squares.data() + (all_or_none ? taken : 0));
     }
     taken += rest.count;
   }
@@ -506,7 +509,7 @@ bool RowSketch::partial_fit(RowView x, int64_t first_row, bool all_or_none, cons
 
 void RowSketch::settle() {
   const std::lock_guard lock(mutex_);
-  if (num_pending_ > 0 && sums_->rows > 0) take_pending();
+  if (num_pending() > 0 && sums_->rows > 0) take_pending();
 }
 
 bool RowSketch::exact() const {
@@ -518,7 +521,7 @@ bool RowSketch::directed() const noexcept { return omega_->starts.empty(); }
 
 int64_t RowSketch::num_rows() const {
   const std::lock_guard lock(mutex_);
-  return sums_->rows + num_pending_;
+  return sums_->rows + num_pending();
 }
 
 // ---- two sketches
@@ -535,9 +538,9 @@ void RowSketch::merge(const RowSketch &other) {
   check_same("test_size", config_.test_size, other.config_.test_size);
   check_same("seed", config_.seed, other.config_.seed);
   check(!directed() && !other.directed(), "merge: sketches in given directions do not merge");
-  check_sum("merge", other.sums_->squares + other.pending_squares_);
+  check_sum("merge", other.sums_->squares + total(other.pending_squares_));
   if (other.sums_->rows > 0) {
-    if (num_pending_ > 0) take_pending();  // before theirs, as the rows' order is
+    if (num_pending() > 0) take_pending();  // before theirs, as the rows' order is
     // Their rows about our origin: d + shift, and y + step with step = [shift Omega, shift Omega', 0].
     std::vector<float> shift(p);
     for (ptrdiff_t c = 0; c < p; ++c) {
@@ -576,17 +579,19 @@ void RowSketch::merge(const RowSketch &other) {
       ours.range_rows.push_back(std::move(moved));
     }
   }
-  for (ptrdiff_t i = 0; i < other.num_pending_; ++i) {
-    if (num_pending_ == kBlockRows) take_pending();
-    keep({other.pending().row(i), 1, p});
+  const std::vector<double> squares =  // about our origin
+      checked_squares(pool_, "merge", "other", other.pending(), 0, origin_or_null(), p);
+  for (ptrdiff_t i = 0; i < other.num_pending(); ++i) {
+    if (num_pending() == kBlockRows) take_pending();
+    keep({other.pending().row(i), 1, p}, &squares[i]);
   }
 }
 
 std::unique_ptr<RowSketch> RowSketch::snapshot(bool settled) const {
   const std::lock_guard lock(mutex_);
   std::unique_ptr<RowSketch> copy(new RowSketch(*this, sums_));
-  if (num_pending_ > 0) copy->keep(pending());
-  if (num_pending_ > 0 && settled) copy->take_pending();
+  if (num_pending() > 0) copy->keep(pending(), pending_squares_.data());
+  if (num_pending() > 0 && settled) copy->take_pending();
   return copy;
 }
 
@@ -594,8 +599,8 @@ std::vector<float> RowSketch::exact_rows() const {
   const std::lock_guard lock(mutex_);
   if (sums_->rows > 0) return {};
   const ptrdiff_t p = config_.num_features;
-  std::vector<float> rows(num_pending_ * p);
-  for (ptrdiff_t i = 0; i < num_pending_; ++i) {
+  std::vector<float> rows(num_pending() * p);
+  for (ptrdiff_t i = 0; i < num_pending(); ++i) {
     kernels_.subtract(pending().row(i), origin_or_null(), p, &rows[i * p]);
   }
   return rows;
@@ -614,11 +619,11 @@ std::vector<float> RowSketch::range_rows() const {
   const std::lock_guard lock(mutex_);
   const ptrdiff_t l = config_.range_size;
   std::vector<float> rows;
-  rows.reserve((sums_->rows + num_pending_) * l);
+  rows.reserve((sums_->rows + num_pending()) * l);
   for (const auto &block : sums_->range_rows) rows.insert(rows.end(), block->begin(), block->end());
-  if (num_pending_ > 0) {
+  if (num_pending() > 0) {
     const Block block = sketched(pending());
-    for (ptrdiff_t i = 0; i < num_pending_; ++i) {
+    for (ptrdiff_t i = 0; i < num_pending(); ++i) {
       rows.insert(rows.end(), block.y.data() + i * y_stride_, block.y.data() + i * y_stride_ + l);
     }
   }
@@ -630,9 +635,8 @@ void RowSketch::restore(Sums sums, RowView pending) {
   check(pending.count <= kBlockRows, "restore: there must be at most ", kBlockRows, " pending rows, got ",
         pending.count);
   sums_ = std::make_shared<Sums>(std::move(sums));
-  num_pending_ = 0;
-  pending_squares_ = 0.0;
-  keep(pending);
+  pending_squares_.clear();
+  keep(pending, checked(pending, 0).data());
 }
 
 }  // namespace tipl

@@ -26,6 +26,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <iterator>
 #include <memory>
 #include <mutex>
 #include <vector>
@@ -107,16 +108,15 @@ class RowSketch {
   };
   // For a sketch that nothing changes meanwhile: a snapshot, or one to be saved.
   const Sums &sums() const noexcept { return *sums_; }
-  RowView pending() const noexcept { return {pending_.data(), num_pending_, config_.num_features}; }
+  RowView pending() const noexcept { return {pending_.data(), num_pending(), config_.num_features}; }
 
   // Replaces all that was seen, for a sketch that was saved. The sizes in `sums` are the caller's to check.
   void restore(Sums sums, RowView pending);
 
   const SketchConfig &config() const noexcept { return config_; }
-  bool exact() const;                                      // whether no row is more than pending
-  bool directed() const noexcept;                          // whether directions were given
-  ptrdiff_t outputs() const noexcept { return outputs_; }  // l + q + 1
-  int num_threads() const noexcept { return pool_.size(); }
+  bool exact() const;                                                    // whether no row is more than pending
+  bool directed() const noexcept;                                        // whether directions were given
+  ptrdiff_t outputs() const noexcept { return outputs_; }                // l + q + 1
   const std::vector<float> &origin() const noexcept { return origin_; }  // empty for zero
   int64_t num_rows() const;
 
@@ -132,12 +132,14 @@ class RowSketch {
   void sketch_rows(RowView x, const float *origin, float *y, double *squares) const;
   void multiply_rows(RowView x, const float *origin, float *y, double *squares) const;
   Block sketched(RowView x) const;
-  void take(RowView x, int64_t first);
+  void take(RowView x, const Block &block);
   void add_gram(const Block &block, double *gram) const;
   void add_co_range(RowView x, const Block &block, double *co_range) const;
   void check_sum(const char *where, double more) const;
-  double checked_sum(RowView x, int64_t first) const;
-  void keep(RowView x);
+  void check_rows(RowView x, int64_t first, const std::vector<double> &squares) const;
+  std::vector<double> checked(RowView x, int64_t first) const;
+  ptrdiff_t num_pending() const noexcept { return std::ssize(pending_squares_); }
+  void keep(RowView x, const double *squares);
   void take_pending();
 
   const SketchConfig config_;
@@ -147,10 +149,9 @@ class RowSketch {
   mutable ThreadPool pool_;
   mutable std::mutex mutex_;
   std::shared_ptr<const Omega> omega_;
-  std::shared_ptr<Sums> sums_;  // shared with snapshots until it changes
-  AlignedFloats pending_;       // (b, p), rows that do not fill a block yet; nothing until the first
-  ptrdiff_t num_pending_ = 0;
-  double pending_squares_ = 0.0;
+  std::shared_ptr<Sums> sums_;           // shared with snapshots until it changes
+  AlignedFloats pending_;                // (b, p), rows that do not fill a block yet; nothing until the first
+  std::vector<double> pending_squares_;  // of each pending row
 };
 
 }  // namespace tipl
