@@ -197,7 +197,9 @@ START: list[Barrier] = []
 def add_rows(seconds: float) -> list[float]:
     """Add one row at a time to a basis; return the seconds that each took."""
     rows = np.random.default_rng(0).standard_normal((64, 100_000), dtype=np.float32)
-    svd, taken = StreamingSVD(32).partial_fit(rows), []
+    svd, taken = StreamingSVD(32), []
+    for _ in range(10):  # two blocks and more: what is used for the first time, the system has to clear
+        svd.partial_fit(rows)
     for barrier in START:
         barrier.wait()
     end = time.perf_counter() + seconds
@@ -218,8 +220,8 @@ def bench_live(record: Record) -> None:
             counts = sorted(len(taken) for taken in processes.map(add_rows, [5.0] * 10))
         record.say(
             f"svd live: a row alone takes {np.median(alone):.3f} ms (median), {np.mean(alone):.3f} ms (mean), "
-            f"{max(alone):.1f} ms at most, when a block is full; ten at once took {counts[0]} to {counts[-1]} rows "
-            "each in 5 s"
+            f"{np.quantile(alone, 0.999):.2f} ms (99.9 % of {len(alone)}), {max(alone):.2f} ms at most; ten at once "
+            f"took {counts[0]} to {counts[-1]} rows each in 5 s"
         )
         assert min(counts) > 0.5 * np.mean(counts), f"ten runs at once do not share fairly: {counts}"
         return rows_of("svd", "live row p=100000 k=32", "ms", float(np.mean(alone)), {"wanted: 2 ms": 2.0})
@@ -330,7 +332,8 @@ def bench_disk(pytestconfig: pytest.Config, record: Record, tmp_path: Path) -> N
         return time.perf_counter() - start
 
     def measure() -> list[Row]:
-        reading, fitting = read(), fit()
+        seconds = side_by_side({"reading the file": read, "tipl": fit}, rounds=(3, 3), budget_s=200)
+        reading, fitting = seconds["reading the file"], seconds["tipl"]
         return rows_of(
             "svd", "200000x20000 disk", "s", fitting, {"reading the file": reading}, (100 * reading / fitting, "disk")
         )

@@ -19,6 +19,7 @@
 #include "decode.h"
 #include "isa.h"
 #include "parallel.h"
+#include "read_ahead.h"
 #include "rng.h"
 #include "svd.h"
 
@@ -315,7 +316,7 @@ py::array_t<float> sketch_exact_rows(const RowSketch &sketch) {
   return rows_from(sketch.config().num_features, [&] { return sketch.exact_rows(); });
 }
 
-py::array_t<float> sketch_range_rows(const RowSketch &sketch) {
+py::array_t<float> sketch_range_rows(RowSketch &sketch) {
   return rows_from(sketch.config().range_size, [&] { return sketch.range_rows(); });
 }
 
@@ -440,6 +441,10 @@ void bind_svd(py::module_ &m) {
       .def_property_readonly("directed", &RowSketch::directed)
       .def_property_readonly("range_size", [](const RowSketch &sketch) { return sketch.config().range_size; })
       .def_property_readonly("test_size", [](const RowSketch &sketch) { return sketch.config().test_size; });
+  py::class_<ReadAhead>(m, "ReadAhead", "Reads a C-contiguous memory-mapped array from disk ahead of its use.")
+      .def(py::init([](const py::array &x) { return std::make_unique<ReadAhead>(x.data(), x.nbytes()); }), py::arg("X"),
+           py::keep_alive<1, 2>())
+      .def("want", &ReadAhead::want, py::arg("bytes"));
   m.def("check_finite", &bound_check_finite, py::arg("where"), py::arg("X"), py::arg("num_threads"),
         py::arg("first_row") = 0);
   m.def("products", &bound_products, py::arg("where"), py::arg("X"), py::arg("Y"), py::arg("origin"),

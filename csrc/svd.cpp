@@ -20,7 +20,9 @@ constexpr ptrdiff_t kNonzeros = 4;            // of a column of A in Omega: from
 constexpr ptrdiff_t kTestNonzeros = 2;        // and in Omega'
 constexpr ptrdiff_t kUpdatePanels = 4;        // of kUpdateColumns each: what a thread takes of C at once
 constexpr ptrdiff_t kDirectionColumns = 512;  // columns of the directions that stay in the L2 cache
+constexpr ptrdiff_t kDirectedRows = 64;       // rows that the directions are read once for
 constexpr ptrdiff_t kColumnTile = 128;        // columns that a thread takes at once where rows are combined
+constexpr ptrdiff_t kSpreadRows = 128;        // of the next block, that the update of C by one is spread over
 constexpr double kMaxSquares = 1.0e30;        // products of sums of so large rows stay within float32
 
 // body(rank, item) once for each item of n, whichever thread comes first: for items that write apart from one another.
@@ -268,76 +270,66 @@ RowSketch::RowSketch(const RowSketch &other, std::shared_ptr<Sums> sums)
 
 // ---- rows to y
 
-// y (rows, y_stride): [d Omega, d Omega', 1] of each row, and the sum of squares of its d.
-struct RowSketch::Block {
-  AlignedFloats y;
-  std::vector<double> squares;
-};
-
-RowSketch::Block RowSketch::sketched(RowView x) const {
-  Block block{AlignedFloats({x.count, y_stride_}), std::vector<double>(x.count)};
-  apply_to(x, origin_or_null(), block.y.data(), block.squares.data());
-  for (ptrdiff_t i = 0; i < x.count; ++i) block.y.data()[i * y_stride_ + outputs_ - 1] = 1.0f;
-  return block;
-}
-
 // y (rows, y_stride) <- (x - origin) [Omega, Omega'], and the sum of squares of each x - origin.
 void RowSketch::apply_to(RowView x, const float *origin, float *y, double *squares) const {
+  for_each_item(pool_, groups(x.count), [&](int, ptrdiff_t group) { apply_to_group(x, group, origin, y, squares); });
+}
+
+// Rows that are applied together.
+ptrdiff_t RowSketch::group_rows() const noexcept { return directed() ? kDirectedRows : kernels_.lanes; }
+
+ptrdiff_t RowSketch::groups(ptrdiff_t rows) const noexcept { return (rows + group_rows() - 1) / group_rows(); }
+
+void RowSketch::apply_to_group(RowView x, ptrdiff_t group, const float *origin, float *y, double *squares) const {
+  const ptrdiff_t first = group * group_rows();
+  const RowView rows{x.row(first), std::min(group_rows(), x.count - first), x.stride};
   if (directed()) {
-    multiply_rows(x, origin, y, squares);
+    multiply_group(rows, origin, y + first * y_stride_, squares + first);
   } else {
-    sketch_rows(x, origin, y, squares);
+    sketch_group(rows, origin, y + first * y_stride_, squares + first);
   }
 }
 
 // Through signs, as many rows at a time as a register has lanes.
-void RowSketch::sketch_rows(RowView x, const float *origin, float *y, double *squares) const {
+void RowSketch::sketch_group(RowView x, const float *origin, float *y, double *squares) const {
   const ptrdiff_t p = config_.num_features, N = kernels_.lanes, mapped = outputs_ - 1;
-  for_each_item(pool_, (x.count + N - 1) / N, [&](int, ptrdiff_t group) {
-    const ptrdiff_t first = group * N, rows = std::min(N, x.count - first);
-    AlignedFloats sums({mapped, N});
-    for (ptrdiff_t begin = 0; begin < p; begin += kSketchColumns) {
-      const float *row[16];
-      for (ptrdiff_t i = 0; i < rows; ++i) row[i] = x.row(first + i) + begin;
-      const ptrdiff_t chunk = begin / kSketchColumns;
-      kernels_.sketch(row, rows, origin == nullptr ? nullptr : origin + begin, std::min(kSketchColumns, p - begin),
-                      &omega_->starts[chunk * (mapped + 1)], omega_->codes[chunk].data(), mapped, sums.data(),
-                      squares + first);
-    }
-    for (ptrdiff_t i = 0; i < rows; ++i) {
-      for (ptrdiff_t j = 0; j < mapped; ++j) y[(first + i) * y_stride_ + j] = sums.data()[j * N + i];
-    }
-  });
+  AlignedFloats sums({mapped, N});
+  for (ptrdiff_t begin = 0; begin < p; begin += kSketchColumns) {
+    const float *row[16];
+    for (ptrdiff_t i = 0; i < x.count; ++i) row[i] = x.row(i) + begin;
+    const ptrdiff_t chunk = begin / kSketchColumns;
+    kernels_.sketch(row, x.count, origin == nullptr ? nullptr : origin + begin, std::min(kSketchColumns, p - begin),
+                    &omega_->starts[chunk * (mapped + 1)], omega_->codes[chunk].data(), mapped, sums.data(), squares);
+  }
+  for (ptrdiff_t i = 0; i < x.count; ++i) {
+    for (ptrdiff_t j = 0; j < mapped; ++j) y[i * y_stride_ + j] = sums.data()[j * N + i];
+  }
 }
 
 // Through given directions, in slices of their columns.
-void RowSketch::multiply_rows(RowView x, const float *origin, float *y, double *squares) const {
+void RowSketch::multiply_group(RowView x, const float *origin, float *y, double *squares) const {
   const ptrdiff_t p = config_.num_features, l = config_.range_size, N = kernels_.lanes, panels = (l + N - 1) / N;
-  constexpr ptrdiff_t kRows = 64;  // that the directions are read once for
-  for_each_item(pool_, (x.count + kRows - 1) / kRows, [&](int, ptrdiff_t group) {
-    const ptrdiff_t first = group * kRows, rows = std::min(kRows, x.count - first);
-    AlignedFloats d({rows, kDirectionColumns});
-    for (ptrdiff_t begin = 0; begin < p; begin += kDirectionColumns) {
-      const ptrdiff_t columns = std::min(kDirectionColumns, p - begin);
-      const float *const zero_point = origin == nullptr ? nullptr : origin + begin;
-      for (ptrdiff_t i = 0; i < rows; ++i) {
-        const float *const row = x.row(first + i) + begin;
-        if (begin + columns < p) {
-          for (ptrdiff_t c = 0; c < kDirectionColumns; c += 16) __builtin_prefetch(row + kDirectionColumns + c, 0, 2);
-        }
-        kernels_.subtract(row, zero_point, columns, d.data() + i * kDirectionColumns);
-        squares[first + i] += kernels_.sum_squares(row, zero_point, columns);
+  AlignedFloats d({x.count, kDirectionColumns});
+  for (ptrdiff_t begin = 0; begin < p; begin += kDirectionColumns) {
+    const ptrdiff_t columns = std::min(kDirectionColumns, p - begin);
+    const float *const zero_point = origin == nullptr ? nullptr : origin + begin;
+    for (ptrdiff_t i = 0; i < x.count; ++i) {
+      const float *const row = x.row(i) + begin;
+      if (begin + columns < p) {
+        for (ptrdiff_t c = 0; c < kDirectionColumns; c += 16) __builtin_prefetch(row + kDirectionColumns + c, 0, 2);
       }
-      const PackedLinear layer{Precision::kFloat32,
-                               omega_->directions.data() + begin * panels * N,
-                               nullptr,
-                               omega_->bias.data(),
-                               static_cast<int>(columns),
-                               static_cast<int>(l)};
-      kernels_.linear(layer, 0, panels, d.data(), kDirectionColumns, rows,
-                      begin == 0 ? Epilogue::kStore : Epilogue::kAdd, y + first * y_stride_, y_stride_);
+      kernels_.subtract(row, zero_point, columns, d.data() + i * kDirectionColumns);
+      squares[i] += kernels_.sum_squares(row, zero_point, columns);
     }
-  });
+    const PackedLinear layer{Precision::kFloat32,
+                             omega_->directions.data() + begin * panels * N,
+                             nullptr,
+                             omega_->bias.data(),
+                             static_cast<int>(columns),
+                             static_cast<int>(l)};
+    kernels_.linear(layer, 0, panels, d.data(), kDirectionColumns, x.count,
+                    begin == 0 ? Epilogue::kStore : Epilogue::kAdd, y, y_stride_);
+  }
 }
 
 std::vector<float> RowSketch::apply(RowView x) const {
@@ -351,30 +343,76 @@ std::vector<float> RowSketch::apply(RowView x) const {
   return out;
 }
 
-// ---- y to sums
+// ---- a block of rows to the sums, in steps
 
-// G += y^T y.
-void RowSketch::add_gram(const Block &block, double *gram) const {
-  const ptrdiff_t rows = std::ssize(block.squares);
-  AlignedFloats transposed({outputs_, rows});
-  for (ptrdiff_t i = 0; i < rows; ++i) {
-    for (ptrdiff_t j = 0; j < outputs_; ++j) transposed.data()[j * rows + i] = block.y.data()[i * y_stride_ + j];
+// At most kBlockRows rows that are on their way into the sums.
+struct RowSketch::Block {
+  RowView x;
+  AlignedFloats y;                     // (rows, y_stride): [d Omega, d Omega', 1] of each row
+  std::vector<double> squares;         // of each d
+  AlignedFloats packed;                // y as Kernels::update takes it, kUpdateRows rows at a time
+  std::vector<AlignedFloats> scratch;  // of each thread
+  ptrdiff_t steps_done = 0;
+};
+
+RowSketch::~RowSketch() = default;
+
+RowSketch::Block RowSketch::begin_block(RowView x) {
+  own_sums();
+  Block block{x, AlignedFloats({x.count, y_stride_}), std::vector<double>(x.count), {}, {}};
+  block.packed = AlignedFloats({x.count, round_up(outputs_, kUpdateOutputs)});
+  for (int rank = 0; rank < pool_.size(); ++rank) {
+    block.scratch.push_back(AlignedFloats({kUpdatePanels, kUpdateRows, kUpdateColumns}));
   }
-  const RowView view{transposed.data(), outputs_, rows};
-  std::vector<double> added(outputs_ * outputs_);
-  products_of(pool_, view, view, nullptr, rows, true, added.data());
-  for (size_t i = 0; i < added.size(); ++i) gram[i] += added[i];
+  return block;
 }
 
-// C += y^T d.
-void RowSketch::add_co_range(RowView x, const Block &block, double *co_range) const {
-  const ptrdiff_t p = config_.num_features, rows = x.count, tiles = (outputs_ + kUpdateOutputs - 1) / kUpdateOutputs;
-  const float *const origin = origin_or_null();
-  // y as Kernels::update takes it, kUpdateRows rows at a time.
-  AlignedFloats packed({rows, tiles * kUpdateOutputs});
+// Steps of a block: y of a group of rows each, one that packs them, C of some columns each, and the rest of the sums.
+ptrdiff_t RowSketch::steps(const Block &block) const noexcept { return groups(block.x.count) + 1 + column_runs() + 1; }
+
+// Of a block's steps those that are done once so many rows of the next have come.
+ptrdiff_t RowSketch::steps_due(const Block &block, ptrdiff_t rows) const noexcept {
+  const ptrdiff_t before = groups(block.x.count) + 1, spread = std::min(rows - before, kSpreadRows);
+  if (spread <= 0) return rows;
+  return rows - before > kSpreadRows ? steps(block) : before + column_runs() * spread / kSpreadRows;
+}
+
+// Takes the block's steps up to `until`, on all threads or on the calling one alone.
+void RowSketch::advance(Block &block, ptrdiff_t until, bool threaded) {
+  ptrdiff_t stage_begin = 0;
+  const auto stage = [&](ptrdiff_t size, const auto &step) {  // step(rank, item) for those of its items that are due
+    const ptrdiff_t begin = std::max(block.steps_done, stage_begin) - stage_begin;
+    const ptrdiff_t end = std::min(until - stage_begin, size);
+    if (threaded && end - begin > 1) {
+      for_each_item(pool_, end - begin, [&](int rank, ptrdiff_t item) { step(rank, begin + item); });
+    } else {
+      for (ptrdiff_t item = begin; item < end; ++item) step(0, item);
+    }
+    stage_begin += size;
+  };
+  const ptrdiff_t num_groups = groups(block.x.count);
+  stage(num_groups, [&](int, ptrdiff_t group) {
+    if (sums_->rows == 0) {  // writing to memory for the first time takes as long as computing
+      const ptrdiff_t size = outputs_ * config_.num_features;
+      double *const co_range = sums_->co_range.data();
+      std::fill(co_range + group * size / num_groups, co_range + (group + 1) * size / num_groups, 0.0);
+    }
+    apply_to_group(block.x, group, origin_or_null(), block.y.data(), block.squares.data());
+  });
+  stage(1, [&](int, ptrdiff_t) {
+    for (ptrdiff_t i = 0; i < block.x.count; ++i) block.y.data()[i * y_stride_ + outputs_ - 1] = 1.0f;
+    pack(block);
+  });
+  stage(column_runs(), [&](int rank, ptrdiff_t run) { add_co_range(block, run, rank); });
+  if (block.steps_done <= stage_begin && stage_begin < until) add_rest(block);
+  block.steps_done = until;
+}
+
+void RowSketch::pack(Block &block) const {
+  const ptrdiff_t rows = block.x.count, stride = round_up(outputs_, kUpdateOutputs);
   for (ptrdiff_t first = 0; first < rows; first += kUpdateRows) {
     const ptrdiff_t count = std::min(kUpdateRows, rows - first);
-    float *const run = packed.data() + first * tiles * kUpdateOutputs;
+    float *const run = block.packed.data() + first * stride;
     for (ptrdiff_t i = 0; i < count; ++i) {
       for (ptrdiff_t j = 0; j < outputs_; ++j) {
         run[(j / kUpdateOutputs * count + i) * kUpdateOutputs + j % kUpdateOutputs] =
@@ -382,44 +420,70 @@ void RowSketch::add_co_range(RowView x, const Block &block, double *co_range) co
       }
     }
   }
-  constexpr ptrdiff_t kWidth = kUpdatePanels * kUpdateColumns;
-  std::vector<AlignedFloats> scratch;
-  for (int rank = 0; rank < pool_.size(); ++rank) {
-    scratch.push_back(AlignedFloats({kUpdatePanels, kUpdateRows, kUpdateColumns}));
-  }
-  for_each_item(pool_, (p + kWidth - 1) / kWidth, [&](int rank, ptrdiff_t task) {
-    const ptrdiff_t begin = task * kWidth, end = std::min(begin + kWidth, p);
-    // What this thread is likely to read next, a panel each.
-    const ptrdiff_t next = begin + pool_.size() * kWidth < p ? pool_.size() * kWidth : 0;
-    const auto panel_of = [&](ptrdiff_t c) {
-      return scratch[rank].data() + (c - begin) / kUpdateColumns * kUpdateRows * kUpdateColumns;
-    };
-    for (ptrdiff_t first = 0; first < rows; first += kUpdateRows) {
-      const ptrdiff_t count = std::min(kUpdateRows, rows - first);
-      for (ptrdiff_t i = 0; i < count; ++i) {
-        for (ptrdiff_t c = begin; c < end; c += kUpdateColumns) {
-          kernels_.subtract(x.row(first + i) + c, origin == nullptr ? nullptr : origin + c,
-                            std::min(kUpdateColumns, end - c), panel_of(c) + i * kUpdateColumns);
-        }
-      }
-      const float *const y = packed.data() + first * tiles * kUpdateOutputs;
-      const ptrdiff_t ahead = first + kUpdateRows < rows ? first + kUpdateRows : 0;
-      for (ptrdiff_t c = begin; c < end; c += kUpdateColumns) {
-        const bool whole = c + kUpdateColumns <= end;
-        AlignedArray<double> edge({whole ? 0 : outputs_, kUpdateColumns});  // beyond the last columns there is no C
-        kernels_.update(y, panel_of(c), count, outputs_, x.row(ahead) + c + (ahead == 0 ? next : 0), x.stride,
-                        whole ? co_range + c : edge.data(), whole ? p : kUpdateColumns);
-        for (ptrdiff_t j = 0; j < (whole ? 0 : outputs_); ++j) {
-          for (ptrdiff_t i = 0; i < end - c; ++i) co_range[j * p + c + i] += edge.data()[j * kUpdateColumns + i];
-        }
-      }
-    }
-  });
 }
 
-// The sums, not shared with any snapshot.
-RowSketch::Sums &RowSketch::changed() {
-  if (sums_.use_count() == 1) return *sums_;
+// Runs of kUpdatePanels * kUpdateColumns columns.
+ptrdiff_t RowSketch::column_runs() const noexcept {
+  constexpr ptrdiff_t kWidth = kUpdatePanels * kUpdateColumns;
+  return (config_.num_features + kWidth - 1) / kWidth;
+}
+
+// C += y^T d in a run of columns.
+void RowSketch::add_co_range(Block &block, ptrdiff_t run, int rank) {
+  constexpr ptrdiff_t kWidth = kUpdatePanels * kUpdateColumns;
+  const RowView x = block.x;
+  const ptrdiff_t p = config_.num_features, rows = x.count, stride = round_up(outputs_, kUpdateOutputs);
+  const ptrdiff_t begin = run * kWidth, end = std::min(begin + kWidth, p);
+  const float *const origin = origin_or_null();
+  double *const co_range = sums_->co_range.data();
+  // What this thread is likely to read next, a panel each.
+  const ptrdiff_t next = begin + pool_.size() * kWidth < p ? pool_.size() * kWidth : 0;
+  const auto panel_of = [&](ptrdiff_t c) {
+    return block.scratch[rank].data() + (c - begin) / kUpdateColumns * kUpdateRows * kUpdateColumns;
+  };
+  for (ptrdiff_t first = 0; first < rows; first += kUpdateRows) {
+    const ptrdiff_t count = std::min(kUpdateRows, rows - first);
+    for (ptrdiff_t i = 0; i < count; ++i) {
+      for (ptrdiff_t c = begin; c < end; c += kUpdateColumns) {
+        kernels_.subtract(x.row(first + i) + c, origin == nullptr ? nullptr : origin + c,
+                          std::min(kUpdateColumns, end - c), panel_of(c) + i * kUpdateColumns);
+      }
+    }
+    const float *const y = block.packed.data() + first * stride;
+    const ptrdiff_t ahead = first + kUpdateRows < rows ? first + kUpdateRows : 0;
+    for (ptrdiff_t c = begin; c < end; c += kUpdateColumns) {
+      const bool whole = c + kUpdateColumns <= end;
+      AlignedArray<double> edge({whole ? 0 : outputs_, kUpdateColumns});  // beyond the last columns there is no C
+      kernels_.update(y, panel_of(c), count, outputs_, x.row(ahead) + c + (ahead == 0 ? next : 0), x.stride,
+                      whole ? co_range + c : edge.data(), whole ? p : kUpdateColumns);
+      for (ptrdiff_t j = 0; j < (whole ? 0 : outputs_); ++j) {
+        for (ptrdiff_t i = 0; i < end - c; ++i) co_range[j * p + c + i] += edge.data()[j * kUpdateColumns + i];
+      }
+    }
+  }
+}
+
+// G += y^T y, and what else is kept of the rows.
+void RowSketch::add_rest(const Block &block) {
+  const ptrdiff_t rows = block.x.count, l = config_.range_size;
+  AlignedFloats transposed({outputs_, rows});
+  for (ptrdiff_t i = 0; i < rows; ++i) {
+    for (ptrdiff_t j = 0; j < outputs_; ++j) transposed.data()[j * rows + i] = block.y.data()[i * y_stride_ + j];
+  }
+  const RowView view{transposed.data(), outputs_, rows};
+  std::vector<double> added(outputs_ * outputs_);
+  products_of(pool_, view, view, nullptr, rows, true, added.data());
+  for (size_t i = 0; i < added.size(); ++i) sums_->gram[i] += added[i];
+  auto range = std::make_shared<std::vector<float>>(rows * l);
+  for (ptrdiff_t i = 0; i < rows; ++i) std::copy_n(block.y.data() + i * y_stride_, l, range->data() + i * l);
+  sums_->range_rows.push_back(std::move(range));
+  sums_->squares += total(block.squares);
+  sums_->rows += rows;
+}
+
+// Sees to it that no snapshot shares the sums, which are about to change.
+void RowSketch::own_sums() {
+  if (sums_.use_count() == 1) return;
   auto copy = std::make_shared<Sums>();
   const ptrdiff_t size = outputs_ * config_.num_features;
   copy->co_range = AlignedArray<double>({size});
@@ -431,27 +495,13 @@ RowSketch::Sums &RowSketch::changed() {
   copy->rows = sums_->rows;
   copy->range_rows = sums_->range_rows;
   sums_ = std::move(copy);
-  return *sums_;
-}
-
-// Takes up at most kBlockRows rows that may be taken.
-void RowSketch::take(RowView x, const Block &block) {
-  const ptrdiff_t l = config_.range_size;
-  auto range = std::make_shared<std::vector<float>>(x.count * l);
-  for (ptrdiff_t i = 0; i < x.count; ++i) std::copy_n(block.y.data() + i * y_stride_, l, range->data() + i * l);
-  Sums &sums = changed();
-  add_gram(block, sums.gram.data());
-  add_co_range(x, block, sums.co_range.data());
-  sums.range_rows.push_back(std::move(range));
-  sums.squares += total(block.squares);
-  sums.rows += x.count;
 }
 
 // ---- rows in
 
 // Throws std::invalid_argument unless the squares of all rows, with so much more, stay within float32 sums.
 void RowSketch::check_sum(const char *where, double more) const {
-  const double squares = sums_->squares + total(pending_squares_) + more;
+  const double squares = sums_->squares + unsettled_squares() + more;
   check(squares < kMaxSquares, where, ": all rows together are too large for float32 sums: their squares sum to ",
         squares, ", which must stay below ", kMaxSquares);
 }
@@ -478,9 +528,28 @@ void RowSketch::keep(RowView x, const double *squares) {
   pending_squares_.insert(pending_squares_.end(), squares, squares + x.count);
 }
 
-void RowSketch::take_pending() {
-  take(pending(), sketched(pending()));
+double RowSketch::unsettled_squares() const noexcept { return held_squares_ + total(pending_squares_); }
+
+// Makes the pending rows the block whose steps are taken while the next rows come.
+void RowSketch::hold_pending() {
+  release_held();
+  std::swap(held_, pending_);
+  held_squares_ = total(pending_squares_);
+  held_block_ = std::make_unique<Block>(begin_block({held_.data(), num_pending(), config_.num_features}));
   pending_squares_.clear();
+}
+
+// Takes all steps that are left of the block that is held, if one is.
+void RowSketch::release_held() {
+  if (held_block_ == nullptr) return;
+  advance(*held_block_, steps(*held_block_), true);
+  held_block_.reset();
+  held_squares_ = 0.0;
+}
+
+void RowSketch::take_pending() {
+  hold_pending();
+  release_held();
 }
 
 bool RowSketch::partial_fit(RowView x, int64_t first_row, bool all_or_none, const Interrupted &interrupted) {
@@ -489,18 +558,25 @@ bool RowSketch::partial_fit(RowView x, int64_t first_row, bool all_or_none, cons
   std::vector<double> squares;  // of all rows if all_or_none, else of the rest that is taken
   if (all_or_none) squares = checked(x, first_row);
   for (ptrdiff_t taken = 0; taken < x.count;) {
-    if (num_pending() == kBlockRows) take_pending();
+    if (num_pending() == kBlockRows) hold_pending();
     if (taken > 0 && interrupted()) return false;
     const RowView rest{x.row(taken), std::min(x.count - taken, kBlockRows - num_pending()), x.stride};
     // A first block stays as it is until another row comes: so far all is exact.
-    const bool alone = sums_->rows == 0 && taken + rest.count == x.count;
+    const bool alone = none_beyond_pending() && taken + rest.count == x.count;
     if (rest.count == kBlockRows && !alone) {
-      const Block block = sketched(rest);
+      release_held();
+      Block block = begin_block(rest);
+      advance(block, groups(rest.count), true);
       check_rows(rest, first_row + taken, block.squares);
-      take(rest, block);
+      advance(block, steps(block), true);
     } else {
       if (!all_or_none) squares = checked(rest, first_row + taken);
       keep(rest, squares.data() + (all_or_none ? taken : 0));
+      if (held_block_ != nullptr) {
+        const ptrdiff_t due = steps_due(*held_block_, num_pending());
+        advance(*held_block_, due, x.count > 1);  // as rows of a run in the making come: not worth waking threads
+        if (due == steps(*held_block_)) release_held();
+      }
     }
     taken += rest.count;
   }
@@ -509,24 +585,27 @@ bool RowSketch::partial_fit(RowView x, int64_t first_row, bool all_or_none, cons
 
 void RowSketch::settle() {
   const std::lock_guard lock(mutex_);
+  release_held();
   if (num_pending() > 0 && sums_->rows > 0) take_pending();
 }
 
+bool RowSketch::none_beyond_pending() const noexcept { return sums_->rows == 0 && held_block_ == nullptr; }
+
 bool RowSketch::exact() const {
   const std::lock_guard lock(mutex_);
-  return sums_->rows == 0;
+  return none_beyond_pending();
 }
 
 bool RowSketch::directed() const noexcept { return omega_->starts.empty(); }
 
 int64_t RowSketch::num_rows() const {
   const std::lock_guard lock(mutex_);
-  return sums_->rows + num_pending();
+  return sums_->rows + (held_block_ == nullptr ? 0 : held_block_->x.count) + num_pending();
 }
 
 // ---- two sketches
 
-void RowSketch::merge(const RowSketch &other) {
+void RowSketch::merge(RowSketch &other) {
   check(this != &other, "merge: other must be another estimator, with rows of its own");
   const std::scoped_lock lock(mutex_, other.mutex_);
   const auto check_same = [](const char *name, auto ours, auto theirs) {
@@ -538,7 +617,9 @@ void RowSketch::merge(const RowSketch &other) {
   check_same("test_size", config_.test_size, other.config_.test_size);
   check_same("seed", config_.seed, other.config_.seed);
   check(!directed() && !other.directed(), "merge: sketches in given directions do not merge");
-  check_sum("merge", other.sums_->squares + total(other.pending_squares_));
+  check_sum("merge", other.sums_->squares + other.unsettled_squares());
+  release_held();
+  other.release_held();
   if (other.sums_->rows > 0) {
     if (num_pending() > 0) take_pending();  // before theirs, as the rows' order is
     // Their rows about our origin: d + shift, and y + step with step = [shift Omega, shift Omega', 0].
@@ -548,10 +629,11 @@ void RowSketch::merge(const RowSketch &other) {
     }
     AlignedFloats step({1, y_stride_});
     double squared = 0.0;
-    sketch_rows({shift.data(), 1, p}, nullptr, step.data(), &squared);
+    sketch_group({shift.data(), 1, p}, nullptr, step.data(), &squared);
     step.data()[last] = 0.0f;
     const Sums &theirs = *other.sums_;
-    Sums &ours = changed();
+    own_sums();
+    Sums &ours = *sums_;
     const double *const g = theirs.gram.data(), *const sum_of_d = theirs.co_range.data() + last * p;
     const double rows = g[last * outputs_ + last];
     const auto sum_of_y = [&](ptrdiff_t j) { return g[j * outputs_ + last]; };
@@ -587,8 +669,9 @@ void RowSketch::merge(const RowSketch &other) {
   }
 }
 
-std::unique_ptr<RowSketch> RowSketch::snapshot(bool settled) const {
+std::unique_ptr<RowSketch> RowSketch::snapshot(bool settled) {
   const std::lock_guard lock(mutex_);
+  release_held();
   std::unique_ptr<RowSketch> copy(new RowSketch(*this, sums_));
   if (num_pending() > 0) copy->keep(pending(), pending_squares_.data());
   if (num_pending() > 0 && settled) copy->take_pending();
@@ -597,7 +680,7 @@ std::unique_ptr<RowSketch> RowSketch::snapshot(bool settled) const {
 
 std::vector<float> RowSketch::exact_rows() const {
   const std::lock_guard lock(mutex_);
-  if (sums_->rows > 0) return {};
+  if (!none_beyond_pending()) return {};
   const ptrdiff_t p = config_.num_features;
   std::vector<float> rows(num_pending() * p);
   for (ptrdiff_t i = 0; i < num_pending(); ++i) {
@@ -615,16 +698,19 @@ void RowSketch::combine_co_range(const double *weights, ptrdiff_t r, float *out)
   combine_rows(pool_, rows, config_.num_features, weights, r, out);
 }
 
-std::vector<float> RowSketch::range_rows() const {
+std::vector<float> RowSketch::range_rows() {
   const std::lock_guard lock(mutex_);
+  release_held();
   const ptrdiff_t l = config_.range_size;
   std::vector<float> rows;
   rows.reserve((sums_->rows + num_pending()) * l);
   for (const auto &block : sums_->range_rows) rows.insert(rows.end(), block->begin(), block->end());
   if (num_pending() > 0) {
-    const Block block = sketched(pending());
+    AlignedFloats y({num_pending(), y_stride_});
+    std::vector<double> squares(num_pending());
+    apply_to(pending(), origin_or_null(), y.data(), squares.data());
     for (ptrdiff_t i = 0; i < num_pending(); ++i) {
-      rows.insert(rows.end(), block.y.data() + i * y_stride_, block.y.data() + i * y_stride_ + l);
+      rows.insert(rows.end(), y.data() + i * y_stride_, y.data() + i * y_stride_ + l);
     }
   }
   return rows;
@@ -632,6 +718,7 @@ std::vector<float> RowSketch::range_rows() const {
 
 void RowSketch::restore(Sums sums, RowView pending) {
   const std::lock_guard lock(mutex_);
+  release_held();
   check(pending.count <= kBlockRows, "restore: there must be at most ", kBlockRows, " pending rows, got ",
         pending.count);
   sums_ = std::make_shared<Sums>(std::move(sums));

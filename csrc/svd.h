@@ -14,11 +14,12 @@
 //         2013, arXiv:1211.1002); dense signs in Omega'; the identity where l = p. Or given, orthonormal directions of
 //         an earlier pass: subspace iteration, a pass a step.
 // Numbers float32 rows; C is summed in float32 over 128 rows, then in float64. C holds squares of singular values:
-// those
-//         below some 3e-4 of the largest drown in rounding (tipl/svd.py cuts them off), a later pass resolves them.
+//         those below some 3e-4 of the largest drown in rounding (tipl/svd.py cuts them off), a later pass resolves
+//         them.
 // Cost    2 p (l + q + 1) + (kNonzeros + q) p flops a row (4 p (l + q + 1) where the directions are given), and A is
 //         read twice a block, from where it lies and then from cache or memory; C (16 p (l + q + 1) bytes a block).
-// Memory  8 p (l + q + 1) bytes and 4 l a row; a block of rows (4 b p) only where rows come in fewer than b at a time.
+// Memory  8 p (l + q + 1) bytes and 4 l a row; where rows come in fewer than b at a time also two blocks of rows (8 b
+//         p): one that fills, and the one before, whose work is spread over the rows that fill the next.
 // Blocks begin at every b-th row whatever came at once, and no sum is split between threads: the same bits for any
 // chunking of the rows and any thread count.
 #pragma once
@@ -70,24 +71,25 @@ class RowSketch {
   // origin (p) or null; directions (l, p) or null for a sparse Omega. Throws std::invalid_argument for wrong sizes and
   // for NaN or Inf.
   RowSketch(const SketchConfig &config, const float *origin, const float *directions, int num_threads);
+  ~RowSketch();
 
   // Takes the rows, of which messages call the first `first_row`. Throws std::invalid_argument where one is NaN or Inf
   // or far too large: it has taken none then if `all_or_none`, which reads x twice, and else those of whole blocks
   // before. False: interrupted; num_rows() tells how many rows were taken.
   bool partial_fit(RowView x, int64_t first_row, bool all_or_none, const Interrupted &interrupted);
 
-  // Takes all that `other` has seen; its rows come behind ours. Throws std::invalid_argument where other is this or is
-  // built differently but for its origin and threads.
-  void merge(const RowSketch &other);
+  // Takes all that `other` has seen, which still has it; its rows come behind ours. Throws std::invalid_argument where
+  // other is this or is built differently but for its origin and threads.
+  void merge(RowSketch &other);
 
   // y (l + q) of each row of x, as if the origin were zero.
   std::vector<float> apply(RowView x) const;
 
-  // Takes up the rows that are pending, unless all are: the next block begins with the next row.
+  // Adds the rows that are pending to the sums, unless all are: the next block begins with the next row.
   void settle();
 
   // What was seen so far, and not changed by what comes; `settled`: with the pending rows taken up.
-  std::unique_ptr<RowSketch> snapshot(bool settled) const;
+  std::unique_ptr<RowSketch> snapshot(bool settled);
 
   // All rows less origin (rows, p) where they are no more than pending; empty otherwise.
   std::vector<float> exact_rows() const;
@@ -96,9 +98,9 @@ class RowSketch {
   void combine_co_range(const double *weights, ptrdiff_t r, float *out) const;
 
   // d Omega (num_rows, l) of all rows in order, pending ones too.
-  std::vector<float> range_rows() const;
+  std::vector<float> range_rows();
 
-  // All that was seen, of the rows that are not pending.
+  // All that was seen, of the rows that are neither pending nor held.
   struct Sums {
     AlignedArray<double> co_range;  // C (l + q + 1, p)
     std::vector<double> gram;       // G (l + q + 1, l + q + 1)
@@ -122,24 +124,35 @@ class RowSketch {
 
  private:
   struct Omega;
-  struct Block;  // of rows taken up
+  struct Block;
 
   RowSketch(const RowSketch &other, std::shared_ptr<Sums> sums);
 
   const float *origin_or_null() const noexcept { return origin_.empty() ? nullptr : origin_.data(); }
-  Sums &changed();
+  void own_sums();
   void apply_to(RowView x, const float *origin, float *y, double *squares) const;
-  void sketch_rows(RowView x, const float *origin, float *y, double *squares) const;
-  void multiply_rows(RowView x, const float *origin, float *y, double *squares) const;
-  Block sketched(RowView x) const;
-  void take(RowView x, const Block &block);
-  void add_gram(const Block &block, double *gram) const;
-  void add_co_range(RowView x, const Block &block, double *co_range) const;
+  ptrdiff_t group_rows() const noexcept;
+  ptrdiff_t groups(ptrdiff_t rows) const noexcept;
+  void apply_to_group(RowView x, ptrdiff_t group, const float *origin, float *y, double *squares) const;
+  void sketch_group(RowView x, const float *origin, float *y, double *squares) const;
+  void multiply_group(RowView x, const float *origin, float *y, double *squares) const;
+  Block begin_block(RowView x);
+  ptrdiff_t steps(const Block &block) const noexcept;
+  ptrdiff_t steps_due(const Block &block, ptrdiff_t rows) const noexcept;
+  void advance(Block &block, ptrdiff_t until, bool threaded);
+  void pack(Block &block) const;
+  ptrdiff_t column_runs() const noexcept;
+  void add_co_range(Block &block, ptrdiff_t run, int rank);
+  void add_rest(const Block &block);
   void check_sum(const char *where, double more) const;
   void check_rows(RowView x, int64_t first, const std::vector<double> &squares) const;
   std::vector<double> checked(RowView x, int64_t first) const;
   ptrdiff_t num_pending() const noexcept { return std::ssize(pending_squares_); }
+  double unsettled_squares() const noexcept;
+  bool none_beyond_pending() const noexcept;
   void keep(RowView x, const double *squares);
+  void hold_pending();
+  void release_held();
   void take_pending();
 
   const SketchConfig config_;
@@ -152,6 +165,9 @@ class RowSketch {
   std::shared_ptr<Sums> sums_;           // shared with snapshots until it changes
   AlignedFloats pending_;                // (b, p), rows that do not fill a block yet; nothing until the first
   std::vector<double> pending_squares_;  // of each pending row
+  AlignedFloats held_;                   // (b, p), the rows before the pending ones while they are on their way
+  std::unique_ptr<Block> held_block_;    // into the sums: null unless some are
+  double held_squares_ = 0.0;
 };
 
 }  // namespace tipl

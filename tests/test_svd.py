@@ -568,6 +568,39 @@ def test_any_chunking_of_the_rows_and_any_reading_in_between_give_the_same_bits(
     assert results(streamed) == results(whole)
 
 
+STAGES = [257, 260, 273, 274, 280, 340, 401, 402, 403, 512, 513, 600]
+"""Rows seen while those of the first block are sketched, summed and summed, and after, however wide registers are."""
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_rows_one_by_one_can_be_read_merged_and_saved_while_a_block_is_on_its_way(isa, tmp_path):
+    """The work on a block is spread over the rows that follow it, which shows at no stage of it."""
+    done = run_python(
+        f"path = {str(tmp_path / 'svd')!r}\n"
+        "from test_svd import STAGES, StreamingSVD, random_rows, results, stream\n"
+        "rows = random_rows(700, 2600)\n"
+        "few = stream(StreamingSVD(5), rows[:300], 300)\n"
+        "all_rows = results(StreamingSVD(5).fit(rows))\n"
+        "for n in STAGES:\n"
+        "    at_once = [stream(StreamingSVD(5), rows[:n], n) for _ in range(3)]\n"
+        "    one_by_one = [stream(StreamingSVD(5), rows[:n], 1) for _ in range(6)]\n"
+        "    assert one_by_one[0].n_samples_seen_ == n\n"
+        "    assert len(one_by_one[1].coordinates_) == n\n"
+        "    assert results(one_by_one[2]) == results(at_once[0]), n\n"
+        "    one_by_one[3].save(path)\n"
+        "    assert results(StreamingSVD.load(path)) == results(at_once[0]), n\n"
+        "    assert results(one_by_one[4].merge(few)) == results(at_once[1].merge(few)), n\n"
+        "    theirs = [StreamingSVD(5).fit(rows[:300]).merge(other[-1]) for other in (one_by_one, at_once)]\n"
+        "    assert n == 512 or results(theirs[0]) == results(theirs[1]), n  # where the last block is pending in one\n"
+        "    for sizes, estimator in zip(((1,), (90, 1), (400,)), one_by_one[1:4]):\n"
+        "        assert results(stream(estimator, rows[n:], *sizes)) == all_rows, (n, sizes)\n",
+        TIPL_ISA=isa,
+    )
+    if f"this CPU lacks {isa}" in done.stderr:
+        pytest.skip(f"this CPU lacks {isa}")
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("passes", [1, 2, 3])
 @pytest.mark.parametrize("center", [False, True])
 @pytest.mark.parametrize("n", [100, 600])

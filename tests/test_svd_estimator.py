@@ -26,7 +26,7 @@ from sklearn.utils.validation import check_is_fitted
 from test_engine import run_python
 from test_svd import EPS, assert_orthonormal, largest_angle, random_rows, results, stream
 
-from tipl import svd, zarr_files
+from tipl import _core, svd, zarr_files
 from tipl.svd import GroupedSVD, NotFittedError, StreamingSVD
 
 LEARNED = (
@@ -145,6 +145,30 @@ def test_rows_that_are_converted_in_several_blocks_give_the_same_bits(source, bl
     assert results(StreamingSVD(4).fit(X)) == results(whole)
     assert results(StreamingSVD(4).partial_fit(X)) == results(whole)
     assert np.array_equal(whole.transform(X), whole.transform(rows))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("passes", [1, 2])
+def test_a_mapped_file_is_read_ahead_in_steps_and_gives_the_same_bits(dtype, passes, tmp_path, monkeypatch):
+    rows = random_rows(2000, 60)
+    mapped = memmap(rows.astype(dtype), tmp_path)
+    whole = results(StreamingSVD(3, passes=passes).fit(rows))
+    part = results(StreamingSVD(3, passes=passes).fit(rows[3:]))
+    monkeypatch.setattr("tipl.svd._BLOCK_BYTES", 4 * 60 * 300)
+    for ahead in (0, 1, 10**9):
+        monkeypatch.setattr("tipl.svd._AHEAD_BYTES", ahead)
+        assert results(StreamingSVD(3, passes=passes).fit(mapped)) == whole
+        assert results(StreamingSVD(3, passes=passes).fit(mapped[3:])) == part  # begins within a page
+
+
+def test_reading_ahead_stops_with_its_reader(tmp_path):
+    mapped = memmap(random_rows(2000, 60), tmp_path)
+    for wanted in ([], [0], [1], [mapped.nbytes, 5], [2**62]):
+        reader = _core.ReadAhead(mapped)
+        for size in wanted:
+            reader.want(size)
+        del reader
+    assert np.isfinite(mapped).all()
 
 
 @pytest.mark.parametrize("source", ["float32", "column slice", "memory map", "rows in reverse"])

@@ -1,7 +1,7 @@
 """The native engine (csrc/): float32 kernels for this CPU's instruction set, and the threads that run them."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,6 +57,10 @@ class Decoder:
     def num_threads(self) -> int: ...
 
 # ---- Temporal SVD
+
+class ReadAhead:
+    def __init__(self, X: NDArray[Any]) -> None: ...
+    def want(self, bytes: int) -> None: ...
 
 class RowSketch:
     def __init__(

@@ -6,6 +6,7 @@ Shapes  n rows seen, p columns, k = n_components, l = k + n_oversamples range di
 """
 
 import json
+import mmap
 import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,9 +24,11 @@ from tipl.zarr_files import write_atomically
 
 _PARAMETERS = ("n_components", "n_oversamples", "passes", "center", "origin", "seed", "num_threads")
 
-_BLOCK_BYTES = 64 << 20  # of float32 rows that are converted at once
+_BLOCK_BYTES = 64 << 20  # of float32 rows that are converted, or asked for from disk, at once
 
-_GROUPED_ROWS = 256  # that groups of columns take in turn, so that all but the first find them in a cache
+_AHEAD_BYTES = 128 << 20  # that are asked for from disk before their turn
+
+_SKETCH_ROWS = 256  # of a block in csrc/svd.h; also what groups of columns take in turn, so that caches still hold them
 
 _FORMAT, _VERSION = "tipl.StreamingSVD", "1"
 
@@ -548,7 +551,7 @@ def gram(
 def fit_together(parts: Sequence[tuple[StreamingSVD, slice]], X: Rows) -> None:
     """Fit each estimator to its columns of X, reading X as often as the one with the most passes asks."""
     fresh = [type(estimator)(**estimator.get_params()) for estimator, _ in parts]
-    max_rows = None if all(columns == slice(None) for _, columns in parts) else _GROUPED_ROWS
+    max_rows = None if all(columns == slice(None) for _, columns in parts) else _SKETCH_ROWS
     for number in range(max([1] + [_integer("passes", estimator.passes) for estimator in fresh])):
         # Those that this pass is for, each with the directions that the pass before has found.
         directions = {
@@ -591,9 +594,15 @@ def _blocks(
         expected = "(n, p)" if columns is None else f"(n, p) = (n, {columns})"
         raise ValueError(f"{where}: X must have shape {expected}, at least one row and one column, got {shape}")
     as_it_lies = isinstance(X, np.ndarray) and X.dtype == np.float32 and _rows_are_contiguous(X)
-    most = shape[0] if as_it_lies else max(1, _BLOCK_BYTES // (4 * shape[1]))
+    mapped = _is_mapped_file(X) and X.flags.c_contiguous
+    most = shape[0] if as_it_lies and not mapped else max(1, _BLOCK_BYTES // (4 * shape[1]))
+    if as_it_lies and mapped:  # whole blocks of the sketch, which would copy the rows of others
+        most = -(-most // (2 * _SKETCH_ROWS)) * 2 * _SKETCH_ROWS
     step = most if max_rows is None else min(most, max_rows)
+    reader = _core.ReadAhead(X) if mapped and shape[0] > step else None
     for start in range(0, shape[0], step):
+        if reader is not None:
+            reader.want((start + step) * X.strides[0] + _AHEAD_BYTES)
         block = X[start : start + step]
         yield block if as_it_lies else _as_float32(where, block)
 
@@ -604,6 +613,12 @@ def _numbered(blocks: Iterable[NDArray[np.float32]]) -> Iterator[tuple[int, NDAr
     for block in blocks:
         yield first_row, block
         first_row += len(block)
+
+
+def _is_mapped_file(X: Any) -> bool:
+    while isinstance(X, np.ndarray):
+        X = X.base
+    return isinstance(X, mmap.mmap)
 
 
 def _rows_are_contiguous(X: NDArray[Any]) -> bool:
