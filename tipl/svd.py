@@ -594,15 +594,15 @@ def _blocks(
         expected = "(n, p)" if columns is None else f"(n, p) = (n, {columns})"
         raise ValueError(f"{where}: X must have shape {expected}, at least one row and one column, got {shape}")
     as_it_lies = isinstance(X, np.ndarray) and X.dtype == np.float32 and _rows_are_contiguous(X)
-    mapped = _is_mapped_file(X) and X.flags.c_contiguous
-    most = shape[0] if as_it_lies and not mapped else max(1, _BLOCK_BYTES // (4 * shape[1]))
-    if as_it_lies and mapped:  # whole blocks of the sketch, which would copy the rows of others
+    mapped = X if isinstance(X, np.ndarray) and X.flags.c_contiguous and _is_mapped_file(X) else None
+    most = shape[0] if as_it_lies and mapped is None else max(1, _BLOCK_BYTES // (4 * shape[1]))
+    if as_it_lies and mapped is not None:  # whole blocks of the sketch, which would copy the rows of others
         most = -(-most // (2 * _SKETCH_ROWS)) * 2 * _SKETCH_ROWS
     step = most if max_rows is None else min(most, max_rows)
-    reader = _core.ReadAhead(X) if mapped and shape[0] > step else None
+    reader = _core.ReadAhead(mapped) if mapped is not None and shape[0] > step else None
     for start in range(0, shape[0], step):
-        if reader is not None:
-            reader.want((start + step) * X.strides[0] + _AHEAD_BYTES)
+        if mapped is not None and reader is not None:
+            reader.want((start + step) * mapped.strides[0] + _AHEAD_BYTES)
         block = X[start : start + step]
         yield block if as_it_lies else _as_float32(where, block)
 
