@@ -31,7 +31,7 @@ def random_weights(spec: PolicySpec, num_policies: int, seed: int = 0) -> torch.
 
 def torch_actor(spec: PolicySpec, weights: torch.Tensor) -> torch.nn.Sequential:
     """Return one policy (p,) as ordinary torch modules, filled in the order of the layout."""
-    activation = {"tanh": torch.nn.Tanh, "relu": torch.nn.ReLU}[spec.activation]
+    activation = {"tanh": torch.nn.Tanh, "relu": torch.nn.ReLU, "elu": torch.nn.ELU}[spec.activation]
     modules: list[torch.nn.Module] = []
     for fan_in, fan_out in itertools.pairwise(spec.layer_sizes):
         modules += [torch.nn.Linear(fan_in, fan_out), activation()]
@@ -126,7 +126,7 @@ def test_policy_is_that_of_stable_baselines3() -> None:
         ({"act_dim": 2.0}, r"PolicySpec: act_dim must be a positive int, got 2\.0"),
         ({"hidden_sizes": [64, 64]}, r"hidden_sizes must be a tuple of positive ints, got \[64, 64\]"),
         ({"hidden_sizes": (64, 0)}, r"hidden_sizes must be a tuple of positive ints, got \(64, 0\)"),
-        ({"activation": "gelu"}, r"activation must be one of \('tanh', 'relu'\), got 'gelu'"),
+        ({"activation": "gelu"}, r"activation must be one of \('tanh', 'relu', 'elu'\), got 'gelu'"),
     ],
 )
 def test_bad_spec_is_refused(kwargs: dict[str, object], match: str) -> None:
@@ -166,7 +166,7 @@ def test_tanh_is_exact_to_an_ulp_or_two() -> None:
     assert activate_(torch.tensor([math.nan]), "tanh").isnan().all()
 
 
-@pytest.mark.parametrize("activation", ["tanh", "relu"])
+@pytest.mark.parametrize("activation", ["tanh", "relu", "elu"])
 @pytest.mark.parametrize("layer_sizes", [(3, 1), (4, 7, 1), (5, 16, 3, 2)])
 @pytest.mark.parametrize("N", [1, 3])
 def test_stacked_mlp_equals_autograd(activation: str, layer_sizes: tuple[int, ...], N: int) -> None:

@@ -457,7 +457,7 @@ def test_weights_that_are_not_finite_name_the_trial() -> None:
         ({"ent_coef": -0.1}, r"PPOConfig: ent_coef must be finite and not negative, got -0\.1"),
         ({"gamma": 1.01}, r"PPOConfig: gamma must lie in \[0, 1\], got 1\.01"),
         ({"hidden_sizes": (0,)}, r"hidden_sizes must be a tuple of positive ints, got \(0,\)"),
-        ({"activation": "elu"}, r"activation must be one of \('tanh', 'relu'\), got 'elu'"),
+        ({"activation": "gelu"}, r"activation must be one of \('tanh', 'relu', 'elu'\), got 'gelu'"),
     ],
 )
 def test_bad_config_is_refused(kwargs: dict[str, object], match: str) -> None:

@@ -172,9 +172,15 @@ def evaluate(
     Writes results.json (tidy rows, one a trial, prefix, horizon and predictor) and coordinates.safetensors (some
     held-out paths, true and forecast) into the folder `output`. `seconds` is what earlier stages took, for the report.
 
-    Raises FileExistsError where `output` exists; ValueError where the model was not trained on this store, or a prefix
-    is too short for a basis.
+    Raises FileExistsError where `output` exists; ValueError where the model was not trained on this store, a prefix is
+    too short for a basis, or the policies are of a kind that the simulator cannot run.
     """
+    policy = store.policy
+    if not isinstance(policy, PolicySpec):
+        raise ValueError(
+            f"evaluate: the simulator can run MLP policies with a Gaussian of their own only, and the store {store.path} "
+            "holds others; `tipl.evaluate.weight_errors` judges their weights"
+        )
     if output.exists():
         raise FileExistsError(f"evaluate: output {output} exists already; choose another folder or remove it")
     check_fit(store, forecaster)
@@ -218,7 +224,7 @@ def evaluate(
     true_policies = sorted({row["true"] for row in judged.rows})
     with progress_bar(progress) as bar:
         returns, again = (
-            episodic_returns(store.env_id, store.policy, policies, seeds, num_threads=num_threads, bar=bar).mean(1)
+            episodic_returns(store.env_id, policy, policies, seeds, num_threads=num_threads, bar=bar).mean(1)
             for policies, seeds in ((weights, episode_seeds[0]), (weights[true_policies], episode_seeds[1]))
         )
     on_other_seeds = dict(zip(true_policies, again, strict=True))

@@ -3,7 +3,8 @@
 A policy is the actor of Stable-Baselines3's MlpPolicy for Box actions: an MLP gives the mean action, and a free vector
 `log_std` the spread of a diagonal Gaussian around it. The critic is PPO's own business (`ppo.py`) and is not stored.
 One checkpoint is one row of p float32 numbers, in the order in which SB3 registers the actor's parameters; p and the
-place of each parameter in the row are what `PolicySpec` knows.
+place of each parameter in the row are what `PolicySpec` knows. Imported policies of any other kind have a
+`ParameterLayout`, which knows the same and nothing of how to run them.
 
 Shapes  N networks, one a row of weights; B (or E) inputs to each; a layer's weight is (out, in), as in torch.nn.Linear.
 """
@@ -12,6 +13,7 @@ import dataclasses
 import functools
 import itertools
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -19,12 +21,76 @@ import numpy as np
 import torch
 from torch import Tensor
 
-Activation = Literal["tanh", "relu"]
-ACTIVATIONS = ("tanh", "relu")
+Activation = Literal["tanh", "relu", "elu"]
+ACTIVATIONS = ("tanh", "relu", "elu")
+
+
+class Layout(ABC):
+    """Where each parameter of a policy lies in its flat weights."""
+
+    @property
+    @abstractmethod
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of each parameter, in the order of the flat weights."""
+
+    @abstractmethod
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON types, from which `layout_from_dict` makes an equal layout."""
+
+    @functools.cached_property
+    def layout(self) -> dict[str, tuple[int, tuple[int, ...]]]:
+        """Name -> (offset in the flat weights, shape) of each parameter."""
+        shapes = self.shapes
+        offsets = itertools.accumulate(map(math.prod, shapes.values()), initial=0)
+        return {name: (offset, shape) for (name, shape), offset in zip(shapes.items(), offsets, strict=False)}
+
+    @functools.cached_property
+    def num_params(self) -> int:
+        """Length p of the flat weights."""
+        return sum(map(math.prod, self.shapes.values()))
+
+    def unflatten(self, weights: Tensor) -> dict[str, Tensor]:
+        """Return name -> view (..., *shape) of flat weights (..., p): writing to a view writes to `weights`."""
+        if weights.ndim < 1 or weights.shape[-1] != self.num_params:
+            raise ValueError(f"unflatten: weights must have shape (..., {self.num_params}), got {tuple(weights.shape)}")
+        return {
+            name: weights[..., offset : offset + math.prod(shape)].view(*weights.shape[:-1], *shape)
+            for name, (offset, shape) in self.layout.items()
+        }
 
 
 @dataclasses.dataclass(frozen=True)
-class PolicySpec:
+class ParameterLayout(Layout):
+    """Names and shapes alone: the layout of a policy that only its own library can run."""
+
+    parameters: tuple[tuple[str, tuple[int, ...]], ...]
+    """(name, shape) of each parameter, in the order of the flat weights."""
+
+    def __post_init__(self) -> None:
+        names = [name for name, _ in self.parameters]
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"ParameterLayout: parameters must be some, of different names, got {names}")
+        for name, shape in self.parameters:
+            if not all(map(_is_positive_int, shape)):
+                raise ValueError(f"ParameterLayout: the shape of {name} must be of positive ints, got {shape!r}")
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return dict(self.parameters)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"parameters": [[name, list(shape)] for name, shape in self.parameters]}
+
+
+def layout_from_dict(layout: dict[str, Any]) -> Layout:
+    """Return the layout that `to_dict` gave `layout`."""
+    if set(layout) == {"parameters"}:
+        return ParameterLayout(tuple((name, tuple(shape)) for name, shape in layout["parameters"]))
+    return PolicySpec.from_dict(layout)
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicySpec(Layout):
     """Sizes of a policy, hence the layout of its flat weights."""
 
     obs_dim: int
@@ -47,9 +113,9 @@ class PolicySpec:
         """Widths of the policy's MLP from the observation to the mean action."""
         return (self.obs_dim, *self.hidden_sizes, self.act_dim)
 
-    @functools.cached_property
-    def layout(self) -> dict[str, tuple[int, tuple[int, ...]]]:
-        """Name -> (offset in the flat weights, shape) of each parameter, in SB3's order."""
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of each parameter, in SB3's order."""
         shapes: dict[str, tuple[int, ...]] = {"log_std": (self.act_dim,)}
         *hidden, head = itertools.pairwise(self.layer_sizes)
         for i, (fan_in, fan_out) in enumerate(hidden):
@@ -57,22 +123,7 @@ class PolicySpec:
             shapes[f"policy_net.{2 * i}.bias"] = (fan_out,)
         shapes["action_net.weight"] = (head[1], head[0])
         shapes["action_net.bias"] = (head[1],)
-        offsets = itertools.accumulate(map(math.prod, shapes.values()), initial=0)
-        return {name: (offset, shape) for (name, shape), offset in zip(shapes.items(), offsets, strict=False)}
-
-    @functools.cached_property
-    def num_params(self) -> int:
-        """Length p of the flat weights."""
-        return sum(math.prod(shape) for _, shape in self.layout.values())
-
-    def unflatten(self, weights: Tensor) -> dict[str, Tensor]:
-        """Return name -> view (..., *shape) of flat weights (..., p): writing to a view writes to `weights`."""
-        if weights.ndim < 1 or weights.shape[-1] != self.num_params:
-            raise ValueError(f"unflatten: weights must have shape (..., {self.num_params}), got {tuple(weights.shape)}")
-        return {
-            name: weights[..., offset : offset + math.prod(shape)].view(*weights.shape[:-1], *shape)
-            for name, (offset, shape) in self.layout.items()
-        }
+        return shapes
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types, from which `from_dict` makes an equal spec."""
@@ -128,6 +179,8 @@ def activate_(x: Tensor, activation: Activation) -> Tensor:
     """
     if activation == "relu":
         return x.relu_()
+    if activation == "elu":
+        return torch.nn.functional.elu_(x)
     if x.device.type == "cpu":
         array = x.numpy()
         np.tanh(array, out=array)
@@ -139,6 +192,8 @@ def activation_backward_(grad: Tensor, output: Tensor, activation: Activation) -
     """Multiply grad in place by the activation's derivative, written as a function of the activation's output."""
     if activation == "relu":
         torch.ops.aten.threshold_backward.grad_input(grad, output, 0, grad_input=grad)
+    elif activation == "elu":
+        torch.ops.aten.elu_backward.grad_input(grad, 1, 1, 1, True, output, grad_input=grad)
     else:
         torch.ops.aten.tanh_backward.grad_input(grad, output, grad_input=grad)
 

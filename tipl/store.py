@@ -28,7 +28,7 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from tipl.policy import PolicySpec
+from tipl.policy import Layout, layout_from_dict
 from tipl.zarr_files import ZarrArray, read_group, write_atomically, write_group
 
 __all__ = ["Store", "Trial", "write_atomically"]
@@ -48,7 +48,7 @@ class Store:
         """Not for callers: use `create` or `open`."""
         self.path = path
         self.env_id: str = attributes["env_id"]
-        self.policy = PolicySpec.from_dict(attributes["policy"])
+        self.policy = layout_from_dict(attributes["policy"])
         self.seeds: list[int] = attributes["seeds"]
         self.config: dict[str, Any] = attributes["config"]
         self._arrays: Arrays = (
@@ -60,7 +60,7 @@ class Store:
 
     @classmethod
     def create(
-        cls, path: str | Path, *, env_id: str, policy: PolicySpec, seeds: Sequence[int], config: dict[str, Any]
+        cls, path: str | Path, *, env_id: str, policy: Layout, seeds: Sequence[int], config: dict[str, Any]
     ) -> "Store":
         """Return a new store at `path` with one empty trial a seed, open for appending. `config` is plain JSON.
 
