@@ -18,19 +18,20 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tipl.envs import VectorEnv
+from tipl.envs import MujocoState, MujocoVectorEnv, VectorEnv
 from tipl.policy import Activation, PolicySpec, StackedMLP, layer_views, round_up
 
 Floats = NDArray[np.float64]
 
 LOG_2PI = math.log(2 * math.pi)
+ENV_ARRAYS = [field.name for field in dataclasses.fields(MujocoState) if field.name != "rngs"]
 TRIALS_PER_JOB = 16  # what one worker updates before it turns to the next trials; their activations fit the L2 cache
 
 
@@ -266,6 +267,20 @@ class Learner:
         value_error = torch.sub(self.critic.forward(obs)[..., 0], target, out=self.value_errors[m])
         self.critic.backward((value_error * (2 * config.vf_coef / B))[..., None])
 
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """Return a copy of Adam's state, a row a trial: step (C,), exp_avg and exp_avg_sq (C, P)."""
+        (params,) = self.optimizer.param_groups[0]["params"]
+        state = self.optimizer.state[params]  # empty before the first step
+        step = state.get("step", torch.zeros(()))
+        moments = {name: state.get(name, torch.zeros_like(params)).clone() for name in ("exp_avg", "exp_avg_sq")}
+        return {"step": step.repeat(len(params)), **moments}
+
+    def load_optimizer_state(self, state: dict[str, Tensor]) -> None:
+        """Go on from what `optimizer_state` returned; its trials may have come from other learners, in step."""
+        (params,) = self.optimizer.param_groups[0]["params"]
+        moments = {name: state[name].clone() for name in ("exp_avg", "exp_avg_sq")}
+        self.optimizer.state[params] = {"step": state["step"][0].clone(), **moments}
+
     def estimate(self, transitions: Transitions) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Return the critic's values and the advantages of the steps, (T, C) each."""
         trials = slice(self.trials.start, self.trials.stop)
@@ -300,6 +315,18 @@ class Learner:
         for i, steps in enumerate(finals):
             next_values[[step.t for step in steps], i] = final_values[i, : len(steps)]
         return next_values
+
+
+@dataclasses.dataclass(frozen=True)
+class PopulationState:
+    """Everything that decides how a population goes on."""
+
+    env_steps: int
+    arrays: dict[str, NDArray[Any]]
+    """A row a trial each: params (N, P), the learners' optimizer.*, generators (N, bytes), running_return and
+    episodic_return (N,), and env.*, the fields of `MujocoState` but its rngs."""
+    env_rngs: list[Any]
+    """(N,): those rngs, plain dicts."""
 
 
 class Population:
@@ -355,6 +382,50 @@ class Population:
     def weights(self) -> NDArray[np.float32]:
         """Return a copy of the policies' flat weights, (N, p) in the layout of `spec`."""
         return self.params[:, : self.spec.num_params].numpy().copy()
+
+    def get_state(self) -> PopulationState | None:
+        """Return a copy of the state between two iterations, or None where the environments cannot be saved."""
+        if not isinstance(self.env, MujocoVectorEnv):
+            return None
+        env = self.env.get_state()
+        optimizers = [learner.optimizer_state() for learner in self.learners]
+        arrays = {
+            "params": self.params.numpy().copy(),
+            **{f"optimizer.{name}": torch.cat([part[name] for part in optimizers]).numpy() for name in optimizers[0]},
+            "generators": torch.stack([generator.get_state() for generator in self.generators]).numpy(),
+            "running_return": self._running_return.copy(),
+            "episodic_return": self._episodic_return.copy(),
+            **{f"env.{name}": getattr(env, name) for name in ENV_ARRAYS},
+        }
+        return PopulationState(self.env_steps, arrays, env.rngs)
+
+    def set_state(self, state: PopulationState) -> None:
+        """Go on from `state`, of a population with equal arguments; num_threads may differ.
+
+        Raises ValueError where it comes from a population with other trials, policies or environments.
+        """
+        own = self.get_state()
+        if own is None or not isinstance(self.env, MujocoVectorEnv):
+            raise ValueError(f"set_state: the environments of {self.env.env_id} cannot be set to a saved state")
+        expected = {name: (str(array.dtype), array.shape) for name, array in own.arrays.items()}
+        got = {name: (str(array.dtype), array.shape) for name, array in state.arrays.items()}
+        if expected != got:
+            raise ValueError(f"set_state: state must hold the arrays {expected}, got {got}")
+        arrays = state.arrays
+        self.env.set_state(MujocoState(**{name: arrays[f"env.{name}"] for name in ENV_ARRAYS}, rngs=state.env_rngs))
+        self.env_steps = state.env_steps
+        self.params.copy_(torch.tensor(arrays["params"]))
+        for learner in self.learners:
+            trials = slice(learner.trials.start, learner.trials.stop)
+            names = [name for name in arrays if name.startswith("optimizer.")]
+            learner.load_optimizer_state(
+                {name.removeprefix("optimizer."): torch.tensor(arrays[name][trials]) for name in names}
+            )
+        for generator, row in zip(self.generators, arrays["generators"], strict=True):
+            generator.set_state(torch.tensor(row))
+        self._obs = arrays["env.obs"].copy()
+        self._running_return[:] = arrays["running_return"]
+        self._episodic_return[:] = arrays["episodic_return"]
 
     def iterate(self) -> IterationStats:
         """Run one iteration of every trial: num_steps environment steps, then the update.
