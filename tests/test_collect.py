@@ -138,7 +138,8 @@ def test_ctrl_c_keeps_what_was_committed(tmp_path):
     num_rows = store.num_checkpoints
     assert num_rows >= 4
     kept = f"{num_rows} of 3125001 checkpoints of each of 3 trials are kept in {path}"
-    assert stderr.splitlines()[-1] == f"KeyboardInterrupt: collect: interrupted; {kept}"
+    end = f"KeyboardInterrupt: collect: interrupted; {kept}; the same command goes on from there"
+    assert stderr.splitlines()[-1] == end
     for i in range(3):
         trial = store.trial(i)
         np.testing.assert_array_equal(trial.env_steps, 32 * np.arange(num_rows))
@@ -206,6 +207,8 @@ def test_collect_refuses_and_writes_nothing(tmp_path, arguments, error, message)
 def test_an_existing_output_is_refused_before_any_work(tmp_path, monkeypatch):
     monkeypatch.setattr(sys.modules["tipl.collect"], "make_vec", None)  # work would fail
     (tmp_path / "store").mkdir()
-    with pytest.raises(FileExistsError, match=r"collect: .*store exists; choose another output or remove it"):
+    with pytest.raises(
+        FileExistsError, match=r"collect: .*store exists and is no store; choose another output or remove it"
+    ):
         collect_tiny(tmp_path / "store")
     assert list((tmp_path / "store").iterdir()) == []

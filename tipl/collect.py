@@ -2,15 +2,23 @@
 
 N trials learn in lockstep (`ppo.Population`), one environment each. Row 0 of a trial is its initial policy, row k its
 policy after k iterations. Checkpoints are appended on a thread of their own while the next iteration runs.
+
+A collection that was cut off, at whatever moment, goes on with the same arguments, and its store comes out as if
+nothing had happened, to the bit: every few seconds the population's state is saved (`resume.py`), later iterations are
+run once more, and what they give is compared with the checkpoints that are there. Without a saved state (Gymnasium's
+own environments have none) that means all iterations.
 """
 
+import contextlib
 import dataclasses
+import json
 import math
 import time
+import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,8 +26,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from tipl.envs import make_vec
-from tipl.ppo import Population, PPOConfig
+from tipl.ppo import Population, PopulationState, PPOConfig
+from tipl.resume import SavedStates
 from tipl.store import Store
+
+Columns = tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.float64]]  # weights, env_steps, episodic_return
+
+SAVE_SECONDS = 5.0  # between two saved states, at least; a kill costs no more than that and an iteration
 
 
 def collect(
@@ -36,18 +49,24 @@ def collect(
 ) -> Store:
     """Run PPO on `num_trials` independent trials and return the store of their checkpoints, written to `output`.
 
+    An unfinished collection at `output` goes on from where it was cut off. Its store is then the same, to the bit, as
+    that of an uninterrupted one, where a trial's results do not depend on the population (see `ppo`) and where library
+    versions and the processor's instruction sets are the same; a warning names those that are not.
+
     Args:
         total_timesteps: environment steps of each trial, rounded up to whole iterations of ppo.num_steps.
         seed: trial i's seed is `trial_seeds(seed, num_trials)[i]`.
         ppo: by default PPOConfig(), Stable-Baselines3's hyperparameters.
         shared_init: start all trials from the initial weights of trial 0.
-        num_threads: by default one a core.
+        num_threads: by default one a core; may change when an unfinished collection goes on.
         progress: show a bar on a terminal's stderr, and one line at the end.
 
     Raises:
-        FileExistsError: `output` exists; nothing is touched.
-        ValueError, TypeError: a wrong argument, or an environment that cannot be used; nothing is written.
-        RuntimeError: an iteration or its append failed; the text says what was kept in the store.
+        FileExistsError: `output` is a complete collection or something else; nothing is touched.
+        ValueError, TypeError: a wrong argument, one that is not that of the unfinished collection at `output`, or an
+            environment that cannot be used; nothing is written.
+        RuntimeError: an iteration or its append failed, and the text says what was kept in the store; or the
+            unfinished store is damaged, open in another process, or not what these arguments give here.
         KeyboardInterrupt: on Ctrl-C, with such a text too.
     """
     output, ppo = Path(output), PPOConfig() if ppo is None else ppo
@@ -58,28 +77,52 @@ def collect(
     ):
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ValueError(f"collect: {name} must be an int of at least {least}, got {value!r}")
-    if output.exists():
-        raise FileExistsError(f"collect: {output} exists; choose another output or remove it")
+    config = {
+        "num_trials": num_trials,
+        "total_timesteps": total_timesteps,
+        "seed": seed,
+        "shared_init": shared_init,
+        "ppo": dataclasses.asdict(ppo),
+    }
     seeds = trial_seeds(seed, num_trials)
     num_iterations = math.ceil(total_timesteps / ppo.num_steps)
-    env = make_vec(env_id, num_trials, seeds=seeds, num_threads=num_threads)
-    try:
-        population = Population(env, ppo, seeds, shared_init=shared_init, num_threads=num_threads)
-        config = {
-            "num_trials": num_trials,
-            "total_timesteps": total_timesteps,
-            "seed": seed,
-            "shared_init": shared_init,
-            "ppo": dataclasses.asdict(ppo),
-        }
-        store = Store.create(output, env_id=env_id, policy=population.spec, seeds=seeds, config=config)
-        with _Display(env_id, num_iterations, num_trials * ppo.num_steps, shown=progress) as display:
-            _run(population, store, num_iterations, display)
-    finally:
-        env.close()
+    display = _Display(env_id, num_iterations, num_trials * ppo.num_steps, shown=progress)
+    store = _reopen(output, env_id, config) if output.exists() else None
+    with contextlib.ExitStack() as stack:
+        if store is not None:
+            stack.enter_context(store)
+        if store is None or store.num_checkpoints <= num_iterations:
+            env = make_vec(env_id, num_trials, seeds=seeds, num_threads=num_threads)
+            stack.callback(env.close)
+            population = Population(env, ppo, seeds, shared_init=shared_init, num_threads=num_threads)
+            if store is None:
+                store = Store.create(output, env_id=env_id, policy=population.spec, seeds=seeds, config=config)
+                stack.enter_context(store)
+                SavedStates(output).begin()
+            else:
+                _restore(population, store)
+                display.resume(store, population.env_steps // ppo.num_steps)
+            with display:
+                _run(population, store, num_iterations, display)
+    SavedStates(output).remove()
     store = Store.open(output)
     display.finish(store)
     return store
+
+
+def num_checkpoints_asked(store: Store) -> int | None:
+    """Return how many checkpoints of a trial the store has when its collection is complete; None if not collected."""
+    config = store.config
+    if "total_timesteps" not in config or "ppo" not in config:
+        return None
+    num_iterations: int = -(-config["total_timesteps"] // config["ppo"]["num_steps"])
+    return 1 + num_iterations
+
+
+def is_complete(store: Store) -> bool:
+    """Return whether the store is no unfinished collection: there is nothing more to come."""
+    asked = num_checkpoints_asked(store)
+    return not SavedStates(store.path).exist() and (asked is None or store.num_checkpoints >= asked)
 
 
 def trial_seeds(seed: int, num_trials: int) -> list[int]:
@@ -91,12 +134,62 @@ def trial_seeds(seed: int, num_trials: int) -> list[int]:
     return [int(np.random.SeedSequence(seed, spawn_key=(i,)).generate_state(1)[0]) for i in range(num_trials)]
 
 
+def _reopen(output: Path, env_id: str, config: dict[str, Any]) -> Store:
+    """Return the unfinished collection at `output`, which must be of these arguments, open for appending."""
+    try:
+        store = Store.open(output)
+    except FileNotFoundError:
+        raise FileExistsError(f"collect: {output} exists and is no store; choose another output or remove it") from None
+    if is_complete(store):
+        raise FileExistsError(f"collect: {output} exists and is complete; choose another output or remove it")
+    found, given = (_flat({"env_id": id, **c}) for id, c in ((store.env_id, store.config), (env_id, config)))
+    for name in [*given, *(found.keys() - given.keys())]:
+        if found.get(name, "nothing") != given.get(name, "nothing"):
+            was, now = (x.get(name, "nothing") for x in (found, given))
+            raise ValueError(
+                f"collect: {output} holds an unfinished collection with {name} = {was}, got {now}; "
+                "give its arguments to go on with it, or choose another output"
+            )
+    store = Store.open(output, writable=True)
+    try:
+        for name, (then, now) in SavedStates(output).changed_versions().items():
+            warnings.warn(
+                f"collect: {output} was begun with {name} {then} and goes on with {name} {now}: "
+                "the rest may differ in its last bits from an uninterrupted collection",
+                stacklevel=3,
+            )
+    except BaseException:
+        store.close()
+        raise
+    return store
+
+
+def _flat(config: dict[str, Any]) -> dict[str, Any]:
+    """Return dotted name -> value as JSON has it."""
+    flat: dict[str, Any] = {}
+    for name, value in json.loads(json.dumps(config)).items():
+        flat |= {f"{name}.{key}": x for key, x in _flat(value).items()} if isinstance(value, dict) else {name: value}
+    return flat
+
+
+def _restore(population: Population, store: Store) -> None:
+    """Set the population to the latest state whose checkpoint is in the store; without any, leave it at its start."""
+    for state in SavedStates(store.path).load(store.num_checkpoints):
+        k = state.env_steps // population.config.num_steps
+        policies = state.arrays["params"][:, : population.spec.num_params]
+        if all(np.array_equal(policies[i], store.trial(i).weights(k, k + 1)[0]) for i in range(len(store))):
+            population.set_state(state)
+            return
+        warnings.warn(f"collect: a state saved in {store.path} is not that of its checkpoint {k}", stacklevel=3)
+
+
 def _run(population: Population, store: Store, num_iterations: int, display: "_Display") -> None:
     """Append the initial checkpoints and those after each iteration, and close the store, whatever happens."""
     try:
-        with _Appender(store) as appender:
-            appender.append(population, np.full(store.num_trials, np.nan))
-            for _ in range(num_iterations):
+        with _Appender(store, population.config.num_steps) as appender:
+            if population.env_steps == 0:
+                appender.append(population, np.full(store.num_trials, np.nan))
+            for _ in range(population.env_steps // population.config.num_steps, num_iterations):
                 stats = population.iterate()
                 appender.append(population, stats.episodic_return)
                 display.advance(stats.episodic_return)
@@ -109,16 +202,22 @@ def _run(population: Population, store: Store, num_iterations: int, display: "_D
 
 
 def _kept(store: Store, total: int) -> str:
-    return (
-        f"{store.num_checkpoints} of {total} checkpoints of each of {store.num_trials} trials are kept in {store.path}"
-    )
+    kept = f"{store.num_checkpoints} of {total} checkpoints of each of {store.num_trials} trials are kept"
+    return f"{kept} in {store.path}; the same command goes on from there"
 
 
 class _Appender:
-    """Appends a population's checkpoints on a thread of its own; a failure is raised by the next append, or on exit."""
+    """Appends a population's checkpoints on a thread of its own; a failure is raised by the next append, or on exit.
 
-    def __init__(self, store: Store) -> None:
-        self._store = store
+    Checkpoints that are there already, because they came after the last saved state, must be what they were.
+    """
+
+    def __init__(self, store: Store, num_steps: int) -> None:
+        self._store, self._num_steps = store, num_steps
+        self._there = [store.trial(i) for i in range(len(store))]
+        self._states = SavedStates(store.path)
+        self._unsaved: PopulationState | None = None
+        self._saved_at = time.monotonic()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="tipl-append")
         self._pending: Future[None] | None = None
 
@@ -126,7 +225,37 @@ class _Appender:
         self._finish()
         weights = population.weights()[:, None]  # (N, 1, p), a copy: the population learns on
         env_steps = np.full((len(weights), 1), population.env_steps, np.int64)
-        self._pending = self._thread.submit(self._store.append, weights, env_steps, episodic_return[:, None])
+        columns = (weights, env_steps, episodic_return[:, None])
+        state = population.get_state() if population.env_steps else None  # the start follows from the seeds
+        self._pending = self._thread.submit(self._append, population.env_steps // self._num_steps, columns, state)
+
+    def _append(self, k: int, columns: Columns, state: PopulationState | None) -> None:
+        """Append or compare checkpoint k; then, if it is time, save the state that belongs to it."""
+        if k < self._there[0].num_checkpoints:
+            self._compare(k, columns)
+        else:
+            self._store.append(*columns)
+        self._unsaved = state
+        if time.monotonic() - self._saved_at >= SAVE_SECONDS:
+            self._save()
+
+    def _compare(self, k: int, columns: Columns) -> None:
+        for i, trial in enumerate(self._there):
+            weights, env_steps, episodic_return = (column[i, 0] for column in columns)
+            if not (
+                np.array_equal(weights, trial.weights(k, k + 1)[0])
+                and env_steps == trial.env_steps[k]
+                and np.array_equal(episodic_return, trial.episodic_return[k], equal_nan=True)
+            ):
+                raise RuntimeError(
+                    f"checkpoint {k} of trial {i} comes out otherwise than it is in the store, which was made by other "
+                    "versions or on another kind of processor: finish it there, or choose another output"
+                )
+
+    def _save(self) -> None:
+        if self._unsaved is not None:
+            self._states.save(self._unsaved, 1 + self._unsaved.env_steps // self._num_steps)
+            self._unsaved, self._saved_at = None, time.monotonic()
 
     def _finish(self) -> None:
         pending, self._pending = self._pending, None
@@ -143,6 +272,9 @@ class _Appender:
             self._finish()
         finally:
             self._thread.shutdown()
+            if kind is not None:
+                with contextlib.suppress(OSError):  # the disk may be full: then an older state, or none, has to do
+                    self._save()
             self._store.close()
 
 
@@ -165,6 +297,14 @@ class _Display:
         self._task = self._progress.add_task(title, total=num_iterations, figures="")
         self._steps_per_iteration, self._num_steps = steps_per_iteration, 0
         self._start = time.perf_counter()
+
+    def resume(self, store: Store, num_iterations: int) -> None:
+        """Say where an unfinished collection goes on: after so many iterations."""
+        self._progress.update(self._task, completed=num_iterations)
+        line = f"{store.path}: {store.num_checkpoints} checkpoints are there; goes on after iteration {num_iterations}"
+        if num_iterations == 0 and store.num_checkpoints > 1:
+            line += ", since no state was saved: what is there is computed once more and compared"
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def advance(self, episodic_return: NDArray[np.float64]) -> None:
         self._num_steps += self._steps_per_iteration

@@ -5,12 +5,14 @@
     trial_0000/weights            (T, p) float32, in chunks of about 256 KiB, not compressed: weights are noise
     trial_0000/env_steps          (T,) int64
     trial_0000/episodic_return    (T,) float64, NaN before the first episode has ended
+    resume/                       while a collection is unfinished: what it needs to go on (`resume.py`)
 
 Every file is written aside, flushed to disk and renamed; chunks and groups carry checksums (`zarr_files.py`). An append
 writes a trial's chunks first and its commit record last. Rows beyond num_checkpoints do not count, and the next append
-overwrites them. So a killed process or a full disk costs the append under way and nothing else. Directories are not
-flushed: after a power cut the last appends may be gone on a file system that keeps renames in order (ext4, XFS);
-elsewhere committed rows may be gone as well, which reading them reports.
+overwrites them. So a killed process or a full disk costs the append under way and nothing else. A new store is made
+aside, as .NAME.partial, and renamed. Directories are not flushed: after a power cut the last appends may be gone on a
+file system that keeps renames in order (ext4, XFS); elsewhere committed rows may be gone as well, which reading them
+reports.
 """
 
 import fcntl
@@ -51,7 +53,7 @@ class Store:
         self.policy = layout_from_dict(attributes["policy"])
         self.seeds: list[int] = attributes["seeds"]
         self.config: dict[str, Any] = attributes["config"]
-        self._arrays: Arrays = (
+        self.arrays: Arrays = (
             ZarrArray("weights", "float32", "NaN", attributes["chunk_rows"], (self.policy.num_params,)),
             ZarrArray("env_steps", "int64", -1, SCALAR_CHUNK_ROWS, ()),
             ZarrArray("episodic_return", "float64", "-Infinity", SCALAR_CHUNK_ROWS, ()),
@@ -83,18 +85,18 @@ class Store:
         except (TypeError, ValueError) as error:
             raise TypeError(f"create: config must be plain JSON: {error}") from error
         store = cls(path, attributes)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            path.mkdir()
-        except FileExistsError:
-            raise FileExistsError(f"create: {path} exists") from None
-        try:
-            with _released_on_failure(_Writer(path, store.seeds, store._arrays)) as writer:
+        if path.exists():
+            raise FileExistsError(f"create: {path} exists")
+        aside = path.with_name(f".{path.name}.partial")  # so that a killed process leaves a whole store or none
+        aside.mkdir(parents=True, exist_ok=True)
+        with _released_on_failure(_Writer(aside, store.seeds, store.arrays)) as writer:
+            try:
                 writer.create_trials()
-                write_group(path, attributes)
-        except BaseException:
-            shutil.rmtree(path, ignore_errors=True)
-            raise
+                write_group(aside, attributes)
+                writer.move_to(path)
+            except BaseException:
+                shutil.rmtree(aside, ignore_errors=True)
+                raise
         store._writer = writer
         return store
 
@@ -107,7 +109,7 @@ class Store:
         damaged, of another version, or (with `writable`) open in another writer.
         """
         path = Path(path)
-        if not (path / "zarr.json").exists() and not (path / _trial_name(0)).exists():
+        if not (path / "zarr.json").exists() and not (path / trial_name(0)).exists():
             raise FileNotFoundError(f"open: there is no trajectory store at {path}")
         attributes = read_group(path, f"store {path}")
         if attributes.get("format") != FORMAT:
@@ -116,7 +118,7 @@ class Store:
             raise RuntimeError(f"store {path}: has version {attributes['version']}, this tipl reads version {VERSION}")
         store = cls(path, attributes)
         if writable:
-            with _released_on_failure(_Writer(path, store.seeds, store._arrays)) as writer:
+            with _released_on_failure(_Writer(path, store.seeds, store.arrays)) as writer:
                 writer.load_trials()
             store._writer = writer
         return store
@@ -131,13 +133,13 @@ class Store:
     @property
     def num_checkpoints(self) -> int:
         """Checkpoints that every trial has. A trial has more only after a crash, and then those of one append."""
-        return min(_read_commit(self.path, i, seed) for i, seed in enumerate(self.seeds))
+        return min(read_commit(self.path, i, seed) for i, seed in enumerate(self.seeds))
 
     def trial(self, i: int) -> "Trial":
         """Return trial i as it is now: later appends do not show in it. Raises RuntimeError where it is damaged."""
         if not 0 <= i < self.num_trials:
             raise IndexError(f"trial: i must lie in [0, {self.num_trials}), got {i}")
-        return Trial(self.path, i, self.seeds[i], self._arrays)
+        return Trial(self.path, i, self.seeds[i], self.arrays)
 
     def append(
         self, weights: NDArray[np.float32], env_steps: NDArray[np.int64], episodic_return: NDArray[np.float64]
@@ -151,7 +153,7 @@ class Store:
             raise ValueError(f"append: {self.path} is not open for appending")
         columns = (weights, env_steps, episodic_return)
         b = weights.shape[1] if isinstance(weights, np.ndarray) and weights.ndim == 3 else 1
-        for array, column in zip(self._arrays, columns, strict=True):
+        for array, column in zip(self.arrays, columns, strict=True):
             if not isinstance(column, np.ndarray) or column.dtype != array.dtype:
                 kind = column.dtype if isinstance(column, np.ndarray) else type(column).__name__
                 raise TypeError(f"append: {array.name} must be an array of {array.data_type}, got {kind}")
@@ -220,12 +222,12 @@ class Trial:
     def __init__(self, store_path: Path, index: int, seed: int, arrays: Arrays) -> None:
         """Not for callers: use `Store.trial`."""
         self.index, self.seed = index, seed
-        self.num_checkpoints = _read_commit(store_path, index, seed)
-        self._folder = store_path / _trial_name(index)
+        self.num_checkpoints = read_commit(store_path, index, seed)
+        self.folder = store_path / trial_name(index)
         self._weights, self._env_steps, self._episodic_return = arrays
         self._last_chunk: dict[str, tuple[int, NDArray[Any]]] = {}  # so that small blocks read a chunk once
         for array in arrays:
-            array.check_document(self._folder / array.name, f"trial {index}", self.num_checkpoints)
+            array.check_document(self.folder / array.name, f"trial {index}", self.num_checkpoints)
 
     @property
     def chunk_rows(self) -> int:
@@ -265,7 +267,7 @@ class Trial:
         for index, in_chunk, in_out in array.chunks(start, stop):
             last, chunk = self._last_chunk.get(array.name, (-1, out))
             if last != index:
-                chunk = array.read_chunk(self._folder / array.name, f"trial {self.index}", index)
+                chunk = array.read_chunk(self.folder / array.name, f"trial {self.index}", index)
                 self._last_chunk[array.name] = index, chunk
             rows = chunk[in_chunk]
             if array.holds_fill(rows):
@@ -292,9 +294,15 @@ class _Writer:
         self.pool = ThreadPoolExecutor(WRITE_THREADS, thread_name_prefix="tipl-store")
 
     def create_trials(self) -> None:
+        for left_behind in self.path.iterdir():  # by a killed process
+            if left_behind.is_dir():
+                shutil.rmtree(left_behind)
+            else:
+                left_behind.unlink()
+
         def create(i: int) -> None:
             for array in self.arrays:
-                folder = self.path / _trial_name(i) / array.name
+                folder = self.path / trial_name(i) / array.name
                 folder.mkdir(parents=True)
                 array.write_document(folder, 0)
             _write_commit(self.path, i, self.seeds[i], 0)
@@ -302,12 +310,22 @@ class _Writer:
         self.for_each_trial(create)
         self.tails = [[array.empty_chunk() for array in self.arrays] for _ in self.seeds]
 
+    def move_to(self, path: Path) -> None:
+        """Rename the store's folder; the lock goes with it."""
+        try:
+            self.path.rename(path)
+        except OSError:
+            if path.exists():  # since a moment ago
+                raise FileExistsError(f"create: {path} exists") from None
+            raise
+        self.path = path
+
     def load_trials(self) -> None:
         """Undo what was committed in some trials only, remove what killed writers left, and load the last chunks."""
         for aside in self.path.rglob(".*.partial"):
             aside.unlink()
         trials = [Trial(self.path, i, seed, self.arrays) for i, seed in enumerate(self.seeds)]
-        self.num_rows = self.num_checkpoints = n = min(trial.num_checkpoints for trial in trials)
+        self.num_checkpoints = n = min(trial.num_checkpoints for trial in trials)
         for trial in trials:
             if trial.num_checkpoints > n:
                 _write_commit(self.path, trial.index, trial.seed, n)
@@ -315,6 +333,8 @@ class _Writer:
             for array, tail in zip(self.arrays, self.tails[-1], strict=True):
                 start = n // array.chunk_rows * array.chunk_rows
                 tail[: n - start] = trial._read(array, start, n)
+                self.num_rows = max(self.num_rows, array.check_document(trial.folder / array.name, "", n))
+        self.trim()
 
     def append(self, columns: tuple[NDArray[Any], ...]) -> None:
         """Append and commit the rows of `columns`, one column (N, b, ...) an array."""
@@ -325,7 +345,7 @@ class _Writer:
 
         def append(i: int) -> None:
             for array, tail, column in zip(self.arrays, self.tails[i], columns, strict=True):
-                folder = self.path / _trial_name(i) / array.name
+                folder = self.path / trial_name(i) / array.name
                 if grow:
                     array.write_document(folder, self.num_rows)
                 for index, in_chunk, in_column in array.chunks(start, stop):
@@ -343,7 +363,7 @@ class _Writer:
 
         def trim(i: int) -> None:
             for array in self.arrays:
-                array.write_document(self.path / _trial_name(i) / array.name, self.num_checkpoints)
+                array.write_document(self.path / trial_name(i) / array.name, self.num_checkpoints)
 
         if self.num_rows > self.num_checkpoints:
             self.num_rows = self.num_checkpoints
@@ -371,17 +391,17 @@ def _released_on_failure(writer: _Writer) -> Iterator[_Writer]:
         raise
 
 
-def _trial_name(i: int) -> str:
+def trial_name(i: int) -> str:
     return f"trial_{i:04d}"
 
 
 def _write_commit(store_path: Path, i: int, seed: int, num_checkpoints: int) -> None:
-    write_group(store_path / _trial_name(i), {"trial": i, "seed": seed, "num_checkpoints": num_checkpoints})
+    write_group(store_path / trial_name(i), {"trial": i, "seed": seed, "num_checkpoints": num_checkpoints})
 
 
-def _read_commit(store_path: Path, i: int, seed: int) -> int:
+def read_commit(store_path: Path, i: int, seed: int) -> int:
     """Return the number of checkpoints that trial i's commit record states."""
-    folder = store_path / _trial_name(i)
+    folder = store_path / trial_name(i)
     record = read_group(folder, f"trial {i}")
     if (record.get("trial"), record.get("seed")) != (i, seed):
         raise RuntimeError(f"trial {i}: {folder} is not trial {i} of this store")

@@ -73,14 +73,18 @@ class ZarrArray:
     def write_document(self, folder: Path, num_rows: int) -> None:
         _write_json(folder / "zarr.json", self._document(num_rows))
 
-    def check_document(self, folder: Path, owner: str, min_rows: int) -> None:
-        """Raise RuntimeError unless the document in `folder` describes this array with at least `min_rows` rows."""
+    def check_document(self, folder: Path, owner: str, min_rows: int) -> int:
+        """Return the rows that the document in `folder` states.
+
+        Raises RuntimeError unless it describes this array with at least `min_rows` rows.
+        """
         path = folder / "zarr.json"
         document = _read_json(path, owner)
         shape = document.get("shape")
         num_rows = shape[0] if isinstance(shape, list) and shape else None
         if not isinstance(num_rows, int) or num_rows < min_rows or document != self._document(num_rows):
             raise RuntimeError(f"{owner}: {path} is damaged: it does not describe {self.name} of this store")
+        return num_rows
 
     def chunks(self, start: int, stop: int) -> Iterator[tuple[int, slice, slice]]:
         """Yield (chunk, its rows, their place in [start, stop)) for each chunk with some of the rows [start, stop)."""
