@@ -18,8 +18,11 @@ if TYPE_CHECKING:
     from tipl.collect import collect
     from tipl.decoder import Decoder
     from tipl.evaluate import EvaluateConfig, evaluate
+    from tipl.exporter import export_checkpoint
+    from tipl.importer import import_checkpoints
     from tipl.model import ModelConfig, TrajectoryTransformer
     from tipl.ppo import PPOConfig
+    from tipl.recorder import Recorder
     from tipl.report import write_report
     from tipl.rollout import Forecaster, rollout
     from tipl.store import Store
@@ -33,8 +36,11 @@ _EXPORTS = {
     "collect": ["collect"],
     "decoder": ["Decoder"],
     "evaluate": ["EvaluateConfig", "evaluate"],
+    "exporter": ["export_checkpoint"],
+    "importer": ["import_checkpoints"],
     "model": ["ModelConfig", "TrajectoryTransformer"],
     "ppo": ["PPOConfig"],
+    "recorder": ["Recorder"],
     "report": ["write_report"],
     "rollout": ["Forecaster", "rollout"],
     "store": ["Store"],
@@ -51,6 +57,7 @@ __all__ = [
     "GroupedSVD",
     "ModelConfig",
     "PPOConfig",
+    "Recorder",
     "RunningGram",
     "Store",
     "StreamingSVD",
@@ -58,7 +65,9 @@ __all__ = [
     "TrajectoryTransformer",
     "collect",
     "evaluate",
+    "export_checkpoint",
     "gram",
+    "import_checkpoints",
     "rollout",
     "train",
     "write_report",

@@ -20,6 +20,9 @@ from tyro.conf import OmitArgPrefixes, arg
 
 from tipl.collect import collect
 from tipl.evaluate import EvaluateConfig, evaluate
+from tipl.exporter import export_checkpoint, layout_record
+from tipl.importer import import_checkpoints
+from tipl.policy import Activation
 from tipl.ppo import PPOConfig
 from tipl.report import write_report
 from tipl.rollout import Forecaster, rollout
@@ -119,8 +122,67 @@ class Rollout:
         weights = rollout(self.model, trial.weights(0, prefix_end + 1), horizon)[0]
         arrays = {"weights": weights, "checkpoint": np.arange(prefix_end + 1, prefix_end + 1 + horizon)}
         self.output.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.output, safetensors.numpy.save(arrays))
+        write_atomically(self.output, safetensors.numpy.save(arrays, {"tipl": json.dumps(layout_record(store))}))
         print(f"forecast   {self.output}: checkpoints {prefix_end + 1} to {prefix_end + horizon} of trial {self.trial}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Import:
+    """Make a store of your own runs: checkpoints of Stable-Baselines3, CleanRL, rsl_rl, or any state_dict.
+
+    Example: tipl import logs/seed0 logs/seed1 --output store.zarr --env-id Hopper-v5 --pattern 'rl_model_*.zip'
+    """
+
+    sources: tyro.conf.Positional[tuple[Path, ...]]
+    """Folders of checkpoint files (.zip .cleanrl_model .pt .pth .safetensors), one a trial; or files, together one
+    trial; or stores, whose trials are put together."""
+    output: PathArg
+    """Where the store goes; must not exist."""
+    env_id: str = "unknown"
+    """The Gymnasium id, which checkpoint files do not know; `tipl evaluate` needs it."""
+    pattern: str = "*"
+    """Of the names to take in each folder. Files are ordered by the steps in their names."""
+    activation: Activation | None = None
+    """Of the policy, where the files do not say it; by default the library's own."""
+    num_checkpoints: int | None = None
+    """Take the first so many of each trial; by default all, and all trials must hold equally many."""
+
+    def run(self) -> None:
+        store = import_checkpoints(
+            self.sources,
+            self.output,
+            env_id=self.env_id,
+            pattern=self.pattern,
+            activation=self.activation,
+            num_checkpoints=self.num_checkpoints,
+        )
+        print(f"store      {self.output}: {store.summary()}")
+        note = store.config["source"].get("note")
+        if note:
+            print(f"note       {note}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """Write weights, of a forecast or a store, as a checkpoint file that your own library loads.
+
+    Example: tipl export forecast.safetensors --like logs/seed0/rl_model_100000_steps.zip --output forecast.zip
+    """
+
+    weights: tyro.conf.Positional[Path]
+    """A forecast written by `tipl rollout`, or a store."""
+    like: PathArg
+    """A checkpoint file of the same policy; the actor's weights are replaced, all else is kept."""
+    output: PathArg
+    """The new file; must not exist."""
+    checkpoint: int | None = None
+    """Its index in the path; the last one by default."""
+    trial: int = 0
+    """Of a store."""
+
+    def run(self) -> None:
+        export_checkpoint(self.weights, self.like, self.output, checkpoint=self.checkpoint, trial=self.trial)
+        print(f"checkpoint {self.output}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -287,6 +349,8 @@ Command = (
     Annotated[Collect, tyro.conf.subcommand("collect")]
     | Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Rollout, tyro.conf.subcommand("rollout")]
+    | Annotated[Import, tyro.conf.subcommand("import")]
+    | Annotated[Export, tyro.conf.subcommand("export")]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
     | Annotated[Report, tyro.conf.subcommand("report")]
     | Annotated[Run, tyro.conf.subcommand("run")]

@@ -178,7 +178,7 @@ def evaluate(
     policy = store.policy
     if not isinstance(policy, PolicySpec):
         raise ValueError(
-            f"evaluate: the simulator can run MLP policies with a Gaussian of their own only, and the store {store.path} "
+            f"evaluate: the simulator can run only MLPs with a Gaussian, and the store {store.path} "
             "holds others; `tipl.evaluate.weight_errors` judges their weights"
         )
     if output.exists():

@@ -1,0 +1,83 @@
+"""Checkpoints as CleanRL and rsl_rl save them, made by hand: input for the tests of import and export."""
+
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+OBS_DIM, ACT_DIM, HIDDEN = 4, 2, 8
+
+
+def mlp(activation: type[nn.Module], num_outputs: int) -> nn.Sequential:
+    first, second, head = nn.Linear(OBS_DIM, HIDDEN), nn.Linear(HIDDEN, HIDDEN), nn.Linear(HIDDEN, num_outputs)
+    return nn.Sequential(first, activation(), second, activation(), head)
+
+
+def prefixed(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{prefix}{key}": value for key, value in state.items()}
+
+
+class CleanRL(nn.Module):
+    """The agent of CleanRL's ppo_continuous_action.py."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.critic = mlp(nn.Tanh, 1)
+        self.actor_mean = mlp(nn.Tanh, ACT_DIM)
+        self.actor_logstd = nn.Parameter(torch.randn(1, ACT_DIM))
+
+    def act(self, obs: Tensor) -> Tensor:
+        return self.actor_mean(obs)
+
+
+class RslRl:
+    """An actor of rsl_rl with its observation normaliser, and the checkpoints that its releases save of it."""
+
+    def __init__(self, seed: int = 0) -> None:
+        torch.manual_seed(seed)
+        self.actor, self.critic = mlp(nn.ELU, ACT_DIM), mlp(nn.ELU, 1)
+        self.std = torch.rand(ACT_DIM) + 0.5
+        self.mean, self.divisor = torch.randn(1, OBS_DIM), 3 * torch.rand(1, OBS_DIM) + 0.1
+        self.seed = seed
+
+    def act(self, obs: Tensor) -> Tensor:
+        return self.actor((obs - self.mean) / (self.divisor + 0.01))
+
+    def normaliser(self) -> dict[str, Tensor]:
+        return {"_mean": self.mean, "_var": self.divisor**2, "_std": self.divisor, "count": torch.tensor(4096)}
+
+    def rest(self) -> dict[str, Any]:
+        return {"optimizer_state_dict": {"state": {}, "param_groups": []}, "iter": 50 * self.seed, "infos": None}
+
+    def release_5(self, spread: str = "std_param", normalised: bool = True) -> dict[str, Any]:
+        std = self.std if spread == "std_param" else self.std.log()
+        actor = {f"distribution.{spread}": std, **prefixed("mlp.", self.actor.state_dict())}
+        if normalised:
+            actor |= prefixed("obs_normalizer.", self.normaliser())
+        critic = prefixed("mlp.", self.critic.state_dict())
+        return {"actor_state_dict": OrderedDict(actor), "critic_state_dict": OrderedDict(critic), **self.rest()}
+
+    def release_3(self) -> dict[str, Any]:
+        model = {
+            "std": self.std,
+            **prefixed("actor.", self.actor.state_dict()),
+            **prefixed("actor_obs_normalizer.", self.normaliser()),
+            **prefixed("critic.", self.critic.state_dict()),
+            **prefixed("critic_obs_normalizer.", self.normaliser()),
+        }
+        return {"model_state_dict": OrderedDict(model), **self.rest()}
+
+    def release_2(self) -> dict[str, Any]:
+        model = {
+            "log_std": self.std.log(),
+            **prefixed("actor.", self.actor.state_dict()),
+            **prefixed("critic.", self.critic.state_dict()),
+        }
+        return {
+            "model_state_dict": OrderedDict(model),
+            "obs_norm_state_dict": OrderedDict(self.normaliser()),
+            "privileged_obs_norm_state_dict": OrderedDict(self.normaliser()),
+            **self.rest(),
+        }

@@ -1,0 +1,105 @@
+"""Export: flat weights, of a forecast or a store, back into a checkpoint file of the user's library."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+from numpy.typing import NDArray
+
+from tipl.actors import Actor, differences
+from tipl.checkpoint_files import CheckpointFile, find_actor_in, read_checkpoint_file
+from tipl.policy import PolicySpec, layout_from_dict
+from tipl.store import Store, write_atomically
+
+
+def export_checkpoint(
+    weights: str | Path | NDArray[np.float32],
+    like: str | Path,
+    output: str | Path,
+    *,
+    checkpoint: int | None = None,
+    trial: int = 0,
+) -> Path:
+    """Write flat weights as a checkpoint file of the same kind as the file `like`, and return its path, `output`.
+
+    The actor's tensors are replaced; all else is as in `like`: critics, target networks, optimiser, settings. A zip of
+    Stable-Baselines3 loads with `PPO.load` and so on.
+
+    Args:
+        weights: a forecast that `tipl rollout` wrote, a store, or weights (p,) float32, such as a row of
+            `tipl.rollout`'s.
+        like: a checkpoint file of a policy of the same layout, best one of the run that was forecast.
+        checkpoint: its index in the path, as in the forecast's `checkpoint`; by default the last one.
+        trial: of a store.
+
+    Raises FileExistsError where `output` exists; FileNotFoundError; ValueError where the layouts differ, the checkpoint
+    is not there or the weights are not finite float32; RuntimeError where a file is damaged.
+    """
+    output = Path(output)
+    if output.exists():
+        raise FileExistsError(f"export: output {output} exists already; choose another file or remove it")
+    source: dict[str, Any] = {}
+    if isinstance(weights, np.ndarray):
+        row = weights
+    elif Path(weights).is_dir():
+        store = Store.open(weights)
+        if not 0 <= trial < store.num_trials:
+            raise ValueError(f"export: trial must lie in [0, {store.num_trials}), got {trial}")
+        source, path = layout_record(store), store.trial(trial)
+        t = path.num_checkpoints - 1 if checkpoint is None else checkpoint
+        if not 0 <= t < path.num_checkpoints:
+            raise ValueError(f"export: checkpoint must lie in [0, {path.num_checkpoints}) of trial {trial}, got {t}")
+        row = path.weights(t, t + 1)[0]
+    else:
+        row, source = _forecast_row(Path(weights), checkpoint)
+    if row.ndim != 1 or row.dtype != np.float32 or not np.isfinite(row).all():
+        raise ValueError(f"export: weights must be (p,) finite float32, got {row.shape} {row.dtype}")
+    template = read_checkpoint_file(like)
+    actor = _actor_of_template(template, Path(like), source, len(row))
+    actor.write(row, template.state)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(output, template.to_bytes())
+    return output
+
+
+def layout_record(store: Store) -> dict[str, Any]:
+    """Return what a forecast made from the store must say, so that it can be written back, plain JSON."""
+    return {"policy": store.policy.to_dict(), "source": store.config.get("source")}
+
+
+def _forecast_row(path: Path, checkpoint: int | None) -> tuple[NDArray[np.float32], dict[str, Any]]:
+    """Return a row of a forecast that `tipl rollout` wrote, and what it says of the layout."""
+    if not path.is_file():
+        raise FileNotFoundError(f"export: there is no forecast and no store {path}")
+    try:
+        with safetensors.safe_open(path, "numpy") as file:
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no dict
+            record = json.loads((file.metadata() or {}).get("tipl", "{}"))
+    except (safetensors.SafetensorError, ValueError) as error:
+        raise RuntimeError(f"export: {path} is damaged, or no forecast: {error}") from error
+    if set(arrays) != {"weights", "checkpoint"} or len(arrays["weights"]) != len(arrays["checkpoint"]):
+        raise RuntimeError(f"export: {path} is no forecast: expected weights (n, p) and checkpoint (n,)")
+    indices = arrays["checkpoint"].tolist()
+    if checkpoint is not None and checkpoint not in indices:
+        raise ValueError(f"export: checkpoint must lie in [{indices[0]}, {indices[-1]}], got {checkpoint}")
+    return arrays["weights"][-1 if checkpoint is None else indices.index(checkpoint)], record
+
+
+def _actor_of_template(template: CheckpointFile, like: Path, record: dict[str, Any], num_params: int) -> Actor:
+    """Return where the weights go in the template: as its own keys say, or as they lay in the files imported."""
+    policy = layout_from_dict(record["policy"]) if "policy" in record else None
+    activation = policy.activation if isinstance(policy, PolicySpec) else None
+    found = find_actor_in(like, template, activation)
+    if policy is None and found.policy.num_params != num_params:
+        raise ValueError(f"export: {like} holds an actor of {found.policy.num_params} parameters, got {num_params}")
+    difference = "" if policy is None else differences(policy, found.policy)
+    if not difference:
+        return found
+    imported = (record.get("source") or {}).get("actor")
+    if imported is not None:  # the template may hold more, where a recorder was given a part of a policy
+        actor = Actor.from_dict(imported)
+        if actor.fits(template.state):
+            return actor
+    raise ValueError(f"export: {like} does not fit the weights: {difference}")
