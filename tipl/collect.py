@@ -98,10 +98,10 @@ def collect(
             if store is None:
                 store = Store.create(output, env_id=env_id, policy=population.spec, seeds=seeds, config=config)
                 stack.enter_context(store)
-                SavedStates(output).begin()
             else:
                 _restore(population, store)
                 display.resume(store, population.env_steps // ppo.num_steps)
+            SavedStates(output).begin()
             with display:
                 _run(population, store, num_iterations, display)
     SavedStates(output).remove()
@@ -134,6 +134,17 @@ def trial_seeds(seed: int, num_trials: int) -> list[int]:
     return [int(np.random.SeedSequence(seed, spawn_key=(i,)).generate_state(1)[0]) for i in range(num_trials)]
 
 
+def flat_config(config: dict[str, Any]) -> dict[str, Any]:
+    """Return dotted name -> value of a store's config, both as JSON has them."""
+    flat: dict[str, Any] = {}
+    for name, value in json.loads(json.dumps(config)).items():
+        if isinstance(value, dict):
+            flat |= {f"{name}.{inner}": x for inner, x in flat_config(value).items()}
+        else:
+            flat[name] = value
+    return flat
+
+
 def _reopen(output: Path, env_id: str, config: dict[str, Any]) -> Store:
     """Return the unfinished collection at `output`, which must be of these arguments, open for appending."""
     try:
@@ -142,7 +153,7 @@ def _reopen(output: Path, env_id: str, config: dict[str, Any]) -> Store:
         raise FileExistsError(f"collect: {output} exists and is no store; choose another output or remove it") from None
     if is_complete(store):
         raise FileExistsError(f"collect: {output} exists and is complete; choose another output or remove it")
-    found, given = (_flat({"env_id": id, **c}) for id, c in ((store.env_id, store.config), (env_id, config)))
+    found, given = (flat_config({"env_id": id, **c}) for id, c in ((store.env_id, store.config), (env_id, config)))
     for name in [*given, *(found.keys() - given.keys())]:
         if found.get(name, "nothing") != given.get(name, "nothing"):
             was, now = (x.get(name, "nothing") for x in (found, given))
@@ -150,30 +161,17 @@ def _reopen(output: Path, env_id: str, config: dict[str, Any]) -> Store:
                 f"collect: {output} holds an unfinished collection with {name} = {was}, got {now}; "
                 "give its arguments to go on with it, or choose another output"
             )
-    store = Store.open(output, writable=True)
-    try:
-        for name, (then, now) in SavedStates(output).changed_versions().items():
-            warnings.warn(
-                f"collect: {output} was begun with {name} {then} and goes on with {name} {now}: "
-                "the rest may differ in its last bits from an uninterrupted collection",
-                stacklevel=3,
-            )
-    except BaseException:
-        store.close()
-        raise
-    return store
-
-
-def _flat(config: dict[str, Any]) -> dict[str, Any]:
-    """Return dotted name -> value as JSON has it."""
-    flat: dict[str, Any] = {}
-    for name, value in json.loads(json.dumps(config)).items():
-        flat |= {f"{name}.{key}": x for key, x in _flat(value).items()} if isinstance(value, dict) else {name: value}
-    return flat
+    return Store.open(output, writable=True)
 
 
 def _restore(population: Population, store: Store) -> None:
     """Set the population to the latest state whose checkpoint is in the store; without any, leave it at its start."""
+    for name, (then, now) in SavedStates(store.path).changed_versions().items():
+        warnings.warn(
+            f"collect: {store.path} was begun with {name} {then} and goes on with {name} {now}: the rest may differ "
+            "in its last bits from an uninterrupted collection",
+            stacklevel=3,
+        )
     for state in SavedStates(store.path).load(store.num_checkpoints):
         k = state.env_steps // population.config.num_steps
         policies = state.arrays["params"][:, : population.spec.num_params]

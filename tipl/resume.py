@@ -44,18 +44,19 @@ class SavedStates:
         return self.folder.exists()
 
     def begin(self) -> None:
-        """Note that the collection is unfinished, and the versions that it was begun with."""
+        """Note that the collection is unfinished, and the versions that it is begun with, unless that was done."""
         self.folder.mkdir(exist_ok=True)
-        write_group(self.folder, {"versions": _versions()})
+        if not (self.folder / "zarr.json").exists():
+            write_group(self.folder, {"versions": _versions()})
 
     def changed_versions(self) -> dict[str, tuple[str, str]]:
         """Return name -> (version then, version now) of what could change the bits of the rest.
 
-        Raises RuntimeError where the record is damaged.
+        Raises RuntimeError where the record of then is damaged.
         """
-        if not (self.folder / "zarr.json").exists():  # killed before it was written, and so before the first checkpoint
+        if not (self.folder / "zarr.json").exists():  # cut off before it was written, and so before any checkpoint
             return {}
-        then, now = read_group(self.folder, "collect")["versions"], _versions()
+        then, now = read_group(self.folder, "resume")["versions"], _versions()
         return {name: (then.get(name, "none"), now[name]) for name in now if then.get(name, "none") != now[name]}
 
     def save(self, state: PopulationState, num_checkpoints: int) -> None:
@@ -79,7 +80,7 @@ class SavedStates:
                 try:
                     yield read_state(path)
                 except RuntimeError as error:
-                    warnings.warn(f"collect: {error}; an older state is used, or none", stacklevel=2)
+                    warnings.warn(f"collect: {error}; an older state is used, or none", stacklevel=4)
 
     def problems(self) -> list[str]:
         """Return what is damaged, one line each."""

@@ -1,0 +1,84 @@
+"""Whether a store is whole: all checksums of all files are computed, and every problem is named, not only the first."""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tipl.progress import progress_bar
+from tipl.resume import SavedStates
+from tipl.store import Store, read_commit, trial_name
+
+BAR_SECONDS = 2.0  # what takes longer shows a bar
+
+
+@dataclass
+class Verification:
+    """What `verify_store` found."""
+
+    problems: list[str] = field(default_factory=list)
+    """One line each, naming the file and the rows; empty where all is well."""
+    num_chunks: int = 0
+    """Chunks that are whole."""
+    num_bytes: int = 0
+    """Of these chunks."""
+
+
+def verify_store(path: str | Path, *, progress: bool = False) -> Verification:
+    """Read all of the store at `path` and return what is wrong with it; nothing is changed.
+
+    The documents and the commit record of every trial must be whole and fit together; every chunk with committed rows
+    must be there, with the right size and checksum, and hold all of these rows. An unfinished collection's saved states
+    must be whole too; otherwise all trials must have equally many checkpoints. `progress` shows a bar on a terminal's
+    stderr. Raises FileNotFoundError where there is no store.
+    """
+    path, found = Path(path), Verification()
+    try:
+        store = Store.open(path)
+    except RuntimeError as error:  # without the root's document nobody knows what should be there
+        return Verification([str(error)])
+    num_checkpoints: dict[int, int] = {}
+    started, bar = time.monotonic(), progress_bar(progress)
+    task = bar.add_task("verify", total=store.num_trials, note="")
+    with contextlib.ExitStack() as stack:
+        for i, seed in enumerate(store.seeds):
+            with _noted(found):
+                num_checkpoints[i] = read_commit(path, i, seed)
+                _verify_trial(store, i, num_checkpoints[i], found)
+            bar.advance(task)
+            if not bar.live.is_started and time.monotonic() - started > BAR_SECONDS:
+                stack.enter_context(bar)
+    if SavedStates(path).exist():
+        found.problems += SavedStates(path).problems()
+    elif num_checkpoints:
+        most = max(num_checkpoints.values())
+        for i, n in num_checkpoints.items():
+            if n < most:
+                found.problems.append(f"trial {i}: has {n} checkpoints, others have {most}: an append was cut off")
+    return found
+
+
+def _verify_trial(store: Store, i: int, num_checkpoints: int, found: Verification) -> None:
+    owner = f"trial {i}"
+    for array in store.arrays:
+        folder = store.path / trial_name(i) / array.name
+        with _noted(found):
+            array.check_document(folder, owner, num_checkpoints)
+        for chunk, in_chunk, in_trial in array.chunks(0, num_checkpoints):
+            with _noted(found):
+                rows = array.read_chunk(folder, owner, chunk)
+                if array.holds_fill(rows[in_chunk]):
+                    which = f"{array.name} rows {in_trial.start}:{in_trial.stop}"
+                    raise RuntimeError(f"{owner}: {which} are committed but not on disk")
+                found.num_chunks += 1
+                found.num_bytes += rows.nbytes
+
+
+@contextlib.contextmanager
+def _noted(found: Verification) -> Iterator[None]:
+    """Add a failure to the problems found, and go on."""
+    try:
+        yield
+    except (RuntimeError, OSError) as error:
+        found.problems.append(str(error))
