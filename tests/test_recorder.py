@@ -1,0 +1,143 @@
+"""The recorder: what it appends, where it goes on, and what it refuses."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+import torch
+from foreign_checkpoints import CleanRL
+from torch import nn
+
+import tipl
+import tipl.exporter
+from tipl.policy import ParameterLayout, PolicySpec
+from tipl.store import Store
+
+
+def step(model: nn.Module) -> None:
+    """Move every parameter, as an optimiser would."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter))
+
+
+def test_a_training_loop_is_recorded(tmp_path: Path) -> None:
+    agent, rows = CleanRL(), []
+    with tipl.Recorder(tmp_path / "run.zarr", env_id="Hopper-v5", config={"lr": 3e-4}) as recorder:
+        for update in range(5):
+            recorder.log(agent, env_steps=2048 * update, episodic_return=10.0 * update if update else None)
+            rows.append(torch.cat([agent.actor_logstd[0], *map(torch.flatten, agent.actor_mean.parameters())]).detach())
+            step(agent)
+            assert Store.open(recorder.path).num_checkpoints == recorder.num_checkpoints == update + 1
+    store = Store.open(tmp_path / "run.zarr")
+    trial = store.trial(0)
+    assert store.policy == PolicySpec(4, 2, (8, 8))  # without the critic
+    assert (store.env_id, store.config["lr"], store.config["source"]["format"]) == ("Hopper-v5", 3e-4, "recorder")
+    np.testing.assert_array_equal(trial.weights(), torch.stack(rows).numpy())
+    assert trial.env_steps.tolist() == [0, 2048, 4096, 6144, 8192]
+    np.testing.assert_array_equal(trial.episodic_return, [np.nan, 10, 20, 30, 40])
+
+
+def test_a_module_and_its_state_dict_are_the_same_and_a_gpu_or_half_precision_would_do(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).bfloat16()
+    with tipl.Recorder(tmp_path / "run") as recorder:
+        recorder.log(model, env_steps=0)
+        recorder.log(model.state_dict(), env_steps=1)
+        store = Store.open(recorder.path)
+    assert isinstance(store.policy, ParameterLayout)
+    assert list(store.policy.shapes) == [
+        "0.weight", "0.bias", "1.weight", "1.bias", "1.running_mean", "1.running_var",
+    ]  # fmt: skip
+    rows = store.trial(0).weights()
+    np.testing.assert_array_equal(rows[0], rows[1])
+    np.testing.assert_array_equal(rows[0, :12], model[0].weight.detach().float().numpy().ravel())
+    assert store.env_id == "unknown"
+
+
+def test_resume_appends_to_what_is_there(tmp_path: Path) -> None:
+    agent, path = CleanRL(), tmp_path / "run"
+    for start in (0, 3):
+        with tipl.Recorder(path, resume=True, env_id="Hopper-v5") as recorder:
+            assert (recorder.num_checkpoints, recorder.env_steps) == (start, start - 1)
+            for t in range(start, start + 3):
+                recorder.log(agent, env_steps=t)
+                step(agent)
+    trial = Store.open(path).trial(0)
+    assert trial.env_steps.tolist() == list(range(6))
+    assert len(np.unique(trial.weights(), axis=0)) == 6
+
+
+def test_what_was_recorded_is_never_overwritten(tmp_path: Path) -> None:
+    agent, path = CleanRL(), tmp_path / "run"
+    with tipl.Recorder(path, env_id="Hopper-v5") as recorder:
+        recorder.log(agent, env_steps=100)
+        with pytest.raises(RuntimeError, match="another writer has it open"):
+            tipl.Recorder(path, env_id="Hopper-v5", resume=True)
+    with pytest.raises(ValueError, match="is not open for appending"):
+        recorder.log(agent, env_steps=101)
+    before = {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
+    with pytest.raises(FileExistsError, match="pass resume=True to append"):
+        tipl.Recorder(path)
+    with pytest.raises(ValueError, match="must be a recording of Ant-v5 to append to, got Store"):
+        tipl.Recorder(path, env_id="Ant-v5", resume=True)
+    with tipl.Recorder(path, env_id="Hopper-v5", resume=True) as recorder:
+        with pytest.raises(ValueError, match="env_steps must grow: 100 are recorded, got 100"):
+            recorder.log(agent, env_steps=100)
+        with pytest.raises(ValueError, match=r"does not fit .*run: log_std \(2,\) is missing; "):
+            recorder.log(agent.actor_mean, env_steps=101)
+    with (
+        tipl.Recorder(path, env_id="Hopper-v5", activation="relu", resume=True) as recorder,
+        pytest.raises(ValueError, match="the activation is relu instead of tanh"),
+    ):
+        recorder.log(agent, env_steps=101)
+    assert {file: file.read_bytes() for file in path.rglob("*") if file.is_file()} == before
+    tipl.Store.create(tmp_path / "collected", env_id="Hopper-v5", policy=PolicySpec(4, 2), seeds=[0], config={}).close()
+    with pytest.raises(ValueError, match="must be a recording of Hopper-v5"):
+        tipl.Recorder(tmp_path / "collected", env_id="Hopper-v5", resume=True)
+
+
+def test_bad_policies_are_refused_and_nothing_is_appended(tmp_path: Path) -> None:
+    agent = CleanRL()
+    with tipl.Recorder(tmp_path / "run") as recorder:
+        for spoilt, message in (
+            ({}, "log: policy: no floating-point tensor of an actor is there"),
+            ({"w": torch.tensor([1.0, np.nan])}, "log: policy: w must be finite, got NaN or Inf"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                tipl.Recorder(tmp_path / "other").log(spoilt, env_steps=0)
+        recorder.log(agent, env_steps=0)
+        state = agent.state_dict()
+        del state["actor_mean.4.bias"]
+        with pytest.raises(
+            ValueError, match=r"policy: actor_mean\.4\.bias \(action_net\.bias of the policy\) is missing"
+        ):
+            recorder.log(state, env_steps=1)
+        state["actor_mean.4.bias"] = torch.zeros(3)
+        with pytest.raises(ValueError, match=r"policy: actor_mean\.4\.bias must have shape \(2,\), got \(3,\)"):
+            recorder.log(state, env_steps=1)
+        agent.actor_mean[2].bias.data[1] = torch.inf
+        with pytest.raises(ValueError, match=r"policy: actor_mean\.2\.bias must be finite"):
+            recorder.log(agent, env_steps=1)
+    assert Store.open(tmp_path / "run").num_checkpoints == 1
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_recording_of_a_part_is_written_back_into_the_whole(tmp_path: Path) -> None:
+    agent = nn.ModuleDict({"encoder": nn.Linear(3, 2), "pi": nn.Linear(2, 1)})
+    part = {key: value for key, value in agent.state_dict().items() if key.startswith("pi.")}
+    with tipl.Recorder(tmp_path / "run") as recorder:
+        recorder.log(part, env_steps=0)
+    torch.save(agent.state_dict(), tmp_path / "agent.pt")
+    forecast = {"weights": np.array([[1, 2, 3], [4, 5, 6]], np.float32), "checkpoint": np.array([7, 8])}
+    record = {"tipl": json.dumps(tipl.exporter.layout_record(Store.open(tmp_path / "run")))}
+    (tmp_path / "f.safetensors").write_bytes(safetensors.numpy.save(forecast, record))
+    for checkpoint, expected in ((7, [1, 2, 3]), (8, [4, 5, 6]), (None, [4, 5, 6])):
+        out = tmp_path / f"out{checkpoint}.pt"
+        tipl.export_checkpoint(tmp_path / "f.safetensors", tmp_path / "agent.pt", out, checkpoint=checkpoint)
+        written = torch.load(out, weights_only=True)
+        assert [*written["pi.weight"].flatten().tolist(), *written["pi.bias"].tolist()] == expected
+        assert torch.equal(written["encoder.weight"], agent["encoder"].weight)
+    with pytest.raises(ValueError, match=r"checkpoint must lie in \[7, 8\], got 6"):
+        tipl.export_checkpoint(tmp_path / "f.safetensors", tmp_path / "agent.pt", tmp_path / "x", checkpoint=6)
