@@ -1,0 +1,295 @@
+"""Runs of Stable-Baselines3: recorded, imported, forecast, exported, loaded again and judged."""
+
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+
+import tipl
+from tipl.cli import main
+from tipl.evaluate import episodic_returns
+from tipl.policy import ParameterLayout, PolicySpec
+from tipl.store import Store
+
+sb3 = pytest.importorskip("stable_baselines3", reason="runs stable-baselines3, which is not installed")
+from stable_baselines3.common.callbacks import BaseCallback, CallbackList, CheckpointCallback  # noqa: E402
+from stable_baselines3.common.evaluation import evaluate_policy  # noqa: E402
+from stable_baselines3.common.monitor import Monitor  # noqa: E402
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize  # noqa: E402
+
+from tipl.sb3 import RecorderCallback  # noqa: E402
+
+ENV_ID = "InvertedPendulum-v5"
+NUM_STEPS, NUM_UPDATES, NUM_RUNS = 128, 12, 4
+OBS = np.random.default_rng(0).normal(size=(20, 4)).astype(np.float32)
+
+
+def ppo(seed: int = 0, **arguments: Any) -> Any:
+    arguments = {"n_steps": NUM_STEPS, "batch_size": 64, "n_epochs": 3, "seed": seed, "device": "cpu"} | arguments
+    return sb3.PPO("MlpPolicy", ENV_ID, **arguments)
+
+
+def run(*arguments: object) -> None:
+    """Run the command line in this process; it must succeed."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(sys, "argv", ["tipl", *map(str, arguments)])
+        main()
+
+
+class Spy(BaseCallback):
+    """Notes every distinct actor that it sees, whatever hook it sees it in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[np.ndarray] = []
+
+    def note(self) -> None:
+        weights = actor_of(self.model)
+        if not self.seen or not np.array_equal(self.seen[-1], weights):
+            self.seen.append(weights)
+
+    def _on_training_start(self) -> None:
+        self.note()
+
+    def _on_step(self) -> bool:
+        self.note()
+        return True
+
+    def _on_training_end(self) -> None:
+        self.note()
+
+
+def actor_of(model: Any) -> np.ndarray:
+    """Return the actor's parameters in the order of PolicySpec, from SB3's own modules."""
+    policy = model.policy
+    parts = [policy.log_std, *policy.mlp_extractor.policy_net.parameters(), *policy.action_net.parameters()]
+    return torch.cat([part.detach().flatten() for part in parts]).numpy()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders seed0, seed1, ... of SB3's checkpoints, and seed0.zarr, ... recorded in the same runs."""
+    folder = tmp_path_factory.mktemp("runs")
+    for seed in range(NUM_RUNS):
+        spy = Spy()
+        callbacks = [
+            CheckpointCallback(NUM_STEPS, str(folder / f"seed{seed}")),
+            RecorderCallback(folder / f"seed{seed}.zarr"),
+            spy,
+        ]
+        model = ppo(seed).learn(NUM_STEPS * NUM_UPDATES, callback=CallbackList(callbacks))
+        np.save(folder / f"seed{seed}.npy", np.array(spy.seen))
+        np.save(folder / f"returns{seed}.npy", [episode["r"] for episode in model.ep_info_buffer])
+    return folder
+
+
+def test_every_update_of_ppo_is_recorded_once(runs: Path) -> None:
+    for seed in range(NUM_RUNS):
+        store, seen = Store.open(runs / f"seed{seed}.zarr"), np.load(runs / f"seed{seed}.npy")
+        assert seen.shape == (NUM_UPDATES + 1, store.policy.num_params)
+        np.testing.assert_array_equal(store.trial(0).weights(), seen)
+        assert store.trial(0).env_steps.tolist() == [NUM_STEPS * i for i in range(NUM_UPDATES + 1)]
+        returns = store.trial(0).episodic_return
+        assert np.isnan(returns[0])
+        assert returns[-1] == np.load(runs / f"returns{seed}.npy").mean()  # fewer than 100 episodes: SB3's ep_rew_mean
+    assert store.policy == PolicySpec(4, 1)
+    assert store.env_id == ENV_ID
+    assert (store.config["algorithm"], store.config["seed"]) == ("PPO", NUM_RUNS - 1)
+
+
+def test_sb3s_own_checkpoints_hold_what_was_recorded(runs: Path, tmp_path: Path) -> None:
+    folders = [runs / f"seed{seed}" for seed in range(NUM_RUNS)]
+    store = tipl.import_checkpoints(folders, tmp_path / "store", env_id=ENV_ID)
+    for seed in range(NUM_RUNS):
+        imported, recorded = store.trial(seed), Store.open(runs / f"seed{seed}.zarr").trial(0)
+        assert imported.env_steps.tolist() == [NUM_STEPS * (i + 1) for i in range(NUM_UPDATES)]
+        # SB3 saves at the end of a rollout, before the update that learns from it.
+        np.testing.assert_array_equal(imported.weights(), recorded.weights(0, NUM_UPDATES))
+
+
+def test_round_trip(runs: Path, tmp_path: Path) -> None:
+    """SB3 -> import -> train -> rollout -> export -> PPO.load -> evaluate."""
+    store, model, forecast, output = (tmp_path / name for name in ("store", "model", "f.safetensors", "forecast.zip"))
+    run("import", *(runs / f"seed{i}" for i in range(NUM_RUNS)), "--output", store, "--env-id", ENV_ID)
+    run("train", "--store", store, "--output", model, "--n-components", 4, "--n-layer", 1, "--n-head", 2,
+        "--d-model", 16, "--steps", 20)  # fmt: skip
+    run("rollout", "--model", model, "--store", store, "--trial", 1, "--prefix", 0.5, "--output", forecast)
+    template = runs / "seed1" / f"rl_model_{NUM_STEPS * 6}_steps.zip"
+    run("export", forecast, "--like", template, "--output", output)
+
+    expected = tipl.rollout(tipl.Forecaster.load(model), Store.open(store).trial(1).weights(0, 7), 5)[0, -1]
+    loaded = sb3.PPO.load(output, device="cpu")
+    np.testing.assert_array_equal(actor_of(loaded), expected)
+    mean, _ = evaluate_policy(loaded, Monitor(gymnasium.make(ENV_ID)), n_eval_episodes=3)
+    assert mean > 0
+    # The same policies in the two simulations: the same episodes.
+    seeds = np.arange(5)
+    ours = episodic_returns(ENV_ID, PolicySpec(4, 1), expected[None], seeds)[0]
+    np.testing.assert_array_equal(ours, [sb3_return(loaded, int(seed)) for seed in seeds])
+    # It learns on, as any checkpoint does.
+    loaded.set_env(DummyVecEnv([lambda: gymnasium.make(ENV_ID)]))
+    loaded.learn(NUM_STEPS)
+    # And the whole evaluation runs on imported stores.
+    run("evaluate", "--store", store, "--model", model, "--output", tmp_path / "evaluation", "--prefixes", 0.5,
+        "--horizons", 0.2, "--num-episodes", 1)  # fmt: skip
+
+
+def sb3_return(model: Any, seed: int) -> float:
+    env, total, over = gymnasium.make(ENV_ID), 0.0, False
+    obs, _ = env.reset(seed=seed)
+    while not over:
+        action, _ = model.predict(obs, deterministic=True)
+        obs, reward, terminated, truncated, _ = env.step(action)
+        total, over = total + float(reward), terminated or truncated
+    env.close()
+    return total
+
+
+def test_a_checkpoint_exported_unchanged_is_the_original(runs: Path, tmp_path: Path) -> None:
+    store = tipl.import_checkpoints([runs / "seed0"], tmp_path / "store")
+    original, template = (runs / "seed0" / f"rl_model_{NUM_STEPS * i}_steps.zip" for i in (9, 1))
+    written = tipl.export_checkpoint(store.path, template, tmp_path / "a.zip", checkpoint=8)
+    actions = [sb3.PPO.load(path, device="cpu").predict(OBS, deterministic=True)[0] for path in (written, original)]
+    np.testing.assert_array_equal(*actions)
+    with zipfile.ZipFile(written) as after, zipfile.ZipFile(template) as before:
+        assert after.namelist() == before.namelist()
+        for name in set(after.namelist()) - {"policy.pth"}:
+            assert after.read(name) == before.read(name)
+    states = [sb3.PPO.load(path, device="cpu").policy.state_dict() for path in (written, template, original)]
+    for key, tensor in states[0].items():
+        assert torch.equal(tensor, states[1 if "value" in key else 2][key])
+
+
+def test_a_run_that_tipl_collected_goes_into_a_zip(tmp_path: Path) -> None:
+    ppo_config = tipl.PPOConfig(num_steps=64, num_minibatches=1)
+    store = tipl.collect(
+        tmp_path / "s", env_id=ENV_ID, num_trials=2, total_timesteps=64, ppo=ppo_config, progress=False
+    )
+    ppo().save(tmp_path / "like.zip")
+    written = tipl.export_checkpoint(store.path, tmp_path / "like.zip", tmp_path / "out.zip", trial=1)
+    np.testing.assert_array_equal(actor_of(sb3.PPO.load(written, device="cpu")), store.trial(1).weights()[-1])
+    ppo(policy_kwargs={"activation_fn": torch.nn.ReLU}).save(tmp_path / "relu.zip")
+    with pytest.raises(ValueError, match="the activation is relu instead of tanh"):
+        tipl.export_checkpoint(store.path, tmp_path / "relu.zip", tmp_path / "out2.zip")
+    ppo(policy_kwargs={"net_arch": [32]}).save(tmp_path / "small.zip")
+    with pytest.raises(ValueError, match=r"policy_net\.2\.weight \(64, 64\) is missing"):
+        tipl.export_checkpoint(store.path, tmp_path / "small.zip", tmp_path / "out2.zip")
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "policy"),
+    [
+        ({"activation_fn": torch.nn.ReLU, "net_arch": [16]}, PolicySpec(4, 1, (16,), "relu")),
+        ({"activation_fn": torch.nn.ELU, "net_arch": {"pi": [8, 4], "vf": [16]}}, PolicySpec(4, 1, (8, 4), "elu")),
+        ({"net_arch": {"pi": [], "vf": [8]}}, PolicySpec(4, 1, ())),
+        ({"activation_fn": torch.nn.SiLU, "net_arch": [8]}, None),
+    ],
+)
+def test_networks_of_all_kinds(kwargs: dict[str, Any], policy: PolicySpec | None, tmp_path: Path) -> None:
+    model = ppo(policy_kwargs=kwargs)
+    model.save(tmp_path / "a.zip")
+    store = tipl.import_checkpoints([tmp_path / "a.zip"], tmp_path / "store")
+    with tipl.Recorder(
+        tmp_path / "recording", activation=kwargs.get("activation_fn", torch.nn.Tanh).__name__.lower()
+    ) as recorder:
+        recorder.log(model.policy, env_steps=0)
+    assert Store.open(tmp_path / "recording").policy == store.policy
+    row = store.trial(0).weights()[0]
+    np.testing.assert_array_equal(row, actor_of(model))
+    if policy is None:
+        assert isinstance(store.policy, ParameterLayout)
+    else:
+        assert store.policy == policy
+    written = tipl.export_checkpoint(row + 1, tmp_path / "a.zip", tmp_path / "b.zip")
+    np.testing.assert_array_equal(actor_of(sb3.PPO.load(written, device="cpu")), row + 1)
+
+
+def test_gsde_and_discrete_actions_are_not_for_the_simulator(tmp_path: Path) -> None:
+    gsde = ppo(use_sde=True, policy_kwargs={"net_arch": [8]})
+    discrete = sb3.PPO("MlpPolicy", "CartPole-v1", n_steps=8, batch_size=8, device="cpu")
+    for model in (gsde, discrete):
+        with tipl.Recorder(tmp_path / str(id(model))) as recorder:
+            recorder.log(model.policy, env_steps=0)
+        assert isinstance(Store.open(recorder.path).policy, ParameterLayout)
+        assert not any("value" in name for name in Store.open(recorder.path).policy.shapes)
+
+
+def test_a2c_is_recorded_and_comes_back(tmp_path: Path) -> None:
+    model = sb3.A2C("MlpPolicy", ENV_ID, n_steps=16, device="cpu", seed=0)
+    model.learn(48, callback=RecorderCallback(tmp_path / "run"))
+    store = Store.open(tmp_path / "run")
+    assert store.trial(0).env_steps.tolist() == [0, 16, 32, 48]
+    np.testing.assert_array_equal(store.trial(0).weights()[-1], actor_of(model))
+    model.save(tmp_path / "a.zip")
+    written = tipl.export_checkpoint(store.path, tmp_path / "a.zip", tmp_path / "b.zip", checkpoint=1)
+    np.testing.assert_array_equal(actor_of(sb3.A2C.load(written, device="cpu")), store.trial(0).weights()[1])
+
+
+@pytest.mark.parametrize("algorithm", ["SAC", "TD3"])
+def test_off_policy_actors_are_recorded_imported_and_exported(algorithm: str, tmp_path: Path) -> None:
+    make = getattr(sb3, algorithm)
+    model = make("MlpPolicy", ENV_ID, learning_starts=10, batch_size=8, buffer_size=500, seed=0, device="cpu",
+                 policy_kwargs={"net_arch": [8, 8]})  # fmt: skip
+    checkpoints = CheckpointCallback(50, str(tmp_path / "run"))
+    model.learn(220, callback=[RecorderCallback(tmp_path / "recording", every=100), checkpoints])
+    recorded = Store.open(tmp_path / "recording")
+    assert recorded.trial(0).env_steps.tolist() == [0, 100, 200, 220]
+    actor = torch.nn.utils.parameters_to_vector(model.actor.parameters()).detach().numpy()
+    np.testing.assert_array_equal(recorded.trial(0).weights()[-1], actor)
+
+    store = tipl.import_checkpoints([tmp_path / "run"], tmp_path / "store", env_id=ENV_ID)
+    assert store.trial(0).env_steps.tolist() == [50, 100, 150, 200]
+    assert isinstance(store.policy, ParameterLayout)
+    assert store.policy == recorded.policy
+    assert all(name.startswith("actor.") for name in store.policy.shapes)
+    originals = [tmp_path / "run" / f"rl_model_{steps}_steps.zip" for steps in (50, 200)]
+    written = tipl.export_checkpoint(store.path, originals[0], tmp_path / "out.zip")
+    after, template, source = (make.load(path, device="cpu") for path in (written, *originals))
+    np.testing.assert_array_equal(*(it.predict(OBS, deterministic=True)[0] for it in (after, source)))
+    for key, tensor in after.policy.state_dict().items():
+        assert torch.equal(tensor, (source if key.startswith("actor.") else template).policy.state_dict()[key])
+    with pytest.raises(ValueError, match="the simulator can run only MLPs with a Gaussian"):
+        tipl.evaluate(store, tipl.Forecaster(tipl.TrajectoryTransformer(tipl.ModelConfig())), tmp_path / "evaluation")
+
+
+def test_learning_on_is_recorded_behind_and_a_new_start_is_refused(tmp_path: Path) -> None:
+    model, callback = ppo(), RecorderCallback(tmp_path / "run")
+    model.learn(2 * NUM_STEPS, callback=callback)
+    model.learn(NUM_STEPS, callback=callback, reset_num_timesteps=False)
+    model.save(tmp_path / "model.zip")
+    again = sb3.PPO.load(tmp_path / "model.zip", env=model.get_env(), device="cpu")
+    again.learn(NUM_STEPS, callback=RecorderCallback(tmp_path / "run", resume=True), reset_num_timesteps=False)
+    trial = Store.open(tmp_path / "run").trial(0)
+    assert trial.env_steps.tolist() == [NUM_STEPS * i for i in range(5)]
+    np.testing.assert_array_equal(trial.weights()[-1], actor_of(again))
+    with pytest.raises(FileExistsError, match="pass resume=True"):
+        ppo().learn(NUM_STEPS, callback=RecorderCallback(tmp_path / "run"))
+    with pytest.raises(ValueError, match=f"env_steps must grow: {4 * NUM_STEPS} are recorded, got 0"):
+        ppo().learn(NUM_STEPS, callback=RecorderCallback(tmp_path / "run", resume=True))
+    with pytest.raises(ValueError, match="every must be at least 1, got 0"):
+        RecorderCallback(tmp_path / "x", every=0)
+
+
+class StopAt(BaseCallback):
+    def _on_step(self) -> bool:
+        return self.num_timesteps < NUM_STEPS + 10
+
+
+def test_a_run_stopped_in_a_rollout_repeats_no_checkpoint(tmp_path: Path) -> None:
+    ppo().learn(5 * NUM_STEPS, callback=[RecorderCallback(tmp_path / "run"), StopAt()])
+    assert Store.open(tmp_path / "run").trial(0).env_steps.tolist() == [0, NUM_STEPS]
+
+
+def test_lost_observation_statistics_are_said(tmp_path: Path) -> None:
+    env = VecNormalize(DummyVecEnv([lambda: Monitor(gymnasium.make(ENV_ID))]))
+    model = sb3.PPO("MlpPolicy", env, n_steps=64, device="cpu")
+    checkpoints = CheckpointCallback(64, str(tmp_path / "run"), save_vecnormalize=True)
+    model.learn(64, callback=[RecorderCallback(tmp_path / "recording"), checkpoints])
+    assert "VecNormalize" in Store.open(tmp_path / "recording").config["note"]
+    store = tipl.import_checkpoints([tmp_path / "run"], tmp_path / "store")
+    assert "VecNormalize, whose statistics lie in pickles, which are not read" in store.config["source"]["note"]
