@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from synthetic_run import PREFIXES, SPEC, Run, at_end, make_store
+from synthetic_run import PREFIXES, Run, at_end, make_store
 
 from tipl.report.estimates import Estimate
 from tipl.report.page import MINUS, TIMES, fmt, fmt_interval, fmt_percent, fmt_seconds
 from tipl.report.plots import NBSP, THEME
 from tipl.report.results import predictor_info
-from tipl.report.write import FIGURES, path_singular_values
+from tipl.report.write import FIGURES
 
 
 class Page(html.parser.HTMLParser):
@@ -298,17 +298,6 @@ def test_results_of_another_store(tiny: Run, tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------- parts
-
-
-def test_singular_values_of_a_path(tiny: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    trial = tiny.store.trial(0)
-    theta = trial.weights().astype(np.float64)
-    expected = np.linalg.svd(theta - theta[0], compute_uv=False)[:-1]
-    np.testing.assert_allclose(path_singular_values(trial), expected, rtol=1e-6)
-    monkeypatch.setattr("tipl.report.write.SPECTRUM_CHECKPOINTS", 8)  # 31 checkpoints: every fourth
-    monkeypatch.setattr("tipl.report.write.SPECTRUM_BYTES", 16 * SPEC.num_params * 8 * 8)
-    strided = np.linalg.svd(theta[::4] - theta[0], compute_uv=False)[:-1]
-    np.testing.assert_allclose(path_singular_values(trial), strided, rtol=1e-6)
 
 
 @given(st.floats(-1e12, 1e12, allow_nan=False))

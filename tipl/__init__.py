@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from tipl.model import ModelConfig, TrajectoryTransformer
     from tipl.ppo import PPOConfig
     from tipl.recorder import Recorder
-    from tipl.report import write_report
+    from tipl.report import PathSpectrum, path_spectrum, plot_store, write_report
     from tipl.rollout import Forecaster, rollout
     from tipl.store import Store
     from tipl.svd import GroupedSVD, RunningGram, StreamingSVD, gram
@@ -41,7 +41,7 @@ _EXPORTS = {
     "model": ["ModelConfig", "TrajectoryTransformer"],
     "ppo": ["PPOConfig"],
     "recorder": ["Recorder"],
-    "report": ["write_report"],
+    "report": ["PathSpectrum", "path_spectrum", "plot_store", "write_report"],
     "rollout": ["Forecaster", "rollout"],
     "store": ["Store"],
     "svd": ["GroupedSVD", "RunningGram", "StreamingSVD", "gram"],
@@ -57,6 +57,7 @@ __all__ = [
     "GroupedSVD",
     "ModelConfig",
     "PPOConfig",
+    "PathSpectrum",
     "Recorder",
     "RunningGram",
     "Store",
@@ -68,6 +69,8 @@ __all__ = [
     "export_checkpoint",
     "gram",
     "import_checkpoints",
+    "path_spectrum",
+    "plot_store",
     "rollout",
     "train",
     "write_report",

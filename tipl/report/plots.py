@@ -82,6 +82,7 @@ _STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "tipl",
 }
+_NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))  # of an SVG: it would hold the date
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,20 +144,30 @@ class Plot:
 
     def png(self) -> bytes:
         """Return all panels and the legend as one PNG picture on white."""
+        with matplotlib.style.context(["default", _STYLE]):
+            file = io.BytesIO()
+            self._figure().savefig(file, format="png", dpi=PNG_DPI)
+        return file.getvalue()
+
+    def svg(self) -> bytes:
+        """Return the same as one SVG file, whose bytes depend on the data alone."""
+        with matplotlib.style.context(["default", _STYLE]):
+            file = io.BytesIO()
+            self._figure().savefig(file, format="svg", metadata=_NO_METADATA)
+        return file.getvalue()
+
+    def _figure(self) -> Figure:
         columns = min(self.columns, len(self.panels))
         rows = math.ceil(len(self.panels) / columns)
         entries = min(len(self.legend), 2 * columns + 1)  # of the legend, in a row
         height = rows * PANEL_INCHES[1] + (0.3 * math.ceil(len(self.legend) / entries) if entries else 0.0)
-        with matplotlib.style.context(["default", _STYLE]):
-            figure = Figure(figsize=(columns * PANEL_INCHES[0], height), layout=_layout())
-            for i, panel in enumerate(self.panels):
-                panel.draw(figure.add_subplot(rows, columns, i + 1, title=panel.title))
-            if entries:
-                handles = [mark.handle() for mark in self.legend]
-                figure.legend(handles=handles, loc="outside upper center", ncols=entries)
-            file = io.BytesIO()
-            figure.savefig(file, format="png", dpi=PNG_DPI)
-        return file.getvalue()
+        figure = Figure(figsize=(columns * PANEL_INCHES[0], height), layout=_layout())
+        for i, panel in enumerate(self.panels):
+            panel.draw(figure.add_subplot(rows, columns, i + 1, title=panel.title))
+        if entries:
+            handles = [mark.handle() for mark in self.legend]
+            figure.legend(handles=handles, loc="outside upper center", ncols=entries)
+        return figure
 
     def svgs(self) -> list[str]:
         """Return each panel as an SVG element to put into a page that defines the colours as CSS variables."""
@@ -166,8 +177,7 @@ class Plot:
                 figure = Figure(figsize=PANEL_INCHES, layout=_layout())
                 panel.draw(figure.add_subplot(title=panel.title))
                 file = io.StringIO()
-                nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-                figure.savefig(file, format="svg", transparent=True, metadata=nothing)
+                figure.savefig(file, format="svg", transparent=True, metadata=_NO_METADATA)
             elements.append(_inline(file.getvalue(), f"{self.name}-{i}"))
         return elements
 
@@ -382,7 +392,7 @@ def learning_plot(
         ax.autoscale_view()
         ax.set_xlim(0, float(env_steps[-1]))
         ax.xaxis.set_major_locator(MaxNLocator(6))
-        ax.xaxis.set_major_formatter(FuncFormatter(_short_count))
+        ax.xaxis.set_major_formatter(FuncFormatter(short_count))
         ax.set(xlabel="environment steps", ylabel="episodic return in training")
 
     legend = (Mark("mean", "ink", 2.4), Mark("held-out trials", "muted", 0.9), Mark("other trials", "faint", 0.9))
@@ -399,7 +409,7 @@ def training_plot(training: Training) -> Plot:
         ax.axvline(training.best_step, color=THEME["muted"][0], linewidth=1.0, linestyle=":")
         _note(ax, f"kept: step {training.best_step:,}")
         ax.set(xlabel="optimiser step", ylabel="relative error", ylim=(0, None))
-        ax.xaxis.set_major_formatter(FuncFormatter(_short_count))
+        ax.xaxis.set_major_formatter(FuncFormatter(short_count))
 
     return Plot("training", (Panel("Training of the forecaster", draw),), (train, validation))
 
@@ -464,7 +474,7 @@ def _apart(positions: FloatArray, gap: float) -> FloatArray:
     return moved
 
 
-def _short_count(value: float, _: int | None = None) -> str:
+def short_count(value: float, _: int | None = None) -> str:
     """Return 2500000 as 2.5M, 20000 as 20k."""
     for unit, suffix in ((1e6, "M"), (1e3, "k")):
         if abs(value) >= unit:

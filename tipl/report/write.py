@@ -1,8 +1,8 @@
 """One self-contained HTML page of an evaluation: what was run, what came out, and how far to trust it.
 
 Reads `results.json` and `coordinates.safetensors` of `evaluate`, the store of `collect`, the loss curves of `train`.
-Here are the doors and the sections; `page` is the HTML, `plots` the figures, `estimates` the intervals, `verdict` the
-words that judge.
+Here are the doors and the sections; `page` is the HTML, `plots` the figures, `paths` the spectra of paths, `estimates`
+the intervals, `verdict` the words that judge.
 """
 
 import json
@@ -16,10 +16,10 @@ import numpy as np
 from tipl.report import page, plots, verdict
 from tipl.report.estimates import Bootstrap, Estimate, captured_gain, leaders, ranking
 from tipl.report.page import Html, element, fmt, fmt_interval, fmt_percent, fmt_seconds
+from tipl.report.paths import path_spectrum
 from tipl.report.plots import NBSP, Plot, percent
 from tipl.report.results import (
     CoordinatePath,
-    FloatArray,
     Results,
     Training,
     predictor_info,
@@ -27,12 +27,10 @@ from tipl.report.results import (
     read_results,
     read_training,
 )
-from tipl.store import Store, Trial, write_atomically
+from tipl.store import Store, write_atomically
 
 FIGURES = ("wpe", "repw", "return_gain", "returns", "coordinates", "spectrum", "learning_curves", "training")
 COORDINATE_TRIALS = 2
-SPECTRUM_BYTES = 1 << 28
-SPECTRUM_CHECKPOINTS = 512
 
 
 def write_report(
@@ -80,24 +78,6 @@ def _check_store(results: Results, store: Store) -> None:
         raise ValueError(
             f"write_report: {results.path} judges trial {max(results.trials)}, the store has {store.num_trials} trials"
         )
-
-
-def path_singular_values(trial: Trial) -> FloatArray:
-    """Return the singular values of theta_t - theta_0, descending, by its Gram matrix in float64.
-
-    The trial is read once in blocks. Where it is too long to hold, every n-th checkpoint stands for it.
-    """
-    first = trial.weights(0, 1)  # (1, p)
-    num_params = first.shape[1]
-    kept = max(2, min(SPECTRUM_CHECKPOINTS, SPECTRUM_BYTES // (8 * num_params)))
-    stride = -(-trial.num_checkpoints // kept)
-    parts, t = [], 0
-    for block in trial.blocks(max(1, SPECTRUM_BYTES // (16 * num_params))):
-        parts.append(block[-t % stride :: stride].astype(np.float64) - first)
-        t += len(block)
-    path = np.concatenate(parts)  # (T / stride, p)
-    squares = np.linalg.eigvalsh(path @ path.T)[::-1]
-    return np.asarray(np.sqrt(np.maximum(squares[: len(path) - 1], 0.0)), np.float64)  # theta_0 - theta_0 adds none
 
 
 class _Report:
@@ -275,10 +255,8 @@ class _Report:
             )
         else:
             parts.append(element("p", "The evaluation left no coordinates of held-out paths."))
-        spectra = [path_singular_values(self.store.trial(i)) for i in self.results.trials]
-        spectra = [
-            singular_values for singular_values in spectra if len(singular_values) > 2 and singular_values[0] > 0
-        ]
+        spectra = [path_spectrum(self.store.trial(i)).singular_values for i in self.results.trials]
+        spectra = [singular_values for singular_values in spectra if len(singular_values) > 2]
         if spectra:
             k = self.results.settings.get("n_components")
             parts.append(element("h3", "Singular spectrum"))
