@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cstdint>
 #include <cstdlib>
@@ -19,6 +20,7 @@
 #include "decode.h"
 #include "isa.h"
 #include "parallel.h"
+#include "ppo.h"
 #include "read_ahead.h"
 #include "rng.h"
 #include "svd.h"
@@ -452,6 +454,119 @@ void bind_svd(py::module_ &m) {
   m.def("combine", &bound_combine, py::arg("X"), py::arg("weights"), py::arg("num_threads"));
 }
 
+// ---- PPO
+
+std::unique_ptr<PpoUpdate> make_ppo_update(ptrdiff_t obs_dim, ptrdiff_t act_dim, std::vector<ptrdiff_t> hidden_sizes,
+                                           const std::string &activation, ptrdiff_t minibatch_size,
+                                           ptrdiff_t update_epochs, float clip_coef, std::optional<float> clip_coef_vf,
+                                           float vf_coef, float ent_coef, float max_grad_norm, float adam_eps,
+                                           bool normalize_advantage, std::optional<double> target_kl, int num_threads) {
+  const std::array<const char *, 3> names{"tanh", "relu", "elu"};  // as in Activation
+  const auto name = std::find(names.begin(), names.end(), activation);
+  check(name != names.end(), "PpoUpdate: activation must be tanh, relu or elu, got ", activation);
+  PpoSettings settings{.minibatch_size = minibatch_size,
+                       .update_epochs = update_epochs,
+                       .clip_coef = clip_coef,
+                       .vf_coef = vf_coef,
+                       .ent_coef = ent_coef,
+                       .max_grad_norm = max_grad_norm,
+                       .adam_eps = adam_eps,
+                       .normalize_advantage = normalize_advantage};
+  if (clip_coef_vf) settings.clip_coef_vf = *clip_coef_vf;
+  if (target_kl) settings.target_kl = *target_kl;
+  const auto kind = static_cast<Activation>(name - names.begin());
+  return std::make_unique<PpoUpdate>(PolicySizes{obs_dim, act_dim, std::move(hidden_sizes), kind}, settings,
+                                     num_threads);
+}
+
+// Rows of parameters (N, P), P at least what the update needs.
+py::array_t<float> checked_params(const char *where, const PpoUpdate &update, const py::object &params) {
+  const auto array = checked_array<float>(where, "params", params, {{"N"}, {"P"}});
+  check(array.shape(1) >= update.num_params(), where, ": params must have at least ", update.num_params(),
+        " columns, got ", array.shape(1));
+  return array;
+}
+
+py::array_t<float> bound_mean_actions(PpoUpdate &update, const py::object &params, const py::object &obs) {
+  const auto rows = checked_params("mean_actions", update, params);
+  const py::ssize_t N = rows.shape(0);
+  const auto x = checked_array<float>("mean_actions", "obs", obs, {{"N", N}, {"R"}, {"O", update.sizes().obs_dim}});
+  py::array_t<float> out({N, x.shape(1), static_cast<py::ssize_t>(update.sizes().act_dim)});
+  // Microseconds: keeps the GIL.
+  update.mean_actions(rows.data(), rows.shape(1), N, x.data(), x.shape(1), out.mutable_data());
+  return out;
+}
+
+py::array_t<float> bound_values(PpoUpdate &update, const py::object &params, const py::object &obs) {
+  const auto rows = checked_params("values", update, params);
+  const py::ssize_t N = rows.shape(0);
+  const auto x = checked_array<float>("values", "obs", obs, {{"N", N}, {"R"}, {"O", update.sizes().obs_dim}});
+  py::array_t<float> out({N, x.shape(1)});
+  float *const to = out.mutable_data();
+  {
+    py::gil_scoped_release release;
+    update.values(rows.data(), rows.shape(1), N, x.data(), x.shape(1), to);
+  }
+  return out;
+}
+
+// Statistics (N, 4): policy loss, value loss, clipped share, approximate KL divergence.
+py::array_t<double> bound_update(PpoUpdate &update, py::object params, py::object first_moments,
+                                 py::object second_moments, py::object num_updates, const py::object &observations,
+                                 const py::object &actions, const py::object &log_probs, const py::object &advantages,
+                                 const py::object &returns, const py::object &values, const py::object &order,
+                                 double learning_rate) {
+  auto rows = checked_params("update", update, params);
+  const py::ssize_t N = rows.shape(0), P = rows.shape(1), E = update.settings().update_epochs;
+  auto first = checked_array<float>("update", "first_moments", first_moments, {{"N", N}, {"P", P}});
+  auto second = checked_array<float>("update", "second_moments", second_moments, {{"N", N}, {"P", P}});
+  auto taken = checked_array<int64_t>("update", "num_updates", num_updates, {{"N", N}});
+  const auto obs =
+      checked_array<float>("update", "observations", observations, {{"N", N}, {"T"}, {"O", update.sizes().obs_dim}});
+  const py::ssize_t T = obs.shape(1);
+  const auto action =
+      checked_array<float>("update", "actions", actions, {{"N", N}, {"T", T}, {"A", update.sizes().act_dim}});
+  const auto scalars = [&](const char *name, const py::object &array) {
+    return checked_array<float>("update", name, array, {{"N", N}, {"T", T}});
+  };
+  const auto log_prob = scalars("log_probs", log_probs), advantage = scalars("advantages", advantages);
+  const auto target = scalars("returns", returns), value = scalars("values", values);
+  const auto orders = checked_array<int64_t>("update", "order", order, {{"N", N}, {"E", E}, {"T", T}});
+  const TrialParams trials{
+      rows.mutable_data(), first.mutable_data(), second.mutable_data(), taken.mutable_data(), N, P};
+  const Steps steps{obs.data(),    action.data(), log_prob.data(), advantage.data(),
+                    target.data(), value.data(),  orders.data(),   T};
+  std::vector<UpdateStats> stats(N);
+  {
+    py::gil_scoped_release release;
+    update.update(trials, steps, learning_rate, stats.data());
+  }
+  py::array_t<double> out({N, py::ssize_t{4}});
+  for (py::ssize_t i = 0; i < N; ++i) {
+    double *const to = out.mutable_data(i, 0);
+    to[0] = stats[i].policy_loss;
+    to[1] = stats[i].value_loss;
+    to[2] = stats[i].clipfrac;
+    to[3] = stats[i].approx_kl;
+  }
+  return out;
+}
+
+void bind_ppo(py::module_ &m) {
+  py::class_<PpoUpdate>(m, "PpoUpdate", "PPO's update of many trials; tipl.ppo.Population documents it.")
+      .def(py::init(&make_ppo_update), py::kw_only(), py::arg("obs_dim"), py::arg("act_dim"), py::arg("hidden_sizes"),
+           py::arg("activation"), py::arg("minibatch_size"), py::arg("update_epochs"), py::arg("clip_coef"),
+           py::arg("clip_coef_vf"), py::arg("vf_coef"), py::arg("ent_coef"), py::arg("max_grad_norm"),
+           py::arg("adam_eps"), py::arg("normalize_advantage"), py::arg("target_kl"), py::arg("num_threads"))
+      .def_property_readonly("num_params", &PpoUpdate::num_params)
+      .def("mean_actions", &bound_mean_actions, py::arg("params"), py::arg("obs"))
+      .def("values", &bound_values, py::arg("params"), py::arg("obs"))
+      .def("update", &bound_update, py::kw_only(), py::arg("params"), py::arg("first_moments"),
+           py::arg("second_moments"), py::arg("num_updates"), py::arg("observations"), py::arg("actions"),
+           py::arg("log_probs"), py::arg("advantages"), py::arg("returns"), py::arg("values"), py::arg("order"),
+           py::arg("learning_rate"));
+}
+
 }  // namespace
 }  // namespace tipl
 
@@ -461,4 +576,5 @@ PYBIND11_MODULE(_core, m) {
   tipl::bind_engine(m);
   tipl::bind_decoder(m);
   tipl::bind_svd(m);
+  tipl::bind_ppo(m);
 }

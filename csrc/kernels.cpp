@@ -6,6 +6,7 @@
 #include "kernels_attention.h"
 #include "kernels_linear.h"
 #include "kernels_math.h"
+#include "kernels_ppo.h"
 #include "kernels_svd.h"
 
 #define TIPL_JOIN_(a, b) a##b
@@ -29,6 +30,14 @@ extern const Kernels TIPL_JOIN(kernels_, TIPL_ISA_NAME) = {
     .combine_floats = combine<float>,
     .combine_doubles = combine<double>,
     .sum_squares = sum_squares,
+    .multiply = multiply,
+    .multiply_vector = multiply_vector,
+    .transpose_matrix = transpose_matrix,
+    .sum_rows = sum_rows,
+    .activate = activate,
+    .activate_backward = activate_backward,
+    .policy_loss = policy_loss,
+    .adam = adam,
 };
 
 }  // namespace tipl

@@ -58,6 +58,36 @@ constexpr int kUpdateOutputs = 6;          // outputs side by side in y as updat
 constexpr ptrdiff_t kUpdateColumns = 64;   // columns of d that update takes
 constexpr ptrdiff_t kUpdateRows = 128;     // rows that update takes at most: so many products are summed in float32
 
+// A matrix, or the transpose of one, that multiply takes element by element.
+struct Factor {
+  const float *data;
+  ptrdiff_t row_stride, k_stride;
+};
+
+enum class Activation { kTanh, kRelu, kElu };
+
+// Steps of a trial as PPO's policy loss sees them, in columns: arrays (act_dim, stride) and (stride), readable and
+// finite beyond `size` to a multiple of N.
+struct PolicyBatch {
+  ptrdiff_t act_dim, size, stride;
+  const float *action, *log_prob, *advantage;
+  const float *log_std, *inverse_std;  // (act_dim)
+  float clip;
+};
+struct PolicyLoss {
+  double objective, kl,
+      clipped;  // sums over the batch: min(r a, clip(r) a), (r - 1) - log r, and steps beyond the clip
+};
+
+// Adam (arXiv:1412.6980) as torch.optim.Adam computes it.
+static constexpr double kBeta1 = 0.9, kBeta2 = 0.999;
+struct AdamStep {
+  float grad_scale;    // of the gradients
+  float step_size;     // learning rate / (1 - beta1^t)
+  float second_scale;  // 1 / sqrt(1 - beta2^t)
+  float eps;
+};
+
 struct Kernels {
   const char *isa;  // "baseline", "avx2", "avx512" or "avx512bf16"
   int lanes;        // floats in a register, N
@@ -116,6 +146,36 @@ struct Kernels {
 
   // Sum of the squares of x - origin (n): NaN or Inf exactly where one of x's values is.
   double (*sum_squares)(const float *x, const float *origin, ptrdiff_t n) noexcept;
+
+  // ---- the update of small policies (ppo.cpp); "padded" is to a multiple of N
+
+  // c (rows, columns) <- a b + bias, with a (rows, k), b (k, columns padded) and bias (rows) or null, for zero.
+  void (*multiply)(Factor a, ptrdiff_t rows, ptrdiff_t k, const float *b, ptrdiff_t b_stride, const float *bias,
+                   ptrdiff_t columns, float *c, ptrdiff_t c_stride) noexcept;
+
+  // y (rows) <- w x + bias, with w (rows, k).
+  void (*multiply_vector)(const float *w, ptrdiff_t rows, ptrdiff_t k, const float *x, const float *bias,
+                          float *y) noexcept;
+
+  // y (columns padded, rows padded) <- x^T, of x (rows padded, columns padded).
+  void (*transpose_matrix)(const float *x, ptrdiff_t x_stride, ptrdiff_t rows, ptrdiff_t columns, float *y,
+                           ptrdiff_t y_stride) noexcept;
+
+  // sums (rows) <- of x (rows, columns padded) over its columns, the padding too.
+  void (*sum_rows)(const float *x, ptrdiff_t stride, ptrdiff_t rows, ptrdiff_t columns, float *sums) noexcept;
+
+  // x (n padded) <- activation(x), and dx (n padded) *= its derivative where it gave y.
+  void (*activate)(Activation activation, float *x, ptrdiff_t n) noexcept;
+  void (*activate_backward)(Activation activation, const float *y, float *dx, ptrdiff_t n) noexcept;
+
+  // PPO's clipped loss of a batch for these mean actions (act_dim, stride), and its gradients by them (0 in the
+  // padding) and by log_std.
+  PolicyLoss (*policy_loss)(const PolicyBatch &batch, const float *mean, float *mean_grad,
+                            float *log_std_grad) noexcept;
+
+  // One step of n parameters with their moments.
+  void (*adam)(const AdamStep &step, float *param, const float *grad, float *first, float *second,
+               ptrdiff_t n) noexcept;
 };
 
 extern const Kernels kernels_baseline;

@@ -6,6 +6,7 @@
 // sleep. Threads start at the first job, and again in a forked child, which has none of its parent's.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <type_traits>
 
@@ -57,6 +58,15 @@ void parallel_for(ThreadPool &pool, ptrdiff_t n, Body &&body) {
   pool.run([&](int rank) {
     const Range items = share(n, rank, pool.size());
     if (items.begin < items.end) body(items.begin, items.end);
+  });
+}
+
+// body(rank, item) once for each item of n, whichever thread comes first: for items that write apart from one another.
+template <class Body>
+void for_each_item(ThreadPool &pool, ptrdiff_t n, const Body &body) {
+  std::atomic<ptrdiff_t> next{0};
+  pool.run([&](int rank) {
+    for (ptrdiff_t item; (item = next.fetch_add(1)) < n;) body(rank, item);
   });
 }
 

@@ -1,7 +1,6 @@
 #include "svd.h"
 
 #include <algorithm>
-#include <atomic>
 #include <bit>
 #include <cmath>
 #include <numeric>
@@ -24,15 +23,6 @@ constexpr ptrdiff_t kDirectedRows = 64;       // rows that the directions are re
 constexpr ptrdiff_t kColumnTile = 128;        // columns that a thread takes at once where rows are combined
 constexpr ptrdiff_t kSpreadRows = 128;        // of the next block, that the update of C by one is spread over
 constexpr double kMaxSquares = 1.0e30;        // products of sums of so large rows stay within float32
-
-// body(rank, item) once for each item of n, whichever thread comes first: for items that write apart from one another.
-template <class Body>
-void for_each_item(ThreadPool &pool, ptrdiff_t n, const Body &body) {
-  std::atomic<ptrdiff_t> next{0};
-  pool.run([&](int rank) {
-    for (ptrdiff_t item; (item = next.fetch_add(1)) < n;) body(rank, item);
-  });
-}
 
 // Throws std::invalid_argument for the first value of row i that is not finite, if any.
 void check_row(const char *where, const char *name, const float *row, int64_t i, ptrdiff_t p) {

@@ -50,6 +50,18 @@ struct Vec {
 inline Vec max(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }
 inline Vec min(Vec a, Vec b) { return {a.v < b.v ? a.v : b.v}; }
 
+// Correctly rounded, lane by lane.
+inline Vec square_root(Vec a) {
+#if defined(__AVX512F__)
+  return {_mm512_maskz_sqrt_ps(0xffff, a.v)};  // (GCC 12 warns about the header of the plain one)
+#elif defined(__AVX2__)
+  return {_mm256_sqrt_ps(a.v)};
+#else
+  for (int lane = 0; lane < kLanes; ++lane) a.v[lane] = __builtin_sqrtf(a.v[lane]);
+  return a;
+#endif
+}
+
 // Lane indices 0 ... kLanes - 1.
 inline Ints lane_index() {
   Ints index;

@@ -137,7 +137,7 @@ class Agent(torch.nn.Module):
         for width in config.hidden_sizes:
             modules += [
                 torch.nn.Linear(fan_in, width),
-                torch.nn.Tanh() if config.activation == "tanh" else torch.nn.ReLU(),
+                {"tanh": torch.nn.Tanh, "relu": torch.nn.ReLU, "elu": torch.nn.ELU}[config.activation](),
             ]
             fan_in = width
         return torch.nn.Sequential(*modules, torch.nn.Linear(fan_in, fan_out))
@@ -156,6 +156,7 @@ def ppo_losses(
     old_log_prob: torch.Tensor,
     advantage: torch.Tensor,
     target: torch.Tensor,
+    old_value: torch.Tensor,
     config: PPOConfig,
 ) -> dict[str, torch.Tensor]:
     """Return "loss" and the parts that are logged, of one trial's minibatch, inputs (B, ...)."""
@@ -165,7 +166,10 @@ def ppo_losses(
     policy_loss = -torch.min(
         ratio * advantage, ratio.clamp(1 - config.clip_coef, 1 + config.clip_coef) * advantage
     ).mean()
-    value_loss = (agent.critic(obs)[:, 0] - target).square().mean()
+    value = agent.critic(obs)[:, 0]
+    if config.clip_coef_vf is not None:
+        value = old_value + (value - old_value).clamp(-config.clip_coef_vf, config.clip_coef_vf)
+    value_loss = (value - target).square().mean()
     return {
         "loss": policy_loss + config.vf_coef * value_loss - config.ent_coef * distribution.entropy().mean(),
         "policy_loss": policy_loss,
@@ -178,22 +182,34 @@ def ppo_losses(
 def ppo_update(
     agent: Agent, transitions: dict[str, torch.Tensor], orders: list[torch.Tensor], config: PPOConfig
 ) -> dict[str, float]:
-    """Run one epoch for each order (T,) over one trial's transitions (T, ...), as Stable-Baselines3 does."""
+    """Run one epoch for each order (T,) over one trial's transitions (T, ...), as Stable-Baselines3 does.
+
+    Returns the means of what is logged, and "steps", how many Adam took.
+    """
     optimizer = torch.optim.Adam(agent.parameters(), lr=config.learning_rate, eps=config.adam_eps)
     logs: dict[str, list[float]] = {}
+    steps = 0
     for order in orders:
+        last_epoch: list[float] = []
         for rows in order.split(config.minibatch_size):
-            obs, action, old_log_prob, advantage, target = (
-                transitions[name][rows] for name in ("obs", "action", "log_prob", "advantage", "target")
+            obs, action, old_log_prob, advantage, target, old_value = (
+                transitions[name][rows] for name in ("obs", "action", "log_prob", "advantage", "target", "value")
             )
-            if config.normalize_advantage:
+            if config.normalize_advantage and len(rows) > 1:
                 advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
-            losses = ppo_losses(agent, obs, action, old_log_prob, advantage, target, config)
+            losses = ppo_losses(agent, obs, action, old_log_prob, advantage, target, old_value, config)
+            for name, loss in losses.items():
+                logs.setdefault(name, []).append(loss.item())
+            last_epoch.append(losses["approx_kl"].item())
+            if config.target_kl is not None and last_epoch[-1] > 1.5 * config.target_kl:
+                break
             optimizer.zero_grad()
             losses["loss"].backward()
             torch.nn.utils.clip_grad_norm_(agent.parameters(), config.max_grad_norm)
             optimizer.step()
-            for name, loss in losses.items():
-                logs.setdefault(name, []).append(loss.item())
+            steps += 1
+        else:
+            continue
+        break
     means = {name: float(np.mean(values)) for name, values in logs.items()}
-    return means | {"approx_kl": float(np.mean(logs["approx_kl"][-config.num_minibatches :]))}
+    return means | {"approx_kl": float(np.mean(last_epoch)), "steps": steps}

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tipl.policy import PolicySpec, StackedMLP, activate_, layer_views, mean_action
+from tipl.policy import PolicySpec, activate_, layer_views, mean_action
 
 SPECS = [
     PolicySpec(17, 6),
@@ -164,28 +164,6 @@ def test_tanh_is_exact_to_an_ulp_or_two() -> None:
     error = (activate_(x.clone(), "tanh").double() - oracle).abs()
     assert (error <= 2 * torch.finfo(torch.float32).eps * oracle.abs()).all()
     assert activate_(torch.tensor([math.nan]), "tanh").isnan().all()
-
-
-@pytest.mark.parametrize("activation", ["tanh", "relu", "elu"])
-@pytest.mark.parametrize("layer_sizes", [(3, 1), (4, 7, 1), (5, 16, 3, 2)])
-@pytest.mark.parametrize("N", [1, 3])
-def test_stacked_mlp_equals_autograd(activation: str, layer_sizes: tuple[int, ...], N: int) -> None:
-    B, spec = 6, PolicySpec(layer_sizes[0], layer_sizes[-1], layer_sizes[1:-1], activation)
-    rows = random_weights(spec, N).double()
-    params, grads = rows[:, spec.act_dim :], torch.full_like(rows, math.nan)
-    mlp = StackedMLP(params, layer_sizes, activation, B, grads[:, spec.act_dim :])
-    x, dy = torch.randn(N, B, layer_sizes[0]).double(), torch.randn(N, B, layer_sizes[-1]).double()
-    y = mlp.forward(x)
-    mlp.backward(dy)
-    for i in range(N):
-        actor = torch_actor(spec, rows[i])
-        expected = actor(x[i])
-        torch.testing.assert_close(y[i], expected, rtol=1e-12, atol=1e-12)
-        gradient = torch.autograd.grad(expected, list(actor.parameters()), dy[i])
-        torch.testing.assert_close(
-            grads[i, spec.act_dim :], torch.cat([g.flatten() for g in gradient]), rtol=1e-12, atol=1e-12
-        )
-    assert grads[:, : spec.act_dim].isnan().all()  # nothing else is written
 
 
 def test_layer_views_leave_the_rest_of_a_row_alone() -> None:

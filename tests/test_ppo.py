@@ -1,18 +1,31 @@
 import dataclasses
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
 import torch
 from gymnasium.spaces import Box
 from numpy.typing import NDArray
+from test_engine import ISAS, run_python
 
 from tests import reference
+from tipl import _core
 from tipl.envs import VectorEnv
-from tipl.policy import PolicySpec, mean_action
-from tipl.ppo import FinalStep, Learner, Population, PPOConfig, Transitions, clip_grad_norms_, entropy, gae, log_prob
+from tipl.policy import PolicySpec, layer_views, mean_action
+from tipl.ppo import (
+    ENGINE_SETTINGS,
+    FinalStep,
+    ObservationScaler,
+    Population,
+    PPOConfig,
+    Transitions,
+    entropy,
+    environment_seeds,
+    gae,
+    log_prob,
+)
 
-# A small iteration whose minibatches are still multiples of 16, as bitwise independence asks.
 SMALL = PPOConfig(num_steps=64, num_minibatches=4, update_epochs=3)
 
 
@@ -75,7 +88,7 @@ class TargetEnv(ScriptedEnv):
 
 
 def population(seeds: Sequence[int], config: PPOConfig = SMALL, act_dim: int = 1, **kwargs: object) -> Population:
-    return Population(ScriptedEnv(len(seeds), act_dim), config, seeds, **kwargs)
+    return Population(ScriptedEnv(len(seeds) * config.num_envs, act_dim), config, seeds, **kwargs)
 
 
 def path(seeds: Sequence[int], config: PPOConfig = SMALL, iterations: int = 3, **kwargs: object) -> NDArray[np.float32]:
@@ -126,20 +139,17 @@ def test_gae_equals_stable_baselines3() -> None:
     np.testing.assert_allclose(advantages, buffer.advantages, rtol=0, atol=2e-6)
 
 
-def value_is_first_observation(learner: Learner) -> None:
-    """Make a critic without hidden layers say V(obs) = 10 obs[2], which is the step in the episode."""
-    for weight, bias in learner.critic.layers:
-        weight.copy_(torch.tensor([[0.0, 0.0, 10.0]]))
-        bias.zero_()
+def value_is_third_observation(trials: Population) -> None:
+    """Make critics without hidden layers say V(obs) = 10 obs[2], which is the step in the episode."""
+    trials.params[:, trials.spec.num_params :] = [0.0, 0.0, 10.0, 0.0]
 
 
 def test_time_out_bootstraps_from_the_final_observation() -> None:
     trials = population([3, 4], dataclasses.replace(SMALL, hidden_sizes=()), num_threads=1)
     transitions, num_episodes, _ = trials.act()
-    (learner,) = trials.learners
-    value_is_first_observation(learner)
-    values = learner.values(transitions.observations).numpy().T  # (T, N)
-    next_values = learner.next_values(values, transitions)
+    value_is_third_observation(trials)
+    values = trials.engine.values(trials.params, transitions.observations).T  # (T, N)
+    next_values = trials.next_values(values, transitions)
     # Episodes of 5 (terminated) and 7 (timed out) steps in turn: 12 steps a pair, 64 = 5 x 12 + 4.
     step = np.concatenate([np.tile([*range(5), *range(7)], 5), np.arange(4)])
     assert num_episodes.tolist() == [10, 10]
@@ -157,22 +167,86 @@ def test_time_out_bootstraps_from_the_final_observation() -> None:
 def test_transitions_are_the_steps_that_were_made() -> None:
     trials = population([7, 2, 5], act_dim=2)
     weights = torch.from_numpy(trials.weights())
-    first, _, _ = trials.act()
-    second, _, _ = trials.act()
+    (first, *_), (second, *_) = trials.act(), trials.act()
     t = np.arange(128)[:, None]
     rewards = np.concatenate([first.rewards, second.rewards])
-    actions = torch.cat([first.actions, second.actions], 1)
+    actions = np.concatenate([first.actions, second.actions], 1)
     # The reward is 100 t + action: row t holds the action of step t, and its observation names trial and step.
     np.testing.assert_allclose(rewards - 100 * t, actions[..., 0].T, rtol=0, atol=1e-3)
-    observations = torch.cat([first.observations, second.observations], 1)
+    observations = np.concatenate([first.observations, second.observations], 1)
     elapsed = np.concatenate([np.tile([*range(5), *range(7)], 10), [*range(5), *range(3)]])
     for i, seed in enumerate([7, 2, 5]):
         np.testing.assert_allclose(observations[i, :, 0], seed / 10, rtol=1e-6)
         np.testing.assert_allclose(observations[i, :, 2], elapsed / 10, rtol=1e-6)
     # Log-probabilities are those of the actions under the policy's distribution, time-outs and resets or not.
-    mean = mean_action(trials.spec, weights, first.observations)
+    mean = mean_action(trials.spec, weights, torch.from_numpy(first.observations))
     normal = torch.distributions.Normal(mean, trials.spec.unflatten(weights)["log_std"].exp()[:, None])
-    torch.testing.assert_close(first.log_probs, normal.log_prob(first.actions).sum(-1), rtol=0, atol=2e-5)
+    expected = normal.log_prob(torch.from_numpy(first.actions)).sum(-1)
+    np.testing.assert_allclose(first.log_probs, expected, rtol=0, atol=2e-5)
+
+
+def test_a_trial_of_several_environments_keeps_them_apart_and_has_its_own_seeds() -> None:
+    config = dataclasses.replace(SMALL, num_envs=3)
+    trials = population([7, 2], config)
+    assert trials.env.labels.tolist() == environment_seeds([7, 2], 3)
+    assert environment_seeds([7, 2], 3)[::3] == [7, 2]
+    assert len(set(environment_seeds([7, 2], 3))) == 6
+    transitions, num_episodes, _ = trials.act()
+    assert trials.env_steps == 3 * 64
+    assert num_episodes.tolist() == [30, 30]
+    label = np.broadcast_to(trials.env.labels[:, None] / 10, (6, 64))
+    np.testing.assert_array_equal(transitions.observations[..., 0], label.astype(np.float32))
+    # Each environment's advantages are those that it has alone.
+    values, advantages = trials.estimate(transitions)
+    for j in range(6):
+        one = population([7, 2][j // 3 : j // 3 + 1])
+        finals = [step._replace(env=0) for step in transitions.final_steps if step.env == j]
+        arrays = {name: getattr(transitions, name) for name in ("rewards", "terminated", "truncated")}
+        rows = {name: getattr(transitions, name)[j : j + 1] for name in ("observations", "actions", "log_probs")}
+        alone = Transitions(**rows, **{name: x[:, j : j + 1] for name, x in arrays.items()}, final_steps=finals)
+        expected = one.estimate(alone)
+        np.testing.assert_allclose(values[:, j : j + 1], expected[0], rtol=0, atol=1e-6)
+        np.testing.assert_allclose(advantages[:, j : j + 1], expected[1], rtol=1e-5, atol=1e-4)
+
+
+# ---- observations
+
+
+def test_scaled_observations_are_stable_baselines3s() -> None:
+    sb3 = pytest.importorskip("stable_baselines3", reason="compares with stable-baselines3, which is not installed")
+    from stable_baselines3.common.running_mean_std import RunningMeanStd
+
+    assert sb3.__version__
+    rng, scaler = np.random.default_rng(0), ObservationScaler(2, 3)
+    theirs = [RunningMeanStd(shape=(3,)) for _ in range(2)]
+    for _ in range(20):
+        obs = rng.normal([5, 0, -2], [1, 100, 0.01], (8, 3))  # four of each trial
+        scaler.update(obs)
+        for i, one in enumerate(theirs):
+            one.update(obs[4 * i : 4 * i + 4])
+            np.testing.assert_allclose(scaler.mean[i, 0], one.mean, rtol=1e-12)
+            np.testing.assert_allclose(scaler.var[i, 0], one.var, rtol=1e-12)
+    expected = [
+        np.clip((obs[i] - one.mean) / np.sqrt(one.var + 1e-8), -10, 10) for i, one in ((1, theirs[0]), (5, theirs[1]))
+    ]
+    np.testing.assert_allclose(scaler.scaled(obs)[[1, 5]], expected, rtol=1e-12)
+    assert abs(scaler.scaled(obs + 1e6)).max() == 10
+
+
+def test_a_checkpoint_takes_observations_as_they_are() -> None:
+    trials = population([3, 4], dataclasses.replace(SMALL, normalize_observations=True), act_dim=2)
+    trials.iterate()
+    obs = trials._obs
+    seen = trials._seen(obs)
+    assert abs(seen - obs).max() > 0.1
+    expected = trials.engine.mean_actions(trials.params, seen[:, None])
+    folded = mean_action(
+        trials.spec, torch.from_numpy(trials.weights()), torch.from_numpy(obs.astype(np.float32))[:, None]
+    )
+    np.testing.assert_allclose(folded, expected, rtol=0, atol=1e-5)
+    rest = [trials.weights()[:, :2], trials.weights()[:, 2 + 64 * 4 :]]  # all but the first layer
+    own = trials.params[:, : trials.spec.num_params]
+    np.testing.assert_array_equal(np.hstack(rest), np.hstack([own[:, :2], own[:, 2 + 64 * 4 :]]))
 
 
 # ---- distribution, clipping, gradient, update
@@ -183,84 +257,227 @@ def test_log_prob_and_entropy_equal_torch_distributions() -> None:
     mean, noise = torch.randn(2, 3, 5, 4, dtype=torch.float64, generator=generator)
     log_std = torch.randn(3, 1, 4, dtype=torch.float64, generator=generator)
     normal = torch.distributions.Independent(torch.distributions.Normal(mean, log_std.exp()), 1)
-    torch.testing.assert_close(log_prob(noise, log_std), normal.log_prob(mean + log_std.exp() * noise))
-    torch.testing.assert_close(entropy(log_std), normal.entropy()[:, 0])
+    np.testing.assert_allclose(log_prob(noise.numpy(), log_std.numpy()), normal.log_prob(mean + log_std.exp() * noise))
+    np.testing.assert_allclose(entropy(log_std[:, 0].numpy()), normal.entropy()[:, 0])
 
 
-def test_gradient_norms_are_clipped_for_each_trial_alone() -> None:
-    grads = torch.randn(4, 10, generator=torch.Generator().manual_seed(0))
-    grads *= torch.tensor([[10.0], [0.01], [0.0], [1.0]])
-    expected = grads.clone()
-    for row in expected:
-        parameter = torch.nn.Parameter(torch.zeros(10))
-        parameter.grad = row
-        torch.nn.utils.clip_grad_norm_([parameter], 0.5)
-    before = grads.clone()
-    clip_grad_norms_(grads, 0.5)
-    torch.testing.assert_close(grads, expected, rtol=1e-6, atol=0)
-    assert torch.equal(grads[1:3], before[1:3])
-    assert grads[0].norm() == pytest.approx(0.5, rel=1e-5)
+def random_update(config: PPOConfig, act_dim: int, obs_dim: int = 5, seed: int = 0) -> dict[str, np.ndarray]:
+    """Arrays for one update of three trials: ratios on both sides of the clip range, advantages of both signs."""
+    rng = np.random.default_rng(seed)
+
+    def normal(*shape: int) -> np.ndarray:
+        return rng.standard_normal(shape).astype(np.float32)
+
+    N, S, E = 3, config.batch_size, config.update_epochs
+    spec = PolicySpec(obs_dim, act_dim, config.hidden_sizes, config.activation)
+    sizes = (*spec.layer_sizes[:-1], 1)
+    P = spec.num_params + sum(out * (into + 1) for into, out in itertools.pairwise(sizes))
+    arrays = {
+        "params": 0.15 * normal(N, P),
+        "observations": normal(N, S, obs_dim),
+        "actions": normal(N, S, act_dim),
+        "advantages": normal(N, S),
+        "returns": normal(N, S),
+        "values": normal(N, S),
+        "order": np.stack([[rng.permutation(S) for _ in range(E)] for _ in range(N)]),
+    }
+    agents = [reference.Agent(torch.from_numpy(row), obs_dim, act_dim, config) for row in arrays["params"]]
+    with torch.no_grad():
+        log_probs = [
+            agent.distribution(torch.from_numpy(obs)).log_prob(torch.from_numpy(action)).numpy()
+            for agent, obs, action in zip(agents, arrays["observations"], arrays["actions"], strict=True)
+        ]
+    return arrays | {"log_probs": np.stack(log_probs) + 0.3 * normal(N, S)}
 
 
-@pytest.mark.parametrize("hidden_sizes", [(), (8, 5), (16, 16)])
-@pytest.mark.parametrize("activation", ["tanh", "relu"])
+def updated(config: PPOConfig, arrays: dict[str, np.ndarray], num_threads: int = 2) -> dict[str, np.ndarray]:
+    """What the native update makes of them: params, moments, num_updates and losses."""
+    engine = _core.PpoUpdate(
+        obs_dim=arrays["observations"].shape[-1],
+        act_dim=arrays["actions"].shape[-1],
+        hidden_sizes=config.hidden_sizes,
+        activation=config.activation,
+        minibatch_size=config.minibatch_size,
+        num_threads=num_threads,
+        **{name: getattr(config, name) for name in ENGINE_SETTINGS},
+    )
+    params = arrays["params"].copy()
+    state = {
+        "params": params,
+        "first_moments": np.zeros_like(params),
+        "second_moments": np.zeros_like(params),
+        "num_updates": np.zeros(len(params), np.int64),
+    }
+    losses = engine.update(**(arrays | state), learning_rate=config.learning_rate)
+    return state | {"losses": losses}
+
+
+def by_autograd(
+    config: PPOConfig, arrays: dict[str, np.ndarray], trial: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """The trial's parameters after torch's update in `dtype`, and what it logged."""
+    data = {name: torch.from_numpy(x[trial]) for name, x in arrays.items()}
+    A, O = arrays["actions"].shape[-1], arrays["observations"].shape[-1]  # noqa: E741
+    agent = reference.Agent(data["params"].to(dtype), O, A, config)
+    names = {"obs": "observations", "action": "actions", "log_prob": "log_probs", "advantage": "advantages"}
+    names |= {"target": "returns", "value": "values"}
+    transitions = {name: data[ours].to(dtype) for name, ours in names.items()}
+    return agent, reference.ppo_update(agent, transitions, list(data["order"]), config)
+
+
+def assert_updates_as_autograd(config: PPOConfig, arrays: dict[str, np.ndarray], ours: dict[str, np.ndarray]) -> None:
+    for i in range(len(arrays["params"])):
+        oracle, logs = by_autograd(config, arrays, i, torch.float64)
+        in_float32, _ = by_autograd(config, arrays, i, torch.float32)
+        row = torch.from_numpy(ours["params"][i]).double()
+        bound = 4 * (in_float32.row() - oracle.row()).abs().max() + 8 * torch.finfo(torch.float32).eps
+        assert (row - oracle.row()).abs().max() <= bound
+        assert (row - torch.from_numpy(arrays["params"][i])).abs().max() > 1e-3  # it did move
+        assert ours["num_updates"][i] == logs["steps"]
+        names = ("policy_loss", "value_loss", "clipfrac", "approx_kl")
+        for name, value in zip(names, ours["losses"][i], strict=True):
+            assert value == pytest.approx(logs[name], rel=1e-3, abs=1e-5), name
+
+
+UPDATES: dict[str, dict[str, object]] = {
+    "as by default": {},
+    "relu": {"activation": "relu"},
+    "elu": {"activation": "elu"},
+    "no hidden layer": {"hidden_sizes": ()},
+    "one hidden layer": {"hidden_sizes": (7,)},
+    "three wide ones": {"hidden_sizes": (70, 33, 129)},
+    "minibatches of 10": {"num_steps": 60, "num_minibatches": 6},
+    "minibatches of 1": {"num_steps": 8, "num_minibatches": 8},
+    "one minibatch": {"num_minibatches": 1},
+    "several environments": {"num_envs": 3},
+    "entropy": {"ent_coef": 0.1},
+    "values weigh more": {"vf_coef": 2.0},
+    "clipped values": {"clip_coef_vf": 0.05},
+    "narrow clip": {"clip_coef": 0.01},
+    "small gradients": {"max_grad_norm": 0.01},
+    "large gradients": {"max_grad_norm": 1e9},
+    "advantages as they are": {"normalize_advantage": False},
+    "target KL reached": {"target_kl": 0.08},
+    "target KL at once": {"target_kl": 1e-9, "learning_rate": 1e-3},
+}
+
+
+@pytest.mark.parametrize("act_dim", [1, 3])
+@pytest.mark.parametrize("settings", UPDATES)
+def test_update_equals_autograd_with_torch_clipping_and_adam(settings: str, act_dim: int) -> None:
+    config = dataclasses.replace(SMALL, **({"learning_rate": 3e-3} | UPDATES[settings]))
+    arrays = random_update(config, act_dim)
+    ours = updated(config, arrays)
+    if settings == "target KL at once":  # the ratios are not one to begin with
+        np.testing.assert_array_equal(ours["params"], arrays["params"])
+        assert not ours["num_updates"].any()
+        return
+    if settings == "target KL reached":
+        assert 0 < ours["num_updates"].min() < 12
+    assert_updates_as_autograd(config, arrays, ours)
+    for threads in (1, 7):
+        again = updated(config, arrays, threads)
+        assert all(np.array_equal(again[name], ours[name]) for name in ours)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_every_instruction_set_updates_as_autograd(isa: str) -> None:
+    done = run_python(
+        "import dataclasses\n"
+        "from test_ppo import SMALL, assert_updates_as_autograd, random_update, updated\n"
+        "for sizes, steps in (((64, 64), 64), ((5, 18), 60)):\n"
+        "    config = dataclasses.replace(SMALL, hidden_sizes=sizes, learning_rate=3e-3, num_steps=steps)\n"
+        "    arrays = random_update(config, 3)\n"
+        "    assert_updates_as_autograd(config, arrays, updated(config, arrays))\n",
+        TIPL_ISA=isa,
+    )
+    if f"this CPU lacks {isa}" in done.stderr:
+        pytest.skip(f"this CPU lacks {isa}")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("hidden_sizes", [(), (8, 5), (16, 16), (64, 64)])
+@pytest.mark.parametrize("activation", ["tanh", "relu", "elu"])
 @pytest.mark.parametrize("act_dim", [1, 3])
 def test_gradient_equals_autograd(hidden_sizes: tuple[int, ...], activation: str, act_dim: int) -> None:
-    config = dataclasses.replace(SMALL, hidden_sizes=hidden_sizes, activation=activation, ent_coef=0.1, vf_coef=0.7)
-    spec, C, B = PolicySpec(4, act_dim, hidden_sizes, activation), 3, config.minibatch_size
-    generator = torch.Generator().manual_seed(0)
+    """Adam's first moment after one step is a tenth of the gradient."""
+    config = PPOConfig(
+        num_steps=48,
+        num_minibatches=1,
+        update_epochs=1,
+        hidden_sizes=hidden_sizes,
+        activation=activation,
+        ent_coef=0.1,
+        vf_coef=0.7,
+        max_grad_norm=1e9,
+        normalize_advantage=False,
+    )
+    arrays = random_update(config, act_dim)
+    ours = 10 * updated(config, arrays)["first_moments"]
+    for i in range(3):
+        gradients = []
+        for dtype in (torch.float64, torch.float32):
+            data = {name: torch.from_numpy(x[i]).to(dtype) for name, x in arrays.items() if name != "order"}
+            agent = reference.Agent(data["params"], 5, act_dim, config)
+            names = ("observations", "actions", "log_probs", "advantages", "returns", "values")
+            losses = reference.ppo_losses(agent, *(data[name] for name in names), config)
+            assert 0.1 < losses["clipfrac"] < 0.9
+            gradient = torch.autograd.grad(losses["loss"], list(agent.parameters()))
+            gradients.append(torch.cat([g.flatten() for g in gradient]).double())
+        oracle, in_float32 = gradients
+        bound = 4 * (in_float32 - oracle).abs().max() + 16 * torch.finfo(torch.float32).eps * oracle.abs().max()
+        assert (torch.from_numpy(ours[i]) - oracle).abs().max() <= bound
 
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, dtype=torch.float64, generator=generator)
 
-    critic_params = sum(o * (i + 1) for i, o in zip((4, *hidden_sizes), (*hidden_sizes, 1), strict=True))
-    params = 0.3 * normal(C, spec.num_params + critic_params)
-    agents = [reference.Agent(row, 4, act_dim, config) for row in params]
-    obs, action, advantage, target = normal(C, B, 4), normal(C, B, act_dim), normal(C, B), normal(C, B)
-    # Ratios on both sides of the clip range and inside, with advantages of both signs.
-    old_log_prob = torch.stack([agents[i].distribution(obs[i]).log_prob(action[i]) for i in range(C)]).detach()
-    old_log_prob += 0.3 * normal(C, B)
-    learner = Learner(spec, config, params)
-    learner.backpropagate(2, obs, action, old_log_prob, advantage, target)
-    for i, agent in enumerate(agents):
-        losses = reference.ppo_losses(agent, obs[i], action[i], old_log_prob[i], advantage[i], target[i], config)
-        assert 0.1 < losses["clipfrac"] < 0.9
-        gradient = torch.autograd.grad(losses["loss"], list(agent.parameters()))
-        torch.testing.assert_close(learner.grads[i], torch.cat([g.flatten() for g in gradient]), rtol=1e-10, atol=1e-13)
-        torch.testing.assert_close(-learner.objectives[2, i].mean(), losses["policy_loss"].detach())
+@pytest.mark.parametrize("activation", ["tanh", "relu", "elu"])
+@pytest.mark.parametrize("hidden_sizes", [(), (1,), (7, 33), (64, 64), (256,)])
+def test_mean_actions_and_values_equal_torch(hidden_sizes: tuple[int, ...], activation: str) -> None:
+    config = PPOConfig(num_steps=24, num_minibatches=1, hidden_sizes=hidden_sizes, activation=activation)
+    for obs_dim, act_dim in ((1, 1), (17, 6), (64, 16)):
+        arrays = random_update(config, act_dim, obs_dim)
+        trials = Population(ScriptedEnv(1), config, [0])  # only for its settings
+        engine = _core.PpoUpdate(
+            obs_dim=obs_dim,
+            act_dim=act_dim,
+            hidden_sizes=hidden_sizes,
+            activation=activation,
+            minibatch_size=24,
+            num_threads=2,
+            **{name: getattr(trials.config, name) for name in ENGINE_SETTINGS},
+        )
+        obs = random_update(dataclasses.replace(config, num_steps=25, num_minibatches=1), act_dim, obs_dim, 1)[
+            "observations"
+        ]
+        actions, values = engine.mean_actions(arrays["params"], obs), engine.values(arrays["params"], obs)
+        for i in range(3):
+            agent = reference.Agent(torch.from_numpy(arrays["params"][i]).double(), obs_dim, act_dim, config)
+            with torch.no_grad():
+                x = torch.from_numpy(obs[i]).double()
+                np.testing.assert_allclose(actions[i], agent.actor(x), rtol=1e-5, atol=2e-5)
+                np.testing.assert_allclose(values[i], agent.critic(x)[:, 0], rtol=1e-5, atol=2e-5)
+                alone = engine.mean_actions(arrays["params"][i : i + 1], np.ascontiguousarray(obs[i : i + 1, 3:4]))
+                np.testing.assert_array_equal(alone[0, 0], actions[i, 3])
 
 
-def test_update_equals_autograd_with_torch_clipping_and_adam() -> None:
-    config = dataclasses.replace(SMALL, learning_rate=1e-3, ent_coef=0.01, max_grad_norm=2.0)
-    trials = population([1, 2], config, act_dim=2, num_threads=1)
-    transitions, _, _ = trials.act()
-    transitions = dataclasses.replace(transitions, rewards=transitions.rewards / 1000)
-    rows, generators = trials.params.clone(), [torch.Generator().set_state(g.get_state()) for g in trials.generators]
-    (learner,) = trials.learners
-    values, advantages = learner.estimate(transitions)
-    stats = learner.update(transitions, trials.generators)
-    for i, generator in enumerate(generators):
-        data = {
-            "obs": transitions.observations[i],
-            "action": transitions.actions[i],
-            "log_prob": transitions.log_probs[i],
-            "advantage": torch.from_numpy(advantages[:, i].copy()),
-            "target": torch.from_numpy(advantages[:, i] + values[:, i]),
-        }
-        orders = [torch.randperm(config.num_steps, generator=generator) for _ in range(config.update_epochs)]
-        oracle, in_float32 = (reference.Agent(row, 3, 2, config) for row in (rows[i].double(), rows[i]))
-        logs = reference.ppo_update(oracle, {name: x.double() for name, x in data.items()}, orders, config)
-        reference.ppo_update(in_float32, data, orders, config)
-        ours = trials.params[i, : len(oracle.row())]
-        bound = 2 * (in_float32.row() - oracle.row()).abs().max() + 4 * torch.finfo(torch.float32).eps
-        assert (ours - oracle.row()).abs().max() <= bound
-        assert (oracle.row() - rows[i, : len(oracle.row())]).abs().max() > 1e-3  # it did move
-        for name in ("policy_loss", "value_loss", "approx_kl", "clipfrac"):
-            assert getattr(stats, name)[i] == pytest.approx(logs[name], rel=1e-3, abs=1e-6), name
-        returns = advantages[:, i] + values[:, i]
-        assert stats.explained_variance[i] == pytest.approx(1 - advantages[:, i].var() / returns.var(), abs=1e-5)
-        with torch.no_grad():
-            assert stats.entropy[i] == pytest.approx(oracle.distribution(data["obs"].double()).entropy()[0].item())
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("params", lambda x: x[:, :-1], r"update: params must have at least \d+ columns, got \d+"),
+        ("params", lambda x: x.astype(np.float64), r"update: params must .*float32, got .*float64"),
+        (
+            "actions",
+            lambda x: x[:, 1:],
+            r"update: actions must have shape \(N, T, A\) = \(3, 64, 2\), got \(3, 63, 2\)",
+        ),
+        ("returns", lambda x: x[1:], r"update: returns must have shape \(N, T\) = \(3, 64\), got \(2, 64\)"),
+        ("order", lambda x: x + 1, r"update: order must hold steps in \[0, 64\), got 64"),
+        ("order", lambda x: x - 1, r"update: order must hold steps in \[0, 64\), got -1"),
+    ],
+)
+def test_wrong_arrays_are_refused(name: str, change: Callable[[np.ndarray], np.ndarray], message: str) -> None:
+    arrays = random_update(SMALL, 2)
+    with pytest.raises((TypeError, ValueError), match=message):
+        updated(SMALL, arrays | {name: np.ascontiguousarray(change(arrays[name]))})
 
 
 def test_update_equals_stable_baselines3() -> None:
@@ -275,12 +492,14 @@ def test_update_equals_stable_baselines3() -> None:
     state = model.policy.state_dict()
     order = [name for name in state if "value_net" not in name] + [name for name in state if "value_net" in name]
     params = torch.cat([state[name].flatten() for name in order])[None]
-    learner = Learner(spec, config, params)
+    trials = Population(ScriptedEnv(1), config, [0])
+    assert trials.spec == spec
+    trials.params[:] = params.numpy()
     generator = torch.Generator().manual_seed(0)
     transitions = Transitions(
-        observations=torch.randn(1, 64, 3, generator=generator),
-        actions=torch.randn(1, 64, 1, generator=generator),
-        log_probs=-1.4 + 0.3 * torch.randn(1, 64, generator=generator),
+        observations=torch.randn(1, 64, 3, generator=generator).numpy(),
+        actions=torch.randn(1, 64, 1, generator=generator).numpy(),
+        log_probs=-1.4 + 0.3 * torch.randn(1, 64, generator=generator).numpy(),
         rewards=torch.randn(64, 1, generator=generator).numpy(),
         terminated=np.arange(64)[:, None] % 10 == 9,
         truncated=np.zeros((64, 1), bool),
@@ -291,14 +510,14 @@ def test_update_equals_stable_baselines3() -> None:
     buffer.rewards[:], buffer.log_probs[:, 0] = transitions.rewards, transitions.log_probs[0]
     buffer.episode_starts[1:] = transitions.terminated[:-1]
     with torch.no_grad():
-        buffer.values[:, 0] = model.policy.predict_values(transitions.observations[0])[:, 0]
+        buffer.values[:, 0] = model.policy.predict_values(torch.from_numpy(transitions.observations[0]))[:, 0]
         last_value = model.policy.predict_values(torch.ones(1, 3))
     buffer.compute_returns_and_advantage(last_value, transitions.terminated[-1])
     buffer.full = True
     model.train()
-    stats = learner.update(transitions, [generator])
+    stats = trials.update(transitions, config.learning_rate)
     after = torch.cat([model.policy.state_dict()[name].flatten() for name in order])
-    torch.testing.assert_close(params[0], after, rtol=0, atol=2e-6)
+    np.testing.assert_allclose(trials.params[0], after, rtol=0, atol=2e-6)
     logged = model.logger.name_to_value
     for name, theirs in (
         ("policy_loss", "policy_gradient_loss"),
@@ -311,30 +530,25 @@ def test_update_equals_stable_baselines3() -> None:
 
 
 def test_every_transition_is_visited_once_an_epoch() -> None:
-    visits: list[tuple[int, torch.Tensor, torch.Tensor]] = []
+    trials, orders = population([1, 2, 3], dataclasses.replace(SMALL, num_envs=2)), []
 
-    class Recording(Learner):
-        def backpropagate(self, m: int, obs: torch.Tensor, action: torch.Tensor, *rest: torch.Tensor) -> None:
-            visits.append((m, obs.clone(), torch.stack(rest, -1)))
-            super().backpropagate(m, obs, action, *rest)
+    class Watched:
+        def __getattr__(self, name: str) -> object:
+            return getattr(engine, name)
 
-    trials = population([1, 2, 3], dataclasses.replace(SMALL, normalize_advantage=False))
-    transitions, _, _ = trials.act()
-    # Each step is (trial, t), in every array alike.
-    label = torch.stack([torch.arange(3.0)[:, None].expand(3, 64), torch.arange(64.0).expand(3, 64)], -1)
-    observations = torch.cat([label, torch.zeros(3, 64, 1)], -1)
-    transitions = dataclasses.replace(transitions, observations=observations, log_probs=label.sum(-1))
-    Recording(trials.spec, trials.config, trials.params).update(transitions, trials.generators)
-    assert [m for m, _, _ in visits] == [0, 1, 2, 3] * 3
-    orders = []
-    for epoch in range(3):
-        obs = torch.cat([obs for _, obs, _ in visits[4 * epoch : 4 * epoch + 4]], 1)  # (C, T, O)
-        log_probs = torch.cat([rest[..., 0] for _, _, rest in visits[4 * epoch : 4 * epoch + 4]], 1)
-        assert torch.equal(obs[..., 0], label[..., 0])  # a trial sees its own steps only
-        assert torch.equal(obs[..., 1].sort(1).values, label[..., 1])
-        assert torch.equal(log_probs, obs[..., :2].sum(-1))  # and the arrays stay together
-        orders += list(obs[..., 1])
-    assert len({tuple(order.tolist()) for order in orders}) == 9  # each trial and epoch has an order of its own
+        def update(self, *, order: np.ndarray, **arrays: np.ndarray) -> np.ndarray:
+            orders.append(order.copy())
+            return engine.update(order=order, **arrays)
+
+    engine, trials.engine = trials.engine, Watched()
+    for _ in range(2):
+        trials.iterate()
+    both = np.stack(orders)  # (iterations, N, epochs, S)
+    assert both.shape == (2, 3, 3, 128)
+    np.testing.assert_array_equal(np.sort(both), np.broadcast_to(np.arange(128), both.shape))
+    assert (
+        len(np.unique(both.reshape(18, 128), axis=0)) == 18
+    )  # each trial, iteration and epoch has an order of its own
 
 
 # ---- independence and randomness
@@ -348,9 +562,9 @@ def test_same_seed_same_path_and_other_seed_other_path() -> None:
     assert (population([5]).weights() != population([6]).weights()).any()
 
 
-@pytest.mark.parametrize("hidden_sizes", [(64, 64), (7,)])
-def test_trial_does_not_depend_on_the_others_nor_on_threads(hidden_sizes: tuple[int, ...]) -> None:
-    config = dataclasses.replace(SMALL, hidden_sizes=hidden_sizes)
+@pytest.mark.parametrize("settings", [{}, {"hidden_sizes": (7,)}, {"num_steps": 60}, {"num_envs": 2}])
+def test_trial_does_not_depend_on_the_others_nor_on_threads(settings: dict[str, object]) -> None:
+    config = dataclasses.replace(SMALL, normalize_observations=True, **settings)
     seeds = [3, 1, 4, 15, 9]
     together = path(seeds, config, act_dim=3, num_threads=1)
     for threads in (2, 7):
@@ -381,12 +595,11 @@ def test_initial_weights_are_stable_baselines3s() -> None:
         for weight in parts[name]:
             rows = weight if weight.shape[0] <= weight.shape[1] else weight.T
             torch.testing.assert_close(rows @ rows.T, gain**2 * torch.eye(len(rows)), rtol=0, atol=1e-5 * gain**2)
-    for learner in trials.learners:
-        gains = [2**0.5, 2**0.5, 1.0]
-        for (weight, bias), gain in zip(learner.critic.layers, gains, strict=True):
-            norm = torch.linalg.matrix_norm(weight, 2)
-            torch.testing.assert_close(norm, torch.full_like(norm, gain), rtol=1e-5, atol=0)
-            assert not bias.any()
+    critics = torch.from_numpy(trials.params[:, trials.spec.num_params :])
+    for (weight, bias), gain in zip(layer_views(critics, (3, 64, 32, 1)), [2**0.5, 2**0.5, 1.0], strict=True):
+        norm = torch.linalg.matrix_norm(weight, 2)
+        torch.testing.assert_close(norm, torch.full_like(norm, gain), rtol=1e-5, atol=0)
+        assert not bias.any()
 
 
 # ---- statistics, errors
@@ -427,10 +640,18 @@ def test_weights_are_a_copy() -> None:
     np.testing.assert_array_equal(weights, before)
 
 
-def test_torch_thread_count_is_left_as_it_was() -> None:
-    before = torch.get_num_threads()
-    population([1, 2], num_threads=2).iterate()
-    assert torch.get_num_threads() == before
+def test_the_learning_rate_is_annealed_over_the_iterations() -> None:
+    config = dataclasses.replace(SMALL, anneal_lr=True, learning_rate=4e-3)
+    trials = population([1, 2], config, num_iterations=4)
+    assert [trials.iterate().learning_rate for _ in range(4)] == pytest.approx([4e-3, 3e-3, 2e-3, 1e-3], rel=1e-12)
+    assert population([1]).iterate().learning_rate == SMALL.learning_rate
+    # The first iteration is as without, the second is not.
+    np.testing.assert_array_equal(
+        path([1], config, 1, num_iterations=4), path([1], dataclasses.replace(config, anneal_lr=False), 1)
+    )
+    assert (path([1], config, 2, num_iterations=4) != path([1], config, 2, num_iterations=5)).any()
+    with pytest.raises(ValueError, match="Population: num_iterations must be given with anneal_lr, got None"):
+        population([1], config)
 
 
 def test_weights_that_are_not_finite_name_the_trial() -> None:
@@ -451,7 +672,10 @@ def test_weights_that_are_not_finite_name_the_trial() -> None:
     [
         ({"num_steps": 0}, "PPOConfig: num_steps must be a positive int, got 0"),
         ({"update_epochs": 1.5}, r"PPOConfig: update_epochs must be a positive int, got 1\.5"),
-        ({"num_minibatches": 100}, "PPOConfig: num_minibatches must divide num_steps = 2048, got 100"),
+        ({"num_minibatches": 100}, r"PPOConfig: num_minibatches must divide num_envs \* num_steps = 2048, got 100"),
+        ({"num_envs": 0}, "PPOConfig: num_envs must be a positive int, got 0"),
+        ({"target_kl": 0.0}, r"PPOConfig: target_kl must be positive and finite, got 0\.0"),
+        ({"clip_coef_vf": -1.0}, r"PPOConfig: clip_coef_vf must be positive and finite, got -1\.0"),
         ({"learning_rate": 0.0}, r"PPOConfig: learning_rate must be positive and finite, got 0\.0"),
         ({"max_grad_norm": float("nan")}, "PPOConfig: max_grad_norm must be positive and finite, got nan"),
         ({"ent_coef": -0.1}, r"PPOConfig: ent_coef must be finite and not negative, got -0\.1"),
@@ -468,7 +692,7 @@ def test_bad_config_is_refused(kwargs: dict[str, object], match: str) -> None:
 @pytest.mark.parametrize(
     ("seeds", "kwargs", "match"),
     [
-        ([1, 2, 3], {}, r"Population: seeds must have one entry for each of 2 environments, got 3"),
+        ([1, 2, 3], {}, r"Population: seeds must have one entry for every 1 of 2 environments, got 3"),
         ([1, 2**32], {}, r"Population: seeds must lie in \[0, 2\*\*32\), got 4294967296"),
         ([1, 2], {"num_threads": 0}, "Population: num_threads must be at least 1, got 0"),
     ],

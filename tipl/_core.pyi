@@ -125,3 +125,44 @@ def products(
     first_row: int = 0,
 ) -> NDArray[np.float64]: ...
 def combine(X: NDArray[np.float32], weights: NDArray[np.float64], num_threads: int) -> NDArray[np.float32]: ...
+
+class PpoUpdate:
+    def __init__(
+        self,
+        *,
+        obs_dim: int,
+        act_dim: int,
+        hidden_sizes: Sequence[int],
+        activation: str,
+        minibatch_size: int,
+        update_epochs: int,
+        clip_coef: float,
+        clip_coef_vf: float | None,
+        vf_coef: float,
+        ent_coef: float,
+        max_grad_norm: float,
+        adam_eps: float,
+        normalize_advantage: bool,
+        target_kl: float | None,
+        num_threads: int,
+    ) -> None: ...
+    @property
+    def num_params(self) -> int: ...
+    def mean_actions(self, params: NDArray[np.float32], obs: NDArray[np.float32]) -> NDArray[np.float32]: ...
+    def values(self, params: NDArray[np.float32], obs: NDArray[np.float32]) -> NDArray[np.float32]: ...
+    def update(
+        self,
+        *,
+        params: NDArray[np.float32],
+        first_moments: NDArray[np.float32],
+        second_moments: NDArray[np.float32],
+        num_updates: NDArray[np.int64],
+        observations: NDArray[np.float32],
+        actions: NDArray[np.float32],
+        log_probs: NDArray[np.float32],
+        advantages: NDArray[np.float32],
+        returns: NDArray[np.float32],
+        values: NDArray[np.float32],
+        order: NDArray[np.int64],
+        learning_rate: float,
+    ) -> NDArray[np.float64]: ...

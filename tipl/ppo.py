@@ -1,78 +1,101 @@
-"""Many independent PPO trials at once: one environment a trial, stepped in lockstep, parameters of all trials stacked.
+"""Many independent PPO trials at once, stepped in lockstep, parameters of all trials stacked.
 
 The algorithm is Stable-Baselines3's PPO (Schulman et al. 2017, arXiv:1707.06347) with its defaults and its details. A
-trial shares nothing with the others but the moment at which it is computed: its initial weights, environment, action
-noise, minibatch order, gradient clipping and Adam state follow from its own seed alone.
+trial shares nothing with the others but the moment at which it is computed: its initial weights, environments, action
+noise, minibatch order, gradient clipping and Adam state follow from its own seed alone. Acting and the update run in
+`csrc/ppo.cpp`.
 
-Shapes  N trials, C of them in one worker's hands; T = num_steps, M = num_minibatches, B = T / M; O = obs_dim,
-        A = act_dim; P = parameters of a trial, log_std | actor | critic, of which the first p are the checkpoint.
+Shapes  N trials of E = num_envs environments each, numbered trial by trial; T = num_steps; O = obs_dim, A = act_dim;
+        P = parameters of a trial, log_std | actor | critic, of which the first p are the checkpoint.
 
-A trial's results do not depend on the number of threads nor on the population around it: to the bit where B is a
-multiple of 16, as by default, which lets every trial's matrices lie alike in memory, else but for rounding.
+A trial's results have the same bits for any number of threads and whatever the population around it.
 """
 
 import dataclasses
 import itertools
 import math
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
+from tipl import _core
 from tipl.envs import MujocoState, MujocoVectorEnv, VectorEnv
-from tipl.policy import Activation, PolicySpec, StackedMLP, layer_views, round_up
+from tipl.policy import Activation, PolicySpec, layer_views
 
 Floats = NDArray[np.float64]
+Singles = NDArray[np.float32]
 
 LOG_2PI = math.log(2 * math.pi)
 ENV_ARRAYS = [field.name for field in dataclasses.fields(MujocoState) if field.name != "rngs"]
-TRIALS_PER_JOB = 16  # what one worker updates before it turns to the next trials; their activations fit the L2 cache
+ENGINE_SETTINGS = (
+    "update_epochs",
+    "clip_coef",
+    "clip_coef_vf",
+    "vf_coef",
+    "ent_coef",
+    "max_grad_norm",
+    "adam_eps",
+    "normalize_advantage",
+    "target_kl",
+)
+"""What the native update takes from `PPOConfig` as it is."""
+OBS_EPS, OBS_LIMIT = 1e-8, 10.0  # of normalised observations, as in SB3's VecNormalize
 
 
 @dataclasses.dataclass(frozen=True)
 class PPOConfig:
     """PPO's hyperparameters, under CleanRL's names with Stable-Baselines3's defaults."""
 
+    num_envs: int = 1
+    """Environments of a trial, E."""
     num_steps: int = 2048
-    """Environment steps of a trial in one iteration, T."""
+    """Steps of each environment in one iteration, T."""
     update_epochs: int = 10
     """Passes over these steps in one iteration."""
     num_minibatches: int = 32
-    """Minibatches of one pass, M; must divide num_steps."""
+    """Minibatches of one pass; must divide num_envs * num_steps."""
     learning_rate: float = 3e-4
+    anneal_lr: bool = False
+    """Let the learning rate fall linearly, iteration by iteration, to 0 after the last."""
     gamma: float = 0.99
     """Discount of the rewards."""
     gae_lambda: float = 0.95
     clip_coef: float = 0.2
     """How far the probability ratio may leave 1 and still earn."""
+    clip_coef_vf: float | None = None
+    """How far a value may leave what it was before the update and still learn (SB3's clip_range_vf); None: any."""
     vf_coef: float = 0.5
     """Weight of the mean squared error of the values (SB3's; CleanRL has a further factor 1/2)."""
     ent_coef: float = 0.0
     """Weight of the entropy bonus."""
     max_grad_norm: float = 0.5
     """Limit of the norm of a trial's gradient, actor and critic together."""
+    target_kl: float | None = None
+    """A trial's update ends with the minibatch whose approx_kl is above 1.5 times this, before it takes the step."""
     adam_eps: float = 1e-5
     normalize_advantage: bool = True
     """Normalise the advantages of each minibatch."""
+    normalize_observations: bool = False
+    """Let the networks see observations less their mean so far, over their deviation, clipped to 10 (SB3's
+    VecNormalize). Checkpoints have it in their first layer, and so no clipping."""
     hidden_sizes: tuple[int, ...] = (64, 64)
     """Widths of the hidden layers, the same for actor and critic, which share none."""
     activation: Activation = "tanh"
 
     def __post_init__(self) -> None:
-        for name in ("num_steps", "update_epochs", "num_minibatches"):
+        for name in ("num_envs", "num_steps", "update_epochs", "num_minibatches"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"PPOConfig: {name} must be a positive int, got {value!r}")
-        if self.num_steps % self.num_minibatches:
-            got = self.num_minibatches
-            raise ValueError(f"PPOConfig: num_minibatches must divide num_steps = {self.num_steps}, got {got}")
-        for name in ("learning_rate", "clip_coef", "max_grad_norm", "adam_eps"):
+        if self.batch_size % self.num_minibatches:
+            batch, got = self.batch_size, self.num_minibatches
+            raise ValueError(f"PPOConfig: num_minibatches must divide num_envs * num_steps = {batch}, got {got}")
+        optional = [name for name in ("clip_coef_vf", "target_kl") if getattr(self, name) is not None]
+        for name in ("learning_rate", "clip_coef", "max_grad_norm", "adam_eps", *optional):
             if not 0.0 < getattr(self, name) < math.inf:
                 raise ValueError(f"PPOConfig: {name} must be positive and finite, got {getattr(self, name)}")
         for name in ("vf_coef", "ent_coef"):
@@ -84,8 +107,13 @@ class PPOConfig:
         PolicySpec(1, 1, self.hidden_sizes, self.activation)  # refuses bad sizes and activations
 
     @property
+    def batch_size(self) -> int:
+        """Environment steps of a trial in one iteration."""
+        return self.num_envs * self.num_steps
+
+    @property
     def minibatch_size(self) -> int:
-        return self.num_steps // self.num_minibatches
+        return self.batch_size // self.num_minibatches
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +122,7 @@ class UpdateStats:
 
     policy_loss: Floats
     value_loss: Floats
-    """Mean squared error of the values; as policy_loss and clipfrac the mean over the minibatches of all epochs."""
+    """Mean squared error of the values; as policy_loss and clipfrac the mean over all minibatches."""
     entropy: Floats
     """Entropy of the action distribution after the update."""
     approx_kl: Floats
@@ -113,6 +141,7 @@ class IterationStats(UpdateStats):
     """Mean return of the episodes that ended in it; the last iteration's where none did, NaN before the first."""
     num_episodes: NDArray[np.int64]
     """Episodes that ended in it."""
+    learning_rate: float
     seconds: dict[str, float]
     """Wall-clock time in "env" steps, "policy" (all else that acting takes) and "update"."""
 
@@ -120,9 +149,9 @@ class IterationStats(UpdateStats):
 class FinalStep(NamedTuple):
     """A step whose next value is not that of the row below: a time-out, or the last step of the iteration."""
 
-    trial: int
+    env: int
     t: int
-    final_obs: NDArray[np.float32]
+    final_obs: Singles
     """(O,): what the step led to."""
 
 
@@ -130,31 +159,31 @@ class FinalStep(NamedTuple):
 class Transitions:
     """The steps of one iteration. Every row is a real step: environments reset in the step that ends an episode."""
 
-    observations: Tensor
-    """(N, T, O)"""
-    actions: Tensor
-    """(N, T, A), not clipped to the action space."""
-    log_probs: Tensor
-    """(N, T)"""
-    rewards: NDArray[np.float32]
-    """(T, N)"""
+    observations: Singles
+    """(N * E, T, O), as the networks see them."""
+    actions: Singles
+    """(N * E, T, A), not clipped to the action space."""
+    log_probs: Singles
+    """(N * E, T)"""
+    rewards: Singles
+    """(T, N * E)"""
     terminated: NDArray[np.bool_]
-    """(T, N)"""
+    """(T, N * E)"""
     truncated: NDArray[np.bool_]
-    """(T, N)"""
+    """(T, N * E)"""
     final_steps: list[FinalStep]
 
 
 def gae(
-    rewards: NDArray[np.float32],
-    values: NDArray[np.float32],
-    next_values: NDArray[np.float32],
+    rewards: Singles,
+    values: Singles,
+    next_values: Singles,
     terminated: NDArray[np.bool_],
     done: NDArray[np.bool_],
     *,
     gamma: float,
     gae_lambda: float,
-) -> NDArray[np.float32]:
+) -> Singles:
     """Return GAE advantages (T, N); every input is (T, N). Schulman et al. 2016, arXiv:1506.02438.
 
     `next_values` are the values of what each step led to; where a time limit ended the episode, of its final
@@ -170,151 +199,37 @@ def gae(
     return advantages
 
 
-def log_prob(noise: Tensor, log_std: Tensor) -> Tensor:
-    """Return the log-probabilities (N, B) of actions mean + exp(log_std) noise; noise (N, B, A), log_std (N, 1, A)."""
-    return noise.square().sum(-1).mul_(-0.5).sub_(log_std.sum(-1).add_(0.5 * LOG_2PI * noise.shape[-1]))
+class ObservationScaler:
+    """Mean and variance of all observations that each of N trials has made, and those observations on their scale.
 
-
-def entropy(log_std: Tensor) -> Tensor:
-    """Return the entropies (N,) of the action distributions; log_std (N, 1, A)."""
-    return (log_std + 0.5 * (1 + LOG_2PI)).sum((1, 2))
-
-
-def clip_grad_norms_(grads: Tensor, max_norm: float) -> None:
-    """Scale each row of grads (N, P) whose norm is above max_norm down to it, as torch's clip_grad_norm_ does."""
-    norms = torch.linalg.vector_norm(grads, dim=1, keepdim=True)
-    grads.mul_((max_norm / (norms + 1e-6)).clamp_(max=1.0))
-
-
-class Learner:
-    """The updates of trials [first, first + C): reads their transitions, and owns their gradients and Adam state.
-
-    Forward and backward are by hand into buffers made once, on the calling thread.
+    A trial's statistics are those of SB3's RunningMeanStd, which begins with a weight of 1e-4 at mean 0 and variance 1.
     """
 
-    def __init__(self, spec: PolicySpec, config: PPOConfig, params: Tensor, first: int = 0) -> None:
-        C, B, A, p = len(params), config.minibatch_size, spec.act_dim, spec.num_params
-        self.config, self.trials = config, range(first, first + C)
-        self.grads = torch.zeros_like(params)  # (C, P)
-        params.grad = self.grads
-        self.optimizer = torch.optim.Adam([params], lr=config.learning_rate, eps=config.adam_eps, fused=True)
-        self.log_std, self.log_std_grad = params[:, None, :A], self.grads[:, None, :A]  # (C, 1, A)
-        self.actor = StackedMLP(params[:, A:], spec.layer_sizes, spec.activation, B, self.grads[:, A:])
-        self.critic = StackedMLP(params[:, p:], _critic_sizes(spec), spec.activation, B, self.grads[:, p:])
-        # Of each minibatch of an epoch, for the statistics.
-        self.log_ratios, self.objectives, self.value_errors = params.new_empty(3, config.num_minibatches, C, B)
+    def __init__(self, num_trials: int, obs_dim: int) -> None:
+        self.mean, self.var = np.zeros((num_trials, 1, obs_dim)), np.ones((num_trials, 1, obs_dim))
+        self.count = 1e-4
 
-    def update(self, transitions: Transitions, generators: Sequence[torch.Generator]) -> UpdateStats:
-        """Run the epochs of one iteration; generators (C,) give the minibatch orders. The statistics are (C,)."""
-        config, trials = self.config, slice(self.trials.start, self.trials.stop)
-        C, T, M, B = len(self.trials), config.num_steps, config.num_minibatches, config.minibatch_size
-        values, advantages = self.estimate(transitions)
-        returns = advantages + values
-        # One row a step, so that one index picks the same minibatch of all trials.
-        observations, actions = (x[trials].flatten(0, 1) for x in (transitions.observations, transitions.actions))
-        scalars = [torch.from_numpy(x.T.reshape(-1)) for x in (advantages, returns)]
-        scalars.append(transitions.log_probs[trials].flatten())  # (C * T,) each
-        order = torch.empty(C, T, dtype=torch.int64)
-        sums = torch.zeros(3, C, dtype=torch.float64)
-        for _ in range(config.update_epochs):
-            for i, generator in enumerate(generators):
-                torch.randperm(T, generator=generator, out=order[i])
-                order[i] += i * T
-            epoch = order.view(C, M, B).transpose(0, 1).reshape(M, C * B)
-            advantage, target, old_log_prob = (x[epoch].view(M, C, B) for x in scalars)
-            if config.normalize_advantage and B > 1:
-                std, mean = torch.std_mean(advantage, -1, keepdim=True)
-                advantage = (advantage - mean) / (std + 1e-8)
-            for m, rows in enumerate(epoch):
-                obs, action = (x.index_select(0, rows).view(C, B, -1) for x in (observations, actions))
-                self.backpropagate(m, obs, action, old_log_prob[m], advantage[m], target[m])
-                clip_grad_norms_(self.grads, config.max_grad_norm)
-                self.optimizer.step()
-            ratios = self.log_ratios.exp()
-            clipped = (ratios - 1).abs() > config.clip_coef
-            sums += torch.stack([x.double().mean((0, 2)) for x in (-self.objectives, self.value_errors**2, clipped)])
-        policy_loss, value_loss, clipfrac = (sums / config.update_epochs).numpy()
-        return UpdateStats(
-            policy_loss=policy_loss,
-            value_loss=value_loss,
-            entropy=entropy(self.log_std).double().numpy(),
-            approx_kl=(ratios - 1 - self.log_ratios).double().mean((0, 2)).numpy(),
-            clipfrac=clipfrac,
-            explained_variance=_explained_variance(returns, advantages),
-        )
+    def update(self, obs: Floats) -> None:
+        """Take observations (N * E, O), E of each trial."""
+        obs = obs.reshape(len(self.mean), -1, obs.shape[-1])
+        added = obs.shape[1]
+        total = self.count + added
+        shift = obs.mean(1, keepdims=True) - self.mean
+        squares = self.count * self.var + added * obs.var(1, keepdims=True) + shift**2 * self.count * added / total
+        self.mean = self.mean + shift * added / total
+        self.var, self.count = squares / total, total
 
-    def backpropagate(
-        self, m: int, obs: Tensor, action: Tensor, old_log_prob: Tensor, advantage: Tensor, target: Tensor
-    ) -> None:
-        """Write the gradient of PPO's loss on minibatch m of an epoch into `grads`; the inputs are (C, B, ...).
+    def scaled(self, obs: Floats) -> Floats:
+        """Return observations (N * E, O) on the scale of their trials."""
+        rows = obs.reshape(len(self.mean), -1, obs.shape[-1])
+        scaled: Floats = np.clip((rows - self.mean) / np.sqrt(self.var + OBS_EPS), -OBS_LIMIT, OBS_LIMIT)
+        return scaled.reshape(obs.shape)
 
-        loss = mean over B of [-min(r advantage, clip(r) advantage) + vf_coef (value - target)^2] - ent_coef entropy
-        """
-        config, B = self.config, obs.shape[1]
-        inv_std = torch.exp(-self.log_std)
-        noise = (action - self.actor.forward(obs)).mul_(inv_std)  # (C, B, A)
-        log_ratio = torch.sub(log_prob(noise, self.log_std), old_log_prob, out=self.log_ratios[m])
-        ratio = log_ratio.exp()
-        objective = ratio * advantage
-        clipped = ratio.clamp_(1 - config.clip_coef, 1 + config.clip_coef).mul_(advantage)
-        torch.minimum(objective, clipped, out=self.objectives[m])
-        # r is its own derivative by the log-probability; where the clipped side is the smaller, the loss is constant.
-        log_prob_grad = objective.mul_(objective <= clipped).mul_(-1 / B)[..., None]  # (C, B, 1)
-        mean_grad = (noise * log_prob_grad).mul_(inv_std)
-        torch.sum(noise.square_().sub_(1).mul_(log_prob_grad), 1, keepdim=True, out=self.log_std_grad)
-        self.log_std_grad -= config.ent_coef
-        self.actor.backward(mean_grad)
-        value_error = torch.sub(self.critic.forward(obs)[..., 0], target, out=self.value_errors[m])
-        self.critic.backward((value_error * (2 * config.vf_coef / B))[..., None])
-
-    def optimizer_state(self) -> dict[str, Tensor]:
-        """Return a copy of Adam's state, a row a trial: step (C,), exp_avg and exp_avg_sq (C, P)."""
-        (params,) = self.optimizer.param_groups[0]["params"]
-        state = self.optimizer.state[params]  # empty before the first step
-        step = state.get("step", torch.zeros(()))
-        moments = {name: state.get(name, torch.zeros_like(params)).clone() for name in ("exp_avg", "exp_avg_sq")}
-        return {"step": step.repeat(len(params)), **moments}
-
-    def load_optimizer_state(self, state: dict[str, Tensor]) -> None:
-        """Go on from what `optimizer_state` returned; its trials may have come from other learners, in step."""
-        (params,) = self.optimizer.param_groups[0]["params"]
-        moments = {name: state[name].clone() for name in ("exp_avg", "exp_avg_sq")}
-        self.optimizer.state[params] = {"step": state["step"][0].clone(), **moments}
-
-    def estimate(self, transitions: Transitions) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Return the critic's values and the advantages of the steps, (T, C) each."""
-        trials = slice(self.trials.start, self.trials.stop)
-        values = self.values(transitions.observations[trials]).numpy().T
-        terminated, truncated = transitions.terminated[:, trials], transitions.truncated[:, trials]
-        advantages = gae(
-            transitions.rewards[:, trials],
-            values,
-            self.next_values(values, transitions),
-            terminated,
-            terminated | truncated,
-            gamma=self.config.gamma,
-            gae_lambda=self.config.gae_lambda,
-        )
-        return values, advantages
-
-    def values(self, obs: Tensor) -> Tensor:
-        """Return the critic's values (C, R) of obs (C, R, O), R a multiple of B."""
-        B = self.config.minibatch_size
-        return torch.cat([self.critic.forward(rows)[..., 0].clone() for rows in torch.split(obs, B, 1)], 1)
-
-    def next_values(self, values: NDArray[np.float32], transitions: Transitions) -> NDArray[np.float32]:
-        """Return the values of what each step led to, (T, C), given the values (T, C) of what it started from."""
-        finals = [[step for step in transitions.final_steps if step.trial == trial] for trial in self.trials]
-        B = self.config.minibatch_size
-        rows = -(-max(map(len, finals)) // B) * B  # whole minibatches, because the critic's buffers have that size
-        final_obs = torch.zeros(len(finals), rows, transitions.observations.shape[-1])
-        for i, steps in enumerate(finals):
-            final_obs[i, : len(steps)] = torch.from_numpy(np.array([step.final_obs for step in steps]))
-        final_values = self.values(final_obs).numpy()
-        next_values = np.roll(values, -1, 0)
-        for i, steps in enumerate(finals):
-            next_values[[step.t for step in steps], i] = final_values[i, : len(steps)]
-        return next_values
+    def fold_into(self, weight: NDArray[Any], bias: NDArray[Any]) -> None:
+        """Let the layers weight (N, out, O), bias (N, out) take observations as they are, without the limits."""
+        scaled = weight / np.sqrt(self.var + OBS_EPS)
+        bias -= (scaled @ self.mean.swapaxes(1, 2))[..., 0]
+        weight[:] = scaled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -323,20 +238,23 @@ class PopulationState:
 
     env_steps: int
     arrays: dict[str, NDArray[Any]]
-    """A row a trial each: params (N, P), the learners' optimizer.*, generators (N, bytes), running_return and
-    episodic_return (N,), and env.*, the fields of `MujocoState` but its rngs."""
+    """A row a trial or an environment each: params (N, P), Adam's optimizer.step (N,), .exp_avg and .exp_avg_sq (N, P),
+    generators (N, bytes), episodic_return (N,), running_return (N * E,), env.*, the fields of `MujocoState` but its
+    rngs, and obs.mean and obs.var (N, 1, O) where observations are normalised."""
     env_rngs: list[Any]
-    """(N,): those rngs, plain dicts."""
+    """(N * E,): those rngs, plain dicts."""
 
 
 class Population:
-    """N independent PPO trials, one to each environment of `env`; trial i depends on seeds[i] alone.
+    """N independent PPO trials, each in its own environments of `env`; trial i depends on seeds[i] alone.
 
     Args:
-        env: its environments are reset to `seeds`; whoever made it closes it.
+        env: num_envs environments a trial, trial by trial. They are reset to `environment_seeds(seeds, num_envs)`;
+            whoever made them closes them.
         seeds: one int in [0, 2**32) a trial.
         shared_init: start every trial from the initial weights of seeds[0]; all else stays its own.
-        num_threads: threads of the update, by default as many as torch uses; the environments have their own.
+        num_iterations: that anneal_lr reckons with; needed for that alone.
+        num_threads: threads of the update, by default one a core; the environments have their own.
     """
 
     def __init__(
@@ -346,57 +264,84 @@ class Population:
         seeds: Sequence[int],
         *,
         shared_init: bool = False,
+        num_iterations: int | None = None,
         num_threads: int | None = None,
     ) -> None:
-        N = env.num_envs
+        N = len(seeds)
         self.seeds = [int(seed) for seed in seeds]
-        if len(self.seeds) != N:
+        if env.num_envs != N * config.num_envs:
             raise ValueError(
-                f"Population: seeds must have one entry for each of {N} environments, got {len(self.seeds)}"
+                f"Population: seeds must have one entry for every {config.num_envs} of {env.num_envs} environments, "
+                f"got {N}"
             )
         for seed in self.seeds:
             if not 0 <= seed < 2**32:  # torch's generator takes no more bits
                 raise ValueError(f"Population: seeds must lie in [0, 2**32), got {seed}")
-        threads = torch.get_num_threads() if num_threads is None else num_threads
+        threads = _core.available_cpus() if num_threads is None else num_threads
         if threads < 1:
             raise ValueError(f"Population: num_threads must be at least 1, got {num_threads}")
-        self.env, self.config = env, config
+        if config.anneal_lr and num_iterations is None:
+            raise ValueError("Population: num_iterations must be given with anneal_lr, got None")
+        self.env, self.config, self.num_iterations = env, config, num_iterations
         self.spec = PolicySpec(env.obs_dim, env.act_dim, config.hidden_sizes, config.activation)
         self.env_steps = 0
         """Environment steps that each trial has made."""
         self.generators = [torch.Generator().manual_seed(seed) for seed in self.seeds]
-        self.params = _initial_params(self.spec, self.generators)
+        self.params = _initial_params(self.spec, self.generators)  # (N, P)
         if shared_init:
             self.params[1:] = self.params[0]
-        self._actor = StackedMLP(self.params[:, env.act_dim :], self.spec.layer_sizes, config.activation, batch_size=1)
-        jobs = min(N, threads * math.ceil(N / (threads * TRIALS_PER_JOB)))
-        bounds = [N * job // jobs for job in range(jobs + 1)]
-        self.learners = [
-            Learner(self.spec, config, self.params[first:last], first) for first, last in itertools.pairwise(bounds)
-        ]
-        self._workers = ThreadPoolExecutor(threads, "ppo-update", torch.set_num_threads, (1,))
-        self._obs = env.reset(self.seeds)
-        self._running_return = np.zeros(N)  # of the episodes under way
+        self.moments = np.zeros((2, *self.params.shape), np.float32)
+        self.num_updates = np.zeros(N, np.int64)
+        self.engine = _core.PpoUpdate(
+            obs_dim=env.obs_dim,
+            act_dim=env.act_dim,
+            hidden_sizes=config.hidden_sizes,
+            activation=config.activation,
+            minibatch_size=config.minibatch_size,
+            num_threads=threads,
+            **{name: getattr(config, name) for name in ENGINE_SETTINGS},
+        )
+        self.scaler = ObservationScaler(N, env.obs_dim) if config.normalize_observations else None
+        self._obs = env.reset(environment_seeds(self.seeds, config.num_envs))
+        if self.scaler is not None:
+            self.scaler.update(self._obs)
+        self._running_return = np.zeros(env.num_envs)  # of the episodes under way
         self._episodic_return = np.full(N, np.nan)
 
-    def weights(self) -> NDArray[np.float32]:
-        """Return a copy of the policies' flat weights, (N, p) in the layout of `spec`."""
-        return self.params[:, : self.spec.num_params].numpy().copy()
+    def weights(self) -> Singles:
+        """Return a copy of the policies' flat weights, (N, p) in the layout of `spec`, for observations as they are."""
+        weights = self.params[:, : self.spec.num_params].copy()
+        if self.scaler is not None:
+            first_layer = list(self.spec.unflatten(torch.from_numpy(weights)).values())[1:3]  # behind log_std
+            self.scaler.fold_into(*(part.numpy() for part in first_layer))
+        return weights
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the next iteration."""
+        rate = self.config.learning_rate
+        if self.config.anneal_lr and self.num_iterations is not None:
+            rate *= 1 - self.env_steps / self.config.batch_size / self.num_iterations
+        return rate
 
     def get_state(self) -> PopulationState | None:
         """Return a copy of the state between two iterations, or None where the environments cannot be saved."""
         if not isinstance(self.env, MujocoVectorEnv):
             return None
         env = self.env.get_state()
-        optimizers = [learner.optimizer_state() for learner in self.learners]
         arrays = {
-            "params": self.params.numpy().copy(),
-            **{f"optimizer.{name}": torch.cat([part[name] for part in optimizers]).numpy() for name in optimizers[0]},
+            "params": self.params.copy(),
+            "optimizer.step": self.num_updates.copy(),
+            "optimizer.exp_avg": self.moments[0].copy(),
+            "optimizer.exp_avg_sq": self.moments[1].copy(),
             "generators": torch.stack([generator.get_state() for generator in self.generators]).numpy(),
             "running_return": self._running_return.copy(),
             "episodic_return": self._episodic_return.copy(),
             **{f"env.{name}": getattr(env, name) for name in ENV_ARRAYS},
         }
+        if self.scaler is not None:
+            arrays |= {"obs.mean": self.scaler.mean.copy(), "obs.var": self.scaler.var.copy()}
+            arrays["obs.count"] = np.array([self.scaler.count])
         return PopulationState(self.env_steps, arrays, env.rngs)
 
     def set_state(self, state: PopulationState) -> None:
@@ -414,126 +359,196 @@ class Population:
         arrays = state.arrays
         self.env.set_state(MujocoState(**{name: arrays[f"env.{name}"] for name in ENV_ARRAYS}, rngs=state.env_rngs))
         self.env_steps = state.env_steps
-        self.params.copy_(torch.tensor(arrays["params"]))
-        for learner in self.learners:
-            trials = slice(learner.trials.start, learner.trials.stop)
-            names = [name for name in arrays if name.startswith("optimizer.")]
-            learner.load_optimizer_state(
-                {name.removeprefix("optimizer."): torch.tensor(arrays[name][trials]) for name in names}
-            )
+        self.params[:] = arrays["params"]
+        self.num_updates[:] = arrays["optimizer.step"]
+        self.moments[0], self.moments[1] = arrays["optimizer.exp_avg"], arrays["optimizer.exp_avg_sq"]
         for generator, row in zip(self.generators, arrays["generators"], strict=True):
             generator.set_state(torch.tensor(row))
         self._obs = arrays["env.obs"].copy()
         self._running_return[:] = arrays["running_return"]
         self._episodic_return[:] = arrays["episodic_return"]
+        if self.scaler is not None:
+            self.scaler.mean, self.scaler.var = arrays["obs.mean"].copy(), arrays["obs.var"].copy()
+            self.scaler.count = float(arrays["obs.count"][0])
 
     def iterate(self) -> IterationStats:
-        """Run one iteration of every trial: num_steps environment steps, then the update.
+        """Run one iteration of every trial: num_steps steps of each environment, then the update.
 
         Raises FloatingPointError where a trial's weights are no longer finite; the population is then of no more use.
         """
-        # One torch thread: the operations are too small to share, and idle OpenMP threads would spin beside the others.
-        with _torch_threads(1):
-            start = time.perf_counter()
-            transitions, num_episodes, env_seconds = self.act()
-            acted = time.perf_counter()
-            parts = list(self._workers.map(lambda learner: self._update(learner, transitions), self.learners))
-            updated = time.perf_counter()
-        finite = torch.isfinite(self.params).all(1)
+        start = time.perf_counter()
+        learning_rate = self.learning_rate
+        transitions, num_episodes, env_seconds = self.act()
+        acted = time.perf_counter()
+        stats = self.update(transitions, learning_rate)
+        updated = time.perf_counter()
+        finite = np.isfinite(self.params).all(1)
         if not finite.all():
-            i = int(finite.logical_not().nonzero()[0])
+            i = int(np.argmin(finite))
             where = f"trial {i} (seed {self.seeds[i]}) after {self.env_steps} environment steps"
             raise FloatingPointError(f"Population: the weights of {where} are no longer finite")
-        names = [field.name for field in dataclasses.fields(UpdateStats)]
         return IterationStats(
-            **{name: np.concatenate([getattr(part, name) for part in parts]) for name in names},
+            **vars(stats),
             episodic_return=self._episodic_return.copy(),
             num_episodes=num_episodes,
+            learning_rate=learning_rate,
             seconds={"env": env_seconds, "policy": acted - start - env_seconds, "update": updated - acted},
         )
 
-    def _update(self, learner: Learner, transitions: Transitions) -> UpdateStats:
-        return learner.update(transitions, [self.generators[i] for i in learner.trials])
-
     def act(self) -> tuple[Transitions, NDArray[np.int64], float]:
         """Step the environments num_steps times; return transitions, episodes ended (N,), seconds of stepping."""
-        N, T, A = self.env.num_envs, self.config.num_steps, self.env.act_dim
-        log_std = self.params[:, None, :A]
-        noise = torch.empty(N, T, A)
+        N, E, T = len(self.seeds), self.config.num_envs, self.config.num_steps
+        A, obs_dim = self.env.act_dim, self.env.obs_dim
+        log_std = self.params[:, :A]
+        noise = np.empty((N, E, T, A), np.float32)
         for row, generator in zip(noise, self.generators, strict=True):
-            torch.randn(T, A, generator=generator, out=row)
-        log_probs = log_prob(noise, log_std)  # of the actions before clipping: a function of the noise alone
+            torch.randn(E, T, A, generator=generator, out=torch.from_numpy(row))
+        log_probs = log_prob(noise, log_std[:, None, None])  # of the actions before clipping: of the noise alone
+        noise *= np.exp(log_std)[:, None, None]
         transitions = Transitions(
-            observations=torch.empty(N, T, self.env.obs_dim),
-            actions=noise.mul_(log_std.exp()),  # the means are added step by step
-            log_probs=log_probs,
-            rewards=np.empty((T, N), np.float32),
-            terminated=np.empty((T, N), np.bool_),
-            truncated=np.empty((T, N), np.bool_),
+            observations=np.empty((N * E, T, obs_dim), np.float32),
+            actions=noise.reshape(N * E, T, A),  # the means are added step by step
+            log_probs=log_probs.reshape(N * E, T),
+            rewards=np.empty((T, N * E), np.float32),
+            terminated=np.empty((T, N * E), np.bool_),
+            truncated=np.empty((T, N * E), np.bool_),
             final_steps=[],
         )
-        observations, actions = transitions.observations.numpy(), transitions.actions.numpy()  # the same memory
-        returns, num_episodes = np.zeros(N), np.zeros(N, np.int64)
+        returns, num_episodes = np.zeros(N * E), np.zeros(N * E, np.int64)
         env_seconds = 0.0
         for t in range(T):
-            observations[:, t] = self._obs
-            actions[:, t] += self._actor.forward(transitions.observations[:, t : t + 1]).numpy()[:, 0]
+            obs = self._seen(self._obs)
+            transitions.observations[:, t] = obs
+            action = transitions.actions[:, t]
+            action += self.engine.mean_actions(self.params, obs.reshape(N, E, obs_dim)).reshape(N * E, A)
             start = time.perf_counter()
-            step = self.env.step(actions[:, t].astype(np.float64))
+            step = self.env.step(action.astype(np.float64))
             env_seconds += time.perf_counter() - start
             transitions.rewards[t] = step.reward
             transitions.terminated[t] = step.terminated
             transitions.truncated[t] = step.truncated
             self._obs = step.obs
+            if self.scaler is not None:
+                self.scaler.update(step.obs)
             self._running_return += step.reward
             done = step.terminated | step.truncated
-            if done.any():
+            last = t == T - 1
+            if last or done.any():
                 returns[done] += self._running_return[done]
                 num_episodes[done] += 1
                 self._running_return[done] = 0.0
-            timed_out = step.truncated & ~step.terminated
-            for i in range(N) if t == T - 1 else np.flatnonzero(timed_out).tolist():
-                transitions.final_steps.append(FinalStep(i, t, step.final_obs[i].astype(np.float32)))
-        self.env_steps += T
-        ended = num_episodes > 0
-        self._episodic_return[ended] = returns[ended] / num_episodes[ended]
-        return transitions, num_episodes, env_seconds
+                final_obs = self._seen(step.final_obs)
+                for j in range(N * E) if last else np.flatnonzero(step.truncated & ~step.terminated).tolist():
+                    transitions.final_steps.append(FinalStep(j, t, final_obs[j]))
+        self.env_steps += self.config.batch_size
+        ended = num_episodes.reshape(N, E).sum(1)
+        known = ended > 0
+        self._episodic_return[known] = returns.reshape(N, E).sum(1)[known] / ended[known]
+        return transitions, ended, env_seconds
+
+    def _seen(self, obs: Floats) -> Singles:
+        """Return observations (N * E, O) as the networks see them."""
+        return (obs if self.scaler is None else self.scaler.scaled(obs)).astype(np.float32)
+
+    def update(self, transitions: Transitions, learning_rate: float) -> UpdateStats:
+        """Run the epochs of one iteration."""
+        N, S, config = len(self.seeds), self.config.batch_size, self.config
+        values, advantages = self.estimate(transitions)
+        order = np.empty((N, config.update_epochs, S), np.int64)
+        for epochs, generator in zip(order, self.generators, strict=True):
+            for row in epochs:
+                torch.randperm(S, generator=generator, out=torch.from_numpy(row))
+        trials = {"advantages": advantages.T, "returns": (advantages + values).T, "values": values.T}
+        losses = self.engine.update(
+            params=self.params,
+            first_moments=self.moments[0],
+            second_moments=self.moments[1],
+            num_updates=self.num_updates,
+            observations=transitions.observations.reshape(N, S, -1),
+            actions=transitions.actions.reshape(N, S, -1),
+            log_probs=transitions.log_probs.reshape(N, S),
+            **{name: np.ascontiguousarray(steps).reshape(N, S) for name, steps in trials.items()},
+            order=order,
+            learning_rate=learning_rate,
+        )
+        policy_loss, value_loss, clipfrac, approx_kl = losses.T
+        return UpdateStats(
+            policy_loss=policy_loss,
+            value_loss=value_loss,
+            entropy=entropy(self.params[:, : self.spec.act_dim]),
+            approx_kl=approx_kl,
+            clipfrac=clipfrac,
+            explained_variance=_explained_variance(trials["returns"].reshape(N, S), trials["advantages"].reshape(N, S)),
+        )
+
+    def estimate(self, transitions: Transitions) -> tuple[Singles, Singles]:
+        """Return the critic's values and the advantages of the steps, (T, N * E) each."""
+        N, (T, J) = len(self.seeds), transitions.rewards.shape
+        values = self.engine.values(self.params, transitions.observations.reshape(N, J // N * T, -1)).reshape(J, T).T
+        advantages = gae(
+            transitions.rewards,
+            values,
+            self.next_values(values, transitions),
+            transitions.terminated,
+            transitions.terminated | transitions.truncated,
+            gamma=self.config.gamma,
+            gae_lambda=self.config.gae_lambda,
+        )
+        return values, advantages
+
+    def next_values(self, values: Singles, transitions: Transitions) -> Singles:
+        """Return the values of what each step led to, (T, N * E), given those of what it started from."""
+        trials = range(len(self.seeds))
+        finals = [[step for step in transitions.final_steps if step.env // self.config.num_envs == i] for i in trials]
+        final_obs = np.zeros((len(finals), max(map(len, finals)), self.env.obs_dim), np.float32)
+        for rows, steps in zip(final_obs, finals, strict=True):
+            rows[: len(steps)] = [step.final_obs for step in steps]
+        next_values = np.roll(values, -1, 0)
+        for steps, row in zip(finals, self.engine.values(self.params, final_obs), strict=True):
+            next_values[[step.t for step in steps], [step.env for step in steps]] = row[: len(steps)]
+        return next_values
 
 
-def _critic_sizes(spec: PolicySpec) -> tuple[int, ...]:
-    return (*spec.layer_sizes[:-1], 1)
+def environment_seeds(seeds: Sequence[int], num_envs: int) -> list[int]:
+    """Return the seeds of the trials' environments, trial by trial: a trial's own for its first, then derived ones."""
+    return [
+        seed if j == 0 else int(np.random.SeedSequence(seed, spawn_key=(j,)).generate_state(1)[0])
+        for seed in seeds
+        for j in range(num_envs)
+    ]
 
 
-def _initial_params(spec: PolicySpec, generators: Sequence[torch.Generator]) -> Tensor:
-    """Return SB3's initial parameters (N, P), each row drawn from its generator; all but the weights are zero.
+def log_prob(noise: Singles, log_std: Singles) -> Singles:
+    """Return the log-probabilities (...) of actions mean + exp(log_std) noise, both (..., A)."""
+    A = noise.shape[-1]
+    result: Singles = -0.5 * np.square(noise).sum(-1) - (log_std.sum(-1) + np.float32(0.5 * LOG_2PI * A))
+    return result
 
-    P is rounded up to a multiple of 16, so that all rows lie alike in memory.
-    """
-    P = spec.num_params + sum(fan_out * (fan_in + 1) for fan_in, fan_out in itertools.pairwise(_critic_sizes(spec)))
-    params = torch.zeros(len(generators), round_up(P))
+
+def entropy(log_std: Singles) -> Floats:
+    """Return the entropies (N,) of the action distributions; log_std (N, A)."""
+    result: Floats = (log_std.astype(np.float64) + 0.5 * (1 + LOG_2PI)).sum(1)
+    return result
+
+
+def _initial_params(spec: PolicySpec, generators: Sequence[torch.Generator]) -> Singles:
+    """Return SB3's initial parameters (N, P), each row drawn from its generator; all but the weights are zero."""
+    critic_sizes = (*spec.layer_sizes[:-1], 1)
+    P = spec.num_params + sum(fan_out * (fan_in + 1) for fan_in, fan_out in itertools.pairwise(critic_sizes))
+    params = torch.zeros(len(generators), P)
     for row, generator in zip(params, generators, strict=True):
-        nets = ((spec.act_dim, spec.layer_sizes, 0.01), (spec.num_params, _critic_sizes(spec), 1.0))
+        nets = ((spec.act_dim, spec.layer_sizes, 0.01), (spec.num_params, critic_sizes, 1.0))
         for offset, sizes, head_gain in nets:
             *hidden, head = layer_views(row[None, offset:], sizes)
             for weight, _ in hidden:
                 torch.nn.init.orthogonal_(weight[0], math.sqrt(2), generator)
             torch.nn.init.orthogonal_(head[0][0], head_gain, generator)
-    return params
+    return params.numpy()
 
 
-def _explained_variance(returns: NDArray[np.float32], errors: NDArray[np.float32]) -> Floats:
-    """Return 1 - Var(errors) / Var(returns) over time, (C,), NaN where the returns (T, C) do not vary."""
-    variance: Floats = returns.var(0, dtype=np.float64)
+def _explained_variance(returns: Singles, errors: Singles) -> Floats:
+    """Return 1 - Var(errors) / Var(returns) over the steps, (N,), NaN where the returns (N, S) do not vary."""
+    variance: Floats = returns.var(1, dtype=np.float64)
     variance[variance == 0] = np.nan
-    explained: Floats = 1 - errors.var(0, dtype=np.float64) / variance
+    explained: Floats = 1 - errors.var(1, dtype=np.float64) / variance
     return explained
-
-
-@contextmanager
-def _torch_threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -1,0 +1,263 @@
+#include "ppo.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "check.h"
+#include "isa.h"
+
+namespace tipl {
+namespace {
+
+const PolicySizes &checked(const PolicySizes &sizes) {
+  check(sizes.obs_dim >= 1, "PpoUpdate: obs_dim must be >= 1, got ", sizes.obs_dim);
+  check(sizes.act_dim >= 1, "PpoUpdate: act_dim must be >= 1, got ", sizes.act_dim);
+  for (const ptrdiff_t width : sizes.hidden) check(width >= 1, "PpoUpdate: hidden_sizes must be >= 1, got ", width);
+  return sizes;
+}
+
+const PpoSettings &checked(const PpoSettings &settings) {
+  check(settings.minibatch_size >= 1, "PpoUpdate: minibatch_size must be >= 1, got ", settings.minibatch_size);
+  check(settings.update_epochs >= 1, "PpoUpdate: update_epochs must be >= 1, got ", settings.update_epochs);
+  return settings;
+}
+
+}  // namespace
+
+struct PpoUpdate::Workspace {
+  Workspace(const PolicySizes &sizes, ptrdiff_t num_params, ptrdiff_t stride, ptrdiff_t lanes) {
+    const auto padded = [lanes](ptrdiff_t n) { return round_up(n, lanes); };
+    widest = std::max(padded(sizes.obs_dim), padded(sizes.act_dim));
+    std::vector<ptrdiff_t> widths{sizes.obs_dim};
+    widths.insert(widths.end(), sizes.hidden.begin(), sizes.hidden.end());
+    for (const ptrdiff_t width : widths) {
+      widest = std::max(widest, padded(width));
+      rows.push_back(AlignedFloats({stride, padded(width)}));
+      columns.push_back(AlignedFloats({padded(width), stride}));
+    }
+    out = AlignedFloats({padded(sizes.act_dim), stride});
+    for (AlignedFloats &grad : out_grads) grad = AlignedFloats({widest, stride});
+    actions = AlignedFloats({sizes.act_dim, stride});
+    log_probs = AlignedFloats({stride});
+    advantages = AlignedFloats({stride});
+    inverse_std = AlignedFloats({sizes.act_dim});
+    hidden = AlignedFloats({2, widest});
+    grads = AlignedFloats({num_params});
+  }
+
+  // The inputs of each layer, of actor and critic in turn: by rows (stride, width padded), by columns (width padded,
+  // stride).
+  std::vector<AlignedFloats> rows, columns;
+  AlignedFloats out;           // (A, stride), of the last layer
+  AlignedFloats out_grads[2];  // (width, stride), of a layer's outputs and of its inputs
+  AlignedFloats actions, log_probs, advantages, inverse_std;
+  ptrdiff_t widest;
+  AlignedFloats hidden;  // (2, widest): activations of one observation
+  AlignedFloats grads;   // (num_params)
+};
+
+PpoUpdate::PpoUpdate(PolicySizes sizes, const PpoSettings &settings, int num_threads)
+    : sizes_(checked(sizes)),
+      settings_(checked(settings)),
+      kernels_(kernels()),
+      actor_(net(sizes_.act_dim, sizes_.act_dim)),
+      critic_(net(actor_.end, 1)),
+      stride_(round_up(settings.minibatch_size, kernels_.lanes)),
+      pool_(num_threads) {
+  for (int rank = 0; rank < pool_.size(); ++rank) {
+    work_.emplace_back(sizes_, critic_.end, stride_, kernels_.lanes);
+  }
+}
+
+PpoUpdate::~PpoUpdate() = default;
+
+// The layers of a network whose parameters begin at `begin`.
+PpoUpdate::Net PpoUpdate::net(ptrdiff_t begin, ptrdiff_t out) const {
+  Net net;
+  ptrdiff_t in = sizes_.obs_dim;
+  const auto add = [&](ptrdiff_t width) {
+    net.layers.push_back({in, width, begin, begin + in * width});
+    begin += (in + 1) * width;
+    in = width;
+  };
+  for (const ptrdiff_t width : sizes_.hidden) add(width);
+  add(out);
+  net.end = begin;
+  return net;
+}
+
+// ---- forward and backward, of one minibatch
+
+// The inputs of the first layers: rows of obs (., O), those in `rows` or the first `count`. Zero beyond them.
+void PpoUpdate::take_observations(Workspace &work, const float *obs, const int64_t *rows, ptrdiff_t count) const {
+  const ptrdiff_t O = sizes_.obs_dim, width = round_up(O, kernels_.lanes);
+  float *const to = work.rows[0].data();
+  for (ptrdiff_t i = 0; i < count; ++i) std::copy_n(obs + (rows == nullptr ? i : rows[i]) * O, O, to + i * width);
+  std::fill(to + count * width, to + stride_ * width, 0.0f);
+  kernels_.transpose_matrix(to, width, stride_, O, work.columns[0].data(), stride_);
+}
+
+// The last layer's outputs (out, stride).
+const float *PpoUpdate::forward(const Net &net, const float *params, Workspace &work) const {
+  for (size_t i = 0; i < net.layers.size(); ++i) {
+    const Layer &layer = net.layers[i];
+    const bool last = i + 1 == net.layers.size();
+    float *const y = last ? work.out.data() : work.columns[i + 1].data();
+    kernels_.multiply({params + layer.weight, layer.in, 1}, layer.out, layer.in, work.columns[i].data(), stride_,
+                      params + layer.bias, stride_, y, stride_);
+    if (!last) kernels_.activate(sizes_.activation, y, layer.out * stride_);
+  }
+  return work.out.data();
+}
+
+// Writes the gradient by the network's parameters into work.grads, given that by its outputs in out_grads[0]; after
+// forward() of the same network.
+void PpoUpdate::backward(const Net &net, const float *params, Workspace &work) const {
+  float *dy = work.out_grads[0].data(), *dx = work.out_grads[1].data();
+  for (size_t i = net.layers.size(); i-- > 0;) {
+    const Layer &layer = net.layers[i];
+    const ptrdiff_t width = round_up(layer.in, kernels_.lanes);
+    if (i > 0) {
+      kernels_.transpose_matrix(work.columns[i].data(), stride_, layer.in, stride_, work.rows[i].data(), width);
+    }
+    kernels_.multiply({dy, stride_, 1}, layer.out, stride_, work.rows[i].data(), width, nullptr, layer.in,
+                      work.grads.data() + layer.weight, layer.in);
+    kernels_.sum_rows(dy, stride_, layer.out, stride_, work.grads.data() + layer.bias);
+    if (i == 0) return;
+    kernels_.multiply({params + layer.weight, 1, layer.in}, layer.in, layer.out, dy, stride_, nullptr, stride_, dx,
+                      stride_);
+    kernels_.activate_backward(sizes_.activation, work.columns[i].data(), dx, layer.in * stride_);
+    std::swap(dy, dx);
+  }
+}
+
+void PpoUpdate::mean_actions(const float *params, ptrdiff_t stride, ptrdiff_t trials, const float *obs, ptrdiff_t rows,
+                             float *out) {
+  for (ptrdiff_t row = 0; row < trials * rows; ++row) {
+    const float *const param = params + row / rows * stride, *x = obs + row * sizes_.obs_dim;
+    float *const hidden = work_[0].hidden.data();
+    for (size_t i = 0; i < actor_.layers.size(); ++i) {
+      const Layer &layer = actor_.layers[i];
+      const bool last = i + 1 == actor_.layers.size();
+      float *const y = last ? out + row * sizes_.act_dim : hidden + i % 2 * work_[0].widest;
+      kernels_.multiply_vector(param + layer.weight, layer.out, layer.in, x, param + layer.bias, y);
+      if (!last) kernels_.activate(sizes_.activation, y, layer.out);
+      x = y;
+    }
+  }
+}
+
+void PpoUpdate::values(const float *params, ptrdiff_t stride, ptrdiff_t trials, const float *obs, ptrdiff_t rows,
+                       float *out) {
+  const ptrdiff_t B = settings_.minibatch_size;
+  for_each_item(pool_, trials, [&](int rank, ptrdiff_t trial) {
+    Workspace &work = work_[rank];
+    for (ptrdiff_t first = 0; first < rows; first += B) {
+      const ptrdiff_t count = std::min(B, rows - first);
+      take_observations(work, obs + (trial * rows + first) * sizes_.obs_dim, nullptr, count);
+      std::copy_n(forward(critic_, params + trial * stride, work), count, out + trial * rows + first);
+    }
+  });
+}
+
+// ---- the update
+
+// The gradient of the value loss by the values, into out_grads[0]; returns the sum of squared errors.
+double PpoUpdate::take_values(const Steps &steps, ptrdiff_t first, const int64_t *rows, const float *value,
+                              Workspace &work) const {
+  const ptrdiff_t B = settings_.minibatch_size;
+  const float clip = settings_.clip_coef_vf, scale = 2.0f * settings_.vf_coef / static_cast<float>(B);
+  float *const grad = work.out_grads[0].data();
+  double squares = 0.0;
+  for (ptrdiff_t i = 0; i < B; ++i) {
+    const ptrdiff_t at = first + rows[i];
+    const float old = steps.values[at], moved = value[i] - old;
+    const bool beyond = moved < -clip || moved > clip;
+    const float error = (beyond ? old + std::clamp(moved, -clip, clip) : value[i]) - steps.returns[at];
+    grad[i] = beyond ? 0.0f : scale * error;
+    squares += static_cast<double>(error) * error;
+  }
+  std::fill(grad + B, grad + stride_, 0.0f);
+  return squares;
+}
+
+void PpoUpdate::update_trial(const TrialParams &params, const Steps &steps, ptrdiff_t trial, double learning_rate,
+                             Workspace &work, UpdateStats &stats) const {
+  const ptrdiff_t A = sizes_.act_dim, B = settings_.minibatch_size, T = steps.num_steps, P = num_params();
+  const ptrdiff_t row = trial * params.stride, first = trial * T;
+  float *const param = params.param + row;
+  double objective = 0.0, squares = 0.0, clipped = 0.0, kl = 0.0;
+  ptrdiff_t batches = 0, last_batches = 0;
+  bool stopped = false;
+  for (ptrdiff_t epoch = 0; epoch < settings_.update_epochs && !stopped; ++epoch) {
+    kl = 0.0;
+    last_batches = 0;
+    for (ptrdiff_t begin = 0; begin < T && !stopped; begin += B) {
+      const int64_t *const rows = steps.order + (trial * settings_.update_epochs + epoch) * T + begin;
+      take_observations(work, steps.observations + first * sizes_.obs_dim, rows, B);
+      double mean = 0.0, variance = 0.0;
+      for (ptrdiff_t i = 0; i < B; ++i) {
+        const ptrdiff_t at = first + rows[i];
+        for (ptrdiff_t a = 0; a < A; ++a) work.actions.data()[a * stride_ + i] = steps.actions[at * A + a];
+        work.log_probs.data()[i] = steps.log_probs[at];
+        work.advantages.data()[i] = steps.advantages[at];
+        mean += static_cast<double>(steps.advantages[at]) / static_cast<double>(B);
+      }
+      if (settings_.normalize_advantage && B > 1) {
+        float *const advantage = work.advantages.data();
+        for (ptrdiff_t i = 0; i < B; ++i) variance += (advantage[i] - mean) * (advantage[i] - mean);
+        const double inverse = 1.0 / (std::sqrt(variance / static_cast<double>(B - 1)) + 1e-8);
+        for (ptrdiff_t i = 0; i < B; ++i) advantage[i] = static_cast<float>((advantage[i] - mean) * inverse);
+      }
+      for (ptrdiff_t a = 0; a < A; ++a) work.inverse_std.data()[a] = std::exp(-param[a]);
+      const PolicyBatch batch{A,
+                              B,
+                              stride_,
+                              work.actions.data(),
+                              work.log_probs.data(),
+                              work.advantages.data(),
+                              param,
+                              work.inverse_std.data(),
+                              settings_.clip_coef};
+      const PolicyLoss loss =
+          kernels_.policy_loss(batch, forward(actor_, param, work), work.out_grads[0].data(), work.grads.data());
+      objective += loss.objective;
+      clipped += loss.clipped;
+      kl += loss.kl;
+      for (ptrdiff_t a = 0; a < A; ++a) work.grads.data()[a] -= settings_.ent_coef;
+      backward(actor_, param, work);
+      squares += take_values(steps, first, rows, forward(critic_, param, work), work);
+      backward(critic_, param, work);
+      ++batches;
+      ++last_batches;
+      stopped = loss.kl / static_cast<double>(B) > 1.5 * settings_.target_kl;
+      if (stopped) break;
+      const double norm = std::sqrt(kernels_.sum_squares(work.grads.data(), nullptr, P));
+      const double scale = settings_.max_grad_norm / (norm + 1e-6);
+      const double t = static_cast<double>(++params.steps[trial]);
+      const AdamStep step{static_cast<float>(scale > 1.0 ? 1.0 : scale),  // NaN stays NaN
+                          static_cast<float>(learning_rate / (1.0 - std::pow(kBeta1, t))),
+                          static_cast<float>(1.0 / std::sqrt(1.0 - std::pow(kBeta2, t))), settings_.adam_eps};
+      kernels_.adam(step, param, work.grads.data(), params.first + row, params.second + row, P);
+    }
+  }
+  const double seen = static_cast<double>(batches * B);
+  stats = {-objective / seen, squares / seen, clipped / seen, kl / static_cast<double>(last_batches * B)};
+}
+
+void PpoUpdate::update(const TrialParams &params, const Steps &steps, double learning_rate, UpdateStats *stats) {
+  const ptrdiff_t T = steps.num_steps, B = settings_.minibatch_size;
+  check(T >= B && T % B == 0, "update: there must be a multiple of minibatch_size = ", B, " steps, got ", T);
+  check(params.stride >= num_params(), "update: a trial must have at least ", num_params(), " parameters, got ",
+        params.stride);
+  const ptrdiff_t orders = params.trials * settings_.update_epochs * T;
+  const auto outside = [T](int64_t step) { return step < 0 || step >= T; };
+  const int64_t *const bad = std::find_if(steps.order, steps.order + orders, outside);
+  check(bad == steps.order + orders, "update: order must hold steps in [0, ", T, "), got ",
+        bad == steps.order + orders ? 0 : *bad);
+  for_each_item(pool_, params.trials, [&](int rank, ptrdiff_t trial) {
+    update_trial(params, steps, trial, learning_rate, work_[rank], stats[trial]);
+  });
+}
+
+}  // namespace tipl
