@@ -1,0 +1,383 @@
+"""A collection that was cut off: the same arguments finish it, and no byte of the store tells."""
+
+import contextlib
+import dataclasses
+import errno
+import itertools
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import tipl.resume
+import tipl.zarr_files
+from tipl.collect import collect, is_complete, trial_seeds
+from tipl.envs import make_vec
+from tipl.ppo import Population, PPOConfig
+from tipl.resume import SavedStates, read_state
+from tipl.store import Store
+from tipl.verify import verify_store
+
+TINY = PPOConfig(num_steps=32, num_minibatches=2, update_epochs=1, hidden_sizes=(16, 16))
+NUM_ITERATIONS = 8
+
+
+def run(output: Path, **arguments) -> Store:
+    defaults = {"env_id": "InvertedPendulum-v5", "num_trials": 3, "ppo": TINY, "progress": False}
+    return collect(output, **defaults | {"total_timesteps": 32 * NUM_ITERATIONS} | arguments)
+
+
+def files(path: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(path)): file.read_bytes() if file.is_file() else b"" for file in path.rglob("*")}
+
+
+@pytest.fixture(autouse=True)
+def save_every_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["tipl.collect"], "SAVE_SECONDS", 0.0)
+
+
+@pytest.fixture
+def iterations(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """What iterations were run, by their number, from now on."""
+    iterate, seen = Population.iterate, []
+
+    def counted(population: Population):
+        seen.append(population.env_steps // population.config.num_steps)
+        return iterate(population)
+
+    monkeypatch.setattr(Population, "iterate", counted)
+    return seen
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    return files(run(tmp_path_factory.mktemp("whole") / "store").path)
+
+
+def cut_off(output: Path, after: int = 5, **arguments) -> Path:
+    """Collect until Ctrl-C comes in the iteration that follows `after` others."""
+    with pytest.MonkeyPatch.context() as patch:
+        iterate, count = Population.iterate, itertools.count()
+
+        def interrupted(population: Population):
+            stats = iterate(population)  # half an iteration is lost
+            if next(count) == after:
+                raise KeyboardInterrupt
+            return stats
+
+        patch.setattr(Population, "iterate", interrupted)
+        message = rf"collect: interrupted; {after + 1} of 9 checkpoints of .*store; the same command goes on from there"
+        with pytest.raises(KeyboardInterrupt, match=message):
+            run(output, **arguments)
+    return output
+
+
+def test_killed_at_random_moments():
+    script = Path(__file__).parent.parent / "bench" / "kill_collection.py"
+    command = [sys.executable, script, "--kills", "6", "--num-iterations", "100", "--seed", "2"]
+    ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=120, check=False)
+    assert ended.returncode == 0
+    assert re.search(r"6 kills .*; 45 files, [\d,]+ bytes: identical\n$", ended.stdout)
+
+
+@pytest.mark.parametrize("env_id", ["InvertedPendulum-v5", "HalfCheetah-v5", "Humanoid-v5"])
+def test_ctrl_c_then_other_threads(tmp_path, env_id, iterations):
+    expected = files(run(tmp_path / "whole", env_id=env_id, num_threads=2).path)
+    path = cut_off(tmp_path / "store", 3, env_id=env_id, num_threads=1)
+    assert not is_complete(Store.open(path))
+    iterations.clear()
+    store = run(path, env_id=env_id, num_threads=3)
+    assert iterations == [3, 4, 5, 6, 7]  # it went on from the state, not from the start
+    assert files(path) == expected
+    assert is_complete(store)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_every_row_and_the_running_episodes_go_on(tmp_path):
+    """Episodes last over several iterations here, and a mean return over iterations in which none ended."""
+    arguments = {"env_id": "Reacher-v5", "seed": 3}  # 50 steps an episode, 32 an iteration
+    expected = run(tmp_path / "whole", **arguments)
+    path = cut_off(tmp_path / "store", 4, **arguments)
+    store = run(path, **arguments)
+    for i in range(3):
+        np.testing.assert_array_equal(store.trial(i).episodic_return, expected.trial(i).episodic_return)
+        np.testing.assert_array_equal(store.trial(i).weights(), expected.trial(i).weights())
+
+
+def test_without_a_state_all_is_computed_again(tmp_path, whole, iterations, capfd):
+    path = cut_off(tmp_path / "store")
+    shutil.rmtree(path / "resume")  # as an older version leaves it
+    iterations.clear()
+    run(path, progress=True)
+    assert iterations == list(range(8))
+    assert files(path) == whole
+    lines = capfd.readouterr().err.splitlines()
+    assert lines[0].startswith(f"{path}: 6 checkpoints are there; goes on after iteration 0, since no state was saved")
+
+
+def test_environments_that_cannot_be_saved_are_computed_again(tmp_path, iterations):
+    expected = files(run(tmp_path / "whole", env_id="Pendulum-v1").path)
+    path = cut_off(tmp_path / "store", env_id="Pendulum-v1")
+    assert not list(path.glob("resume/state_*"))
+    iterations.clear()
+    run(path, env_id="Pendulum-v1")
+    assert iterations == list(range(8))
+    assert files(path) == expected
+
+
+def test_what_comes_out_otherwise_is_refused(tmp_path):
+    path, other = cut_off(tmp_path / "store"), cut_off(tmp_path / "other_store", seed=1)
+    shutil.rmtree(path / "resume")
+    shutil.copy(other / "trial_0001/weights/c.0.0", path / "trial_0001/weights/c.0.0")  # its checksum is right
+    before = files(path)
+    with pytest.raises(RuntimeError, match="checkpoint 0 of trial 1 comes out otherwise than it is in the store"):
+        run(path)
+    assert {name: data for name, data in files(path).items() if "resume" not in name} == before
+
+
+@pytest.mark.parametrize("num_damaged", [1, 2])
+@pytest.mark.parametrize("damage", ["flip", "cut", "empty"])
+def test_a_damaged_state_is_not_used(tmp_path, whole, iterations, num_damaged, damage):
+    path = cut_off(tmp_path / "store")
+    states = sorted(path.glob("resume/state_*"), reverse=True)
+    assert [state.name for state in states] == ["state_00000006.safetensors", "state_00000005.safetensors"]
+    for state in states[:num_damaged]:
+        data = bytearray(state.read_bytes())
+        data[-100] ^= 4
+        state.write_bytes({"flip": data, "cut": data[:-9], "empty": b""}[damage])
+    iterations.clear()
+    assert [problem.split(" is damaged")[0] for problem in verify_store(path).problems] == [
+        f"resume: {state}" for state in states[:num_damaged]
+    ]
+    with pytest.warns(UserWarning, match=r"collect: .*state_0000000\d.safetensors is damaged: .*; an older") as caught:
+        run(path)
+    assert len(caught) == num_damaged
+    assert iterations == list(range(4 if num_damaged == 1 else 0, 8))
+    assert files(path) == whole
+
+
+def test_any_flipped_bit_of_a_state_is_found(tmp_path):
+    state = max(cut_off(tmp_path / "store").glob("resume/state_*"))
+    data = state.read_bytes()
+    for position in [*range(0, 1500, 7), *range(1500, len(data), 997)]:
+        flipped = bytearray(data)
+        flipped[position] ^= 1 << position % 8
+        state.write_bytes(flipped)
+        with pytest.raises(
+            RuntimeError, match=r"state_00000006.safetensors is (damaged|no state that this tipl reads)"
+        ):
+            read_state(state)
+    state.write_bytes(data)
+    assert read_state(state).env_steps == 5 * 32
+
+
+def test_a_state_of_another_version_is_not_used(tmp_path, monkeypatch):
+    path = cut_off(tmp_path / "store")
+    monkeypatch.setattr(tipl.resume, "VERSION", "2")
+    with pytest.raises(RuntimeError, match="is no state that this tipl reads"):
+        read_state(max(path.glob("resume/state_*")))
+
+
+def test_a_state_ahead_of_the_store_is_not_used(tmp_path, whole, iterations):
+    """A power cut on a file system that does not keep renames in order."""
+    path, later = cut_off(tmp_path / "store", 2), cut_off(tmp_path / "later_store", 5)
+    shutil.rmtree(path / "resume")
+    shutil.copytree(later / "resume", path / "resume")
+    iterations.clear()
+    run(path)
+    assert iterations == list(range(8))
+    assert files(path) == whole
+
+
+def test_a_state_of_another_collection_is_not_used(tmp_path, whole):
+    path, other = cut_off(tmp_path / "store"), cut_off(tmp_path / "other_store", seed=1)
+    shutil.rmtree(path / "resume")
+    shutil.copytree(other / "resume", path / "resume")
+    with pytest.warns(UserWarning, match=r"a state saved in .*store is not that of its checkpoint \d"):
+        run(path)
+    assert files(path) == whole
+
+
+def test_other_versions_give_a_warning(tmp_path, whole):
+    path = cut_off(tmp_path / "store")
+    record = json.loads((path / "resume/zarr.json").read_text())["attributes"]["versions"]
+    assert set(record) == {"tipl", "torch", "numpy", "mujoco", "gymnasium", "cpu"}
+    tipl.zarr_files.write_group(path / "resume", {"versions": record | {"mujoco": "4.0.0rc1"}})
+    with pytest.warns(UserWarning, match=r"was begun with mujoco 4.0.0rc1 and goes on with mujoco \S+: the rest may"):
+        run(path)
+    assert files(path) == whole
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"seed": 1}, "seed = 0, got 1"),
+        ({"num_trials": 2}, "num_trials = 3, got 2"),
+        ({"total_timesteps": 32 * 9}, "total_timesteps = 256, got 288"),
+        ({"shared_init": True}, "shared_init = False, got True"),
+        ({"env_id": "InvertedPendulum-v4"}, "env_id = InvertedPendulum-v5, got InvertedPendulum-v4"),
+        ({"ppo": dataclasses.replace(TINY, gamma=0.9)}, "ppo.gamma = 0.99, got 0.9"),
+        ({"ppo": dataclasses.replace(TINY, hidden_sizes=(16,))}, "ppo.hidden_sizes = [16, 16], got [16]"),
+    ],
+)
+def test_other_arguments_are_refused(tmp_path_factory, tmp_path, arguments, message):
+    path = cut_off(tmp_path / "store")
+    before = files(path)
+    with pytest.raises(ValueError, match=re.escape(f"store holds an unfinished collection with {message}; give its")):
+        run(path, **arguments)
+    assert files(path) == before
+
+
+def test_a_complete_store_is_never_touched(tmp_path, whole, iterations):
+    path = run(tmp_path / "store").path
+    iterations.clear()
+    for arguments in ({}, {"seed": 1}):
+        with pytest.raises(FileExistsError, match=r"collect: .*store exists and is complete; choose another output"):
+            run(path, **arguments)
+    assert files(path) == whole
+    assert iterations == []
+
+
+def test_cut_off_after_the_last_checkpoint(tmp_path, whole, iterations, monkeypatch):
+    path = tmp_path / "store"
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules["tipl.store"]._Writer, "trim", lambda writer: None)  # documents keep too many rows
+        patch.setattr(SavedStates, "remove", lambda states: (_ for _ in ()).throw(SystemExit()))
+        with pytest.raises(SystemExit):
+            run(path)
+    assert files(path) != whole
+    iterations.clear()
+    run(path)
+    assert iterations == []
+    assert files(path) == whole
+
+
+def test_cut_off_while_the_store_is_created(tmp_path, whole, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules["tipl.store"].shutil, "rmtree", lambda *_, **__: None)  # killed: nothing is tidied
+        patch.setattr(sys.modules["tipl.store"], "write_group", lambda *_: (_ for _ in ()).throw(SystemExit()))
+        with pytest.raises(SystemExit):
+            run(tmp_path / "store")
+    assert [path.name for path in tmp_path.iterdir()] == [".store.partial"]
+    run(tmp_path / "store")
+    assert files(tmp_path / "store") == whole
+    assert [path.name for path in tmp_path.iterdir()] == ["store"]
+
+
+def test_two_at_once_are_refused(tmp_path):
+    path = cut_off(tmp_path / "store")
+    with (
+        Store.open(path, writable=True),
+        pytest.raises(RuntimeError, match=r"store .*store: another writer has it open"),
+    ):
+        run(path)
+
+
+# A full disk
+
+
+@pytest.mark.parametrize("num_files", range(35, 100, 13))
+def test_a_full_disk_then_space(tmp_path, monkeypatch, whole, num_files):
+    with monkeypatch.context() as patch:
+        write, count = tipl.zarr_files.write_atomically, iter(range(1000))
+
+        def failing(path: Path, data: bytes) -> None:
+            if next(count) >= num_files:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            write(path, data)
+
+        for module in (tipl.zarr_files, tipl.resume):
+            patch.setattr(module, "write_atomically", failing)
+        with pytest.raises(RuntimeError, match=r"No space left on device; \d of 9 .* the same command goes on"):
+            run(tmp_path / "store")
+    assert verify_store(tmp_path / "store").problems == []
+    run(tmp_path / "store")
+    assert files(tmp_path / "store") == whole
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", disk]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a tmpfs takes root")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+def test_a_real_full_disk_then_space(small_disk, monkeypatch, whole):
+    filler = small_disk / "filler"
+
+    def fill() -> None:
+        with filler.open("wb", buffering=0) as file:
+            for size in (2**16, 2**12):
+                with contextlib.suppress(OSError):
+                    while True:
+                        file.write(bytes(size))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Population, "iterate", filling(Population.iterate, fill))
+        with pytest.raises(
+            RuntimeError, match=r"OSError: .*No space left on device.*; \d of 9 checkpoints .* are kept"
+        ):
+            run(small_disk / "store")
+    assert 0 < Store.open(small_disk / "store").num_checkpoints < 9
+    assert verify_store(small_disk / "store").problems == []
+    with pytest.raises(OSError, match="No space left on device"):
+        run(small_disk / "new_store")  # a collection that cannot even begin leaves nothing
+    assert sorted(path.name for path in small_disk.iterdir()) == ["filler", "store"]
+    filler.unlink()
+    run(small_disk / "store")
+    assert files(small_disk / "store") == whole
+
+
+def filling(iterate: Callable, fill: Callable[[], None]) -> Callable:
+    def iterate_and_fill(population: Population):
+        if population.env_steps == 32 * 4:
+            fill()
+        return iterate(population)
+
+    return iterate_and_fill
+
+
+# The population's state
+
+
+def population(num_trials: int = 2, env_id: str = "Hopper-v5", num_threads: int = 1) -> Population:
+    seeds = trial_seeds(0, num_trials)
+    return Population(make_vec(env_id, num_trials, seeds=seeds), TINY, seeds, num_threads=num_threads)
+
+
+def test_a_population_goes_on_from_a_state():
+    one = population()
+    one.iterate()
+    state = one.get_state()
+    stats = [one.iterate() for _ in range(2)]
+    other = population(num_threads=2)
+    other.iterate()
+    other.iterate()
+    other.set_state(state)
+    for expected in stats:
+        got = other.iterate()
+        for field in dataclasses.fields(expected):
+            if field.name != "seconds":
+                np.testing.assert_array_equal(getattr(got, field.name), getattr(expected, field.name))
+    assert (other.params == one.params).all()
+    assert other.env_steps == one.env_steps == 3 * 32
+
+
+def test_set_state_refuses_another_population():
+    state = population(3).get_state()
+    with pytest.raises(ValueError, match="set_state: state must hold the arrays"):
+        population(2).set_state(state)
+    gymnasium_only = population(2, "Pendulum-v1")
+    assert gymnasium_only.get_state() is None
+    with pytest.raises(ValueError, match="set_state: the environments of Pendulum-v1 cannot be set to a saved state"):
+        gymnasium_only.set_state(population(2).get_state())
