@@ -51,6 +51,8 @@ def test_returns_equal_those_of_one_gymnasium_env_at_a_time(monkeypatch: pytest.
             assert value == total
     assert len(np.unique(got)) > 3
     env.close()
+    with pytest.raises(ValueError, match="of Hopper-v5 must have 11 observations and 3 actions, got 4 and 1"):
+        episodic_returns("Hopper-v5", SPEC, weights, seeds)
 
 
 def test_rows_floors_and_report(tmp_path: Path) -> None:

@@ -117,6 +117,11 @@ def episodic_returns(
     )
     returns = np.zeros((len(weights), num_episodes))
     try:
+        if (policy.obs_dim, policy.act_dim) != (env.obs_dim, env.act_dim):
+            raise ValueError(
+                f"evaluate: the policies of {env_id} must have {env.obs_dim} observations and {env.act_dim} actions, "
+                f"got {policy.obs_dim} and {policy.act_dim}"
+            )
         for first in range(0, len(weights), at_once):
             group = torch.from_numpy(weights[first : first + at_once])
             total = returns[first : first + at_once].reshape(-1)  # a view: filled in place
@@ -160,7 +165,7 @@ class _Judged:
 def evaluate(
     store: Store,
     forecaster: Forecaster,
-    output: Path,
+    output: str | Path,
     config: EvaluateConfig = EvaluateConfig(),
     *,
     num_threads: int | None = None,
@@ -175,7 +180,7 @@ def evaluate(
     Raises FileExistsError where `output` exists; ValueError where the model was not trained on this store, a prefix is
     too short for a basis, or the policies are of a kind that the simulator cannot run.
     """
-    policy = store.policy
+    output, policy = Path(output), store.policy
     if not isinstance(policy, PolicySpec):
         raise ValueError(
             f"evaluate: the simulator can run only MLPs with a Gaussian, and the store {store.path} "

@@ -444,7 +444,7 @@ class Best:
     state: dict[str, Tensor]
 
 
-def train(store: Store, output: Path, config: TrainConfig = TrainConfig(), *, progress: bool = True) -> Path:
+def train(store: Store, output: str | Path, config: TrainConfig = TrainConfig(), *, progress: bool = True) -> Path:
     """Train a forecaster on `store` and write it to the folder `output`; return `output`.
 
     Writes model.safetensors, centre.safetensors, config.json (sizes, the split, the training settings), training.json
@@ -452,6 +452,7 @@ def train(store: Store, output: Path, config: TrainConfig = TrainConfig(), *, pr
 
     Raises FileExistsError where `output` exists, ValueError where the store has too few trials or checkpoints.
     """
+    output = Path(output)
     if output.exists():
         raise FileExistsError(f"train: output {output} exists already; choose another folder or remove it")
     split = split_trials(store.num_trials, config)
