@@ -15,10 +15,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import tipl.cli
 import tipl.resume
 import tipl.zarr_files
+from tipl.cli import Run
 from tipl.collect import collect, is_complete, trial_seeds
 from tipl.envs import make_vec
+from tipl.evaluate import EvaluateConfig
 from tipl.ppo import Population, PPOConfig
 from tipl.resume import SavedStates, read_state
 from tipl.store import Store
@@ -72,7 +75,7 @@ def cut_off(output: Path, after: int = 5, **arguments) -> Path:
             return stats
 
         patch.setattr(Population, "iterate", interrupted)
-        message = rf"collect: interrupted; {after + 1} of 9 checkpoints of .*store; the same command goes on from there"
+        message = rf"collect: interrupted; {after + 1} of 9 checkpoints of .*; the same command goes on from there"
         with pytest.raises(KeyboardInterrupt, match=message):
             run(output, **arguments)
     return output
@@ -268,6 +271,21 @@ def test_cut_off_while_the_store_is_created(tmp_path, whole, monkeypatch):
     run(tmp_path / "store")
     assert files(tmp_path / "store") == whole
     assert [path.name for path in tmp_path.iterdir()] == ["store"]
+
+
+def test_run_goes_on_with_its_collection(tmp_path, whole, monkeypatch):
+    cut_off(tmp_path / "run" / "store.zarr")
+    monkeypatch.setattr(tipl.cli, "train", lambda *_: (_ for _ in ()).throw(SystemExit()))
+    with pytest.raises(SystemExit):
+        Run(
+            tmp_path / "run",
+            num_trials=3,
+            total_timesteps=32 * NUM_ITERATIONS,
+            resume=True,
+            ppo=TINY,
+            evaluate=EvaluateConfig(prefixes=(0.5,)),
+        ).run()
+    assert files(tmp_path / "run" / "store.zarr") == whole
 
 
 def test_two_at_once_are_refused(tmp_path):
