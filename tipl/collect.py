@@ -25,8 +25,9 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from tipl.curves import Curves
 from tipl.envs import make_vec
-from tipl.ppo import Population, PopulationState, PPOConfig
+from tipl.ppo import IterationStats, Population, PopulationState, PPOConfig
 from tipl.resume import SavedStates
 from tipl.store import Store
 
@@ -45,6 +46,7 @@ def collect(
     ppo: PPOConfig | None = None,
     shared_init: bool = False,
     num_threads: int | None = None,
+    tensorboard: str | Path | None = None,
     progress: bool = True,
 ) -> Store:
     """Run PPO on `num_trials` independent trials and return the store of their checkpoints, written to `output`.
@@ -59,10 +61,12 @@ def collect(
         ppo: by default PPOConfig(), Stable-Baselines3's hyperparameters.
         shared_init: start all trials from the initial weights of trial 0.
         num_threads: by default one a core; may change when an unfinished collection goes on.
+        tensorboard: a folder for curves of every trial and their mean under CleanRL's tags (see `curves`).
         progress: show a bar on a terminal's stderr, and one line at the end.
 
     Raises:
-        FileExistsError: `output` is a complete collection or something else; nothing is touched.
+        FileExistsError: `output` is a complete collection or something else, or `tensorboard` holds another's curves;
+            nothing is touched.
         ValueError, TypeError: a wrong argument, one that is not that of the unfinished collection at `output`, or an
             environment that cannot be used; nothing is written.
         RuntimeError: an iteration or its append failed, and the text says what was kept in the store; or the
@@ -95,6 +99,7 @@ def collect(
             env = make_vec(env_id, num_trials, seeds=seeds, num_threads=num_threads)
             stack.callback(env.close)
             population = Population(env, ppo, seeds, shared_init=shared_init, num_threads=num_threads)
+            curves = None if tensorboard is None else Curves(tensorboard, num_trials, resumed=store is not None)
             if store is None:
                 store = Store.create(output, env_id=env_id, policy=population.spec, seeds=seeds, config=config)
                 stack.enter_context(store)
@@ -103,7 +108,7 @@ def collect(
                 display.resume(store, population.env_steps // ppo.num_steps)
             SavedStates(output).begin()
             with display:
-                _run(population, store, num_iterations, display)
+                _run(population, store, num_iterations, display, curves)
     SavedStates(output).remove()
     store = Store.open(output)
     display.finish(store)
@@ -181,15 +186,15 @@ def _restore(population: Population, store: Store) -> None:
         warnings.warn(f"collect: a state saved in {store.path} is not that of its checkpoint {k}", stacklevel=3)
 
 
-def _run(population: Population, store: Store, num_iterations: int, display: "_Display") -> None:
+def _run(population: Population, store: Store, num_iterations: int, display: "_Display", curves: Curves | None) -> None:
     """Append the initial checkpoints and those after each iteration, and close the store, whatever happens."""
     try:
-        with _Appender(store, population.config.num_steps) as appender:
+        with _Appender(store, population.config.num_steps, curves) as appender:
             if population.env_steps == 0:
-                appender.append(population, np.full(store.num_trials, np.nan))
+                appender.append(population, None)
             for _ in range(population.env_steps // population.config.num_steps, num_iterations):
                 stats = population.iterate()
-                appender.append(population, stats.episodic_return)
+                appender.append(population, stats)
                 display.advance(stats.episodic_return)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"collect: interrupted; {_kept(store, num_iterations + 1)}") from None
@@ -210,8 +215,8 @@ class _Appender:
     Checkpoints that are there already, because they came after the last saved state, must be what they were.
     """
 
-    def __init__(self, store: Store, num_steps: int) -> None:
-        self._store, self._num_steps = store, num_steps
+    def __init__(self, store: Store, num_steps: int, curves: Curves | None) -> None:
+        self._store, self._num_steps, self._curves = store, num_steps, curves
         self._there = [store.trial(i) for i in range(len(store))]
         self._states = SavedStates(store.path)
         self._unsaved: PopulationState | None = None
@@ -219,20 +224,27 @@ class _Appender:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="tipl-append")
         self._pending: Future[None] | None = None
 
-    def append(self, population: Population, episodic_return: NDArray[np.float64]) -> None:
+    def append(self, population: Population, stats: IterationStats | None) -> None:
+        """Append the population's checkpoint, and what the iteration before it gave, if there was one."""
         self._finish()
         weights = population.weights()[:, None]  # (N, 1, p), a copy: the population learns on
         env_steps = np.full((len(weights), 1), population.env_steps, np.int64)
+        episodic_return = np.full(len(weights), np.nan) if stats is None else stats.episodic_return
         columns = (weights, env_steps, episodic_return[:, None])
         state = population.get_state() if population.env_steps else None  # the start follows from the seeds
-        self._pending = self._thread.submit(self._append, population.env_steps // self._num_steps, columns, state)
+        self._pending = self._thread.submit(self._append, population.env_steps, columns, stats, state)
 
-    def _append(self, k: int, columns: Columns, state: PopulationState | None) -> None:
-        """Append or compare checkpoint k; then, if it is time, save the state that belongs to it."""
+    def _append(
+        self, steps: int, columns: Columns, stats: IterationStats | None, state: PopulationState | None
+    ) -> None:
+        """Append or compare the checkpoint after these env steps; then, if it is time, save the state of then."""
+        k = steps // self._num_steps
         if k < self._there[0].num_checkpoints:
             self._compare(k, columns)
         else:
             self._store.append(*columns)
+        if self._curves is not None and stats is not None:
+            self._curves.write(steps, stats, self._num_steps)
         self._unsaved = state
         if time.monotonic() - self._saved_at >= SAVE_SECONDS:
             self._save()

@@ -1,4 +1,4 @@
-"""The report stage: read results (`results`), judge (`estimates`, `verdict`), draw (`plots`, `paths`), `page`, `write`."""
+"""The report stage: `results` are read, judged (`estimates`, `verdict`), drawn (`plots`, `paths`, `page`), written."""
 
 from tipl.report.paths import PathSpectrum, path_spectrum, plot_store
 from tipl.report.write import write_report

@@ -1,0 +1,104 @@
+"""TensorBoard curves of a collection, under CleanRL's tags: one run (folder) a trial, and `mean`, their mean.
+
+    mean/events.out.tfevents.1763935848.204518          a file for each time that the collection was started
+    trial_0000/events.out.tfevents.1763935848.204518
+
+The horizontal axis is the trial's environment steps. A file is open only while a record is appended to it: a summary
+writer a trial would hold a thread and an open file for each.
+"""
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tipl.ppo import IterationStats
+from tipl.store import trial_name
+
+LOSSES = ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac", "explained_variance")
+TAGS = ("charts/episodic_return", "charts/SPS", "charts/learning_rate", *(f"losses/{name}" for name in LOSSES))
+
+
+class Curves:
+    """Appends the figures of each iteration to the event files of all trials and of their mean."""
+
+    def __init__(self, folder: str | Path, num_trials: int, *, resumed: bool = False) -> None:
+        """Make the folder; files come with the first `write`.
+
+        A collection that is `resumed` goes on in the folders that are there: points which an earlier process wrote for
+        iterations that did not reach the store are not shown twice.
+
+        Raises FileExistsError where `folder` holds another collection's curves, other OSErrors where it is not a folder
+        that can be written.
+        """
+        self.folder = Path(folder)
+        self.runs = [*(self.folder / trial_name(i) for i in range(num_trials)), self.folder / "mean"]
+        if self.folder.exists() and not self.folder.is_dir():
+            raise NotADirectoryError(f"tensorboard: {self.folder} must be a folder, but it is a file")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(self.folder, os.W_OK | os.X_OK):
+            raise PermissionError(f"tensorboard: the folder {self.folder} cannot be written")
+        for run in self.runs:
+            if run.exists() and not resumed:
+                raise FileExistsError(f"tensorboard: {run} holds the curves of another collection; choose a new folder")
+        self._file_name = ""  # until the first write
+
+    def write(self, env_steps: int, stats: IterationStats, num_steps: int) -> None:
+        """Append a point at `env_steps` to every curve: what the last `num_steps` gave. What is NaN has no point."""
+        values = _values(stats, num_steps)  # (tags, N)
+        known = np.isfinite(values)
+        sums, counts = values.sum(1, where=known), known.sum(1)
+        means = np.divide(sums, counts, out=np.full(len(sums), np.nan), where=counts > 0)
+        columns = np.column_stack([values, means])  # (tags, N + 1)
+        now = time.time()
+        if not self._file_name:
+            self._file_name = f"events.out.tfevents.{now:017.6f}"  # TensorBoard reads files in the order of their names
+            for run in self.runs:
+                run.mkdir(exist_ok=True)
+                _append(run / self._file_name, _opening(now, env_steps))
+        for run, column in zip(self.runs, columns.T.tolist(), strict=True):
+            _append(run / self._file_name, [_point(now, env_steps, column)])
+
+
+def _values(stats: IterationStats, num_steps: int) -> NDArray[np.float64]:
+    """Return the trials' figures, (tags, N). charts/SPS is of one trial: the population makes N times as many."""
+    steps_per_second = np.full_like(stats.episodic_return, num_steps / sum(stats.seconds.values()))
+    learning_rate = np.full_like(stats.episodic_return, stats.learning_rate)
+    losses = [getattr(stats, name) for name in LOSSES]
+    return np.stack([stats.episodic_return, steps_per_second, learning_rate, *losses])
+
+
+# tensorboard is imported only where curves are asked for: it takes half a second.
+
+
+def _opening(now: float, env_steps: int) -> list[Any]:
+    """Return the events that begin a file: the format, and that all earlier points from `env_steps` on do not count."""
+    from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+    start = SessionLog(status=SessionLog.START)
+    return [Event(wall_time=now, file_version="brain.Event:2"), Event(wall_time=now, step=env_steps, session_log=start)]
+
+
+def _point(now: float, env_steps: int, values: list[float]) -> Any:
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    scalars = [
+        Summary.Value(tag=tag, simple_value=value)
+        for tag, value in zip(TAGS, values, strict=True)
+        if np.isfinite(value)
+    ]
+    return Event(wall_time=now, step=env_steps, summary=Summary(value=scalars))
+
+
+def _append(path: Path, events: list[Any]) -> None:
+    """Append events to a file in one write, so that a killed process leaves no half of a record."""
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    with open(path, "ab") as file:
+        writer = RecordWriter(file)
+        for event in events:
+            writer.write(event.SerializeToString())
