@@ -18,16 +18,18 @@ import safetensors.numpy
 import tyro
 from tyro.conf import OmitArgPrefixes, arg
 
-from tipl.collect import collect
+from tipl.collect import collect, is_complete
 from tipl.evaluate import EvaluateConfig, evaluate
 from tipl.exporter import export_checkpoint, layout_record
 from tipl.importer import import_checkpoints
 from tipl.policy import Activation
 from tipl.ppo import PPOConfig
-from tipl.report import write_report
+from tipl.report import plot_store, write_report
 from tipl.rollout import Forecaster, rollout
 from tipl.store import Store, write_atomically
+from tipl.store_info import describe_store
 from tipl.train import TrainConfig, prefix_end_of, train
+from tipl.verify import verify_store
 
 PathArg = Annotated[Path, arg(metavar="PATH")]
 
@@ -36,11 +38,13 @@ PathArg = Annotated[Path, arg(metavar="PATH")]
 class Collect:
     """Train many PPO trials at once on a MuJoCo task and store a checkpoint of each after every iteration.
 
+    Cut off at whatever moment, it goes on with the same command, and the store comes out as if nothing had happened.
+
     Example: tipl collect --env-id HalfCheetah-v5 --num-trials 32 --total-timesteps 300000 --output cheetah.zarr
     """
 
     output: PathArg
-    """Where the store goes; must not exist."""
+    """Where the store goes; must not exist, or be cut off in the middle of this very collection, which then goes on."""
     env_id: str = "InvertedPendulum-v5"
     """A Gymnasium id with continuous actions."""
     num_trials: int = 48
@@ -53,6 +57,8 @@ class Collect:
     """Start all trials from the same weights (the paper's setting)."""
     num_threads: int | None = None
     """Cores to use; all by default."""
+    tensorboard: Annotated[Path | None, arg(metavar="DIR")] = None
+    """A folder for TensorBoard curves of every trial and their mean, under CleanRL's tags; none by default."""
     ppo: PPOConfig = dataclasses.field(default_factory=PPOConfig)
 
     def run(self) -> None:
@@ -69,7 +75,66 @@ class Collect:
             ppo=self.ppo,
             shared_init=self.shared_init,
             num_threads=self.num_threads,
+            tensorboard=self.tensorboard,
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class StoreVerify:
+    """Check every checksum of every file of a store: prints ok, or what is wrong where, with exit status 1.
+
+    Example: tipl store verify runs/cheetah/store.zarr
+    """
+
+    store: tyro.conf.Positional[PathArg]
+    """The store's folder."""
+
+    def run(self) -> None:
+        found = verify_store(self.store, progress=True)
+        for problem in found.problems:
+            print(problem)
+        if found.problems:
+            number = len(found.problems)
+            print(f"damaged    {self.store}: {number} problem{'s' if number > 1 else ''}")
+            sys.exit(1)
+        store = Store.open(self.store)
+        whole = f"{store.num_trials} trials x {store.num_checkpoints} checkpoints"
+        print(f"ok         {self.store}: {whole}, {found.num_chunks} chunks, {found.num_bytes / 1e6:.1f} MB")
+
+
+@dataclasses.dataclass(frozen=True)
+class StoreInfo:
+    """Show what is inside a store: trials, checkpoints, layout, hyperparameters, returns, how far it is.
+
+    Example: tipl store info runs/cheetah/store.zarr --plot cheetah.svg
+    """
+
+    store: tyro.conf.Positional[PathArg]
+    """The store's folder."""
+    plot: Annotated[Path | None, arg(metavar="FILE")] = None
+    """Draw learning curves, dimensionality and detour ratios of the trials' paths into this .svg or .png file."""
+    overwrite: bool = False
+    """Replace a plot that is there."""
+
+    def run(self) -> None:
+        for label, text in describe_store(Store.open(self.store)).items():
+            for i, line in enumerate(text.splitlines()):
+                print(f"{label if i == 0 else '':<11} {line}")
+        if self.plot is not None:
+            plot_store(Store.open(self.store), self.plot, overwrite=self.overwrite)
+            print(f"{'plot':<11} {self.plot}")
+
+
+@dataclasses.dataclass(frozen=True)
+class StoreCommands:
+    """Look into a store, or check that it is whole."""
+
+    command: tyro.conf.OmitSubcommandPrefixes[
+        Annotated[StoreVerify, tyro.conf.subcommand("verify")] | Annotated[StoreInfo, tyro.conf.subcommand("info")]
+    ]
+
+    def run(self) -> None:
+        self.command.run()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -268,7 +333,7 @@ class Run:
         self.evaluate.prefix_ends(num_checkpoints)  # refuses now what could not be judged after an hour
         seconds = _Seconds(self.output / "seconds.json")
 
-        if store_path.exists():
+        if store_path.exists() and is_complete(Store.open(store_path)):
             store = self._complete_store(store_path, num_checkpoints)
         else:
             with seconds.of("collect"):
@@ -280,7 +345,7 @@ class Run:
                     self.seed,
                     self.shared_init,
                     self.num_threads,
-                    self.ppo,
+                    ppo=self.ppo,
                 ).collect()
         print(f"store      {store_path}: {store.summary()}")
 
@@ -347,6 +412,7 @@ class Demo:
 
 Command = (
     Annotated[Collect, tyro.conf.subcommand("collect")]
+    | Annotated[StoreCommands, tyro.conf.subcommand("store")]
     | Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Rollout, tyro.conf.subcommand("rollout")]
     | Annotated[Import, tyro.conf.subcommand("import")]
