@@ -1,5 +1,6 @@
 """Checkpoint files of other libraries: into a store and back, and every file that must be refused."""
 
+import json
 import os
 import re
 import zipfile
@@ -12,9 +13,11 @@ import pytest
 import safetensors.torch
 import torch
 from foreign_checkpoints import ACT_DIM, OBS_DIM, CleanRL, RslRl
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from tipl.actors import find_actor
+from tipl.actors import Actor, find_actor
 from tipl.checkpoint_files import read_checkpoint_file
 from tipl.exporter import export_checkpoint
 from tipl.importer import import_checkpoints
@@ -215,6 +218,18 @@ def test_files_are_ordered_by_the_steps_in_their_names(names: list[str], order: 
     assert import_checkpoints([tmp_path], tmp_path / "store").trial(0).env_steps.tolist() == order
     files = [tmp_path / name for name in names]
     assert import_checkpoints(files, tmp_path / "store2").trial(0).env_steps.tolist() == order
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.lists(st.integers(1, 4), max_size=3), min_size=1, max_size=6), st.integers(0, 2**32 - 1))
+def test_what_is_written_is_what_is_read(shapes: list[list[int]], seed: int) -> None:
+    random = torch.Generator().manual_seed(seed)
+    state = {f"layer{i}.w": torch.randn(shape, generator=random) for i, shape in enumerate(shapes)}
+    other = {key: torch.randn(tensor.shape, generator=random) for key, tensor in state.items()}
+    actor = find_actor(state)
+    assert Actor.from_dict(json.loads(json.dumps(actor.to_dict()))) == actor
+    actor.write(actor.flatten(other), state)
+    assert all(torch.equal(state[key], other[key]) for key in state)
 
 
 class Bomb:

@@ -74,7 +74,9 @@ def import_checkpoints(
                 f"{run.name} {run.num_checkpoints}; num_checkpoints takes the first {min(lengths)} or fewer of each, "
                 f"got {num_checkpoints}"
             )
-    config = {"source": {**runs[0].source, "trials": [run.name for run in runs]}}
+    source = {**runs[0].source, "trials": [run.name for run in runs]}
+    notes = [run.source["note"] for run in runs if "note" in run.source]
+    config = {"source": source | ({"note": notes[0]} if notes else {})}
     policy = runs[0].policy
     store = Store.create(
         output, env_id="".join(env_ids) or "unknown", policy=policy, seeds=range(len(runs)), config=config

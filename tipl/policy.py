@@ -54,7 +54,7 @@ class Layout(ABC):
         if weights.ndim < 1 or weights.shape[-1] != self.num_params:
             raise ValueError(f"unflatten: weights must have shape (..., {self.num_params}), got {tuple(weights.shape)}")
         return {
-            name: weights[..., offset : offset + math.prod(shape)].view(*weights.shape[:-1], *shape)
+            name: weights[..., offset : offset + math.prod(shape)].view((*weights.shape[:-1], *shape))
             for name, (offset, shape) in self.layout.items()
         }
 

@@ -34,6 +34,7 @@ class Recorder:
         activation: str | None = None,
         resume: bool = False,
         config: Mapping[str, Any] | None = None,
+        note: str | None = None,
     ) -> None:
         """Record into a new store at `path`, which the first `log` creates.
 
@@ -43,12 +44,14 @@ class Recorder:
                 parameters' names are from. It counts only for policies that the simulator can run.
             resume: append to what an earlier recorder left at `path`, if that is there.
             config: of the run, plain JSON, kept in the store.
+            note: what a reader of the store must know, kept in its config and shown by `tipl import`.
 
         Raises FileExistsError where `path` exists and not `resume`; RuntimeError where it is damaged or another
         recorder has it open; ValueError where it is no recording of this env_id.
         """
         self.path = Path(path)
         self._env_id, self._activation, self._config = env_id, activation, dict(config or {})
+        self._note = {} if note is None else {"note": note}
         self._store: Store | None = None
         self._actor: Actor | None = None
         self.env_steps = -1
@@ -115,7 +118,7 @@ class Recorder:
         return found
 
     def _create(self, actor: Actor) -> Store:
-        config = {**self._config, "source": source_record(actor, "recorder")}
+        config = {**self._config, "source": source_record(actor, "recorder") | self._note}
         return Store.create(self.path, env_id=self._env_id, policy=actor.policy, seeds=[0], config=config)
 
     def _resume(self) -> Store:

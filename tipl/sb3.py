@@ -48,7 +48,8 @@ class RecorderCallback(BaseCallback):
             env_id=self.env_id or self._own_env_id(),
             activation=_activation(self.model.policy),
             resume=self.resume or self._recorder is not None,
-            config={**self._run(), **(self.config or {})},
+            config={"algorithm": type(self.model).__name__, "seed": self.model.seed, **(self.config or {})},
+            note=self._note(),
         )
         if self._recorder.env_steps == self.model.num_timesteps:
             self._recorded_update = self.model._n_updates
@@ -80,16 +81,14 @@ class RecorderCallback(BaseCallback):
         )
         self._recorded_update = model._n_updates
 
-    def _run(self) -> dict[str, Any]:
-        """Return what the store's config says of the run."""
-        run: dict[str, Any] = {"algorithm": type(self.model).__name__, "seed": self.model.seed}
+    def _note(self) -> str | None:
         normaliser = self.model.get_vec_normalize_env()
-        if normaliser is not None and normaliser.norm_obs:
-            run["note"] = (
-                "observations were normalised by VecNormalize, whose statistics are not recorded: in the simulator "
-                "these policies do not reach the returns that they had"
-            )
-        return run
+        if normaliser is None or not normaliser.norm_obs:
+            return None
+        return (
+            "observations were normalised by VecNormalize, whose statistics are not recorded: in the simulator these "
+            "policies do not reach the returns that they had"
+        )
 
     def _own_env_id(self) -> str:
         spec = self.training_env.get_attr("spec")[0]
