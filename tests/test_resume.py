@@ -83,7 +83,7 @@ def cut_off(output: Path, after: int = 5, **arguments) -> Path:
 
 def test_killed_at_random_moments():
     script = Path(__file__).parent.parent / "bench" / "kill_collection.py"
-    command = [sys.executable, script, "--kills", "6", "--num-iterations", "100", "--seed", "2"]
+    command = [sys.executable, script, "--kills", "6", "--num-iterations", "60", "--seed", "2"]
     ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=120, check=False)
     assert ended.returncode == 0
     assert re.search(r"6 kills .*; 45 files, [\d,]+ bytes: identical\n$", ended.stdout)
@@ -303,15 +303,17 @@ def test_two_at_once_are_refused(tmp_path):
 @pytest.mark.parametrize("num_files", range(35, 100, 13))
 def test_a_full_disk_then_space(tmp_path, monkeypatch, whole, num_files):
     with monkeypatch.context() as patch:
-        write, count = tipl.zarr_files.write_atomically, iter(range(1000))
+        written_aside, count = tipl.zarr_files.written_aside, itertools.count()
 
-        def failing(path: Path, data: bytes) -> None:
-            if next(count) >= num_files:
-                raise OSError(errno.ENOSPC, "No space left on device")
-            write(path, data)
+        @contextlib.contextmanager
+        def failing(path: Path) -> Iterator[Path]:
+            with written_aside(path) as aside:
+                if next(count) >= num_files:
+                    raise OSError(errno.ENOSPC, "No space left on device")
+                yield aside
 
         for module in (tipl.zarr_files, tipl.resume):
-            patch.setattr(module, "write_atomically", failing)
+            patch.setattr(module, "written_aside", failing)
         with pytest.raises(RuntimeError, match=r"No space left on device; \d of 9 .* the same command goes on"):
             run(tmp_path / "store")
     assert verify_store(tmp_path / "store").problems == []

@@ -33,7 +33,7 @@ from tipl.store import Store
 
 Columns = tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.float64]]  # weights, env_steps, episodic_return
 
-SAVE_SECONDS = 5.0  # between two saved states, at least; a kill costs no more than that and an iteration
+SAVE_SECONDS = 5.0  # between two saved states, at least; being cut off costs that and an iteration, at most
 
 
 def collect(
@@ -219,7 +219,6 @@ class _Appender:
         self._store, self._num_steps, self._curves = store, num_steps, curves
         self._there = [store.trial(i) for i in range(len(store))]
         self._states = SavedStates(store.path)
-        self._unsaved: PopulationState | None = None
         self._saved_at = time.monotonic()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="tipl-append")
         self._pending: Future[None] | None = None
@@ -231,13 +230,16 @@ class _Appender:
         env_steps = np.full((len(weights), 1), population.env_steps, np.int64)
         episodic_return = np.full(len(weights), np.nan) if stats is None else stats.episodic_return
         columns = (weights, env_steps, episodic_return[:, None])
-        state = population.get_state() if population.env_steps else None  # the start follows from the seeds
+        state = None
+        # The start needs none: it follows from the seeds.
+        if population.env_steps and time.monotonic() - self._saved_at >= SAVE_SECONDS:
+            state, self._saved_at = population.get_state(), time.monotonic()
         self._pending = self._thread.submit(self._append, population.env_steps, columns, stats, state)
 
     def _append(
         self, steps: int, columns: Columns, stats: IterationStats | None, state: PopulationState | None
     ) -> None:
-        """Append or compare the checkpoint after these env steps; then, if it is time, save the state of then."""
+        """Append or compare the checkpoint after these env steps; then save the state of that moment, if any."""
         k = steps // self._num_steps
         if k < self._there[0].num_checkpoints:
             self._compare(k, columns)
@@ -245,9 +247,8 @@ class _Appender:
             self._store.append(*columns)
         if self._curves is not None and stats is not None:
             self._curves.write(steps, stats, self._num_steps)
-        self._unsaved = state
-        if time.monotonic() - self._saved_at >= SAVE_SECONDS:
-            self._save()
+        if state is not None:
+            self._states.save(state, k + 1)
 
     def _compare(self, k: int, columns: Columns) -> None:
         for i, trial in enumerate(self._there):
@@ -261,11 +262,6 @@ class _Appender:
                     f"checkpoint {k} of trial {i} comes out otherwise than it is in the store, which was made by other "
                     "versions or on another kind of processor: finish it there, or choose another output"
                 )
-
-    def _save(self) -> None:
-        if self._unsaved is not None:
-            self._states.save(self._unsaved, 1 + self._unsaved.env_steps // self._num_steps)
-            self._unsaved, self._saved_at = None, time.monotonic()
 
     def _finish(self) -> None:
         pending, self._pending = self._pending, None
@@ -282,9 +278,6 @@ class _Appender:
             self._finish()
         finally:
             self._thread.shutdown()
-            if kind is not None:
-                with contextlib.suppress(OSError):  # the disk may be full: then an older state, or none, has to do
-                    self._save()
             self._store.close()
 
 

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from tipl import _core
 from tipl.ppo import PopulationState
-from tipl.zarr_files import read_group, write_atomically, write_group
+from tipl.zarr_files import read_group, write_group, written_aside
 
 FOLDER = "resume"
 FORMAT, VERSION = "tipl-population", "1"
@@ -69,7 +69,11 @@ class SavedStates:
             "crc32c": _checksum(described, state.arrays),
         }
         path = self.folder / f"state_{num_checkpoints:08d}.safetensors"
-        write_atomically(path, safetensors.numpy.save(state.arrays, metadata))
+        with written_aside(path) as aside:
+            try:
+                safetensors.numpy.save_file(state.arrays, aside, metadata)
+            except safetensors.SafetensorError as error:  # the disk is full
+                raise OSError(f"{path}: {error}") from error
         for older in self._files()[STATES_KEPT:]:
             older.unlink()
 
@@ -125,7 +129,7 @@ def _checksum(described: str, arrays: Mapping[str, NDArray[Any]]) -> str:
     for name in sorted(arrays):
         array = np.ascontiguousarray(arrays[name])
         checksum = google_crc32c.extend(checksum, f"{name} {array.dtype} {array.shape}".encode())
-        checksum = google_crc32c.extend(checksum, array.tobytes())
+        checksum = google_crc32c.extend(checksum, array.reshape(-1).view(np.uint8))
     return f"{checksum:08x}"
 
 

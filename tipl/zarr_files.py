@@ -11,6 +11,7 @@ Why not zarr-python: appending to 48 trials cost it twice the CPU time although 
 import json
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,17 @@ from numpy.typing import NDArray
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Write `data` to `path` whole or not at all: aside, flushed to disk, then renamed."""
+    with written_aside(path) as aside:
+        aside.write_bytes(data)
+
+
+@contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """Give the name of a file to write, which is then flushed to disk and renamed to `path`; removed on a failure."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with open(aside, "wb") as file:
-            file.write(data)
-            file.flush()
+        yield aside
+        with open(aside, "rb") as file:
             os.fsync(file.fileno())
         os.replace(aside, path)
     except BaseException:
