@@ -159,3 +159,22 @@ def test_help_teaches(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
     text = capsys.readouterr().out
     for name in ("collect", "train", "rollout", "import", "export", "evaluate", "report", "run", "demo", "Example"):
         assert name in text
+
+
+def test_a_store_is_drawn_and_its_curves_go_where_they_are_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store, curves, plot = tmp_path / "s.zarr", tmp_path / "curves", tmp_path / "plot.svg"
+    collect = ["collect", "--output", store, "--num-trials", 2, "--total-timesteps", 192, *PPO]
+    assert tipl(monkeypatch, *collect, "--tensorboard", curves) == 0
+    assert {path.name for path in curves.iterdir()} == {"trial_0000", "trial_0001", "mean"}
+    assert tipl(monkeypatch, "store", "info", store, "--plot", plot) == 0
+    assert capsys.readouterr().out.splitlines()[-1].split() == ["plot", str(plot)]
+    assert plot.read_bytes().startswith(b"<?xml")
+    assert tipl(monkeypatch, "store", "info", store, "--plot", plot) == 2
+    assert f"plot_store: {plot} exists" in capsys.readouterr().err
+    assert tipl(monkeypatch, "store", "info", store, "--plot", plot, "--overwrite") == 0
+    collect[2] = tmp_path / "other.zarr"
+    assert tipl(monkeypatch, *collect, "--tensorboard", curves) == 2
+    assert "holds the curves of another collection" in capsys.readouterr().err
+    assert not (tmp_path / "other.zarr").exists()
