@@ -1,6 +1,8 @@
 """TensorBoard curves: read back with TensorBoard's own reader, they are what the iterations gave."""
 
 import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -158,6 +160,11 @@ def test_without_the_option_nothing_is_written_and_the_store_is_the_same(tmp_pat
     assert not list((tmp_path / "without").rglob("*tfevents*"))
     without, with_curves = ([store.trial(i).weights() for i in range(3)] for store in stores)
     np.testing.assert_array_equal(without, with_curves)
+
+
+def test_tensorboard_is_not_imported_before_curves_are_written():
+    code = "import sys, tipl.collect, tipl.curves; sys.exit('tensorboard' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_curves_of_a_collection_that_was_cut_off_have_each_point_once(tmp_path, monkeypatch):
