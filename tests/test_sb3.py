@@ -2,6 +2,7 @@
 
 import sys
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,15 @@ from tipl.sb3 import RecorderCallback  # noqa: E402
 ENV_ID = "InvertedPendulum-v5"
 NUM_STEPS, NUM_UPDATES, NUM_RUNS = 128, 12, 4
 OBS = np.random.default_rng(0).normal(size=(20, 4)).astype(np.float32)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Networks this small gain nothing from torch's threads, which on busy cores wait for each other."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
 
 
 def ppo(seed: int = 0, **arguments: Any) -> Any:
