@@ -405,9 +405,9 @@ def test_export_refuses_what_does_not_fit(tmp_path: Path) -> None:
         ((tmp_path / "none", like), FileNotFoundError, "there is no forecast and no store"),
         ((tmp_path / "f.safetensors", like), RuntimeError, "is damaged, or no forecast"),
         ((tmp_path / "g.safetensors", like), RuntimeError, "is no forecast: expected weights"),
-        ((row.astype(np.float64), like), ValueError, "must be .* finite float32"),
-        ((row + np.float32(np.nan), like), ValueError, "must be .* finite float32"),
-        ((row[None], like), ValueError, "must be .* finite float32"),
+        ((row.astype(np.float64), like), TypeError, "weights must be float32, got float64"),
+        ((row + np.float32(np.nan), like), ValueError, "weights must be finite"),
+        ((row[None], like), ValueError, r"must be finite and of shape \(p,\), got \(1, "),
     ):
         with pytest.raises(error, match=message):
             export_checkpoint(*arguments, out)

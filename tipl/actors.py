@@ -29,7 +29,7 @@ State = Mapping[str, Tensor]
 
 NORMALISER_EPS = 1e-2  # rsl_rl's default; its files do not say it
 
-_OTHERS = re.compile(r"critic|value_net\.|vf_features_extractor\.|mlp_extractor\.value_net\.|[^.]*_target\.")
+_NOT_THE_ACTORS = re.compile(r"critic|value_net\.|vf_features_extractor\.|mlp_extractor\.value_net\.|[^.]*_target\.")
 """Beginnings of the keys of critics and target networks."""
 
 
@@ -161,7 +161,7 @@ def find_actor(state: State, activation: str | None = None) -> Actor:
     seen = set()
     for key, tensor in state.items():
         place = (tensor.data_ptr(), tensor.shape, tensor.stride())
-        if tensor.is_floating_point() and tensor.numel() and place not in seen and not _OTHERS.match(key):
+        if tensor.is_floating_point() and tensor.numel() and place not in seen and not _NOT_THE_ACTORS.match(key):
             seen.add(place)
             shapes[key] = tuple(tensor.shape)
     if not shapes:

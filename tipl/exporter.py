@@ -35,7 +35,8 @@ def export_checkpoint(
         trial: of a store.
 
     Raises FileExistsError where `output` exists; FileNotFoundError; ValueError where the layouts differ, the checkpoint
-    is not there or the weights are not finite float32; RuntimeError where a file is damaged.
+    is not there or the weights are not finite; TypeError where they are not float32; RuntimeError where a file is
+    damaged.
     """
     output = Path(output)
     if output.exists():
@@ -54,8 +55,10 @@ def export_checkpoint(
         row = path.weights(t, t + 1)[0]
     else:
         row, source = _forecast_row(Path(weights), checkpoint)
-    if row.ndim != 1 or row.dtype != np.float32 or not np.isfinite(row).all():
-        raise ValueError(f"export: weights must be (p,) finite float32, got {row.shape} {row.dtype}")
+    if row.dtype != np.float32:
+        raise TypeError(f"export: weights must be float32, got {row.dtype}")
+    if row.ndim != 1 or not np.isfinite(row).all():
+        raise ValueError(f"export: weights must be finite and of shape (p,), got {row.shape}")
     template = read_checkpoint_file(like)
     actor = _actor_of_template(template, Path(like), source, len(row))
     actor.write(row, template.state)
@@ -79,12 +82,13 @@ def _forecast_row(path: Path, checkpoint: int | None) -> tuple[NDArray[np.float3
             record = json.loads((file.metadata() or {}).get("tipl", "{}"))
     except (safetensors.SafetensorError, ValueError) as error:
         raise RuntimeError(f"export: {path} is damaged, or no forecast: {error}") from error
-    if set(arrays) != {"weights", "checkpoint"} or len(arrays["weights"]) != len(arrays["checkpoint"]):
-        raise RuntimeError(f"export: {path} is no forecast: expected weights (n, p) and checkpoint (n,)")
-    indices = arrays["checkpoint"].tolist()
+    weights, steps = (arrays.get(name, np.empty(0)) for name in ("weights", "checkpoint"))
+    if weights.ndim != 2 or weights.dtype != np.float32 or not 0 < len(weights) == steps.size:
+        raise RuntimeError(f"export: {path} is no forecast: expected weights (n, p) float32 and checkpoint (n,)")
+    indices = steps.tolist()
     if checkpoint is not None and checkpoint not in indices:
         raise ValueError(f"export: checkpoint must lie in [{indices[0]}, {indices[-1]}], got {checkpoint}")
-    return arrays["weights"][-1 if checkpoint is None else indices.index(checkpoint)], record
+    return weights[-1 if checkpoint is None else indices.index(checkpoint)], record
 
 
 def _actor_of_template(template: CheckpointFile, like: Path, record: dict[str, Any], num_params: int) -> Actor:

@@ -6,10 +6,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 
 from tipl.recorder import Recorder
+
+try:
+    from stable_baselines3.common.callbacks import BaseCallback
+    from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError("tipl.sb3 needs stable-baselines3, the extra `sb3` of tipl", name=error.name) from error
 
 
 class RecorderCallback(BaseCallback):
