@@ -51,7 +51,7 @@ def iterations(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     iterate, seen = Population.iterate, []
 
     def counted(population: Population):
-        seen.append(population.env_steps // population.config.num_steps)
+        seen.append(population.env_steps // population.config.batch_size)
         return iterate(population)
 
     monkeypatch.setattr(Population, "iterate", counted)
@@ -100,6 +100,27 @@ def test_ctrl_c_then_other_threads(tmp_path, env_id, iterations):
     assert files(path) == expected
     assert is_complete(store)
     assert not list(tmp_path.glob(".*"))
+
+
+OPTIONS = {
+    "num_envs": 2,
+    "anneal_lr": True,
+    "target_kl": 0.01,
+    "clip_coef_vf": 0.2,
+    "normalize_observations": True,
+    "activation": "elu",
+}
+
+
+def test_every_option_goes_on(tmp_path, iterations):
+    arguments = {"env_id": "Hopper-v5", "ppo": dataclasses.replace(TINY, **OPTIONS), "total_timesteps": 64 * 8 - 5}
+    expected = files(run(tmp_path / "whole", **arguments).path)
+    path = cut_off(tmp_path / "store", **arguments)
+    iterations.clear()
+    store = run(path, **arguments, num_threads=3)
+    assert iterations == [5, 6, 7]
+    assert files(path) == expected
+    np.testing.assert_array_equal(store.trial(1).env_steps, 64 * np.arange(9))
 
 
 def test_every_row_and_the_running_episodes_go_on(tmp_path):

@@ -26,8 +26,10 @@ if TYPE_CHECKING:
     from tipl.report import PathSpectrum, path_spectrum, plot_store, write_report
     from tipl.rollout import Forecaster, rollout
     from tipl.store import Store
+    from tipl.store_info import describe_store
     from tipl.svd import GroupedSVD, RunningGram, StreamingSVD, gram
     from tipl.train import TrainConfig, train
+    from tipl.verify import verify_store
 
 # What each module gives to the package. A name is imported when it is first asked for: StreamingSVD needs neither torch
 # nor MuJoCo, which take 1.5 s and 250 MB.
@@ -44,8 +46,10 @@ _EXPORTS = {
     "report": ["PathSpectrum", "path_spectrum", "plot_store", "write_report"],
     "rollout": ["Forecaster", "rollout"],
     "store": ["Store"],
+    "store_info": ["describe_store"],
     "svd": ["GroupedSVD", "RunningGram", "StreamingSVD", "gram"],
     "train": ["TrainConfig", "train"],
+    "verify": ["verify_store"],
 }
 _MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names}
 
@@ -65,6 +69,7 @@ __all__ = [
     "TrainConfig",
     "TrajectoryTransformer",
     "collect",
+    "describe_store",
     "evaluate",
     "export_checkpoint",
     "gram",
@@ -73,6 +78,7 @@ __all__ = [
     "plot_store",
     "rollout",
     "train",
+    "verify_store",
     "write_report",
 ]
 __version__ = version("tipl")

@@ -329,7 +329,7 @@ class Run:
         store_path, model, evaluation = (self.output / name for name in ("store.zarr", "model", "evaluation"))
         if self.output.exists() and not self.resume:
             raise FileExistsError(f"run: output {self.output} exists already; choose another folder or pass --resume")
-        num_checkpoints = -(-self.total_timesteps // self.ppo.num_steps) + 1
+        num_checkpoints = -(-self.total_timesteps // self.ppo.batch_size) + 1
         self.evaluate.prefix_ends(num_checkpoints)  # refuses now what could not be judged after an hour
         seconds = _Seconds(self.output / "seconds.json")
 

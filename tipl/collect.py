@@ -1,6 +1,6 @@
 """Collection: a population of PPO trials learns, and every iteration leaves a checkpoint of each in a store.
 
-N trials learn in lockstep (`ppo.Population`), one environment each. Row 0 of a trial is its initial policy, row k its
+N trials learn in lockstep (`ppo.Population`), in environments of their own. Row 0 of a trial is its initial policy, row k its
 policy after k iterations. Checkpoints are appended on a thread of their own while the next iteration runs.
 
 A collection that was cut off, at whatever moment, goes on with the same arguments, and its store comes out as if
@@ -27,7 +27,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from tipl.curves import Curves
 from tipl.envs import make_vec
-from tipl.ppo import IterationStats, Population, PopulationState, PPOConfig
+from tipl.ppo import IterationStats, Population, PopulationState, PPOConfig, environment_seeds
 from tipl.resume import SavedStates
 from tipl.store import Store
 
@@ -52,11 +52,11 @@ def collect(
     """Run PPO on `num_trials` independent trials and return the store of their checkpoints, written to `output`.
 
     An unfinished collection at `output` goes on from where it was cut off. Its store is then the same, to the bit, as
-    that of an uninterrupted one, where a trial's results do not depend on the population (see `ppo`) and where library
-    versions and the processor's instruction sets are the same; a warning names those that are not.
+    that of an uninterrupted one, where library versions and the processor's instruction sets are the same; a warning
+    names those that are not.
 
     Args:
-        total_timesteps: environment steps of each trial, rounded up to whole iterations of ppo.num_steps.
+        total_timesteps: environment steps of each trial, rounded up to whole iterations of ppo.batch_size.
         seed: trial i's seed is `trial_seeds(seed, num_trials)[i]`.
         ppo: by default PPOConfig(), Stable-Baselines3's hyperparameters.
         shared_init: start all trials from the initial weights of trial 0.
@@ -89,23 +89,26 @@ def collect(
         "ppo": dataclasses.asdict(ppo),
     }
     seeds = trial_seeds(seed, num_trials)
-    num_iterations = math.ceil(total_timesteps / ppo.num_steps)
-    display = _Display(env_id, num_iterations, num_trials * ppo.num_steps, shown=progress)
+    num_iterations = math.ceil(total_timesteps / ppo.batch_size)
+    display = _Display(env_id, num_iterations, num_trials * ppo.batch_size, shown=progress)
     store = _reopen(output, env_id, config) if output.exists() else None
     with contextlib.ExitStack() as stack:
         if store is not None:
             stack.enter_context(store)
         if store is None or store.num_checkpoints <= num_iterations:
-            env = make_vec(env_id, num_trials, seeds=seeds, num_threads=num_threads)
+            env_seeds = environment_seeds(seeds, ppo.num_envs)
+            env = make_vec(env_id, len(env_seeds), seeds=env_seeds, num_threads=num_threads)
             stack.callback(env.close)
-            population = Population(env, ppo, seeds, shared_init=shared_init, num_threads=num_threads)
+            population = Population(
+                env, ppo, seeds, num_iterations=num_iterations, shared_init=shared_init, num_threads=num_threads
+            )
             curves = None if tensorboard is None else Curves(tensorboard, num_trials, resumed=store is not None)
             if store is None:
                 store = Store.create(output, env_id=env_id, policy=population.spec, seeds=seeds, config=config)
                 stack.enter_context(store)
             else:
                 _restore(population, store)
-                display.resume(store, population.env_steps // ppo.num_steps)
+                display.resume(store, population.env_steps // ppo.batch_size)
             SavedStates(output).begin()
             with display:
                 _run(population, store, num_iterations, display, curves)
@@ -120,7 +123,8 @@ def num_checkpoints_asked(store: Store) -> int | None:
     config = store.config
     if "total_timesteps" not in config or "ppo" not in config:
         return None
-    num_iterations: int = -(-config["total_timesteps"] // config["ppo"]["num_steps"])
+    batch_size = config["ppo"]["num_steps"] * config["ppo"].get("num_envs", 1)  # older stores know of one alone
+    num_iterations: int = -(-config["total_timesteps"] // batch_size)
     return 1 + num_iterations
 
 
@@ -177,22 +181,26 @@ def _restore(population: Population, store: Store) -> None:
             "in its last bits from an uninterrupted collection",
             stacklevel=3,
         )
+    start = population.get_state()
     for state in SavedStates(store.path).load(store.num_checkpoints):
-        k = state.env_steps // population.config.num_steps
-        policies = state.arrays["params"][:, : population.spec.num_params]
-        if all(np.array_equal(policies[i], store.trial(i).weights(k, k + 1)[0]) for i in range(len(store))):
+        k = state.env_steps // population.config.batch_size
+        with contextlib.suppress(ValueError):  # it is of another population altogether
             population.set_state(state)
-            return
+            there = [store.trial(i).weights(k, k + 1)[0] for i in range(len(store))]
+            if np.array_equal(population.weights(), there):
+                return
         warnings.warn(f"collect: a state saved in {store.path} is not that of its checkpoint {k}", stacklevel=3)
+    if start is not None:
+        population.set_state(start)
 
 
 def _run(population: Population, store: Store, num_iterations: int, display: "_Display", curves: Curves | None) -> None:
     """Append the initial checkpoints and those after each iteration, and close the store, whatever happens."""
     try:
-        with _Appender(store, population.config.num_steps, curves) as appender:
+        with _Appender(store, population.config.batch_size, curves) as appender:
             if population.env_steps == 0:
                 appender.append(population, None)
-            for _ in range(population.env_steps // population.config.num_steps, num_iterations):
+            for _ in range(population.env_steps // population.config.batch_size, num_iterations):
                 stats = population.iterate()
                 appender.append(population, stats)
                 display.advance(stats.episodic_return)
@@ -215,8 +223,8 @@ class _Appender:
     Checkpoints that are there already, because they came after the last saved state, must be what they were.
     """
 
-    def __init__(self, store: Store, num_steps: int, curves: Curves | None) -> None:
-        self._store, self._num_steps, self._curves = store, num_steps, curves
+    def __init__(self, store: Store, batch_size: int, curves: Curves | None) -> None:
+        self._store, self._batch_size, self._curves = store, batch_size, curves
         self._there = [store.trial(i) for i in range(len(store))]
         self._states = SavedStates(store.path)
         self._saved_at = time.monotonic()
@@ -240,13 +248,13 @@ class _Appender:
         self, steps: int, columns: Columns, stats: IterationStats | None, state: PopulationState | None
     ) -> None:
         """Append or compare the checkpoint after these env steps; then save the state of that moment, if any."""
-        k = steps // self._num_steps
+        k = steps // self._batch_size
         if k < self._there[0].num_checkpoints:
             self._compare(k, columns)
         else:
             self._store.append(*columns)
         if self._curves is not None and stats is not None:
-            self._curves.write(steps, stats, self._num_steps)
+            self._curves.write(steps, stats, self._batch_size)
         if state is not None:
             self._states.save(state, k + 1)
 
