@@ -295,6 +295,17 @@ def test_damaged_files_are_named(name: str, tmp_path: Path) -> None:
     assert not (tmp_path / "store").exists()
 
 
+def test_every_member_of_an_sb3_zip_is_checked(tmp_path: Path) -> None:
+    torch.save({"w": torch.ones(2)}, tmp_path / "policy.pth")
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.write(tmp_path / "policy.pth", "policy.pth")
+        archive.writestr("policy.optimizer.pth", b"moments")
+    data = (tmp_path / "a.zip").read_bytes()
+    (tmp_path / "a.zip").write_bytes(data.replace(b"moments", b"mements"))
+    with pytest.raises(RuntimeError, match=r"its member policy\.optimizer\.pth fails its checksum"):
+        read_checkpoint_file(tmp_path / "a.zip")
+
+
 def test_a_damaged_file_in_the_middle_leaves_no_store(tmp_path: Path) -> None:
     folder = save_run(tmp_path / "run", lambda i: {"w": torch.zeros(2)}, count=4)
     (folder / "model_100.pt").write_bytes(b"garbage")

@@ -109,6 +109,9 @@ def _read_sb3(data: bytes) -> CheckpointFile:
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         if _POLICY not in archive.namelist():
             raise _NotReadableError(f"is no zip of Stable-Baselines3: it has no member {_POLICY}")
+        damaged = archive.testzip()
+        if damaged is not None:
+            raise _NotReadableError(f"is damaged: its member {damaged} fails its checksum")
         policy = _load(archive.read(_POLICY))
         settings = json.loads(archive.read("data")) if "data" in archive.namelist() else {}
     steps = settings.get("num_timesteps")
