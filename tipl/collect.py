@@ -1,7 +1,7 @@
 """Collection: a population of PPO trials learns, and every iteration leaves a checkpoint of each in a store.
 
-N trials learn in lockstep (`ppo.Population`), in environments of their own. Row 0 of a trial is its initial policy, row k its
-policy after k iterations. Checkpoints are appended on a thread of their own while the next iteration runs.
+N trials learn in lockstep (`ppo.Population`), in environments of their own. Row 0 of a trial is its initial policy, row
+k its policy after k iterations. Checkpoints are appended on a thread of their own while the next iteration runs.
 
 A collection that was cut off, at whatever moment, goes on with the same arguments, and its store comes out as if
 nothing had happened, to the bit: every few seconds the population's state is saved (`resume.py`), later iterations are
