@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--save-seconds", type=float, default=0.02, help="between two saved states, at least")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     arguments = parser.parse_args()
-    sys.modules["tipl.collect"].SAVE_SECONDS = arguments.save_seconds  # type: ignore[attr-defined]
+    sys.modules["tipl.collect"].SAVE_SECONDS = arguments.save_seconds
     rng = random.Random(arguments.seed)
 
     def life(path: Path) -> Callable[[], object]:

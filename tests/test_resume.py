@@ -238,6 +238,14 @@ def test_other_versions_give_a_warning(tmp_path, whole):
     assert files(path) == whole
 
 
+def test_a_damaged_record_of_the_versions_is_no_obstacle(tmp_path, whole):
+    path = cut_off(tmp_path / "store")
+    (path / "resume/zarr.json").write_text("{")
+    with pytest.warns(UserWarning, match=r"resume/zarr.json is damaged: .*; whether versions have changed is not"):
+        run(path)
+    assert files(path) == whole
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -107,6 +107,7 @@ def collect(
                 store = Store.create(output, env_id=env_id, policy=population.spec, seeds=seeds, config=config)
                 stack.enter_context(store)
             else:
+                _warn_of_versions(store)
                 _restore(population, store)
                 display.resume(store, population.env_steps // ppo.batch_size)
             SavedStates(output).begin()
@@ -173,14 +174,23 @@ def _reopen(output: Path, env_id: str, config: dict[str, Any]) -> Store:
     return Store.open(output, writable=True)
 
 
-def _restore(population: Population, store: Store) -> None:
-    """Set the population to the latest state whose checkpoint is in the store; without any, leave it at its start."""
-    for name, (then, now) in SavedStates(store.path).changed_versions().items():
+def _warn_of_versions(store: Store) -> None:
+    """Warn of what could change the last bits of the rest of an unfinished collection."""
+    try:
+        changed = SavedStates(store.path).changed_versions()
+    except RuntimeError as error:
+        changed = {}
+        warnings.warn(f"collect: {error}; whether versions have changed is not known", stacklevel=3)
+    for name, (then, now) in changed.items():
         warnings.warn(
             f"collect: {store.path} was begun with {name} {then} and goes on with {name} {now}: the rest may differ "
             "in its last bits from an uninterrupted collection",
             stacklevel=3,
         )
+
+
+def _restore(population: Population, store: Store) -> None:
+    """Set the population to the latest state whose checkpoint is in the store; without any, leave it at its start."""
     start = population.get_state()
     for state in SavedStates(store.path).load(store.num_checkpoints):
         k = state.env_steps // population.config.batch_size
