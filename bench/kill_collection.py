@@ -62,9 +62,9 @@ def main() -> None:
         for kills in range(arguments.kills):
             without_store += not killed.exists()
             without_state += killed.exists() and not any(killed.glob("resume/state_*"))
-            left = 1 - done(killed) / (arguments.num_iterations + 1)
+            # A life may last as long as its share of the work left takes, but for a fifth, which is for the last one.
+            left = max(0.0, 0.8 - done(killed) / (arguments.num_iterations + 1))
             child = start(life(killed))
-            # On average half of the work that is left to a life is done in it, so that the last kill finds some.
             time.sleep(rng.uniform(0, until_store + left * seconds / (arguments.kills - kills)))
             os.kill(child, signal.SIGKILL)
             if os.waitpid(child, 0)[1] != signal.SIGKILL:
