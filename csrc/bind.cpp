@@ -531,7 +531,7 @@ py::array_t<double> bound_update(PpoUpdate &update, py::object params, py::objec
   };
   const auto log_prob = scalars("log_probs", log_probs), advantage = scalars("advantages", advantages);
   const auto target = scalars("returns", returns), value = scalars("values", values);
-  const auto orders = checked_array<int64_t>("update", "order", order, {{"N", N}, {"E", E}, {"T", T}});
+  const auto orders = checked_array<int32_t>("update", "order", order, {{"N", N}, {"E", E}, {"T", T}});
   const TrialParams trials{
       rows.mutable_data(), first.mutable_data(), second.mutable_data(), taken.mutable_data(), N, P};
   const Steps steps{obs.data(),    action.data(), log_prob.data(), advantage.data(),

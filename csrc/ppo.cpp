@@ -89,7 +89,7 @@ PpoUpdate::Net PpoUpdate::net(ptrdiff_t begin, ptrdiff_t out) const {
 // ---- forward and backward, of one minibatch
 
 // The inputs of the first layers: rows of obs (., O), those in `rows` or the first `count`. Zero beyond them.
-void PpoUpdate::take_observations(Workspace &work, const float *obs, const int64_t *rows, ptrdiff_t count) const {
+void PpoUpdate::take_observations(Workspace &work, const float *obs, const int32_t *rows, ptrdiff_t count) const {
   const ptrdiff_t O = sizes_.obs_dim, width = round_up(O, kernels_.lanes);
   float *const to = work.rows[0].data();
   for (ptrdiff_t i = 0; i < count; ++i) std::copy_n(obs + (rows == nullptr ? i : rows[i]) * O, O, to + i * width);
@@ -163,7 +163,7 @@ void PpoUpdate::values(const float *params, ptrdiff_t stride, ptrdiff_t trials, 
 // ---- the update
 
 // The gradient of the value loss by the values, into out_grads[0]; returns the sum of squared errors.
-double PpoUpdate::take_values(const Steps &steps, ptrdiff_t first, const int64_t *rows, const float *value,
+double PpoUpdate::take_values(const Steps &steps, ptrdiff_t first, const int32_t *rows, const float *value,
                               Workspace &work) const {
   const ptrdiff_t B = settings_.minibatch_size;
   const float clip = settings_.clip_coef_vf, scale = 2.0f * settings_.vf_coef / static_cast<float>(B);
@@ -193,7 +193,7 @@ void PpoUpdate::update_trial(const TrialParams &params, const Steps &steps, ptrd
     kl = 0.0;
     last_batches = 0;
     for (ptrdiff_t begin = 0; begin < T && !stopped; begin += B) {
-      const int64_t *const rows = steps.order + (trial * settings_.update_epochs + epoch) * T + begin;
+      const int32_t *const rows = steps.order + (trial * settings_.update_epochs + epoch) * T + begin;
       take_observations(work, steps.observations + first * sizes_.obs_dim, rows, B);
       double mean = 0.0, variance = 0.0;
       for (ptrdiff_t i = 0; i < B; ++i) {
@@ -251,8 +251,8 @@ void PpoUpdate::update(const TrialParams &params, const Steps &steps, double lea
   check(params.stride >= num_params(), "update: a trial must have at least ", num_params(), " parameters, got ",
         params.stride);
   const ptrdiff_t orders = params.trials * settings_.update_epochs * T;
-  const auto outside = [T](int64_t step) { return step < 0 || step >= T; };
-  const int64_t *const bad = std::find_if(steps.order, steps.order + orders, outside);
+  const auto outside = [T](int32_t step) { return step < 0 || step >= T; };
+  const int32_t *const bad = std::find_if(steps.order, steps.order + orders, outside);
   check(bad == steps.order + orders, "update: order must hold steps in [0, ", T, "), got ",
         bad == steps.order + orders ? 0 : *bad);
   for_each_item(pool_, params.trials, [&](int rank, ptrdiff_t trial) {

@@ -49,7 +49,7 @@ struct Steps {
   const float *observations;  // (N, T, O)
   const float *actions;       // (N, T, A)
   const float *log_probs, *advantages, *returns, *values;
-  const int64_t *order;  // (N, E, T), permutations of the steps
+  const int32_t *order;  // (N, E, T), permutations of the steps
   ptrdiff_t num_steps;   // T, a multiple of B
 };
 
@@ -90,10 +90,10 @@ class PpoUpdate {
   struct Workspace;  // of one thread
 
   Net net(ptrdiff_t begin, ptrdiff_t out) const;
-  void take_observations(Workspace &work, const float *obs, const int64_t *rows, ptrdiff_t count) const;
+  void take_observations(Workspace &work, const float *obs, const int32_t *rows, ptrdiff_t count) const;
   const float *forward(const Net &net, const float *params, Workspace &work) const;
   void backward(const Net &net, const float *params, Workspace &work) const;
-  double take_values(const Steps &steps, ptrdiff_t first, const int64_t *rows, const float *value,
+  double take_values(const Steps &steps, ptrdiff_t first, const int32_t *rows, const float *value,
                      Workspace &work) const;
   void update_trial(const TrialParams &params, const Steps &steps, ptrdiff_t trial, double learning_rate,
                     Workspace &work, UpdateStats &stats) const;

@@ -279,7 +279,7 @@ def random_update(config: PPOConfig, act_dim: int, obs_dim: int = 5, seed: int =
         "advantages": normal(N, S),
         "returns": normal(N, S),
         "values": normal(N, S),
-        "order": np.stack([[rng.permutation(S) for _ in range(E)] for _ in range(N)]),
+        "order": np.stack([[rng.permutation(S) for _ in range(E)] for _ in range(N)]).astype(np.int32),
     }
     agents = [reference.Agent(torch.from_numpy(row), obs_dim, act_dim, config) for row in arrays["params"]]
     with torch.no_grad():
@@ -322,7 +322,7 @@ def by_autograd(
     names = {"obs": "observations", "action": "actions", "log_prob": "log_probs", "advantage": "advantages"}
     names |= {"target": "returns", "value": "values"}
     transitions = {name: data[ours].to(dtype) for name, ours in names.items()}
-    return agent, reference.ppo_update(agent, transitions, list(data["order"]), config)
+    return agent, reference.ppo_update(agent, transitions, list(data["order"].long()), config)
 
 
 def assert_updates_as_autograd(config: PPOConfig, arrays: dict[str, np.ndarray], ours: dict[str, np.ndarray]) -> None:

@@ -163,6 +163,6 @@ class PpoUpdate:
         advantages: NDArray[np.float32],
         returns: NDArray[np.float32],
         values: NDArray[np.float32],
-        order: NDArray[np.int64],
+        order: NDArray[np.int32],
         learning_rate: float,
     ) -> NDArray[np.float64]: ...

@@ -454,10 +454,10 @@ class Population:
         """Run the epochs of one iteration."""
         N, S, config = len(self.seeds), self.config.batch_size, self.config
         values, advantages = self.estimate(transitions)
-        order = np.empty((N, config.update_epochs, S), np.int64)
+        order = np.empty((N, config.update_epochs, S), np.int32)
         for epochs, generator in zip(order, self.generators, strict=True):
             for row in epochs:
-                torch.randperm(S, generator=generator, out=torch.from_numpy(row))
+                torch.randperm(S, generator=generator, dtype=torch.int32, out=torch.from_numpy(row))
         trials = {"advantages": advantages.T, "returns": (advantages + values).T, "values": values.T}
         losses = self.engine.update(
             params=self.params,
