@@ -1,39 +1,49 @@
 """Collecting trajectories: PPO iterations of a population beside Stable-Baselines3's PPO; the simulator is the roof.
 
-All take HalfCheetah-v5 env steps and use all cores; the population and SB3 learn with SB3's default hyperparameters.
-SB3 runs as fast as it can here: a process of one thread on each core.
+All use all cores; the population and SB3 learn with SB3's default hyperparameters. SB3 runs as fast as it can here: a
+process of one thread on each core. The simulator is `mujoco.batch` alone: no observations, rewards or resets, but that
+its simulations go back to where they began now and then, so that none lies fallen on the floor.
 """
 
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
+import pytest
 import torch
 from measure import Clock, Row, rows_of, side_by_side
+from mujoco.batch import Batch
 from record import Record
 
-from tipl import PPOConfig, _core
-from tipl.envs import make_vec
+from tipl import PPOConfig, Store, _core
+from tipl.envs import MujocoVectorEnv, make_vec
+from tipl.mujoco_tasks import TASKS
+from tipl.policy import PolicySpec
 from tipl.ppo import Population
 
-ENV_ID, NUM_TRIALS, SB3_STEPS, SIMULATED_STEPS = "HalfCheetah-v5", 32, 4096, 512
+ENV_IDS = ("HalfCheetah-v5", "InvertedPendulum-v5", "Hopper-v5")
+NUM_TRIALS, SB3_STEPS, SIMULATED_STEPS, RESTORED_EVERY = 64, 4096, 512, 16
 
 
 @cache
-def sb3_model() -> Any:
+def sb3_model(env_id: str) -> Any:
     from stable_baselines3 import PPO
 
     torch.set_num_threads(1)
-    return PPO("MlpPolicy", ENV_ID, device="cpu", seed=0)
+    return PPO("MlpPolicy", env_id, device="cpu", seed=0)
 
 
-def sb3_learn(process: int) -> int:
-    """In a process of its own, where `process` only tells the calls apart; return the env steps taken."""
-    sb3_model().learn(SB3_STEPS, reset_num_timesteps=False)
+def sb3_learn(env_id: str) -> int:
+    """In a process of its own; return the env steps taken."""
+    sb3_model(env_id).learn(SB3_STEPS, reset_num_timesteps=False)
     return SB3_STEPS
 
 
@@ -46,37 +56,159 @@ def seconds_a_step(work: Callable[[], object], num_steps: int) -> Clock:
     return run
 
 
-def bench_population(record: Record) -> None:
-    seeds, cores = range(NUM_TRIALS), _core.available_cpus()
-    env, bare_env = make_vec(ENV_ID, NUM_TRIALS, seeds=seeds), make_vec(ENV_ID, NUM_TRIALS, seeds=seeds)
-    population = Population(env, PPOConfig(), seeds)
-    before = population.weights()
-    population.iterate()
-    assert (population.weights() != before).any(axis=1).all()  # every trial has learned something
-    bare_env.reset()
-    actions = np.random.default_rng(0).uniform(-1, 1, (SIMULATED_STEPS, NUM_TRIALS, env.act_dim))
+def simulation(env_id: str) -> Callable[[], None]:
+    """Return what steps NUM_TRIALS simulations SIMULATED_STEPS times with random actions, as the environment would."""
+    env, task = make_vec(env_id, NUM_TRIALS, seeds=range(NUM_TRIALS)), TASKS[env_id]
+    assert isinstance(env, MujocoVectorEnv)
+    env.reset()
+    begin = env.get_state().simulations
+    batch = Batch(task.load_model(), NUM_TRIALS, _core.available_cpus())
+    ctrl = batch.bind("ctrl")
+    actions = np.random.default_rng(0).uniform(
+        env.action_low, env.action_high, (SIMULATED_STEPS, NUM_TRIALS, env.act_dim)
+    )
 
     def simulate() -> None:
-        for action in actions:
-            bare_env.step(action)
+        for t, action in enumerate(actions):
+            if t % RESTORED_EVERY == 0:
+                batch.state[:] = begin
+            ctrl[:] = action
+            batch.step(nstep=task.frame_skip)
 
+    return simulate
+
+
+@pytest.mark.parametrize("env_id", ENV_IDS)
+def bench_population(env_id: str, record: Record) -> None:
+    seeds, cores = range(NUM_TRIALS), _core.available_cpus()
+    env = make_vec(env_id, NUM_TRIALS, seeds=seeds)
+    population = Population(env, PPOConfig(), seeds)
+    before = population.weights()
+    seconds = population.iterate().seconds
+    assert (population.weights() != before).any(axis=1).all()  # every trial has learned something
+    steps = NUM_TRIALS * PPOConfig().num_steps
+    parts = ", ".join(f"{name} {1e6 * s / steps:.2f}" for name, s in seconds.items())
+    record.say(f"collect {env_id}, microseconds an env step in the first iteration: {parts}")
     with ProcessPoolExecutor(cores, get_context("spawn")) as processes:
 
         def sb3() -> int:
-            return sum(processes.map(sb3_learn, range(cores)))
+            return sum(processes.map(sb3_learn, [env_id] * cores))
 
         sb3()  # imports, and builds the models
         clocks = {
-            "tipl": seconds_a_step(population.iterate, PPOConfig().num_steps * NUM_TRIALS),
+            "tipl": seconds_a_step(population.iterate, steps),
             "Stable-Baselines3": seconds_a_step(sb3, cores * SB3_STEPS),
-            "simulator": seconds_a_step(simulate, SIMULATED_STEPS * NUM_TRIALS),
+            "mujoco.batch": seconds_a_step(simulation(env_id), SIMULATED_STEPS * NUM_TRIALS),
         }
 
         def measure() -> list[Row]:
             rates = {name: 1 / s for name, s in side_by_side(clocks, rounds=(5, 20)).items()}
-            ours, roof = rates.pop("tipl"), rates.pop("simulator")
-            return rows_of("collect", ENV_ID, "env steps/s", ours, rates, (100 * ours / roof, "simulator"))
+            ours, roof = rates.pop("tipl"), rates.pop("mujoco.batch")
+            record.say(f"collect {env_id}: mujoco.batch alone makes {roof:,.0f} env steps/s")
+            case = f"{env_id} {NUM_TRIALS}"
+            return rows_of("collect", case, "env steps/s", ours, rates, (100 * ours / roof, "mujoco.batch"))
 
         record(measure)
     env.close()
-    bare_env.close()
+
+
+# ---- many trials
+
+COLLECTED_ALONE = """
+import sys, tempfile, time
+import tipl
+from tipl.envs import make_vec
+
+def peak_mb():
+    return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) / 1024
+
+def collect(num_trials, iterations):
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        tipl.collect(folder + "/store", env_id="HalfCheetah-v5", num_trials=num_trials,
+                     total_timesteps=2048 * iterations, progress=False)
+        return time.perf_counter() - start
+
+collect(1, 1)  # whatever is loaded and made once
+before = peak_mb()
+seconds = [collect(int(sys.argv[1]), iterations) for iterations in (1, 3)]
+print((seconds[1] - seconds[0]) / 2, peak_mb() - before)
+"""
+
+
+def bench_trials(record: Record) -> None:
+    """Seconds and memory against the number of trials, into docs/collect_trials.svg."""
+    trials = (16, 32, 64, 128, 256)
+    needed = [n * 2048 * (4 * (17 + 6 + 6) + 2) / 2**20 for n in trials]  # what `Transitions` and the update keep
+    said = [
+        subprocess.run([sys.executable, "-c", COLLECTED_ALONE, str(n)], capture_output=True, text=True, check=True)
+        for n in trials
+    ]
+    seconds, megabytes = np.array([[float(value) for value in done.stdout.split()] for done in said]).T
+    for n, s, mb, least in zip(trials, seconds, megabytes, needed, strict=True):
+        rate = n * 2048 / s
+        record.say(
+            f"collect HalfCheetah-v5, {n} trials: {s:.2f} s an iteration, {rate:,.0f} env steps/s, {mb:.0f} MB, "
+            f"of which transitions {least:.0f}"
+        )
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    with plt.rc_context({"svg.hashsalt": "tipl", "svg.fonttype": "none"}):
+        figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
+        left.plot(trials, seconds, "o-", label="measured")
+        left.plot(trials, seconds[2] / trials[2] * np.array(trials), ":", color="tab:gray", label="in proportion to 64")
+        left.set(xlabel="trials", ylabel="seconds an iteration of 2048 steps", title="HalfCheetah-v5, 2 cores")
+        right.plot(trials, megabytes, "o-", label="measured, beyond one trial's")
+        right.plot(trials, needed, ":", color="tab:gray", label="the transitions alone")
+        right.set(xlabel="trials", ylabel="MB", title="memory")
+        for axes in (left, right):
+            axes.set(xlim=0, ylim=0)
+            axes.legend()
+        figure.savefig(Path(__file__).parents[1] / "docs" / "collect_trials.svg", metadata={"Date": None})
+        plt.close(figure)
+    # In proportion: no number of trials costs a quarter more a trial than 64 do.
+    assert (seconds / trials < 1.25 * seconds[2] / trials[2])[2:].all(), (
+        "time does not grow in proportion to the trials"
+    )
+
+
+# ---- reading
+
+
+def bench_reading(record: Record, tmp_path: Path) -> None:
+    """A trial of 20,000 checkpoints, block by block, beside reading the same files' bytes."""
+    spec, rows, block = PolicySpec(17, 6), 20_000, 100
+    rng = np.random.default_rng(0)
+    with Store.create(tmp_path / "store", env_id="HalfCheetah-v5", policy=spec, seeds=[0], config={}) as store:
+        for start in range(0, rows, block):
+            weights = rng.standard_normal((1, block, spec.num_params), dtype=np.float32)
+            steps = np.arange(start, start + block)[None]
+            store.append(weights, steps, np.zeros((1, block)))
+    files = sorted(path for path in (tmp_path / "store").rglob("*") if path.is_file())
+    trial = Store.open(tmp_path / "store").trial(0)
+    num_bytes = rows * spec.num_params * 4
+    assert sum(len(part) for part in trial.blocks(block)) == rows
+
+    def read_store() -> None:
+        for _ in trial.blocks(block):
+            pass
+
+    buffer = bytearray(1 << 20)
+
+    def read_files() -> None:
+        for path in files:
+            with open(path, "rb", buffering=0) as file:
+                while file.readinto(buffer):
+                    pass
+
+    clocks = {"tipl": seconds_a_step(read_store, num_bytes), "files": seconds_a_step(read_files, num_bytes)}
+
+    def measure() -> list[Row]:
+        rates = {name: 1e-9 / s for name, s in side_by_side(clocks, rounds=(5, 20), budget_s=10).items()}
+        roof = (100 * rates["tipl"] / rates["files"], "page cache")
+        return rows_of(
+            "collect", f"read {rows} checkpoints", "GB/s", rates["tipl"], {"reading the files": rates["files"]}, roof
+        )
+
+    record(measure)

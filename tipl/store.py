@@ -264,16 +264,20 @@ class Trial:
 
     def _read(self, array: ZarrArray, start: int, stop: int) -> NDArray[Any]:
         out = np.empty((stop - start, *array.row_shape), array.dtype)
+        folder, owner = self.folder / array.name, f"trial {self.index}"
         for index, in_chunk, in_out in array.chunks(start, stop):
-            last, chunk = self._last_chunk.get(array.name, (-1, out))
-            if last != index:
-                chunk = array.read_chunk(self.folder / array.name, f"trial {self.index}", index)
-                self._last_chunk[array.name] = index, chunk
-            rows = chunk[in_chunk]
+            rows = out[in_out]
+            last, chunk = self._last_chunk.get(array.name, (-1, rows))
+            if last != index and len(rows) == array.chunk_rows:
+                array.read_chunk(folder, owner, index, rows)
+            else:
+                if last != index:
+                    chunk = array.read_chunk(folder, owner, index)
+                    self._last_chunk[array.name] = index, chunk
+                rows[:] = chunk[in_chunk]
             if array.holds_fill(rows):
                 which = f"{start + in_out.start}:{start + in_out.stop}"
-                raise RuntimeError(f"trial {self.index}: {array.name} rows {which} are committed but not on disk")
-            out[in_out] = rows
+                raise RuntimeError(f"{owner}: {array.name} rows {which} are committed but not on disk")
         return out
 
 
