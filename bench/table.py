@@ -1,4 +1,4 @@
-"""Print the README's tables, Markdown, from bench/latest.json: decode steps, and fitting a basis.
+"""Print the README's tables, Markdown, from bench/latest.json: decode steps, fitting a basis, and collecting.
 
 python bench/table.py                     # prints what the last run measured
 python bench/table.py --write README.md   # puts each between its markers, such as <!-- bench:svd -->
@@ -35,6 +35,9 @@ TARGETS: dict[tuple[str, str], float] = {
     ("31296x5708 one-pass", "torch.svd_lowrank niter=2"): 2,
     ("31296x5708 two-pass", "torch.svd_lowrank niter=2"): 1.5,
     ("live row p=100000 k=32", "wanted: 2 ms"): 1,
+    ("HalfCheetah-v5 64", "Stable-Baselines3"): 10,
+    ("InvertedPendulum-v5 64", "Stable-Baselines3"): 15,
+    ("read 20000 checkpoints", "reading the files"): 0.5,
 }
 """(case, peer) -> the ratio that is wanted."""
 ROOF_TARGETS = {"d256 b1 fp32": 60, "d512 b1 fp32": 80}
@@ -105,14 +108,15 @@ def decode_table(record: dict[str, Any]) -> list[str]:
     ]
 
 
-def svd_table(record: dict[str, Any]) -> list[str]:
+def plain_table(record: dict[str, Any], suite: str, what: str) -> list[str]:
+    """A line a row of the record."""
     lines = []
-    for row in (row for row in record["rows"] if row["suite"] == "svd"):
+    for row in (row for row in record["rows"] if row["suite"] == suite):
         roof = "-" if row["percent_of_roof"] is None else f"{row['percent_of_roof']:.0f} {row['binds']}"
         ratio = number(row["ratio"], TARGETS.get((row["case"], row["peer"])))
         ours, theirs = (f"{number(row[name])} {row['unit']}" for name in ("ours", "peer_value"))
         lines.append(f"| {row['case']} | {ours} | {row['peer']} | {theirs} | {ratio} | {roof} |")
-    header = "| rows x columns | tipl | peer | | x | % of the roof that binds |"
+    header = f"| {what} | tipl | peer | | x | % of the roof that binds |"
     return ["Medians of one run; (≥ target).", "", header, "|---|---|---|---|---|---|", *lines, ""]
 
 
@@ -130,7 +134,11 @@ def machine_line(record: dict[str, Any]) -> str:
     return text
 
 
-TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {"decode": decode_table, "svd": svd_table}
+TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
+    "decode": decode_table,
+    "svd": lambda record: plain_table(record, "svd", "rows x columns"),
+    "collect": lambda record: plain_table(record, "collect", "task, trials"),
+}
 
 
 def main() -> None:
