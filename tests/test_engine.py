@@ -33,6 +33,14 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str
     )
 
 
+def run_on(isa: str, code: str) -> None:
+    """Run `code`, which must succeed, on this instruction set; skip the test where the CPU lacks it."""
+    done = run_python(code, TIPL_ISA=isa)
+    if f"this CPU lacks {isa}" in done.stderr:
+        pytest.skip(f"this CPU lacks {isa}")
+    assert done.returncode == 0, done.stderr
+
+
 # ---- instruction set
 
 

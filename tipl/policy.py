@@ -174,8 +174,7 @@ def layer_views(params: Tensor, layer_sizes: Sequence[int]) -> list[tuple[Tensor
 def activate_(x: Tensor, activation: Activation) -> Tensor:
     """Apply the activation to x in place and return x.
 
-    On the CPU tanh is NumPy's: vectorised, to 1 ulp as torch's is, and 20 times faster than torch's (which took as long
-    as the matrix products of a PPO update).
+    On the CPU tanh is NumPy's: vectorised, to 1 ulp as torch's is, and 20 times faster than torch's.
     """
     if activation == "relu":
         return x.relu_()

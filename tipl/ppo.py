@@ -458,7 +458,8 @@ class Population:
         for epochs, generator in zip(order, self.generators, strict=True):
             for row in epochs:
                 torch.randperm(S, generator=generator, dtype=torch.int32, out=torch.from_numpy(row))
-        trials = {"advantages": advantages.T, "returns": (advantages + values).T, "values": values.T}
+        by_step = {"advantages": advantages, "returns": advantages + values, "values": values}
+        trials = {name: np.ascontiguousarray(steps.T).reshape(N, S) for name, steps in by_step.items()}
         losses = self.engine.update(
             params=self.params,
             first_moments=self.moments[0],
@@ -467,7 +468,7 @@ class Population:
             observations=transitions.observations.reshape(N, S, -1),
             actions=transitions.actions.reshape(N, S, -1),
             log_probs=transitions.log_probs.reshape(N, S),
-            **{name: np.ascontiguousarray(steps).reshape(N, S) for name, steps in trials.items()},
+            **trials,
             order=order,
             learning_rate=learning_rate,
         )
@@ -478,7 +479,7 @@ class Population:
             entropy=entropy(self.params[:, : self.spec.act_dim]),
             approx_kl=approx_kl,
             clipfrac=clipfrac,
-            explained_variance=_explained_variance(trials["returns"].reshape(N, S), trials["advantages"].reshape(N, S)),
+            explained_variance=_explained_variance(trials["returns"], trials["advantages"]),
         )
 
     def estimate(self, transitions: Transitions) -> tuple[Singles, Singles]:
@@ -498,8 +499,9 @@ class Population:
 
     def next_values(self, values: Singles, transitions: Transitions) -> Singles:
         """Return the values of what each step led to, (T, N * E), given those of what it started from."""
-        trials = range(len(self.seeds))
-        finals = [[step for step in transitions.final_steps if step.env // self.config.num_envs == i] for i in trials]
+        finals: list[list[FinalStep]] = [[] for _ in self.seeds]
+        for step in transitions.final_steps:
+            finals[step.env // self.config.num_envs].append(step)
         final_obs = np.zeros((len(finals), max(map(len, finals)), self.env.obs_dim), np.float32)
         for rows, steps in zip(final_obs, finals, strict=True):
             rows[: len(steps)] = [step.final_obs for step in steps]

@@ -560,7 +560,7 @@ def fit_together(parts: Sequence[tuple[StreamingSVD, slice]], X: Rows) -> None:
             if number == 0 or (number < estimator.passes and not _is_exact(estimator._fitted("fit")))
         }
         cores: dict[int, _core.RowSketch] = {}
-        for first_row, block in _numbered(_blocks("fit", X, max_rows=max_rows)) if directions else ():
+        for first_row, block in _numbered(_blocks("fit", X, max_rows=max_rows, read_ahead=True)) if directions else ():
             for i in directions:
                 rows = block[:, parts[i][1]]
                 if i not in cores:
@@ -584,9 +584,12 @@ def _is_exact(core: _core.RowSketch) -> bool:
 
 
 def _blocks(
-    where: str, X: Rows, columns: int | None = None, max_rows: int | None = None
+    where: str, X: Rows, columns: int | None = None, max_rows: int | None = None, read_ahead: bool = False
 ) -> Iterator[NDArray[np.float32]]:
-    """Yield the rows of X in order, as float32 blocks of contiguous rows; float32 memory as it lies."""
+    """Yield the rows of X in order, as float32 blocks of contiguous rows; float32 memory as it lies.
+
+    `read_ahead`: blocks of a memory-mapped file are read from disk before their turn.
+    """
     shape = tuple(getattr(X, "shape", ()))
     if not shape or not hasattr(X, "dtype") or isinstance(X, np.ma.MaskedArray):
         raise TypeError(f"{where}: X must be an array of rows, got {type(X).__name__}")
@@ -594,15 +597,15 @@ def _blocks(
         expected = "(n, p)" if columns is None else f"(n, p) = (n, {columns})"
         raise ValueError(f"{where}: X must have shape {expected}, at least one row and one column, got {shape}")
     as_it_lies = isinstance(X, np.ndarray) and X.dtype == np.float32 and _rows_are_contiguous(X)
-    mapped = X if isinstance(X, np.ndarray) and X.flags.c_contiguous and _is_mapped_file(X) else None
-    most = shape[0] if as_it_lies and mapped is None else max(1, _BLOCK_BYTES // (4 * shape[1]))
-    if as_it_lies and mapped is not None:  # whole blocks of the sketch, which would copy the rows of others
+    reader = _core.ReadAhead(X) if read_ahead and isinstance(X, np.ndarray) and _is_mapped_file(X) else None
+    most = shape[0] if as_it_lies and reader is None else max(1, _BLOCK_BYTES // (4 * shape[1]))
+    if as_it_lies and reader is not None:  # whole blocks of the sketch, which would copy the rows of others
         most = -(-most // (2 * _SKETCH_ROWS)) * 2 * _SKETCH_ROWS
     step = most if max_rows is None else min(most, max_rows)
-    reader = _core.ReadAhead(mapped) if mapped is not None and shape[0] > step else None
+    row_bytes = X.dtype.itemsize * shape[1]
     for start in range(0, shape[0], step):
-        if mapped is not None and reader is not None:
-            reader.want((start + step) * mapped.strides[0] + _AHEAD_BYTES)
+        if reader is not None:
+            reader.want((start + step) * row_bytes + _AHEAD_BYTES)
         block = X[start : start + step]
         yield block if as_it_lies else _as_float32(where, block)
 
@@ -615,10 +618,12 @@ def _numbered(blocks: Iterable[NDArray[np.float32]]) -> Iterator[tuple[int, NDAr
         first_row += len(block)
 
 
-def _is_mapped_file(X: Any) -> bool:
-    while isinstance(X, np.ndarray):
-        X = X.base
-    return isinstance(X, mmap.mmap)
+def _is_mapped_file(X: NDArray[Any]) -> bool:
+    """Return whether X lies in a memory-mapped file, row after row."""
+    base: Any = X
+    while isinstance(base, np.ndarray):
+        base = base.base
+    return isinstance(base, mmap.mmap) and X.flags.c_contiguous
 
 
 def _rows_are_contiguous(X: NDArray[Any]) -> bool:
