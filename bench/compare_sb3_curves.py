@@ -1,23 +1,25 @@
-"""Does our population PPO learn as Stable-Baselines3's PPO does? Learning curves of both on one task, same definition.
+"""Does our population PPO learn as Stable-Baselines3's PPO does? Learning curves of both, same definition.
 
-    python bench/compare_sb3_curves.py                                # HalfCheetah-v5, 5 SB3 seeds, 8 of our trials
-    python bench/compare_sb3_curves.py --env-id Hopper-v5 --total-timesteps 300000
+    python bench/compare_sb3_curves.py                             # hours of SB3; goes on where it was stopped
+    python bench/compare_sb3_curves.py --env-ids Hopper-v5 --num-sb3 5 --output curves
 
-A curve's point is the mean return of the training episodes (stochastic actions) that ended in one window of steps. SB3
-runs with its defaults, one thread a process. Writes curves.json and curves.png. Needs stable-baselines3.
+A curve's point is the mean return of the training episodes (stochastic actions) that ended in one window of steps. Both
+have SB3's default hyperparameters; SB3 runs with one thread a process. The interquartile mean (IQM) over runs stands
+with its 95 % interval, of a percentile bootstrap over runs, as Agarwal et al. 2021 (arXiv 2108.13264) ask for.
+
+Writes OUTPUT.json, all runs' curves, and draws OUTPUT.svg from it. Needs stable-baselines3.
 """
 
 import dataclasses
 import json
 import math
 import multiprocessing
-import time
-from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
+import warnings
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -26,29 +28,32 @@ import tyro
 from numpy.typing import NDArray
 
 from tipl.envs import make_vec
+from tipl.locations import write_atomically
 from tipl.ppo import Population, PPOConfig
+from tipl.progress import progress_bar
 
 Curves = NDArray[np.float64]  # (runs, windows), NaN where no episode ended
 PPO = PPOConfig()
+NUM_RESAMPLES = 10_000
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """Compare learning curves of Stable-Baselines3's PPO and ours."""
 
-    env_id: str = "HalfCheetah-v5"
-    total_timesteps: int = 100_000
+    env_ids: tuple[str, ...] = ("InvertedPendulum-v5", "Hopper-v5", "HalfCheetah-v5")
+    total_timesteps: int = 300_000
     """Environment steps of each run, rounded up to whole windows."""
-    num_sb3: int = 5
+    num_sb3: int = 10
     """Runs of Stable-Baselines3, with seeds 0, 1, ..."""
-    num_trials: int = 8
+    num_trials: int = 32
     """Our trials, with seeds 0, 1, ..."""
     window: int = 5
     """PPO iterations (of 2048 steps) between two points of a curve."""
     num_processes: int = 2
     """SB3 runs at a time, and threads of ours."""
-    output: Annotated[Path, tyro.conf.arg(help_behavior_hint="(default: runs/compare_sb3_curves/ENV_ID)")] = Path()
-    """Folder for curves.json and curves.png."""
+    output: Path = Path("docs/learning_curves")
+    """Files, without .json and .svg."""
 
     @property
     def num_windows(self) -> int:
@@ -59,7 +64,39 @@ class Settings:
         return self.window * PPO.num_steps
 
 
-def sb3_curve(settings: Settings, seed: int) -> Curves:
+class Record:
+    """The curves so far, in one JSON file: env_id -> {"sb3": {seed: curve}, "tipl": {seed: curve}}."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.path = settings.output.with_suffix(".json")
+        fixed = {"total_timesteps": settings.total_timesteps, "window": settings.window}
+        packages = ("stable-baselines3", "gymnasium", "mujoco", "torch", "numpy")
+        self.content: dict[str, Any] = {"settings": fixed, "versions": {name: version(name) for name in packages}}
+        if self.path.exists():
+            self.content = json.loads(self.path.read_text())
+            if self.content["settings"] != fixed:
+                raise SystemExit(f"{self.path} holds curves of {self.content['settings']}: choose another --output")
+
+    def missing(self, env_id: str, who: str, number: int) -> list[int]:
+        """Return the seeds below `number` that have no curve."""
+        there = self._runs(env_id, who)
+        return [seed for seed in range(number) if str(seed) not in there]
+
+    def add(self, env_id: str, who: str, seed: int, curve: Curves) -> None:
+        self._runs(env_id, who)[str(seed)] = [None if math.isnan(x) else round(x, 3) for x in curve.tolist()]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.path, (json.dumps(self.content) + "\n").encode())
+
+    def curves(self, env_id: str, who: str) -> Curves:
+        """Return the curves (runs, windows)."""
+        return np.array(list(self._runs(env_id, who).values()), float)  # None -> NaN
+
+    def _runs(self, env_id: str, who: str) -> dict[str, Any]:
+        runs: dict[str, Any] = self.content.setdefault("curves", {}).setdefault(env_id, {}).setdefault(who, {})
+        return runs
+
+
+def sb3_curve(settings: Settings, env_id: str, seed: int) -> Curves:
     """Return one SB3 run's curve (windows,); meant for a process of its own."""
     torch.set_num_threads(1)
     from stable_baselines3 import PPO as SB3PPO
@@ -74,109 +111,114 @@ def sb3_curve(settings: Settings, seed: int) -> Curves:
                     returns[(self.num_timesteps - 1) // settings.window_steps].append(info["episode"]["r"])
             return True
 
-    model = SB3PPO("MlpPolicy", settings.env_id, seed=seed, device="cpu")
+    model = SB3PPO("MlpPolicy", env_id, seed=seed, device="cpu")
     model.learn(settings.num_windows * settings.window_steps, callback=Episodes())
     return np.array([np.mean(window) if window else np.nan for window in returns])
 
 
-def our_curves(settings: Settings) -> Curves:
+def our_curves(settings: Settings, env_id: str, seeds: list[int]) -> Curves:
     """Return the curves (trials, windows) of one population."""
-    torch.set_num_threads(settings.num_processes)
-    seeds = range(settings.num_trials)
-    env = make_vec(settings.env_id, settings.num_trials, seeds=seeds, num_threads=settings.num_processes)
-    population = Population(env, PPO, seeds)
-    curves = []
-    for _ in range(settings.num_windows):
-        total, count = np.zeros((2, settings.num_trials))
-        for _ in range(settings.window):
-            stats = population.iterate()
-            ended = stats.num_episodes > 0
-            total[ended] += stats.episodic_return[ended] * stats.num_episodes[ended]
-            count += stats.num_episodes
-        curves.append(np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0))
+    env = make_vec(env_id, len(seeds), seeds=seeds, num_threads=settings.num_processes)
+    population = Population(env, PPO, seeds, num_threads=settings.num_processes)
+    curves = np.empty((len(seeds), settings.num_windows))
+    with progress_bar(True) as bar:
+        for window in bar.track(range(settings.num_windows), description=f"{env_id}: tipl"):
+            total, count = np.zeros((2, len(seeds)))
+            for _ in range(settings.window):
+                stats = population.iterate()
+                ended = stats.num_episodes > 0
+                total[ended] += stats.episodic_return[ended] * stats.num_episodes[ended]
+                count += stats.num_episodes
+            curves[:, window] = np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)
     env.close()
-    return np.stack(curves, 1)
+    return curves
 
 
-def summary(curves: Curves) -> list[dict[str, float | None]]:
-    """Return mean, min, max and IQM over the runs for each window; None where no episode ended."""
-    rows: list[dict[str, float | None]] = []
-    for column in curves.T:
-        known = np.sort(column[~np.isnan(column)])
-        cut = len(known) // 4
-        judges = {"mean": np.mean, "min": np.min, "max": np.max, "iqm": lambda x, c=cut: x[c : len(x) - c].mean()}
-        rows.append({name: float(judge(known)) if len(known) else None for name, judge in judges.items()})
-    return rows
+def collect(settings: Settings, record: Record) -> None:
+    """Add the runs that the record lacks."""
+    context = multiprocessing.get_context("spawn")  # a fork would inherit the state of torch's threads
+    for env_id in settings.env_ids:
+        seeds = record.missing(env_id, "tipl", settings.num_trials)
+        if seeds:
+            for seed, curve in zip(seeds, our_curves(settings, env_id, seeds), strict=True):
+                record.add(env_id, "tipl", seed, curve)
+        seeds = record.missing(env_id, "sb3", settings.num_sb3)
+        with ProcessPoolExecutor(settings.num_processes, context) as processes, progress_bar(True) as bar:
+            task = bar.add_task(f"{env_id}: SB3", total=len(seeds), note="")
+            runs = {processes.submit(sb3_curve, settings, env_id, seed): seed for seed in seeds}
+            for run in as_completed(runs):
+                record.add(env_id, "sb3", runs[run], run.result())
+                bar.advance(task)
 
 
-def compare(steps: NDArray[np.int64], sb3: Curves, ours: Curves) -> list[dict[str, Any]]:
-    """Print a line a window and the verdict; return the lines."""
-    names = ("mean", "min", "max", "iqm")
-    print(" " * 9, "|", f"{'Stable-Baselines3':>39}", "|", f"{'tipl':>39}", "|")
-    print(f"{'steps':>9}", "|", *(f"{name:>9}" for name in names), "|", *(f"{name:>9}" for name in names), "|")
-    points: list[dict[str, Any]] = []
-    for at, theirs, mine in zip(steps.tolist(), summary(sb3), summary(ours), strict=True):
-        known = theirs["mean"] is not None and mine["mean"] is not None
-        verdict = "no episode"
-        if known:
-            verdict = "above" if mine["mean"] > theirs["max"] else "below" if mine["mean"] < theirs["min"] else "within"
-        points.append({"env_steps": at, "sb3": theirs, "tipl": mine, "verdict": verdict})
-        cells = [" ".join(f"{math.nan if row[n] is None else row[n]:9.1f}" for n in names) for row in (theirs, mine)]
-        print(f"{at:9d}", "|", " | ".join(cells), "|", verdict)
-    count = Counter(point["verdict"] for point in points)
-    print(f"tipl's mean against the range of SB3's runs: {', '.join(f'{n} {verdict}' for verdict, n in count.items())}")
-    return points
+def iqm(curves: Curves) -> Curves:
+    """Return the mean of the middle half of the runs, (..., windows), of curves (..., runs, windows).
+
+    Of n runs with a value, those ranked from n/4 to 3n/4 count, the outermost of them by the share that lies within.
+    """
+    ordered = np.sort(curves, axis=-2)  # NaN last
+    n = np.isfinite(ordered).sum(-2, keepdims=True)
+    rank = np.arange(ordered.shape[-2])[:, None]
+    share = np.clip(np.minimum(rank + 1, 0.75 * n) - np.maximum(rank, 0.25 * n), 0, 1)
+    with np.errstate(invalid="ignore"):  # no run: 0 / 0
+        middle: Curves = np.where(share > 0, ordered * share, 0).sum(-2) / share.sum(-2)
+    return middle
 
 
-def plot(settings: Settings, steps: NDArray[np.int64], curves: dict[str, Curves], path: Path) -> None:
+def interval(curves: Curves) -> Curves:
+    """Return the 95 % interval (2, windows) of the IQM of curves (runs, windows)."""
+    drawn = np.random.default_rng(0).integers(len(curves), size=(NUM_RESAMPLES, len(curves)))
+    resampled = np.concatenate([iqm(curves[rows]) for rows in np.array_split(drawn, 100)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # a window without any value
+        return np.asarray(np.nanpercentile(resampled, [2.5, 97.5], axis=0))
+
+
+def compare(settings: Settings, record: Record) -> None:
+    """Print each task's verdict, and draw the figure."""
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for (name, runs), colour in zip(curves.items(), ("tab:gray", "tab:blue"), strict=True):
-        rows = summary(runs)
-        low, high, iqm = (np.array([row[key] for row in rows], float) for key in ("min", "max", "iqm"))  # None -> NaN
-        axes.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
-        axes.plot(steps, iqm, color=colour, label=f"{name}, {len(runs)} runs: IQM and range")
-        axes.plot(steps, runs.T, color=colour, alpha=0.3, linewidth=0.7)
-    axes.set(title=settings.env_id, xlabel="environment steps", ylabel="mean return of training episodes")
-    axes.legend()
-    figure.savefig(path, dpi=150)
+    steps = settings.window_steps * np.arange(1, settings.num_windows + 1)
+    figure, axes = plt.subplots(
+        1, len(settings.env_ids), figsize=(4 * len(settings.env_ids), 3.2), layout="constrained", squeeze=False
+    )
+    for env_id, ax in zip(settings.env_ids, axes[0], strict=True):
+        sides = {}
+        for who, name, colour in (("sb3", "Stable-Baselines3", "tab:gray"), ("tipl", "tipl", "tab:blue")):
+            curves = record.curves(env_id, who)
+            centre, (low, high) = iqm(curves), interval(curves)
+            sides[who] = centre, low, high
+            ax.fill_between(steps, low, high, color=colour, alpha=0.25, linewidth=0)
+            ax.plot(steps, centre, color=colour, label=f"{name}, {len(curves)} runs")
+        (theirs, their_low, their_high), (ours, our_low, our_high) = sides["sb3"], sides["tipl"]
+        known = np.isfinite(theirs) & np.isfinite(ours)
+        overlap = (our_low <= their_high) & (their_low <= our_high)
+        print(
+            f"{env_id}: intervals overlap in {np.sum(overlap[known])} of {np.sum(known)} windows; at the end SB3 "
+            f"{theirs[-1]:.1f} [{their_low[-1]:.1f}, {their_high[-1]:.1f}], "
+            f"tipl {ours[-1]:.1f} [{our_low[-1]:.1f}, {our_high[-1]:.1f}]"
+        )
+        for at in np.flatnonzero(known & ~overlap):
+            print(
+                f"  not at {steps[at]:,} steps: SB3 {theirs[at]:.1f} [{their_low[at]:.1f}, {their_high[at]:.1f}], "
+                f"tipl {ours[at]:.1f} [{our_low[at]:.1f}, {our_high[at]:.1f}]"
+            )
+        ax.set(title=env_id, xlabel="environment steps")
+        ax.legend(frameon=False, fontsize="small")
+    axes[0, 0].set_ylabel("return of training episodes: IQM, 95 %")
+    path = settings.output.with_suffix(".svg")
+    figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
+    print(f"wrote {record.path} and {path}")
 
 
 def main(settings: Settings) -> None:
     if find_spec("stable_baselines3") is None:
         raise SystemExit("compare_sb3_curves: stable-baselines3 is not installed (the extra `dev` has it)")
-    output = settings.output if settings.output != Path() else Path("runs/compare_sb3_curves") / settings.env_id
-    output.mkdir(parents=True, exist_ok=True)
-    start = time.perf_counter()
-    ours = our_curves(settings)
-    middle = time.perf_counter()
-    context = multiprocessing.get_context("spawn")  # a fork would inherit the state of torch's threads
-    with ProcessPoolExecutor(settings.num_processes, context) as processes:
-        sb3 = np.stack(list(processes.map(sb3_curve, [settings] * settings.num_sb3, range(settings.num_sb3))))
-    seconds = {"tipl": middle - start, "sb3": time.perf_counter() - middle}
-    steps = settings.window_steps * np.arange(1, settings.num_windows + 1)
-    print(
-        f"{settings.env_id}, training episodes' returns: {settings.num_sb3} runs of SB3, {settings.num_trials} of tipl"
-    )
-    points = compare(steps, sb3, ours)
-    for name, curves in (("tipl", ours), ("sb3", sb3)):
-        rate = len(curves) * steps[-1] / seconds[name]
-        print(
-            f"{name}: {seconds[name]:.0f} s, {rate:,.0f} env steps/s in {settings.num_processes} threads or processes"
-        )
-    record: dict[str, Any] = {
-        "settings": dataclasses.asdict(settings) | {"output": str(output)},
-        "versions": {name: version(name) for name in ("stable-baselines3", "gymnasium", "mujoco", "torch", "numpy")},
-        "seconds": seconds,
-        "points": points,
-        "curves": {name: np.where(np.isnan(c), None, c).tolist() for name, c in (("tipl", ours), ("sb3", sb3))},
-    }
-    (output / "curves.json").write_text(json.dumps(record, indent=1))
-    plot(settings, steps, {"Stable-Baselines3": sb3, "tipl": ours}, output / "curves.png")
-    print(f"wrote {output}/curves.json and curves.png")
+    record = Record(settings)
+    collect(settings, record)
+    compare(settings, record)
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ def main() -> None:
         without_store = without_state = 0
         for kills in range(arguments.kills):
             without_store += not killed.exists()
-            without_state += killed.exists() and not any(killed.glob("resume/state_*"))
+            without_state += killed.exists() and not any(killed.glob("resume/*/state_*"))
             # A life may last as long as its share of the work left takes, but for a fifth, which is for the last one.
             left = max(0.0, 0.8 - done(killed) / (arguments.num_iterations + 1))
             child = start(life(killed))

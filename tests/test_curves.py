@@ -36,7 +36,7 @@ def curve(run: Path, tag: str) -> tuple[list[int], list[float]]:
 
 
 def test_tensorboard_reads_back_every_figure_of_every_trial_and_their_mean(tmp_path):
-    curves, rows = Curves(tmp_path / "tb", 3), [stats(seed) for seed in range(4)]
+    curves, rows = Curves(tmp_path / "tb", range(3)), [stats(seed) for seed in range(4)]
     for k, row in enumerate(rows):
         curves.write(32 * (k + 1), row, 32)
     runs = ["mean", "trial_0000", "trial_0001", "trial_0002"]
@@ -60,7 +60,7 @@ def test_tensorboard_reads_back_every_figure_of_every_trial_and_their_mean(tmp_p
 
 
 def test_what_is_not_known_has_no_point_and_no_part_in_the_mean(tmp_path):
-    curves = Curves(tmp_path, 3)
+    curves = Curves(tmp_path, range(3))
     for k, returns in enumerate(([np.nan] * 3, [4.0, np.nan, 6.0], [1.0, 2.0, 3.0])):
         row = stats(k)
         row.episodic_return[:] = returns
@@ -73,9 +73,9 @@ def test_what_is_not_known_has_no_point_and_no_part_in_the_mean(tmp_path):
 
 
 def test_no_thread_and_no_open_file_stays_and_each_run_has_one_file(tmp_path):
-    Curves(tmp_path / "warm", 1).write(0, stats(0, 1), 32)  # imports tensorboard
+    Curves(tmp_path / "warm", range(1)).write(0, stats(0, 1), 32)  # imports tensorboard
     threads, files = threading.enumerate(), os.listdir("/proc/self/fd")
-    curves = Curves(tmp_path / "tb", 64)
+    curves = Curves(tmp_path / "tb", range(64))
     for k in range(5):
         curves.write(k, stats(k, 64), 32)
         assert threading.enumerate() == threads
@@ -84,10 +84,10 @@ def test_no_thread_and_no_open_file_stays_and_each_run_has_one_file(tmp_path):
 
 
 def test_a_resumed_collection_goes_on_in_a_new_file_without_doubled_points(tmp_path):
-    first = Curves(tmp_path, 2)
+    first = Curves(tmp_path, range(2))
     for k in range(1, 6):
         first.write(32 * k, stats(k, 2), 32)
-    second = Curves(tmp_path, 2, resumed=True)
+    second = Curves(tmp_path, range(2), resumed=True)
     for k in range(4, 8):  # two iterations had not reached the store
         second.write(32 * k, stats(100 + k, 2), 32)
     for name, i in (("trial_0000", 0), ("trial_0001", 1)):
@@ -99,12 +99,12 @@ def test_a_resumed_collection_goes_on_in_a_new_file_without_doubled_points(tmp_p
 
 
 def test_half_a_record_of_a_full_disk_hides_nothing_but_itself(tmp_path):
-    first = Curves(tmp_path, 1)
+    first = Curves(tmp_path, range(1))
     for k in (1, 2, 3):
         first.write(k, stats(k, 1), 32)
     (file,) = (tmp_path / "trial_0000").iterdir()
     file.write_bytes(file.read_bytes()[:-7])
-    second = Curves(tmp_path, 1, resumed=True)
+    second = Curves(tmp_path, range(1), resumed=True)
     second.write(3, stats(3, 1), 32)
     assert curve(tmp_path / "trial_0000", "losses/entropy")[0] == [1, 2, 3]
 
@@ -112,13 +112,13 @@ def test_half_a_record_of_a_full_disk_hides_nothing_but_itself(tmp_path):
 def test_a_folder_that_cannot_take_the_curves_is_refused_before_anything_is_written(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(NotADirectoryError, match=r"tensorboard: .*file must be a folder, but it is a file"):
-        Curves(tmp_path / "file", 2)
-    Curves(tmp_path / "tb", 2).write(1, stats(1, 2), 32)
+        Curves(tmp_path / "file", range(2))
+    Curves(tmp_path / "tb", range(2)).write(1, stats(1, 2), 32)
     with pytest.raises(FileExistsError, match="trial_0000 holds the curves of another collection; choose a new folder"):
-        Curves(tmp_path / "tb", 2)
+        Curves(tmp_path / "tb", range(2))
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # a folder's mode says nothing to root
     with pytest.raises(PermissionError, match=r"tensorboard: the folder .*new cannot be written"):
-        Curves(tmp_path / "new", 2)
+        Curves(tmp_path / "new", range(2))
 
 
 # ---------------------------------------------------------------- of a collection

@@ -573,7 +573,7 @@ def test_trial_does_not_depend_on_the_others_nor_on_threads(settings: dict[str, 
 
 def test_shared_init_shares_the_initial_weights_and_nothing_else() -> None:
     seeds = [8, 9, 10]
-    shared = population(seeds, shared_init=True)
+    shared = population(seeds, init_seed=seeds[0])
     np.testing.assert_array_equal(shared.weights(), np.repeat(population([8]).weights(), 3, 0))
     shared.iterate()
     assert len(np.unique(shared.weights(), axis=0)) == 3
@@ -582,6 +582,16 @@ def test_shared_init_shares_the_initial_weights_and_nothing_else() -> None:
     own.iterate()
     for one, other in zip(shared.generators, own.generators, strict=True):
         assert torch.equal(one.get_state(), other.get_state())
+
+
+def test_initial_weights_do_not_depend_on_torchs_threads() -> None:
+    weights, num_threads = [], torch.get_num_threads()
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        weights.append(Population(ScriptedEnv(2, act_dim=3), PPOConfig(hidden_sizes=(256, 64)), [0, 1]).weights())
+        assert torch.get_num_threads() == threads
+    torch.set_num_threads(num_threads)
+    np.testing.assert_array_equal(weights[1:], weights[:1] * 2)
 
 
 def test_initial_weights_are_stable_baselines3s() -> None:

@@ -19,6 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import tipl.locations
 import tipl.store
 import tipl.zarr_files
 from tipl.policy import PolicySpec
@@ -227,13 +228,13 @@ def test_a_failed_create_leaves_nothing(tmp_path, monkeypatch):
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    tipl.store.write_atomically(tmp_path / "file", b"old")
+    tipl.locations.write_atomically(tmp_path / "file", b"old")
     with monkeypatch.context() as patch:
-        patch.setattr(tipl.zarr_files.os, "fsync", lambda file: (_ for _ in ()).throw(OSError("disk on fire")))
+        patch.setattr(tipl.locations.os, "fsync", lambda file: (_ for _ in ()).throw(OSError("disk on fire")))
         with pytest.raises(OSError, match="disk on fire"):
-            tipl.store.write_atomically(tmp_path / "file", b"new")
+            tipl.locations.write_atomically(tmp_path / "file", b"new")
     assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("file", b"old")]
-    tipl.store.write_atomically(tmp_path / "file", b"new")
+    tipl.locations.write_atomically(tmp_path / "file", b"new")
     assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("file", b"new")]
 
 
@@ -543,7 +544,7 @@ def test_reading_refuses(tmp_path):
 )
 def test_a_store_is_a_list_of_rows(operations):
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tipl.zarr_files.os, "fsync", lambda file: None)
+        patch.setattr(tipl.locations.os, "fsync", lambda file: None)
         patch.setattr(tipl.store, "CHUNK_BYTES", CHUNK_ROWS * 4 * P)
         patch.setattr(tipl.store, "WRITE_THREADS", 1)  # the same writes at each run
         path = Path(folder, "store")

@@ -26,7 +26,8 @@ import safetensors
 import safetensors.numpy
 from numpy.typing import NDArray
 
-from tipl.store import Trial, write_atomically
+from tipl.locations import write_atomically
+from tipl.store import Trial
 from tipl.svd import StreamingSVD, gram
 
 MIN_PREFIX_END = 3

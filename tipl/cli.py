@@ -22,11 +22,12 @@ from tipl.collect import collect, is_complete
 from tipl.evaluate import EvaluateConfig, evaluate
 from tipl.exporter import export_checkpoint, layout_record
 from tipl.importer import import_checkpoints
+from tipl.locations import write_atomically
 from tipl.policy import Activation
 from tipl.ppo import PPOConfig
 from tipl.report import plot_store, write_report
 from tipl.rollout import Forecaster, rollout
-from tipl.store import Store, write_atomically
+from tipl.store import Store
 from tipl.store_info import describe_store
 from tipl.train import TrainConfig, prefix_end_of, train
 from tipl.verify import verify_store

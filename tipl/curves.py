@@ -25,8 +25,8 @@ TAGS = ("charts/episodic_return", "charts/SPS", "charts/learning_rate", *(f"loss
 class Curves:
     """Appends the figures of each iteration to the event files of all trials and of their mean."""
 
-    def __init__(self, folder: str | Path, num_trials: int, *, resumed: bool = False) -> None:
-        """Make the folder; files come with the first `write`.
+    def __init__(self, folder: str | Path, trials: range, *, mean: bool = True, resumed: bool = False) -> None:
+        """Make the folder; files come with the first `write`. `mean` adds the mean of these trials.
 
         A collection that is `resumed` goes on in the folders that are there: points which an earlier process wrote for
         iterations that did not reach the store are not shown twice.
@@ -35,7 +35,7 @@ class Curves:
         that can be written.
         """
         self.folder = Path(folder)
-        self.runs = [*(self.folder / trial_name(i) for i in range(num_trials)), self.folder / "mean"]
+        self.runs = [*(self.folder / trial_name(i) for i in trials), *([self.folder / "mean"] if mean else [])]
         if self.folder.exists() and not self.folder.is_dir():
             raise NotADirectoryError(f"tensorboard: {self.folder} must be a folder, but it is a file")
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -59,7 +59,7 @@ class Curves:
             for run in self.runs:
                 run.mkdir(exist_ok=True)
                 _append(run / self._file_name, _opening(now, env_steps))
-        for run, column in zip(self.runs, columns.T.tolist(), strict=True):
+        for run, column in zip(self.runs, columns.T.tolist(), strict=False):  # the mean's, perhaps, is left over
             _append(run / self._file_name, [_point(now, env_steps, column)])
 
 

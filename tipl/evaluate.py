@@ -26,11 +26,12 @@ from rich.progress import Progress
 from tipl import _core
 from tipl.basis import MIN_PREFIX_END, trajectory_gram
 from tipl.envs import make_vec
+from tipl.locations import write_atomically
 from tipl.policy import PolicySpec, mean_action
 from tipl.predictors import fit_baselines
 from tipl.progress import progress_bar
 from tipl.rollout import Forecast, Forecaster
-from tipl.store import Store, write_atomically
+from tipl.store import Store
 from tipl.train import prefix_end_of
 
 ENVS_AT_ONCE = 256

@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 
 from tipl.actors import Actor, differences
 from tipl.checkpoint_files import CheckpointFile, find_actor_in, read_checkpoint_file
+from tipl.locations import write_atomically
 from tipl.policy import PolicySpec, layout_from_dict
-from tipl.store import Store, write_atomically
+from tipl.store import Store
 
 
 def export_checkpoint(

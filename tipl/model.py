@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tipl.store import write_atomically
+from tipl.locations import write_atomically
 
 
 @dataclasses.dataclass(frozen=True)

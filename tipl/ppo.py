@@ -252,7 +252,7 @@ class Population:
         env: num_envs environments a trial, trial by trial. They are reset to `environment_seeds(seeds, num_envs)`;
             whoever made them closes them.
         seeds: one int in [0, 2**32) a trial.
-        shared_init: start every trial from the initial weights of seeds[0]; all else stays its own.
+        init_seed: start every trial from the initial weights of this seed; all else stays its own.
         num_iterations: that anneal_lr reckons with; needed for that alone.
         num_threads: threads of the update, by default one a core; the environments have their own.
     """
@@ -263,7 +263,7 @@ class Population:
         config: PPOConfig,
         seeds: Sequence[int],
         *,
-        shared_init: bool = False,
+        init_seed: int | None = None,
         num_iterations: int | None = None,
         num_threads: int | None = None,
     ) -> None:
@@ -288,8 +288,8 @@ class Population:
         """Environment steps that each trial has made."""
         self.generators = [torch.Generator().manual_seed(seed) for seed in self.seeds]
         self.params = _initial_params(self.spec, self.generators)  # (N, P)
-        if shared_init:
-            self.params[1:] = self.params[0]
+        if init_seed is not None:
+            self.params[:] = _initial_params(self.spec, [torch.Generator().manual_seed(init_seed)])
         self.moments = np.zeros((2, *self.params.shape), np.float32)
         self.num_updates = np.zeros(N, np.int64)
         self.engine = _core.PpoUpdate(
@@ -538,13 +538,18 @@ def _initial_params(spec: PolicySpec, generators: Sequence[torch.Generator]) -> 
     critic_sizes = (*spec.layer_sizes[:-1], 1)
     P = spec.num_params + sum(fan_out * (fan_in + 1) for fan_in, fan_out in itertools.pairwise(critic_sizes))
     params = torch.zeros(len(generators), P)
-    for row, generator in zip(params, generators, strict=True):
-        nets = ((spec.act_dim, spec.layer_sizes, 0.01), (spec.num_params, critic_sizes, 1.0))
-        for offset, sizes, head_gain in nets:
-            *hidden, head = layer_views(row[None, offset:], sizes)
-            for weight, _ in hidden:
-                torch.nn.init.orthogonal_(weight[0], math.sqrt(2), generator)
-            torch.nn.init.orthogonal_(head[0][0], head_gain, generator)
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the QR decomposition behind orthogonal_ has other last bits on other numbers
+    try:
+        for row, generator in zip(params, generators, strict=True):
+            nets = ((spec.act_dim, spec.layer_sizes, 0.01), (spec.num_params, critic_sizes, 1.0))
+            for offset, sizes, head_gain in nets:
+                *hidden, head = layer_views(row[None, offset:], sizes)
+                for weight, _ in hidden:
+                    torch.nn.init.orthogonal_(weight[0], math.sqrt(2), generator)
+                torch.nn.init.orthogonal_(head[0][0], head_gain, generator)
+    finally:
+        torch.set_num_threads(num_threads)
     return params.numpy()
 
 

@@ -1,20 +1,22 @@
-"""What an unfinished collection needs to go on: the states of its population, in the store until it is complete.
+"""What an unfinished collection needs to go on: the states of its populations, in the store until it is complete.
 
-    resume/zarr.json                  group: the versions of what decides the last bits, when the collection began
-    resume/state_00000031.safetensors the population when every trial had 31 checkpoints; the last two saved are kept
+    resume/zarr.json                group: the versions of what decides the last bits, and how many trials are one shard
+    resume/trial_0000/state_00000031.safetensors
+                                    the population of the shard that begins with trial 0, when each of its trials had 31
+                                    checkpoints; the last two saved are kept
 
-A state holds what decides how the population goes on (`ppo.PopulationState`), with a checksum over all of it, and is
-written whole or not at all, after the checkpoint that it belongs to was committed. While the folder is there, the
-collection is unfinished. It is removed last of all, so that the store is then what it would be without any states.
+A shard's trials learn together, in one process. A state holds what decides how they go on (`ppo.PopulationState`), with
+a checksum over all of it, and is written whole or not at all, after the checkpoint that it belongs to was committed.
+While the folder is there, the collection is unfinished. It is removed last of all, so that the store is then what it
+would be without any states.
 """
 
+import contextlib
 import importlib.metadata
 import json
 import platform
-import shutil
 import warnings
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import google_crc32c
@@ -25,29 +27,38 @@ import torch
 from numpy.typing import NDArray
 
 from tipl import _core
+from tipl.locations import Location, local_copy, make_folder, remove_folder, written_aside
 from tipl.ppo import PopulationState
-from tipl.zarr_files import read_group, write_group, written_aside
+from tipl.store import trial_name
+from tipl.zarr_files import read_group, write_group
 
 FOLDER = "resume"
+STATE = "state_*.safetensors"
 FORMAT, VERSION = "tipl-population", "1"
 STATES_KEPT = 2
 
 
-class SavedStates:
-    """The states saved in the store at `store_path`."""
+class Unfinished:
+    """The record of an unfinished collection in the store at `store_path`."""
 
-    def __init__(self, store_path: Path) -> None:
+    def __init__(self, store_path: Location) -> None:
         self.folder = store_path / FOLDER
 
-    def exist(self) -> bool:
+    def exists(self) -> bool:
         """Return whether the collection is unfinished, with or without a state."""
         return self.folder.exists()
 
-    def begin(self) -> None:
-        """Note that the collection is unfinished, and the versions that it is begun with, unless that was done."""
-        self.folder.mkdir(exist_ok=True)
+    def begin(self, trials_per_shard: int) -> int:
+        """Note that the collection is unfinished, and the versions that it is begun with, unless that was done.
+
+        Returns the trials of a shard that it was begun with or, where that record is damaged, those given.
+        """
+        make_folder(self.folder)
         if not (self.folder / "zarr.json").exists():
-            write_group(self.folder, {"versions": _versions()})
+            write_group(self.folder, {"versions": _versions(), "trials_per_shard": trials_per_shard})
+        with contextlib.suppress(RuntimeError):  # `changed_versions` tells
+            trials_per_shard = read_group(self.folder, "resume").get("trials_per_shard", trials_per_shard)
+        return trials_per_shard
 
     def changed_versions(self) -> dict[str, tuple[str, str]]:
         """Return name -> (version then, version now) of what could change the bits of the rest.
@@ -59,6 +70,36 @@ class SavedStates:
         then, now = read_group(self.folder, "resume")["versions"], _versions()
         return {name: (then.get(name, "none"), now[name]) for name in now if then.get(name, "none") != now[name]}
 
+    def states(self, first_trial: int) -> "SavedStates":
+        """Return the saved states of the shard that begins with this trial."""
+        return SavedStates(self.folder / trial_name(first_trial))
+
+    def problems(self) -> list[str]:
+        """Return what is damaged, one line each."""
+        found = []
+        paths: list[Location] = sorted(self.folder.glob(f"*/{STATE}"), key=str)
+        for path in paths:
+            try:
+                read_state(path)
+            except RuntimeError as error:
+                found.append(f"resume: {error}")
+        try:
+            self.changed_versions()
+        except RuntimeError as error:
+            found.append(str(error))
+        return found
+
+    def remove(self) -> None:
+        """Say that the collection is complete."""
+        remove_folder(self.folder)
+
+
+class SavedStates:
+    """The states of one shard, in `folder`."""
+
+    def __init__(self, folder: Location) -> None:
+        self.folder = folder
+
     def save(self, state: PopulationState, num_checkpoints: int) -> None:
         """Write the state in which every trial has `num_checkpoints` checkpoints, all of them committed."""
         described = json.dumps({"env_steps": state.env_steps, "env_rngs": state.env_rngs})
@@ -68,6 +109,7 @@ class SavedStates:
             "population": described,
             "crc32c": _checksum(described, state.arrays),
         }
+        make_folder(self.folder)
         path = self.folder / f"state_{num_checkpoints:08d}.safetensors"
         with written_aside(path) as aside:
             try:
@@ -86,33 +128,15 @@ class SavedStates:
                 except RuntimeError as error:
                     warnings.warn(f"collect: {error}; an older state is used, or none", stacklevel=4)
 
-    def problems(self) -> list[str]:
-        """Return what is damaged, one line each."""
-        found = []
-        for path in self._files():
-            try:
-                read_state(path)
-            except RuntimeError as error:
-                found.append(f"resume: {error}")
-        try:
-            self.changed_versions()
-        except RuntimeError as error:
-            found.append(str(error))
-        return found
-
-    def remove(self) -> None:
-        """Say that the collection is complete."""
-        shutil.rmtree(self.folder)
-
-    def _files(self) -> list[Path]:
+    def _files(self) -> list[Location]:
         """Return the files of the states, the latest first."""
-        return sorted(self.folder.glob("state_*.safetensors"), reverse=True)
+        return sorted(self.folder.glob(STATE), key=str, reverse=True)
 
 
-def read_state(path: Path) -> PopulationState:
+def read_state(path: Location) -> PopulationState:
     """Return the state in `path`. Raises RuntimeError where it is damaged or of another version."""
     try:
-        with safetensors.safe_open(path, framework="numpy") as file:
+        with local_copy(path) as file_path, safetensors.safe_open(file_path, framework="numpy") as file:
             metadata = file.metadata() or {}
             arrays = {name: file.get_tensor(name) for name in list(file.keys())}
         if (metadata.get("format"), metadata.get("version")) != (FORMAT, VERSION):

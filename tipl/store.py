@@ -15,38 +15,39 @@ file system that keeps renames in order (ext4, XFS); elsewhere committed rows ma
 reports.
 """
 
+import contextlib
 import fcntl
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import zarr
 from numpy.typing import NDArray
 
+from tipl.locations import Location, location, make_folder, remove_folder
 from tipl.policy import Layout, layout_from_dict
-from tipl.zarr_files import ZarrArray, read_group, write_atomically, write_group
-
-__all__ = ["Store", "Trial", "write_atomically"]
+from tipl.zarr_files import ZarrArray, read_group, write_group
 
 FORMAT, VERSION = "tipl-store", 1
 CHUNK_BYTES = 2**18
 SCALAR_CHUNK_ROWS = 1024  # of env_steps and episodic_return: 8 KiB
 WRITE_THREADS = 8  # they wait for the disk, not for a core
+URL_WRITE_THREADS = 32
 
+Result = TypeVar("Result")
 Arrays = tuple[ZarrArray, ZarrArray, ZarrArray]  # weights, env_steps, episodic_return
 
 
 class Store:
     """A store open for reading and, from `create` or `open(writable=True)`, for appending: one writer at a time."""
 
-    def __init__(self, path: Path, attributes: dict[str, Any]) -> None:
+    def __init__(self, path: Location, attributes: dict[str, Any]) -> None:
         """Not for callers: use `create` or `open`."""
         self.path = path
         self.env_id: str = attributes["env_id"]
@@ -62,13 +63,13 @@ class Store:
 
     @classmethod
     def create(
-        cls, path: str | Path, *, env_id: str, policy: Layout, seeds: Sequence[int], config: dict[str, Any]
+        cls, path: str | Location, *, env_id: str, policy: Layout, seeds: Sequence[int], config: dict[str, Any]
     ) -> "Store":
         """Return a new store at `path` with one empty trial a seed, open for appending. `config` is plain JSON.
 
         Raises FileExistsError, and touches nothing, where `path` exists.
         """
-        path = Path(path)
+        path = location(path)
         if not seeds or not all(isinstance(seed, int) and seed >= 0 for seed in seeds):
             raise ValueError(f"create: seeds must be one non-negative int a trial, got {seeds!r}")
         attributes = {
@@ -87,28 +88,33 @@ class Store:
         store = cls(path, attributes)
         if path.exists():
             raise FileExistsError(f"create: {path} exists")
-        aside = path.with_name(f".{path.name}.partial")  # so that a killed process leaves a whole store or none
-        aside.mkdir(parents=True, exist_ok=True)
-        with _released_on_failure(_Writer(aside, store.seeds, store.arrays)) as writer:
+        # So that a killed process leaves a whole store or none. Behind a URL the group, written last, makes it a store.
+        aside = path.with_name(f".{path.name}.partial") if isinstance(path, Path) else path
+        make_folder(aside)
+        with _released_on_failure(_Writer(aside, store.seeds, store.arrays, range(len(seeds)))) as writer:
             try:
                 writer.create_trials()
                 write_group(aside, attributes)
-                writer.move_to(path)
+                if isinstance(path, Path):
+                    writer.move_to(path)
             except BaseException:
-                shutil.rmtree(aside, ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    remove_folder(aside)
                 raise
         store._writer = writer
         return store
 
     @classmethod
-    def open(cls, path: str | Path, *, writable: bool = False) -> "Store":
+    def open(cls, path: str | Location, *, writable: bool | range = False) -> "Store":
         """Return the store at `path`. A damaged trial raises when it is read, and only then: the others still read.
 
-        With `writable`, an append that a crash left committed in some trials only is undone there, so that all trials
-        have equally many checkpoints. Raises FileNotFoundError where there is no store; RuntimeError where it is
-        damaged, of another version, or (with `writable`) open in another writer.
+        With `writable`, all trials or those of a range are open for appending, N of them. An append that a crash left
+        committed in some of these only is undone there, so that they have equally many checkpoints.
+
+        Raises FileNotFoundError where there is no store; RuntimeError where it is damaged or of another version, and
+        StoreInUse, one of them, where another writer has the writable trials open.
         """
-        path = Path(path)
+        path = location(path)
         if not (path / "zarr.json").exists() and not (path / trial_name(0)).exists():
             raise FileNotFoundError(f"open: there is no trajectory store at {path}")
         attributes = read_group(path, f"store {path}")
@@ -118,7 +124,10 @@ class Store:
             raise RuntimeError(f"store {path}: has version {attributes['version']}, this tipl reads version {VERSION}")
         store = cls(path, attributes)
         if writable:
-            with _released_on_failure(_Writer(path, store.seeds, store.arrays)) as writer:
+            trials = range(store.num_trials) if writable is True else writable
+            if not 0 <= trials.start < trials.stop <= store.num_trials or trials.step != 1:
+                raise ValueError(f"open: writable must be a range of the {store.num_trials} trials, got {writable}")
+            with _released_on_failure(_Writer(path, store.seeds, store.arrays, trials)) as writer:
                 writer.load_trials()
             store._writer = writer
         return store
@@ -144,21 +153,23 @@ class Store:
     def append(
         self, weights: NDArray[np.float32], env_steps: NDArray[np.int64], episodic_return: NDArray[np.float64]
     ) -> None:
-        """Append b checkpoints to each of the N trials: weights (N, b, p), env_steps (N, b), episodic_return (N, b).
+        """Append b checkpoints to each of the N trials that are open for it.
+
+        weights (N, b, p), env_steps (N, b), episodic_return (N, b).
 
         When this returns they are on disk and committed. Wrong or non-finite input is refused and nothing is written.
         A failure while writing (OSError) closes the store: `open` it again to go on from what was committed.
         """
         if self._writer is None:
             raise ValueError(f"append: {self.path} is not open for appending")
-        columns = (weights, env_steps, episodic_return)
+        columns, trials = (weights, env_steps, episodic_return), self._writer.trials
         b = weights.shape[1] if isinstance(weights, np.ndarray) and weights.ndim == 3 else 1
         for array, column in zip(self.arrays, columns, strict=True):
             if not isinstance(column, np.ndarray) or column.dtype != array.dtype:
                 kind = column.dtype if isinstance(column, np.ndarray) else type(column).__name__
                 raise TypeError(f"append: {array.name} must be an array of {array.data_type}, got {kind}")
-            if column.shape != (self.num_trials, b, *array.row_shape):
-                expected = f"{'(N, b, p)' if array.row_shape else '(N, b)'} = {(self.num_trials, b, *array.row_shape)}"
+            if column.shape != (len(trials), b, *array.row_shape):
+                expected = f"{'(N, b, p)' if array.row_shape else '(N, b)'} = {(len(trials), b, *array.row_shape)}"
                 raise ValueError(f"append: {array.name} must have shape {expected}, got {column.shape}")
         for name, valid, rule in (
             ("weights", np.isfinite(weights).all(-1), "finite"),
@@ -167,7 +178,7 @@ class Store:
         ):
             if not valid.all():
                 i, row = np.argwhere(~valid)[0]
-                raise ValueError(f"append: {name} must be {rule}, but row {row} of trial {i} is not")
+                raise ValueError(f"append: {name} must be {rule}, but row {row} of trial {trials[i]} is not")
         with _released_on_failure(self._writer) as writer:
             self._writer = None
             writer.append(columns)
@@ -210,7 +221,10 @@ class Store:
 
         Its arrays are longer than num_checkpoints, by fill values, while the store is being written or after a crash.
         """
-        return zarr.open_group(self.path, mode="r", zarr_format=3)
+        if isinstance(self.path, Path):
+            return zarr.open_group(self.path, mode="r", zarr_format=3)
+        options = dict(self.path.storage_options)
+        return zarr.open_group(str(self.path), mode="r", zarr_format=3, storage_options=options)
 
 
 class Trial:
@@ -219,7 +233,7 @@ class Trial:
     Every method raises RuntimeError, naming the rows and the file, where what it would return is damaged.
     """
 
-    def __init__(self, store_path: Path, index: int, seed: int, arrays: Arrays) -> None:
+    def __init__(self, store_path: Location, index: int, seed: int, arrays: Arrays) -> None:
         """Not for callers: use `Store.trial`."""
         self.index, self.seed = index, seed
         self.num_checkpoints = read_commit(store_path, index, seed)
@@ -281,41 +295,62 @@ class Trial:
         return out
 
 
-class _Writer:
-    """Appends to all trials of a store in lockstep. It holds a lock, and the unfinished last chunks in memory."""
+class StoreInUse(RuntimeError):
+    """Another writer has the trials open."""
 
-    def __init__(self, path: Path, seeds: list[int], arrays: Arrays) -> None:
-        self.path, self.seeds, self.arrays = path, seeds, arrays
+
+class _Writer:
+    """Appends to `trials` of a store in lockstep. In a local store it holds locks, which end with the process.
+
+    A writer of all trials has the store to itself; one of some trials shares it with writers of others. Behind a URL
+    nothing can be locked: whoever starts writers there sees to it that each trial has one.
+    """
+
+    def __init__(self, path: Location, seeds: list[int], arrays: Arrays, trials: range) -> None:
+        self.path, self.seeds, self.arrays, self.trials = path, seeds, arrays, trials
         self.num_checkpoints = 0
         self.num_rows = 0  # what the arrays' documents say, at least num_checkpoints
-        self.tails: list[list[NDArray[Any]]] = []  # [trial][array]: the chunk in which the next row lies
-        self.lock = os.open(path, os.O_RDONLY)
+        self.locks: list[int] = []
+        if isinstance(path, Path):
+            of_all = len(trials) == len(seeds)
+            self._lock(path, fcntl.LOCK_EX if of_all else fcntl.LOCK_SH)
+            for i in () if of_all else trials:
+                self._lock(path / trial_name(i), fcntl.LOCK_EX)
+        num_threads = WRITE_THREADS if isinstance(path, Path) else URL_WRITE_THREADS
+        self.pool = ThreadPoolExecutor(num_threads, thread_name_prefix="tipl-store")
+
+    def _lock(self, folder: Path, kind: int) -> None:
+        self.locks.append(os.open(folder, os.O_RDONLY))
         try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # dropped by the system if the process dies
+            fcntl.flock(self.locks[-1], kind | fcntl.LOCK_NB)  # dropped by the system if the process dies
         except BlockingIOError:
-            os.close(self.lock)
-            raise RuntimeError(f"store {path}: another writer has it open") from None
-        self.pool = ThreadPoolExecutor(WRITE_THREADS, thread_name_prefix="tipl-store")
+            self._unlock()
+            raise StoreInUse(f"store {self.path}: another writer has it open") from None
+
+    def _unlock(self) -> None:
+        while self.locks:
+            os.close(self.locks.pop())
 
     def create_trials(self) -> None:
-        for left_behind in self.path.iterdir():  # by a killed process
-            if left_behind.is_dir():
-                shutil.rmtree(left_behind)
-            else:
-                left_behind.unlink()
+        if isinstance(self.path, Path):
+            for left_behind in self.path.iterdir():  # by a killed process
+                if left_behind.is_dir():
+                    shutil.rmtree(left_behind)
+                else:
+                    left_behind.unlink()
 
         def create(i: int) -> None:
             for array in self.arrays:
                 folder = self.path / trial_name(i) / array.name
-                folder.mkdir(parents=True)
+                make_folder(folder)
                 array.write_document(folder, 0)
             _write_commit(self.path, i, self.seeds[i], 0)
 
         self.for_each_trial(create)
-        self.tails = [[array.empty_chunk() for array in self.arrays] for _ in self.seeds]
 
     def move_to(self, path: Path) -> None:
         """Rename the store's folder; the lock goes with it."""
+        assert isinstance(self.path, Path)
         try:
             self.path.rename(path)
         except OSError:
@@ -325,19 +360,23 @@ class _Writer:
         self.path = path
 
     def load_trials(self) -> None:
-        """Undo what was committed in some trials only, remove what killed writers left, and load the last chunks."""
-        for aside in self.path.rglob(".*.partial"):
-            aside.unlink()
-        trials = [Trial(self.path, i, seed, self.arrays) for i, seed in enumerate(self.seeds)]
+        """Undo what was committed in some trials only, remove what killed writers left, and check the last chunks."""
+        if isinstance(self.path, Path):
+            for i in self.trials:
+                for aside in (self.path / trial_name(i)).rglob(".*.partial"):
+                    aside.unlink()
+        trials = [Trial(self.path, i, self.seeds[i], self.arrays) for i in self.trials]
         self.num_checkpoints = n = min(trial.num_checkpoints for trial in trials)
-        for trial in trials:
+
+        def load(i: int) -> int:
+            trial = trials[i - self.trials.start]
             if trial.num_checkpoints > n:
                 _write_commit(self.path, trial.index, trial.seed, n)
-            self.tails.append([array.empty_chunk() for array in self.arrays])
-            for array, tail in zip(self.arrays, self.tails[-1], strict=True):
-                start = n // array.chunk_rows * array.chunk_rows
-                tail[: n - start] = trial._read(array, start, n)
-                self.num_rows = max(self.num_rows, array.check_document(trial.folder / array.name, "", n))
+            for array in self.arrays:
+                trial._read(array, n // array.chunk_rows * array.chunk_rows, n)
+            return max(array.check_document(trial.folder / array.name, "", n) for array in self.arrays)
+
+        self.num_rows = max(self.for_each_trial(load))
         self.trim()
 
     def append(self, columns: tuple[NDArray[Any], ...]) -> None:
@@ -348,15 +387,18 @@ class _Writer:
             self.num_rows = max(stop, 2 * self.num_rows)  # doubled, so that documents are seldom written
 
         def append(i: int) -> None:
-            for array, tail, column in zip(self.arrays, self.tails[i], columns, strict=True):
+            for array, column in zip(self.arrays, columns, strict=True):
                 folder = self.path / trial_name(i) / array.name
                 if grow:
                     array.write_document(folder, self.num_rows)
                 for index, in_chunk, in_column in array.chunks(start, stop):
-                    tail[in_chunk] = column[i, in_column]
-                    array.write_chunk(folder, index, tail)
-                    if in_chunk.stop == array.chunk_rows:
-                        tail[:] = float(array.fill_value)
+                    if in_chunk.start:  # read back, because the unfinished chunks of all trials would fill the memory
+                        rows = array.read_chunk(folder, f"trial {i}", index)
+                        rows[in_chunk.stop :] = float(array.fill_value)  # what a killed writer left
+                    else:
+                        rows = array.empty_chunk()
+                    rows[in_chunk] = column[i - self.trials.start, in_column]
+                    array.write_chunk(folder, index, rows)
             _write_commit(self.path, i, self.seeds[i], stop)
 
         self.for_each_trial(append)
@@ -373,20 +415,19 @@ class _Writer:
             self.num_rows = self.num_checkpoints
             self.for_each_trial(trim)
 
-    def for_each_trial(self, work: Callable[[int], None]) -> None:
+    def for_each_trial(self, work: Callable[[int], Result]) -> list[Result]:
         """Call `work` for every trial, on the pool; the first failure is raised when all have ended."""
-        futures = [self.pool.submit(work, i) for i in range(len(self.seeds))]
+        futures = [self.pool.submit(work, i) for i in self.trials]
         wait(futures)
-        for future in futures:
-            future.result()
+        return [future.result() for future in futures]
 
     def release(self) -> None:
-        """Wait for the writing under way, and give up the lock."""
+        """Wait for the writing under way, and give up the locks."""
         self.pool.shutdown()
-        os.close(self.lock)
+        self._unlock()
 
 
-@contextmanager
+@contextlib.contextmanager
 def _released_on_failure(writer: _Writer) -> Iterator[_Writer]:
     try:
         yield writer
@@ -399,11 +440,11 @@ def trial_name(i: int) -> str:
     return f"trial_{i:04d}"
 
 
-def _write_commit(store_path: Path, i: int, seed: int, num_checkpoints: int) -> None:
+def _write_commit(store_path: Location, i: int, seed: int, num_checkpoints: int) -> None:
     write_group(store_path / trial_name(i), {"trial": i, "seed": seed, "num_checkpoints": num_checkpoints})
 
 
-def read_commit(store_path: Path, i: int, seed: int) -> int:
+def read_commit(store_path: Location, i: int, seed: int) -> int:
     """Return the number of checkpoints that trial i's commit record states."""
     folder = store_path / trial_name(i)
     record = read_group(folder, f"trial {i}")

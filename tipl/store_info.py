@@ -3,6 +3,7 @@
 import numpy as np
 
 from tipl.collect import flat_config, is_complete, num_checkpoints_asked
+from tipl.locations import num_bytes
 from tipl.policy import PolicySpec
 from tipl.store import Store
 
@@ -14,7 +15,6 @@ def describe_store(store: Store) -> dict[str, str]:
     """
     trials, policy = [store.trial(i) for i in range(len(store))], store.policy
     n = min(trial.num_checkpoints for trial in trials)
-    num_bytes = sum(file.stat().st_size for file in store.path.rglob("*") if file.is_file())
     lines = {
         "env": store.env_id,
         "trials": f"{len(store)}, seeds {_shortened(store.seeds)}",
@@ -26,7 +26,7 @@ def describe_store(store: Store) -> dict[str, str]:
     lines["layout"] = "\n".join(
         f"{offset:>9,} {name} {shape}" for name, (offset, shape) in policy.layout.items()
     )  # where each parameter begins in the flat weights
-    lines["bytes"] = f"{num_bytes:,} in files, {n * len(store) * policy.num_params * 4:,} of weights"
+    lines["bytes"] = f"{num_bytes(store.path):,} in files, {n * len(store) * policy.num_params * 4:,} of weights"
     if n:
         env_steps = [trial.env_steps[n - 1] for trial in trials]
         returns = [trial.episodic_return[:n] for trial in trials]

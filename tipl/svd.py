@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from tipl import _core
 from tipl.factors import SHARE_COMPONENTS, TEST_DIRECTIONS, Factors, factors_of, leading_directions
-from tipl.zarr_files import write_atomically
+from tipl.locations import write_atomically
 
 _PARAMETERS = ("n_components", "n_oversamples", "passes", "center", "origin", "seed", "num_threads")
 

@@ -24,9 +24,10 @@ from torch.utils.tensorboard import SummaryWriter
 
 from tipl.basis import MIN_PREFIX_END, Basis, Centre, prefix_coordinates, prefix_rank, trajectory_gram
 from tipl.decoder import continue_paths
+from tipl.locations import write_atomically
 from tipl.model import ModelConfig, TrajectoryTransformer, save_model
 from tipl.progress import progress_bar
-from tipl.store import Store, write_atomically
+from tipl.store import Store
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,10 +4,10 @@ import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
+from tipl.locations import Location, location
 from tipl.progress import progress_bar
-from tipl.resume import SavedStates
+from tipl.resume import Unfinished
 from tipl.store import Store, read_commit, trial_name
 
 BAR_SECONDS = 2.0  # what takes longer shows a bar
@@ -25,7 +25,7 @@ class Verification:
     """Of these chunks."""
 
 
-def verify_store(path: str | Path, *, progress: bool = False) -> Verification:
+def verify_store(path: str | Location, *, progress: bool = False) -> Verification:
     """Read all of the store at `path` and return what is wrong with it; nothing is changed.
 
     The documents and the commit record of every trial must be whole and fit together; every chunk with committed rows
@@ -33,7 +33,7 @@ def verify_store(path: str | Path, *, progress: bool = False) -> Verification:
     must be whole too; otherwise all trials must have equally many checkpoints. `progress` shows a bar on a terminal's
     stderr. Raises FileNotFoundError where there is no store.
     """
-    path, found = Path(path), Verification()
+    path, found = location(path), Verification()
     try:
         store = Store.open(path)
     except RuntimeError as error:  # without the root's document nobody knows what should be there
@@ -49,8 +49,8 @@ def verify_store(path: str | Path, *, progress: bool = False) -> Verification:
             bar.advance(task)
             if not bar.live.is_started and time.monotonic() - started > BAR_SECONDS:
                 stack.enter_context(bar)
-    if SavedStates(path).exist():
-        found.problems += SavedStates(path).problems()
+    if Unfinished(path).exists():
+        found.problems += Unfinished(path).problems()
     elif num_checkpoints:
         most = max(num_checkpoints.values())
         for i, n in num_checkpoints.items():

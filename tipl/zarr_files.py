@@ -9,44 +9,23 @@ Why not zarr-python: appending to 48 trials cost it twice the CPU time although 
 """
 
 import json
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write `data` to `path` whole or not at all: aside, flushed to disk, then renamed."""
-    with written_aside(path) as aside:
-        aside.write_bytes(data)
+from tipl.locations import Location, read_into, write_atomically
 
 
-@contextmanager
-def written_aside(path: Path) -> Iterator[Path]:
-    """Give the name of a file to write, which is then flushed to disk and renamed to `path`; removed on a failure."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        yield aside
-        with open(aside, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
-
-
-def write_group(folder: Path, attributes: dict[str, Any]) -> None:
+def write_group(folder: Location, attributes: dict[str, Any]) -> None:
     """Write the document of the Zarr group in `folder`."""
     _write_json(folder / "zarr.json", _group_document(attributes))
 
 
-def read_group(folder: Path, owner: str) -> dict[str, Any]:
+def read_group(folder: Location, owner: str) -> dict[str, Any]:
     """Return the attributes of the Zarr group in `folder`; `owner` begins the text of a RuntimeError."""
     path = folder / "zarr.json"
     document = _read_json(path, owner)
@@ -77,10 +56,10 @@ class ZarrArray:
     def dtype(self) -> np.dtype[Any]:
         return np.dtype(self.data_type).newbyteorder("<")
 
-    def write_document(self, folder: Path, num_rows: int) -> None:
+    def write_document(self, folder: Location, num_rows: int) -> None:
         _write_json(folder / "zarr.json", self._document(num_rows))
 
-    def check_document(self, folder: Path, owner: str, min_rows: int) -> int:
+    def check_document(self, folder: Location, owner: str, min_rows: int) -> int:
         """Return the rows that the document in `folder` states.
 
         Raises RuntimeError unless it describes this array with at least `min_rows` rows.
@@ -103,29 +82,24 @@ class ZarrArray:
     def empty_chunk(self) -> NDArray[Any]:
         return np.full((self.chunk_rows, *self.row_shape), float(self.fill_value), self.dtype)
 
-    def write_chunk(self, folder: Path, chunk: int, rows: NDArray[Any]) -> None:
+    def write_chunk(self, folder: Location, chunk: int, rows: NDArray[Any]) -> None:
         """Write a whole chunk, (chunk_rows, *row_shape)."""
         data = rows.tobytes()
         write_atomically(folder / self._key(chunk), data + google_crc32c.value(data).to_bytes(4, "little"))
 
-    def read_chunk(self, folder: Path, owner: str, chunk: int, out: NDArray[Any] | None = None) -> NDArray[Any]:
+    def read_chunk(self, folder: Location, owner: str, chunk: int, out: NDArray[Any] | None = None) -> NDArray[Any]:
         """Return a whole chunk, (chunk_rows, *row_shape), in `out` (contiguous) if given."""
-        path = f"{folder}/{self._key(chunk)}"  # of many: a Path would take as long as the checksum
         rows: Any = np.empty((self.chunk_rows, *self.row_shape), self.dtype) if out is None else out
         checksum = bytearray(5)  # and one byte more, which tells whether the file is too long
+        path = f"{folder}/{self._key(chunk)}"
         try:
-            file = os.open(path, os.O_RDONLY)
+            num_bytes = read_into(folder, self._key(chunk), (rows, checksum))
         except FileNotFoundError:
             raise RuntimeError(f"{self._place(owner, chunk)}: {path} is missing") from None
-        try:
-            num_bytes = os.readv(file, [rows, checksum])
-            if num_bytes != rows.nbytes + 4:
-                num_bytes = os.fstat(file).st_size
-                raise RuntimeError(
-                    f"{self._place(owner, chunk)}: {path} has {num_bytes} bytes instead of {rows.nbytes + 4}"
-                )
-        finally:
-            os.close(file)
+        if num_bytes != rows.nbytes + 4:
+            raise RuntimeError(
+                f"{self._place(owner, chunk)}: {path} has {num_bytes} bytes instead of {rows.nbytes + 4}"
+            )
         payload = rows.reshape(-1).view(np.uint8)
         payload.flags.writeable = False  # as the checksum's library asks
         if google_crc32c.value(payload) != int.from_bytes(checksum[:4], "little"):
@@ -164,11 +138,11 @@ def _group_document(attributes: dict[str, Any]) -> dict[str, Any]:
     return {"zarr_format": 3, "node_type": "group", "attributes": {**attributes, "crc32c": checksum}}
 
 
-def _write_json(path: Path, document: dict[str, Any]) -> None:
+def _write_json(path: Location, document: dict[str, Any]) -> None:
     write_atomically(path, (json.dumps(document, indent=2, allow_nan=False) + "\n").encode())
 
 
-def _read_json(path: Path, owner: str) -> dict[str, Any]:
+def _read_json(path: Location, owner: str) -> dict[str, Any]:
     try:
         document = json.loads(path.read_bytes())
     except FileNotFoundError:

@@ -17,10 +17,11 @@ from matplotlib.collections import LineCollection
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from numpy.typing import NDArray
 
+from tipl.locations import write_atomically
 from tipl.progress import progress_bar
 from tipl.report.plots import MAX_CURVES, NBSP, THEME, Mark, Panel, Plot, short_count
 from tipl.report.results import FloatArray
-from tipl.store import Store, Trial, write_atomically
+from tipl.store import Store, Trial
 from tipl.svd import gram
 
 SHARES = (0.9, 0.95, 0.99)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from tipl.locations import write_atomically
 from tipl.report import page, plots, verdict
 from tipl.report.estimates import Bootstrap, Estimate, captured_gain, leaders, ranking
 from tipl.report.page import Html, element, fmt, fmt_interval, fmt_percent, fmt_seconds
@@ -27,7 +28,7 @@ from tipl.report.results import (
     read_results,
     read_training,
 )
-from tipl.store import Store, write_atomically
+from tipl.store import Store
 
 FIGURES = ("wpe", "repw", "return_gain", "returns", "coordinates", "spectrum", "learning_curves", "training")
 COORDINATE_TRIALS = 2

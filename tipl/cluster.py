@@ -1,0 +1,90 @@
+"""Work spread over the machines of a Ray cluster (the extra `ray`): calls of functions, each in a worker process.
+
+Calls must not depend on one another or on where they run. A call whose worker or machine dies is made again elsewhere,
+so that it must find what it did before and go on from there, or do no harm by doing it twice.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+from tipl import _core
+
+Result = TypeVar("Result")
+
+MAX_RETRIES = 20  # of a call whose worker died; what a call itself raises is not tried again
+POLL_SECONDS = 2.0
+
+
+@contextlib.contextmanager
+def connected(address: str) -> Iterator["Cluster"]:
+    """Give the cluster at `address` as long as the context lasts; "local" starts one with this machine's cores.
+
+    A process that is connected to Ray already stays connected to what it is, whatever the address.
+
+    Raises ValueError where Ray is not installed, or the address is none; ConnectionError where no cluster answers.
+    """
+    try:
+        import ray
+    except ImportError:
+        raise ValueError("ray: Ray is not installed: pip install 'tipl[ray]'") from None
+    begun = not ray.is_initialized()
+    if begun:
+        here = {"num_cpus": _core.available_cpus(), "include_dashboard": False} if address == "local" else {}
+        ray.init(address=address, logging_level="WARNING", **here)
+    try:
+        yield Cluster()
+    finally:
+        if begun:
+            ray.shutdown()
+
+
+class Cluster:
+    """The Ray cluster that this process is connected to."""
+
+    def __init__(self) -> None:
+        import ray
+
+        nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+        self.num_cpus = sum(nodes)
+        """Cores of all machines."""
+        self.most_cpus = max(nodes, default=0)
+        """Cores of the largest machine."""
+
+    def map(
+        self,
+        function: Callable[..., Result],
+        calls: Sequence[tuple[Any, ...]],
+        *,
+        num_cpus: int = 1,
+        poll: Callable[[int], None] | None = None,
+    ) -> list[Result]:
+        """Return [function(*call) for call in calls], each computed in a worker with `num_cpus` cores.
+
+        `poll` is called every two seconds with the number of calls that have ended. The first exception of a call ends
+        all, and is raised here; so does Ctrl-C.
+
+        Raises ValueError where no machine has so many cores; RuntimeError where workers keep dying.
+        """
+        import ray
+
+        if num_cpus > self.most_cpus:
+            raise ValueError(f"ray: no machine of the cluster has {num_cpus} cores; the largest has {self.most_cpus}")
+        remote = ray.remote(num_cpus=num_cpus, max_retries=MAX_RETRIES)(function)
+        results = [remote.remote(*call) for call in calls]
+        waiting = list(results)
+        try:
+            while waiting:
+                ended, waiting = ray.wait(waiting, timeout=POLL_SECONDS)
+                ray.get(ended)  # raises what the call raised
+                if poll is not None:
+                    poll(len(results) - len(waiting))
+            return list(ray.get(results))
+        except BaseException as error:
+            for call in waiting:
+                ray.cancel(call, force=True)
+            if isinstance(error, ray.exceptions.RayTaskError):
+                raise (error.cause or RuntimeError(str(error))) from error
+            if isinstance(error, ray.exceptions.RayError):
+                raise RuntimeError(f"ray: workers died again and again: {error}") from error
+            raise

@@ -1,0 +1,109 @@
+"""Where a store lies: a local folder, or one behind a URL that fsspec knows, such as s3://bucket/cheetah.zarr.
+
+Files are written whole or not at all. Locally they are written aside, flushed to disk and renamed; an object store puts
+an object at once. What else differs is here too: object stores have no folders, and nothing that can be locked.
+"""
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from upath import UPath
+
+Location: TypeAlias = Path | UPath
+
+
+def location(path: "str | Location") -> Location:
+    """Return where `path` points: a UPath for a URL, a Path for all else.
+
+    Raises ValueError where no file system for the URL's scheme is known, or its package is not installed.
+    """
+    if isinstance(path, UPath) or "://" not in str(path):
+        return path if isinstance(path, UPath) else Path(path)
+    try:
+        return UPath(path, use_listings_cache=False)  # others write there too
+    except (ImportError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def write_atomically(path: Location, data: bytes) -> None:
+    """Write `data` to `path` whole or not at all."""
+    if isinstance(path, Path):
+        with written_aside(path) as aside:
+            aside.write_bytes(data)
+    else:
+        path.write_bytes(data)
+
+
+@contextlib.contextmanager
+def written_aside(path: Location) -> Iterator[Path]:
+    """Give the name of a local file to write, which then becomes `path`; removed on a failure."""
+    if not isinstance(path, Path):
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder) / path.name
+            path.fs.put_file(str(Path(folder) / path.name), path.path)
+        return
+    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield aside
+        with open(aside, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def local_copy(path: Location) -> Iterator[Path]:
+    """Give a local file with the content of `path`: itself, or a copy that is then removed."""
+    if isinstance(path, Path):
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        path.fs.get_file(path.path, str(Path(folder) / path.name))
+        yield Path(folder) / path.name
+
+
+def read_into(folder: Location, name: str, buffers: Sequence[Any]) -> int:
+    """Fill `buffers` (contiguous, writable) with the file `name`, one after the other; return how many bytes it has."""
+    if not isinstance(folder, Path):
+        data = memoryview((folder / name).read_bytes())
+        start = 0
+        for view in (memoryview(buffer).cast("B") for buffer in buffers):
+            part = data[start : start + len(view)]
+            view[: len(part)] = part
+            start += len(part)
+        return len(data)
+    file = os.open(f"{folder}/{name}", os.O_RDONLY)  # of many: a Path would take as long as a checksum
+    try:
+        room = sum(memoryview(buffer).nbytes for buffer in buffers)
+        num_bytes = os.readv(file, buffers)
+        return num_bytes if num_bytes < room else os.fstat(file).st_size
+    finally:
+        os.close(file)
+
+
+def make_folder(path: Location) -> None:
+    """Make a folder and its parents, unless it is there. An object store has none to make."""
+    if isinstance(path, Path):
+        path.mkdir(parents=True, exist_ok=True)
+
+
+def remove_folder(path: Location) -> None:
+    """Remove a folder with all that is in it."""
+    if isinstance(path, Path):
+        shutil.rmtree(path)
+    else:
+        path.fs.rm(path.path, recursive=True)
+
+
+def num_bytes(path: Location) -> int:
+    """Return the bytes of all files in a folder."""
+    if isinstance(path, Path):
+        return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    return int(path.fs.du(path.path))
