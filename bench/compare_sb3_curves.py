@@ -122,7 +122,8 @@ def our_curves(settings: Settings, env_id: str, seeds: list[int]) -> Curves:
     population = Population(env, PPO, seeds, num_threads=settings.num_processes)
     curves = np.empty((len(seeds), settings.num_windows))
     with progress_bar(True) as bar:
-        for window in bar.track(range(settings.num_windows), description=f"{env_id}: tipl"):
+        task = bar.add_task(f"{env_id}: tipl", total=settings.num_windows, note="")
+        for window in range(settings.num_windows):
             total, count = np.zeros((2, len(seeds)))
             for _ in range(settings.window):
                 stats = population.iterate()
@@ -130,6 +131,7 @@ def our_curves(settings: Settings, env_id: str, seeds: list[int]) -> Curves:
                 total[ended] += stats.episodic_return[ended] * stats.num_episodes[ended]
                 count += stats.num_episodes
             curves[:, window] = np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)
+            bar.advance(task)
     env.close()
     return curves
 

@@ -17,7 +17,10 @@ on HalfCheetah at 80 % of 148 checkpoints, k = 16, the floor falls from 0.304 to
 """
 
 import dataclasses
-from collections.abc import Iterable
+import functools
+import itertools
+import tempfile
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +29,16 @@ import safetensors
 import safetensors.numpy
 from numpy.typing import NDArray
 
+from tipl.cluster import Cluster
 from tipl.locations import write_atomically
 from tipl.store import Trial
 from tipl.svd import StreamingSVD, gram
 
 MIN_PREFIX_END = 3
 """The shortest prefix that shows a curvature: theta_0 and three checkpoints after it."""
+
+SKETCH_TRIALS = 16
+"""Trials that one sketch takes, before sketches are merged."""
 
 # A direction whose singular value is below this share of the first one is rounding noise of float32 weights.
 _NOISE = 1e-6
@@ -106,13 +113,24 @@ class Basis:
 
     @classmethod
     def from_trials(
-        cls, trials: Iterable[Trial], n_components: int, *, block_rows: int = 256, seed: int = 0
+        cls,
+        trials: Sequence[Trial],
+        n_components: int,
+        *,
+        block_rows: int = 256,
+        seed: int = 0,
+        cluster: Cluster | None = None,
     ) -> "Basis":
-        """Return the basis of all rows of `trials`, read once in blocks: no trial is ever held whole."""
-        svd = StreamingSVD(n_components, center=True, seed=seed)
-        for trial in trials:
-            for block in trial.blocks(block_rows):
-                svd.partial_fit(block)
+        """Return the basis of all rows of `trials`, read once in blocks: no trial is ever held whole.
+
+        Trials are sketched in groups, and the sketches merged: the workers of a cluster give the same bits.
+        """
+        groups = [trials[start : start + SKETCH_TRIALS] for start in range(0, len(trials), SKETCH_TRIALS)]
+        calls = [(group, n_components, block_rows, seed) for group in groups]
+        sketches: Iterable[StreamingSVD] = itertools.starmap(_sketch, calls)
+        if cluster is not None:
+            sketches = map(_unpacked, cluster.map(_packed_sketch, calls))
+        svd = functools.reduce(StreamingSVD.merge, sketches)
         scale = float(svd.singular_values_[0] / np.sqrt(svd.n_samples_seen_))
         if not scale > 0.0:
             raise ValueError("shared basis: all training checkpoints are equal, so the paths have no scale")
@@ -150,6 +168,30 @@ class Basis:
         """Return the basis in `path`. Raises FileNotFoundError or, where the file is damaged, RuntimeError."""
         arrays = _load_arrays(path, "Basis.load", {"origin": 1, "directions": 2, "scale": 1})
         return cls(arrays["origin"], arrays["directions"], float(arrays["scale"][0]))
+
+
+def _sketch(
+    trials: Sequence[Trial], n_components: int, block_rows: int, seed: int, num_threads: int | None = None
+) -> StreamingSVD:
+    svd = StreamingSVD(n_components, center=True, seed=seed, num_threads=num_threads)
+    for trial in trials:
+        for block in trial.blocks(block_rows):
+            svd.partial_fit(block)
+    return svd
+
+
+def _packed_sketch(trials: Sequence[Trial], n_components: int, block_rows: int, seed: int) -> bytes:
+    """Return a sketch as the content of its file, which can travel."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "sketch.safetensors"
+        _sketch(trials, n_components, block_rows, seed, num_threads=1).save(path)
+        return path.read_bytes()
+
+
+def _unpacked(sketch: bytes) -> StreamingSVD:
+    with tempfile.NamedTemporaryFile() as file:
+        Path(file.name).write_bytes(sketch)
+        return StreamingSVD.load(file.name)
 
 
 @dataclasses.dataclass(frozen=True)

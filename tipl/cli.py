@@ -33,6 +33,8 @@ from tipl.train import TrainConfig, prefix_end_of, train
 from tipl.verify import verify_store
 
 PathArg = Annotated[Path, arg(metavar="PATH")]
+StoreArg = Annotated[str, arg(metavar="PATH|URL")]  # s3://bucket/name, or whatever else fsspec knows
+RayArg = Annotated[str | None, arg(metavar="ADDRESS|local")]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,9 +44,10 @@ class Collect:
     Cut off at whatever moment, it goes on with the same command, and the store comes out as if nothing had happened.
 
     Example: tipl collect --env-id HalfCheetah-v5 --num-trials 32 --total-timesteps 300000 --output cheetah.zarr
+    Example: tipl collect --num-trials 1000 --ray 10.0.0.1:6379 --output s3://bucket/pendulum.zarr
     """
 
-    output: PathArg
+    output: StoreArg
     """Where the store goes; must not exist, or be cut off in the middle of this very collection, which then goes on."""
     env_id: str = "InvertedPendulum-v5"
     """A Gymnasium id with continuous actions."""
@@ -57,7 +60,11 @@ class Collect:
     shared_init: bool = False
     """Start all trials from the same weights (the paper's setting)."""
     num_threads: int | None = None
-    """Cores to use; all by default."""
+    """Cores to use, of a worker with --ray; by default all, of a worker one."""
+    ray: RayArg = None
+    """Collect on the Ray cluster at this address, whose workers must all reach `output`; local: on one started here."""
+    trials_per_shard: int | None = None
+    """Trials that learn together, in one process; by default all, with --ray at most 16."""
     tensorboard: Annotated[Path | None, arg(metavar="DIR")] = None
     """A folder for TensorBoard curves of every trial and their mean, under CleanRL's tags; none by default."""
     ppo: PPOConfig = dataclasses.field(default_factory=PPOConfig)
@@ -76,6 +83,8 @@ class Collect:
             ppo=self.ppo,
             shared_init=self.shared_init,
             num_threads=self.num_threads,
+            ray=self.ray,
+            trials_per_shard=self.trials_per_shard,
             tensorboard=self.tensorboard,
         )
 
@@ -87,8 +96,8 @@ class StoreVerify:
     Example: tipl store verify runs/cheetah/store.zarr
     """
 
-    store: tyro.conf.Positional[PathArg]
-    """The store's folder."""
+    store: tyro.conf.Positional[StoreArg]
+    """The store's folder or URL."""
 
     def run(self) -> None:
         found = verify_store(self.store, progress=True)
@@ -110,8 +119,8 @@ class StoreInfo:
     Example: tipl store info runs/cheetah/store.zarr --plot cheetah.svg
     """
 
-    store: tyro.conf.Positional[PathArg]
-    """The store's folder."""
+    store: tyro.conf.Positional[StoreArg]
+    """The store's folder or URL."""
     plot: Annotated[Path | None, arg(metavar="FILE")] = None
     """Draw learning curves, dimensionality and detour ratios of the trials' paths into this .svg or .png file."""
     overwrite: bool = False
@@ -145,14 +154,16 @@ class Train:
     Example: tipl train --store runs/cheetah/store.zarr --output runs/cheetah/model
     """
 
-    store: PathArg
+    store: StoreArg
     """A store written by `tipl collect`."""
     output: PathArg
     """The model folder; must not exist."""
+    ray: RayArg = None
+    """Fit a shared basis on the Ray cluster at this address; local: on one started here."""
     train: OmitArgPrefixes[TrainConfig] = dataclasses.field(default_factory=TrainConfig)
 
     def run(self) -> None:
-        train(Store.open(self.store), self.output, self.train)
+        train(Store.open(self.store), self.output, self.train, ray=self.ray)
         print(f"model      {self.output}: {_training_line(self.output)}")
 
 
@@ -165,7 +176,7 @@ class Rollout:
 
     model: PathArg
     """A model folder written by `tipl train`."""
-    store: PathArg
+    store: StoreArg
     output: PathArg
     """A .safetensors file: `weights` (horizon, p) float32 and `checkpoint` (horizon,), the index of each row."""
     trial: int = 0
@@ -258,17 +269,26 @@ class Evaluate:
     Example: tipl evaluate --store runs/demo/store.zarr --model runs/demo/model --output runs/demo/evaluation
     """
 
-    store: PathArg
+    store: StoreArg
     model: PathArg
     output: PathArg
     """The folder of results.json; must not exist."""
     num_threads: int | None = None
-    """Cores to use; all by default."""
+    """Cores to use, of a worker with --ray; by default all, of a worker one."""
+    ray: RayArg = None
+    """Run the policies on the Ray cluster at this address; local: on one started here."""
     evaluate: OmitArgPrefixes[EvaluateConfig] = dataclasses.field(default_factory=EvaluateConfig)
 
     def run(self) -> None:
         forecaster = Forecaster.load(self.model)
-        target = evaluate(Store.open(self.store), forecaster, self.output, self.evaluate, num_threads=self.num_threads)
+        target = evaluate(
+            Store.open(self.store),
+            forecaster,
+            self.output,
+            self.evaluate,
+            num_threads=self.num_threads,
+            ray=self.ray,
+        )
         print(f"results    {target}")
         print(end_of_path_table(target))
 
@@ -280,7 +300,7 @@ class Report:
     Example: tipl report --store runs/demo/store.zarr --evaluation runs/demo/evaluation --output report
     """
 
-    store: PathArg
+    store: StoreArg
     evaluation: PathArg
     output: PathArg
     model: PathArg | None = None
@@ -319,7 +339,9 @@ class Run:
     shared_init: bool = False
     """Start all trials from the same weights (the paper's setting)."""
     num_threads: int | None = None
-    """Cores to use; all by default."""
+    """Cores to use, of a worker with --ray; by default all, of a worker one."""
+    ray: RayArg = None
+    """Spread the work over the Ray cluster at this address; local: over one started here."""
     resume: bool = False
     """Keep the stages that an interrupted run has finished."""
     ppo: PPOConfig = dataclasses.field(default_factory=PPOConfig)
@@ -339,20 +361,21 @@ class Run:
         else:
             with seconds.of("collect"):
                 store = Collect(
-                    store_path,
+                    str(store_path),
                     self.env_id,
                     self.num_trials,
                     self.total_timesteps,
                     self.seed,
                     self.shared_init,
                     self.num_threads,
+                    self.ray,
                     ppo=self.ppo,
                 ).collect()
         print(f"store      {store_path}: {store.summary()}")
 
         if not (model / "config.json").exists():
             with seconds.of("train"):
-                train(store, model, self.train)
+                train(store, model, self.train, ray=self.ray if self.train.basis == "shared" else None)
         print(f"model      {model}: {_training_line(model)}")
 
         results = evaluation / "results.json"
@@ -363,6 +386,7 @@ class Run:
                 evaluation,
                 self.evaluate,
                 num_threads=self.num_threads,
+                ray=self.ray,
                 seconds=seconds.read(),
             )
         print(f"results    {results}")
@@ -428,11 +452,15 @@ Command = (
 def main() -> None:
     """Parse the command line and run the command; the exit status is 0, 2 for a user's mistake, 130 for Ctrl-C."""
     try:
-        tyro.cli(
+        command = tyro.cli(
             Command,
             prog="tipl",
             description="Forecast where PPO takes a policy's weights. Start with `tipl demo`.",
-        ).run()
+        )
+        for name, value in vars(command).items():
+            if isinstance(value, Path) and value.parts and value.parts[0].endswith(":"):
+                raise ValueError(f"{name} must be a local path, and {value.parts[0]}//... is a URL")
+        command.run()
     except KeyboardInterrupt as interrupt:
         print(f"tipl: interrupted. {interrupt}".rstrip(), file=sys.stderr)
         sys.exit(130)

@@ -5,6 +5,7 @@ so that it must find what it did before and go on from there, or do no harm by d
 """
 
 import contextlib
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -30,6 +31,7 @@ def connected(address: str) -> Iterator["Cluster"]:
         raise ValueError("ray: Ray is not installed: pip install 'tipl[ray]'") from None
     begun = not ray.is_initialized()
     if begun:
+        _check(address)
         here = {"num_cpus": _core.available_cpus(), "include_dashboard": False} if address == "local" else {}
         ray.init(address=address, logging_level="WARNING", **here)
     try:
@@ -37,6 +39,19 @@ def connected(address: str) -> Iterator["Cluster"]:
     finally:
         if begun:
             ray.shutdown()
+
+
+def _check(address: str) -> None:
+    """Raise what `connected` says of an address at which Ray itself would end the process after half a minute."""
+    host, colon, port = address.rpartition(":")
+    if address in ("local", "auto") or "://" in address:
+        return
+    if not colon or not port.isdigit():
+        raise ValueError(f'ray: the address must be HOST:PORT, "auto" or "local", got {address!r}')
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except OSError as error:
+        raise ConnectionError(f"ray: no cluster answers at {address}: {error}") from error
 
 
 class Cluster:
@@ -50,6 +65,11 @@ class Cluster:
         """Cores of all machines."""
         self.most_cpus = max(nodes, default=0)
         """Cores of the largest machine."""
+
+    def check(self, num_cpus: int) -> None:
+        """Raise ValueError where no machine has so many cores."""
+        if num_cpus > self.most_cpus:
+            raise ValueError(f"ray: no machine of the cluster has {num_cpus} cores; the largest has {self.most_cpus}")
 
     def map(
         self,
@@ -68,8 +88,7 @@ class Cluster:
         """
         import ray
 
-        if num_cpus > self.most_cpus:
-            raise ValueError(f"ray: no machine of the cluster has {num_cpus} cores; the largest has {self.most_cpus}")
+        self.check(num_cpus)
         remote = ray.remote(num_cpus=num_cpus, max_retries=MAX_RETRIES)(function)
         results = [remote.remote(*call) for call in calls]
         waiting = list(results)

@@ -116,6 +116,8 @@ def collect(
             trials_per_shard = num_trials
             if cluster is not None:
                 trials_per_shard = min(WORKER_TRIALS, -(-num_trials // max(1, cluster.num_cpus)))
+        if cluster is not None:
+            cluster.check(_worker_threads(num_threads))
         policy = _policy(env_id, ppo, num_threads)
         if tensorboard is not None:
             Curves(tensorboard, range(num_trials), resumed=store is not None)
@@ -226,6 +228,10 @@ def _shards(num_trials: int, trials_per_shard: int) -> list[range]:
     return [range(start, min(start + trials_per_shard, num_trials)) for start in starts]
 
 
+def _worker_threads(num_threads: int | None) -> int:
+    return 1 if num_threads is None else num_threads
+
+
 def _collect_on(
     cluster: Cluster,
     store: Store,
@@ -235,7 +241,7 @@ def _collect_on(
     display: "_Display",
 ) -> None:
     """Collect the shards on a cluster."""
-    threads = 1 if num_threads is None else num_threads
+    threads = _worker_threads(num_threads)
     calls = [(str(store.path), shard, threads, tensorboard) for shard in shards]
     try:
         cluster.map(collect_shard, calls, num_cpus=threads, poll=display.poll)

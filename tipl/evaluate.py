@@ -7,13 +7,15 @@ REPW  |return of the true policy - return of the forecast one|, mean over the sa
 Both as in Tang 2025, arXiv 2503.04074. Policies act deterministically: the mean action, clipped to the action space.
 """
 
+import contextlib
 import dataclasses
+import functools
 import importlib.metadata
 import json
 import os
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from rich.progress import Progress
 
 from tipl import _core
 from tipl.basis import MIN_PREFIX_END, trajectory_gram
+from tipl.cluster import Cluster, connected
 from tipl.envs import make_vec
 from tipl.locations import write_atomically
 from tipl.policy import PolicySpec, mean_action
@@ -100,51 +103,74 @@ def episodic_returns(
     episode_seeds: NDArray[np.int64],
     *,
     num_threads: int | None = None,
+    cluster: Cluster | None = None,
     bar: Progress | None = None,
 ) -> NDArray[np.float64]:
     """Return the episodic returns (N, E) of deterministic policies (N, p), episode e of each on episode_seeds[e].
 
     Policies and episodes step together, `ENVS_AT_ONCE` simulations at a time; one that has ended is stepped no more.
+    Workers of a cluster take these groups one by one, with `num_threads` (by default 1) each.
     """
-    num_episodes = len(episode_seeds)
-    at_once = min(len(weights), max(1, ENVS_AT_ONCE // num_episodes))
-    env = make_vec(
-        env_id, at_once * num_episodes, seeds=np.tile(episode_seeds, at_once).tolist(), num_threads=num_threads
-    )
-    task = (
-        bar.add_task(f"evaluate {len(weights)} policies", total=len(weights) * num_episodes, note="episodes")
-        if bar
-        else None
-    )
-    returns = np.zeros((len(weights), num_episodes))
-    try:
+    at_once = max(1, ENVS_AT_ONCE // len(episode_seeds))
+    groups = [weights[first : first + at_once] for first in range(0, len(weights), at_once)]
+    tick, poll = _no_tick, None
+    if bar is not None:
+        task = bar.add_task(f"evaluate {len(weights)} policies", total=weights.shape[0] * len(episode_seeds), note="")
+        tick = functools.partial(bar.advance, task)
+
+        def poll(num_ended: int) -> None:
+            bar.update(task, completed=sum(map(len, groups[:num_ended])) * len(episode_seeds))
+
+    if cluster is None:
+        parts = [_group_returns(env_id, policy, group, episode_seeds, num_threads, tick) for group in groups]
+    else:
+        threads = 1 if num_threads is None else num_threads
+        calls = [(env_id, policy, group, episode_seeds, threads) for group in groups]
+        parts = cluster.map(_group_returns, calls, num_cpus=threads, poll=poll)
+    return np.concatenate(parts)
+
+
+def _no_tick(num_ended: int) -> None:
+    pass
+
+
+def _group_returns(
+    env_id: str,
+    policy: PolicySpec,
+    weights: NDArray[np.float32],
+    episode_seeds: NDArray[np.int64],
+    num_threads: int | None,
+    tick: Callable[[int], None] = _no_tick,
+) -> NDArray[np.float64]:
+    """Return the returns (M, E) of policies (M, p) that step together; `tick` is told how many episodes have ended."""
+    shape = (len(weights), len(episode_seeds))
+    seeds = np.tile(episode_seeds, len(weights)).tolist()
+    env = make_vec(env_id, len(seeds), seeds=seeds, num_threads=num_threads)
+    with contextlib.closing(env):
         if (policy.obs_dim, policy.act_dim) != (env.obs_dim, env.act_dim):
             raise ValueError(
                 f"evaluate: the policies of {env_id} must have {env.obs_dim} observations and {env.act_dim} actions, "
                 f"got {policy.obs_dim} and {policy.act_dim}"
             )
-        for first in range(0, len(weights), at_once):
-            group = torch.from_numpy(weights[first : first + at_once])
-            total = returns[first : first + at_once].reshape(-1)  # a view: filled in place
-            obs = env.reset(np.tile(episode_seeds, at_once).tolist())
-            running = np.arange(env.num_envs) < len(total)
-            while running.any():
-                # Only policies with a running episode think: (M, E, obs_dim) -> (M, E, act_dim)
-                busy = np.flatnonzero(running.reshape(at_once, num_episodes).any(1))
-                seen = obs.reshape(at_once, num_episodes, -1)[busy].astype(np.float32)
-                actions = np.zeros((at_once, num_episodes, env.act_dim))
-                chosen = group if len(busy) == len(group) else group[torch.from_numpy(busy)]
-                actions[busy] = mean_action(policy, chosen, torch.from_numpy(seen)).numpy()
-                step = env.step(actions.reshape(env.num_envs, -1), running)
-                obs = step.obs
-                total += step.reward[: len(total)]
-                ended = step.terminated | step.truncated  # nothing where it is not running
-                running &= ~ended
-                if bar is not None and task is not None and ended.any():
-                    bar.update(task, advance=int(ended.sum()))
-    finally:
-        env.close()
-    return returns
+        # A copy: what came through Ray's object store cannot be written, which torch warns of.
+        group, total = torch.from_numpy(weights.copy()), np.zeros(env.num_envs)
+        obs = env.reset(seeds)
+        running = np.ones(env.num_envs, bool)
+        while running.any():
+            # Only policies with a running episode think: (M, E, obs_dim) -> (M, E, act_dim)
+            busy = np.flatnonzero(running.reshape(shape).any(1))
+            seen = obs.reshape(*shape, -1)[busy].astype(np.float32)
+            actions = np.zeros((*shape, env.act_dim))
+            chosen = group if len(busy) == len(group) else group[torch.from_numpy(busy)]
+            actions[busy] = mean_action(policy, chosen, torch.from_numpy(seen)).numpy()
+            step = env.step(actions.reshape(env.num_envs, -1), running)
+            obs = step.obs
+            total += step.reward
+            ended = step.terminated | step.truncated  # nothing where it is not running
+            running &= ~ended
+            if ended.any():
+                tick(int(ended.sum()))
+    return total.reshape(shape)
 
 
 class _Judged:
@@ -170,13 +196,15 @@ def evaluate(
     config: EvaluateConfig = EvaluateConfig(),
     *,
     num_threads: int | None = None,
+    ray: str | None = None,
     seconds: Mapping[str, float] | None = None,
     progress: bool = True,
 ) -> Path:
     """Judge `forecaster` and every baseline on the held-out trials of `store`; return the path of results.json.
 
     Writes results.json (tidy rows, one a trial, prefix, horizon and predictor) and coordinates.safetensors (some
-    held-out paths, true and forecast) into the folder `output`. `seconds` is what earlier stages took, for the report.
+    held-out paths, true and forecast) into the folder `output`. With `ray`, policies run on the Ray cluster at that
+    address ("local": one that is started here). `seconds` is what earlier stages took, for the report.
 
     Raises FileExistsError where `output` exists; ValueError where the model was not trained on this store, a prefix is
     too short for a basis, or the policies are of a kind that the simulator cannot run.
@@ -228,9 +256,11 @@ def evaluate(
     episode_seeds = np.random.default_rng(config.seed).integers(2**31, size=(2, config.num_episodes))
     weights = np.array(judged.weights)
     true_policies = sorted({row["true"] for row in judged.rows})
-    with progress_bar(progress) as bar:
+    with contextlib.nullcontext() if ray is None else connected(ray) as cluster, progress_bar(progress) as bar:
         returns, again = (
-            episodic_returns(store.env_id, policy, policies, seeds, num_threads=num_threads, bar=bar).mean(1)
+            episodic_returns(
+                store.env_id, policy, policies, seeds, num_threads=num_threads, cluster=cluster, bar=bar
+            ).mean(1)
             for policies, seeds in ((weights, episode_seeds[0]), (weights[true_policies], episode_seeds[1]))
         )
     on_other_seeds = dict(zip(true_policies, again, strict=True))

@@ -20,14 +20,21 @@ Location: TypeAlias = Path | UPath
 def location(path: "str | Location") -> Location:
     """Return where `path` points: a UPath for a URL, a Path for all else.
 
-    Raises ValueError where no file system for the URL's scheme is known, or its package is not installed.
+    Raises ValueError where no file system for the URL's scheme is known, or its package is not installed; OSError where
+    the URL's server does not answer, or refuses.
     """
     if isinstance(path, UPath) or "://" not in str(path):
         return path if isinstance(path, UPath) else Path(path)
     try:
-        return UPath(path, use_listings_cache=False)  # others write there too
+        url = UPath(path, use_listings_cache=False)  # others write there too
+        url.exists()
     except (ImportError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
+    except OSError:
+        raise
+    except Exception as error:  # of the library behind fsspec, which has its own kinds
+        raise OSError(f"{path}: {error}") from error
+    return url
 
 
 def write_atomically(path: Location, data: bytes) -> None:

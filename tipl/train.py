@@ -6,6 +6,7 @@ Trials are split whole: *training* trials teach, *validation* trials choose when
 read here at all; `evaluate` judges on them.
 """
 
+import contextlib
 import copy
 import dataclasses
 import json
@@ -23,6 +24,7 @@ from torch.nn import functional as F
 from torch.utils.tensorboard import SummaryWriter
 
 from tipl.basis import MIN_PREFIX_END, Basis, Centre, prefix_coordinates, prefix_rank, trajectory_gram
+from tipl.cluster import Cluster, connected
 from tipl.decoder import continue_paths
 from tipl.locations import write_atomically
 from tipl.model import ModelConfig, TrajectoryTransformer, save_model
@@ -281,7 +283,7 @@ class TrainingData:
     shared_basis: Basis | None
 
 
-def load_training_data(store: Store, split: Split, config: TrainConfig) -> TrainingData:
+def load_training_data(store: Store, split: Split, config: TrainConfig, cluster: Cluster | None = None) -> TrainingData:
     """Read the training and validation trials of `store`, and nothing else of it."""
     num_checkpoints = store.trial(split.train[0]).num_checkpoints
     lengths = {trial: store.trial(trial).num_checkpoints for trial in split.train + split.validation}
@@ -302,7 +304,7 @@ def load_training_data(store: Store, split: Split, config: TrainConfig) -> Train
     ends = sorted({*spread.tolist(), *judged})
     basis, k = None, config.n_components
     if config.basis == "shared":
-        basis = Basis.from_trials([store.trial(i) for i in split.train], k, seed=config.seed)
+        basis = Basis.from_trials([store.trial(i) for i in split.train], k, seed=config.seed, cluster=cluster)
 
     def write(trial: int, prefix_ends: Sequence[int]) -> list[Written]:
         """Return a trial in the basis of each prefix."""
@@ -445,19 +447,30 @@ class Best:
     state: dict[str, Tensor]
 
 
-def train(store: Store, output: str | Path, config: TrainConfig = TrainConfig(), *, progress: bool = True) -> Path:
+def train(
+    store: Store,
+    output: str | Path,
+    config: TrainConfig = TrainConfig(),
+    *,
+    ray: str | None = None,
+    progress: bool = True,
+) -> Path:
     """Train a forecaster on `store` and write it to the folder `output`; return `output`.
 
     Writes model.safetensors, centre.safetensors, config.json (sizes, the split, the training settings), training.json
-    (curves), TensorBoard events in tb/ and, for a shared basis, basis.safetensors.
+    (curves), TensorBoard events in tb/ and, for a shared basis, basis.safetensors, which with `ray` is fitted on the
+    Ray cluster at that address ("local": one that is started here).
 
     Raises FileExistsError where `output` exists, ValueError where the store has too few trials or checkpoints.
     """
     output = Path(output)
     if output.exists():
         raise FileExistsError(f"train: output {output} exists already; choose another folder or remove it")
+    if ray is not None and config.basis != "shared":
+        raise ValueError(f"train: ray is for fitting a shared basis, but basis is {config.basis!r}")
     split = split_trials(store.num_trials, config)
-    data = load_training_data(store, split, config)
+    with contextlib.nullcontext() if ray is None else connected(ray) as cluster:
+        data = load_training_data(store, split, config, cluster)
     started = time.perf_counter()
     with torch.random.fork_rng():  # the caller's random numbers go on as if nothing had been trained
         torch.manual_seed(config.seed)
