@@ -35,13 +35,8 @@ pytestmark = [
 ]
 
 TINY = PPOConfig(num_steps=32, num_minibatches=2, update_epochs=1, hidden_sizes=(16, 16))
-ARGUMENTS = {
-    "env_id": "InvertedPendulum-v5",
-    "num_trials": 5,
-    "total_timesteps": 32 * 8,
-    "ppo": TINY,
-    "progress": False,
-}
+ENV_ID = "InvertedPendulum-v5"
+ARGUMENTS = {"env_id": ENV_ID, "num_trials": 5, "total_timesteps": 32 * 8, "ppo": TINY, "progress": False}
 
 
 def files(path: Path) -> dict[str, bytes]:
@@ -150,7 +145,7 @@ def test_a_failure_in_a_worker_is_raised_here(tmp_path, address):
 
 
 def test_ctrl_c_then_the_same_command_without_ray(tmp_path):
-    arguments = ["--num-trials", "4", "--total-timesteps", str(512 * 200), "--ppo.num-steps", "512"]
+    arguments = ["--num-trials", "4", "--total-timesteps", str(512 * 80), "--ppo.num-steps", "512"]
     tipl = [sys.executable, "-c", "from tipl.cli import main; main()", "collect", *arguments]
     subprocess.run([*tipl, "--output", tmp_path / "alone"], check=True, capture_output=True)
     with subprocess.Popen(
@@ -161,12 +156,12 @@ def test_ctrl_c_then_the_same_command_without_ray(tmp_path):
             assert command.poll() is None
             time.sleep(0.05)
             with contextlib.suppress(FileNotFoundError):
-                begun = Store.open(tmp_path / "store").trial(0).num_checkpoints > 9
+                begun = Store.open(tmp_path / "store").trial(0).num_checkpoints > 3
         command.send_signal(signal.SIGINT)
         _, error = command.communicate(timeout=60)
     assert command.returncode == 130
     assert "tipl: interrupted. collect: interrupted; " in error
-    assert "of 201 checkpoints of each of 4 trials are kept in" in error
+    assert "of 81 checkpoints of each of 4 trials are kept in" in error
     assert "Traceback" not in error
     assert not is_complete(Store.open(tmp_path / "store"))
     subprocess.run([*tipl, "--output", tmp_path / "store"], check=True, capture_output=True)
@@ -178,8 +173,8 @@ def test_returns_and_the_shared_basis_are_those_of_one_process(tmp_path, cluster
     rng = np.random.default_rng(0)
     weights = rng.normal(0, 0.3, (300, policy.num_params)).astype(np.float32)
     seeds = np.arange(3)
-    alone = episodic_returns("InvertedPendulum-v5", policy, weights, seeds, num_threads=2)
-    spread = episodic_returns("InvertedPendulum-v5", policy, weights, seeds, cluster=cluster)
+    alone = episodic_returns(ENV_ID, policy, weights, seeds, num_threads=2)
+    spread = episodic_returns(ENV_ID, policy, weights, seeds, cluster=cluster)
     np.testing.assert_array_equal(spread, alone)
 
     with Store.create(tmp_path / "store", env_id="Env-v0", policy=policy, seeds=range(40), config={}) as store:
