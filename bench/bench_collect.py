@@ -5,12 +5,14 @@ process of one thread on each core. The simulator is `mujoco.batch` alone: no ob
 its simulations go back to where they began now and then, so that none lies fallen on the floor.
 """
 
+import functools
+import itertools
+import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,10 @@ from measure import Clock, Row, rows_of, side_by_side
 from mujoco.batch import Batch
 from record import Record
 
-from tipl import PPOConfig, Store, _core
+import tipl
+from tipl import PPOConfig, Store, StreamingSVD, _core
+from tipl.basis import SKETCH_TRIALS, _sketch
+from tipl.cluster import connected
 from tipl.envs import MujocoVectorEnv, make_vec
 from tipl.mujoco_tasks import TASKS
 from tipl.policy import PolicySpec
@@ -33,7 +38,7 @@ ENV_IDS = ("HalfCheetah-v5", "InvertedPendulum-v5", "Hopper-v5")
 NUM_TRIALS, SB3_STEPS, SIMULATED_STEPS, RESTORED_EVERY = 64, 4096, 512, 16
 
 
-@cache
+@functools.cache
 def sb3_model(env_id: str) -> Any:
     from stable_baselines3 import PPO
 
@@ -212,3 +217,78 @@ def bench_reading(record: Record, tmp_path: Path) -> None:
         )
 
     record(measure)
+
+
+# ---- a cluster
+
+CLUSTER_TRIALS, CLUSTER_ITERATIONS, SHARD = 16, 12, 4
+
+
+def bench_cluster(record: Record, tmp_path: Path) -> None:
+    """A Ray cluster of two nodes with one core each, beside one such node."""
+    from ray.cluster_utils import Cluster as LocalCluster
+
+    node = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
+    nodes = LocalCluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
+    folders = (tmp_path / f"store{i}" for i in itertools.count())
+
+    def collect(total_timesteps: int = CLUSTER_ITERATIONS * PPOConfig().num_steps) -> None:
+        tipl.collect(
+            next(folders),
+            env_id="HalfCheetah-v5",
+            num_trials=CLUSTER_TRIALS,
+            total_timesteps=total_timesteps,
+            ray=nodes.address,
+            trials_per_shard=SHARD,
+            progress=False,
+        )
+
+    def rate() -> float:
+        collect(1)  # starts the workers, which import what they need
+        clock = seconds_a_step(collect, CLUSTER_TRIALS * CLUSTER_ITERATIONS * PPOConfig().num_steps)
+        return 1 / statistics.median(clock() for _ in range(3))
+
+    with connected(nodes.address):
+        one = rate()
+        nodes.add_node(**node)
+        nodes.wait_for_nodes()
+        two = rate()
+    nodes.shutdown()
+    record(lambda: rows_of("collect", "Ray, 2 nodes", "env steps/s", two, {"Ray, 1 node": one}))
+
+
+def bench_many_trials(record: Record, tmp_path: Path) -> None:
+    """What a trial costs besides learning, for reckoning with 100,000 of them: HalfCheetah-v5, 147 checkpoints."""
+    spec, number, rows = PolicySpec(17, 6), 64, 147
+    start = time.perf_counter()
+    empty = Store.create(tmp_path / "empty", env_id="HalfCheetah-v5", policy=spec, seeds=range(2000), config={})
+    created = time.perf_counter() - start
+    empty.close()
+    start = time.perf_counter()
+    assert Store.open(tmp_path / "empty").num_checkpoints == 0
+    counted = time.perf_counter() - start
+    record.say(f"creating a trial takes {created / 2:.2f} ms, reading its commit record {counted / 2:.3f} ms")
+
+    rng = np.random.default_rng(0)
+    with Store.create(
+        tmp_path / "store", env_id="HalfCheetah-v5", policy=spec, seeds=range(number), config={}
+    ) as store:
+        paths = rng.standard_normal((number, rows, spec.num_params), dtype=np.float32).cumsum(1)
+        store.append(paths, np.tile(np.arange(rows), (number, 1)), np.zeros((number, rows)))
+    files = [path for path in (tmp_path / "store").rglob("*") if path.is_file()]
+    size = sum(path.stat().st_size for path in files)
+    record.say(f"a trial of {rows} checkpoints has {size / number / 1e6:.2f} MB in {len(files) / number:.1f} files")
+
+    trials = [store.trial(i) for i in range(number)]
+    start = time.perf_counter()
+    sketches = [_sketch(trials[i : i + SKETCH_TRIALS], 16, 256, 0) for i in range(0, number, SKETCH_TRIALS)]
+    sketched = time.perf_counter() - start
+    sketches[0].save(tmp_path / "sketch")
+    start = time.perf_counter()
+    functools.reduce(StreamingSVD.merge, sketches)
+    merged = (time.perf_counter() - start) / (len(sketches) - 1)
+    sent = (tmp_path / "sketch").stat().st_size
+    record.say(
+        f"sketching a trial takes {1e3 * sketched / number:.1f} ms; merging the sketch of {SKETCH_TRIALS} trials "
+        f"{1e3 * merged:.1f} ms, and it has {sent / 1e6:.2f} MB"
+    )

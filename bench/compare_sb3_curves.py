@@ -210,7 +210,8 @@ def compare(settings: Settings, record: Record) -> None:
         ax.legend(frameon=False, fontsize="small")
     axes[0, 0].set_ylabel("return of training episodes: IQM, 95 %")
     path = settings.output.with_suffix(".svg")
-    figure.savefig(path, metadata={"Date": None})
+    with plt.rc_context({"svg.hashsalt": "tipl", "svg.fonttype": "none"}):
+        figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
     print(f"wrote {record.path} and {path}")
 

@@ -1,5 +1,6 @@
 import dataclasses
 import itertools
+import sys
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -569,6 +570,12 @@ def test_trial_does_not_depend_on_the_others_nor_on_threads(settings: dict[str, 
     for i in (0, 3):
         np.testing.assert_array_equal(path([seeds[i]], config, act_dim=3), together[i : i + 1])
     np.testing.assert_array_equal(path(seeds[::-1], config, act_dim=3, num_threads=2), together[::-1])
+
+
+def test_updates_of_some_trials_at_once_are_those_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    together = path(range(9), SMALL, num_threads=1)
+    monkeypatch.setattr(sys.modules["tipl.ppo"], "MIN_TRIALS_AT_ONCE", 1)
+    np.testing.assert_array_equal(path(range(9), SMALL, num_threads=1), together)  # 4, 4 and 1
 
 
 def test_shared_init_shares_the_initial_weights_and_nothing_else() -> None:

@@ -305,7 +305,7 @@ def test_cut_off_while_the_store_is_created(tmp_path, whole, monkeypatch):
 
 def test_run_goes_on_with_its_collection(tmp_path, whole, monkeypatch):
     cut_off(tmp_path / "run" / "store.zarr")
-    monkeypatch.setattr(tipl.cli, "train", lambda *_: (_ for _ in ()).throw(SystemExit()))
+    monkeypatch.setattr(tipl.cli, "train", lambda *_, **__: (_ for _ in ()).throw(SystemExit()))
     with pytest.raises(SystemExit):
         Run(
             tmp_path / "run",

@@ -43,6 +43,7 @@ ENGINE_SETTINGS = (
     "target_kl",
 )
 """What the native update takes from `PPOConfig` as it is."""
+MIN_TRIALS_AT_ONCE = 64
 OBS_EPS, OBS_LIMIT = 1e-8, 10.0  # of normalised observations, as in SB3's VecNormalize
 
 
@@ -301,6 +302,8 @@ class Population:
             num_threads=threads,
             **{name: getattr(config, name) for name in ENGINE_SETTINGS},
         )
+        self.trials_at_once = max(MIN_TRIALS_AT_ONCE, 4 * threads)
+        """Of one call of the native update: several for each thread."""
         self.scaler = ObservationScaler(N, env.obs_dim) if config.normalize_observations else None
         self._obs = env.reset(environment_seeds(self.seeds, config.num_envs))
         if self.scaler is not None:
@@ -454,32 +457,38 @@ class Population:
         """Run the epochs of one iteration."""
         N, S, config = len(self.seeds), self.config.batch_size, self.config
         values, advantages = self.estimate(transitions)
-        order = np.empty((N, config.update_epochs, S), np.int32)
-        for epochs, generator in zip(order, self.generators, strict=True):
-            for row in epochs:
-                torch.randperm(S, generator=generator, dtype=torch.int32, out=torch.from_numpy(row))
-        by_step = {"advantages": advantages, "returns": advantages + values, "values": values}
-        trials = {name: np.ascontiguousarray(steps.T).reshape(N, S) for name, steps in by_step.items()}
-        losses = self.engine.update(
-            params=self.params,
-            first_moments=self.moments[0],
-            second_moments=self.moments[1],
-            num_updates=self.num_updates,
-            observations=transitions.observations.reshape(N, S, -1),
-            actions=transitions.actions.reshape(N, S, -1),
-            log_probs=transitions.log_probs.reshape(N, S),
-            **trials,
-            order=order,
-            learning_rate=learning_rate,
-        )
-        policy_loss, value_loss, clipfrac, approx_kl = losses.T
+        # By trial, and by step no more: what memory holds here is what collecting takes.
+        values, advantages = (np.ascontiguousarray(steps.T).reshape(N, S) for steps in (values, advantages))
+        returns = advantages + values
+        arrays = {
+            "params": self.params,
+            "first_moments": self.moments[0],
+            "second_moments": self.moments[1],
+            "num_updates": self.num_updates,
+            "observations": transitions.observations.reshape(N, S, -1),
+            "actions": transitions.actions.reshape(N, S, -1),
+            "log_probs": transitions.log_probs.reshape(N, S),
+            "advantages": advantages,
+            "returns": returns,
+            "values": values,
+        }
+        losses = []
+        for start in range(0, N, self.trials_at_once):  # the orders of all would take more memory than the steps
+            part = slice(start, start + self.trials_at_once)
+            order = np.empty((len(self.seeds[part]), config.update_epochs, S), np.int32)
+            for epochs, generator in zip(order, self.generators[part], strict=True):
+                for row in epochs:
+                    torch.randperm(S, generator=generator, dtype=torch.int32, out=torch.from_numpy(row))
+            views = {name: array[part] for name, array in arrays.items()}
+            losses.append(self.engine.update(**views, order=order, learning_rate=learning_rate))
+        policy_loss, value_loss, clipfrac, approx_kl = np.concatenate(losses).T
         return UpdateStats(
             policy_loss=policy_loss,
             value_loss=value_loss,
             entropy=entropy(self.params[:, : self.spec.act_dim]),
             approx_kl=approx_kl,
             clipfrac=clipfrac,
-            explained_variance=_explained_variance(trials["returns"], trials["advantages"]),
+            explained_variance=_explained_variance(returns, advantages),
         )
 
     def estimate(self, transitions: Transitions) -> tuple[Singles, Singles]:

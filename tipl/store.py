@@ -20,7 +20,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from types import TracebackType
@@ -38,7 +38,7 @@ FORMAT, VERSION = "tipl-store", 1
 CHUNK_BYTES = 2**18
 SCALAR_CHUNK_ROWS = 1024  # of env_steps and episodic_return: 8 KiB
 WRITE_THREADS = 8  # they wait for the disk, not for a core
-URL_WRITE_THREADS = 32
+URL_THREADS = 32  # they wait for answers
 
 Result = TypeVar("Result")
 Arrays = tuple[ZarrArray, ZarrArray, ZarrArray]  # weights, env_steps, episodic_return
@@ -142,7 +142,18 @@ class Store:
     @property
     def num_checkpoints(self) -> int:
         """Checkpoints that every trial has. A trial has more only after a crash, and then those of one append."""
-        return min(read_commit(self.path, i, seed) for i, seed in enumerate(self.seeds))
+        return min(self.commits(range(self.num_trials)))
+
+    def commits(self, trials: Iterable[int]) -> list[int]:
+        """Return the number of checkpoints that each of these trials has committed."""
+        return self._for_trials(lambda i: read_commit(self.path, i, self.seeds[i]), trials)
+
+    def _for_trials(self, read: Callable[[int], Result], trials: Iterable[int]) -> list[Result]:
+        """Return read(i) for each trial; behind a URL many at a time, because each waits for its answer."""
+        if isinstance(self.path, Path):
+            return [read(i) for i in trials]
+        with ThreadPoolExecutor(URL_THREADS, thread_name_prefix="tipl-store") as pool:
+            return list(pool.map(read, trials))
 
     def trial(self, i: int) -> "Trial":
         """Return trial i as it is now: later appends do not show in it. Raises RuntimeError where it is damaged."""
@@ -206,11 +217,10 @@ class Store:
     def summary(self) -> str:
         """Return one line: trials, checkpoints, weights, megabytes, and the trials' mean last return."""
         p = self.policy.num_params
-        trials = [self.trial(i) for i in range(self.num_trials)]
-        counts = [trial.num_checkpoints for trial in trials]
+        found = self._for_trials(lambda i: _last_return(self.trial(i)), range(self.num_trials))
+        counts = [count for count, _ in found]
         low, high = min(counts), max(counts)
-        last = [trial.episodic_return[-1] for trial in trials if trial.num_checkpoints]
-        mean = np.mean([value for value in last if not np.isnan(value)] or np.nan)
+        mean = np.mean([value for _, value in found if not np.isnan(value)] or np.nan)
         return (
             f"{self.env_id}: {self.num_trials} trials x {low if low == high else f'{low} to {high}'} checkpoints x {p} "
             f"weights, {sum(counts) * p * 4 / 1e6:.1f} MB, mean last return {mean:.1f}"
@@ -295,6 +305,11 @@ class Trial:
         return out
 
 
+def _last_return(trial: Trial) -> tuple[int, float]:
+    """Return how many checkpoints there are, and the last one's return; NaN where that is not known."""
+    return trial.num_checkpoints, float(trial.episodic_return[-1]) if trial.num_checkpoints else np.nan
+
+
 class StoreInUse(RuntimeError):
     """Another writer has the trials open."""
 
@@ -316,7 +331,7 @@ class _Writer:
             self._lock(path, fcntl.LOCK_EX if of_all else fcntl.LOCK_SH)
             for i in () if of_all else trials:
                 self._lock(path / trial_name(i), fcntl.LOCK_EX)
-        num_threads = WRITE_THREADS if isinstance(path, Path) else URL_WRITE_THREADS
+        num_threads = WRITE_THREADS if isinstance(path, Path) else URL_THREADS
         self.pool = ThreadPoolExecutor(num_threads, thread_name_prefix="tipl-store")
 
     def _lock(self, folder: Path, kind: int) -> None:
