@@ -26,7 +26,7 @@ from sklearn.utils.validation import check_is_fitted
 from test_engine import run_python
 from test_svd import EPS, assert_orthonormal, largest_angle, random_rows, results, stream
 
-from tipl import _core, svd, zarr_files
+from tipl import _core, locations, svd
 from tipl.svd import GroupedSVD, NotFittedError, StreamingSVD
 
 LEARNED = (
@@ -508,7 +508,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     def full(_: int) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(zarr_files.os, "fsync", full)
+    monkeypatch.setattr(locations.os, "fsync", full)
     for name in ("svd", "new"):
         with pytest.raises(OSError, match="no space left"):
             StreamingSVD(3).fit(rows).save(tmp_path / name)
