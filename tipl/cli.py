@@ -44,6 +44,7 @@ class Collect:
     Cut off at whatever moment, it goes on with the same command, and the store comes out as if nothing had happened.
 
     Example: tipl collect --env-id HalfCheetah-v5 --num-trials 32 --total-timesteps 300000 --output cheetah.zarr
+
     Example: tipl collect --num-trials 1000 --ray 10.0.0.1:6379 --output s3://bucket/pendulum.zarr
     """
 

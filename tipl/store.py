@@ -13,6 +13,9 @@ overwrites them. So a killed process or a full disk costs the append under way a
 aside, as .NAME.partial, and renamed. Directories are not flushed: after a power cut the last appends may be gone on a
 file system that keeps renames in order (ext4, XFS); elsewhere committed rows may be gone as well, which reading them
 reports.
+
+A store may lie behind a URL (`locations.py`): objects are put whole, and the root's group, put last, makes the store.
+Several writers may append to one store, each to trials of its own.
 """
 
 import contextlib
