@@ -14,7 +14,6 @@ import dataclasses
 import json
 import math
 import multiprocessing
-import warnings
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -31,10 +30,10 @@ from tipl.envs import make_vec
 from tipl.locations import write_atomically
 from tipl.ppo import Population, PPOConfig
 from tipl.progress import progress_bar
+from tipl.report.estimates import Bootstrap
 
 Curves = NDArray[np.float64]  # (runs, windows), NaN where no episode ended
 PPO = PPOConfig()
-NUM_RESAMPLES = 10_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,29 +152,6 @@ def collect(settings: Settings, record: Record) -> None:
                 bar.advance(task)
 
 
-def iqm(curves: Curves) -> Curves:
-    """Return the mean of the middle half of the runs, (..., windows), of curves (..., runs, windows).
-
-    Of n runs with a value, those ranked from n/4 to 3n/4 count, the outermost of them by the share that lies within.
-    """
-    ordered = np.sort(curves, axis=-2)  # NaN last
-    n = np.isfinite(ordered).sum(-2, keepdims=True)
-    rank = np.arange(ordered.shape[-2])[:, None]
-    share = np.clip(np.minimum(rank + 1, 0.75 * n) - np.maximum(rank, 0.25 * n), 0, 1)
-    with np.errstate(invalid="ignore"):  # no run: 0 / 0
-        middle: Curves = np.where(share > 0, ordered * share, 0).sum(-2) / share.sum(-2)
-    return middle
-
-
-def interval(curves: Curves) -> Curves:
-    """Return the 95 % interval (2, windows) of the IQM of curves (runs, windows)."""
-    drawn = np.random.default_rng(0).integers(len(curves), size=(NUM_RESAMPLES, len(curves)))
-    resampled = np.concatenate([iqm(curves[rows]) for rows in np.array_split(drawn, 100)])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # a window without any value
-        return np.asarray(np.nanpercentile(resampled, [2.5, 97.5], axis=0))
-
-
 def compare(settings: Settings, record: Record) -> None:
     """Print each task's verdict, and draw the figure."""
     matplotlib.use("Agg")
@@ -189,8 +165,7 @@ def compare(settings: Settings, record: Record) -> None:
         sides = {}
         for who, name, colour in (("sb3", "Stable-Baselines3", "tab:gray"), ("tipl", "tipl", "tab:blue")):
             curves = record.curves(env_id, who)
-            centre, (low, high) = iqm(curves), interval(curves)
-            sides[who] = centre, low, high
+            centre, low, high = sides[who] = Bootstrap(len(curves)).curve(curves, "iqm")
             ax.fill_between(steps, low, high, color=colour, alpha=0.25, linewidth=0)
             ax.plot(steps, centre, color=colour, label=f"{name}, {len(curves)} runs")
         (theirs, their_low, their_high), (ours, our_low, our_high) = sides["sb3"], sides["tipl"]

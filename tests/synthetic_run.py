@@ -77,8 +77,30 @@ def make_rows(store: Store, heldout: list[int], prefixes: tuple[float, ...] = PR
                         "predictor": name, "wpe": float(error**2 / len(true)),
                         "wpe_relative": float(error / np.linalg.norm(true - theta[0])), "return_true": return_true,
                         "return_predicted": predicted, "repw": abs(return_true - predicted),
+                        **(NO_ACTIONS if name == "return_floor" else compare_actions(float(error))),
                     })  # fmt: skip
     return rows
+
+
+NO_ACTIONS = {"action_difference": None, "kl": None}
+
+
+def compare_actions(error: float) -> dict[str, float]:
+    """Functional metrics that grow with the distance of the weights."""
+    return {"action_difference": math.tanh(0.05 * error), "kl": (0.2 * error) ** 3}
+
+
+def make_diversity(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """How much policies differ at each (prefix, horizon): forecasts less than the truth, the mean path hardly."""
+    factor = {"mean_path": 0.02, "tipl": 0.7, "return_floor": 1.0}
+    keys = dict.fromkeys((row["prefix"], row["horizon"], row["predictor"]) for row in rows)
+    return [
+        {
+            "prefix": prefix, "horizon": horizon, "predictor": "truth" if name == "return_floor" else name,
+            "action_variance": factor.get(name, 0.9) * (0.1 + 0.01 * horizon), "return_std": 40.0 + horizon,
+        }
+        for prefix, horizon, name in keys
+    ]  # fmt: skip
 
 
 def make_results(store: Store, heldout: list[int], rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -92,6 +114,7 @@ def make_results(store: Store, heldout: list[int], rows: list[dict[str, Any]]) -
         "machine": {"cpu": "A server of today", "num_cores": 2, "isa": "avx512"},
         "seconds": {"collect": 61.2, "evaluate": 17.3},
         "rows": rows,
+        "diversity": make_diversity(rows),
     }  # fmt: skip
 
 

@@ -20,10 +20,11 @@ from ray.cluster_utils import Cluster as LocalCluster
 from tipl.basis import Basis
 from tipl.cluster import Cluster, connected
 from tipl.collect import collect, is_complete
-from tipl.evaluate import EvaluateConfig, episodic_returns, evaluate
+from tipl.evaluate import EvaluateConfig, evaluate
 from tipl.policy import PolicySpec
 from tipl.ppo import PPOConfig
 from tipl.resume import Unfinished
+from tipl.returns import run_episodes
 from tipl.rollout import Forecaster
 from tipl.store import Store
 from tipl.train import TrainConfig, train
@@ -173,9 +174,11 @@ def test_returns_and_the_shared_basis_are_those_of_one_process(tmp_path, cluster
     rng = np.random.default_rng(0)
     weights = rng.normal(0, 0.3, (300, policy.num_params)).astype(np.float32)
     seeds = np.arange(3)
-    alone = episodic_returns(ENV_ID, policy, weights, seeds, num_threads=2)
-    spread = episodic_returns(ENV_ID, policy, weights, seeds, cluster=cluster)
-    np.testing.assert_array_equal(spread, alone)
+    alone = run_episodes(ENV_ID, policy, weights, seeds, num_states=5, num_threads=2)
+    spread = run_episodes(ENV_ID, policy, weights, seeds, num_states=5, cluster=cluster)
+    np.testing.assert_array_equal(spread.returns, alone.returns)
+    for there, here in zip(spread.states, alone.states, strict=True):
+        np.testing.assert_array_equal(there, here)
 
     with Store.create(tmp_path / "store", env_id="Env-v0", policy=policy, seeds=range(40), config={}) as store:
         paths = np.cumsum(rng.normal(size=(40, 9, policy.num_params)), 1, dtype=np.float32)
@@ -197,9 +200,10 @@ def test_training_and_evaluation_are_those_of_one_process(tmp_path, address):
     for file in ("model/basis.safetensors", "model/model.safetensors", "evaluation/coordinates.safetensors"):
         assert (tmp_path / "cluster" / file).read_bytes() == (tmp_path / "alone" / file).read_bytes()
     alone, spread = (
-        json.loads((tmp_path / name / "evaluation/results.json").read_text())["rows"] for name in ("alone", "cluster")
+        json.loads((tmp_path / name / "evaluation/results.json").read_text()) for name in ("alone", "cluster")
     )
-    assert spread == alone
+    assert spread["rows"] == alone["rows"]
+    assert spread["diversity"] == alone["diversity"]
     with pytest.raises(ValueError, match="train: ray is for fitting a shared basis, but basis is 'prefix'"):
         train(store, tmp_path / "model", TrainConfig(steps=1), ray=address)
 

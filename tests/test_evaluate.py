@@ -1,19 +1,18 @@
-"""Evaluation: errors by hand, returns against one environment at a time, and what may not be judged."""
+"""Evaluation: errors by hand, rows against slow ones, and what may not be judged."""
 
-import importlib
 import json
 from pathlib import Path
 
-import gymnasium
 import numpy as np
 import pytest
 import safetensors.numpy
-import torch
 from synthetic_run import SPEC, make_store
 
-from tipl.evaluate import EvaluateConfig, episodic_returns, evaluate, weight_errors
-from tipl.policy import mean_action
+from tipl.behaviour import action_bounds, action_differences, action_variance, kl_divergences
+from tipl.evaluate import NUM_STATES, EvaluateConfig, evaluate, weight_errors
 from tipl.report import write_report
+from tipl.report.results import read_results
+from tipl.returns import episodic_returns, run_episodes
 from tipl.rollout import Forecaster
 from tipl.train import TrainConfig, train
 
@@ -30,31 +29,6 @@ def test_weight_errors_by_hand() -> None:
     np.testing.assert_allclose(relative, [0.2, 0.0])  # |(0, 1)| / |(3, 4)|
 
 
-def test_returns_equal_those_of_one_gymnasium_env_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.import_module("tipl.evaluate"), "ENVS_AT_ONCE", 8)  # two groups, the second not full
-    rng = np.random.default_rng(0)
-    weights = (0.5 * rng.standard_normal((5, SPEC.num_params))).astype(np.float32)
-    seeds = np.array([11, 12, 13])
-    got = episodic_returns("InvertedPendulum-v5", SPEC, weights, seeds)
-    env = gymnasium.make("InvertedPendulum-v5")
-    assert isinstance(env.action_space, gymnasium.spaces.Box)
-    for policy, row in zip(torch.from_numpy(weights), got, strict=True):
-        for seed, value in zip(seeds, row, strict=True):
-            obs, _ = env.reset(seed=int(seed))
-            total, ended = 0.0, False
-            while not ended:
-                seen = torch.from_numpy(obs.astype(np.float32))[None, None]
-                action = mean_action(SPEC, policy[None], seen)[0, 0].numpy().astype(np.float64)
-                action = np.clip(action, env.action_space.low, env.action_space.high)
-                obs, reward, terminated, truncated, _ = env.step(action)
-                total, ended = total + float(reward), terminated or truncated
-            assert value == total
-    assert len(np.unique(got)) > 3
-    env.close()
-    with pytest.raises(ValueError, match="of Hopper-v5 must have 11 observations and 3 actions, got 4 and 1"):
-        episodic_returns("Hopper-v5", SPEC, weights, seeds)
-
-
 def test_rows_floors_and_report(tmp_path: Path) -> None:
     store = make_store(tmp_path / "store.zarr", 6, 16)
     forecaster = Forecaster.load(train(store, tmp_path / "model", TINY, progress=False))
@@ -62,7 +36,10 @@ def test_rows_floors_and_report(tmp_path: Path) -> None:
     results = json.loads(target.read_text())
     rows = results["rows"]
     heldout = forecaster.config["split"]["heldout"]
-    predictors = {"tipl", "persistence", "linear", "rank1", "mean_path", "basis_floor", "return_floor"}
+    predictors = {
+        "tipl", "persistence", "linear", "quadratic", "rank1", "autoregression", "mean_path", "nearest_path", "ridge",
+        "nowcaster", "basis_floor", "return_floor",
+    }  # fmt: skip
     # prefix 0.4 of 16 checkpoints ends at 6: horizons 3 and 9; prefix 0.6 at 9: 3 and 6
     assert {(row["prefix"], row["horizon"]) for row in rows} == {(0.4, 3), (0.4, 9), (0.6, 3), (0.6, 6)}
     assert {row["trial"] for row in rows} == set(heldout)
@@ -99,6 +76,56 @@ def test_rows_floors_and_report(tmp_path: Path) -> None:
     assert page.stat().st_size > 10_000
     with pytest.raises(FileExistsError, match=r"output .* exists already"):
         evaluate(store, forecaster, tmp_path / "evaluation", QUICK, progress=False)
+
+
+def test_actions_are_compared_on_states_of_the_true_policies(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "store.zarr", 8, 16)
+    forecaster = Forecaster.load(train(store, tmp_path / "model", TINY, progress=False))
+    target = evaluate(store, forecaster, tmp_path / "evaluation", QUICK, progress=False)
+    results = json.loads(target.read_text())
+    heldout, bounds = forecaster.config["split"]["heldout"], action_bounds(store.env_id)
+    assert len(heldout) > 1
+    of_trial: dict[int, dict[tuple[float, int, str], dict]] = {trial: {} for trial in heldout}
+    for row in results["rows"]:
+        of_trial[row["trial"]][row["prefix"], row["horizon"], row["predictor"]] = row
+    other_seeds = np.random.default_rng(QUICK.seed).integers(2**31, size=(2, QUICK.num_episodes))[1]
+    last, future, pool = [], [], []
+    for trial in heldout:
+        path = store.trial(trial).weights()
+        states = run_episodes(store.env_id, SPEC, path[9:10], other_seeds, num_states=NUM_STATES).states[0]
+        row = of_trial[trial][0.4, 3, "persistence"]
+        expected = action_differences(SPEC, path[9], path[6:7], states, bounds)[0]
+        assert row["action_difference"] == pytest.approx(expected, rel=1e-9)
+        assert row["kl"] == pytest.approx(kl_divergences(SPEC, path[9], path[6:7], states)[0], rel=1e-9)
+        assert row["kl"] > 0 < row["action_difference"]
+        floor = of_trial[trial][0.4, 3, "return_floor"]
+        assert (floor["action_difference"], floor["kl"]) == (None, None)
+        last.append(path[6])
+        future.append(path[9])
+        pool.append(states)
+
+    entries = {(it["prefix"], it["horizon"], it["predictor"]): it for it in results["diversity"]}
+    assert len(entries) == len(results["diversity"]) == len(results["rows"]) // len(heldout)
+    everything = np.concatenate(pool)
+    chosen = everything[np.random.default_rng(3).permutation(len(everything))[:NUM_STATES]]
+    for name, policies in (("persistence", last), ("truth", future)):
+        entry = entries[0.4, 3, name]
+        assert entry["action_variance"] == pytest.approx(action_variance(SPEC, np.array(policies), chosen, bounds))
+        returns = episodic_returns(
+            store.env_id, SPEC, np.array(policies), np.array(results["settings"]["episode_seeds"])
+        )
+        assert entry["return_std"] == pytest.approx(returns.mean(1).std(ddof=1))
+    read = read_results(target)
+    assert read.spread("action_variance", 0.4, "truth")[0] == entries[0.4, 3, "truth"]["action_variance"]
+    assert np.isnan(read.values("kl", 0.4, "return_floor")).all()
+
+
+def test_one_held_out_trial_has_no_diversity(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "store.zarr", 4, 16)
+    forecaster = Forecaster.load(train(store, tmp_path / "model", TINY, progress=False))
+    assert len(forecaster.config["split"]["heldout"]) == 1
+    results = json.loads(evaluate(store, forecaster, tmp_path / "evaluation", QUICK, progress=False).read_text())
+    assert {(it["action_variance"], it["return_std"]) for it in results["diversity"]} == {(None, None)}
 
 
 def test_rejections(tmp_path: Path) -> None:

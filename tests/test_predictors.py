@@ -5,10 +5,25 @@ import pytest
 from numpy.typing import NDArray
 from test_basis import random_path
 
-from tipl.basis import trajectory_gram
-from tipl.predictors import Linear, MeanPath, Persistence, RankOne, fit_baselines
+from tipl.basis import prefix_coordinates, trajectory_gram
+from tipl.policy import ParameterLayout
+from tipl.predictors import (
+    Linear,
+    MeanPath,
+    NearestPath,
+    Persistence,
+    Predictor,
+    Quadratic,
+    RankOne,
+    fit_baselines,
+)
+from tipl.training_path import SAMPLED_WEIGHTS, TrainingPath
 
 HORIZONS = np.array([1, 4, 10])
+LAYOUT = ParameterLayout((("log_std", (4,)), ("net.weight", (5, 6)), ("net.bias", (6,))))
+NAMES = [
+    "persistence", "linear", "quadratic", "rank1", "autoregression", "mean_path", "nearest_path", "ridge", "nowcaster",
+]  # fmt: skip
 
 
 def line(num_checkpoints: int, seed: int) -> NDArray[np.float32]:
@@ -17,60 +32,143 @@ def line(num_checkpoints: int, seed: int) -> NDArray[np.float32]:
     return (start + np.arange(num_checkpoints)[:, None] * speed).astype(np.float32)
 
 
+def paths_of(*weights: NDArray[np.floating]) -> list[TrainingPath]:
+    return [TrainingPath.of(path.astype(np.float32), LAYOUT, seed) for seed, path in enumerate(weights)]
+
+
+def rotated_copies(path: NDArray[np.floating], num_copies: int, seed: int) -> list[NDArray[np.float32]]:
+    """The path in other directions from other points: the same in canonical coordinates."""
+    rng, p = np.random.default_rng(seed), path.shape[1]
+    displacements = path.astype(np.float64) - path[0]
+    rotations = [np.linalg.qr(rng.standard_normal((p, p)))[0] for _ in range(num_copies)]
+    return [(displacements @ rotation + rng.standard_normal(p)).astype(np.float32) for rotation in rotations]
+
+
+def relative_error(predictor: Predictor, path: NDArray[np.float32], prefix_end: int, horizon: int) -> float:
+    forecast = predictor.forecast(path[: prefix_end + 1], np.array([horizon]))[0]
+    truth = path[prefix_end + horizon].astype(np.float64)
+    return float(np.linalg.norm(forecast - truth) / np.linalg.norm(truth - path[0]))
+
+
+# ---------------------------------------------------------------- what is learned of a trial
+
+
+def test_training_path_holds_every_inner_product_and_a_sample_of_weights() -> None:
+    path = random_path(20, 40, 0)
+    read = TrainingPath.of(path, LAYOUT, 3)
+    displacement = path.astype(np.float64) - path[0]
+    for tensor, columns in zip(read.grams, (slice(4), slice(4, 34), slice(34, 40)), strict=True):
+        np.testing.assert_allclose(tensor, displacement[:, columns] @ displacement[:, columns].T, rtol=1e-12)
+    np.testing.assert_allclose(read.gram, trajectory_gram(path), rtol=1e-12)
+    np.testing.assert_allclose(read.walked(np.arange(20)), np.linalg.norm(displacement, axis=1), rtol=1e-12)
+    np.testing.assert_array_equal(read.columns, np.arange(40))  # fewer than may be sampled: all
+    np.testing.assert_array_equal(read.sample, path - path[0])
+
+
+def test_sample_of_large_tensors_leaves_room_for_small_ones() -> None:
+    layout = ParameterLayout((("a.weight", (50, 100)), ("a.bias", (100,)), ("b.weight", (1, 100)), ("log_std", (2,))))
+    path = random_path(5, layout.num_params, 1)
+    one, other = (TrainingPath.of(path, layout, seed) for seed in (0, 1))
+    for read in (one, other):
+        assert (np.diff(read.columns) > 0).all()
+        np.testing.assert_array_equal(read.sample, (path - path[0])[:, read.columns])
+        counts = np.histogram(read.columns, [0, 5000, 5100, 5200, 5202])[0]
+        np.testing.assert_array_equal(counts, [SAMPLED_WEIGHTS - 202, 100, 100, 2])
+    assert not np.array_equal(one.columns, other.columns)
+    np.testing.assert_array_equal(one.columns, TrainingPath.of(path, layout, 0).columns)
+
+
+# ---------------------------------------------------------------- each continues its own kind of path
+
+
 def test_persistence_repeats_the_last_checkpoint() -> None:
     path = random_path(20, 40, 0)
     forecast = Persistence().forecast(path[:8], HORIZONS)
     np.testing.assert_array_equal(forecast, np.stack([path[7]] * 3))
 
 
-def test_linear_and_rank_one_continue_a_straight_line() -> None:
+def test_lines_and_parabolas_are_continued() -> None:
     path = line(20, 1)
-    for predictor in (Linear(3), RankOne()):
+    for predictor in (Linear(3), Quadratic(3), RankOne()):
         forecast = predictor.forecast(path[:9], HORIZONS)
         np.testing.assert_allclose(forecast, path[8 + HORIZONS], rtol=0, atol=1e-3)
+    bend = np.random.default_rng(0).standard_normal(40)
+    parabola = (path + 0.1 * np.arange(20)[:, None] ** 2 * bend).astype(np.float32)
+    for window in (2, 5, 8):
+        forecast = Quadratic(window).forecast(parabola[:9], HORIZONS)
+        np.testing.assert_allclose(forecast, parabola[8 + HORIZONS], rtol=0, atol=2e-3)
+    np.testing.assert_array_equal(Quadratic(5).forecast(parabola[:9], np.array([0])), parabola[8:9])
 
 
-def test_linear_window_is_the_best_on_training_trials() -> None:
+def test_windows_are_the_best_on_training_trials() -> None:
     """A path that turns a little before the prefix's end: only a short window sees where it goes."""
-    turn = np.concatenate([line(8, 2), line(8, 2)[-1] + np.arange(1, 13)[:, None] * line(2, 3)[:1]]).astype(np.float32)
-    assert Linear.fit([trajectory_gram(turn)], 8).window == 1
+    turn = np.concatenate([line(8, 2), line(8, 2)[-1] + np.arange(1, 13)[:, None] * line(2, 3)[:1]])
+    assert Linear.fit(paths_of(turn), 8).window == 1
+    assert Quadratic.fit(paths_of(turn), 9).window == 2
     noise = np.random.default_rng(0).standard_normal((20, 40)) * 2.0
-    assert Linear.fit([trajectory_gram((line(20, 4) + noise).astype(np.float32))], 12).window > 4
+    for predictor in (Linear, Quadratic):
+        assert predictor.fit(paths_of(line(20, 4) + noise), 12).window > 4
 
 
-def test_linear_error_by_gram_equals_the_error_in_weights() -> None:
-    from tipl.predictors import _linear_error
-
+@pytest.mark.parametrize("predictor", [Linear(4), Quadratic(4), Quadratic(9)])
+def test_error_by_gram_equals_the_error_in_weights(predictor: Linear | Quadratic) -> None:
     path = random_path(20, 40, 5)
-    forecast = Linear(4).forecast(path[:10], np.arange(1, 11))
-    truth = path[10:].astype(np.float64)
-    expected = np.mean(np.linalg.norm(forecast - truth, axis=1) / np.linalg.norm(truth - path[0], axis=1))
-    assert _linear_error(trajectory_gram(path), 9, 4) == pytest.approx(expected, rel=1e-4)
+    expected = [relative_error(predictor, path, 9, horizon) for horizon in range(1, 11)]
+    np.testing.assert_allclose(predictor.errors(trajectory_gram(path), 9), expected, rtol=1e-4)
 
 
-def test_mean_path_of_rotated_copies_is_exact() -> None:
+def test_mean_and_nearest_path_of_rotated_copies_are_exact() -> None:
     """Copies of one path in other directions look the same in canonical coordinates."""
-    path = random_path(20, 40, 6).astype(np.float64)
-    rng = np.random.default_rng(0)
-    copies = []
-    for _ in range(4):
-        rotation = np.linalg.qr(rng.standard_normal((40, 40)))[0]
-        copies.append(((path - path[0]) @ rotation + rng.standard_normal(40)).astype(np.float32))
-    *training, heldout = copies
-    predictor = MeanPath.fit([trajectory_gram(copy) for copy in training], 12, 12)
-    forecast = predictor.forecast(heldout[:13], np.array([3, 7]))
+    *training, heldout = rotated_copies(random_path(20, 40, 6), 4, 0)
+    others = [random_path(20, 40, seed) for seed in (7, 8, 9)]
     displacement = heldout.astype(np.float64) - heldout[0]
     v = np.linalg.svd(displacement[:13], full_matrices=False)[2][:12]
     expected = heldout[12] + (displacement[[15, 19]] - displacement[12]) @ v.T @ v  # what the prefix's span can hold
-    np.testing.assert_allclose(forecast, expected, atol=2e-2 * np.abs(displacement).max())
+    for predictor in (
+        MeanPath.fit(paths_of(*training), 12, 12),
+        NearestPath.fit(paths_of(*others, training[0]), 12, 12),
+    ):
+        forecast = predictor.forecast(heldout[:13], np.array([3, 7]))
+        np.testing.assert_allclose(forecast, expected, atol=2e-2 * np.abs(displacement).max())
 
 
-def test_every_baseline_is_float32_of_the_right_shape() -> None:
-    grams = [trajectory_gram(random_path(20, 40, seed)) for seed in range(3)]
-    baselines = fit_baselines(grams, 8, 6)
-    assert list(baselines) == ["persistence", "linear", "rank1", "mean_path"]
-    for predictor in baselines.values():
-        forecast = predictor.forecast(random_path(20, 40, 9)[:9], HORIZONS)
+def test_nearest_path_repeats_a_training_trial_and_no_mean() -> None:
+    trials = [random_path(20, 40, seed) for seed in range(4)]
+    predictor = NearestPath.fit(paths_of(*trials), 10, 8)
+    for trial in trials:
+        coordinates = prefix_coordinates(trajectory_gram(trial), 10, 8)
+        v = np.linalg.svd((trial - trial[0])[:11].astype(np.float64), full_matrices=False)[2][:8]
+        v *= np.where(v @ (trial[10] - trial[0]) < 0, -1, 1)[:, None]
+        scale = np.linalg.norm(trial[10] - trial[0])
+        expected = trial[10] + scale * (coordinates[10 + HORIZONS[:2]] - coordinates[10]) @ v
+        forecast = predictor.forecast(trial[:11], HORIZONS[:2])
+        np.testing.assert_allclose(forecast, expected, atol=1e-3 * scale)
+
+
+# ---------------------------------------------------------------- all of them
+
+
+def test_every_baseline_is_float32_of_the_right_shape_and_reproducible() -> None:
+    training = paths_of(*(random_path(20, 40, seed) for seed in range(3)))
+    baselines, again = (fit_baselines(training, 8, HORIZONS, 6) for _ in range(2))
+    assert list(baselines) == NAMES
+    prefix = random_path(20, 40, 9)[:9]
+    for name, predictor in baselines.items():
+        forecast = predictor.forecast(prefix, HORIZONS)
         assert forecast.shape == (3, 40)
         assert forecast.dtype == np.float32
+        assert np.isfinite(forecast).all()
+        np.testing.assert_array_equal(forecast, again[name].forecast(prefix, HORIZONS))
+        np.testing.assert_allclose(predictor.forecast(prefix, HORIZONS[1:]), forecast[1:], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_trials", [1, 2])
+def test_few_trials_a_short_prefix_and_a_tensor_that_never_moves(num_trials: int) -> None:
+    trials = [random_path(20, 40, seed) for seed in range(num_trials + 1)]
+    for path in trials:
+        path[:, :4] = 0.5  # log_std
+    *training, heldout = trials
+    for predictor in fit_baselines(paths_of(*training), 3, HORIZONS, 6).values():
+        forecast = predictor.forecast(heldout[:4], HORIZONS)
+        np.testing.assert_allclose(forecast[:, :4], 0.5, rtol=0, atol=1e-5)
         assert np.isfinite(forecast).all()

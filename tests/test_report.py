@@ -8,6 +8,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import pytest
+import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 from synthetic_run import PREFIXES, Run, at_end, make_store
@@ -153,7 +154,13 @@ COLUMNS = ["tipl", "persistence", "linear", "rank1", "mean_path", "basis_floor",
 
 
 @pytest.mark.parametrize(
-    ("place", "measure", "columns"), [(0, "wpe_relative", COLUMNS[:-1]), (1, "wpe", COLUMNS[:-1]), (2, "repw", COLUMNS)]
+    ("place", "measure", "columns"),
+    [
+        (0, "wpe_relative", COLUMNS[:-1]),
+        (2, "wpe", COLUMNS[:-1]),
+        (3, "repw", COLUMNS),
+        (7, "action_difference", COLUMNS[:-1]),
+    ],
 )
 def test_error_tables_equal_a_slow_computation(
     run: Run, page: Page, place: int, measure: str, columns: list[str]
@@ -170,8 +177,62 @@ def test_error_tables_equal_a_slow_computation(
                 assert numbers(interval) == pytest.approx([low, high], abs=0.12 * (high - low) + 0.01 * mean)
 
 
+def test_divergence_table_holds_interquartile_means(run: Run, page: Page) -> None:
+    for prefix, row in zip(PREFIXES, page.tables[8][1:], strict=True):
+        for name, cell in zip(COLUMNS[:-1], row[1:], strict=True):
+            middle = scipy.stats.trim_mean(np.repeat(at_end(run.rows, prefix, name, "kl"), 4), 0.25)
+            assert cell.split("|")[0] == fmt(middle)
+
+
+def test_ranking_equals_a_slow_computation(run: Run, page: Page) -> None:
+    head, *body = page.tables[1]
+    assert head == ["predictor", "relative error", "mean rank"]
+    names = COLUMNS[:5]
+    errors = np.array([[at_end(run.rows, f, name, "wpe_relative") for f in PREFIXES] for name in names])  # (P, F, n)
+    ranks = scipy.stats.rankdata(errors, axis=0).mean((1, 2))
+    order = np.argsort(errors.mean((1, 2)))
+    for place, (i, row) in enumerate(zip(order, body, strict=True), 1):
+        assert row[0] == f"{place}. {predictor_info(names[i]).label}"
+        assert row[1].split("|")[0] == fmt(errors[i].mean())
+        assert row[2].split("|")[0] == fmt(ranks[i])
+
+
+def test_share_tables_equal_a_slow_computation(run: Run, page: Page) -> None:
+    names = ["tipl", "linear", "rank1", "mean_path", "basis_floor"]
+    results = run.read()
+    every = [(f, horizon) for f in PREFIXES for horizon in results.horizons[f].tolist()]
+    for place, cells in ((5, [(f, int(results.horizons[f][-1])) for f in PREFIXES]), (6, every)):
+        head, *body = page.tables[place]
+        assert head == ["prefix", "trials that gain", *(predictor_info(name).label for name in names)]
+        for (prefix, horizon), row in zip(cells, body, strict=True):
+            noise = results.at("repw", prefix, "return_floor", horizon).mean()
+            start = results.at("return_predicted", prefix, "persistence", horizon)
+            future = results.at("return_true", prefix, "tipl", horizon) - start
+            assert row[0].split("|")[1].replace(NBSP, " ") == f"{horizon} ahead"
+            assert row[1] == f"{(future > noise).sum()} of 9"
+            for name, cell in zip(names, row[2:], strict=True):
+                shares = ((results.at("return_predicted", prefix, name, horizon) - start) / future)[future > noise]
+                middle = scipy.stats.trim_mean(np.repeat(shares, 4), 0.25)
+                shown, interval = cell.split("|")
+                assert shown == fmt_percent(middle)
+                if interval:
+                    low, high = numbers(interval)
+                    assert low <= round(100 * middle) <= high
+
+
+def test_diversity_stands_beside_the_truths(run: Run, page: Page) -> None:
+    head, *body = page.tables[9]
+    assert head[:3] == ["prefix", "true policies", "TIPL"]
+    for prefix, row in zip(PREFIXES, body, strict=True):
+        entries = [entry for entry in run.results["diversity"] if entry["prefix"] == prefix]
+        last = max(entry["horizon"] for entry in entries)
+        of = {entry["predictor"]: entry for entry in entries if entry["horizon"] == last}
+        for name, cell in zip(["truth", *COLUMNS[:-1]], row[1:], strict=True):
+            assert cell == f"{fmt(of[name]['action_variance'])}|return ± {fmt(of[name]['return_std'])}"
+
+
 def test_gain_table_equals_a_slow_computation(run: Run, page: Page) -> None:
-    head, *body = page.tables[3]
+    head, *body = page.tables[4]
     names = ["tipl", "linear", "rank1", "mean_path", "basis_floor"]
     assert head == ["prefix", "future gain", *(predictor_info(name).label for name in names)]
     for prefix, row in zip(PREFIXES, body, strict=True):
@@ -186,7 +247,8 @@ def test_gain_table_equals_a_slow_computation(run: Run, page: Page) -> None:
 def test_best_predictor_is_marked_and_a_floor_never(run: Run, page: Page) -> None:
     source = (run.output / "report.html").read_text()
     best = re.findall(r'<td class="([^"]*best[^"]*)"', source)
-    assert len(best) == 4 * 4  # four tables of four prefixes, no ties
+    every_horizon = len(page.tables[6]) - 1  # rows of the one table with more than the end of the path
+    assert len(best) == 7 * 4 + every_horizon  # seven tables of four prefixes, no ties
     assert set(best) == {"best"}  # never "best quiet"
     for row in page.tables[0][1:]:
         means = [numbers(cell.split("|")[0])[0] for cell in row[1:6]]
@@ -232,7 +294,7 @@ def test_returns_of_some_predictors_only(tmp_path: Path) -> None:
             row["return_predicted"] = row["repw"] = None
     run.write()
     page = Page(run.report(training=None).read_text())
-    gain = page.tables[3]
+    gain = page.tables[4]
     assert gain[1][2] == "\N{EN DASH}"
     assert gain[2][2] == "not measured"
 
@@ -243,6 +305,27 @@ def test_returns_of_floors_only(tiny: Run) -> None:
             row["return_true"] = row["return_predicted"] = row["repw"] = None
     tiny.write()
     assert "Returns, true against forecast" in Page(tiny.report(training=None).read_text()).text
+
+
+def test_results_of_an_earlier_version_have_no_actions(tiny: Run) -> None:
+    del tiny.results["diversity"]
+    for row in tiny.rows:
+        del row["action_difference"], row["kl"]
+    tiny.write()
+    page = Page(tiny.report(training=None).read_text())
+    assert "These results hold no comparison of actions." in page.text
+    assert "Share of the future gain (IQM) at every horizon" in page.text
+    left_out = {"action_difference.png", "kl.png", "action_variance.png"}
+    assert not left_out & {path.name for path in tiny.output.iterdir()}
+
+
+def test_one_held_out_trial_has_no_diversity_to_show(tiny: Run) -> None:
+    for entry in tiny.results["diversity"]:
+        entry["action_variance"] = entry["return_std"] = None
+    tiny.write()
+    page = Page(tiny.report(training=None).read_text())
+    assert "Do the forecast policies collapse to one?" not in page.text
+    assert "Action difference" in page.text
 
 
 def test_results_without_tipl(tiny: Run) -> None:

@@ -29,9 +29,40 @@ def test_results_become_arrays_by_trial_and_horizon(small: Run) -> None:
         cell = small.heldout.index(row["trial"]), list(results.horizons[row["prefix"]]).index(row["horizon"])
         for measure in ("wpe", "wpe_relative", "return_true", "return_predicted", "repw"):
             assert results.values(measure, row["prefix"], row["predictor"])[cell] == row[measure]
+        for measure in ("action_difference", "kl"):  # null for the return floor
+            value = results.values(measure, row["prefix"], row["predictor"])[cell]
+            assert value == row[measure] if row["predictor"] != "return_floor" else math.isnan(value)
+        assert (
+            results.at("wpe", row["prefix"], row["predictor"], row["horizon"])[cell[0]]
+            == results.values("wpe", row["prefix"], row["predictor"])[cell]
+        )
+    for entry in small.results["diversity"]:
+        place = list(results.horizons[entry["prefix"]]).index(entry["horizon"])
+        for which in ("action_variance", "return_std"):
+            assert results.spread(which, entry["prefix"], entry["predictor"])[place] == entry[which]
     best = ranking(results, "wpe_relative", 0.2)
     assert best[0][0] == "tipl"
     assert [value for _, value in best] == sorted(value for _, value in best)
+
+
+def test_results_of_an_earlier_version_lack_functional_metrics(small: Run) -> None:
+    del small.results["diversity"]
+    for row in small.rows:
+        del row["action_difference"], row["kl"]
+    results = small.read()
+    for name in results.names:
+        assert not results.has_values("kl", name)
+        assert not results.has_values("action_difference", name)
+        assert results.has_values("wpe", name)
+        assert np.isnan(results.spread("action_variance", 0.2, name)).all()
+
+
+def test_a_divergence_that_overflowed_is_left_out(small: Run) -> None:
+    small.rows[0]["kl"] = small.results["diversity"][0]["return_std"] = None
+    results, first = small.read(), small.rows[0]
+    assert np.isnan(results.values("kl", first["prefix"], first["predictor"])[0, 0])
+    assert np.isnan(results.spread("return_std", first["prefix"], first["predictor"])[0])
+    assert np.isfinite(results.values("action_difference", first["prefix"], first["predictor"])[0, 0])
 
 
 def change(key: str, value: Any, place: int | None = None) -> Any:
@@ -65,6 +96,22 @@ def drop(key: str, place: int | None = None) -> Any:
         (change("prefix", 1.5, 5), r"rows\[5\]: prefix must lie in \(0, 1\), got 1.5"),
         (change("horizon", 0, 5), r"rows\[5\]: horizon must be at least 1, got 0"),
         (change("env_id", "Ant-v5", 5), r"rows\[5\]: env_id must be 'InvertedPendulum-v5', got 'Ant-v5'"),
+        (change("kl", math.inf, 5), r"rows\[5\]: kl must be finite and not negative, got inf"),
+        (
+            change("action_difference", -0.1, 5),
+            r"rows\[5\]: action_difference must be finite and not negative, got -0.1",
+        ),
+        (change("diversity", {}), r"the file: diversity must be of type list, got {}"),
+        (lambda results: results["diversity"].insert(2, 7), r"diversity\[2\] must be an object, got 7"),
+        (
+            lambda results: results["diversity"][2].update(horizon=1000),
+            r"diversity\[2\]: no row has prefix 0.2 and horizon 1000",
+        ),
+        (
+            lambda results: results["diversity"][2].update(action_variance=-1.0),
+            r"diversity\[2\]: action_variance must be finite and not negative, got -1.0",
+        ),
+        (lambda results: results["diversity"][2].pop("return_std"), r"diversity\[2\] lacks 'return_std'"),
         (change("predictor", "tipl", 1), r"rows\[1\]: trial 3, prefix 0.2, horizon 1, 'tipl' has come before"),
     ],
 )

@@ -13,8 +13,8 @@ import torch
 
 import tipl
 from tipl.cli import main
-from tipl.evaluate import episodic_returns
 from tipl.policy import ParameterLayout, PolicySpec
+from tipl.returns import episodic_returns
 from tipl.store import Store
 
 sb3 = pytest.importorskip("stable_baselines3", reason="runs stable-baselines3, which is not installed")

@@ -1,4 +1,4 @@
-"""Bootstrap intervals, the share of the gain, and the words that are made of them."""
+"""Bootstrap intervals, interquartile means, the share of the gain, rankings, and the words that are made of them."""
 
 import html
 import math
@@ -7,9 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.stats
+from hypothesis import given
+from hypothesis import strategies as st
 from synthetic_run import Run, at_end, cell_of
 
-from tipl.report.estimates import Bootstrap, Estimate, captured_gain, leaders
+from tipl.report.estimates import Bootstrap, Estimate, captured_gain, iqm, leaders, standings
 from tipl.report.page import fmt
 from tipl.report.plots import NBSP
 from tipl.report.verdict import verdict
@@ -91,6 +94,122 @@ def test_a_gain_that_one_trial_alone_could_undo_is_not_shared_out(small: Run) ->
         if row["trial"] == small.heldout[0]:
             row["return_true"] = row["return_predicted"]
     assert "Return: the gain is too uncertain to share out (the true future's is" in words_of(small)
+
+
+def returns_of(run: Run, prefix: float, horizon: int, name: str) -> list[tuple[float, float]]:
+    """(true, predicted) return by trial."""
+    rows = [row for row in run.rows if (row["prefix"], row["horizon"], row["predictor"]) == (prefix, horizon, name)]
+    return [(row["return_true"], row["return_predicted"]) for row in sorted(rows, key=lambda row: row["trial"])]
+
+
+def test_shares_at_every_horizon_equal_slow_ones(tmp_path: Path) -> None:
+    run = Run(tmp_path, num_trials=20, num_heldout=9, prefixes=(0.2, 0.6))
+    results, bootstrap = run.read(), Bootstrap(9)
+    counts = []
+    for prefix in results.prefixes:
+        for horizon in results.horizons[prefix].tolist():
+            gain = captured_gain(results, bootstrap, prefix, horizon)
+            noise = np.mean([abs(true - other) for true, other in returns_of(run, prefix, horizon, "return_floor")])
+            start = [predicted for _, predicted in returns_of(run, prefix, horizon, "persistence")]
+            assert gain.noise == pytest.approx(noise)
+            for name in ("tipl", "linear"):
+                shares = [
+                    (predicted - begin) / (true - begin)
+                    for begin, (true, predicted) in zip(start, returns_of(run, prefix, horizon, name), strict=True)
+                    if true - begin > noise
+                ]
+                assert gain.num_gained == len(shares)
+                if shares:
+                    middle = scipy.stats.trim_mean(np.repeat(shares, 4), 0.25)
+                    assert gain.iqm_shares[name].value == pytest.approx(middle)
+                assert (name in gain.iqm_shares) == bool(shares)
+            counts.append(gain.num_gained)
+        assert captured_gain(results, bootstrap, prefix) == gain  # the last horizon is the end of the path
+        assert not {"persistence", "return_floor"} & set(gain.iqm_shares)
+    assert 0 < min(counts) < max(counts) == 9  # some trials do not gain, and are left out
+
+
+def test_shares_by_hand(small: Run) -> None:
+    """Three trials that gain 100, 10 and nothing; TIPL reaches half of the first gain and twice the second."""
+    reached = {"tipl": (50.0, 20.0, 7.0), "persistence": (0.0, 0.0, 0.0), "return_floor": (101.0, 9.0, 1.0)}
+    for row in small.rows:
+        trial = small.heldout.index(row["trial"])
+        row["return_true"] = (100.0, 10.0, 0.0)[trial]
+        row["return_predicted"] = reached.get(row["predictor"], (100.0, 10.0, 0.0))[trial]
+        row["repw"] = abs(row["return_true"] - row["return_predicted"])
+    gain = captured_gain(small.read(), Bootstrap(3), 0.2)
+    assert (gain.noise, gain.num_gained) == (1.0, 2)
+    assert gain.iqm_shares["tipl"].value == pytest.approx((0.5 + 2.0) / 2)
+    assert [gain.iqm_shares["tipl"].low, gain.iqm_shares["tipl"].high] == [0.5, 2.0]
+    assert gain.iqm_shares["linear"] == Estimate(1.0, 1.0, 1.0)
+    assert gain.iqm_ranking[0][0] == "tipl"
+    assert gain.shares == {}  # one of three trials could undo the mean gain
+
+
+# ---------------------------------------------------------------- rankings
+
+
+def test_standings_by_hand(small: Run) -> None:
+    errors = {"tipl": (0.1, 0.2, 0.9), "persistence": (0.2, 0.2, 0.2), "linear": (0.3, 0.3, 0.3)}
+    small.results["rows"] = [row for row in small.rows if row["predictor"] in errors]
+    for row in small.rows:
+        row["wpe_relative"] = errors[row["predictor"]][small.heldout.index(row["trial"])]
+    found = standings(small.read(), Bootstrap(3), "wpe_relative")
+    assert [it.name for it in found] == ["persistence", "linear", "tipl"]
+    assert [it.error.value for it in found] == pytest.approx([0.2, 0.3, 0.4])
+    # Ranks by trial: tipl 1, 1.5 (shared), 3; persistence 2, 1.5, 1; linear 3, 3, 2.
+    assert [it.rank.value for it in found] == pytest.approx([4.5 / 3, 8 / 3, 5.5 / 3])
+    assert found[2].rank.low == 1.0
+    assert found[2].rank.high == 3.0
+
+
+def test_a_predictor_that_misses_a_prefix_of_every_trial_has_no_standing(small: Run) -> None:
+    for row in small.rows:
+        if row["predictor"] == "linear" and row["prefix"] == 0.6:
+            row["wpe_relative"] = None
+    names = [it.name for it in standings(small.read(), Bootstrap(3), "wpe_relative")]
+    assert sorted(names) == ["mean_path", "persistence", "rank1", "tipl"]
+    small.results["rows"] = [row for row in small.rows if row["predictor"] == "basis_floor"]
+    assert standings(small.read(), Bootstrap(3), "wpe_relative") == []
+
+
+# ---------------------------------------------------------------- interquartile means
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=30))
+def test_iqm_is_the_trimmed_mean_of_four_copies(values: list[float]) -> None:
+    expected = scipy.stats.trim_mean(np.repeat(values, 4), 0.25)
+    assert iqm(np.array(values)[:, None])[0] == pytest.approx(expected, rel=1e-9, abs=1e-6)
+
+
+def test_iqm_by_hand() -> None:
+    assert iqm(np.array([[1.0], [100.0], [2.0], [-50.0]])) == [1.5]  # as rliable's, where 4 divides n
+    assert iqm(np.array([[3.0], [0.0], [900.0]])) == pytest.approx([(0.25 * 0 + 3 + 0.25 * 900) / 1.5])
+    columns = np.array([[1.0, np.nan, np.nan], [np.nan, np.nan, 2.0], [3.0, np.nan, 4.0]])
+    np.testing.assert_array_equal(iqm(columns), [2.0, np.nan, 3.0])
+
+
+def test_resampled_iqms_equal_slow_ones() -> None:
+    values = np.random.default_rng(6).standard_cauchy((9, 2))
+    values[4, 1] = np.nan
+    bootstrap = Bootstrap(9, num_resamples=200)
+    for counts, fast in zip(bootstrap.counts.astype(int), bootstrap.iqms(values), strict=True):
+        for column, got in zip(values.T, fast, strict=True):
+            drawn = np.repeat(column, counts)
+            assert got == pytest.approx(scipy.stats.trim_mean(np.repeat(drawn[np.isfinite(drawn)], 4), 0.25))
+
+
+def test_an_outlier_moves_the_mean_but_not_the_iqm() -> None:
+    values = np.random.default_rng(7).normal(5, 1, 40)
+    outlier = values.copy()
+    outlier[np.argmax(outlier)] = 1e6
+    bootstrap = Bootstrap(40)
+    before, after = bootstrap.estimate(values, "iqm"), bootstrap.estimate(outlier, "iqm")
+    assert after == before
+    assert before.low < before.value < before.high
+    half_width = 1.96 * math.sqrt(1.19 / 40) * values.std()  # of normal values: 1.19 times the variance of the mean
+    assert (before.high - before.low) / 2 == pytest.approx(half_width, rel=0.2)
+    assert bootstrap.estimate(outlier).value > 1e4
 
 
 # ---------------------------------------------------------------- intervals

@@ -1,10 +1,14 @@
 """Judge forecasts on held-out trials: in weight space (WPE) and in the simulator (REPW), beside baselines and floors.
 
-Shapes  N policies, E episodes a policy, T checkpoints, p weights, n horizons; h = prefix_end.
+Shapes  E episodes a policy, T checkpoints, p weights, n horizons; h = prefix_end.
 
 WPE   mean squared error over the weights; relative: |forecast - truth| / |truth - theta_0|.
 REPW  |return of the true policy - return of the forecast one|, mean over the same E episodes (same seeds) of both.
 Both as in Tang 2025, arXiv 2503.04074. Policies act deterministically: the mean action, clipped to the action space.
+
+action_difference, kl   how far the forecast policy acts from the true one, on states that the true one visits
+action_variance         between the held-out trials' policies at one checkpoint, on one set of states: do they collapse?
+All three as in `behaviour`.
 """
 
 import contextlib
@@ -12,36 +16,37 @@ import dataclasses
 import functools
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import safetensors.numpy
-import torch
 from numpy.typing import NDArray
-from rich.progress import Progress
 
 from tipl import _core
-from tipl.basis import MIN_PREFIX_END, trajectory_gram
-from tipl.cluster import Cluster, connected
-from tipl.envs import make_vec
+from tipl.basis import MIN_PREFIX_END
+from tipl.behaviour import FloatArray, action_bounds, action_differences, action_variance, kl_divergences
+from tipl.cluster import connected
 from tipl.locations import write_atomically
-from tipl.policy import PolicySpec, mean_action
+from tipl.policy import PolicySpec
 from tipl.predictors import fit_baselines
 from tipl.progress import progress_bar
+from tipl.returns import run_episodes
 from tipl.rollout import Forecast, Forecaster
 from tipl.store import Store
 from tipl.train import prefix_end_of
-
-ENVS_AT_ONCE = 256
-"""Simulations stepped together: enough to hide Python's cost a step, few enough for their weights to stay in cache."""
+from tipl.training_path import TrainingPath
 
 COORDINATE_TRIALS = 4
 """Held-out trials whose coordinates are kept for the report."""
+
+NUM_STATES = 256
+"""States on which actions are compared, at most: an error in a mean over them of some percent, for a few MB."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,83 +101,6 @@ def weight_errors(
     return squared / truth.shape[1], np.sqrt(squared / walked)
 
 
-def episodic_returns(
-    env_id: str,
-    policy: PolicySpec,
-    weights: NDArray[np.float32],
-    episode_seeds: NDArray[np.int64],
-    *,
-    num_threads: int | None = None,
-    cluster: Cluster | None = None,
-    bar: Progress | None = None,
-) -> NDArray[np.float64]:
-    """Return the episodic returns (N, E) of deterministic policies (N, p), episode e of each on episode_seeds[e].
-
-    Policies and episodes step together, `ENVS_AT_ONCE` simulations at a time; one that has ended is stepped no more.
-    Workers of a cluster take these groups one by one, with `num_threads` (by default 1) each.
-    """
-    at_once = max(1, ENVS_AT_ONCE // len(episode_seeds))
-    groups = [weights[first : first + at_once] for first in range(0, len(weights), at_once)]
-    tick, poll = _no_tick, None
-    if bar is not None:
-        task = bar.add_task(f"evaluate {len(weights)} policies", total=weights.shape[0] * len(episode_seeds), note="")
-        tick = functools.partial(bar.advance, task)
-
-        def poll(num_ended: int) -> None:
-            bar.update(task, completed=sum(map(len, groups[:num_ended])) * len(episode_seeds))
-
-    if cluster is None:
-        parts = [_group_returns(env_id, policy, group, episode_seeds, num_threads, tick) for group in groups]
-    else:
-        threads = 1 if num_threads is None else num_threads
-        calls = [(env_id, policy, group, episode_seeds, threads) for group in groups]
-        parts = cluster.map(_group_returns, calls, num_cpus=threads, poll=poll)
-    return np.concatenate(parts)
-
-
-def _no_tick(num_ended: int) -> None:
-    pass
-
-
-def _group_returns(
-    env_id: str,
-    policy: PolicySpec,
-    weights: NDArray[np.float32],
-    episode_seeds: NDArray[np.int64],
-    num_threads: int | None,
-    tick: Callable[[int], None] = _no_tick,
-) -> NDArray[np.float64]:
-    """Return the returns (M, E) of policies (M, p) that step together; `tick` is told how many episodes have ended."""
-    shape = (len(weights), len(episode_seeds))
-    seeds = np.tile(episode_seeds, len(weights)).tolist()
-    env = make_vec(env_id, len(seeds), seeds=seeds, num_threads=num_threads)
-    with contextlib.closing(env):
-        if (policy.obs_dim, policy.act_dim) != (env.obs_dim, env.act_dim):
-            raise ValueError(
-                f"evaluate: the policies of {env_id} must have {env.obs_dim} observations and {env.act_dim} actions, "
-                f"got {policy.obs_dim} and {policy.act_dim}"
-            )
-        # A copy: what came through Ray's object store cannot be written, which torch warns of.
-        group, total = torch.from_numpy(weights.copy()), np.zeros(env.num_envs)
-        obs = env.reset(seeds)
-        running = np.ones(env.num_envs, bool)
-        while running.any():
-            # Only policies with a running episode think: (M, E, obs_dim) -> (M, E, act_dim)
-            busy = np.flatnonzero(running.reshape(shape).any(1))
-            seen = obs.reshape(*shape, -1)[busy].astype(np.float32)
-            actions = np.zeros((*shape, env.act_dim))
-            chosen = group if len(busy) == len(group) else group[torch.from_numpy(busy)]
-            actions[busy] = mean_action(policy, chosen, torch.from_numpy(seen)).numpy()
-            step = env.step(actions.reshape(env.num_envs, -1), running)
-            obs = step.obs
-            total += step.reward
-            ended = step.terminated | step.truncated  # nothing where it is not running
-            running &= ~ended
-            if ended.any():
-                tick(int(ended.sum()))
-    return total.reshape(shape)
-
-
 class _Judged:
     """The policies to be run, each once, and the rows that wait for their returns."""
 
@@ -225,7 +153,7 @@ def evaluate(
     n_components = forecaster.model.config.n_components
     heldout: list[int] = split["heldout"]
     truth = np.array([store.trial(i).weights() for i in heldout])  # (trials, T, p)
-    training_grams = [trajectory_gram(store.trial(i).weights()) for i in split["train"]]
+    training = [TrainingPath.of(store.trial(i).weights(), policy, seed=i) for i in split["train"]]
 
     judged = _Judged()
     coordinates: dict[str, NDArray[Any]] = {}
@@ -240,7 +168,7 @@ def evaluate(
     )
     for share, prefix_end in zip(config.prefixes, prefix_ends, strict=True):
         horizons = config.horizon_grid(prefix_end, num_checkpoints)
-        baselines = fit_baselines(training_grams, prefix_end, n_components)
+        baselines = fit_baselines(training, prefix_end, horizons, n_components)
         for number, (trial, path) in enumerate(zip(heldout, truth, strict=True)):
             forecast = next(forecasts)
             basis = forecast.basis
@@ -257,13 +185,14 @@ def evaluate(
     weights = np.array(judged.weights)
     true_policies = sorted({row["true"] for row in judged.rows})
     with contextlib.nullcontext() if ray is None else connected(ray) as cluster, progress_bar(progress) as bar:
-        returns, again = (
-            episodic_returns(
-                store.env_id, policy, policies, seeds, num_threads=num_threads, cluster=cluster, bar=bar
-            ).mean(1)
-            for policies, seeds in ((weights, episode_seeds[0]), (weights[true_policies], episode_seeds[1]))
-        )
-    on_other_seeds = dict(zip(true_policies, again, strict=True))
+        run = functools.partial(run_episodes, store.env_id, policy, num_threads=num_threads, cluster=cluster, bar=bar)
+        returns = run(weights, episode_seeds[0]).returns.mean(1)
+        again = run(weights[true_policies], episode_seeds[1], num_states=NUM_STATES)
+    on_other_seeds = dict(zip(true_policies, again.returns.mean(1), strict=True))
+    states = dict(zip(true_policies, again.states, strict=True))
+    bounds = action_bounds(store.env_id)
+    diversity = _diversity(judged.rows, policy, weights, returns, states, bounds)
+    _compare_actions(judged.rows, policy, weights, states, bounds)
     for row in judged.rows:
         true, predicted = row.pop("true"), row.pop("predicted")
         row["return_true"] = float(returns[true])
@@ -286,6 +215,7 @@ def evaluate(
             "num_params": store.policy.num_params,
             "n_components": n_components,
             "episode_seeds": episode_seeds[0].tolist(),
+            "num_states": NUM_STATES,
             **dataclasses.asdict(config),
             "train": forecaster.config["train"],
             "collect": store.config,
@@ -293,6 +223,7 @@ def evaluate(
         "machine": machine_record(),
         "seconds": {**(seconds or {}), "evaluate": time.perf_counter() - started},
         "rows": judged.rows,
+        "diversity": diversity,
     }
     output.mkdir(parents=True)
     write_atomically(output / "coordinates.safetensors", safetensors.numpy.save(coordinates))
@@ -371,6 +302,66 @@ def _add_rows(
                     "predicted": predicted,
                 }
             )
+
+
+def _compare_actions(
+    rows: list[dict[str, Any]],
+    policy: PolicySpec,
+    weights: NDArray[np.float32],
+    states: Mapping[int, NDArray[np.float32]],
+    bounds: FloatArray,
+) -> None:
+    """Add action_difference and kl to every row, null for the return floor, whose policy is the true one."""
+    of_truth: dict[int, list[dict[str, Any]]] = {}
+    for row in rows:
+        row["action_difference"] = row["kl"] = None
+        if row["predictor"] != "return_floor":
+            of_truth.setdefault(row["true"], []).append(row)
+    for true, forecasts in of_truth.items():
+        pair = weights[true], weights[[row["predicted"] for row in forecasts]]
+        differences = action_differences(policy, *pair, states[true], bounds)
+        divergences = kl_divergences(policy, *pair, states[true])
+        for row, difference, kl in zip(forecasts, differences, divergences, strict=True):
+            row["action_difference"], row["kl"] = float(difference), _finite(kl)
+
+
+def _diversity(
+    rows: list[dict[str, Any]],
+    policy: PolicySpec,
+    weights: NDArray[np.float32],
+    returns: NDArray[np.float64],
+    states: Mapping[int, NDArray[np.float32]],
+    bounds: FloatArray,
+) -> list[dict[str, Any]]:
+    """Return how much the held-out trials' policies differ, an entry a (prefix, horizon, predictor) and the "truth".
+
+    Of a prefix and horizon all act on the same states, drawn from those of its true policies. Null where one trial is
+    held out.
+    """
+    policies: dict[tuple[float, int], dict[str, list[int]]] = {}
+    for row in rows:
+        found = policies.setdefault((row["prefix"], row["horizon"]), {})
+        name = "truth" if row["predictor"] == "return_floor" else row["predictor"]
+        found.setdefault(name, []).append(row["predicted"])
+    entries = []
+    for (prefix, horizon), found in policies.items():
+        pool = np.concatenate([states[true] for true in found["truth"]])
+        chosen = pool[np.random.default_rng(horizon).permutation(len(pool))[:NUM_STATES]]
+        for name, members in found.items():
+            variance, std = math.nan, math.nan
+            if len(members) > 1:
+                variance = action_variance(policy, weights[members], chosen, bounds)
+                std = float(returns[members].std(ddof=1))
+            entries.append({
+                "prefix": prefix, "horizon": horizon, "predictor": name,
+                "action_variance": _finite(variance), "return_std": _finite(std),
+            })  # fmt: skip
+    return entries
+
+
+def _finite(value: float) -> float | None:
+    """Return what JSON can hold."""
+    return float(value) if math.isfinite(value) else None
 
 
 def _coordinates(forecast: Forecast, path: NDArray[np.float32], stem: str) -> dict[str, NDArray[Any]]:

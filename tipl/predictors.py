@@ -3,18 +3,22 @@
 Shapes  p weights, k = n_components, h = prefix_end, n horizons; a horizon counts checkpoints ahead of h.
 
 Each predictor is a frozen object whose `forecast(prefix (h+1, p), horizons (n,))` returns weights (n, p), fitted for
-one prefix_end on the Gram matrices of the *training* trials alone (`basis.trajectory_gram`): of the trial that it
-continues it knows nothing but the prefix.
+one prefix_end on the paths of the *training* trials alone: of the trial that it continues it knows nothing but the
+prefix. `Ridge` and `Nowcaster` forecast only the horizons that they were fitted for.
 """
 
 import dataclasses
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Protocol
+from typing import ClassVar, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tipl.basis import Basis, prefix_coordinates
+from tipl.nowcaster import Nowcaster
+from tipl.regression import Autoregression, Ridge
+from tipl.training_path import TrainingPath
 
 
 class Predictor(Protocol):
@@ -34,39 +38,66 @@ class Persistence:
 
 
 @dataclasses.dataclass(frozen=True)
-class Linear:
-    """Every weight goes on at its mean speed over the last `window` checkpoints."""
+class _Extrapolation(ABC):
+    """Every weight goes on along a curve from the last checkpoint, fitted to the `window` checkpoints before it."""
 
     window: int
+    min_window: ClassVar[int]
 
     @classmethod
-    def fit(cls, training_grams: Sequence[NDArray[np.float64]], prefix_end: int) -> "Linear":
-        """Choose the window, from one checkpoint to the whole prefix, with the least mean relative error in training.
+    def fit(cls, training: Sequence[TrainingPath], prefix_end: int) -> Self:
+        """Choose the window, up to the whole prefix, with the least mean relative error over all futures in training.
 
-        The squared error of an extrapolation is a quadratic form in the trial's Gram matrix: no p-sized work.
+        The forecast is a fixed mixture of the prefix's checkpoints, so that its squared error is a quadratic form in
+        the trial's Gram matrix: no p-sized work.
         """
+        shares = (0.0, 0.125, 0.25, 0.5, 0.75, 1.0)
+        windows = sorted({max(cls.min_window, round(prefix_end * share)) for share in shares})
+        return min(
+            map(cls, windows), key=lambda it: float(np.mean([it.errors(path.gram, prefix_end) for path in training]))
+        )
 
-        def mean_error(window: int) -> float:
-            return float(np.mean([_linear_error(gram, prefix_end, window) for gram in training_grams]))
+    @abstractmethod
+    def mixing(self, horizons: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Return how much of each of theta_{h-window}..theta_{h-1}, less theta_h, is added to theta_h, (n, window)."""
 
-        windows = sorted({max(1, round(prefix_end * share)) for share in (0.0, 0.125, 0.25, 0.5, 0.75, 1.0)})
-        return cls(min(windows, key=mean_error))
+    def errors(self, gram: NDArray[np.float64], prefix_end: int) -> NDArray[np.float64]:
+        """Return the relative error at every checkpoint after the prefix, (T-1-h,), of a trial with this `gram`."""
+        future = np.arange(prefix_end + 1, len(gram))
+        seen = self.mixing(future - prefix_end)
+        mixing = np.zeros((len(future), len(gram)))  # forecast - truth, as a mixture of the trial's displacements
+        mixing[:, prefix_end - self.window : prefix_end] = seen
+        mixing[:, prefix_end] = 1.0 - seen.sum(1)
+        mixing[np.arange(len(future)), future] -= 1.0
+        squared = np.einsum("ni,ij,nj->n", mixing, gram, mixing, optimize=True)
+        return np.asarray(np.sqrt(np.maximum(squared, 0.0) / gram[future, future]))
 
     def forecast(self, prefix: NDArray[np.float32], horizons: NDArray[np.int64]) -> NDArray[np.float32]:
-        velocity = (prefix[-1] - prefix[-1 - self.window]) / self.window  # (p,)
-        return np.asarray(prefix[-1] + horizons[:, None] * velocity, dtype=np.float32)
+        before = prefix[-1 - self.window : -1] - prefix[-1]  # (window, p)
+        return np.asarray(prefix[-1] + self.mixing(horizons) @ before, dtype=np.float32)
 
 
-def _linear_error(gram: NDArray[np.float64], prefix_end: int, window: int) -> float:
-    """Return the mean relative error of a linear extrapolation over all checkpoints after the prefix."""
-    future = np.arange(prefix_end + 1, len(gram))
-    steps = (future - prefix_end) / window
-    mixing = np.zeros((len(future), len(gram)))  # forecast - truth, as a mixture of the trial's displacements
-    mixing[:, prefix_end] += 1.0 + steps
-    mixing[:, prefix_end - window] -= steps
-    mixing[np.arange(len(future)), future] -= 1.0
-    squared = np.einsum("ni,ij,nj->n", mixing, gram, mixing)
-    return float(np.mean(np.sqrt(np.maximum(squared, 0.0) / gram[future, future])))
+@dataclasses.dataclass(frozen=True)
+class Linear(_Extrapolation):
+    """Every weight goes on at its mean speed over the last `window` checkpoints."""
+
+    min_window = 1
+
+    def mixing(self, horizons: NDArray[np.int64]) -> NDArray[np.float64]:
+        mixing = np.zeros((len(horizons), self.window))
+        mixing[:, 0] = -horizons / self.window
+        return mixing
+
+
+@dataclasses.dataclass(frozen=True)
+class Quadratic(_Extrapolation):
+    """Every weight goes on along the parabola through theta_h nearest to the `window` checkpoints before it."""
+
+    min_window = 2
+
+    def mixing(self, horizons: NDArray[np.int64]) -> NDArray[np.float64]:
+        seen, ahead = np.arange(-self.window, 0) / self.window, horizons / self.window
+        return np.asarray(np.stack([ahead, ahead**2], 1) @ np.linalg.pinv(np.stack([seen, seen**2], 1)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,24 +119,59 @@ class MeanPath:
     """Mean canonical coordinates of whole training trials whose prefix ends at the same checkpoint, (T, k)."""
 
     @classmethod
-    def fit(cls, training_grams: Sequence[NDArray[np.float64]], prefix_end: int, n_components: int) -> "MeanPath":
-        paths = [prefix_coordinates(gram, prefix_end, n_components) for gram in training_grams]
+    def fit(cls, training: Sequence[TrainingPath], prefix_end: int, n_components: int) -> "MeanPath":
+        paths = [prefix_coordinates(path.gram, prefix_end, n_components) for path in training]
         return cls(np.asarray(np.mean(paths, axis=0, dtype=np.float64), dtype=np.float32))
 
     def forecast(self, prefix: NDArray[np.float32], horizons: NDArray[np.int64]) -> NDArray[np.float32]:
-        prefix_end = len(prefix) - 1
         basis = Basis.from_prefix(prefix, self.coordinates.shape[1])
-        shift = self.coordinates[prefix_end + horizons] - self.coordinates[prefix_end]  # (n, k)
-        return basis.decode(basis.encode(prefix[-1:]) + shift)
+        return _follow(self.coordinates, basis, prefix, horizons)
+
+
+@dataclasses.dataclass(frozen=True)
+class NearestPath:
+    """The future of the training trial whose prefix is nearest in canonical coordinates, from the last checkpoint on.
+
+    What a forecaster that memorises its training trials would say.
+    """
+
+    coordinates: NDArray[np.float32]
+    """Canonical coordinates of N whole training trials whose prefix ends at the same checkpoint, (N, T, k)."""
+
+    @classmethod
+    def fit(cls, training: Sequence[TrainingPath], prefix_end: int, n_components: int) -> "NearestPath":
+        return cls(np.stack([prefix_coordinates(path.gram, prefix_end, n_components) for path in training]))
+
+    def forecast(self, prefix: NDArray[np.float32], horizons: NDArray[np.int64]) -> NDArray[np.float32]:
+        basis = Basis.from_prefix(prefix, self.coordinates.shape[2])
+        away = self.coordinates[:, : len(prefix)] - basis.encode(prefix)  # (N, h+1, k)
+        return _follow(self.coordinates[np.argmin((away**2).sum((1, 2)))], basis, prefix, horizons)
+
+
+def _follow(
+    coordinates: NDArray[np.float32], basis: Basis, prefix: NDArray[np.float32], horizons: NDArray[np.int64]
+) -> NDArray[np.float32]:
+    """Return weights (n, p) that go from the prefix's end as the path `coordinates` (T, k) goes from there."""
+    prefix_end = len(prefix) - 1
+    shift = coordinates[prefix_end + horizons] - coordinates[prefix_end]  # (n, k)
+    return basis.decode(basis.encode(prefix[-1:]) + shift)
 
 
 def fit_baselines(
-    training_grams: Sequence[NDArray[np.float64]], prefix_end: int, n_components: int
+    training: Sequence[TrainingPath], prefix_end: int, horizons: NDArray[np.int64], n_components: int, seed: int = 0
 ) -> dict[str, Predictor]:
-    """Return every baseline by its name in results.json, fitted for prefixes that end at `prefix_end`."""
+    """Return every baseline by its name in results.json, fitted for prefixes that end at `prefix_end`.
+
+    `horizons` (n,) are those that will be asked for; `seed` is the nowcaster's.
+    """
     return {
         "persistence": Persistence(),
-        "linear": Linear.fit(training_grams, prefix_end),
+        "linear": Linear.fit(training, prefix_end),
+        "quadratic": Quadratic.fit(training, prefix_end),
         "rank1": RankOne(),
-        "mean_path": MeanPath.fit(training_grams, prefix_end, n_components),
+        "autoregression": Autoregression.fit(training, prefix_end, n_components),
+        "mean_path": MeanPath.fit(training, prefix_end, n_components),
+        "nearest_path": NearestPath.fit(training, prefix_end, n_components),
+        "ridge": Ridge.fit(training, prefix_end, horizons),
+        "nowcaster": Nowcaster.fit(training, prefix_end, horizons, seed),
     }

@@ -2,21 +2,28 @@
 
 Trials are the unit of chance: the horizons of one trial are correlated, so that every interval resamples trials, never
 rows. Values are (n, H) over n trials and H horizons, or (n,) at one horizon; NaN is a missing value.
+
+The interquartile mean (IQM), the mean of the middle half, stands where few trials could outweigh all others, as Agarwal
+et al. 2021 (arXiv 2108.13264) ask for. rliable cuts whole values off, a quarter of them rounded down; here one on the
+border counts by the part of it that lies within, so that the IQM is the same where every value comes four times.
 """
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tipl.report.results import FloatArray, Results, predictor_info
 
+Statistic = Literal["mean", "iqm"]
+
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """A mean over trials and its 95 % interval; the bounds are NaN where there are too few trials for one."""
+    """A statistic over trials and its 95 % interval; the bounds are NaN where there are too few trials for one."""
 
     value: float
     low: float = math.nan
@@ -47,13 +54,20 @@ class Bootstrap:
         count = self.counts @ is_there.astype(float)
         return _quotient(total, count)
 
-    def curve(self, values: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
-        """Return mean, lower and upper bound (H,) each, of values (n, H)."""
-        return mean(values), *_interval(self.means(values), np.isfinite(values).sum(0))
+    def iqms(self, values: FloatArray) -> FloatArray:
+        """Return the interquartile mean over trials in each resample (resamples, H) of values (n, H)."""
+        return _iqms(values, self.counts)
 
-    def estimate(self, values: FloatArray) -> Estimate:
-        """Return the mean of values (n,) and its interval."""
-        return Estimate(*(float(bound[0]) for bound in self.curve(values[:, None])))
+    def curve(self, values: FloatArray, statistic: Statistic = "mean") -> tuple[FloatArray, FloatArray, FloatArray]:
+        """Return mean or IQM, lower and upper bound (H,) each, of values (n, H)."""
+        center, resampled = (
+            (mean(values), self.means(values)) if statistic == "mean" else (iqm(values), self.iqms(values))
+        )
+        return center, *_interval(resampled, np.isfinite(values).sum(0))
+
+    def estimate(self, values: FloatArray, statistic: Statistic = "mean") -> Estimate:
+        """Return the mean or IQM of values (n,) and its interval."""
+        return Estimate(*(float(bound[0]) for bound in self.curve(values[:, None], statistic)))
 
     def ratio(self, numerator: FloatArray, denominator: FloatArray) -> Estimate:
         """Return mean(numerator) / mean(denominator) of two (n,) arrays, over the trials that have both."""
@@ -71,6 +85,25 @@ def mean(values: FloatArray) -> FloatArray:
     """Return the mean over trials (H,) of values (n, H), NaN values left out, NaN where there is none."""
     is_there = np.isfinite(values)
     return _quotient(np.where(is_there, values, 0.0).sum(0), is_there.sum(0))
+
+
+def iqm(values: FloatArray) -> FloatArray:
+    """Return the interquartile mean over trials (H,) of values (n, H), NaN values left out, NaN where there is none."""
+    middle: FloatArray = _iqms(values, np.ones((1, len(values))))[0]
+    return middle
+
+
+def _iqms(values: FloatArray, counts: FloatArray) -> FloatArray:
+    """Return the IQMs (R, H) of values (n, H), the trials of which come counts (R, n) times."""
+    iqms = np.empty((len(counts), values.shape[1]))
+    for column, middle in zip(values.T, iqms.T, strict=True):
+        order = np.argsort(column)[: np.isfinite(column).sum()]  # NaN is last
+        drawn = counts[:, order]
+        last = drawn.cumsum(1)  # rank behind the trial's last copy
+        total = last[:, -1:] if len(order) else np.zeros((len(counts), 1))
+        within = np.minimum(last, 0.75 * total) - np.maximum(last - drawn, 0.25 * total)
+        middle[:] = _quotient(np.maximum(within, 0.0) @ column[order], 0.5 * total[:, 0])
+    return iqms
 
 
 def _quotient(numerator: FloatArray, denominator: NDArray[np.generic]) -> FloatArray:
@@ -91,10 +124,38 @@ def _interval(resampled: FloatArray, num_values: NDArray[np.int64]) -> tuple[Flo
     return low, high
 
 
-def ranking(results: Results, measure: str, prefix: float) -> list[tuple[str, float]]:
-    """Return the real predictors with their mean `measure` at the end of the path, the smallest error first."""
-    ends = {name: float(mean(results.at_end(measure, prefix, name)[:, None])[0]) for name in results.predictors}
+def ranking(results: Results, measure: str, prefix: float, statistic: Statistic = "mean") -> list[tuple[str, float]]:
+    """Return the real predictors with their mean or IQM of `measure` at the path's end, the smallest error first."""
+    center = mean if statistic == "mean" else iqm
+    ends = {name: float(center(results.at_end(measure, prefix, name)[:, None])[0]) for name in results.predictors}
     return sorted(((name, value) for name, value in ends.items() if math.isfinite(value)), key=lambda item: item[1])
+
+
+@dataclasses.dataclass(frozen=True)
+class Standing:
+    """How a predictor does over all prefixes: its mean error at the end of the path, and its rank there, 1 the best."""
+
+    name: str
+    error: Estimate
+    rank: Estimate
+
+
+def standings(results: Results, bootstrap: Bootstrap, measure: str) -> list[Standing]:
+    """Return the real predictors, the smallest mean `measure` first: means over (trial, prefix), intervals over trials.
+
+    Equal errors share the mean of their ranks. A trial counts where the predictor has a value at every prefix.
+    """
+    names = results.predictors
+    if not names:
+        return []
+    ends = np.array([[results.at_end(measure, f, n) for f in results.prefixes] for n in names])  # (P, F, n)
+    below, equal = (compare(ends[None], ends[:, None]).sum(1) for compare in (np.less, np.equal))
+    ranks = np.where(np.isfinite(ends), below + (equal + 1) / 2, np.nan)
+    found = [
+        Standing(name, bootstrap.estimate(error), bootstrap.estimate(rank))
+        for name, error, rank in zip(names, ends.mean(1), ranks.mean(1), strict=True)
+    ]
+    return sorted((it for it in found if math.isfinite(it.error.value)), key=lambda it: it.error.value)
 
 
 def leaders(ranked: Sequence[tuple[str, float]]) -> set[str]:
@@ -105,11 +166,16 @@ def leaders(ranked: Sequence[tuple[str, float]]) -> set[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Gain:
-    """What the return gains between the prefix's end and the path's end, and the share of it that forecasts reach."""
+    """What the return gains from the prefix's end to a checkpoint ahead, and the share of it that forecasts reach.
+
+    A share is (R(forecast) - R(prefix end)) / (R(true) - R(prefix end)).
+    """
 
     future: Estimate  # mean of R(true) - R(prefix end)
     noise: float  # mean difference of the true policy's return on two sets of episode seeds; NaN where not measured
-    shares: dict[str, Estimate]  # (R(forecast) - R(prefix end)) / (R(true) - R(prefix end)); empty without a clear gain
+    shares: dict[str, Estimate]  # ratios of means over trials; empty without a clear gain
+    num_gained: int  # trials whose own gain exceeds the noise
+    iqm_shares: dict[str, Estimate]  # IQM of these trials' own shares; empty where there is none
 
     @property
     def is_measured(self) -> bool:
@@ -118,36 +184,52 @@ class Gain:
     @property
     def is_there(self) -> bool:
         """Whether the mean gain exceeds the return noise."""
-        return self.future.value > self._threshold
+        return self.future.value > self.threshold
 
     @property
     def is_clear(self) -> bool:
         """Whether the whole interval does (the value, where one trial has no interval)."""
-        return (self.future.low if self.future.has_interval else self.future.value) > self._threshold
+        return (self.future.low if self.future.has_interval else self.future.value) > self.threshold
 
     @property
     def ranking(self) -> list[tuple[str, float]]:
-        """The real predictors with the share that they capture, the largest first."""
-        real = [(name, share.value) for name, share in self.shares.items() if not predictor_info(name).is_floor]
-        return sorted(real, key=lambda item: -item[1])
+        """The real predictors with the share that they capture (ratio of means), the largest first."""
+        return _largest_first(self.shares)
 
     @property
-    def _threshold(self) -> float:
+    def iqm_ranking(self) -> list[tuple[str, float]]:
+        """The real predictors with the IQM of their shares, the largest first."""
+        return _largest_first(self.iqm_shares)
+
+    @property
+    def threshold(self) -> float:
+        """Below it a gain is luck."""
         return 0.0 if math.isnan(self.noise) else self.noise
 
 
-def captured_gain(results: Results, bootstrap: Bootstrap, prefix: float) -> Gain:
-    """Return the gain in return at the end of the path, and the predictors' shares of it: ratios of means over trials.
+def _largest_first(shares: Mapping[str, Estimate]) -> list[tuple[str, float]]:
+    real = [(name, share.value) for name, share in shares.items() if not predictor_info(name).is_floor]
+    return sorted(real, key=lambda item: -item[1])
 
-    Shares are given only where the gain's interval lies above the return noise: then no resample that matters has a
-    denominator near zero.
+
+def captured_gain(results: Results, bootstrap: Bootstrap, prefix: float, horizon: int | None = None) -> Gain:
+    """Return the gain in return at `horizon`, by default the end of the path, and the predictors' shares of it.
+
+    Ratios of means are given only where the gain's interval lies above the return noise: then no resample that matters
+    has a denominator near zero. IQMs are over the trials whose own gain does: none has a denominator near zero.
     """
-    start = results.at_end("return_predicted", prefix, "persistence")  # (n,), R(prefix end)
-    future = results.at_end("return_true", prefix, "persistence") - start
-    noise = float(mean(results.at_end("repw", prefix, "return_floor")[:, None])[0])
-    gain = Gain(bootstrap.estimate(future), noise, {})
-    if not gain.is_clear:
-        return gain
+    start = results.at("return_predicted", prefix, "persistence", horizon)  # (n,), R(prefix end)
+    future = results.at("return_true", prefix, "persistence", horizon) - start
+    noise = float(mean(results.at("repw", prefix, "return_floor", horizon)[:, None])[0])
+    gain = Gain(bootstrap.estimate(future), noise, {}, 0, {})
+    gained = future > gain.threshold  # (n,), False where the gain is not known
     names = [n for n in results.names if n not in ("persistence", "return_floor")]
-    shares = {n: bootstrap.ratio(results.at_end("return_predicted", prefix, n) - start, future) for n in names}
-    return dataclasses.replace(gain, shares={n: share for n, share in shares.items() if math.isfinite(share.value)})
+    gains = {n: results.at("return_predicted", prefix, n, horizon) - start for n in names}
+    shares = {n: bootstrap.ratio(gains[n], future) for n in names} if gain.is_clear else {}
+    own_share = {n: np.divide(gains[n], future, out=np.full(len(future), np.nan), where=gained) for n in names}
+    iqm_shares = {n: bootstrap.estimate(own_share[n], "iqm") for n in names} if gained.any() else {}
+    return dataclasses.replace(gain, shares=_known(shares), num_gained=int(gained.sum()), iqm_shares=_known(iqm_shares))
+
+
+def _known(shares: Mapping[str, Estimate]) -> dict[str, Estimate]:
+    return {name: share for name, share in shares.items() if math.isfinite(share.value)}

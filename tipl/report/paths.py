@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 
 from tipl.locations import write_atomically
 from tipl.progress import progress_bar
-from tipl.report.plots import MAX_CURVES, NBSP, THEME, Mark, Panel, Plot, short_count
+from tipl.report.plots import NBSP, THEME, Mark, Panel, Plot, short_count
 from tipl.report.results import FloatArray
+from tipl.report.run_plots import MAX_CURVES
 from tipl.store import Store, Trial
 from tipl.svd import gram
 

@@ -1,5 +1,6 @@
-"""The report's figures: each a `Plot` of one or more panels, drawn by matplotlib without touching its global state.
+"""The report's figures, and those of predictors: each a `Plot` of panels.
 
+Drawn by matplotlib without touching its global state.
 A plot is rendered twice. As one PNG file with all panels and a legend, for papers and slides; and as one inline SVG a
 panel, whose colours are CSS variables and whose text is text, so that the page can lay the panels out for a wide or a
 narrow screen and follow the reader's light or dark theme.
@@ -10,20 +11,19 @@ import io
 import math
 import re
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import matplotlib.style
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
-from tipl.report.estimates import Bootstrap, mean
-from tipl.report.results import PREDICTORS, CoordinatePath, FloatArray, Results, Training, predictor_info
+from tipl.report.estimates import Bootstrap, Estimate, Gain, Statistic, mean
+from tipl.report.results import PREDICTORS, FloatArray, Results, predictor_info
 
 # Name -> colour on a light page, colour on a dark page. Predictors are told apart with any common colour blindness
 # (after Okabe and Ito), and by their markers; floors are grey. Every light colour occurs once, for an SVG's colours are
@@ -37,8 +37,13 @@ THEME: dict[str, tuple[str, str]] = {
     "tipl": ("#d55e00", "#ff7a1a"),
     "persistence": ("#0b4f9e", "#5a82e6"),
     "linear": ("#00875f", "#2fc79b"),
+    "quadratic": ("#ac9d53", "#e5e600"),
     "rank1": ("#97246e", "#c985e0"),
+    "autoregression": ("#400da5", "#8a1cff"),
     "mean_path": ("#4aa3d9", "#a6dcff"),
+    "nearest_path": ("#d91aff", "#6b7a1f"),
+    "ridge": ("#661100", "#c23a68"),
+    "nowcaster": ("#0000ff", "#33ff77"),
     "basis_floor": ("#77808a", "#8d97a3"),
     "return_floor": ("#9098a1", "#7b8591"),
     "unknown-0": ("#8a6d00", "#d8c24a"),
@@ -50,8 +55,6 @@ Curve = tuple[FloatArray, FloatArray, FloatArray]  # mean, lower and upper bound
 
 PANEL_INCHES = (4.8, 3.45)
 PNG_DPI = 150
-COORDINATES_SHOWN = 3
-MAX_CURVES = 128
 
 _STYLE = {
     "font.size": 10,
@@ -202,7 +205,18 @@ def _inline(svg: str, prefix: str) -> str:
 
 def predictor_marks(names: Sequence[str]) -> dict[str, Mark]:
     """Return the mark of each predictor, the same in every figure of a report that knows the same `names`."""
-    markers = {"tipl": "o", "persistence": "s", "linear": "^", "rank1": "D", "mean_path": "v"}
+    markers = {  # of those that `page.py` can draw; relatives share one and differ in colour
+        "tipl": "o",
+        "persistence": "s",
+        "linear": "^",
+        "quadratic": "^",
+        "rank1": "D",
+        "autoregression": "X",
+        "mean_path": "v",
+        "nearest_path": "v",
+        "ridge": "P",
+        "nowcaster": "D",
+    }
     marks = {}
     unknown = 0
     for name in names:
@@ -222,22 +236,36 @@ def percent(prefix: float) -> str:
 
 
 def error_plot(
-    name: str, results: Results, bootstrap: Bootstrap, measure: str, label: str, floors: Sequence[str]
+    name: str,
+    results: Results,
+    bootstrap: Bootstrap,
+    measure: str,
+    label: str,
+    floors: Sequence[str],
+    *,
+    statistic: Statistic = "mean",
+    is_log: bool = False,
 ) -> Plot:
-    """Return the mean `measure` against the horizon with its 95 % bands, a panel a prefix, floors dashed."""
+    """Return the mean or IQM of `measure` against the horizon, a panel a prefix, floors dashed.
+
+    TIPL, persistence and the floors have 95 % bands: ten of them would hide each other.
+    """
     marks = predictor_marks(results.names)
     shown = [n for n in results.names if n in floors or n in results.predictors]
     shown = [n for n in shown if results.has_values(measure, n)]
-    bands = {f: {n: bootstrap.curve(results.values(measure, f, n)) for n in shown} for f in results.prefixes}
+    main = [n for n in shown if n in ("tipl", "persistence", *floors)]
+    bands = {f: {n: bootstrap.curve(results.values(measure, f, n), statistic) for n in shown} for f in results.prefixes}
 
     def draw(ax: Axes, prefix: float) -> None:
         curves, x = bands[prefix], results.horizons[prefix]
         for rank, n in enumerate(reversed(shown)):  # TIPL last, on top
             center, low, high = curves[n]
             marks[n].line(ax, x, center, zorder=3 + rank)
-            ax.fill_between(x, low, high, color=marks[n].rgb, alpha=0.2 if n == "tipl" else 0.1, linewidth=0, zorder=2)
-        main = [n for n in shown if n in ("tipl", "persistence", *floors)]
-        _frame(ax, [(marks[n].label, curves[n]) for n in shown], [curves[n] for n in main], bottom=0.0)
+            if n in main:
+                alpha = 0.2 if n == "tipl" else 0.1
+                ax.fill_between(x, low, high, color=marks[n].rgb, alpha=alpha, linewidth=0, zorder=2)
+        bottom = None if is_log else 0.0
+        _frame(ax, [(marks[n].label, curves[n]) for n in shown], [curves[n] for n in main], bottom, is_log=is_log)
         _horizon_axis(ax, x)
         ax.set_ylabel(label)
 
@@ -278,6 +306,54 @@ def gain_plot(results: Results, bootstrap: Bootstrap) -> Plot:
     return Plot("return_gain", _prefix_panels(results, draw), (truth, *(marks[n] for n in shown), *[noise] * has_noise))
 
 
+def gain_share_plot(results: Results, gains: Mapping[float, Sequence[Gain]]) -> Plot:
+    """Return the IQM of each forecast's share of the future gain against the horizon; `gains` are one a horizon."""
+    marks = predictor_marks(results.names)
+    truth = Mark("true future", "ink", 2.4)
+    shown = [n for n in results.names if any(n in gain.iqm_shares for row in gains.values() for gain in row)]
+
+    def curve(prefix: float, name: str) -> Curve:
+        shares = [gain.iqm_shares.get(name, Estimate(math.nan)) for gain in gains[prefix]]
+        center, low, high = np.array([[share.value, share.low, share.high] for share in shares]).T
+        return center, low, high
+
+    def draw(ax: Axes, prefix: float) -> None:
+        x = results.horizons[prefix]
+        curves = {n: curve(prefix, n) for n in shown}
+        one = np.ones(len(x))
+        truth.line(ax, x, one, zorder=2.5)
+        ax.axhline(0.0, color=THEME["faint"][0], linewidth=1.0, zorder=1)
+        for rank, (n, (center, low, high)) in enumerate(reversed(curves.items())):  # TIPL last, on top
+            marks[n].line(ax, x, center, zorder=3 + rank)
+            if n == "tipl":
+                ax.fill_between(x, low, high, color=marks[n].rgb, alpha=0.2, linewidth=0, zorder=2)
+        main = [curves[n] for n in ("tipl", "basis_floor") if n in curves]
+        _frame(ax, [(marks[n].label, curves[n]) for n in shown], [*main, (one, 0 * one, one)])
+        _horizon_axis(ax, x)
+        ax.set_ylabel("share of the future gain")
+
+    return Plot("gain_share", _prefix_panels(results, draw), (truth, *(marks[n] for n in shown)))
+
+
+def diversity_plot(results: Results) -> Plot:
+    """Return the variance of action between held-out trials' policies against the horizon, true and forecast."""
+    truth = Mark("true policies", "ink", 2.4)
+    marks = {"truth": truth} | predictor_marks([n for n in results.names if n != "return_floor"])
+
+    def draw(ax: Axes, prefix: float) -> None:
+        x = results.horizons[prefix]
+        centers = {n: results.spread("action_variance", prefix, n) for n in marks}
+        for rank, (n, center) in enumerate(reversed(centers.items())):
+            marks[n].line(ax, x, center, zorder=3 + rank)
+        curves = {n: (center, center, center) for n, center in centers.items()}
+        main = [curve for n, curve in curves.items() if n in ("truth", "tipl", "persistence", "basis_floor")]
+        _frame(ax, [(marks[n].label, curve) for n, curve in curves.items()], main, bottom=0.0)
+        _horizon_axis(ax, x)
+        ax.set_ylabel("action variance")
+
+    return Plot("action_variance", _prefix_panels(results, draw), tuple(marks.values()))
+
+
 def returns_plot(results: Results) -> Plot:
     """Return the scatter of the return of the forecast policy against the true policy's, persistence beside TIPL.
 
@@ -309,112 +385,6 @@ def returns_plot(results: Results) -> Plot:
     return Plot("returns", _prefix_panels(results, draw), tuple(marks[n] for n in shown))
 
 
-def coordinates_plot(paths: Sequence[CoordinatePath]) -> Plot:
-    """Return the first coordinates of held-out paths, true against forecast, a panel a (trial, prefix)."""
-    truth, forecast = Mark("true path", "ink", 1.5), Mark("TIPL's forecast", "tipl", 2.4, (3.0, 1.2))
-
-    def draw(ax: Axes, path: CoordinatePath) -> None:
-        t = np.arange(len(path.true))
-        shown = range(min(COORDINATES_SHOWN, path.true.shape[1]))
-        for i in shown:
-            truth.line(ax, t, path.true[:, i])
-            forecast.line(ax, t[path.prefix_end :], path.forecast[path.prefix_end :, i], zorder=3)
-        ax.axvline(path.prefix_end, color=THEME["faint"][0], linewidth=1.0, zorder=1)
-        low, high = ax.get_ylim()
-        ends = _apart(path.true[-1, : len(shown)].astype(float), 0.06 * (high - low))
-        for i, y in enumerate(ends):
-            ax.annotate(
-                f"{i + 1}",
-                (1.0, y),
-                xycoords=("axes fraction", "data"),
-                xytext=(4, 0),
-                textcoords="offset points",
-                va="center",
-            )
-        ax.set_xlim(0, len(path.true) - 1)
-        ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        ax.set(xlabel="checkpoint", ylabel="coordinate")
-
-    def panel(path: CoordinatePath) -> Panel:
-        return Panel(f"trial {path.trial}, prefix {path.percent}{NBSP}%", lambda ax: draw(ax, path))
-
-    columns = max(2, len({path.percent for path in paths}))
-    return Plot("coordinates", tuple(panel(path) for path in paths), (truth, forecast), columns)
-
-
-def spectrum_plot(singular_values: Sequence[FloatArray], n_components: int | None) -> Plot:
-    """Return the singular spectrum of each held-out path, and the error that its first k directions leave."""
-
-    def draw(ax: Axes, curves: Sequence[FloatArray], label: str, xlabel: str) -> None:
-        length = min(len(curve) for curve in curves)
-        x = np.arange(1, length + 1)
-        for curve in curves:
-            ax.plot(x, curve[:length], color=THEME["faint"][0], linewidth=0.9)
-        ax.plot(x, np.median([curve[:length] for curve in curves], 0), color=THEME["ink"][0], linewidth=2.2)
-        if n_components is not None and n_components <= length:
-            ax.axvline(n_components, color=THEME["muted"][0], linewidth=1.0, linestyle=":")
-            _note(ax, f"dotted: k = {n_components}")
-        ax.set(xscale="log", yscale="log", xlabel=xlabel, ylabel=label)
-        ax.xaxis.set_major_locator(LogLocator(2.0))
-        ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        ax.xaxis.set_minor_formatter(NullFormatter())
-        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        ax.yaxis.set_minor_formatter(NullFormatter())
-
-    spectra = [s / s[0] for s in singular_values]
-    tails = [np.sqrt(np.maximum(0.0, 1 - np.cumsum(s**2) / np.sum(s**2)))[:-1] for s in singular_values]
-    panels = (
-        Panel("Singular values", lambda ax: draw(ax, spectra, "relative to the first", "direction")),
-        Panel("What k directions leave", lambda ax: draw(ax, tails, "relative error", "number of directions, k")),
-    )
-    return Plot("spectrum", panels, (Mark("median path", "ink", 2.2), Mark("each held-out path", "faint", 0.9)))
-
-
-def learning_plot(
-    env_steps: NDArray[np.int64],
-    returns: FloatArray,
-    is_heldout: NDArray[np.bool_],
-    prefixes: Sequence[float],
-    bootstrap: Bootstrap,
-) -> Plot:
-    """Return the learning curves (n, T) of all trials against their env steps (T,), with mean and interval."""
-    center, low, high = bootstrap.curve(returns)
-
-    def draw(ax: Axes) -> None:
-        for heldout, color in ((False, "faint"), (True, "muted")):
-            curves = returns[is_heldout == heldout][:MAX_CURVES]
-            lines = [np.column_stack([env_steps, curve])[np.isfinite(curve)] for curve in curves]
-            ax.add_collection(LineCollection(lines, colors=THEME[color][0], linewidths=0.7, alpha=0.6, zorder=2))
-        ax.fill_between(env_steps, low, high, color=THEME["ink"][0], alpha=0.2, linewidth=0, zorder=3)
-        ax.plot(env_steps, center, color=THEME["ink"][0], linewidth=2.4, zorder=4)
-        for prefix in prefixes:
-            x = float(np.interp(prefix, np.linspace(0, 1, len(env_steps)), env_steps))
-            ax.axvline(x, color=THEME["muted"][0], linewidth=0.8, linestyle=":", zorder=1)
-        ax.autoscale_view()
-        ax.set_xlim(0, float(env_steps[-1]))
-        ax.xaxis.set_major_locator(MaxNLocator(6))
-        ax.xaxis.set_major_formatter(FuncFormatter(short_count))
-        ax.set(xlabel="environment steps", ylabel="episodic return in training")
-
-    legend = (Mark("mean", "ink", 2.4), Mark("held-out trials", "muted", 0.9), Mark("other trials", "faint", 0.9))
-    return Plot("learning_curves", (Panel("Learning curves", draw),), legend)
-
-
-def training_plot(training: Training) -> Plot:
-    """Return the forecaster's errors in training and in validation against optimiser steps."""
-    train, validation = Mark("training (one step ahead, then rollouts)", "faint", 1.4), Mark("validation", "ink", 2.2)
-
-    def draw(ax: Axes) -> None:
-        train.line(ax, training.steps, training.train_loss)
-        validation.line(ax, training.steps, training.validation_error)
-        ax.axvline(training.best_step, color=THEME["muted"][0], linewidth=1.0, linestyle=":")
-        _note(ax, f"kept: step {training.best_step:,}")
-        ax.set(xlabel="optimiser step", ylabel="relative error", ylim=(0, None))
-        ax.xaxis.set_major_formatter(FuncFormatter(short_count))
-
-    return Plot("training", (Panel("Training of the forecaster", draw),), (train, validation))
-
-
 def _prefix_panels(results: Results, draw: Callable[[Axes, float], None]) -> tuple[Panel, ...]:
     def panel(prefix: float) -> Panel:
         return Panel(f"prefix {percent(prefix)}", lambda ax: draw(ax, prefix))
@@ -428,11 +398,24 @@ def _horizon_axis(ax: Axes, horizons: NDArray[np.int64]) -> None:
     ax.set_xlabel("horizon (checkpoints)")
 
 
-def _frame(ax: Axes, curves: Sequence[tuple[str, Curve]], main: Sequence[Curve], bottom: float | None = None) -> None:
+def _frame(
+    ax: Axes,
+    curves: Sequence[tuple[str, Curve]],
+    main: Sequence[Curve],
+    bottom: float | None = None,
+    *,
+    is_log: bool = False,
+) -> None:
     """Fit the vertical axis to the `main` curves, and name those that leave it above, with their value at the end.
 
     Others widen the frame where that costs little; one that runs away would flatten all the rest.
     """
+    if is_log:
+        ax.set_yscale("log")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        ax.yaxis.set_minor_formatter(NullFormatter())
+        curves, main = [(label, _log10(curve)) for label, curve in curves], [_log10(curve) for curve in main]
     low, high = _extent(main or [curve for _, curve in curves])
     lowest, highest = _extent([curve for _, curve in curves])
     room = 0.75 * (high - low)
@@ -443,15 +426,22 @@ def _frame(ax: Axes, curves: Sequence[tuple[str, Curve]], main: Sequence[Curve],
     margin = 0.08 * (high - low) or 1.0
     high += margin
     low = low - margin if bottom is None else bottom - 0.02 * (high - bottom)  # so that a line at the bottom shows
-    ax.set_ylim(low, high)
+    ax.set_ylim(*((10**low, 10**high) if is_log else (low, high)))
     away = [(label, center[-1]) for label, (center, _, _) in curves if ((center > high) | (center < low)).any()]
+    away = [(label, 10**end if is_log else end) for label, end in away]
     if away:
         ends = [f"{label} {end:.3g}".replace(" -", " \N{MINUS SIGN}").replace(" ", NBSP) for label, end in away]
         lines = textwrap.wrap(f"off the scale: {', '.join(ends)}", 46, break_on_hyphens=False)
-        _note(ax, "\n".join(lines))
+        note(ax, "\n".join(lines))
 
 
-def _note(ax: Axes, text: str) -> None:
+def _log10(curve: Curve) -> Curve:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        center, low, high = (np.log10(part) for part in curve)
+    return center, low, high
+
+
+def note(ax: Axes, text: str) -> None:
     """Write a small note above the axes, at the right."""
     ax.set_title(text, loc="right", fontsize=8.5, weight="normal")
 
@@ -461,18 +451,6 @@ def _extent(curves: Sequence[Curve]) -> tuple[float, float]:
     values = np.concatenate([part for curve in curves for part in curve])
     values = values[np.isfinite(values)]
     return (float(values.min()), float(values.max())) if len(values) else (0.0, 1.0)
-
-
-def _apart(positions: FloatArray, gap: float) -> FloatArray:
-    """Return `positions` (n,) moved as little as keeps neighbours `gap` apart, so that labels there do not collide."""
-    order = np.argsort(positions)
-    spread = positions[order].copy()
-    for i in range(1, len(spread)):
-        spread[i] = max(spread[i], spread[i - 1] + gap)
-    spread -= np.mean(spread - positions[order])
-    moved = np.empty_like(spread)
-    moved[order] = spread
-    return moved
 
 
 def short_count(value: float, _: int | None = None) -> str:

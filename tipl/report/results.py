@@ -19,8 +19,10 @@ from numpy.typing import NDArray
 
 FloatArray = NDArray[np.float64]
 
-MEASURES = ("wpe", "wpe_relative", "return_true", "return_predicted", "repw")
-NON_NEGATIVE = ("wpe", "wpe_relative", "repw")
+MEASURES = ("wpe", "wpe_relative", "return_true", "return_predicted", "repw", "action_difference", "kl")
+OPTIONAL = ("action_difference", "kl")  # results of tipl 0.1 lack them
+NON_NEGATIVE = ("wpe", "wpe_relative", "repw", "action_difference", "kl")
+SPREADS = ("action_variance", "return_std")  # of the held-out trials' policies at one checkpoint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,11 +40,26 @@ PREDICTORS: dict[str, PredictorInfo] = {
     "linear": PredictorInfo(
         "linear", "every weight goes on at its mean speed over the last checkpoints (window fitted on training trials)"
     ),
+    "quadratic": PredictorInfo(
+        "quadratic", "every weight goes on along a parabola through the last checkpoints (window fitted likewise)"
+    ),
     "rank1": PredictorInfo(
         "rank-1 linear", "the prefix's first direction alone, its coordinate continued by a regression line"
     ),
+    "autoregression": PredictorInfo(
+        "autoregression", "each coordinate's next step is a fixed mixture of its last ones, learned on training trials"
+    ),
     "mean_path": PredictorInfo(
         "mean path", "the training trials' mean path in coordinates, from the last checkpoint on"
+    ),
+    "nearest_path": PredictorInfo(
+        "nearest path", "the training trial with the nearest prefix in coordinates, from the last checkpoint on"
+    ),
+    "ridge": PredictorInfo(
+        "ridge", "every weight moves on by a fixed mixture of its own past: one a tensor, learned on training trials"
+    ),
+    "nowcaster": PredictorInfo(
+        "nowcaster", "a small network (after WNN) continues every weight from five of its own past values"
     ),
     "basis_floor": PredictorInfo(
         "basis floor", "the true weights projected on the basis: no forecast in that basis can be nearer", is_floor=True
@@ -74,6 +91,7 @@ class Results:
     horizons: dict[float, NDArray[np.int64]]  # prefix -> (H,)
     has_rows: dict[float, NDArray[np.bool_]]  # prefix -> (n, H), whether any predictor was evaluated there
     cells: dict[tuple[str, float, str], FloatArray]  # (measure, prefix, predictor) -> (n, H)
+    spreads: dict[tuple[str, float, str], FloatArray]  # (spread, prefix, predictor or "truth") -> (H,)
 
     @property
     def predictors(self) -> tuple[str, ...]:
@@ -88,6 +106,16 @@ class Results:
     def has_values(self, measure: str, name: str) -> bool:
         """Return whether `measure` of predictor `name` is known anywhere."""
         return any(np.isfinite(self.values(measure, prefix, name)).any() for prefix in self.prefixes)
+
+    def spread(self, which: str, prefix: float, name: str) -> FloatArray:
+        """Return how the policies of predictor `name`, or the "truth", differ (H,); NaN where it is not known."""
+        return self.spreads.get((which, prefix, name), np.full(len(self.horizons[prefix]), np.nan))
+
+    def at(self, measure: str, prefix: float, name: str, horizon: int | None) -> FloatArray:
+        """Return `measure` of predictor `name` (n,) at `horizon`, None for the end of the path."""
+        if horizon is None:
+            return self.at_end(measure, prefix, name)
+        return self.values(measure, prefix, name)[:, self.horizons[prefix].tolist().index(horizon)]
 
     def at_end(self, measure: str, prefix: float, name: str) -> FloatArray:
         """Return `measure` of predictor `name` at the end of each trial's path (n,): its largest horizon with rows."""
@@ -160,7 +188,9 @@ def _parse(path: Path, document: Any) -> Results:
         cell = trial_index[trial], horizon_index[f, horizon]
         has_rows[f][cell] = True
         for measure in MEASURES:
-            cells[measure, f, name][cell] = number(row, measure, f"rows[{i}]", non_negative=measure in NON_NEGATIVE)
+            if measure in row or measure not in OPTIONAL:
+                value = number(row, measure, f"rows[{i}]", non_negative=measure in NON_NEGATIVE)
+                cells[measure, f, name][cell] = value
     return Results(
         path=path,
         env_id=env_id,
@@ -174,7 +204,29 @@ def _parse(path: Path, document: Any) -> Results:
         horizons=horizons,
         has_rows=has_rows,
         cells=cells,
+        spreads=_parse_spreads(document, horizons),
     )
+
+
+def _parse_spreads(
+    document: Mapping[str, Any], horizons: Mapping[float, NDArray[np.int64]]
+) -> dict[tuple[str, float, str], FloatArray]:
+    """Return `Results.spreads` of the entries of "diversity", which an old file lacks."""
+    spreads: dict[tuple[str, float, str], FloatArray] = {}
+    entries = required(document, "diversity", list, "the file") if "diversity" in document else []
+    for i, entry in enumerate(entries):
+        where = f"diversity[{i}]"
+        if not isinstance(entry, dict):
+            raise ValueError(f"{where} must be an object, got {entry!r}")
+        prefix = round(float(required(entry, "prefix", (int, float), where)), 6)
+        horizon, name = required(entry, "horizon", int, where), required(entry, "predictor", str, where)
+        if horizon not in horizons.get(prefix, ()):
+            raise ValueError(f"{where}: no row has prefix {prefix} and horizon {horizon}")
+        place = horizons[prefix].tolist().index(horizon)
+        for which in SPREADS:
+            spread = spreads.setdefault((which, prefix, name), np.full(len(horizons[prefix]), np.nan))
+            spread[place] = number(entry, which, where, non_negative=True)
+    return spreads
 
 
 def required(mapping: Mapping[str, Any], key: str, kind: type | tuple[type, ...], where: str) -> Any:

@@ -1,8 +1,8 @@
 """One self-contained HTML page of an evaluation: what was run, what came out, and how far to trust it.
 
 Reads `results.json` and `coordinates.safetensors` of `evaluate`, the store of `collect`, the loss curves of `train`.
-Here are the doors and the sections; `page` is the HTML, `plots` the figures, `paths` the spectra of paths, `estimates`
-the intervals, `verdict` the words that judge.
+Here are the doors and the sections; `page` is the HTML, `plots` and `run_plots` the figures, `paths` the spectra of
+paths, `estimates` the intervals, `verdict` the words that judge, `reading` those that explain.
 """
 
 import json
@@ -14,11 +14,21 @@ from typing import Any
 import numpy as np
 
 from tipl.locations import write_atomically
-from tipl.report import page, plots, verdict
-from tipl.report.estimates import Bootstrap, Estimate, captured_gain, leaders, ranking
+from tipl.report import page, plots, run_plots, verdict
+from tipl.report.estimates import (
+    Bootstrap,
+    Estimate,
+    Gain,
+    Statistic,
+    captured_gain,
+    leaders,
+    ranking,
+    standings,
+)
 from tipl.report.page import Html, element, fmt, fmt_interval, fmt_percent, fmt_seconds
 from tipl.report.paths import path_spectrum
 from tipl.report.plots import NBSP, Plot, percent
+from tipl.report.reading import reading
 from tipl.report.results import (
     CoordinatePath,
     Results,
@@ -30,7 +40,20 @@ from tipl.report.results import (
 )
 from tipl.store import Store
 
-FIGURES = ("wpe", "repw", "return_gain", "returns", "coordinates", "spectrum", "learning_curves", "training")
+FIGURES = (
+    "wpe",
+    "repw",
+    "return_gain",
+    "gain_share",
+    "returns",
+    "action_difference",
+    "kl",
+    "action_variance",
+    "coordinates",
+    "spectrum",
+    "learning_curves",
+    "training",
+)
 COORDINATE_TRIALS = 2
 
 
@@ -100,9 +123,10 @@ class _Report:
             ("verdict", "Verdict", verdict.verdict(self.results, self.bootstrap, self.gains)),
             ("weights", "Weights", self._weights()),
             ("returns", "Returns", self._returns()),
+            ("actions", "Actions", self._actions()),
             ("paths", "Paths", self._paths()),
             ("runs", "Runs", self._runs()),
-            ("reading", "How to read this", self._reading()),
+            ("reading", "How to read this", reading(self.results)),
             ("settings", "Settings", self._settings()),
         ]
         header = element(
@@ -160,21 +184,42 @@ class _Report:
         )
         figure = self._figure(
             plot,
-            "Relative weight error against the horizon: means and 95 % bands over held-out trials. No forecast in "
-            "the basis can go below the dashed floor.",
+            "Relative weight error against the horizon: means over held-out trials, 95 % bands for TIPL, persistence "
+            "and the floor. No forecast in the basis can go below the dashed floor.",
         )
         raw = self._error_table("Mean squared error over the policy's weights at the end of the path.", "wpe", names)
         details = element("details", element("summary", "Mean squared weight error (WPE)"), raw)
-        return page.join(self._error_table(caption, "wpe_relative", names), figure, details)
+        return page.join(self._error_table(caption, "wpe_relative", names), figure, self._ranking(), details)
 
-    def _error_table(self, caption: str, measure: str, names: Sequence[str]) -> Html:
-        """Return the mean of `measure` at the end of the path, a row a prefix and a column a predictor."""
+    def _ranking(self) -> Html:
+        """Return the predictors in the order of their mean error over all prefixes."""
+        found = standings(self.results, self.bootstrap, "wpe_relative")
+        rows = [
+            [
+                element("th", f"{place}. {predictor_info(it.name).label}"),
+                page.estimate_cell(fmt(it.error.value), fmt_interval(it.error)),
+                page.estimate_cell(fmt(it.rank.value), fmt_interval(it.rank)),
+            ]
+            for place, it in enumerate(found, 1)
+        ]
+        caption = (
+            "The predictors in the order of their relative weight error at the end of the path, mean over prefixes and "
+            "held-out trials; and the mean rank over every trial and prefix, 1 the best: it tells whether a few trials "
+            "make the order."
+        )
+        return page.join(
+            element("h3", "Ranking"),
+            page.table(caption, [element("th", name) for name in ("predictor", "relative error", "mean rank")], rows),
+        )
+
+    def _error_table(self, caption: str, measure: str, names: Sequence[str], statistic: Statistic = "mean") -> Html:
+        """Return the mean or IQM of `measure` at the end of the path, a row a prefix and a column a predictor."""
         rows = []
         for f in self.results.prefixes:
-            best = leaders(ranking(self.results, measure, f))
+            best = leaders(ranking(self.results, measure, f, statistic))
             row = [element("th", percent(f), element("small", f"{self.results.horizons[f][-1]} ahead"))]
             for n in names:
-                estimate = self.bootstrap.estimate(self.results.at_end(measure, f, n))
+                estimate = self.bootstrap.estimate(self.results.at_end(measure, f, n), statistic)
                 row.append(_estimate_cell(n, fmt(estimate.value), fmt_interval(estimate), best))
             rows.append(row)
         return page.table(caption, [element("th", "prefix"), *map(_column_head, names)], rows)
@@ -195,14 +240,15 @@ class _Report:
             self._error_table(caption, "repw", results.names),
             self._figure(
                 plots.error_plot("repw", results, self.bootstrap, "repw", "return error (REPW)", floors),
-                "Return error against the horizon: means and 95 % bands over held-out trials. Below the dotted line a "
-                "difference comes from the episodes, not from the policy.",
+                "Return error against the horizon: means over held-out trials, 95 % bands for TIPL, persistence and "
+                "the floors. Below the dotted line a difference comes from the episodes, not from the policy.",
             ),
         ]
         if any(gain.is_measured for gain in self.gains.values()):
             parts += [
                 element("h3", "Share of the future gain"),
                 self._gain_table(),
+                *self._gain_shares(),
                 self._figure(
                     plots.gain_plot(results, self.bootstrap),
                     "Return gained over the policy at the prefix's end (persistence, zero by definition) by the true "
@@ -234,11 +280,122 @@ class _Report:
                     row.append(_estimate_cell(n, fmt_percent(share.value), fmt_interval(share, as_percent=True), best))
             rows.append(row)
         caption = (
-            "Share of the future gain captured at the end of the path: the return that the forecast gains over the "
-            "prefix's end, divided by what the true future gains, each summed over held-out trials. Persistence "
-            "captures nothing, by definition."
+            "Ratio of means at the end of the path: the return that the forecast gains over the prefix's end, divided "
+            "by what the true future gains, each summed over held-out trials. Persistence captures nothing, by "
+            "definition."
         )
         head = [element("th", "prefix"), element("th", "future gain"), *map(_column_head, names)]
+        return page.table(caption, head, rows)
+
+    def _gain_shares(self) -> list[Html]:
+        """Return the IQM of the trials' own shares: a table of the end of the path, a figure and a table of it all."""
+        results = self.results
+        every = {
+            f: [captured_gain(results, self.bootstrap, f, horizon) for horizon in results.horizons[f].tolist()]
+            for f in results.prefixes
+        }
+        if not any(gain.iqm_shares for gains in every.values() for gain in gains):
+            return []
+        ends = [(f, int(results.horizons[f][-1]), gain) for f, gain in self.gains.items()]
+        each = [
+            (f, horizon, gain)
+            for f in results.prefixes
+            for horizon, gain in zip(results.horizons[f].tolist(), every[f], strict=True)
+        ]
+        caption = (
+            "Interquartile mean (IQM) at the end of the path: every trial's own share of its own gain, where that gain "
+            "exceeds the return noise; the mean of the middle half of these trials, so that none outweighs the others."
+        )
+        details = element(
+            "details",
+            element("summary", "Share of the future gain (IQM) at every horizon"),
+            self._share_table("The same at every horizon.", each),
+        )
+        figure = self._figure(
+            plots.gain_share_plot(results, every),
+            "Share of the future gain (IQM) against the horizon: 0 is the policy at the prefix's end, 1 the true "
+            "future; 95 % band for TIPL.",
+        )
+        return [self._share_table(caption, ends), figure, details]
+
+    def _share_table(self, caption: str, gains: Sequence[tuple[float, int, Gain]]) -> Html:
+        """Return the IQMs, a row a (prefix, horizon) and a column a predictor."""
+        names = [n for n in self.results.names if n not in ("persistence", "return_floor")]
+        rows = []
+        for f, horizon, gain in gains:
+            best = leaders(gain.iqm_ranking)
+            row = [element("th", percent(f), element("small", f"{horizon} ahead"))]
+            row.append(element("td", f"{gain.num_gained} of {len(self.results.trials)}"))
+            for n in names:
+                share = gain.iqm_shares.get(n, Estimate(math.nan))
+                row.append(_estimate_cell(n, fmt_percent(share.value), fmt_interval(share, as_percent=True), best))
+            rows.append(row)
+        head = [element("th", "prefix"), element("th", "trials that gain"), *map(_column_head, names)]
+        return page.table(caption, head, rows)
+
+    # ------------------------------------------------------------------------------------------- actions
+
+    def _actions(self) -> Html:
+        results = self.results
+        names = [n for n in results.names if n != "return_floor"]  # the true policy acts as the true policy does
+        parts = []
+        if any(results.has_values("action_difference", n) for n in names):
+            details = page.join(
+                self._error_table("Action difference at the end of the path.", "action_difference", names),
+                self._error_table("KL divergence at the end of the path (IQM), in nats.", "kl", names, "iqm"),
+            )
+            parts += [
+                element("h3", "Action difference"),
+                self._figure(
+                    plots.error_plot(
+                        "action_difference", results, self.bootstrap, "action_difference", "action difference",
+                        ["basis_floor"],
+                    ),
+                    "Root mean square difference between the actions of the forecast and of the true policy on states "
+                    "that the true policy visits, in units of half the action range: means over held-out "
+                    "trials, 95 % bands for TIPL, persistence and the floor.",
+                ),
+                element("h3", "KL divergence"),
+                self._figure(
+                    plots.error_plot(
+                        "kl", results, self.bootstrap, "kl", "KL divergence (nats)", ["basis_floor"],
+                        statistic="iqm", is_log=True,
+                    ),
+                    "KL divergence of the forecast from the true policy, both stochastic as in training, on the same "
+                    "states: interquartile means over held-out trials, for one forecast that is too sure of itself can "
+                    "outweigh all others; 95 % bands for TIPL, persistence and the floor.",
+                ),
+                element("details", element("summary", "At the end of the path"), details),
+            ]  # fmt: skip
+        if any(np.isfinite(spread).any() for spread in results.spreads.values()):
+            parts += [
+                element("h3", "Do the forecast policies collapse to one?"),
+                self._diversity_table(names),
+                self._figure(
+                    plots.diversity_plot(results),
+                    "Variance of action between held-out trials' policies at one checkpoint against the horizon, on "
+                    "one set of states: below the true policies' line forecasts are more alike than the truth, at "
+                    "zero they are one policy.",
+                ),
+            ]
+        return page.join(*parts) if parts else element("p", "These results hold no comparison of actions.")
+
+    def _diversity_table(self, names: Sequence[str]) -> Html:
+        columns = ["truth", *names]
+        rows = []
+        for f in self.results.prefixes:
+            row = [element("th", percent(f), element("small", f"{self.results.horizons[f][-1]} ahead"))]
+            for n in columns:
+                variance, std = (float(self.results.spread(s, f, n)[-1]) for s in ("action_variance", "return_std"))
+                quiet = predictor_info(n).is_floor
+                row.append(page.estimate_cell(fmt(variance), f"return ± {fmt(std)}", is_quiet=quiet))
+            rows.append(row)
+        caption = (
+            "Variance of action between the held-out trials' policies at the end of the path, mean over one set of "
+            "states that their true policies visit, in units of half the action range; below it the standard "
+            "deviation of their returns. Forecasts that fell back on one average policy would have neither."
+        )
+        head = [element("th", "prefix"), element("th", "true policies"), *map(_column_head, names)]
         return page.table(caption, head, rows)
 
     # ------------------------------------------------------------------------------------------- paths and runs
@@ -249,9 +406,10 @@ class _Report:
         if trials:
             parts.append(
                 self._figure(
-                    plots.coordinates_plot([path for path in self.paths if path.trial in trials]),
-                    f"The first {plots.COORDINATES_SHOWN} coordinates, numbered at the right, of held-out paths in the "
-                    "basis of each prefix: the truth, and TIPL's forecast from the prefix's end (vertical line) on.",
+                    run_plots.coordinates_plot([path for path in self.paths if path.trial in trials]),
+                    f"The first {run_plots.COORDINATES_SHOWN} coordinates, numbered at the right, of held-out paths "
+                    "in the basis of each prefix: the truth, and TIPL's forecast from the prefix's end (vertical "
+                    "line) on.",
                 )
             )
         else:
@@ -263,7 +421,7 @@ class _Report:
             parts.append(element("h3", "Singular spectrum"))
             parts.append(
                 self._figure(
-                    plots.spectrum_plot(spectra, k if isinstance(k, int) else None),
+                    run_plots.spectrum_plot(spectra, k if isinstance(k, int) else None),
                     "Singular values of whole held-out paths, θₜ \N{MINUS SIGN} θ₀, and the relative error that the "
                     "best k directions of each path leave. A forecast has only the directions of its prefix: see the "
                     "basis floor. k: the number of coordinates that the forecaster works in.",
@@ -281,10 +439,10 @@ class _Report:
         if np.isfinite(returns).any():
             is_heldout = np.isin(np.arange(len(trials)), self.results.settings["heldout_trials"])
             bootstrap = Bootstrap(len(trials), num_resamples=2000)
-            drawn = f", {plots.MAX_CURVES} of each kind drawn" if len(trials) > plots.MAX_CURVES else ""
+            drawn = f", {run_plots.MAX_CURVES} of each kind drawn" if len(trials) > run_plots.MAX_CURVES else ""
             figures.append(
                 self._figure(
-                    plots.learning_plot(longest.env_steps, returns, is_heldout, self.results.prefixes, bootstrap),
+                    run_plots.learning_plot(longest.env_steps, returns, is_heldout, self.results.prefixes, bootstrap),
                     f"Return of PPO's stochastic policy while it learns, {len(trials)} trials{drawn}: mean and its "
                     "95 % interval. Dotted: the ends of the prefixes.",
                 )
@@ -292,7 +450,7 @@ class _Report:
         if self.training is not None and len(self.training.steps):
             figures.append(
                 self._figure(
-                    plots.training_plot(self.training),
+                    run_plots.training_plot(self.training),
                     "The forecaster's relative error in training (first of one-step predictions, then of whole "
                     "rollouts), and its relative weight error at the end of validation trials' paths. The weights of "
                     "the best validation are kept; held-out trials take no part.",
@@ -302,52 +460,7 @@ class _Report:
             return element("p", "No episode ended in any trial, and no training curve was given.")
         return element("div", *figures, cls="pair")
 
-    # ------------------------------------------------------------------------------------------- how to read it
-
-    def _reading(self) -> Html:
-        num_trials = len(self.results.trials)
-        terms = [
-            ("trial", "one PPO run from its own random initialisation; the forecaster never saw the held-out ones"),
-            ("checkpoint", "the policy's weights after one PPO iteration; a path is a trial's row of checkpoints"),
-            ("prefix", "the part of a path that is seen, as a share of it; the forecast continues it"),
-            ("horizon", "how many checkpoints ahead of the prefix's end a forecast lies"),
-            ("WPE", "weight prediction error: the mean squared difference between forecast and true weights"),
-            (
-                "relative error",
-                "|forecast \N{MINUS SIGN} true| / |true \N{MINUS SIGN} initial|: 0 is perfect, 1 as wrong as the "
-                "initial weights",
-            ),
-            (
-                "REPW",
-                "return error of predicted weights: |return of the true policy \N{MINUS SIGN} return of the forecast "
-                "policy|, with deterministic actions, on the same episode seeds",
-            ),
-            (
-                "future gain",
-                "return of the true policy minus return of the policy at the prefix's end; its shares "
-                "are given where its whole interval lies above the return noise",
-            ),
-            (
-                "interval",
-                "95 % percentile bootstrap over held-out trials (10,000 resamples, fixed seed); percentages against "
-                "persistence compare the two on the same trials, so that they are tighter than the separate intervals",
-            ),
-        ]
-        terms += [(predictor_info(n).label, predictor_info(n).description) for n in self.results.names]
-        caveats = [
-            "Everything rests on one held-out trial: it has no interval, and another could behave otherwise."
-            if num_trials == 1
-            else f"Everything rests on {num_trials} held-out trials."
-            + " With so few, bootstrap intervals are somewhat too narrow." * (num_trials < 20),
-            f"One task ({self.results.env_id}), one algorithm, one set of hyperparameters: others can differ.",
-            "Weights and returns are different judges: a small weight error need not mean a good policy, nor a large "
-            "one a bad policy.",
-            "The floors know the answer; they are not predictors. The basis floor bounds weight errors, not returns: "
-            "there a forecast may do better.",
-        ]
-        entries = (page.join(element("dt", term), element("dd", f"{text}.")) for term, text in terms)
-        listing = element("ul", *(element("li", text) for text in caveats))
-        return page.join(element("dl", *entries, cls="terms"), element("h3", "Caveats"), listing)
+    # ------------------------------------------------------------------------------------------- settings
 
     def _settings(self) -> Html:
         groups: dict[str, Mapping[str, Any]] = {

@@ -1,0 +1,102 @@
+"""Running policies: returns against one environment at a time, and the states that are kept of them."""
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from synthetic_run import SPEC
+
+from tipl import returns
+from tipl.policy import mean_action
+from tipl.returns import _StateSample, episodic_returns, run_episodes
+
+ENV_ID = "InvertedPendulum-v5"
+
+
+def some_policies(number: int) -> NDArray[np.float32]:
+    return (0.5 * np.random.default_rng(0).standard_normal((number, SPEC.num_params))).astype(np.float32)
+
+
+def test_returns_equal_those_of_one_gymnasium_env_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(returns, "ENVS_AT_ONCE", 8)  # two groups, the second not full
+    rng = np.random.default_rng(0)
+    weights = (0.5 * rng.standard_normal((5, SPEC.num_params))).astype(np.float32)
+    seeds = np.array([11, 12, 13])
+    got = episodic_returns("InvertedPendulum-v5", SPEC, weights, seeds)
+    env = gymnasium.make("InvertedPendulum-v5")
+    assert isinstance(env.action_space, gymnasium.spaces.Box)
+    for policy, row in zip(torch.from_numpy(weights), got, strict=True):
+        for seed, value in zip(seeds, row, strict=True):
+            obs, _ = env.reset(seed=int(seed))
+            total, ended = 0.0, False
+            while not ended:
+                seen = torch.from_numpy(obs.astype(np.float32))[None, None]
+                action = mean_action(SPEC, policy[None], seen)[0, 0].numpy().astype(np.float64)
+                action = np.clip(action, env.action_space.low, env.action_space.high)
+                obs, reward, terminated, truncated, _ = env.step(action)
+                total, ended = total + float(reward), terminated or truncated
+            assert value == total
+    assert len(np.unique(got)) > 3
+    env.close()
+    with pytest.raises(ValueError, match="of Hopper-v5 must have 11 observations and 3 actions, got 4 and 1"):
+        episodic_returns("Hopper-v5", SPEC, weights, seeds)
+
+
+def visited(policy: NDArray[np.float32], seeds: NDArray[np.int64]) -> set[bytes]:
+    """Every observation that a policy acts on, one environment at a time."""
+    env, seen = gymnasium.make(ENV_ID), set()
+    assert isinstance(env.action_space, gymnasium.spaces.Box)
+    for seed in seeds:
+        obs, _ = env.reset(seed=int(seed))
+        ended = False
+        while not ended:
+            state = obs.astype(np.float32)
+            seen.add(state.tobytes())
+            alike = torch.from_numpy(np.tile(state, (1, len(seeds), 1)))  # the arithmetic of as many episodes at once
+            action = mean_action(SPEC, torch.from_numpy(policy[None]), alike)[0, 0]
+            clipped = np.clip(action.numpy().astype(np.float64), env.action_space.low, env.action_space.high)
+            obs, _, terminated, truncated, _ = env.step(clipped)
+            ended = terminated or truncated
+    env.close()
+    return seen
+
+
+def test_kept_states_are_some_or_all_of_those_visited() -> None:
+    weights, seeds = some_policies(3), np.array([11, 12, 13])
+    every, some = (run_episodes(ENV_ID, SPEC, weights, seeds, num_states=n) for n in (5000, 7))
+    for policy, all_states, states in zip(weights, every.states, some.states, strict=True):
+        assert {state.tobytes() for state in all_states} == visited(policy, seeds)
+        assert states.shape == (7, SPEC.obs_dim)
+        assert {state.tobytes() for state in states} < {state.tobytes() for state in all_states}
+        assert len(np.unique(states, axis=0)) == 7
+    np.testing.assert_array_equal(every.returns, episodic_returns(ENV_ID, SPEC, weights, seeds))
+    assert [len(states) for states in run_episodes(ENV_ID, SPEC, weights, seeds).states] == [0, 0, 0]
+
+
+def test_states_do_not_depend_on_threads_nor_on_the_policies_beside(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights, seeds = some_policies(5), np.array([11, 12])
+    together = run_episodes(ENV_ID, SPEC, weights, seeds, num_states=9, num_threads=2)
+    alone = [run_episodes(ENV_ID, SPEC, row[None], seeds, num_states=9, num_threads=1).states[0] for row in weights]
+    monkeypatch.setattr(returns, "ENVS_AT_ONCE", 4)  # groups of two
+    grouped = run_episodes(ENV_ID, SPEC, weights, seeds, num_states=9)
+    for one, two, three in zip(together.states, alone, grouped.states, strict=True):
+        np.testing.assert_array_equal(one, two)
+        np.testing.assert_array_equal(one, three)
+    other = run_episodes(ENV_ID, SPEC, weights, seeds + 1, num_states=9)
+    assert all((one != two).any() for one, two in zip(together.states, other.states, strict=True))
+
+
+def test_every_step_is_as_likely_to_be_kept() -> None:
+    lengths = np.array([40, 10, 25])  # of three episodes: 75 steps, numbered
+    first, kept = np.array([0, 40, 50]), np.zeros(75)
+    for seed in range(600):
+        sample = _StateSample(1, 15, 1, np.array([seed, 0, 0]))
+        for t in range(lengths.max()):
+            sample.add((first + t).astype(np.float32)[None, :, None], (t < lengths)[None])
+        kept[sample.states()[0].astype(int).ravel()] += 1
+    assert kept.sum() == 600 * 15  # no step twice
+    expected = 600 * 15 / 75
+    deviations = (kept - expected) / np.sqrt(expected * (1 - 15 / 75))
+    assert np.abs(deviations).max() < 4.5
+    assert 0.6 < deviations.std() < 1.4
