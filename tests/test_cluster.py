@@ -27,7 +27,8 @@ from tipl.resume import Unfinished
 from tipl.returns import run_episodes
 from tipl.rollout import Forecaster
 from tipl.store import Store
-from tipl.train import TrainConfig, train
+from tipl.train import train
+from tipl.training_data import TrainConfig
 
 # Of Ray's own making: it leaves files and sockets to the garbage collector.
 pytestmark = [

@@ -14,9 +14,12 @@ from tipl.report import write_report
 from tipl.report.results import read_results
 from tipl.returns import episodic_returns, run_episodes
 from tipl.rollout import Forecaster
-from tipl.train import TrainConfig, train
+from tipl.train import train
+from tipl.training_data import TrainConfig
 
-TINY = TrainConfig(n_components=6, n_layer=1, n_head=2, d_model=16, steps=10, batch_size=8, max_prefixes=6)
+TINY = TrainConfig(
+    n_components=6, n_layer=1, n_head=2, d_model=16, steps=10, batch_size=8, max_prefixes=6, refine_steps=10, d_refine=8
+)
 QUICK = EvaluateConfig(prefixes=(0.4, 0.6), horizons=(0.2,), num_episodes=2)
 
 
@@ -35,10 +38,11 @@ def test_rows_floors_and_report(tmp_path: Path) -> None:
     target = evaluate(store, forecaster, tmp_path / "evaluation", QUICK, progress=False)
     results = json.loads(target.read_text())
     rows = results["rows"]
-    heldout = forecaster.config["split"]["heldout"]
+    heldout = forecaster.config["stores"][0]["split"]["heldout"]
     predictors = {
-        "tipl", "persistence", "linear", "quadratic", "rank1", "autoregression", "mean_path", "nearest_path", "ridge",
-        "nowcaster", "basis_floor", "return_floor",
+        "tipl", "transformer",
+        "persistence", "linear", "quadratic", "rank1", "autoregression", "mean_path", "nearest_path", 
+        "ridge", "nowcaster", "basis_floor", "return_floor",
     }  # fmt: skip
     # prefix 0.4 of 16 checkpoints ends at 6: horizons 3 and 9; prefix 0.6 at 9: 3 and 6
     assert {(row["prefix"], row["horizon"]) for row in rows} == {(0.4, 3), (0.4, 9), (0.6, 3), (0.6, 6)}
@@ -83,7 +87,7 @@ def test_actions_are_compared_on_states_of_the_true_policies(tmp_path: Path) -> 
     forecaster = Forecaster.load(train(store, tmp_path / "model", TINY, progress=False))
     target = evaluate(store, forecaster, tmp_path / "evaluation", QUICK, progress=False)
     results = json.loads(target.read_text())
-    heldout, bounds = forecaster.config["split"]["heldout"], action_bounds(store.env_id)
+    heldout, bounds = forecaster.config["stores"][0]["split"]["heldout"], action_bounds(store.env_id)
     assert len(heldout) > 1
     of_trial: dict[int, dict[tuple[float, int, str], dict]] = {trial: {} for trial in heldout}
     for row in results["rows"]:
@@ -123,7 +127,7 @@ def test_actions_are_compared_on_states_of_the_true_policies(tmp_path: Path) -> 
 def test_one_held_out_trial_has_no_diversity(tmp_path: Path) -> None:
     store = make_store(tmp_path / "store.zarr", 4, 16)
     forecaster = Forecaster.load(train(store, tmp_path / "model", TINY, progress=False))
-    assert len(forecaster.config["split"]["heldout"]) == 1
+    assert len(forecaster.config["stores"][0]["split"]["heldout"]) == 1
     results = json.loads(evaluate(store, forecaster, tmp_path / "evaluation", QUICK, progress=False).read_text())
     assert {(it["action_variance"], it["return_std"]) for it in results["diversity"]} == {(None, None)}
 

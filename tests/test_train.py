@@ -12,22 +12,24 @@ from test_model import random_model
 
 from tipl.basis import Basis, Centre, prefix_coordinates, trajectory_gram
 from tipl.rollout import Forecaster, rollout
-from tipl.train import (
+from tipl.train import Trainer, loss_of, train
+from tipl.training_data import (
     Batch,
     Case,
     Examples,
+    Source,
     TrainConfig,
-    Trainer,
     TrainingData,
     Validation,
     Written,
     load_training_data,
-    loss_of,
     split_trials,
-    train,
+    thin,
 )
 
-TINY = TrainConfig(n_components=6, n_layer=1, n_head=2, d_model=16, steps=40, batch_size=8, max_prefixes=6)
+TINY = TrainConfig(
+    n_components=6, n_layer=1, n_head=2, d_model=16, steps=40, batch_size=8, max_prefixes=6, refine_steps=20, d_refine=8
+)
 
 
 def test_split_is_by_whole_trials_and_by_seed() -> None:
@@ -45,18 +47,18 @@ def test_split_is_by_whole_trials_and_by_seed() -> None:
 def test_held_out_trials_are_never_read(tmp_path: Path) -> None:
     store = make_store(tmp_path / "store.zarr", 6, 16)
     split = split_trials(6, TINY)
-    before = load_training_data(store, split, TINY)
+    before = load_training_data([Source.of(store, TINY)], TINY)
     for i in split.heldout:  # a damaged trial raises when it is read
         for chunk in (tmp_path / "store.zarr" / f"trial_{i:04d}" / "weights").glob("c*"):
             chunk.unlink()
-    after = load_training_data(store, split, TINY)
+    after = load_training_data([Source.of(store, TINY)], TINY)
     torch.testing.assert_close(after.examples.coordinates, before.examples.coordinates, rtol=0, atol=0)
 
 
 def test_examples_are_the_prefix_coordinates_of_the_trials(tmp_path: Path) -> None:
     store = make_store(tmp_path / "store.zarr", 6, 16)
     split = split_trials(6, TINY)
-    data = load_training_data(store, split, TINY)
+    data = load_training_data([Source.of(store, TINY)], TINY)
     ends = data.examples.prefix_ends.tolist()
     assert data.examples.filled[ends.index(3)].tolist() == [1, 1, 1, 0, 0, 0]
     assert data.examples.filled[ends.index(8)].tolist() == [1] * 6
@@ -75,7 +77,7 @@ def test_examples_are_the_prefix_coordinates_of_the_trials(tmp_path: Path) -> No
 
 def test_no_constant_path_errs_less_than_the_centre(tmp_path: Path) -> None:
     store = make_store(tmp_path / "store.zarr", 12, 16)
-    data = load_training_data(store, split_trials(12, TINY), TINY)
+    data = load_training_data([Source.of(store, TINY)], TINY)
     examples, row = data.examples, 4
     distances, outside = (x[:, row, -1].double() for x in (examples.distances, examples.outside))
 
@@ -96,15 +98,22 @@ def test_validation_errs_as_evaluate_does(tmp_path: Path) -> None:
     for basis in ("prefix", "shared"):
         folder = train(store, tmp_path / basis, TrainConfig(**{**vars(TINY), "basis": basis}), progress=False)
         forecaster = Forecaster.load(folder)
+        training = json.loads((folder / "training.json").read_text())
+
+        def mean_error(forecaster: Forecaster) -> float:
+            errors = []
+            for i in forecaster.config["stores"][0]["split"]["validation"]:
+                weights = store.trial(i).weights()
+                for end in Validation.prefix_ends(16):
+                    forecast = rollout(forecaster, weights[: end + 1], 15 - end)[0, -1]
+                    errors.append(np.linalg.norm(forecast - weights[-1]) / np.linalg.norm(weights[-1] - weights[0]))
+            return float(np.mean(errors))
+
+        assert training["refined_error"] == pytest.approx(mean_error(forecaster), rel=1e-3)
+        unrefined = dataclasses.replace(forecaster, refiner=None)
+        assert training["unrefined_error"] == pytest.approx(mean_error(unrefined), rel=1e-3)
         forecaster.centre.trust[:] = 1.0
-        errors = []
-        for i in forecaster.config["split"]["validation"]:
-            weights = store.trial(i).weights()
-            for end in Validation.prefix_ends(16):
-                forecast = rollout(forecaster, weights[: end + 1], 15 - end)[0, -1]
-                errors.append(np.linalg.norm(forecast - weights[-1]) / np.linalg.norm(weights[-1] - weights[0]))
-        best = json.loads((folder / "training.json").read_text())["best_error"]
-        assert best == pytest.approx(np.mean(errors), rel=1e-3)
+        assert training["best_error"] == pytest.approx(mean_error(unrefined), rel=1e-3)
 
 
 def test_sampled_examples_are_mixtures_at_one_prefix() -> None:
@@ -185,7 +194,7 @@ def test_training_learns_what_the_prefix_tells() -> None:
 def test_what_is_outside_a_basis_is_its_residual(tmp_path: Path) -> None:
     store = make_store(tmp_path / "store.zarr", 6, 16)
     split = split_trials(6, TINY)
-    data = load_training_data(store, split, TrainConfig(**{**vars(TINY), "basis": "shared"}))
+    data = load_training_data([Source.of(store, TINY)], TrainConfig(**{**vars(TINY), "basis": "shared"}))
     weights = store.trial(split.train[1]).weights()
     for row, end in enumerate(data.examples.prefix_ends.tolist()):
         basis = data.shared_basis.through(weights[end])
@@ -240,7 +249,7 @@ def test_a_model_folder_reads_back(tmp_path: Path) -> None:
     assert list((folder / "tb").glob("events.*"))
 
     forecaster = Forecaster.load(folder)
-    assert forecaster.config["split"] == vars(split_trials(10, TINY))
+    assert forecaster.config["stores"][0]["split"] == vars(split_trials(10, TINY))
     assert rollout(forecaster, store.trial(0).weights(0, 8), 8).shape == (1, 8, store.policy.num_params)
     with pytest.raises(FileExistsError, match=r"output .* exists already"):
         train(store, folder, TINY, progress=False)
@@ -295,3 +304,31 @@ def test_rejections(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=f"TrainConfig: {name} {message}"):
             TrainConfig(**{name: value})
+
+
+def test_several_stores_teach_one_forecaster(tmp_path: Path) -> None:
+    """Stores of other lengths are thinned to one; what each was split into is known afterwards."""
+    short, long = make_store(tmp_path / "short.zarr", 5, 16), make_store(tmp_path / "long.zarr", 6, 31, "Hopper-v5")
+    with pytest.raises(ValueError, match=r"stores must hold paths of one length, .* 16 checkpoints, .* has 31"):
+        train([short, long], tmp_path / "model", TINY, progress=False)
+    config = dataclasses.replace(TINY, num_checkpoints=16)
+    forecaster = Forecaster.load(train([short, long], tmp_path / "model", config, progress=False))
+    assert [it["env_id"] for it in forecaster.config["stores"]] == ["InvertedPendulum-v5", "Hopper-v5"]
+    source = forecaster.source_of(long)
+    assert source is not None
+    assert source["split"] == vars(split_trials(6, config))
+    assert forecaster.source_of(make_store(tmp_path / "other.zarr", 4, 16)) is None
+    np.testing.assert_array_equal(Source.of(long, config).path(0), long.trial(0).weights()[::2])
+    with pytest.raises(ValueError, match="num_checkpoints must be at most 16"):
+        Source.of(short, dataclasses.replace(TINY, num_checkpoints=17))
+    with pytest.raises(ValueError, match="a shared basis is of one store, got 2"):
+        train([short, long], tmp_path / "shared", dataclasses.replace(config, basis="shared"), progress=False)
+    with pytest.raises(ValueError, match="a store or several, got none"):
+        train([], tmp_path / "none", TINY)
+
+
+def test_thinning_is_even_and_starts_at_theta_0() -> None:
+    rows = np.arange(62, dtype=np.float32)[:, None]
+    np.testing.assert_array_equal(thin(rows, 62), rows)
+    np.testing.assert_array_equal(thin(rows, 16)[:, 0], np.arange(0, 61, 4))
+    np.testing.assert_array_equal(thin(rows, 40)[:, 0], np.arange(40))

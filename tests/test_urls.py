@@ -26,7 +26,8 @@ from tipl.ppo import Population, PPOConfig
 from tipl.resume import Unfinished
 from tipl.store import Store
 from tipl.store_info import describe_store
-from tipl.train import TrainConfig, train
+from tipl.train import train
+from tipl.training_data import TrainConfig
 from tipl.verify import verify_store
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning")  # of aiohttp and moto

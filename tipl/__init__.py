@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from tipl.store import Store
     from tipl.store_info import describe_store
     from tipl.svd import GroupedSVD, RunningGram, StreamingSVD, gram
-    from tipl.train import TrainConfig, train
+    from tipl.train import train
+    from tipl.training_data import TrainConfig
     from tipl.verify import verify_store
 
 # What each module gives to the package. A name is imported when it is first asked for: StreamingSVD needs neither torch
@@ -48,7 +49,8 @@ _EXPORTS = {
     "store": ["Store"],
     "store_info": ["describe_store"],
     "svd": ["GroupedSVD", "RunningGram", "StreamingSVD", "gram"],
-    "train": ["TrainConfig", "train"],
+    "train": ["train"],
+    "training_data": ["TrainConfig"],
     "verify": ["verify_store"],
 }
 _MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names}

@@ -29,7 +29,8 @@ from tipl.report import plot_store, write_report
 from tipl.rollout import Forecaster, rollout
 from tipl.store import Store
 from tipl.store_info import describe_store
-from tipl.train import TrainConfig, prefix_end_of, train
+from tipl.train import train
+from tipl.training_data import TrainConfig, prefix_end_of
 from tipl.verify import verify_store
 
 PathArg = Annotated[Path, arg(metavar="PATH")]
@@ -150,13 +151,14 @@ class StoreCommands:
 
 @dataclasses.dataclass(frozen=True)
 class Train:
-    """Train the forecaster on a store's trials; a share of them is held out and never read.
+    """Train the forecaster on a store's trials, or on several stores'; a share of them is held out and never read.
 
     Example: tipl train --store runs/cheetah/store.zarr --output runs/cheetah/model
     """
 
-    store: StoreArg
-    """A store written by `tipl collect`."""
+    store: tuple[StoreArg, ...]
+    """A store written by `tipl collect`, or several, of any tasks: --num-checkpoints brings their paths to one
+    length."""
     output: PathArg
     """The model folder; must not exist."""
     ray: RayArg = None
@@ -164,7 +166,7 @@ class Train:
     train: OmitArgPrefixes[TrainConfig] = dataclasses.field(default_factory=TrainConfig)
 
     def run(self) -> None:
-        train(Store.open(self.store), self.output, self.train, ray=self.ray)
+        train([Store.open(path) for path in self.store], self.output, self.train, ray=self.ray)
         print(f"model      {self.output}: {_training_line(self.output)}")
 
 
@@ -197,7 +199,7 @@ class Rollout:
         trial = store.trial(self.trial)
         prefix_end = prefix_end_of(self.prefix, trial.num_checkpoints)
         horizon = trial.num_checkpoints - 1 - prefix_end if self.horizon is None else self.horizon
-        weights = rollout(self.model, trial.weights(0, prefix_end + 1), horizon)[0]
+        weights = rollout(self.model, trial.weights(0, prefix_end + 1), horizon, layout=store.policy)[0]
         arrays = {"weights": weights, "checkpoint": np.arange(prefix_end + 1, prefix_end + 1 + horizon)}
         self.output.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(self.output, safetensors.numpy.save(arrays, {"tipl": json.dumps(layout_record(store))}))

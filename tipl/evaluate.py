@@ -39,7 +39,7 @@ from tipl.progress import progress_bar
 from tipl.returns import run_episodes
 from tipl.rollout import Forecast, Forecaster
 from tipl.store import Store
-from tipl.train import prefix_end_of
+from tipl.training_data import Source, Split, TrainConfig, prefix_end_of
 from tipl.training_path import TrainingPath
 
 COORDINATE_TRIALS = 4
@@ -145,15 +145,14 @@ def evaluate(
         )
     if output.exists():
         raise FileExistsError(f"evaluate: output {output} exists already; choose another folder or remove it")
-    check_fit(store, forecaster)
+    source = source_to_judge(store, forecaster)
     started = time.perf_counter()
-    split = forecaster.config["split"]
-    num_checkpoints = forecaster.config["num_checkpoints"]
+    split, num_checkpoints = source.split, source.num_checkpoints
     prefix_ends = config.prefix_ends(num_checkpoints)
     n_components = forecaster.model.config.n_components
-    heldout: list[int] = split["heldout"]
-    truth = np.array([store.trial(i).weights() for i in heldout])  # (trials, T, p)
-    training = [TrainingPath.of(store.trial(i).weights(), policy, seed=i) for i in split["train"]]
+    heldout = split.heldout
+    truth = np.array([source.path(i) for i in heldout])  # (trials, T, p)
+    training = [TrainingPath.of(source.path(i), policy, seed=i) for i in split.train]
 
     judged = _Judged()
     coordinates: dict[str, NDArray[Any]] = {}
@@ -163,6 +162,7 @@ def evaluate(
         forecaster.forecast(
             [path[: end + 1] for end, path in cases],
             [num_checkpoints - 1 - end for end, _ in cases],
+            layout=policy,
             num_threads=num_threads,
         )
     )
@@ -173,7 +173,9 @@ def evaluate(
             forecast = next(forecasts)
             basis = forecast.basis
             future = path[prefix_end + horizons]  # (n, p)
-            predictions = {"tipl": basis.decode(forecast.future[horizons - 1])}
+            predictions = {"tipl": forecast.weights(horizons)}
+            if forecaster.refiner is not None:
+                predictions["transformer"] = forecast.in_basis(horizons)
             predictions |= {name: it.forecast(path[: prefix_end + 1], horizons) for name, it in baselines.items()}
             predictions["basis_floor"] = basis.decode(basis.encode(future))
             predictions["return_floor"] = future
@@ -208,8 +210,10 @@ def evaluate(
         "tipl_version": importlib.metadata.version("tipl"),
         "settings": {
             "num_trials": store.num_trials,
-            "train_trials": split["train"],
-            "validation_trials": split["validation"],
+            "train_trials": split.train,
+            "validation_trials": split.validation,
+            "trained_on": [it["env_id"] for it in forecaster.config["stores"]],
+            "is_zero_shot": forecaster.source_of(store) is None,
             "heldout_trials": heldout,
             "num_checkpoints": num_checkpoints,
             "num_params": store.policy.num_params,
@@ -232,22 +236,39 @@ def evaluate(
     return target
 
 
-def check_fit(store: Store, forecaster: Forecaster) -> None:
-    """Raise ValueError unless the forecaster was trained on this store."""
+def source_to_judge(store: Store, forecaster: Forecaster) -> Source:
+    """Return the store with the split by which the forecaster was trained on it.
+
+    A store that it was not trained on is judged zero-shot, on the trials that training would have held out: the others
+    still teach the baselines. Raises ValueError where the forecaster may have seen some of the trials in another store,
+    or knows these policies not at all.
+    """
     config = forecaster.config
-    if "split" not in config:
+    if "stores" not in config:
         raise ValueError("evaluate: the model is not from `tipl train`: its config.json holds no split of trials")
-    for name, of_model, of_store in (
-        ("env_id", config["env_id"], store.env_id),
-        ("policy", config["policy"], store.policy.to_dict()),
-        ("seeds", config["seeds"], store.seeds),
-        ("num_checkpoints", config["num_checkpoints"], store.num_checkpoints),
-    ):
-        if of_model != of_store:
+    known = forecaster.source_of(store)
+    if known is not None:
+        source = Source(store, Split(**known["split"]), config["num_checkpoints"])
+        is_thinned = config["train"]["num_checkpoints"] is not None
+        if store.num_checkpoints != source.num_checkpoints and not is_thinned:
             raise ValueError(
-                f"evaluate: the model does not fit the store {store.path}: it was trained on {name} = {of_model}, "
-                f"the store has {of_store}"
+                f"evaluate: the model does not fit the store {store.path}: it was trained on num_checkpoints = "
+                f"{source.num_checkpoints}, the store has {store.num_checkpoints}"
             )
+        return source
+    for other in config["stores"]:
+        if other["env_id"] == store.env_id and (common := sorted(set(other["seeds"]) & set(store.seeds))):
+            raise ValueError(
+                f"evaluate: the model does not fit the store {store.path}: it was trained on another one with the same "
+                f"{len(common)} of its {store.num_trials} seeds, so that it may have seen what it is judged on"
+            )
+    if forecaster.shared_basis is not None:
+        raise ValueError(
+            f"evaluate: the model does not fit the store {store.path}: a shared basis serves the trials of its own "
+            f"store alone, which was of {config['stores'][0]['env_id']}"
+        )
+    length = min(store.num_checkpoints, config["num_checkpoints"])
+    return Source.of(store, TrainConfig(**{**config["train"], "num_checkpoints": length}))
 
 
 def machine_record() -> dict[str, Any]:

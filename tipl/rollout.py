@@ -13,7 +13,10 @@ from numpy.typing import NDArray
 
 from tipl.basis import Basis, Centre
 from tipl.decoder import continue_paths
-from tipl.model import TrajectoryTransformer, load_model
+from tipl.model import TrajectoryTransformer, load_model, save_model
+from tipl.policy import Layout, layout_from_dict
+from tipl.refine import Refiner
+from tipl.store import Store
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,21 +28,35 @@ class Forecast:
     """Coordinates of the prefix in the basis, (h+1, k)."""
     future: NDArray[np.float32]
     """Coordinates forecast for what follows, (n, k)."""
+    prefix: NDArray[np.float32]
+    """What was observed, (h+1, p)."""
+    layout: Layout | None = None
+    refiner: Refiner | None = None
 
-    def weights(self) -> NDArray[np.float32]:
-        """Return the forecast weights, (n, p)."""
-        return self.basis.decode(self.future)
+    def weights(self, horizons: Sequence[int] | NDArray[np.int64] | None = None) -> NDArray[np.float32]:
+        """Return the forecast weights, refined, at some `horizons` (n,) in checkpoints after the prefix, or at all."""
+        chosen = np.arange(1, len(self.future) + 1) if horizons is None else np.asarray(horizons, np.int64)
+        weights = self.in_basis(chosen)
+        if self.refiner is None or self.layout is None:
+            return weights
+        return self.refiner.refine(self.prefix, self.layout, weights, chosen)
+
+    def in_basis(self, horizons: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Return the weights (n, p) that the Transformer forecasts, before they are refined."""
+        return self.basis.decode(self.future[horizons - 1])
 
 
 @dataclasses.dataclass(frozen=True)
 class Forecaster:
-    """A trained model and the basis that it speaks in."""
+    """A trained Transformer, the basis that it speaks in, and what refines its forecasts."""
 
     model: TrajectoryTransformer
     shared_basis: Basis | None = None
     """The basis of all training trials; None where each prefix has its own, the default."""
     centre: Centre | None = None
     """The training trials' mean path; None where the model's coordinates are not centred."""
+    refiner: Refiner | None = None
+    """None where forecasts stay in the basis."""
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
     """The model folder's config.json."""
 
@@ -63,7 +80,38 @@ class Forecaster:
             raise RuntimeError(
                 f"Forecaster.load: {folder}: the centre's paths {centre.paths.shape} do not fit the model"
             )
-        return cls(model, basis, centre, config)
+        steps = config.get("train", {}).get("refine_steps", 0)
+        refiner = Refiner.load(folder / "refiner.safetensors") if steps else None
+        return cls(model, basis, centre, refiner, config)
+
+    def save(self, folder: Path) -> None:
+        """Write a model folder, config.json last: a folder that has one is whole."""
+        for name, part in (("basis", self.shared_basis), ("centre", self.centre), ("refiner", self.refiner)):
+            if part is not None:
+                part.save(folder / f"{name}.safetensors")
+        save_model(self.model, folder, self.config)
+
+    def source_of(self, store: Store) -> dict[str, Any] | None:
+        """Return what config.json says of a store that the forecaster was trained on, its split among it, or None."""
+        known = {"env_id": store.env_id, "policy": store.policy.to_dict(), "seeds": store.seeds}
+        for source in self.config.get("stores", []):
+            if {name: source[name] for name in known} == known:
+                return dict(source)
+        return None
+
+    def layout_of(self, num_params: int) -> Layout:
+        """Return the layout of the policies of so many weights that the forecaster was trained on.
+
+        Raises ValueError where there is none, or more than one.
+        """
+        layouts = [layout_from_dict(source["policy"]) for source in self.config.get("stores", [])]
+        shapes = {str(it.shapes): it for it in layouts if it.num_params == num_params}
+        if len(shapes) != 1:
+            raise ValueError(
+                f"rollout: layout must be given (a store's `policy`): the forecaster was trained on {len(shapes)} "
+                f"kinds of policies of {num_params} weights, and refines forecasts tensor by tensor"
+            )
+        return next(iter(shapes.values()))
 
     def basis_of(self, prefix: NDArray[np.float32]) -> Basis:
         """Return the basis in which the forecast of `prefix` (h+1, p) is made."""
@@ -72,13 +120,26 @@ class Forecaster:
         return Basis.from_prefix(prefix, self.model.config.n_components)
 
     def forecast(
-        self, prefixes: Sequence[NDArray[np.float32]], horizons: Sequence[int], *, num_threads: int | None = None
+        self,
+        prefixes: Sequence[NDArray[np.float32]],
+        horizons: Sequence[int],
+        *,
+        layout: Layout | None = None,
+        num_threads: int | None = None,
     ) -> list[Forecast]:
-        """Return each run continued, from prefixes (h+1, p) of any lengths by horizons n of their own, in one batch."""
+        """Return each run continued, from prefixes (h+1, p) of any lengths by horizons n of their own, in one batch.
+
+        `layout` says which tensors the p weights are; by default it is that of the training trials with as many.
+        """
         bases = [self.basis_of(prefix) for prefix in prefixes]
         observed = [basis.encode(prefix) for basis, prefix in zip(bases, prefixes, strict=True)]
         futures = self.continue_coordinates(observed, horizons, num_threads=num_threads)
-        return [Forecast(*parts) for parts in zip(bases, observed, futures, strict=True)]
+        if self.refiner is None:
+            return [Forecast(*parts) for parts in zip(bases, observed, futures, prefixes, strict=True)]
+        return [
+            Forecast(*parts, layout or self.layout_of(parts[-1].shape[1]), self.refiner)
+            for parts in zip(bases, observed, futures, prefixes, strict=True)
+        ]
 
     def continue_coordinates(
         self, observed: Sequence[NDArray[np.float32]], horizons: Sequence[int], *, num_threads: int | None = None
@@ -103,16 +164,19 @@ def rollout(
     prefix_weights: NDArray[np.float32],
     horizon: int,
     *,
+    layout: Layout | None = None,
     num_threads: int | None = None,
 ) -> NDArray[np.float32]:
     """Return forecast weights (B, n, p) for the n = `horizon` checkpoints after the prefixes (B, h+1, p) or (h+1, p).
 
-    `model` is a forecaster, a bare model (with prefix bases) or a model folder. Row 0 of a prefix must be the run's
-    initial weights and its rows one checkpoint apart, as in training. Every trial is written in its basis, continued
-    natively, and written back; the future of no trial is seen.
+    `model` is a forecaster, a bare model (with prefix bases) or a model folder; `layout`, a store's `policy`, says
+    which tensors the p weights are where the forecaster was not trained on such policies. Row 0 of a prefix must be
+    the run's initial weights and its rows one checkpoint apart, as in training. Every trial is written in its basis,
+    continued natively, and written back; the future of no trial is seen.
 
     Raises TypeError for weights that are not float32; ValueError for another shape, NaN or Inf, a prefix that is too
-    short for a basis, a path longer than the model's max_len, or weights of another size than the shared basis.
+    short for a basis, a path longer than the model's max_len, weights of another size than the shared basis or the
+    layout, or policies that need a layout and have none.
     """
     if isinstance(model, TrajectoryTransformer):
         model = Forecaster(model)
@@ -130,7 +194,11 @@ def rollout(
             f"rollout: prefix_weights must hold p = {model.shared_basis.directions.shape[1]} weights a checkpoint, as "
             f"the model's shared basis, got {prefixes.shape[2]}"
         )
-    forecasts = model.forecast(list(prefixes), [horizon] * len(prefixes), num_threads=num_threads)
+    if layout is not None and layout.num_params != prefixes.shape[2]:
+        raise ValueError(
+            f"rollout: layout must have as many weights as prefix_weights, {prefixes.shape[2]}, got {layout.num_params}"
+        )
+    forecasts = model.forecast(list(prefixes), [horizon] * len(prefixes), layout=layout, num_threads=num_threads)
     return np.array([forecast.weights() for forecast in forecasts])
 
 

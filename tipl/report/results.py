@@ -36,6 +36,9 @@ class PredictorInfo:
 
 PREDICTORS: dict[str, PredictorInfo] = {
     "tipl": PredictorInfo("TIPL", "the causal Transformer continues the coordinates of the observed prefix"),
+    "transformer": PredictorInfo(
+        "Transformer alone", "TIPL's forecast before it is refined: within the directions of the prefix"
+    ),
     "persistence": PredictorInfo("persistence", "nothing changes: every future checkpoint is the last one seen"),
     "linear": PredictorInfo(
         "linear", "every weight goes on at its mean speed over the last checkpoints (window fitted on training trials)"
