@@ -18,7 +18,16 @@ from tipl.train import train
 from tipl.training_data import TrainConfig
 
 TINY = TrainConfig(
-    n_components=6, n_layer=1, n_head=2, d_model=16, steps=10, batch_size=8, max_prefixes=6, refine_steps=10, d_refine=8
+    n_components=6,
+    n_layer=1,
+    n_head=2,
+    d_model=16,
+    steps=10,
+    batch_size=8,
+    max_prefixes=6,
+    refine_steps=10,
+    d_refine=8,
+    confidence_trials=2,
 )
 QUICK = EvaluateConfig(prefixes=(0.4, 0.6), horizons=(0.2,), num_episodes=2)
 
@@ -40,8 +49,8 @@ def test_rows_floors_and_report(tmp_path: Path) -> None:
     rows = results["rows"]
     heldout = forecaster.config["stores"][0]["split"]["heldout"]
     predictors = {
-        "tipl", "transformer",
-        "persistence", "linear", "quadratic", "rank1", "autoregression", "mean_path", "nearest_path", 
+        "tipl", "tipl_gated", "transformer",
+        "persistence", "linear", "quadratic", "rank1", "autoregression", "mean_path", "nearest_path",
         "ridge", "nowcaster", "basis_floor", "return_floor",
     }  # fmt: skip
     # prefix 0.4 of 16 checkpoints ends at 6: horizons 3 and 9; prefix 0.6 at 9: 3 and 6

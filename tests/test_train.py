@@ -28,7 +28,16 @@ from tipl.training_data import (
 )
 
 TINY = TrainConfig(
-    n_components=6, n_layer=1, n_head=2, d_model=16, steps=40, batch_size=8, max_prefixes=6, refine_steps=20, d_refine=8
+    n_components=6,
+    n_layer=1,
+    n_head=2,
+    d_model=16,
+    steps=40,
+    batch_size=8,
+    max_prefixes=6,
+    refine_steps=20,
+    d_refine=8,
+    confidence_trials=1,
 )
 
 

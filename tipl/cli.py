@@ -161,12 +161,20 @@ class Train:
     length."""
     output: PathArg
     """The model folder; must not exist."""
+    num_threads: int | None = None
+    """Cores on which policies are run to calibrate the confidence; by default all."""
     ray: RayArg = None
     """Fit a shared basis on the Ray cluster at this address; local: on one started here."""
     train: OmitArgPrefixes[TrainConfig] = dataclasses.field(default_factory=TrainConfig)
 
     def run(self) -> None:
-        train([Store.open(path) for path in self.store], self.output, self.train, ray=self.ray)
+        train(
+            [Store.open(path) for path in self.store],
+            self.output,
+            self.train,
+            num_threads=self.num_threads,
+            ray=self.ray,
+        )
         print(f"model      {self.output}: {_training_line(self.output)}")
 
 
@@ -378,7 +386,8 @@ class Run:
 
         if not (model / "config.json").exists():
             with seconds.of("train"):
-                train(store, model, self.train, ray=self.ray if self.train.basis == "shared" else None)
+                ray = self.ray if self.train.basis == "shared" else None
+                train(store, model, self.train, num_threads=self.num_threads, ray=ray)
         print(f"model      {model}: {_training_line(model)}")
 
         results = evaluation / "results.json"

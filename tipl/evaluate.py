@@ -45,6 +45,9 @@ from tipl.training_path import TrainingPath
 COORDINATE_TRIALS = 4
 """Held-out trials whose coordinates are kept for the report."""
 
+FOLLOW = 0.5
+"""The confidence from which on the gated forecast follows TIPL; below, it stays with the last policy seen."""
+
 NUM_STATES = 256
 """States on which actions are compared, at most: an error in a mean over them of some percent, for a few MB."""
 
@@ -176,10 +179,14 @@ def evaluate(
             predictions = {"tipl": forecast.weights(horizons)}
             if forecaster.refiner is not None:
                 predictions["transformer"] = forecast.in_basis(horizons)
+            confidence = None if forecast.trained is None else forecast.confidence(horizons)
+            if confidence is not None:
+                follow = confidence[:, None] >= FOLLOW
+                predictions["tipl_gated"] = np.where(follow, predictions["tipl"], path[prefix_end])
             predictions |= {name: it.forecast(path[: prefix_end + 1], horizons) for name, it in baselines.items()}
             predictions["basis_floor"] = basis.decode(basis.encode(future))
             predictions["return_floor"] = future
-            _add_rows(judged, store.env_id, trial, share, prefix_end, horizons, path, predictions)
+            _add_rows(judged, store.env_id, trial, share, prefix_end, horizons, path, predictions, confidence)
             if number < COORDINATE_TRIALS:
                 coordinates |= _coordinates(forecast, path, f"trial{trial}_prefix{round(100 * share)}")
 
@@ -297,8 +304,12 @@ def _add_rows(
     horizons: NDArray[np.int64],
     path: NDArray[np.float32],
     predictions: dict[str, NDArray[np.float32]],
+    confidence: FloatArray | None,
 ) -> None:
-    """Add a row for every predictor and horizon; its two policies wait in `judged` for their returns."""
+    """Add a row for every predictor and horizon; its two policies wait in `judged` for their returns.
+
+    TIPL's rows hold its `confidence` (n,).
+    """
     future = path[prefix_end + horizons]
     for name, weights in predictions.items():
         wpe, relative = weight_errors(weights, future, path[0])
@@ -310,19 +321,20 @@ def _add_rows(
                 predicted = judged.policy(weights[j], trial, prefix_end)
             else:
                 predicted = judged.policy(weights[j], trial, share, name, int(horizon))
-            judged.rows.append(
-                {
-                    "env_id": env_id,
-                    "trial": trial,
-                    "prefix": share,
-                    "horizon": int(horizon),
-                    "predictor": name,
-                    "wpe": float(wpe[j]),
-                    "wpe_relative": float(relative[j]),
-                    "true": true,
-                    "predicted": predicted,
-                }
-            )
+            row = {
+                "env_id": env_id,
+                "trial": trial,
+                "prefix": share,
+                "horizon": int(horizon),
+                "predictor": name,
+                "wpe": float(wpe[j]),
+                "wpe_relative": float(relative[j]),
+                "true": true,
+                "predicted": predicted,
+            }
+            if name == "tipl" and confidence is not None:
+                row["confidence"] = float(confidence[j])
+            judged.rows.append(row)
 
 
 def _compare_actions(

@@ -12,6 +12,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import gymnasium
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -75,6 +76,15 @@ def episodic_returns(
 ) -> NDArray[np.float64]:
     """Return the episodic returns (N, E) of policies (N, p); keywords are those of `run_episodes`."""
     return run_episodes(env_id, policy, weights, episode_seeds, **kwargs).returns
+
+
+def can_run(env_id: str, policy: PolicySpec) -> bool:
+    """Return whether there is such an environment here, and the policy has its observations and actions."""
+    try:
+        with contextlib.closing(make_vec(env_id, 1, seeds=[0], num_threads=1)) as env:
+            return (policy.obs_dim, policy.act_dim) == (env.obs_dim, env.act_dim)
+    except (ValueError, gymnasium.error.Error):
+        return False
 
 
 def _no_tick(num_ended: int) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tipl.basis import Basis, Centre
+from tipl.confidence import Confidence, features_of
 from tipl.decoder import continue_paths
 from tipl.model import TrajectoryTransformer, load_model, save_model
 from tipl.policy import Layout, layout_from_dict
@@ -32,6 +33,8 @@ class Forecast:
     """What was observed, (h+1, p)."""
     layout: Layout | None = None
     refiner: Refiner | None = None
+    trained: Confidence | None = None
+    max_len: int = 0
 
     def weights(self, horizons: Sequence[int] | NDArray[np.int64] | None = None) -> NDArray[np.float32]:
         """Return the forecast weights, refined, at some `horizons` (n,) in checkpoints after the prefix, or at all."""
@@ -40,6 +43,17 @@ class Forecast:
         if self.refiner is None or self.layout is None:
             return weights
         return self.refiner.refine(self.prefix, self.layout, weights, chosen)
+
+    def confidence(self, horizons: Sequence[int] | NDArray[np.int64] | None = None) -> NDArray[np.float64]:
+        """Return the predicted probability (n,) that the forecast policy at each horizon beats the prefix's last one.
+
+        Raises ValueError where the forecaster's confidence was not calibrated.
+        """
+        if self.trained is None:
+            raise ValueError("forecast.confidence: the forecaster was trained without confidence_trials")
+        chosen = np.arange(1, len(self.future) + 1) if horizons is None else np.asarray(horizons, np.int64)
+        forecast, unrefined = self.weights(chosen), self.in_basis(chosen)
+        return self.trained(features_of(self.prefix, forecast, unrefined, chosen, self.max_len))
 
     def in_basis(self, horizons: NDArray[np.int64]) -> NDArray[np.float32]:
         """Return the weights (n, p) that the Transformer forecasts, before they are refined."""
@@ -57,6 +71,8 @@ class Forecaster:
     """The training trials' mean path; None where the model's coordinates are not centred."""
     refiner: Refiner | None = None
     """None where forecasts stay in the basis."""
+    confidence: Confidence | None = None
+    """None where it was not calibrated."""
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
     """The model folder's config.json."""
 
@@ -82,11 +98,18 @@ class Forecaster:
             )
         steps = config.get("train", {}).get("refine_steps", 0)
         refiner = Refiner.load(folder / "refiner.safetensors") if steps else None
-        return cls(model, basis, centre, refiner, config)
+        path = folder / "confidence.safetensors"
+        return cls(model, basis, centre, refiner, Confidence.load(path) if path.is_file() else None, config)
 
     def save(self, folder: Path) -> None:
         """Write a model folder, config.json last: a folder that has one is whole."""
-        for name, part in (("basis", self.shared_basis), ("centre", self.centre), ("refiner", self.refiner)):
+        parts = {
+            "basis": self.shared_basis,
+            "centre": self.centre,
+            "refiner": self.refiner,
+            "confidence": self.confidence,
+        }
+        for name, part in parts.items():
             if part is not None:
                 part.save(folder / f"{name}.safetensors")
         save_model(self.model, folder, self.config)
@@ -129,15 +152,16 @@ class Forecaster:
     ) -> list[Forecast]:
         """Return each run continued, from prefixes (h+1, p) of any lengths by horizons n of their own, in one batch.
 
-        `layout` says which tensors the p weights are; by default it is that of the training trials with as many.
+        All are of one kind of policy: `layout` says which tensors the p weights are; by default it is that of the
+        training trials with as many.
         """
         bases = [self.basis_of(prefix) for prefix in prefixes]
         observed = [basis.encode(prefix) for basis, prefix in zip(bases, prefixes, strict=True)]
         futures = self.continue_coordinates(observed, horizons, num_threads=num_threads)
-        if self.refiner is None:
-            return [Forecast(*parts) for parts in zip(bases, observed, futures, prefixes, strict=True)]
+        if self.refiner is not None and layout is None:
+            layout = self.layout_of(prefixes[0].shape[1])
         return [
-            Forecast(*parts, layout or self.layout_of(parts[-1].shape[1]), self.refiner)
+            Forecast(*parts, layout, self.refiner, self.confidence, self.model.config.max_len)
             for parts in zip(bases, observed, futures, prefixes, strict=True)
         ]
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.tensorboard import SummaryWriter
 
+from tipl.calibrate import calibrate
 from tipl.cluster import connected
 from tipl.locations import write_atomically
 from tipl.model import ModelConfig, TrajectoryTransformer
@@ -136,14 +137,16 @@ def train(
     output: str | Path,
     config: TrainConfig = TrainConfig(),
     *,
+    num_threads: int | None = None,
     ray: str | None = None,
     progress: bool = True,
 ) -> Path:
     """Train a forecaster on a store, or on several of any tasks, and write it to the folder `output`; return `output`.
 
-    Writes model.safetensors, centre.safetensors, refiner.safetensors, config.json (sizes, the splits, the training
-    settings), training.json (curves), TensorBoard events in tb/ and, for a shared basis, basis.safetensors, which with
-    `ray` is fitted on the Ray cluster at that address ("local": one that is started here).
+    Writes model.safetensors, centre.safetensors, refiner.safetensors, confidence.safetensors (where the simulator can
+    run the policies, on `num_threads` cores), config.json (sizes, the splits, the training settings), training.json
+    (curves), TensorBoard events in tb/ and, for a shared basis, basis.safetensors, which with `ray` is fitted on the
+    Ray cluster at that address ("local": one that is started here).
 
     Raises FileExistsError where `output` exists, ValueError where a store has too few trials or checkpoints, or the
     paths of several have not one length.
@@ -174,6 +177,8 @@ def train(
     if refined is not None:
         forecaster = dataclasses.replace(forecaster, refiner=refined.refiner)
         parts.append(refined.refiner)
+    confidence = calibrate(forecaster, sources, config, num_threads=num_threads, progress=progress)
+    forecaster = dataclasses.replace(forecaster, confidence=confidence)
     summary: dict[str, Any] = {
         **curve,
         "seconds": time.perf_counter() - started,

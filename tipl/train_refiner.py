@@ -152,13 +152,13 @@ def train_refiner(
     spread = np.linspace(max(MIN_PREFIX_END, num_checkpoints // 10), last, PREFIXES).round().astype(int)
     ends = sorted({*spread.tolist(), *judged})
     training, validation = [], []
-    trials_of = [(source, source.split.train[: config.max_trials][:MAX_TRIALS]) for source in sources]
+    trials_of = [source.learned(config) for source in sources]
     with progress_bar(progress) as bar:
-        task = bar.add_task("forecast training trials", total=sum(len(trials) for _, trials in trials_of), note="")
-        for source, trials in trials_of:
-            training += load_examples(source, trials, forecaster, ends, config.seed)
-            validation += load_examples(source, source.split.validation, forecaster, judged, config.seed)
-            bar.advance(task, len(trials))
+        task = bar.add_task("forecast training trials", total=sum(len(it) for it, _ in trials_of), note="")
+        for source, (taught, choosing) in zip(sources, trials_of, strict=True):
+            training += load_examples(source, taught[:MAX_TRIALS], forecaster, ends, config.seed)
+            validation += load_examples(source, choosing, forecaster, judged, config.seed)
+            bar.advance(task, len(taught))
     generator = torch.Generator().manual_seed(config.seed)
     refiner = Refiner(config.d_refine, num_checkpoints)
     average = copy.deepcopy(refiner).eval()

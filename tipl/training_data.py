@@ -64,7 +64,7 @@ class TrainConfig:
     max_prefixes: int = 64
     """Prefixes of a trial that are learned from, spread evenly over the path."""
     max_trials: int = 1024
-    """Training trials of a store that are learned from, at most."""
+    """Training trials of a store that are learned from, at most; of its validation trials a quarter as many choose."""
     num_checkpoints: int | None = None
     """Thin longer paths evenly to so many checkpoints, and cut what is left over; by default all are taken, and stores
     must hold paths of one length."""
@@ -72,6 +72,9 @@ class TrainConfig:
     """Optimiser steps of the refiner, which corrects the Transformer's forecasts weight by weight; 0 for none."""
     d_refine: int = 64
     """Width of the refiner."""
+    confidence_trials: int = 32
+    """Trials of a store whose forecasts are run in the simulator, to learn when a forecast is worth following: first
+    the validation trials, then training ones; 0 for none."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """bfloat16 runs matrix products under autocast, for GPUs: on two CPU cores it took 1.6 times as long a step as
     float32 at d_model 64 and about as long at 256."""
@@ -83,8 +86,9 @@ class TrainConfig:
         for name in (*counts, "steps", "batch_size", "patience", "max_prefixes", "max_trials"):
             if getattr(self, name) < 1:
                 raise ValueError(f"TrainConfig: {name} must be at least 1, got {getattr(self, name)}")
-        if self.refine_steps < 0:
-            raise ValueError(f"TrainConfig: refine_steps must not be negative, got {self.refine_steps}")
+        for name in ("refine_steps", "confidence_trials"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"TrainConfig: {name} must not be negative, got {getattr(self, name)}")
         if self.num_checkpoints is not None and self.num_checkpoints < MIN_PREFIX_END + 2:
             raise ValueError(
                 f"TrainConfig: num_checkpoints must be at least {MIN_PREFIX_END + 2}, got {self.num_checkpoints}"
@@ -157,6 +161,10 @@ class Source:
                 f"{config.num_checkpoints}"
             )
         return cls(store, split, config.num_checkpoints or first)
+
+    def learned(self, config: TrainConfig) -> tuple[list[int], list[int]]:
+        """Return the training and the validation trials that are read."""
+        return self.split.train[: config.max_trials], self.split.validation[: max(1, config.max_trials // 4)]
 
     def path(self, trial: int) -> NDArray[np.float32]:
         """Return the weights (T, p) of a trial, thinned evenly."""
@@ -368,9 +376,9 @@ def load_training_data(sources: Sequence[Source], config: TrainConfig, cluster: 
         return k if basis is not None else prefix_rank(prefix_end, k)
 
     filled = (torch.arange(k) < torch.tensor([rank(end) for end in ends])[:, None]).float()
-    learned = [write(source, i, ends) for source in sources for i in source.split.train[: config.max_trials]]
+    learned = [write(source, i, ends) for source in sources for i in source.learned(config)[0]]
     examples = Examples.of(learned, ends, filled)
-    chosen = [write(source, i, judged) for source in sources for i in source.split.validation]
+    chosen = [write(source, i, judged) for source in sources for i in source.learned(config)[1]]
     cases = [
         _case(trials, examples.centre, end, rank(end))
         for end, trials in zip(judged, zip(*chosen, strict=True), strict=True)

@@ -35,6 +35,7 @@ THEME: dict[str, tuple[str, str]] = {
     "faint": ("#b4bcc6", "#525c67"),
     "grid": ("#e4e8ec", "#2b323b"),
     "tipl": ("#d55e00", "#ff7a1a"),
+    "tipl_gated": ("#a03c00", "#ff9d5c"),
     "transformer": ("#f2a65a", "#ffc08a"),
     "persistence": ("#0b4f9e", "#5a82e6"),
     "linear": ("#00875f", "#2fc79b"),
@@ -208,6 +209,7 @@ def predictor_marks(names: Sequence[str]) -> dict[str, Mark]:
     """Return the mark of each predictor, the same in every figure of a report that knows the same `names`."""
     markers = {  # of those that `page.py` can draw; relatives share one and differ in colour
         "tipl": "o",
+        "tipl_gated": "o",
         "transformer": "o",
         "persistence": "s",
         "linear": "^",

@@ -36,6 +36,9 @@ class PredictorInfo:
 
 PREDICTORS: dict[str, PredictorInfo] = {
     "tipl": PredictorInfo("TIPL", "the causal Transformer continues the coordinates of the observed prefix"),
+    "tipl_gated": PredictorInfo(
+        "TIPL, gated", "TIPL's forecast where its confidence is at least one half, the last checkpoint seen elsewhere"
+    ),
     "transformer": PredictorInfo(
         "Transformer alone", "TIPL's forecast before it is refined: within the directions of the prefix"
     ),

@@ -1,0 +1,146 @@
+"""Confidence: the regression against a slow optimiser, its calibration, its features, and what `train` makes of it."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from synthetic_run import make_store
+from test_basis import random_path
+from test_refine import bare_forecaster
+
+from tipl.calibrate import NUM_EPISODES, calibrate
+from tipl.confidence import FEATURES, Confidence, expected_calibration_error, features_of
+from tipl.policy import ParameterLayout, PolicySpec
+from tipl.returns import can_run, episodic_returns
+from tipl.rollout import Forecaster
+from tipl.train import train
+from tipl.training_data import Source, TrainConfig
+
+TINY = TrainConfig(
+    n_components=6, n_layer=1, n_head=2, d_model=16, steps=10, max_prefixes=4, refine_steps=5, d_refine=4,
+    confidence_trials=3,
+)  # fmt: skip
+
+
+def outcomes(num: int, seed: int) -> tuple[NDArray[np.float64], NDArray[np.bool_], NDArray[np.float64]]:
+    """Features, outcomes drawn from a logistic law of them, and the law's probabilities."""
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((num, len(FEATURES))) * np.linspace(0.1, 3, len(FEATURES)) + 1.0
+    p = 1 / (1 + np.exp(-(x[:, 4] - x[:, 5] - 0.5)))
+    return x, rng.random(num) < p, p
+
+
+def test_fit_maximises_the_penalised_likelihood() -> None:
+    x, y, _ = outcomes(60, 0)
+    found = Confidence.fit(x, y)
+    z = np.clip((x - x.mean(0)) / x.std(0), -4, 4)
+    z, target = np.concatenate([z, np.zeros((2, z.shape[1]))]), np.append(y, (0.0, 1.0))
+
+    def loss(theta: NDArray[np.float64]) -> float:
+        odds = theta[0] + z @ theta[1:]
+        return float(np.sum(np.logaddexp(0, odds) - target * odds) + 0.5 * np.sum(theta[1:] ** 2))
+
+    best = np.append(found.intercept, found.coefficients)
+    rng = np.random.default_rng(1)
+    for size in (1e-1, 1e-2, 1e-3):
+        for _ in range(30):
+            assert loss(best + size * rng.standard_normal(best.shape)) > loss(best)
+
+
+def test_it_finds_the_law_and_is_calibrated() -> None:
+    confidence = Confidence.fit(*outcomes(2000, 2)[:2])
+    x, y, p = outcomes(2000, 3)
+    assert np.abs(confidence(x) - p).mean() < 0.03
+    assert expected_calibration_error(confidence(x), y) < 0.04
+    blind = Confidence.fit(outcomes(2000, 2)[0], np.random.default_rng(0).permutation(outcomes(2000, 2)[1]))
+    assert np.ptp(blind(x)) < 0.5 * np.ptp(confidence(x))
+
+
+def test_outcomes_of_one_kind_do_not_make_it_certain() -> None:
+    x, _, _ = outcomes(20, 4)
+    for beats in (True, False):
+        p = Confidence.fit(x, np.full(20, beats))(x)
+        assert ((p > 0.5) == beats).all()
+        assert ((p > 0.001) & (p < 0.999)).all()
+
+
+def test_expected_calibration_error_by_hand() -> None:
+    p, y = [0.05, 0.05, 0.95, 0.95, 1.0, 0.55], [False, True, True, True, False, True]
+    gaps = abs(1 - 0.1) + abs(2 - 2.9) + abs(1 - 0.55)
+    assert expected_calibration_error(p, y) == pytest.approx(gaps / 6)
+
+
+def test_features_know_neither_scale_nor_future() -> None:
+    path, horizons = random_path(12, 40, 0), np.array([1, 4])
+    forecast, unrefined = random_path(2, 40, 1) + path[8], random_path(2, 40, 2) + path[8]
+    features = features_of(path[:9], forecast, unrefined, horizons, 12)
+    assert features.shape == (2, len(FEATURES))
+    larger = features_of(8 * path[:9], 8 * forecast, 8 * unrefined, horizons, 12)
+    np.testing.assert_allclose(larger, features, rtol=0, atol=1e-5)
+    last = path[8].astype(np.float64)
+    ahead, recent = forecast[1] - last, last - path[4]
+    cosine = ahead @ recent / (np.linalg.norm(ahead) * np.linalg.norm(recent))
+    assert features[1, FEATURES.index("straightness")] == pytest.approx(cosine, rel=1e-5)
+    still = features_of(path[:9], np.repeat(path[8:9], 2, 0), np.repeat(path[8:9], 2, 0), horizons, 12)
+    assert np.isfinite(still).all()
+
+
+def test_calibrate_learns_from_what_the_simulator_says(tmp_path: Path) -> None:
+    """The outcomes are those of running each forecast beside its prefix's end on the same episodes."""
+    store = make_store(tmp_path / "store.zarr", 6, 16)
+    source = Source.of(store, TINY)
+    forecaster = dataclasses.replace(bare_forecaster(16), refiner=None)
+    found = calibrate(forecaster, [source], TINY, progress=False)
+    assert found is not None
+    features, beats = [], []
+    seeds = np.random.default_rng(TINY.seed).integers(2**31, size=NUM_EPISODES)
+    for trial in (source.split.validation + source.split.train)[:3]:
+        path = source.path(trial)
+        for h, horizons in ((3, [2, 3, 6, 12]), (6, [2, 3, 6, 9]), (9, [2, 3, 6]), (12, [2, 3])):
+            forecast = forecaster.forecast([path[: h + 1]], [15 - h])[0].weights(horizons)
+            features.append(features_of(path[: h + 1], forecast, forecast, np.array(horizons), 16))
+            before, *after = episodic_returns(store.env_id, store.policy, np.array([path[h], *forecast]), seeds).mean(1)
+            beats += [value > before for value in after]
+    expected = Confidence.fit(np.concatenate(features), np.array(beats))
+    np.testing.assert_allclose(found.coefficients, expected.coefficients, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(found.intercept, expected.intercept, rtol=0, atol=1e-6)
+
+
+def test_a_trained_forecaster_carries_it(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "store.zarr", 6, 16)
+    forecaster = Forecaster.load(train(store, tmp_path / "model", TINY, progress=False))
+    prefix = store.trial(0).weights(0, 7)
+    forecast = forecaster.forecast([prefix], [9])[0]
+    probability = forecast.confidence([1, 9])
+    assert probability.shape == (2,)
+    assert ((probability > 0) & (probability < 1)).all()
+    np.testing.assert_allclose(forecast.confidence()[[0, 8]], probability, rtol=1e-9)
+    none = dataclasses.replace(TINY, confidence_trials=0)
+    without = Forecaster.load(train(store, tmp_path / "without", none, progress=False))
+    with pytest.raises(ValueError, match="trained without confidence_trials"):
+        without.forecast([prefix], [9])[0].confidence()
+
+
+def test_policies_that_cannot_be_run_teach_nothing(tmp_path: Path) -> None:
+    assert can_run("InvertedPendulum-v5", PolicySpec(4, 1))
+    assert not can_run("InvertedPendulum-v5", PolicySpec(5, 1))
+    assert not can_run("unknown", PolicySpec(4, 1))
+    store = make_store(tmp_path / "store.zarr", 6, 16, env_id="Nowhere-v0")
+    assert calibrate(bare_forecaster(16), [Source.of(store, TINY)], TINY, progress=False) is None
+    assert ParameterLayout((("a", (2, 3)),)).num_params == 6
+
+
+def test_damaged_files(tmp_path: Path) -> None:
+    confidence = Confidence.fit(*outcomes(20, 0)[:2])
+    path = tmp_path / "confidence.safetensors"
+    confidence.save(path)
+    x = outcomes(5, 1)[0]
+    np.testing.assert_array_equal(Confidence.load(path)(x), confidence(x))
+    dataclasses.replace(confidence, intercept=np.array([np.nan])).save(path)
+    with pytest.raises(RuntimeError, match="expected finite arrays"):
+        Confidence.load(path)
+    path.write_bytes(b"nothing")
+    with pytest.raises(RuntimeError, match="is damaged"):
+        Confidence.load(path)
