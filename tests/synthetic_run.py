@@ -78,6 +78,7 @@ def make_rows(store: Store, heldout: list[int], prefixes: tuple[float, ...] = PR
                         "wpe_relative": float(error / np.linalg.norm(true - theta[0])), "return_true": return_true,
                         "return_predicted": predicted, "repw": abs(return_true - predicted),
                         **(NO_ACTIONS if name == "return_floor" else compare_actions(float(error))),
+                        **({"confidence": 0.3 + 0.65 * horizon / (last - h)} if name == "tipl" else {}),
                     })  # fmt: skip
     return rows
 
@@ -103,6 +104,18 @@ def make_diversity(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
+def make_memorisation(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Forecasts seven tenths as far from a training path as the truth is; their mean is half as far."""
+    keys = dict.fromkeys((row["trial"], row["prefix"]) for row in rows)
+    return [
+        {
+            "trial": trial, "prefix": prefix, "forecast_nearest": 0.7 * (1 + 0.1 * trial), "mean_nearest": 0.8,
+            "true_nearest": 1 + 0.1 * trial,
+        }
+        for trial, prefix in keys
+    ]  # fmt: skip
+
+
 def make_results(store: Store, heldout: list[int], rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "format": "tipl-results", "version": 1, "env_id": store.env_id, "tipl_version": "0.1.0",
@@ -115,6 +128,8 @@ def make_results(store: Store, heldout: list[int], rows: list[dict[str, Any]]) -
         "seconds": {"collect": 61.2, "evaluate": 17.3},
         "rows": rows,
         "diversity": make_diversity(rows),
+        "memorisation": make_memorisation(rows),
+        "causality": 0.0,
     }  # fmt: skip
 
 

@@ -157,7 +157,19 @@ def test_ctrl_c_in_the_middle_of_a_collection_keeps_what_was_committed(tmp_path:
 def test_help_teaches(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert tipl(monkeypatch, "--help") == 0
     text = capsys.readouterr().out
-    for name in ("collect", "train", "rollout", "import", "export", "evaluate", "report", "run", "demo", "Example"):
+    for name in (
+        "collect",
+        "train",
+        "rollout",
+        "import",
+        "export",
+        "evaluate",
+        "report",
+        "run",
+        "demo",
+        "reproduce",
+        "Example",
+    ):
         assert name in text
 
 

@@ -11,7 +11,7 @@ from test_basis import random_path
 from test_refine import bare_forecaster
 
 from tipl.calibrate import NUM_EPISODES, calibrate
-from tipl.confidence import FEATURES, Confidence, expected_calibration_error, features_of
+from tipl.confidence import FEATURES, STRIDES, Confidence, Strides, expected_calibration_error, features_of
 from tipl.policy import ParameterLayout, PolicySpec
 from tipl.returns import can_run, episodic_returns
 from tipl.rollout import Forecaster
@@ -94,7 +94,9 @@ def test_calibrate_learns_from_what_the_simulator_says(tmp_path: Path) -> None:
     forecaster = dataclasses.replace(bare_forecaster(16), refiner=None)
     found = calibrate(forecaster, [source], TINY, progress=False)
     assert found is not None
+    assert found.strides is not None
     features, beats = [], []
+    gains: dict[int, list[NDArray[np.float64]]] = {3: [], 6: [], 9: [], 12: []}
     seeds = np.random.default_rng(TINY.seed).integers(2**31, size=NUM_EPISODES)
     for trial in (source.split.validation + source.split.train)[:3]:
         path = source.path(trial)
@@ -103,9 +105,41 @@ def test_calibrate_learns_from_what_the_simulator_says(tmp_path: Path) -> None:
             features.append(features_of(path[: h + 1], forecast, forecast, np.array(horizons), 16))
             before, *after = episodic_returns(store.env_id, store.policy, np.array([path[h], *forecast]), seeds).mean(1)
             beats += [value > before for value in after]
+            three_ahead = forecast[horizons.index(3)]
+            tried = np.array([path[h] + np.float32(stride) * (three_ahead - path[h]) for stride in STRIDES])
+            returns = episodic_returns(store.env_id, store.policy, tried, seeds).mean(1)
+            gains[h].append(returns - returns[0])
     expected = Confidence.fit(np.concatenate(features), np.array(beats))
-    np.testing.assert_allclose(found.coefficients, expected.coefficients, rtol=0, atol=1e-6)
-    np.testing.assert_allclose(found.intercept, expected.intercept, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(found.confidence.coefficients, expected.coefficients, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(found.confidence.intercept, expected.intercept, rtol=0, atol=1e-6)
+    strides = Strides.fit([h / 16 for h in gains], [np.array(gain) for gain in gains.values()])
+    np.testing.assert_array_equal(found.strides.seen, strides.seen)
+    np.testing.assert_array_equal(found.strides.factor, strides.factor)
+
+
+def test_strides_are_those_of_most_return_or_none() -> None:
+    rng = np.random.default_rng(0)
+    noise = rng.standard_normal((20, len(STRIDES)))
+    noise[:, 0] = 0.0
+    peak = np.array([0.0, 1.0, 3.0, 6.0, 4.0, 2.0])
+    strides = Strides.fit([0.2, 0.4, 0.8], [peak + noise, -peak + noise, 0.5 * noise - 1.0])
+    np.testing.assert_array_equal(strides.factor, [2.0, 0.0, 0.0])
+    assert strides.at(0.3) == pytest.approx(1.0)
+    assert strides.at(0.1) == 2.0
+    assert Strides.fit([0.5], [peak[None]]).factor[0] == 0.0  # one trial has no standard error
+
+
+def test_tuned_forecasts_go_a_stride_along_the_forecast() -> None:
+    forecaster = dataclasses.replace(bare_forecaster(16), strides=Strides(np.array([0.2, 0.6]), np.array([3.0, 1.0])))
+    path = random_path(9, 40, 5)
+    forecast = dataclasses.replace(forecaster.forecast([path], [4])[0], future=np.ones((4, 6), np.float32))
+    moved = forecast.weights([1, 4]) - path[-1]
+    assert np.abs(moved).max() > 0.1
+    np.testing.assert_allclose(forecast.tuned([1, 4]), path[-1] + 1.5 * moved, rtol=0, atol=1e-5)  # 8 of 16 were seen
+    half = dataclasses.replace(forecast, trust=0.5)
+    np.testing.assert_allclose(half.weights([1, 4]), path[-1] + 0.5 * moved, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match=r"forecast.tuned: the forecaster was trained without"):
+        dataclasses.replace(forecast, strides=None).tuned()
 
 
 def test_a_trained_forecaster_carries_it(tmp_path: Path) -> None:
@@ -142,5 +176,12 @@ def test_damaged_files(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="expected finite arrays"):
         Confidence.load(path)
     path.write_bytes(b"nothing")
-    with pytest.raises(RuntimeError, match="is damaged"):
-        Confidence.load(path)
+    for load in (Confidence.load, Strides.load):
+        with pytest.raises(RuntimeError, match="is damaged"):
+            load(path)
+    Strides(np.array([0.2, 0.4]), np.array([1.0])).save(path)
+    with pytest.raises(RuntimeError, match="expected two arrays of one length"):
+        Strides.load(path)
+    Strides(np.array([0.2]), np.array([np.nan])).save(path)
+    with pytest.raises(RuntimeError, match="holds NaN or Inf"):
+        Strides.load(path)

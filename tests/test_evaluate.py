@@ -49,7 +49,7 @@ def test_rows_floors_and_report(tmp_path: Path) -> None:
     rows = results["rows"]
     heldout = forecaster.config["stores"][0]["split"]["heldout"]
     predictors = {
-        "tipl", "tipl_gated", "transformer",
+        "tipl", "tipl_gated", "tipl_tuned", "transformer",
         "persistence", "linear", "quadratic", "rank1", "autoregression", "mean_path", "nearest_path",
         "ridge", "nowcaster", "basis_floor", "return_floor",
     }  # fmt: skip
@@ -78,6 +78,18 @@ def test_rows_floors_and_report(tmp_path: Path) -> None:
             np.array(results["settings"]["episode_seeds"]),
         )  # fmt: skip
         assert of["tipl"]["return_true"] == pytest.approx(truth.mean())
+
+        chosen = "tipl" if of["tipl"]["confidence"] >= 0.5 else "persistence"
+        assert of["tipl_gated"]["return_predicted"] == of[chosen]["return_predicted"]
+        assert "confidence" not in of["tipl_gated"]
+
+    assert {(it["trial"], it["prefix"]) for it in results["memorisation"]} == {
+        (i, f) for i in heldout for f in (0.4, 0.6)
+    }
+    assert all(
+        min(it["forecast_nearest"], it["true_nearest"], it["mean_nearest"]) > 0 for it in results["memorisation"]
+    )
+    assert results["causality"] < 1e-5
 
     paths = safetensors.numpy.load_file(tmp_path / "evaluation" / "coordinates.safetensors")
     stem = f"trial{heldout[0]}_prefix40"

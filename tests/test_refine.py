@@ -204,7 +204,7 @@ def test_training_errors_are_those_of_the_whole_forecast(tmp_path: Path) -> None
     errors = examples.errors(trained(), torch.arange(len(horizon)), horizon).detach()
     for error, trial in zip(errors, source.split.train, strict=True):
         weights = store.trial(trial).weights()
-        forecast = rollout(forecaster, weights[:7], 9, layout=store.policy)[0, -1]
+        forecast = rollout(weights[:7], 9, forecaster, layout=store.policy)[0, -1]
         expected = np.linalg.norm(forecast - weights[-1]) / np.linalg.norm(weights[-1] - weights[0])
         exact = len(examples.count) == store.policy.num_params
         assert float(error) == pytest.approx(expected, rel=1e-3 if exact else 0.15)
@@ -234,8 +234,8 @@ def test_a_layout_is_asked_for_where_none_is_known(tmp_path: Path) -> None:
     forecaster = dataclasses.replace(bare_forecaster(16), refiner=trained())
     path = random_path(8, SPEC.num_params, 1)
     with pytest.raises(ValueError, match="layout must be given"):
-        rollout(forecaster, path, 2)
+        rollout(path, 2, forecaster)
     with pytest.raises(ValueError, match="layout must have as many weights as prefix_weights"):
-        rollout(forecaster, path, 2, layout=PolicySpec(4, 2, (5, 4)))
+        rollout(path, 2, forecaster, layout=PolicySpec(4, 2, (5, 4)))
     known = dataclasses.replace(forecaster, config={"stores": [{"policy": SPEC.to_dict()}]})
-    np.testing.assert_array_equal(rollout(known, path, 2), rollout(forecaster, path, 2, layout=SPEC))
+    np.testing.assert_array_equal(rollout(path, 2, known), rollout(path, 2, forecaster, layout=SPEC))

@@ -221,7 +221,7 @@ def test_share_tables_equal_a_slow_computation(run: Run, page: Page) -> None:
 
 
 def test_diversity_stands_beside_the_truths(run: Run, page: Page) -> None:
-    head, *body = page.tables[9]
+    head, *body = next(table for table in page.tables if "true policies" in table[0])
     assert head[:3] == ["prefix", "true policies", "TIPL"]
     for prefix, row in zip(PREFIXES, body, strict=True):
         entries = [entry for entry in run.results["diversity"] if entry["prefix"] == prefix]
@@ -319,9 +319,25 @@ def test_results_of_an_earlier_version_have_no_actions(tiny: Run) -> None:
     assert not left_out & {path.name for path in tiny.output.iterdir()}
 
 
+def test_results_without_confidence_memorisation_and_causality(tiny: Run) -> None:
+    del tiny.results["memorisation"], tiny.results["causality"]
+    for row in tiny.rows:
+        row.pop("confidence", None)
+    tiny.write()
+    page = Page(tiny.report(training=None).read_text())
+    assert "These results hold no confidence" in page.text
+    assert "Is it the average path?" in page.text
+    assert "Does it copy training paths?" not in page.text
+    assert "Does it see the future?" not in page.text
+    assert not {"reliability.png", "memorisation.png"} & {path.name for path in tiny.output.iterdir()}
+
+
 def test_one_held_out_trial_has_no_diversity_to_show(tiny: Run) -> None:
     for entry in tiny.results["diversity"]:
         entry["action_variance"] = entry["return_std"] = None
+    trial = tiny.heldout[0]
+    for name in ("rows", "memorisation"):
+        tiny.results[name] = [entry for entry in tiny.results[name] if entry["trial"] == trial]
     tiny.write()
     page = Page(tiny.report(training=None).read_text())
     assert "Do the forecast policies collapse to one?" not in page.text

@@ -45,6 +45,23 @@ def test_results_become_arrays_by_trial_and_horizon(small: Run) -> None:
     assert [value for _, value in best] == sorted(value for _, value in best)
 
 
+def test_confidence_distances_and_causality_are_read(small: Run) -> None:
+    results = small.read()
+    for row in small.rows:
+        value = results.at("confidence", row["prefix"], row["predictor"], row["horizon"])
+        cell = value[small.heldout.index(row["trial"])]
+        assert cell == row["confidence"] if row["predictor"] == "tipl" else math.isnan(cell)
+    for entry in small.results["memorisation"]:
+        for which in ("forecast_nearest", "true_nearest", "mean_nearest"):
+            found = results.nearest(which, entry["prefix"])
+            assert found[small.heldout.index(entry["trial"])] == entry[which]
+    assert results.causality == 0.0
+    del small.results["memorisation"], small.results["causality"]
+    results = small.read()
+    assert np.isnan(results.nearest("true_nearest", 0.2)).all()
+    assert math.isnan(results.causality)
+
+
 def test_results_of_an_earlier_version_lack_functional_metrics(small: Run) -> None:
     del small.results["diversity"]
     for row in small.rows:
@@ -112,6 +129,15 @@ def drop(key: str, place: int | None = None) -> Any:
             r"diversity\[2\]: action_variance must be finite and not negative, got -1.0",
         ),
         (lambda results: results["diversity"][2].pop("return_std"), r"diversity\[2\] lacks 'return_std'"),
+        (change("confidence", 1.5, 5), r"rows\[5\]: confidence must lie in \[0, 1\], got 1.5"),
+        (change("causality", -1.0), "the file: causality must be finite and not negative, got -1.0"),
+        (change("memorisation", {}), r"the file: memorisation must be of type list, got {}"),
+        (lambda results: results["memorisation"].insert(2, 7), r"memorisation\[2\] must be an object, got 7"),
+        (
+            lambda results: results["memorisation"][2].update(trial=0),
+            r"memorisation\[2\]: no row has trial 0 and prefix 0.2",
+        ),
+        (lambda results: results["memorisation"][2].pop("mean_nearest"), r"memorisation\[2\] lacks 'mean_nearest'"),
         (change("predictor", "tipl", 1), r"rows\[1\]: trial 3, prefix 0.2, horizon 1, 'tipl' has come before"),
     ],
 )

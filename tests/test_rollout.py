@@ -21,7 +21,7 @@ def prefixes(count: int, length: int = 8) -> NDArray[np.float32]:
 @pytest.mark.parametrize("count", [1, 3])
 def test_rollout_is_the_torch_recursion_between_encode_and_decode(count: int) -> None:
     model, observed = random_model(), prefixes(count)
-    forecast = rollout(model, observed, 12)
+    forecast = rollout(observed, 12, model)
     assert forecast.shape == (count, 12, 60)
     for weights, prefix in zip(forecast, observed, strict=True):
         basis = Basis.from_prefix(prefix, CONFIG.n_components)
@@ -32,9 +32,9 @@ def test_rollout_is_the_torch_recursion_between_encode_and_decode(count: int) ->
 def test_model_may_be_a_folder_and_a_prefix_may_stand_alone(tmp_path: Path) -> None:
     model, observed = random_model(), prefixes(2)
     save_model(model, tmp_path / "model")
-    batch = rollout(tmp_path / "model", observed, 5)
-    np.testing.assert_array_equal(rollout(str(tmp_path / "model"), observed[1], 5)[0], batch[1])
-    np.testing.assert_array_equal(rollout(Forecaster(model), observed, 5), batch)
+    batch = rollout(observed, 5, tmp_path / "model")
+    np.testing.assert_array_equal(rollout(observed[1], 5, str(tmp_path / "model"))[0], batch[1])
+    np.testing.assert_array_equal(rollout(observed, 5, Forecaster(model)), batch)
 
 
 def test_a_centred_forecaster_that_learned_nothing_follows_the_mean_path() -> None:
@@ -61,23 +61,23 @@ def test_prefixes_of_all_lengths_are_continued_together() -> None:
         together = forecaster.forecast(observed, horizons)
         for prefix, n, forecast in zip(observed, horizons, together, strict=True):
             assert forecast.weights().shape == (n, 60)
-            np.testing.assert_array_equal(forecast.weights(), rollout(forecaster, prefix, n)[0])
+            np.testing.assert_array_equal(forecast.weights(), rollout(prefix, n, forecaster)[0])
 
 
 def test_rejections() -> None:
     model, observed = random_model(), prefixes(2)
     with pytest.raises(TypeError, match="prefix_weights must be float32, got float64"):
-        rollout(model, observed.astype(np.float64), 3)
+        rollout(observed.astype(np.float64), 3, model)
     with pytest.raises(ValueError, match=r"must have shape \(B, h\+1, p\) or \(h\+1, p\), got \(60,\)"):
-        rollout(model, observed[0, 0], 3)
+        rollout(observed[0, 0], 3, model)
     spoilt = observed.copy()
     spoilt[1, 4, 7] = np.inf
     with pytest.raises(ValueError, match="NaN or Inf in trial 1, checkpoint 4"):
-        rollout(model, spoilt, 3)
+        rollout(spoilt, 3, model)
     with pytest.raises(ValueError, match=r"horizon must lie in \[1, 16\] .* got 17"):
-        rollout(model, observed, 17)
+        rollout(observed, 17, model)
     with pytest.raises(ValueError, match="a prefix must hold at least 4 checkpoints"):
-        rollout(model, observed[:, :3], 3)
+        rollout(observed[:, :3], 3, model)
     shared = Forecaster(model, Basis.from_prefix(prefixes(1)[0][:, :50], CONFIG.n_components))
     with pytest.raises(ValueError, match=r"must hold p = 50 weights a checkpoint, .* got 60"):
-        rollout(shared, observed, 3)
+        rollout(observed, 3, shared)

@@ -132,7 +132,7 @@ def test_round_trip(runs: Path, tmp_path: Path) -> None:
     template = runs / "seed1" / f"rl_model_{NUM_STEPS * 6}_steps.zip"
     run("export", forecast, "--like", template, "--output", output)
 
-    expected = tipl.rollout(tipl.Forecaster.load(model), Store.open(store).trial(1).weights(0, 7), 5)[0, -1]
+    expected = tipl.rollout(Store.open(store).trial(1).weights(0, 7), 5, tipl.Forecaster.load(model))[0, -1]
     loaded = sb3.PPO.load(output, device="cpu")
     np.testing.assert_array_equal(actor_of(loaded), expected)
     mean, _ = evaluate_policy(loaded, Monitor(gymnasium.make(ENV_ID)), n_eval_episodes=3)

@@ -114,7 +114,7 @@ def test_validation_errs_as_evaluate_does(tmp_path: Path) -> None:
             for i in forecaster.config["stores"][0]["split"]["validation"]:
                 weights = store.trial(i).weights()
                 for end in Validation.prefix_ends(16):
-                    forecast = rollout(forecaster, weights[: end + 1], 15 - end)[0, -1]
+                    forecast = rollout(weights[: end + 1], 15 - end, forecaster)[0, -1]
                     errors.append(np.linalg.norm(forecast - weights[-1]) / np.linalg.norm(weights[-1] - weights[0]))
             return float(np.mean(errors))
 
@@ -259,7 +259,7 @@ def test_a_model_folder_reads_back(tmp_path: Path) -> None:
 
     forecaster = Forecaster.load(folder)
     assert forecaster.config["stores"][0]["split"] == vars(split_trials(10, TINY))
-    assert rollout(forecaster, store.trial(0).weights(0, 8), 8).shape == (1, 8, store.policy.num_params)
+    assert rollout(store.trial(0).weights(0, 8), 8, forecaster).shape == (1, 8, store.policy.num_params)
     with pytest.raises(FileExistsError, match=r"output .* exists already"):
         train(store, folder, TINY, progress=False)
 
@@ -296,7 +296,7 @@ def test_a_shared_basis_goes_with_the_model(tmp_path: Path) -> None:
     forecaster = Forecaster.load(folder)
     assert forecaster.shared_basis is not None
     assert forecaster.shared_basis.n_components == 6
-    assert rollout(forecaster, store.trial(0).weights(0, 8), 3).shape == (1, 3, store.policy.num_params)
+    assert rollout(store.trial(0).weights(0, 8), 3, forecaster).shape == (1, 3, store.policy.num_params)
 
 
 def test_rejections(tmp_path: Path) -> None:
@@ -308,6 +308,7 @@ def test_rejections(tmp_path: Path) -> None:
         ("steps", 0, "must be at least 1, got 0"),
         ("heldout_fraction", 1.0, r"must lie in \[0, 1\), got 1.0"),
         ("teacher_forced", 1.5, r"must lie in \[0, 1\], got 1.5"),
+        ("trust", -0.1, r"must lie in \[0, 1\], got -0.1"),
         ("learning_rate", float("nan"), "must be positive and finite, got nan"),
         ("mixing", -1.0, "must be finite and not negative, got -1.0"),
     ):

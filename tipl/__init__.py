@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from tipl.ppo import PPOConfig
     from tipl.recorder import Recorder
     from tipl.report import PathSpectrum, path_spectrum, plot_store, write_report
-    from tipl.rollout import Forecaster, rollout
+    from tipl.reproduce import reproduce
+    from tipl.rollout import Forecaster, load_pretrained, rollout
     from tipl.store import Store
     from tipl.store_info import describe_store
     from tipl.svd import GroupedSVD, RunningGram, StreamingSVD, gram
@@ -45,7 +46,8 @@ _EXPORTS = {
     "ppo": ["PPOConfig"],
     "recorder": ["Recorder"],
     "report": ["PathSpectrum", "path_spectrum", "plot_store", "write_report"],
-    "rollout": ["Forecaster", "rollout"],
+    "reproduce": ["reproduce"],
+    "rollout": ["Forecaster", "load_pretrained", "rollout"],
     "store": ["Store"],
     "store_info": ["describe_store"],
     "svd": ["GroupedSVD", "RunningGram", "StreamingSVD", "gram"],
@@ -76,8 +78,10 @@ __all__ = [
     "export_checkpoint",
     "gram",
     "import_checkpoints",
+    "load_pretrained",
     "path_spectrum",
     "plot_store",
+    "reproduce",
     "rollout",
     "train",
     "verify_store",

@@ -4,18 +4,16 @@ Every command prints one line a result on stdout. A user's mistake ends in one l
 in one line and 130.
 """
 
-import contextlib
 import dataclasses
 import json
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import safetensors.numpy
 import tyro
+from numpy.typing import NDArray
 from tyro.conf import OmitArgPrefixes, arg
 
 from tipl.collect import collect, is_complete
@@ -26,7 +24,9 @@ from tipl.locations import write_atomically
 from tipl.policy import Activation
 from tipl.ppo import PPOConfig
 from tipl.report import plot_store, write_report
-from tipl.rollout import Forecaster, rollout
+from tipl.reproduce import experiments, reproduce
+from tipl.rollout import Forecaster, check_and_forecast, load_pretrained
+from tipl.stage_seconds import StageSeconds
 from tipl.store import Store
 from tipl.store_info import describe_store
 from tipl.train import train
@@ -183,16 +183,21 @@ class Rollout:
     """Forecast the weights that follow the observed part of one trial, and write them as safetensors.
 
     Example: tipl rollout --model runs/demo/model --store runs/demo/store.zarr --trial 3 --output f.safetensors
+
+    Example: tipl rollout --store runs/own/store.zarr --output f.safetensors
     """
 
-    model: PathArg
-    """A model folder written by `tipl train`."""
     store: StoreArg
     output: PathArg
-    """A .safetensors file: `weights` (horizon, p) float32 and `checkpoint` (horizon,), the index of each row."""
+    """A .safetensors file: `weights` (horizon, p) float32, `checkpoint` (horizon,), the index of each row, and, where
+    the model knows, `confidence` (horizon,): the probability that the policy beats the last one observed."""
+    model: PathArg | None = None
+    """A model folder written by `tipl train`; by default the forecaster that comes with tipl."""
     trial: int = 0
     prefix: float = 0.4
     """Share of the trial's path that is observed."""
+    every: int | None = None
+    """Take every so-many-th checkpoint; by default as many as fit the model."""
     horizon: int | None = None
     """Checkpoints to forecast; to the end of the path by default."""
 
@@ -204,14 +209,26 @@ class Rollout:
         store = Store.open(self.store)
         if not 0 <= self.trial < store.num_trials:
             raise ValueError(f"rollout: trial must lie in [0, {store.num_trials}), got {self.trial}")
-        trial = store.trial(self.trial)
-        prefix_end = prefix_end_of(self.prefix, trial.num_checkpoints)
-        horizon = trial.num_checkpoints - 1 - prefix_end if self.horizon is None else self.horizon
-        weights = rollout(self.model, trial.weights(0, prefix_end + 1), horizon, layout=store.policy)[0]
-        arrays = {"weights": weights, "checkpoint": np.arange(prefix_end + 1, prefix_end + 1 + horizon)}
+        forecaster = load_pretrained() if self.model is None else Forecaster.load(self.model)
+        trial, max_len = store.trial(self.trial), forecaster.model.config.max_len
+        every = -(-(trial.num_checkpoints - 1) // (max_len - 1)) if self.every is None else self.every
+        if every < 1:
+            raise ValueError(f"rollout: every must be at least 1, got {every}")
+        path = trial.weights()[::every]
+        prefix_end = prefix_end_of(self.prefix, len(path))
+        horizon = len(path) - 1 - prefix_end if self.horizon is None else self.horizon
+        forecast = check_and_forecast(forecaster, path[: prefix_end + 1], horizon, layout=store.policy)[0]
+        checkpoint = every * np.arange(prefix_end + 1, prefix_end + 1 + horizon)
+        arrays: dict[str, NDArray[Any]] = {"weights": forecast.weights(), "checkpoint": checkpoint}
+        trusted = ""
+        if forecast.trained is not None:
+            arrays["confidence"] = forecast.confidence()
+            trusted = f"; the last beats the policy at {every * prefix_end} with p = {arrays['confidence'][-1]:.2f}"
         self.output.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(self.output, safetensors.numpy.save(arrays, {"tipl": json.dumps(layout_record(store))}))
-        print(f"forecast   {self.output}: checkpoints {prefix_end + 1} to {prefix_end + horizon} of trial {self.trial}")
+        thinned = f", every {every}," if every > 1 else ""
+        reach = f"checkpoints {checkpoint[0]} to {checkpoint[-1]}{thinned} of trial {self.trial}"
+        print(f"forecast   {self.output}: {reach}{trusted}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -365,7 +382,7 @@ class Run:
             raise FileExistsError(f"run: output {self.output} exists already; choose another folder or pass --resume")
         num_checkpoints = -(-self.total_timesteps // self.ppo.batch_size) + 1
         self.evaluate.prefix_ends(num_checkpoints)  # refuses now what could not be judged after an hour
-        seconds = _Seconds(self.output / "seconds.json")
+        seconds = StageSeconds(self.output / "seconds.json")
 
         if store_path.exists() and is_complete(Store.open(store_path)):
             store = self._complete_store(store_path, num_checkpoints)
@@ -447,6 +464,46 @@ class Demo:
         ).run()
 
 
+@dataclasses.dataclass(frozen=True)
+class Reproduce:
+    """Repeat the paper's experiment and go past it: InvertedPendulum-v4 and HalfCheetah-v4, three regimes, one page.
+
+    Independent initialisations, one shared initialisation, and the in-sample fit; arXiv 2503.04074. Cut off at whatever
+    moment, it goes on with the same command.
+
+    Example: tipl reproduce --output runs/reproduction
+
+    Example: tipl reproduce --stores HalfCheetah-v4=runs/cheetah/store.zarr --output runs/reproduction
+    """
+
+    output: PathArg = Path("runs/reproduction")
+    stores: Annotated[tuple[str, ...], arg(metavar="ENV=PATH")] = ()
+    """Complete stores of independently initialised trials to take instead of collecting."""
+    num_threads: int | None = None
+    """Cores to use; by default all."""
+
+    def run(self) -> None:
+        stores = {}
+        for given in self.stores:
+            env_id, _, path = given.partition("=")
+            if not (env_id and path):
+                raise ValueError(f"reproduce: --stores expects ENV=PATH, such as HalfCheetah-v4=c.zarr, got {given!r}")
+            stores[env_id] = path
+
+        def announce(kind: str, path: Path | str) -> None:
+            note = ""
+            if kind == "store":
+                note = f": {Store.open(path).summary()}"
+            elif kind == "model":
+                note = f": {_training_line(Path(path))}"
+            print(f"{kind:<10} {path}{note}", flush=True)
+
+        page = reproduce(self.output, stores=stores, num_threads=self.num_threads, on_stage=announce)
+        for it in experiments(self.output):
+            print(f"\n{it.env_id}, {it.regime.name}: {end_of_path_table(it.results)}")
+        print(f"\nreport     {page}")
+
+
 Command = (
     Annotated[Collect, tyro.conf.subcommand("collect")]
     | Annotated[StoreCommands, tyro.conf.subcommand("store")]
@@ -458,6 +515,7 @@ Command = (
     | Annotated[Report, tyro.conf.subcommand("report")]
     | Annotated[Run, tyro.conf.subcommand("run")]
     | Annotated[Demo, tyro.conf.subcommand("demo")]
+    | Annotated[Reproduce, tyro.conf.subcommand("reproduce")]
 )
 
 
@@ -483,11 +541,13 @@ def main() -> None:
 
 def end_of_path_table(results: Path) -> str:
     """Return the mean relative weight error at the end of the path, a line a predictor and a column a prefix."""
-    rows = json.loads(results.read_text())["rows"]
+    document = json.loads(results.read_text())
+    rows, train = document["rows"], document["settings"]["train"]
+    judged = "trials that it was trained on" if train.get("in_sample") else "held-out trials"
     prefixes = sorted({row["prefix"] for row in rows})
     names = list(dict.fromkeys(row["predictor"] for row in rows if row["predictor"] != "return_floor"))
     last = {prefix: max(row["horizon"] for row in rows if row["prefix"] == prefix) for prefix in prefixes}
-    lines = ["relative weight error at the end of the path, mean over held-out trials"]
+    lines = [f"relative weight error at the end of the path, mean over {judged}"]
     lines.append(f"{'prefix':<14}" + "".join(f"{prefix:>8.0%}" for prefix in prefixes))
     for name in names:
         errors = [
@@ -502,24 +562,6 @@ def end_of_path_table(results: Path) -> str:
         ]
         lines.append(f"{name:<14}" + "".join(f"{error:>8.3f}" for error in errors))
     return "\n".join(lines)
-
-
-class _Seconds:
-    """What each stage of a run took, kept in a file so that a resumed run still knows."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def read(self) -> dict[str, float]:
-        return dict(json.loads(self.path.read_text())) if self.path.exists() else {}
-
-    @contextlib.contextmanager
-    def of(self, stage: str) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        seconds = {**self.read(), stage: time.perf_counter() - started}
-        write_atomically(self.path, (json.dumps(seconds) + "\n").encode())
 
 
 def _training_line(model: Path) -> str:

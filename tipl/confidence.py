@@ -115,6 +115,51 @@ class Confidence:
         return cls(**arrays)
 
 
+STRIDES = (0.0, 1.0, 1.5, 2.0, 3.0, 4.0)
+"""Candidates, as multiples of the forecast displacement."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Strides:
+    """How far along a forecast displacement the policy of most return lies, for prefixes of different lengths."""
+
+    seen: FloatArray
+    """Prefix ends as shares of the path, ascending, (P,)."""
+    factor: FloatArray
+    """(P,); zero where no step was better than none, by the standard error of its mean gain."""
+
+    @classmethod
+    def fit(cls, seen: Sequence[float], gains: Sequence[FloatArray]) -> "Strides":
+        """Choose for each prefix the stride of largest mean gain in return, of gains (trials, len(STRIDES))."""
+        factor = []
+        for gain in gains:
+            mean = gain.mean(0)
+            best = int(np.argmax(mean))
+            error = gain[:, best].std(ddof=1) / np.sqrt(len(gain)) if len(gain) > 1 else np.inf
+            factor.append(STRIDES[best] if mean[best] > error else 0.0)
+        return cls(np.array(seen), np.array(factor))
+
+    def at(self, seen: float) -> float:
+        """Return the stride for a prefix that ends at this share of the path, interpolated between its neighbours."""
+        return float(np.interp(seen, self.seen, self.factor))
+
+    def save(self, path: Path) -> None:
+        write_atomically(path, safetensors.numpy.save(dict(vars(self))))
+
+    @classmethod
+    def load(cls, path: Path) -> "Strides":
+        """Return the strides in `path`. Raises RuntimeError where the file is damaged."""
+        try:
+            strides = cls(**safetensors.numpy.load_file(path))
+        except (safetensors.SafetensorError, TypeError) as error:
+            raise RuntimeError(f"Strides.load: {path} is damaged: {error}") from error
+        if strides.seen.ndim != 1 or strides.seen.shape != strides.factor.shape or not strides.seen.size:
+            raise RuntimeError(f"Strides.load: {path} is damaged: expected two arrays of one length")
+        if not (np.isfinite(strides.seen).all() and np.isfinite(strides.factor).all()):
+            raise RuntimeError(f"Strides.load: {path} holds NaN or Inf")
+        return strides
+
+
 def _standardised(features: FloatArray, mean: FloatArray, deviation: FloatArray) -> FloatArray:
     return np.clip((features - mean) / deviation, -_BOUND, _BOUND)
 

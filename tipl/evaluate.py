@@ -9,6 +9,10 @@ Both as in Tang 2025, arXiv 2503.04074. Policies act deterministically: the mean
 action_difference, kl   how far the forecast policy acts from the true one, on states that the true one visits
 action_variance         between the held-out trials' policies at one checkpoint, on one set of states: do they collapse?
 All three as in `behaviour`.
+
+memorisation            how far forecast and true futures lie from the nearest training path's
+causality               the most that a prediction changes where what follows it does
+Both as in `dynamics`.
 """
 
 import contextlib
@@ -32,9 +36,10 @@ from tipl import _core
 from tipl.basis import MIN_PREFIX_END
 from tipl.behaviour import FloatArray, action_bounds, action_differences, action_variance, kl_divergences
 from tipl.cluster import connected
+from tipl.dynamics import future_leak, nearest_distances, training_futures
 from tipl.locations import write_atomically
 from tipl.policy import PolicySpec
-from tipl.predictors import fit_baselines
+from tipl.predictors import NearestPath, fit_baselines
 from tipl.progress import progress_bar
 from tipl.returns import run_episodes
 from tipl.rollout import Forecast, Forecaster
@@ -62,6 +67,8 @@ class EvaluateConfig:
     """How far ahead, as shares of the path; those that fit, and always the end of the path."""
     num_episodes: int = 5
     """Episodes a policy, on the same seeds for all policies."""
+    max_trials: int | None = None
+    """Held-out trials that are judged, at most; by default all."""
     seed: int = 0
     """Of the episodes."""
 
@@ -72,6 +79,8 @@ class EvaluateConfig:
                 raise ValueError(f"EvaluateConfig: {name} must be shares of the path in (0, 1), got {shares}")
         if self.num_episodes < 1:
             raise ValueError(f"EvaluateConfig: num_episodes must be at least 1, got {self.num_episodes}")
+        if self.max_trials is not None and self.max_trials < 1:
+            raise ValueError(f"EvaluateConfig: max_trials must be at least 1, got {self.max_trials}")
 
     def prefix_ends(self, num_checkpoints: int) -> list[int]:
         """Return the index h at which each prefix ends.
@@ -153,12 +162,14 @@ def evaluate(
     split, num_checkpoints = source.split, source.num_checkpoints
     prefix_ends = config.prefix_ends(num_checkpoints)
     n_components = forecaster.model.config.n_components
-    heldout = split.heldout
+    heldout = split.heldout[: config.max_trials]
     truth = np.array([source.path(i) for i in heldout])  # (trials, T, p)
     training = [TrainingPath.of(source.path(i), policy, seed=i) for i in split.train]
 
     judged = _Judged()
     coordinates: dict[str, NDArray[Any]] = {}
+    memorisation: list[dict[str, Any]] = []
+    leaks: list[float] = []
     # Every trial at every prefix, to the end of the path, decoded together.
     cases = [(end, path) for end in prefix_ends for path in truth]
     forecasts = iter(
@@ -172,6 +183,7 @@ def evaluate(
     for share, prefix_end in zip(config.prefixes, prefix_ends, strict=True):
         horizons = config.horizon_grid(prefix_end, num_checkpoints)
         baselines = fit_baselines(training, prefix_end, horizons, n_components)
+        futures = training_futures(NearestPath.fit(training, prefix_end, n_components).coordinates, prefix_end)
         for number, (trial, path) in enumerate(zip(heldout, truth, strict=True)):
             forecast = next(forecasts)
             basis = forecast.basis
@@ -183,10 +195,20 @@ def evaluate(
             if confidence is not None:
                 follow = confidence[:, None] >= FOLLOW
                 predictions["tipl_gated"] = np.where(follow, predictions["tipl"], path[prefix_end])
+            if forecast.strides is not None:
+                predictions["tipl_tuned"] = forecast.tuned(horizons)
             predictions |= {name: it.forecast(path[: prefix_end + 1], horizons) for name, it in baselines.items()}
             predictions["basis_floor"] = basis.decode(basis.encode(future))
             predictions["return_floor"] = future
             _add_rows(judged, store.env_id, trial, share, prefix_end, horizons, path, predictions, confidence)
+            ends = np.stack([predictions["tipl"][-1], future[-1]])
+            (forecast_nearest, true_nearest), mean_nearest = nearest_distances(path[: prefix_end + 1], ends, futures)
+            memorisation.append({
+                "trial": trial, "prefix": share, "forecast_nearest": float(forecast_nearest),
+                "true_nearest": float(true_nearest), "mean_nearest": mean_nearest,
+            })  # fmt: skip
+            if number == 0:
+                leaks.append(future_leak(forecaster.model, basis.encode(path), prefix_end))
             if number < COORDINATE_TRIALS:
                 coordinates |= _coordinates(forecast, path, f"trial{trial}_prefix{round(100 * share)}")
 
@@ -227,6 +249,7 @@ def evaluate(
             "n_components": n_components,
             "episode_seeds": episode_seeds[0].tolist(),
             "num_states": NUM_STATES,
+            "follow": FOLLOW,
             **dataclasses.asdict(config),
             "train": forecaster.config["train"],
             "collect": store.config,
@@ -235,6 +258,8 @@ def evaluate(
         "seconds": {**(seconds or {}), "evaluate": time.perf_counter() - started},
         "rows": judged.rows,
         "diversity": diversity,
+        "memorisation": memorisation,
+        "causality": max(leaks),
     }
     output.mkdir(parents=True)
     write_atomically(output / "coordinates.safetensors", safetensors.numpy.save(coordinates))
@@ -275,7 +300,7 @@ def source_to_judge(store: Store, forecaster: Forecaster) -> Source:
             f"store alone, which was of {config['stores'][0]['env_id']}"
         )
     length = min(store.num_checkpoints, config["num_checkpoints"])
-    return Source.of(store, TrainConfig(**{**config["train"], "num_checkpoints": length}))
+    return Source.of(store, TrainConfig(**{**config["train"], "num_checkpoints": length, "in_sample": False}))
 
 
 def machine_record() -> dict[str, Any]:
@@ -319,6 +344,9 @@ def _add_rows(
                 predicted = true
             elif name == "persistence":
                 predicted = judged.policy(weights[j], trial, prefix_end)
+            elif name == "tipl_gated" and confidence is not None:  # one of two policies that are judged already
+                followed = (trial, share, "tipl", int(horizon)) if confidence[j] >= FOLLOW else (trial, prefix_end)
+                predicted = judged.policy(weights[j], *followed)
             else:
                 predicted = judged.policy(weights[j], trial, share, name, int(horizon))
             row = {

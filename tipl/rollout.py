@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tipl.basis import Basis, Centre
-from tipl.confidence import Confidence, features_of
+from tipl.confidence import Confidence, Strides, features_of
 from tipl.decoder import continue_paths
 from tipl.model import TrajectoryTransformer, load_model, save_model
 from tipl.policy import Layout, layout_from_dict
@@ -34,15 +34,30 @@ class Forecast:
     layout: Layout | None = None
     refiner: Refiner | None = None
     trained: Confidence | None = None
+    strides: Strides | None = None
     max_len: int = 0
+    trust: float = 1.0
+    """Share of the displacement that is believed."""
 
     def weights(self, horizons: Sequence[int] | NDArray[np.int64] | None = None) -> NDArray[np.float32]:
         """Return the forecast weights, refined, at some `horizons` (n,) in checkpoints after the prefix, or at all."""
         chosen = np.arange(1, len(self.future) + 1) if horizons is None else np.asarray(horizons, np.int64)
         weights = self.in_basis(chosen)
-        if self.refiner is None or self.layout is None:
-            return weights
-        return self.refiner.refine(self.prefix, self.layout, weights, chosen)
+        if self.refiner is not None and self.layout is not None:
+            weights = self.refiner.refine(self.prefix, self.layout, weights, chosen)
+        return weights if self.trust == 1.0 else _along(self.prefix[-1], weights, self.trust)
+
+    def tuned(self, horizons: Sequence[int] | NDArray[np.int64] | None = None) -> NDArray[np.float32]:
+        """Return weights as far along the forecast's displacement as brought most return in calibration, (n, p).
+
+        The forecast of least weight error is shorter than the truth where much of the truth cannot be known, and what
+        is known of it may be worth going farther. Raises ValueError where the forecaster was not calibrated.
+        """
+        if self.strides is None:
+            raise ValueError(
+                "forecast.tuned: the forecaster was trained without confidence_trials, or on several stores"
+            )
+        return _along(self.prefix[-1], self.weights(horizons), self.strides.at((len(self.prefix) - 1) / self.max_len))
 
     def confidence(self, horizons: Sequence[int] | NDArray[np.int64] | None = None) -> NDArray[np.float64]:
         """Return the predicted probability (n,) that the forecast policy at each horizon beats the prefix's last one.
@@ -60,6 +75,11 @@ class Forecast:
         return self.basis.decode(self.future[horizons - 1])
 
 
+def _along(start: NDArray[np.float32], weights: NDArray[np.float32], share: float) -> NDArray[np.float32]:
+    """Return what lies a share of the way from start (p,) to weights (n, p); beyond them where it is above one."""
+    return np.asarray(start + np.float32(share) * (weights - start), dtype=np.float32)
+
+
 @dataclasses.dataclass(frozen=True)
 class Forecaster:
     """A trained Transformer, the basis that it speaks in, and what refines its forecasts."""
@@ -73,6 +93,8 @@ class Forecaster:
     """None where forecasts stay in the basis."""
     confidence: Confidence | None = None
     """None where it was not calibrated."""
+    strides: Strides | None = None
+    """None where they were not, or on several stores."""
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
     """The model folder's config.json."""
 
@@ -98,8 +120,10 @@ class Forecaster:
             )
         steps = config.get("train", {}).get("refine_steps", 0)
         refiner = Refiner.load(folder / "refiner.safetensors") if steps else None
-        path = folder / "confidence.safetensors"
-        return cls(model, basis, centre, refiner, Confidence.load(path) if path.is_file() else None, config)
+        calibrated = folder / "confidence.safetensors", folder / "strides.safetensors"
+        confidence = Confidence.load(calibrated[0]) if calibrated[0].is_file() else None
+        strides = Strides.load(calibrated[1]) if calibrated[1].is_file() else None
+        return cls(model, basis, centre, refiner, confidence, strides, config)
 
     def save(self, folder: Path) -> None:
         """Write a model folder, config.json last: a folder that has one is whole."""
@@ -108,6 +132,7 @@ class Forecaster:
             "centre": self.centre,
             "refiner": self.refiner,
             "confidence": self.confidence,
+            "strides": self.strides,
         }
         for name, part in parts.items():
             if part is not None:
@@ -160,8 +185,9 @@ class Forecaster:
         futures = self.continue_coordinates(observed, horizons, num_threads=num_threads)
         if self.refiner is not None and layout is None:
             layout = self.layout_of(prefixes[0].shape[1])
+        trust = float(self.config.get("train", {}).get("trust", 1.0))
         return [
-            Forecast(*parts, layout, self.refiner, self.confidence, self.model.config.max_len)
+            Forecast(*parts, layout, self.refiner, self.confidence, self.strides, self.model.config.max_len, trust)
             for parts in zip(bases, observed, futures, prefixes, strict=True)
         ]
 
@@ -183,29 +209,54 @@ class Forecaster:
         return continued
 
 
+def load_pretrained() -> Forecaster:
+    """Return the forecaster that comes with tipl, trained on seven MuJoCo tasks, for paths of at most 51 checkpoints.
+
+    It believes 0.55 of what it forecasts, which on tasks that it never saw was better than persistence on all of seven
+    (README, "A task that it never saw"). A run of more checkpoints is thinned evenly to fit.
+    """
+    return Forecaster.load(Path(__file__).with_name("pretrained"))
+
+
 def rollout(
-    model: Forecaster | TrajectoryTransformer | str | Path,
     prefix_weights: NDArray[np.float32],
     horizon: int,
+    model: Forecaster | TrajectoryTransformer | str | Path | None = None,
     *,
     layout: Layout | None = None,
     num_threads: int | None = None,
 ) -> NDArray[np.float32]:
     """Return forecast weights (B, n, p) for the n = `horizon` checkpoints after the prefixes (B, h+1, p) or (h+1, p).
 
-    `model` is a forecaster, a bare model (with prefix bases) or a model folder; `layout`, a store's `policy`, says
-    which tensors the p weights are where the forecaster was not trained on such policies. Row 0 of a prefix must be
-    the run's initial weights and its rows one checkpoint apart, as in training. Every trial is written in its basis,
-    continued natively, and written back; the future of no trial is seen.
+    `model` is a forecaster, a bare model (with prefix bases) or a model folder, by default the forecaster that comes
+    with tipl (`load_pretrained`). `layout`, a store's `policy`, says which tensors the p weights are where the
+    forecaster was not trained on such policies. Row 0 of a prefix must be the run's initial weights and its rows one
+    checkpoint apart, as in training. Every trial is written in its basis, continued natively, written back and refined;
+    the future of no trial is seen.
 
     Raises TypeError for weights that are not float32; ValueError for another shape, NaN or Inf, a prefix that is too
     short for a basis, a path longer than the model's max_len, weights of another size than the shared basis or the
     layout, or policies that need a layout and have none.
     """
-    if isinstance(model, TrajectoryTransformer):
+    if model is None:
+        model = load_pretrained()
+    elif isinstance(model, TrajectoryTransformer):
         model = Forecaster(model)
     elif not isinstance(model, Forecaster):
         model = Forecaster.load(model)
+    forecasts = check_and_forecast(model, prefix_weights, horizon, layout=layout, num_threads=num_threads)
+    return np.array([forecast.weights() for forecast in forecasts])
+
+
+def check_and_forecast(
+    model: Forecaster,
+    prefix_weights: NDArray[np.float32],
+    horizon: int,
+    *,
+    layout: Layout | None = None,
+    num_threads: int | None = None,
+) -> list[Forecast]:
+    """Return what `rollout` writes back as weights: the forecasts themselves, with their confidence."""
     prefixes = check_prefixes(prefix_weights)
     max_len = model.model.config.max_len
     if horizon < 1 or prefixes.shape[1] + horizon > max_len:
@@ -222,8 +273,7 @@ def rollout(
         raise ValueError(
             f"rollout: layout must have as many weights as prefix_weights, {prefixes.shape[2]}, got {layout.num_params}"
         )
-    forecasts = model.forecast(list(prefixes), [horizon] * len(prefixes), layout=layout, num_threads=num_threads)
-    return np.array([forecast.weights() for forecast in forecasts])
+    return model.forecast(list(prefixes), [horizon] * len(prefixes), layout=layout, num_threads=num_threads)
 
 
 def check_prefixes(prefix_weights: NDArray[np.float32]) -> NDArray[np.float32]:

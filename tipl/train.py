@@ -143,10 +143,10 @@ def train(
 ) -> Path:
     """Train a forecaster on a store, or on several of any tasks, and write it to the folder `output`; return `output`.
 
-    Writes model.safetensors, centre.safetensors, refiner.safetensors, confidence.safetensors (where the simulator can
-    run the policies, on `num_threads` cores), config.json (sizes, the splits, the training settings), training.json
-    (curves), TensorBoard events in tb/ and, for a shared basis, basis.safetensors, which with `ray` is fitted on the
-    Ray cluster at that address ("local": one that is started here).
+    Writes model.safetensors, centre.safetensors, refiner.safetensors, confidence.safetensors and strides.safetensors
+    (where the simulator can run the policies, on `num_threads` cores), config.json (sizes, the splits, the training
+    settings), training.json (curves), TensorBoard events in tb/ and, for a shared basis, basis.safetensors, which with
+    `ray` is fitted on the Ray cluster at that address ("local": one that is started here).
 
     Raises FileExistsError where `output` exists, ValueError where a store has too few trials or checkpoints, or the
     paths of several have not one length.
@@ -177,8 +177,9 @@ def train(
     if refined is not None:
         forecaster = dataclasses.replace(forecaster, refiner=refined.refiner)
         parts.append(refined.refiner)
-    confidence = calibrate(forecaster, sources, config, num_threads=num_threads, progress=progress)
-    forecaster = dataclasses.replace(forecaster, confidence=confidence)
+    calibration = calibrate(forecaster, sources, config, num_threads=num_threads, progress=progress)
+    if calibration is not None:
+        forecaster = dataclasses.replace(forecaster, **vars(calibration))
     summary: dict[str, Any] = {
         **curve,
         "seconds": time.perf_counter() - started,

@@ -3,8 +3,8 @@
 Shapes  N trials, P prefixes a trial, B batch, T checkpoints, k = n_components, h = prefix_end.
 
 *Training* trials teach, *validation* trials choose when to stop, *held-out* trials are never read here at all:
-`evaluate` judges on them. In prefix bases trials of other tasks and network sizes look alike, so that one forecaster
-can learn from all of them.
+`evaluate` judges on them (`TrainConfig.in_sample` is the exception). In prefix bases trials of other tasks and network
+sizes look alike, so that one forecaster can learn from all of them.
 """
 
 import dataclasses
@@ -61,6 +61,9 @@ class TrainConfig:
     """Share of the trials that choose when to stop."""
     heldout_fraction: float = 0.2
     """Share of the trials that training never reads."""
+    in_sample: bool = False
+    """Train on all trials and judge on them: how well paths can be fitted, which says nothing of new runs. Nothing is
+    held out then, and the validation trials are among those that teach."""
     max_prefixes: int = 64
     """Prefixes of a trial that are learned from, spread evenly over the path."""
     max_trials: int = 1024
@@ -72,9 +75,11 @@ class TrainConfig:
     """Optimiser steps of the refiner, which corrects the Transformer's forecasts weight by weight; 0 for none."""
     d_refine: int = 64
     """Width of the refiner."""
+    trust: float = 1.0
+    """Share of the forecast displacement that is believed; below one for a forecaster that is to meet strange tasks."""
     confidence_trials: int = 32
-    """Trials of a store whose forecasts are run in the simulator, to learn when a forecast is worth following: first
-    the validation trials, then training ones; 0 for none."""
+    """Trials of a store whose forecasts are run in the simulator, to learn when a forecast is worth following and how
+    far: first the validation trials, then training ones; 0 for none."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """bfloat16 runs matrix products under autocast, for GPUs: on two CPU cores it took 1.6 times as long a step as
     float32 at d_model 64 and about as long at 256."""
@@ -96,8 +101,9 @@ class TrainConfig:
         for name in ("validation_fraction", "heldout_fraction", "flip_probability", "dropout", "ema_decay"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"TrainConfig: {name} must lie in [0, 1), got {getattr(self, name)}")
-        if not 0.0 <= self.teacher_forced <= 1.0:
-            raise ValueError(f"TrainConfig: teacher_forced must lie in [0, 1], got {self.teacher_forced}")
+        for name in ("teacher_forced", "trust"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"TrainConfig: {name} must lie in [0, 1], got {getattr(self, name)}")
         if not 0.0 < self.learning_rate < math.inf:
             raise ValueError(f"TrainConfig: learning_rate must be positive and finite, got {self.learning_rate}")
         for name in ("weight_decay", "noise", "mixing"):
@@ -107,7 +113,7 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """Which trials teach, which choose, which judge: disjoint trial numbers."""
+    """Which trials teach, which choose, which judge: disjoint trial numbers, unless in-sample."""
 
     train: list[int]
     validation: list[int]
@@ -115,7 +121,7 @@ class Split:
 
 
 def split_trials(num_trials: int, config: TrainConfig) -> Split:
-    """Split whole trials at random by `config.seed`; at least one on each side.
+    """Split whole trials at random by `config.seed`; at least one on each side. In-sample, all teach and all judge.
 
     Raises ValueError where there are fewer than three trials.
     """
@@ -127,6 +133,8 @@ def split_trials(num_trials: int, config: TrainConfig) -> Split:
     num_heldout = min(max(1, round(num_trials * config.heldout_fraction)), num_trials - 2)
     num_validation = min(max(1, round(num_trials * config.validation_fraction)), num_trials - num_heldout - 1)
     heldout, validation, train = np.split(order, [num_heldout, num_heldout + num_validation])
+    if config.in_sample:
+        heldout = train = order
     return Split(sorted(train.tolist()), sorted(validation.tolist()), sorted(heldout.tolist()))
 
 

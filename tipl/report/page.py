@@ -11,6 +11,7 @@ from collections.abc import Iterable
 
 from tipl.report.estimates import Estimate
 from tipl.report.plots import NBSP, THEME, Mark, Plot
+from tipl.report.results import predictor_info
 
 MINUS, DASH, TIMES = "\N{MINUS SIGN}", "\N{EN DASH}", "\N{MULTIPLICATION SIGN}"
 
@@ -53,6 +54,12 @@ def table(caption: str, head: Iterable[Html], rows: Iterable[Iterable[Html]]) ->
     return join(element("p", caption, cls="caption"), element("div", content, cls="scroll"))
 
 
+def column_head(name: str) -> Html:
+    """Return the head of a predictor's column."""
+    info = predictor_info(name)
+    return element("th", info.label, cls="quiet" if info.is_floor else "")
+
+
 def estimate_cell(text: str, interval: str, *, is_best: bool = False, is_quiet: bool = False) -> Html:
     """Return the table cell of an estimate, its interval below it; a quiet one, a floor's, stands back."""
     cls = " ".join(name for name, is_on in (("best", is_best), ("quiet", is_quiet)) if is_on)
@@ -64,7 +71,7 @@ def figure(plot: Plot, caption: str) -> Html:
     label = html.escape(", ".join(panel.title for panel in plot.panels))
     panels = (Html(svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)) for svg in plot.svgs())
     legend = element("div", *(_legend_entry(mark) for mark in plot.legend), cls="legend")
-    grid = element("div", *panels, cls="panels")
+    grid = element("div", *panels, cls="panels" if plot.columns < 4 else "panels matrix")
     link = Html(f'<a href="{plot.name}.png">{plot.name}.png</a>')
     return element("figure", legend, grid, element("figcaption", escape(caption), " ", link))
 
@@ -142,6 +149,17 @@ def fmt_interval(estimate: Estimate, *, as_percent: bool = False) -> str:
     return f"[{low}, {high}]"
 
 
+def with_interval(estimate: Estimate) -> str:
+    """Return a value and, where there is one, its interval."""
+    return f"{fmt(estimate.value)} {fmt_interval(estimate)}".rstrip()
+
+
+def listed(items: Iterable[str]) -> str:
+    """Return a, b and c."""
+    *first, last = items
+    return f"{', '.join(first)} and {last}" if first else last
+
+
 def fmt_seconds(seconds: float) -> str:
     """Return 95.2 as 1 min 35 s."""
     if seconds < 99.5:
@@ -199,6 +217,9 @@ td.best{background:var(--tint)}
 .quiet{color:var(--muted)}
 figure{margin:8px 0 26px}
 .panels{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,400px),1fr));gap:10px 20px}
+.matrix{grid-template-columns:repeat(4,1fr);gap:10px 12px}
+@media (max-width:900px){.matrix{grid-template-columns:repeat(2,1fr)}}
+@media (max-width:480px){.matrix{grid-template-columns:1fr}}
 .panels svg{width:100%;max-width:620px;height:auto;display:block}
 .panels svg *{stroke-linejoin:round}
 .panels svg text{font-family:inherit!important}

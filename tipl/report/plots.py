@@ -21,6 +21,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
+from PIL import Image
 
 from tipl.report.estimates import Bootstrap, Estimate, Gain, Statistic, mean
 from tipl.report.results import PREDICTORS, FloatArray, Results, predictor_info
@@ -36,6 +37,7 @@ THEME: dict[str, tuple[str, str]] = {
     "grid": ("#e4e8ec", "#2b323b"),
     "tipl": ("#d55e00", "#ff7a1a"),
     "tipl_gated": ("#a03c00", "#ff9d5c"),
+    "tipl_tuned": ("#cc3311", "#ff6f4d"),
     "transformer": ("#f2a65a", "#ffc08a"),
     "persistence": ("#0b4f9e", "#5a82e6"),
     "linear": ("#00875f", "#2fc79b"),
@@ -146,12 +148,18 @@ class Plot:
     panels: tuple[Panel, ...]
     legend: tuple[Mark, ...] = ()
     columns: int = 2
+    panel_inches: tuple[float, float] = PANEL_INCHES
 
-    def png(self) -> bytes:
-        """Return all panels and the legend as one PNG picture on white."""
+    def png(self, dpi: int = PNG_DPI, num_colors: int | None = None) -> bytes:
+        """Return all panels and the legend as one PNG picture on white, in `num_colors` colours at most."""
         with matplotlib.style.context(["default", _STYLE]):
             file = io.BytesIO()
-            self._figure().savefig(file, format="png", dpi=PNG_DPI)
+            self._figure().savefig(file, format="png", dpi=dpi)
+        if num_colors is not None:
+            with Image.open(file) as picture:
+                few = picture.convert("RGB").quantize(num_colors, dither=Image.Dither.NONE)
+            file = io.BytesIO()
+            few.save(file, format="png", optimize=True)
         return file.getvalue()
 
     def svg(self) -> bytes:
@@ -166,8 +174,8 @@ class Plot:
         columns = min(self.columns, len(self.panels))
         rows = math.ceil(len(self.panels) / columns)
         entries = min(len(self.legend), 2 * columns + 1)  # of the legend, in a row
-        height = rows * PANEL_INCHES[1] + (0.3 * math.ceil(len(self.legend) / entries) if entries else 0.0)
-        figure = Figure(figsize=(columns * PANEL_INCHES[0], height), layout=_layout())
+        height = rows * self.panel_inches[1] + (0.3 * math.ceil(len(self.legend) / entries) if entries else 0.0)
+        figure = Figure(figsize=(columns * self.panel_inches[0], height), layout=_layout())
         for i, panel in enumerate(self.panels):
             panel.draw(figure.add_subplot(rows, columns, i + 1, title=panel.title))
         if entries:
@@ -180,7 +188,7 @@ class Plot:
         elements = []
         for i, panel in enumerate(self.panels):
             with matplotlib.style.context(["default", _STYLE]):
-                figure = Figure(figsize=PANEL_INCHES, layout=_layout())
+                figure = Figure(figsize=self.panel_inches, layout=_layout())
                 panel.draw(figure.add_subplot(title=panel.title))
                 file = io.StringIO()
                 figure.savefig(file, format="svg", transparent=True, metadata=_NO_METADATA)
@@ -210,6 +218,7 @@ def predictor_marks(names: Sequence[str]) -> dict[str, Mark]:
     markers = {  # of those that `page.py` can draw; relatives share one and differ in colour
         "tipl": "o",
         "tipl_gated": "o",
+        "tipl_tuned": "^",
         "transformer": "o",
         "persistence": "s",
         "linear": "^",
@@ -273,7 +282,7 @@ def error_plot(
         _horizon_axis(ax, x)
         ax.set_ylabel(label)
 
-    return Plot(name, _prefix_panels(results, draw), tuple(marks[n] for n in shown))
+    return Plot(name, prefix_panels(results, draw), tuple(marks[n] for n in shown))
 
 
 def gain_plot(results: Results, bootstrap: Bootstrap) -> Plot:
@@ -307,7 +316,7 @@ def gain_plot(results: Results, bootstrap: Bootstrap) -> Plot:
         ax.set_ylabel("return gained")
 
     has_noise = "return_floor" in results.names
-    return Plot("return_gain", _prefix_panels(results, draw), (truth, *(marks[n] for n in shown), *[noise] * has_noise))
+    return Plot("return_gain", prefix_panels(results, draw), (truth, *(marks[n] for n in shown), *[noise] * has_noise))
 
 
 def gain_share_plot(results: Results, gains: Mapping[float, Sequence[Gain]]) -> Plot:
@@ -336,7 +345,7 @@ def gain_share_plot(results: Results, gains: Mapping[float, Sequence[Gain]]) -> 
         _horizon_axis(ax, x)
         ax.set_ylabel("share of the future gain")
 
-    return Plot("gain_share", _prefix_panels(results, draw), (truth, *(marks[n] for n in shown)))
+    return Plot("gain_share", prefix_panels(results, draw), (truth, *(marks[n] for n in shown)))
 
 
 def diversity_plot(results: Results) -> Plot:
@@ -355,7 +364,7 @@ def diversity_plot(results: Results) -> Plot:
         _horizon_axis(ax, x)
         ax.set_ylabel("action variance")
 
-    return Plot("action_variance", _prefix_panels(results, draw), tuple(marks.values()))
+    return Plot("action_variance", prefix_panels(results, draw), tuple(marks.values()))
 
 
 def returns_plot(results: Results) -> Plot:
@@ -386,10 +395,10 @@ def returns_plot(results: Results) -> Plot:
         ax.xaxis.set_major_locator(MaxNLocator(5))
         ax.yaxis.set_major_locator(MaxNLocator(5))
 
-    return Plot("returns", _prefix_panels(results, draw), tuple(marks[n] for n in shown))
+    return Plot("returns", prefix_panels(results, draw), tuple(marks[n] for n in shown))
 
 
-def _prefix_panels(results: Results, draw: Callable[[Axes, float], None]) -> tuple[Panel, ...]:
+def prefix_panels(results: Results, draw: Callable[[Axes, float], None]) -> tuple[Panel, ...]:
     def panel(prefix: float) -> Panel:
         return Panel(f"prefix {percent(prefix)}", lambda ax: draw(ax, prefix))
 
@@ -435,8 +444,15 @@ def _frame(
     away = [(label, 10**end if is_log else end) for label, end in away]
     if away:
         ends = [f"{label} {end:.3g}".replace(" -", " \N{MINUS SIGN}").replace(" ", NBSP) for label, end in away]
-        lines = textwrap.wrap(f"off the scale: {', '.join(ends)}", 46, break_on_hyphens=False)
+        width = round(46 * _panel_width_inches(ax) / PANEL_INCHES[0])  # characters that leave room for a title
+        lines = textwrap.wrap(f"off the scale: {', '.join(ends)}", width, break_on_hyphens=False)
         note(ax, "\n".join(lines))
+
+
+def _panel_width_inches(ax: Axes) -> float:
+    place, figure = ax.get_subplotspec(), ax.get_figure(root=True)
+    columns = 1 if place is None else place.get_gridspec().ncols
+    return PANEL_INCHES[0] if figure is None else figure.get_figwidth() / columns
 
 
 def _log10(curve: Curve) -> Curve:

@@ -7,8 +7,9 @@ from tipl.report.results import Results, predictor_info
 def reading(results: Results) -> Html:
     """Return the list of terms, predictors among them, and of caveats."""
     num_trials = len(results.trials)
+    saw = "was trained on all of them" if results.in_sample else "never saw the held-out ones"
     terms = [
-        ("trial", "one PPO run from its own random initialisation; the forecaster never saw the held-out ones"),
+        ("trial", f"one PPO run from a random initialisation; the forecaster {saw}"),
         ("checkpoint", "the policy's weights after one PPO iteration; a path is a trial's row of checkpoints"),
         ("prefix", "the part of a path that is seen, as a share of it; the forecast continues it"),
         ("horizon", "how many checkpoints ahead of the prefix's end a forecast lies"),
@@ -46,6 +47,15 @@ def reading(results: Results) -> Html:
             "action variance",
             "variance of the deterministic action, in the same units, between the held-out trials' policies in one "
             "state, mean over states and dimensions",
+        ),
+        (
+            "confidence",
+            "the probability, predicted with a forecast, that its policy earns a higher return than the prefix's last",
+        ),
+        (
+            "distance to a training path",
+            "between what two paths do from the prefix's end to their own, each in the canonical coordinates of its "
+            "own prefix (Temporal SVD, divided by the distance walked so far)",
         ),
         (
             "interval",

@@ -9,7 +9,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,11 @@ from numpy.typing import NDArray
 
 FloatArray = NDArray[np.float64]
 
-MEASURES = ("wpe", "wpe_relative", "return_true", "return_predicted", "repw", "action_difference", "kl")
-OPTIONAL = ("action_difference", "kl")  # results of tipl 0.1 lack them
-NON_NEGATIVE = ("wpe", "wpe_relative", "repw", "action_difference", "kl")
+MEASURES = ("wpe", "wpe_relative", "return_true", "return_predicted", "repw", "action_difference", "kl", "confidence")
+OPTIONAL = ("action_difference", "kl", "confidence")  # results of tipl 0.1 lack them; only TIPL has a confidence
+NON_NEGATIVE = ("wpe", "wpe_relative", "repw", "action_difference", "kl", "confidence")
 SPREADS = ("action_variance", "return_std")  # of the held-out trials' policies at one checkpoint
+NEAREST = ("forecast_nearest", "true_nearest", "mean_nearest")  # distances to the nearest training path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +39,9 @@ PREDICTORS: dict[str, PredictorInfo] = {
     "tipl": PredictorInfo("TIPL", "the causal Transformer continues the coordinates of the observed prefix"),
     "tipl_gated": PredictorInfo(
         "TIPL, gated", "TIPL's forecast where its confidence is at least one half, the last checkpoint seen elsewhere"
+    ),
+    "tipl_tuned": PredictorInfo(
+        "TIPL, tuned", "as far along TIPL's displacement as brought most return on validation and training trials"
     ),
     "transformer": PredictorInfo(
         "Transformer alone", "TIPL's forecast before it is refined: within the directions of the prefix"
@@ -98,6 +102,19 @@ class Results:
     has_rows: dict[float, NDArray[np.bool_]]  # prefix -> (n, H), whether any predictor was evaluated there
     cells: dict[tuple[str, float, str], FloatArray]  # (measure, prefix, predictor) -> (n, H)
     spreads: dict[tuple[str, float, str], FloatArray]  # (spread, prefix, predictor or "truth") -> (H,)
+    distances: dict[tuple[str, float], FloatArray]  # (one of NEAREST, prefix) -> (n,)
+    causality: float  # the most that a prediction changed where what follows it did; NaN where not measured
+
+    @property
+    def in_sample(self) -> bool:
+        """Whether the trials were judged that had taught the forecaster: then none of them was held out."""
+        train = self.settings.get("train")
+        return isinstance(train, dict) and train.get("in_sample") is True and not self.settings.get("is_zero_shot")
+
+    @property
+    def follow(self) -> float:
+        """The confidence from which on the gated forecast follows TIPL."""
+        return float(self.settings.get("follow", 0.5))
 
     @property
     def predictors(self) -> tuple[str, ...]:
@@ -116,6 +133,10 @@ class Results:
     def spread(self, which: str, prefix: float, name: str) -> FloatArray:
         """Return how the policies of predictor `name`, or the "truth", differ (H,); NaN where it is not known."""
         return self.spreads.get((which, prefix, name), np.full(len(self.horizons[prefix]), np.nan))
+
+    def nearest(self, which: str, prefix: float) -> FloatArray:
+        """Return distances to the nearest training path (n,), `which` is one of NEAREST; NaN where they are unknown."""
+        return self.distances.get((which, prefix), np.full(len(self.trials), np.nan))
 
     def at(self, measure: str, prefix: float, name: str, horizon: int | None) -> FloatArray:
         """Return `measure` of predictor `name` (n,) at `horizon`, None for the end of the path."""
@@ -196,6 +217,8 @@ def _parse(path: Path, document: Any) -> Results:
         for measure in MEASURES:
             if measure in row or measure not in OPTIONAL:
                 value = number(row, measure, f"rows[{i}]", non_negative=measure in NON_NEGATIVE)
+                if measure == "confidence" and value > 1:
+                    raise ValueError(f"rows[{i}]: confidence must lie in [0, 1], got {value}")
                 cells[measure, f, name][cell] = value
     return Results(
         path=path,
@@ -211,6 +234,8 @@ def _parse(path: Path, document: Any) -> Results:
         has_rows=has_rows,
         cells=cells,
         spreads=_parse_spreads(document, horizons),
+        distances=_parse_distances(document, trials, prefixes),
+        causality=number(document, "causality", "the file", non_negative=True) if "causality" in document else math.nan,
     )
 
 
@@ -233,6 +258,26 @@ def _parse_spreads(
             spread = spreads.setdefault((which, prefix, name), np.full(len(horizons[prefix]), np.nan))
             spread[place] = number(entry, which, where, non_negative=True)
     return spreads
+
+
+def _parse_distances(
+    document: Mapping[str, Any], trials: Sequence[int], prefixes: Sequence[float]
+) -> dict[tuple[str, float], FloatArray]:
+    """Return `Results.distances` of the entries of "memorisation", which an old file lacks."""
+    distances: dict[tuple[str, float], FloatArray] = {}
+    entries = required(document, "memorisation", list, "the file") if "memorisation" in document else []
+    for i, entry in enumerate(entries):
+        where = f"memorisation[{i}]"
+        if not isinstance(entry, dict):
+            raise ValueError(f"{where} must be an object, got {entry!r}")
+        trial = required(entry, "trial", int, where)
+        prefix = round(float(required(entry, "prefix", (int, float), where)), 6)
+        if trial not in trials or prefix not in prefixes:
+            raise ValueError(f"{where}: no row has trial {trial} and prefix {prefix}")
+        for which in NEAREST:
+            of_trials = distances.setdefault((which, prefix), np.full(len(trials), np.nan))
+            of_trials[trials.index(trial)] = number(entry, which, where, non_negative=True)
+    return distances
 
 
 def required(mapping: Mapping[str, Any], key: str, kind: type | tuple[type, ...], where: str) -> Any:

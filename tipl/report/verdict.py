@@ -5,20 +5,27 @@ difference is within the noise.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from tipl.report.estimates import Bootstrap, Estimate, Gain, leaders, ranking
-from tipl.report.page import Html, element, fmt, fmt_interval, fmt_percent, join
+from tipl.report.page import Html, element, fmt, fmt_interval, fmt_percent, join, listed, with_interval
 from tipl.report.plots import percent
 from tipl.report.results import Results, predictor_info
+
+IN_SAMPLE = (
+    "In-sample: the forecaster and every other predictor that learns were taught by the very trials that are judged "
+    "here. This shows what they can fit, and says nothing of new runs."
+)
 
 
 def verdict(results: Results, bootstrap: Bootstrap, gains: Mapping[float, Gain]) -> Html:
     """Return the leading sentences and a card a prefix; `gains` are `captured_gain` by prefix."""
     if "tipl" not in results.names:
         return element("p", "These results hold no forecast of TIPL.", cls="lead")
+    lead = [] if not results.in_sample else [element("p", IN_SAMPLE, cls="lead")]
     cards = (_card(results, bootstrap, prefix, gains[prefix]) for prefix in results.prefixes)
     return join(
+        *lead,
         element("p", _weight_verdict(results, bootstrap), cls="lead"),
         element("p", _return_verdict(results, gains)),
         element("div", *cards, cls="cards"),
@@ -34,7 +41,7 @@ def _weight_verdict(results: Results, bootstrap: Bootstrap) -> str:
     wins = [f for f in prefixes if leaders(ranked[f]) == {"tipl"}]
     if not wins:
         return "TIPL is not the best forecast of the weights at the end of the path, at any prefix."
-    where = f" at {len(wins)} of {len(prefixes)} prefixes: {_words(percent(f) for f in wins)}"
+    where = f" at {len(wins)} of {len(prefixes)} prefixes: {listed(percent(f) for f in wins)}"
     if len(wins) == len(prefixes):
         where = ", at every prefix" if len(wins) > 1 else f", after {percent(wins[0])} of it"
     claim = f"TIPL forecasts the weights at the end of the path better than every other predictor{where}."
@@ -42,7 +49,7 @@ def _weight_verdict(results: Results, bootstrap: Bootstrap) -> str:
         return f"{claim} This is one held-out trial."
     contested = [f for f in wins if len(ranked[f]) > 1 and _change(results, bootstrap, f, ranked[f][1][0])[0].low <= 0]
     if contested:
-        claim += f" At {_words(percent(f) for f in contested)} its lead is within the noise of the trials."
+        claim += f" At {listed(percent(f) for f in contested)} its lead is within the noise of the trials."
     return claim
 
 
@@ -53,7 +60,7 @@ def _return_verdict(results: Results, gains: Mapping[float, Gain]) -> str:
     shares = {f: gain.shares["tipl"] for f, gain in gains.items() if "tipl" in gain.shares}
     sentences = []
     if shares:
-        captured = _words(f"{_share(share)} after {percent(f)} of the path" for f, share in shares.items())
+        captured = listed(f"{_share(share)} after {percent(f)} of the path" for f, share in shares.items())
         wins = sum(leaders(gains[f].ranking) == {"tipl"} for f in shares)
         rank = ""
         if len(results.predictors) > 2:
@@ -63,7 +70,7 @@ def _return_verdict(results: Results, gains: Mapping[float, Gain]) -> str:
         sentences.append(f"Of the return that the run still gains, TIPL's policies capture {captured}{rank}.")
     without = [percent(f) for f in results.prefixes if f not in shares]
     if without:
-        sentences.append(f"After {_words(without)} of the path no gain in return stands out of the noise.")
+        sentences.append(f"After {listed(without)} of the path no gain in return stands out of the noise.")
     return " ".join(sentences)
 
 
@@ -72,7 +79,7 @@ def _card(results: Results, bootstrap: Bootstrap, prefix: float, gain: Gain) -> 
     ranked = ranking(results, "wpe_relative", prefix)
     tipl = bootstrap.estimate(results.at_end("wpe_relative", prefix, "tipl"))
     persistence = bootstrap.estimate(results.at_end("wpe_relative", prefix, "persistence"))
-    error = f"TIPL's relative weight error at the end of the path is {_with_interval(tipl)}"
+    error = f"TIPL's relative weight error at the end of the path is {with_interval(tipl)}"
     if math.isnan(persistence.value) or math.isnan(tipl.value):
         big, unit, lines = fmt(tipl.value), "relative weight error", [f"{error}."]
     else:
@@ -86,7 +93,7 @@ def _card(results: Results, bootstrap: Bootstrap, prefix: float, gain: Gain) -> 
     if is_best and rivals:
         lines.append(f"✓ Below every other predictor; the nearest is {_named(*rivals[0])}.")
     elif rivals and not math.isnan(tipl.value):
-        lines.append(f"✗ Not the best: {_words(_named(*rival) for rival in rivals if rival[1] <= tipl.value)}.")
+        lines.append(f"✗ Not the best: {listed(_named(*rival) for rival in rivals if rival[1] <= tipl.value)}.")
     lines.append(f"Return: {_gain_words(gain)}.")
     head = (
         element("h3", f"After {percent(prefix)} of the path"),
@@ -120,22 +127,12 @@ def no_gain(gain: Gain) -> str:
         return "not measured for TIPL"
     noise = "" if math.isnan(gain.noise) else f", the return noise {fmt(gain.noise)}"
     reason = "the gain is too uncertain to share out" if gain.is_there else "no gain to capture"
-    return f"{reason} (the true future's is {_with_interval(gain.future)}{noise})"
+    return f"{reason} (the true future's is {with_interval(gain.future)}{noise})"
 
 
 def _named(name: str, value: float) -> str:
     return f"{predictor_info(name).label}, {fmt(value)}"
 
 
-def _with_interval(estimate: Estimate) -> str:
-    return f"{fmt(estimate.value)} {fmt_interval(estimate)}".rstrip()
-
-
 def _share(estimate: Estimate) -> str:
     return f"{fmt_percent(estimate.value)} {fmt_interval(estimate, as_percent=True)}".rstrip()
-
-
-def _words(items: Iterable[str]) -> str:
-    """Return a, b and c."""
-    *first, last = items
-    return f"{', '.join(first)} and {last}" if first else last

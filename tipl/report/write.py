@@ -2,11 +2,14 @@
 
 Reads `results.json` and `coordinates.safetensors` of `evaluate`, the store of `collect`, the loss curves of `train`.
 Here are the doors and the sections; `page` is the HTML, `plots` and `run_plots` the figures, `paths` the spectra of
-paths, `estimates` the intervals, `verdict` the words that judge, `reading` those that explain.
+paths, `estimates` the intervals, `verdict` the words that judge, `trust` and `dynamics` two sections of their own,
+`reading` the words that explain.
 """
 
+import dataclasses
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ import numpy as np
 
 from tipl.locations import write_atomically
 from tipl.report import page, plots, run_plots, verdict
+from tipl.report.dynamics import dynamics_section
 from tipl.report.estimates import (
     Bootstrap,
     Estimate,
@@ -22,7 +26,6 @@ from tipl.report.estimates import (
     Statistic,
     captured_gain,
     leaders,
-    ranking,
     standings,
 )
 from tipl.report.page import Html, element, fmt, fmt_interval, fmt_percent, fmt_seconds
@@ -38,6 +41,8 @@ from tipl.report.results import (
     read_results,
     read_training,
 )
+from tipl.report.tables import error_table, predictor_cell
+from tipl.report.trust import confidence_section
 from tipl.store import Store
 
 FIGURES = (
@@ -48,7 +53,10 @@ FIGURES = (
     "returns",
     "action_difference",
     "kl",
+    "reliability",
+    "memorisation",
     "action_variance",
+    "return_distribution",
     "coordinates",
     "spectrum",
     "learning_curves",
@@ -124,23 +132,33 @@ class _Report:
             ("weights", "Weights", self._weights()),
             ("returns", "Returns", self._returns()),
             ("actions", "Actions", self._actions()),
+            ("confidence", "Confidence", confidence_section(self.results, self.bootstrap, self._figure)),
+            ("dynamics", "Dynamics or the average?", dynamics_section(self.results, self.bootstrap, self._figure)),
             ("paths", "Paths", self._paths()),
             ("runs", "Runs", self._runs()),
             ("reading", "How to read this", reading(self.results)),
             ("settings", "Settings", self._settings()),
         ]
+        saw = "was trained on" if self.results.in_sample else "never saw"
         header = element(
             "header",
             element("h1", f"Forecasting PPO's weights on {self.results.env_id}"),
-            element("p", "How well a causal Transformer continues policy paths that it never saw.", cls="sub"),
+            element("p", f"How well a causal Transformer continues policy paths that it {saw}.", cls="sub"),
             self._facts(),
         )
         links = (Html(f'<a href="#{anchor}">{title}</a>') for anchor, title, _ in sections)
         main = element("main", *(page.section(*content) for content in sections))
         footer = f"Made by tipl {self.results.tipl_version}. Each figure also lies beside this page as a PNG file."
-        return page.join(header, element("nav", element("div", *links)), main, element("footer", footer))
+        body = page.join(header, element("nav", element("div", *links)), main, element("footer", footer))
+        return Html(self._judged(body))
+
+    def _judged(self, text: str) -> str:
+        """Return `text` without the claim that trials were held out, where they were not."""
+        return re.sub("held[- ]out", "judged", text) if self.results.in_sample else text
 
     def _figure(self, plot: Plot, caption: str) -> Html:
+        legend = (dataclasses.replace(mark, label=self._judged(mark.label)) for mark in plot.legend)
+        plot = dataclasses.replace(plot, legend=tuple(legend))
         self.plots.append(plot)
         return page.figure(plot, caption)
 
@@ -213,16 +231,7 @@ class _Report:
         )
 
     def _error_table(self, caption: str, measure: str, names: Sequence[str], statistic: Statistic = "mean") -> Html:
-        """Return the mean or IQM of `measure` at the end of the path, a row a prefix and a column a predictor."""
-        rows = []
-        for f in self.results.prefixes:
-            best = leaders(ranking(self.results, measure, f, statistic))
-            row = [element("th", percent(f), element("small", f"{self.results.horizons[f][-1]} ahead"))]
-            for n in names:
-                estimate = self.bootstrap.estimate(self.results.at_end(measure, f, n), statistic)
-                row.append(_estimate_cell(n, fmt(estimate.value), fmt_interval(estimate), best))
-            rows.append(row)
-        return page.table(caption, [element("th", "prefix"), *map(_column_head, names)], rows)
+        return error_table(self.results, self.bootstrap, caption, measure, names, statistic)
 
     # ------------------------------------------------------------------------------------------- returns
 
@@ -277,14 +286,14 @@ class _Report:
                 best = leaders(gain.ranking)
                 for n in names:
                     share = gain.shares.get(n, Estimate(math.nan))
-                    row.append(_estimate_cell(n, fmt_percent(share.value), fmt_interval(share, as_percent=True), best))
+                    row.append(predictor_cell(n, fmt_percent(share.value), fmt_interval(share, as_percent=True), best))
             rows.append(row)
         caption = (
             "Ratio of means at the end of the path: the return that the forecast gains over the prefix's end, divided "
             "by what the true future gains, each summed over held-out trials. Persistence captures nothing, by "
             "definition."
         )
-        head = [element("th", "prefix"), element("th", "future gain"), *map(_column_head, names)]
+        head = [element("th", "prefix"), element("th", "future gain"), *map(page.column_head, names)]
         return page.table(caption, head, rows)
 
     def _gain_shares(self) -> list[Html]:
@@ -328,9 +337,9 @@ class _Report:
             row.append(element("td", f"{gain.num_gained} of {len(self.results.trials)}"))
             for n in names:
                 share = gain.iqm_shares.get(n, Estimate(math.nan))
-                row.append(_estimate_cell(n, fmt_percent(share.value), fmt_interval(share, as_percent=True), best))
+                row.append(predictor_cell(n, fmt_percent(share.value), fmt_interval(share, as_percent=True), best))
             rows.append(row)
-        head = [element("th", "prefix"), element("th", "trials that gain"), *map(_column_head, names)]
+        head = [element("th", "prefix"), element("th", "trials that gain"), *map(page.column_head, names)]
         return page.table(caption, head, rows)
 
     # ------------------------------------------------------------------------------------------- actions
@@ -367,36 +376,7 @@ class _Report:
                 ),
                 element("details", element("summary", "At the end of the path"), details),
             ]  # fmt: skip
-        if any(np.isfinite(spread).any() for spread in results.spreads.values()):
-            parts += [
-                element("h3", "Do the forecast policies collapse to one?"),
-                self._diversity_table(names),
-                self._figure(
-                    plots.diversity_plot(results),
-                    "Variance of action between held-out trials' policies at one checkpoint against the horizon, on "
-                    "one set of states: below the true policies' line forecasts are more alike than the truth, at "
-                    "zero they are one policy.",
-                ),
-            ]
         return page.join(*parts) if parts else element("p", "These results hold no comparison of actions.")
-
-    def _diversity_table(self, names: Sequence[str]) -> Html:
-        columns = ["truth", *names]
-        rows = []
-        for f in self.results.prefixes:
-            row = [element("th", percent(f), element("small", f"{self.results.horizons[f][-1]} ahead"))]
-            for n in columns:
-                variance, std = (float(self.results.spread(s, f, n)[-1]) for s in ("action_variance", "return_std"))
-                quiet = predictor_info(n).is_floor
-                row.append(page.estimate_cell(fmt(variance), f"return ± {fmt(std)}", is_quiet=quiet))
-            rows.append(row)
-        caption = (
-            "Variance of action between the held-out trials' policies at the end of the path, mean over one set of "
-            "states that their true policies visit, in units of half the action range; below it the standard "
-            "deviation of their returns. Forecasts that fell back on one average policy would have neither."
-        )
-        head = [element("th", "prefix"), element("th", "true policies"), *map(_column_head, names)]
-        return page.table(caption, head, rows)
 
     # ------------------------------------------------------------------------------------------- paths and runs
 
@@ -453,7 +433,8 @@ class _Report:
                     run_plots.training_plot(self.training),
                     "The forecaster's relative error in training (first of one-step predictions, then of whole "
                     "rollouts), and its relative weight error at the end of validation trials' paths. The weights of "
-                    "the best validation are kept; held-out trials take no part.",
+                    "the best validation are kept"
+                    + ("." if self.results.in_sample else "; held-out trials take no part."),
                 )
             )
         if not figures:
@@ -472,16 +453,6 @@ class _Report:
         groups.setdefault("collect", self.store.config)
         groups |= {"machine": self.results.machine, "seconds": self.results.seconds}
         return page.join(*(_pairs(name.capitalize(), mapping) for name, mapping in groups.items() if mapping))
-
-
-def _column_head(name: str) -> Html:
-    info = predictor_info(name)
-    return element("th", info.label, cls="quiet" if info.is_floor else "")
-
-
-def _estimate_cell(name: str, text: str, interval: str, best: set[str]) -> Html:
-    """Return the table cell of a predictor's estimate, marked where it is the best, quiet where it is a floor's."""
-    return page.estimate_cell(text, interval, is_best=name in best, is_quiet=predictor_info(name).is_floor)
 
 
 def _pairs(title: str, mapping: Mapping[str, Any]) -> Html:
