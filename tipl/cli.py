@@ -221,7 +221,7 @@ class Rollout:
         checkpoint = every * np.arange(prefix_end + 1, prefix_end + 1 + horizon)
         arrays: dict[str, NDArray[Any]] = {"weights": forecast.weights(), "checkpoint": checkpoint}
         trusted = ""
-        if forecast.trained is not None:
+        if forecast.calibrated is not None:
             arrays["confidence"] = forecast.confidence()
             trusted = f"; the last beats the policy at {every * prefix_end} with p = {arrays['confidence'][-1]:.2f}"
         self.output.parent.mkdir(parents=True, exist_ok=True)

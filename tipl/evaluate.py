@@ -191,7 +191,7 @@ def evaluate(
             predictions = {"tipl": forecast.weights(horizons)}
             if forecaster.refiner is not None:
                 predictions["transformer"] = forecast.in_basis(horizons)
-            confidence = None if forecast.trained is None else forecast.confidence(horizons)
+            confidence = None if forecast.calibrated is None else forecast.confidence(horizons)
             if confidence is not None:
                 follow = confidence[:, None] >= FOLLOW
                 predictions["tipl_gated"] = np.where(follow, predictions["tipl"], path[prefix_end])

@@ -33,7 +33,7 @@ class Forecast:
     """What was observed, (h+1, p)."""
     layout: Layout | None = None
     refiner: Refiner | None = None
-    trained: Confidence | None = None
+    calibrated: Confidence | None = None
     strides: Strides | None = None
     max_len: int = 0
     trust: float = 1.0
@@ -64,11 +64,11 @@ class Forecast:
 
         Raises ValueError where the forecaster's confidence was not calibrated.
         """
-        if self.trained is None:
+        if self.calibrated is None:
             raise ValueError("forecast.confidence: the forecaster was trained without confidence_trials")
         chosen = np.arange(1, len(self.future) + 1) if horizons is None else np.asarray(horizons, np.int64)
         forecast, unrefined = self.weights(chosen), self.in_basis(chosen)
-        return self.trained(features_of(self.prefix, forecast, unrefined, chosen, self.max_len))
+        return self.calibrated(features_of(self.prefix, forecast, unrefined, chosen, self.max_len))
 
     def in_basis(self, horizons: NDArray[np.int64]) -> NDArray[np.float32]:
         """Return the weights (n, p) that the Transformer forecasts, before they are refined."""
