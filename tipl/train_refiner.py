@@ -28,7 +28,7 @@ PREFIXES = 10
 HORIZONS = (0.1, 0.2, 0.35, 0.5, 0.7, 1.0)
 """Shares of what is left of the path."""
 MAX_TRIALS = 256
-"""Trials of a store that are learned from: 1.2 MB each."""
+"""Trials of a store that are learned from: 2 MB each."""
 BATCH_SIZE = 16
 BATCH_WEIGHTS = 256
 """Weights of each trial in a batch."""
