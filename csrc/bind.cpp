@@ -459,19 +459,23 @@ void bind_svd(py::module_ &m) {
 std::unique_ptr<PpoUpdate> make_ppo_update(ptrdiff_t obs_dim, ptrdiff_t act_dim, std::vector<ptrdiff_t> hidden_sizes,
                                            const std::string &activation, ptrdiff_t minibatch_size,
                                            ptrdiff_t update_epochs, float clip_coef, std::optional<float> clip_coef_vf,
-                                           float vf_coef, float ent_coef, float max_grad_norm, float adam_eps,
-                                           bool normalize_advantage, std::optional<double> target_kl, int num_threads) {
+                                           float vf_coef, float ent_coef, float max_grad_norm,
+                                           const std::string &optimizer, float adam_eps, bool normalize_advantage,
+                                           std::optional<double> target_kl, bool learn_log_std, int num_threads) {
   const std::array<const char *, 3> names{"tanh", "relu", "elu"};  // as in Activation
   const auto name = std::find(names.begin(), names.end(), activation);
   check(name != names.end(), "PpoUpdate: activation must be tanh, relu or elu, got ", activation);
+  check(optimizer == "adam" || optimizer == "sgd", "PpoUpdate: optimizer must be adam or sgd, got ", optimizer);
   PpoSettings settings{.minibatch_size = minibatch_size,
                        .update_epochs = update_epochs,
                        .clip_coef = clip_coef,
                        .vf_coef = vf_coef,
                        .ent_coef = ent_coef,
                        .max_grad_norm = max_grad_norm,
+                       .optimizer = optimizer == "adam" ? Optimizer::kAdam : Optimizer::kSgd,
                        .adam_eps = adam_eps,
-                       .normalize_advantage = normalize_advantage};
+                       .normalize_advantage = normalize_advantage,
+                       .learn_log_std = learn_log_std};
   if (clip_coef_vf) settings.clip_coef_vf = *clip_coef_vf;
   if (target_kl) settings.target_kl = *target_kl;
   const auto kind = static_cast<Activation>(name - names.begin());
@@ -557,7 +561,8 @@ void bind_ppo(py::module_ &m) {
       .def(py::init(&make_ppo_update), py::kw_only(), py::arg("obs_dim"), py::arg("act_dim"), py::arg("hidden_sizes"),
            py::arg("activation"), py::arg("minibatch_size"), py::arg("update_epochs"), py::arg("clip_coef"),
            py::arg("clip_coef_vf"), py::arg("vf_coef"), py::arg("ent_coef"), py::arg("max_grad_norm"),
-           py::arg("adam_eps"), py::arg("normalize_advantage"), py::arg("target_kl"), py::arg("num_threads"))
+           py::arg("optimizer"), py::arg("adam_eps"), py::arg("normalize_advantage"), py::arg("target_kl"),
+           py::arg("learn_log_std"), py::arg("num_threads"))
       .def_property_readonly("num_params", &PpoUpdate::num_params)
       .def("mean_actions", &bound_mean_actions, py::arg("params"), py::arg("obs"))
       .def("values", &bound_values, py::arg("params"), py::arg("obs"))

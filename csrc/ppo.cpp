@@ -185,6 +185,7 @@ void PpoUpdate::update_trial(const TrialParams &params, const Steps &steps, ptrd
                              Workspace &work, UpdateStats &stats) const {
   const ptrdiff_t A = sizes_.act_dim, B = settings_.minibatch_size, T = steps.num_steps, P = num_params();
   const ptrdiff_t row = trial * params.stride, first = trial * T;
+  const ptrdiff_t learned = settings_.learn_log_std ? 0 : A;  // where the parameters that are learned begin
   float *const param = params.param + row;
   double objective = 0.0, squares = 0.0, clipped = 0.0, kl = 0.0;
   ptrdiff_t batches = 0, last_batches = 0;
@@ -232,13 +233,20 @@ void PpoUpdate::update_trial(const TrialParams &params, const Steps &steps, ptrd
       ++last_batches;
       stopped = loss.kl / static_cast<double>(B) > 1.5 * settings_.target_kl;
       if (stopped) break;
-      const double norm = std::sqrt(kernels_.sum_squares(work.grads.data(), nullptr, P));
-      const double scale = settings_.max_grad_norm / (norm + 1e-6);
+      const float *const grad = work.grads.data();
+      const double norm = std::sqrt(kernels_.sum_squares(grad + learned, nullptr, P - learned));
+      const double limit = settings_.max_grad_norm / (norm + 1e-6);
+      const double scale = limit > 1.0 ? 1.0 : limit;  // NaN stays NaN
       const double t = static_cast<double>(++params.steps[trial]);
-      const AdamStep step{static_cast<float>(scale > 1.0 ? 1.0 : scale),  // NaN stays NaN
-                          static_cast<float>(learning_rate / (1.0 - std::pow(kBeta1, t))),
-                          static_cast<float>(1.0 / std::sqrt(1.0 - std::pow(kBeta2, t))), settings_.adam_eps};
-      kernels_.adam(step, param, work.grads.data(), params.first + row, params.second + row, P);
+      if (settings_.optimizer == Optimizer::kSgd) {
+        const auto factor = static_cast<float>(learning_rate * scale);
+        for (ptrdiff_t i = learned; i < P; ++i) param[i] -= factor * grad[i];
+      } else {
+        const AdamStep step{static_cast<float>(scale), static_cast<float>(learning_rate / (1.0 - std::pow(kBeta1, t))),
+                            static_cast<float>(1.0 / std::sqrt(1.0 - std::pow(kBeta2, t))), settings_.adam_eps};
+        kernels_.adam(step, param + learned, grad + learned, params.first + row + learned,
+                      params.second + row + learned, P - learned);
+      }
     }
   }
   const double seen = static_cast<double>(batches * B);

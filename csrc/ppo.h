@@ -29,19 +29,24 @@ struct PolicySizes {
   Activation activation;
 };
 
+enum class Optimizer { kAdam, kSgd };
+
 struct PpoSettings {
   ptrdiff_t minibatch_size, update_epochs;
   float clip_coef;
   float clip_coef_vf = std::numeric_limits<float>::infinity();  // how far a value may move and still learn
-  float vf_coef, ent_coef, max_grad_norm, adam_eps;
+  float vf_coef, ent_coef, max_grad_norm;
+  Optimizer optimizer;
+  float adam_eps;
   bool normalize_advantage;
   double target_kl = std::numeric_limits<double>::infinity();  // an update ends where approx_kl is 1.5 times that
+  bool learn_log_std;
 };
 
 // The trials' rows, `stride` floats apart, and Adam's moments of them, which lie alike.
 struct TrialParams {
   float *param, *first, *second;
-  int64_t *steps;  // (N), that Adam has taken
+  int64_t *steps;  // (N), that the optimizer has taken
   ptrdiff_t trials, stride;
 };
 

@@ -117,7 +117,7 @@ def gram(rows: NDArray[np.float32], origin: NDArray[np.float32] | None) -> NDArr
     return exact @ exact.T
 
 
-# ---- PPO (tipl/ppo.py): one trial as ordinary torch modules, with autograd and torch's own clipping and Adam
+# ---- PPO (tipl/ppo.py): one trial as ordinary torch modules, with autograd and torch's own clipping and optimizers
 
 
 class Agent(torch.nn.Module):
@@ -125,7 +125,7 @@ class Agent(torch.nn.Module):
 
     def __init__(self, row: torch.Tensor, obs_dim: int, act_dim: int, config: PPOConfig) -> None:
         super().__init__()
-        self.log_std = torch.nn.Parameter(torch.zeros(act_dim))
+        self.log_std = torch.nn.Parameter(torch.zeros(act_dim), requires_grad=config.learn_log_std)
         self.actor, self.critic = (self._mlp(obs_dim, out, config) for out in (act_dim, 1))
         self.to(row.dtype)
         size = sum(parameter.numel() for parameter in self.parameters())
@@ -184,9 +184,11 @@ def ppo_update(
 ) -> dict[str, float]:
     """Run one epoch for each order (T,) over one trial's transitions (T, ...), as Stable-Baselines3 does.
 
-    Returns the means of what is logged, and "steps", how many Adam took.
+    Returns the means of what is logged, and "steps", how many the optimizer took.
     """
-    optimizer = torch.optim.Adam(agent.parameters(), lr=config.learning_rate, eps=config.adam_eps)
+    optimizer: torch.optim.Optimizer = torch.optim.SGD(agent.parameters(), lr=config.learning_rate)
+    if config.optimizer == "adam":
+        optimizer = torch.optim.Adam(agent.parameters(), lr=config.learning_rate, eps=config.adam_eps)
     logs: dict[str, list[float]] = {}
     steps = 0
     for order in orders:

@@ -178,10 +178,13 @@ def test_a_store_is_drawn_and_its_curves_go_where_they_are_asked_for(
 ) -> None:
     store, curves, plot = tmp_path / "s.zarr", tmp_path / "curves", tmp_path / "plot.svg"
     collect = ["collect", "--output", store, "--num-trials", 2, "--total-timesteps", 192, *PPO]
+    collect += ["--ppo.optimizer", "sgd", "--ppo.no-learn-log-std", "--ppo.log-std-init", "-0.5"]
     assert tipl(monkeypatch, *collect, "--tensorboard", curves) == 0
     assert {path.name for path in curves.iterdir()} == {"trial_0000", "trial_0001", "mean"}
     assert tipl(monkeypatch, "store", "info", store, "--plot", plot) == 0
-    assert capsys.readouterr().out.splitlines()[-1].split() == ["plot", str(plot)]
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert lines[-1].split() == ["plot", str(plot)]
+    assert {"ppo.optimizer = sgd", "ppo.learn_log_std = False", "ppo.log_std_init = -0.5"} <= set(lines)
     assert plot.read_bytes().startswith(b"<?xml")
     assert tipl(monkeypatch, "store", "info", store, "--plot", plot) == 2
     assert f"plot_store: {plot} exists" in capsys.readouterr().err

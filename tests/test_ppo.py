@@ -2,6 +2,7 @@ import dataclasses
 import itertools
 import sys
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -166,7 +167,7 @@ def test_time_out_bootstraps_from_the_final_observation() -> None:
 
 
 def test_transitions_are_the_steps_that_were_made() -> None:
-    trials = population([7, 2, 5], act_dim=2)
+    trials = population([7, 2, 5], dataclasses.replace(SMALL, log_std_init=-0.5), act_dim=2)
     weights = torch.from_numpy(trials.weights())
     (first, *_), (second, *_) = trials.act(), trials.act()
     t = np.arange(128)[:, None]
@@ -360,12 +361,17 @@ UPDATES: dict[str, dict[str, object]] = {
     "advantages as they are": {"normalize_advantage": False},
     "target KL reached": {"target_kl": 0.08},
     "target KL at once": {"target_kl": 1e-9, "learning_rate": 1e-3},
+    "SGD": {"optimizer": "sgd", "learning_rate": 0.1},
+    "SGD, large gradients": {"optimizer": "sgd", "learning_rate": 0.01, "max_grad_norm": 1e9},
+    "fixed log_std": {"learn_log_std": False},
+    # The entropy's gradient is the largest by far, and would show in the norm.
+    "SGD, fixed log_std": {"optimizer": "sgd", "learning_rate": 0.1, "learn_log_std": False, "ent_coef": 10.0},
 }
 
 
 @pytest.mark.parametrize("act_dim", [1, 3])
 @pytest.mark.parametrize("settings", UPDATES)
-def test_update_equals_autograd_with_torch_clipping_and_adam(settings: str, act_dim: int) -> None:
+def test_update_equals_autograd_with_torch_clipping_and_optimizers(settings: str, act_dim: int) -> None:
     config = dataclasses.replace(SMALL, **({"learning_rate": 3e-3} | UPDATES[settings]))
     arrays = random_update(config, act_dim)
     ours = updated(config, arrays)
@@ -376,6 +382,11 @@ def test_update_equals_autograd_with_torch_clipping_and_adam(settings: str, act_
     if settings == "target KL reached":
         assert 0 < ours["num_updates"].min() < 12
     assert_updates_as_autograd(config, arrays, ours)
+    fixed = 0 if config.learn_log_std else act_dim  # columns
+    np.testing.assert_array_equal(ours["params"][:, :fixed], arrays["params"][:, :fixed])
+    without = None if config.optimizer == "sgd" else fixed
+    assert not ours["first_moments"][:, :without].any()
+    assert not ours["second_moments"][:, :without].any()
     for threads in (1, 7):
         again = updated(config, arrays, threads)
         assert all(np.array_equal(again[name], ours[name]) for name in ours)
@@ -386,11 +397,13 @@ def test_every_instruction_set_updates_as_autograd(isa: str) -> None:
     run_on(
         isa,
         "import dataclasses\n"
-        "from test_ppo import SMALL, assert_updates_as_autograd, random_update, updated\n"
+        "from test_ppo import SMALL, UPDATES, assert_updates_as_autograd, random_update, updated\n"
         "for sizes, steps in (((64, 64), 64), ((5, 18), 60)):\n"
-        "    config = dataclasses.replace(SMALL, hidden_sizes=sizes, learning_rate=3e-3, num_steps=steps)\n"
-        "    arrays = random_update(config, 3)\n"
-        "    assert_updates_as_autograd(config, arrays, updated(config, arrays))\n",
+        "    sized = dataclasses.replace(SMALL, hidden_sizes=sizes, learning_rate=3e-3, num_steps=steps)\n"
+        "    for settings in ('as by default', 'SGD', 'fixed log_std'):\n"
+        "        config = dataclasses.replace(sized, **UPDATES[settings])\n"
+        "        arrays = random_update(config, 3)\n"
+        "        assert_updates_as_autograd(config, arrays, updated(config, arrays))\n",
     )
 
 
@@ -478,20 +491,59 @@ def test_wrong_arrays_are_refused(name: str, change: Callable[[np.ndarray], np.n
         updated(SMALL, arrays | {name: np.ascontiguousarray(change(arrays[name]))})
 
 
-def test_update_equals_stable_baselines3() -> None:
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"activation": "gelu"}, "PpoUpdate: activation must be tanh, relu or elu, got gelu"),
+        ({"optimizer": "rmsprop"}, "PpoUpdate: optimizer must be adam or sgd, got rmsprop"),
+    ],
+)
+def test_settings_that_the_engine_does_not_know_are_refused(setting: dict[str, str], message: str) -> None:
+    sizes = {"obs_dim": 1, "act_dim": 1, "hidden_sizes": (), "activation": "tanh", "minibatch_size": 1}
+    settings = {name: getattr(SMALL, name) for name in ENGINE_SETTINGS}
+    with pytest.raises(ValueError, match=message):
+        _core.PpoUpdate(num_threads=1, **(sizes | settings | setting))
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+@pytest.mark.parametrize("learn_log_std", [True, False])
+def test_update_equals_stable_baselines3(optimizer: Literal["adam", "sgd"], learn_log_std: bool) -> None:
     """One minibatch an epoch, so that the order of its rows is only a matter of rounding."""
     sb3 = pytest.importorskip("stable_baselines3", reason="compares with stable-baselines3, which is not installed")
     from stable_baselines3.common.logger import Logger
 
-    model = sb3.PPO("MlpPolicy", "Pendulum-v1", n_steps=64, batch_size=64, n_epochs=4, device="cpu", seed=0)
+    config = PPOConfig(
+        num_steps=64,
+        num_minibatches=1,
+        update_epochs=4,
+        learning_rate=3e-4 if optimizer == "adam" else 0.03,
+        optimizer=optimizer,
+        log_std_init=-0.5,
+        learn_log_std=learn_log_std,
+    )
+    model = sb3.PPO(
+        "MlpPolicy",
+        "Pendulum-v1",
+        n_steps=64,
+        batch_size=64,
+        n_epochs=4,
+        learning_rate=config.learning_rate,
+        policy_kwargs={
+            "log_std_init": -0.5,
+            "optimizer_class": {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[optimizer],
+        },
+        device="cpu",
+        seed=0,
+    )
+    model.policy.log_std.requires_grad_(learn_log_std)
     model.set_logger(Logger(None, []))
-    config = PPOConfig(num_steps=64, num_minibatches=1, update_epochs=4)
     spec = PolicySpec(3, 1)
     state = model.policy.state_dict()
     order = [name for name in state if "value_net" not in name] + [name for name in state if "value_net" in name]
     params = torch.cat([state[name].flatten() for name in order])[None]
     trials = Population(ScriptedEnv(1), config, [0])
     assert trials.spec == spec
+    assert trials.params[:, 0] == params[:, 0]
     trials.params[:] = params.numpy()
     generator = torch.Generator().manual_seed(0)
     transitions = Transitions(
@@ -516,6 +568,8 @@ def test_update_equals_stable_baselines3() -> None:
     stats = trials.update(transitions, config.learning_rate)
     after = torch.cat([model.policy.state_dict()[name].flatten() for name in order])
     np.testing.assert_allclose(trials.params[0], after, rtol=0, atol=2e-6)
+    assert abs(after - params[0]).max() > 5e-4
+    assert (after[0] == -0.5) == (trials.params[0, 0] == -0.5) == (not learn_log_std)
     logged = model.logger.name_to_value
     for name, theirs in (
         ("policy_loss", "policy_gradient_loss"),
@@ -616,6 +670,28 @@ def test_initial_weights_are_stable_baselines3s() -> None:
         assert not bias.any()
 
 
+def test_log_std_starts_where_it_is_told_and_all_else_as_without() -> None:
+    for kwargs in ({}, {"init_seed": 5}):
+        own, default = (
+            population([3, 4], dataclasses.replace(SMALL, log_std_init=x), 2, **kwargs) for x in (-1.5, 0.0)
+        )
+        np.testing.assert_array_equal(own.params[:, :2], np.full((2, 2), -1.5))
+        np.testing.assert_array_equal(own.params[:, 2:], default.params[:, 2:])
+        for one, other in zip(own.generators, default.generators, strict=True):
+            assert torch.equal(one.get_state(), other.get_state())
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_log_std_that_is_not_learned_stays_to_the_bit(optimizer: Literal["adam", "sgd"]) -> None:
+    # With values in the loss, their errors would be nearly all of the norm: SGD would leave log_std to rounding.
+    config = dataclasses.replace(SMALL, optimizer=optimizer, log_std_init=-0.7, learn_log_std=False, vf_coef=0.0)
+    weights = path([3, 4], config, act_dim=2)
+    np.testing.assert_array_equal(weights[..., :2], np.full((2, 3, 2), -0.7, np.float32))
+    assert (np.diff(weights[..., 2:], axis=1) != 0).any(-1).all()
+    learned = path([3, 4], dataclasses.replace(config, learn_log_std=True), act_dim=2)
+    assert (learned[..., :2] != weights[..., :2]).all()
+
+
 # ---- statistics, errors
 
 
@@ -695,6 +771,9 @@ def test_weights_that_are_not_finite_name_the_trial() -> None:
         ({"ent_coef": -0.1}, r"PPOConfig: ent_coef must be finite and not negative, got -0\.1"),
         ({"gamma": 1.01}, r"PPOConfig: gamma must lie in \[0, 1\], got 1\.01"),
         ({"hidden_sizes": (0,)}, r"hidden_sizes must be a tuple of positive ints, got \(0,\)"),
+        ({"optimizer": "rmsprop"}, r"PPOConfig: optimizer must be one of \('adam', 'sgd'\), got 'rmsprop'"),
+        ({"log_std_init": float("-inf")}, "PPOConfig: log_std_init must be finite, got -inf"),
+        ({"learn_log_std": "no"}, "PPOConfig: learn_log_std must be a bool, got 'no'"),
         ({"activation": "gelu"}, r"activation must be one of \('tanh', 'relu', 'elu'\), got 'gelu'"),
     ],
 )

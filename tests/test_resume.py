@@ -110,6 +110,9 @@ OPTIONS = {
     "clip_coef_vf": 0.2,
     "normalize_observations": True,
     "activation": "elu",
+    "optimizer": "sgd",
+    "log_std_init": -0.5,
+    "learn_log_std": False,
 }
 
 
@@ -256,6 +259,7 @@ def test_a_damaged_record_of_the_versions_is_no_obstacle(tmp_path, whole):
         ({"shared_init": True}, "shared_init = False, got True"),
         ({"env_id": "InvertedPendulum-v4"}, "env_id = InvertedPendulum-v5, got InvertedPendulum-v4"),
         ({"ppo": dataclasses.replace(TINY, gamma=0.9)}, "ppo.gamma = 0.99, got 0.9"),
+        ({"ppo": dataclasses.replace(TINY, optimizer="sgd")}, "ppo.optimizer = adam, got sgd"),
         ({"ppo": dataclasses.replace(TINY, hidden_sizes=(16,))}, "ppo.hidden_sizes = [16, 16], got [16]"),
     ],
 )

@@ -141,9 +141,11 @@ class PpoUpdate:
         vf_coef: float,
         ent_coef: float,
         max_grad_norm: float,
+        optimizer: str,
         adam_eps: float,
         normalize_advantage: bool,
         target_kl: float | None,
+        learn_log_std: bool,
         num_threads: int,
     ) -> None: ...
     @property

@@ -2,8 +2,8 @@
 
 The algorithm is Stable-Baselines3's PPO (Schulman et al. 2017, arXiv:1707.06347) with its defaults and its details. A
 trial shares nothing with the others but the moment at which it is computed: its initial weights, environments, action
-noise, minibatch order, gradient clipping and Adam state follow from its own seed alone. Acting and the update run in
-`csrc/ppo.cpp`.
+noise, minibatch order, gradient clipping and optimizer state follow from its own seed alone. Acting and the update run
+in `csrc/ppo.cpp`.
 
 Shapes  N trials of E = num_envs environments each, numbered trial by trial; T = num_steps; O = obs_dim, A = act_dim;
         P = parameters of a trial, log_std | actor | critic, of which the first p are the checkpoint.
@@ -16,7 +16,7 @@ import itertools
 import math
 import time
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -28,7 +28,9 @@ from tipl.policy import Activation, PolicySpec, layer_views
 
 Floats = NDArray[np.float64]
 Singles = NDArray[np.float32]
+Optimizer = Literal["adam", "sgd"]
 
+OPTIMIZERS = ("adam", "sgd")
 LOG_2PI = math.log(2 * math.pi)
 ENV_ARRAYS = [field.name for field in dataclasses.fields(MujocoState) if field.name != "rngs"]
 ENGINE_SETTINGS = (
@@ -38,9 +40,11 @@ ENGINE_SETTINGS = (
     "vf_coef",
     "ent_coef",
     "max_grad_norm",
+    "optimizer",
     "adam_eps",
     "normalize_advantage",
     "target_kl",
+    "learn_log_std",
 )
 """What the native update takes from `PPOConfig` as it is."""
 MIN_TRIALS_AT_ONCE = 64
@@ -77,6 +81,8 @@ class PPOConfig:
     """Limit of the norm of a trial's gradient, actor and critic together."""
     target_kl: float | None = None
     """A trial's update ends with the minibatch whose approx_kl is above 1.5 times this, before it takes the step."""
+    optimizer: Optimizer = "adam"
+    """sgd: without momentum, as SB3 with policy_kwargs=dict(optimizer_class=torch.optim.SGD)."""
     adam_eps: float = 1e-5
     normalize_advantage: bool = True
     """Normalise the advantages of each minibatch."""
@@ -86,6 +92,10 @@ class PPOConfig:
     hidden_sizes: tuple[int, ...] = (64, 64)
     """Widths of the hidden layers, the same for actor and critic, which share none."""
     activation: Activation = "tanh"
+    log_std_init: float = 0.0
+    """Where log_std, the logarithm of the actions' standard deviation, starts."""
+    learn_log_std: bool = True
+    """False: log_std stays at log_std_init, and its gradient has no part in the norm that max_grad_norm limits."""
 
     def __post_init__(self) -> None:
         for name in ("num_envs", "num_steps", "update_epochs", "num_minibatches"):
@@ -105,6 +115,12 @@ class PPOConfig:
         for name in ("gamma", "gae_lambda"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"PPOConfig: {name} must lie in [0, 1], got {getattr(self, name)}")
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(f"PPOConfig: optimizer must be one of {OPTIMIZERS}, got {self.optimizer!r}")
+        if not math.isfinite(self.log_std_init):
+            raise ValueError(f"PPOConfig: log_std_init must be finite, got {self.log_std_init}")
+        if not isinstance(self.learn_log_std, bool):
+            raise ValueError(f"PPOConfig: learn_log_std must be a bool, got {self.learn_log_std!r}")
         PolicySpec(1, 1, self.hidden_sizes, self.activation)  # refuses bad sizes and activations
 
     @property
@@ -239,7 +255,7 @@ class PopulationState:
 
     env_steps: int
     arrays: dict[str, NDArray[Any]]
-    """A row a trial or an environment each: params (N, P), Adam's optimizer.step (N,), .exp_avg and .exp_avg_sq (N, P),
+    """A row a trial or an environment each: params (N, P), optimizer.step (N,), Adam's .exp_avg and .exp_avg_sq (N, P),
     generators (N, bytes), episodic_return (N,), running_return (N * E,), env.*, the fields of `MujocoState` but its
     rngs, and obs.mean and obs.var (N, 1, O) where observations are normalised."""
     env_rngs: list[Any]
@@ -288,9 +304,10 @@ class Population:
         self.env_steps = 0
         """Environment steps that each trial has made."""
         self.generators = [torch.Generator().manual_seed(seed) for seed in self.seeds]
-        self.params = _initial_params(self.spec, self.generators)  # (N, P)
+        self.params = _initial_params(self.spec, config.log_std_init, self.generators)  # (N, P)
         if init_seed is not None:
-            self.params[:] = _initial_params(self.spec, [torch.Generator().manual_seed(init_seed)])
+            generator = torch.Generator().manual_seed(init_seed)
+            self.params[:] = _initial_params(self.spec, config.log_std_init, [generator])
         self.moments = np.zeros((2, *self.params.shape), np.float32)
         self.num_updates = np.zeros(N, np.int64)
         self.engine = _core.PpoUpdate(
@@ -542,11 +559,12 @@ def entropy(log_std: Singles) -> Floats:
     return result
 
 
-def _initial_params(spec: PolicySpec, generators: Sequence[torch.Generator]) -> Singles:
-    """Return SB3's initial parameters (N, P), each row drawn from its generator; all but the weights are zero."""
+def _initial_params(spec: PolicySpec, log_std: float, generators: Sequence[torch.Generator]) -> Singles:
+    """Return SB3's initial parameters (N, P), each row's weights drawn from its generator; the biases are zero."""
     critic_sizes = (*spec.layer_sizes[:-1], 1)
     P = spec.num_params + sum(fan_out * (fan_in + 1) for fan_in, fan_out in itertools.pairwise(critic_sizes))
     params = torch.zeros(len(generators), P)
+    params[:, : spec.act_dim] = log_std
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the QR decomposition behind orthogonal_ has other last bits on other numbers
     try:
