@@ -271,6 +271,20 @@ def test_other_arguments_are_refused(tmp_path_factory, tmp_path, arguments, mess
     assert files(path) == before
 
 
+def test_settings_of_ppo_that_an_older_store_lacks_have_their_defaults(tmp_path, whole, iterations):
+    path = cut_off(tmp_path / "store")
+    group = tipl.zarr_files.read_group(path, "store")
+    for name in ("optimizer", "log_std_init", "learn_log_std"):
+        del group["config"]["ppo"][name]
+    tipl.zarr_files.write_group(path, group)
+    with pytest.raises(ValueError, match=r"with ppo\.optimizer = adam, got sgd; give its arguments"):
+        run(path, ppo=dataclasses.replace(TINY, optimizer="sgd"))
+    iterations.clear()
+    run(path)
+    assert iterations == [5, 6, 7]
+    assert {**files(path), "zarr.json": b""} == {**whole, "zarr.json": b""}
+
+
 def test_a_complete_store_is_never_touched(tmp_path, whole, iterations):
     path = run(tmp_path / "store").path
     iterations.clear()

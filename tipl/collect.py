@@ -282,7 +282,9 @@ def _reopen(output: Location, env_id: str, config: dict[str, Any]) -> Store:
         raise FileExistsError(f"collect: {output} exists and is no store; choose another output or remove it") from None
     if is_complete(store):
         raise FileExistsError(f"collect: {output} exists and is complete; choose another output or remove it")
-    found, given = (flat_config({"env_id": id, **c}) for id, c in ((store.env_id, store.config), (env_id, config)))
+    ppo = dataclasses.asdict(PPOConfig()) | store.config["ppo"]  # settings that an older store lacks were the defaults
+    began = {**store.config, "ppo": ppo}
+    found, given = (flat_config({"env_id": id, **c}) for id, c in ((store.env_id, began), (env_id, config)))
     for name in [*given, *(found.keys() - given.keys())]:
         if found.get(name, "nothing") != given.get(name, "nothing"):
             was, now = (x.get(name, "nothing") for x in (found, given))
