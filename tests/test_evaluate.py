@@ -8,6 +8,7 @@ import pytest
 import safetensors.numpy
 from synthetic_run import SPEC, make_store
 
+from tipl.basis import Basis
 from tipl.behaviour import action_bounds, action_differences, action_variance, kl_divergences
 from tipl.evaluate import NUM_STATES, EvaluateConfig, evaluate, weight_errors
 from tipl.report import write_report
@@ -51,7 +52,7 @@ def test_rows_floors_and_report(tmp_path: Path) -> None:
     predictors = {
         "tipl", "tipl_gated", "tipl_tuned", "transformer",
         "persistence", "linear", "quadratic", "rank1", "autoregression", "mean_path", "nearest_path",
-        "ridge", "nowcaster", "basis_floor", "return_floor",
+        "ridge", "nowcaster", "another_run", "basis_floor", "shared_floor", "return_floor",
     }  # fmt: skip
     # prefix 0.4 of 16 checkpoints ends at 6: horizons 3 and 9; prefix 0.6 at 9: 3 and 6
     assert {(row["prefix"], row["horizon"]) for row in rows} == {(0.4, 3), (0.4, 9), (0.6, 3), (0.6, 6)}
@@ -69,6 +70,10 @@ def test_rows_floors_and_report(tmp_path: Path) -> None:
         expected = np.linalg.norm(error) / np.linalg.norm(walked)
         assert of["persistence"]["wpe_relative"] == pytest.approx(expected, rel=1e-5)
         assert of["return_floor"]["wpe"] == 0.0
+        training = [store.trial(i) for i in forecaster.config["stores"][0]["split"]["train"]]
+        shared = Basis.from_trials(training, TINY.n_components).through(path[h].astype(np.float32))
+        outside = shared.residual(path[h + horizon][None].astype(np.float32))
+        assert of["shared_floor"]["wpe"] == pytest.approx(outside[0] ** 2 / path.shape[1], rel=1e-4)
         assert of["basis_floor"]["wpe"] <= min(of[name]["wpe"] for name in ("tipl", "rank1", "mean_path")) * 1.001
         assert len({row["return_true"] for row in of.values()}) == 1
         for row in of.values():

@@ -23,6 +23,7 @@ HORIZONS = np.array([1, 4, 10])
 LAYOUT = ParameterLayout((("log_std", (4,)), ("net.weight", (5, 6)), ("net.bias", (6,))))
 NAMES = [
     "persistence", "linear", "quadratic", "rank1", "autoregression", "mean_path", "nearest_path", "ridge", "nowcaster",
+    "another_run",
 ]  # fmt: skip
 
 
@@ -149,8 +150,9 @@ def test_nearest_path_repeats_a_training_trial_and_no_mean() -> None:
 
 
 def test_every_baseline_is_float32_of_the_right_shape_and_reproducible() -> None:
-    training = paths_of(*(random_path(20, 40, seed) for seed in range(3)))
-    baselines, again = (fit_baselines(training, 8, HORIZONS, 6) for _ in range(2))
+    trials = [random_path(20, 40, seed) for seed in range(3)]
+    training = paths_of(*trials)
+    baselines, again = (fit_baselines(training, 8, HORIZONS, 6, path=trials.__getitem__) for _ in range(2))
     assert list(baselines) == NAMES
     prefix = random_path(20, 40, 9)[:9]
     for name, predictor in baselines.items():
@@ -162,13 +164,20 @@ def test_every_baseline_is_float32_of_the_right_shape_and_reproducible() -> None
         np.testing.assert_allclose(predictor.forecast(prefix, HORIZONS[1:]), forecast[1:], rtol=0, atol=1e-5)
 
 
+def test_another_run_is_the_training_trial_with_the_nearest_prefix() -> None:
+    trials = [random_path(20, 40, seed) for seed in range(3)]
+    alike = rotated_copies(trials[1], 1, 7)[0]  # the same prefix in canonical coordinates, other weights throughout
+    another = fit_baselines(paths_of(*trials), 8, HORIZONS, 6, path=trials.__getitem__)["another_run"]
+    np.testing.assert_array_equal(another.forecast(alike[:9], HORIZONS), trials[1][8 + HORIZONS])
+
+
 @pytest.mark.parametrize("num_trials", [1, 2])
 def test_few_trials_a_short_prefix_and_a_tensor_that_never_moves(num_trials: int) -> None:
     trials = [random_path(20, 40, seed) for seed in range(num_trials + 1)]
     for path in trials:
         path[:, :4] = 0.5  # log_std
     *training, heldout = trials
-    for predictor in fit_baselines(paths_of(*training), 3, HORIZONS, 6).values():
+    for predictor in fit_baselines(paths_of(*training), 3, HORIZONS, 6, path=training.__getitem__).values():
         forecast = predictor.forecast(heldout[:4], HORIZONS)
         np.testing.assert_allclose(forecast[:, :4], 0.5, rtol=0, atol=1e-5)
         assert np.isfinite(forecast).all()

@@ -33,7 +33,7 @@ import safetensors.numpy
 from numpy.typing import NDArray
 
 from tipl import _core
-from tipl.basis import MIN_PREFIX_END
+from tipl.basis import MIN_PREFIX_END, Basis
 from tipl.behaviour import FloatArray, action_bounds, action_differences, action_variance, kl_divergences
 from tipl.cluster import connected
 from tipl.dynamics import future_leak, nearest_distances, training_futures
@@ -164,6 +164,14 @@ def evaluate(
     n_components = forecaster.model.config.n_components
     heldout = split.heldout[: config.max_trials]
     truth = np.array([source.path(i) for i in heldout])  # (trials, T, p)
+
+    def training_path(i: int) -> NDArray[np.float32]:
+        return source.path(split.train[i])
+
+    # The floor of the basis that forecasts are not made in stands beside that of their own.
+    shared = None
+    if forecaster.shared_basis is None:
+        shared = Basis.from_trials([store.trial(i) for i in split.train], n_components)
     training = [TrainingPath.of(source.path(i), policy, seed=i) for i in split.train]
 
     judged = _Judged()
@@ -182,8 +190,10 @@ def evaluate(
     )
     for share, prefix_end in zip(config.prefixes, prefix_ends, strict=True):
         horizons = config.horizon_grid(prefix_end, num_checkpoints)
-        baselines = fit_baselines(training, prefix_end, horizons, n_components)
-        futures = training_futures(NearestPath.fit(training, prefix_end, n_components).coordinates, prefix_end)
+        baselines = fit_baselines(training, prefix_end, horizons, n_components, path=training_path)
+        nearest = baselines["nearest_path"]
+        assert isinstance(nearest, NearestPath)
+        futures = training_futures(nearest.coordinates, prefix_end)
         for number, (trial, path) in enumerate(zip(heldout, truth, strict=True)):
             forecast = next(forecasts)
             basis = forecast.basis
@@ -199,6 +209,9 @@ def evaluate(
                 predictions["tipl_tuned"] = forecast.tuned(horizons)
             predictions |= {name: it.forecast(path[: prefix_end + 1], horizons) for name, it in baselines.items()}
             predictions["basis_floor"] = basis.decode(basis.encode(future))
+            other = Basis.from_prefix(path[: prefix_end + 1], n_components) if shared is None else shared
+            other = other.through(path[prefix_end])
+            predictions["prefix_floor" if shared is None else "shared_floor"] = other.decode(other.encode(future))
             predictions["return_floor"] = future
             _add_rows(judged, store.env_id, trial, share, prefix_end, horizons, path, predictions, confidence)
             ends = np.stack([predictions["tipl"][-1], future[-1]])

@@ -9,7 +9,7 @@ prefix. `Ridge` and `Nowcaster` forecast only the horizons that they were fitted
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar, Protocol, Self
 
 import numpy as np
@@ -142,10 +142,31 @@ class NearestPath:
     def fit(cls, training: Sequence[TrainingPath], prefix_end: int, n_components: int) -> "NearestPath":
         return cls(np.stack([prefix_coordinates(path.gram, prefix_end, n_components) for path in training]))
 
+    def nearest(self, prefix: NDArray[np.float32], basis: Basis) -> int:
+        """Return which of the N trials it is."""
+        away = self.coordinates[:, : len(prefix)] - basis.encode(prefix)  # (N, h+1, k)
+        return int(np.argmin((away**2).sum((1, 2))))
+
     def forecast(self, prefix: NDArray[np.float32], horizons: NDArray[np.int64]) -> NDArray[np.float32]:
         basis = Basis.from_prefix(prefix, self.coordinates.shape[2])
-        away = self.coordinates[:, : len(prefix)] - basis.encode(prefix)  # (N, h+1, k)
-        return _follow(self.coordinates[np.argmin((away**2).sum((1, 2)))], basis, prefix, horizons)
+        return _follow(self.coordinates[self.nearest(prefix, basis)], basis, prefix, horizons)
+
+
+@dataclasses.dataclass(frozen=True)
+class AnotherRun:
+    """The weights of another run: those that the training trial with the nearest prefix had so far into its training.
+
+    In weight space they are nowhere near, and of this run's weights they know nothing. But they act as well as this
+    run's future does, on average: to return more than them, a forecast must know more than that training helps.
+    """
+
+    nearest: NearestPath
+    path: Callable[[int], NDArray[np.float32]]
+    """The weights (T, p) of one of its N trials."""
+
+    def forecast(self, prefix: NDArray[np.float32], horizons: NDArray[np.int64]) -> NDArray[np.float32]:
+        basis = Basis.from_prefix(prefix, self.nearest.coordinates.shape[2])
+        return self.path(self.nearest.nearest(prefix, basis))[len(prefix) - 1 + horizons]
 
 
 def _follow(
@@ -158,12 +179,20 @@ def _follow(
 
 
 def fit_baselines(
-    training: Sequence[TrainingPath], prefix_end: int, horizons: NDArray[np.int64], n_components: int, seed: int = 0
+    training: Sequence[TrainingPath],
+    prefix_end: int,
+    horizons: NDArray[np.int64],
+    n_components: int,
+    *,
+    path: Callable[[int], NDArray[np.float32]],
+    seed: int = 0,
 ) -> dict[str, Predictor]:
     """Return every baseline by its name in results.json, fitted for prefixes that end at `prefix_end`.
 
-    `horizons` (n,) are those that will be asked for; `seed` is the nowcaster's.
+    `horizons` (n,) are those that will be asked for, `path(i)` the weights (T, p) of training trial i of N; `seed` is
+    the nowcaster's.
     """
+    nearest = NearestPath.fit(training, prefix_end, n_components)
     return {
         "persistence": Persistence(),
         "linear": Linear.fit(training, prefix_end),
@@ -171,7 +200,8 @@ def fit_baselines(
         "rank1": RankOne(),
         "autoregression": Autoregression.fit(training, prefix_end, n_components),
         "mean_path": MeanPath.fit(training, prefix_end, n_components),
-        "nearest_path": NearestPath.fit(training, prefix_end, n_components),
+        "nearest_path": nearest,
         "ridge": Ridge.fit(training, prefix_end, horizons),
         "nowcaster": Nowcaster.fit(training, prefix_end, horizons, seed),
+        "another_run": AnotherRun(nearest, path),
     }

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from tipl.report.estimates import Bootstrap, Estimate, Gain, Statistic, mean
-from tipl.report.results import PREDICTORS, FloatArray, Results, predictor_info
+from tipl.report.results import BASIS_FLOORS, PREDICTORS, FloatArray, Results, predictor_info
 
 # Name -> colour on a light page, colour on a dark page. Predictors are told apart with any common colour blindness
 # (after Okabe and Ito), and by their markers; floors are grey. Every light colour occurs once, for an SVG's colours are
@@ -48,7 +48,10 @@ THEME: dict[str, tuple[str, str]] = {
     "nearest_path": ("#d91aff", "#6b7a1f"),
     "ridge": ("#661100", "#c23a68"),
     "nowcaster": ("#0000ff", "#33ff77"),
+    "another_run": ("#7a5cff", "#b0a0ff"),
     "basis_floor": ("#77808a", "#8d97a3"),
+    "shared_floor": ("#86755f", "#a8977f"),
+    "prefix_floor": ("#87765e", "#a9967e"),
     "return_floor": ("#9098a1", "#7b8591"),
     "unknown-0": ("#8a6d00", "#d8c24a"),
     "unknown-1": ("#6b5b95", "#b7a6e3"),
@@ -229,6 +232,7 @@ def predictor_marks(names: Sequence[str]) -> dict[str, Mark]:
         "nearest_path": "v",
         "ridge": "P",
         "nowcaster": "D",
+        "another_run": "X",
     }
     marks = {}
     unknown = 0
@@ -239,7 +243,7 @@ def predictor_marks(names: Sequence[str]) -> dict[str, Mark]:
         else:
             color, marker = f"unknown-{unknown % 3}", "XP"[unknown // 3 % 2]
             unknown += 1
-        dashes = () if not info.is_floor else (5.0, 2.5) if name == "basis_floor" else (1.5, 2.0)
+        dashes = () if not info.is_floor else (5.0, 2.5) if name in BASIS_FLOORS else (1.5, 2.0)
         marks[name] = Mark(info.label, color, {"tipl": 3.0, "persistence": 2.0}.get(name, 1.5), dashes, marker)
     return marks
 

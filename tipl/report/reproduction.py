@@ -13,18 +13,22 @@ from tipl.report import page, plots
 from tipl.report.estimates import Bootstrap, Estimate, leaders, mean, ranking
 from tipl.report.page import Html, element, escape, fmt, fmt_percent, fmt_seconds, listed
 from tipl.report.plots import Plot, percent
-from tipl.report.results import FloatArray, Results, predictor_info
+from tipl.report.results import BASIS_FLOORS, FloatArray, Results, predictor_info
 from tipl.report.tables import error_table
 
-SHOWN = ("tipl", "persistence", "linear", "mean_path", "ridge", "nowcaster", "basis_floor", "return_floor")
+SHOWN = (
+    *("tipl", "persistence", "linear", "mean_path", "ridge", "nowcaster"),
+    *BASIS_FLOORS,
+    "return_floor",
+)
 """What the figures draw: few enough to be told apart. The tables have all."""
 
 PANEL_INCHES = (3.4, 2.55)
 PNG_DPI, PNG_COLORS = 110, 64  # some 80 kB for twelve panels, small enough to commit
 
 MEASURES = {
-    "wpe": ("wpe_relative", "relative weight error", ("basis_floor",)),
-    "repw": ("repw", "return error (REPW)", ("basis_floor", "return_floor")),
+    "wpe": ("wpe_relative", "relative weight error", BASIS_FLOORS),
+    "repw": ("repw", "return error (REPW)", (*BASIS_FLOORS, "return_floor")),
 }
 """A figure's name -> measure, what its axis says, and the floors that it shows."""
 
@@ -199,7 +203,7 @@ def _figure(name: str, env_id: str, parts: Sequence[Part]) -> Plot:
     return Plot(
         f"{env_id}_{name}",
         tuple(panel for row in rows for panel in row.panels),
-        rows[0].legend,
+        tuple(dict.fromkeys(mark for row in rows for mark in row.legend)),
         columns=max(len(row.panels) for row in rows),
         panel_inches=PANEL_INCHES,
     )

@@ -71,13 +71,32 @@ PREDICTORS: dict[str, PredictorInfo] = {
     "nowcaster": PredictorInfo(
         "nowcaster", "a small network (after WNN) continues every weight from five of its own past values"
     ),
+    "another_run": PredictorInfo(
+        "another run",
+        "the weights of the training trial with the nearest prefix, so far into its training: no forecast of this run, "
+        "but policies of its age",
+    ),
     "basis_floor": PredictorInfo(
         "basis floor", "the true weights projected on the basis: no forecast in that basis can be nearer", is_floor=True
+    ),
+    "shared_floor": PredictorInfo(
+        "shared-basis floor",
+        "the true weights projected on one basis of all training trials, as large as the prefix's",
+        is_floor=True,
+    ),
+    "prefix_floor": PredictorInfo(
+        "prefix-basis floor",
+        "the true weights projected on the directions of the observed prefix, as many as the shared basis has",
+        is_floor=True,
     ),
     "return_floor": PredictorInfo(
         "return noise", "the true policy once more, on other episode seeds: smaller differences are luck", is_floor=True
     ),
 }
+
+
+BASIS_FLOORS = ("basis_floor", "shared_floor", "prefix_floor")
+"""Of the basis that forecasts are made in, and of the other kind."""
 
 
 def predictor_info(name: str) -> PredictorInfo:

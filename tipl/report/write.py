@@ -33,6 +33,7 @@ from tipl.report.paths import path_spectrum
 from tipl.report.plots import NBSP, Plot, percent
 from tipl.report.reading import reading
 from tipl.report.results import (
+    BASIS_FLOORS,
     CoordinatePath,
     Results,
     Training,
@@ -198,7 +199,7 @@ class _Report:
             "initial weights."
         )
         plot = plots.error_plot(
-            "wpe", self.results, self.bootstrap, "wpe_relative", "relative weight error", ["basis_floor"]
+            "wpe", self.results, self.bootstrap, "wpe_relative", "relative weight error", BASIS_FLOORS
         )
         figure = self._figure(
             plot,
@@ -243,7 +244,7 @@ class _Report:
             "REPW at the end of the path, the absolute difference in mean episodic return between the forecast and the "
             "true policy: mean over held-out trials, 95 % interval below it; the best predictor is marked."
         )
-        floors = ["basis_floor", "return_floor"]
+        floors = [*BASIS_FLOORS, "return_floor"]
         parts = [
             element("h3", "Return error"),
             self._error_table(caption, "repw", results.names),
@@ -358,7 +359,7 @@ class _Report:
                 self._figure(
                     plots.error_plot(
                         "action_difference", results, self.bootstrap, "action_difference", "action difference",
-                        ["basis_floor"],
+                        BASIS_FLOORS,
                     ),
                     "Root mean square difference between the actions of the forecast and of the true policy on states "
                     "that the true policy visits, in units of half the action range: means over held-out "
@@ -367,7 +368,7 @@ class _Report:
                 element("h3", "KL divergence"),
                 self._figure(
                     plots.error_plot(
-                        "kl", results, self.bootstrap, "kl", "KL divergence (nats)", ["basis_floor"],
+                        "kl", results, self.bootstrap, "kl", "KL divergence (nats)", BASIS_FLOORS,
                         statistic="iqm", is_log=True,
                     ),
                     "KL divergence of the forecast from the true policy, both stochastic as in training, on the same "
