@@ -1,0 +1,189 @@
+"""The studies in bench/: what they write checkpoints in, that it leaks no future, and that they run."""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from synthetic_run import SPEC, make_store
+from test_train import TINY
+
+from tipl.basis import Basis
+
+sys.path.append(str(Path(__file__).parent.parent / "bench"))
+import autoencoder
+import compare_representations as study
+import representations as coders
+
+END = 8
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return make_store(tmp_path_factory.mktemp("studies") / "store.zarr", 8, 24)
+
+
+@pytest.fixture(scope="module")
+def path(store):
+    return store.trial(0).weights()
+
+
+def coordinates_of(path, by, end=END):
+    """A path (T, k) in each orthonormal way that reads nothing but its prefix."""
+    if by == "cut":
+        grams = np.concatenate(coders.grams_of(path, [columns[None] for columns in tensors()]))
+        return coders.cut_coordinates(grams, end, 4, float(np.linalg.norm(path[end] - path[0])))
+    if by == "row":
+        unit = float(np.linalg.norm(path[end] - path[0]))
+        kinds = [coders.svd_coordinates(it, end, 2, unit) for it in coders.grams_of(path, coders.tokens_of(SPEC, by))]
+        return np.concatenate([it.reshape(len(path), -1) for it in kinds], 1)
+    tokens = coders.tokens_of(SPEC, by)
+    return coders.prefix_svd(tokens, [min(3, kind.size) for kind in tokens])[0](path, [end])[0]
+
+
+def tensors():
+    return [offset + np.arange(int(np.prod(shape))) for offset, shape in SPEC.layout.values()]
+
+
+@pytest.mark.parametrize("by", ["whole", "layer", "kind", "row"])
+def test_tokens_share_no_weight_and_leave_none_out(by):
+    held = np.concatenate([kind.ravel() for kind in coders.tokens_of(SPEC, by)])
+    np.testing.assert_array_equal(np.sort(held), np.arange(SPEC.num_params))
+
+
+def test_weights_between_hidden_neurons_are_held_by_both():
+    first, second, rest = coders.tokens_of(SPEC, "neuron")
+    assert (first.shape, second.shape) == ((16, 4 + 1 + 16), (16, 16 + 1 + 1))
+    held = np.bincount(np.concatenate([first.ravel(), second.ravel(), rest.ravel()]), minlength=SPEC.num_params)
+    offset, shape = SPEC.layout["policy_net.2.weight"]
+    between = offset + np.arange(np.prod(shape)).reshape(shape)
+    assert (held[between] == 2).all()
+    assert held.sum() == SPEC.num_params + between.size
+    assert first[3, 5 + 7] == second[7, 3] == between[7, 3]
+
+
+def test_one_group_is_the_basis_of_the_prefix(path):
+    basis = Basis.from_prefix(path[: END + 1], 3)
+    expected = (path - path[0]) @ basis.directions.T / basis.scale
+    np.testing.assert_allclose(coordinates_of(path, "whole"), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("by", ["layer", "kind", "row", "cut"])
+def test_coordinates_are_lengths_of_projections_on_the_prefix_of_each_group(path, by):
+    """Against an orthonormal basis by NumPy's SVD, of each group's own prefix or of the cut directions."""
+    moved = (path - path[0]).astype(np.float64)
+    groups = tensors() if by == "cut" else [columns for kind in coders.tokens_of(SPEC, by) for columns in kind]
+    width = 2 if by == "row" else 3
+    whole = np.linalg.svd(moved[: END + 1], full_matrices=False)[2][:4]
+    squares = np.zeros(len(path))
+    for columns in groups:
+        seen = whole[:, columns] if by == "cut" else moved[: END + 1, columns]
+        _, singular, directions = np.linalg.svd(seen, full_matrices=False)
+        directions = directions[singular > 1e-6 * singular[0]][: None if by == "cut" else width]
+        squares += np.square(moved[:, columns] @ directions.T).sum(1)
+    coordinates = coordinates_of(path, by) * np.linalg.norm(moved[END])
+    np.testing.assert_allclose(np.square(coordinates).sum(1), squares, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("by", ["whole", "layer", "kind", "row", "cut"])
+def test_the_future_does_not_change_how_the_prefix_is_written(path, by):
+    other = path.copy()
+    other[END + 1 :] += np.random.default_rng(0).normal(size=other[END + 1 :].shape).astype(np.float32)
+    before, after = coordinates_of(path, by), coordinates_of(other, by)
+    np.testing.assert_allclose(after[: END + 1], before[: END + 1], rtol=0, atol=1e-6)
+    assert np.abs(after[-1] - before[-1]).max() > 1e-3  # the future itself is written otherwise
+
+
+@pytest.mark.parametrize("by", ["whole", "layer", "kind", "row", "cut"])
+def test_no_floor_is_above_persistence(path, by):
+    _, distances, outside = coders.orthonormal(path, END, coordinates_of(path, by))
+    still = np.linalg.norm(path - path[END], axis=1) / np.linalg.norm(path[END] - path[0])
+    assert outside[END] == 0.0
+    assert (outside <= still + 1e-6).all()
+    assert (outside[END + 1 :] < 0.95 * still[END + 1 :]).all()
+    np.testing.assert_allclose(distances[END], 1.0, rtol=1e-6)
+
+
+def test_padding_comes_last(path):
+    tokens = coders.tokens_of(SPEC, "layer")
+    coordinates, rank = coders.prefix_svd(tokens, [1, 3, 9, 3])
+    written = coordinates(path, [4])[0]
+    assert rank(4) == 1 + 3 + 4 + 3
+    assert (np.abs(written[:, : rank(4)]).max(0) > 0).all()
+    assert (written[:, rank(4) :] == 0).all()
+
+
+def test_forecasts_are_made_in_the_coordinates_that_were_learned(path):
+    groups = coders.tokens_of(SPEC, "layer"), [1, 3, 6, 3]
+    basis = coders.GroupedForecaster(None, groups=groups).basis_of(path[: END + 1])
+    np.testing.assert_allclose(basis.encode(path), coders.prefix_svd(*groups)[0](path, [END])[0], atol=1e-4)
+    np.testing.assert_allclose(basis.decode(basis.encode(path[END : END + 1]))[0], path[END], atol=1e-6)
+    np.testing.assert_allclose(basis.directions @ basis.directions.T, np.eye(13), atol=1e-5)
+
+
+def test_coordinates_are_dealt_to_where_paths_go_on(store):
+    tokens = coders.tokens_of(SPEC, "layer")
+    paths = [store.trial(i).weights() for i in range(3)]
+    for it in paths:
+        it[:, tokens[2][0]] = it[0, tokens[2][0]] + 1e-3 * (it[:, tokens[2][0]] - it[0, tokens[2][0]])
+    sizes = [kind.size for kind in tokens]
+    widths = coders.deal_widths([coders.grams_of(it, tokens) for it in paths], [8, 16], sizes, 10)
+    assert sum(widths) == 10
+    assert widths[0] == 1  # log_std has one weight
+    assert widths[2] == 1  # it hardly moves
+
+
+@pytest.mark.parametrize("by", ["layer", "neuron"])
+def test_an_untrained_autoencoder_is_persistence_and_any_passes_through_the_last_checkpoint(path, by):
+    tokens = coders.tokens_of(SPEC, by)
+    moved = autoencoder.moved_of(path, END)
+    end = moved[END : END + 1].expand(len(moved), -1)
+    model = autoencoder.Autoencoder(tokens, [2] * len(tokens), [0.1] * len(tokens))
+    kept = tokens[-1 if by == "neuron" else 0].ravel()  # no more weights than numbers: written as they are
+    assert kept.size <= 2
+    others = np.setdiff1d(np.arange(SPEC.num_params), kept)
+    torch.testing.assert_close(model(moved, end)[:, others], end[:, others])
+    torch.testing.assert_close(model(moved, end)[:, kept], moved[:, kept])
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter)
+    torch.testing.assert_close(model(moved, end)[END], moved[END])
+    assert (model(moved, end)[-1, others] - end[-1, others]).abs().max() > 0.1
+
+
+def test_ridge_finds_a_law_that_tokens_share():
+    rng = np.random.default_rng(0)
+    sides = []
+    for num_trials in (6, 2, 2):
+        z = rng.normal(size=(num_trials, 9, 20, 2)).astype(np.float32)
+        z[:, -1] = z[:, 4] + 0.5 * (z[:, 4] - z[:, 0]) - 0.25 * (z[:, 2] - z[:, 0])[..., ::-1]
+        sides.append([[trial] for trial in z])
+    forecasts = coders.ridge(sides, 4)
+    for (forecast,), (truth,) in zip(forecasts, sides[2], strict=True):
+        np.testing.assert_allclose(forecast, truth[-1], atol=1e-2)
+
+
+def test_all_representations_run(store):
+    config = dataclasses.replace(TINY, n_components=study.WIDTH, steps=4, refine_steps=2)
+    it = study.Study(store, config)
+    persistence = np.array(it.errors(lambda path, end: path[end]))
+    results = {name: make() for name, make in it.representations().items()}
+    for name, result in results.items():
+        assert np.shape(result.forecast) == persistence.shape == (4, 2)
+        assert result.numbers >= study.WIDTH
+        is_group = name.startswith("prefix SVD") and not name.endswith("neurons")
+        assert (result.refined is not None) == is_group
+        if not name.startswith("autoencoder"):
+            assert (np.array(result.floor) <= persistence + 1e-6).all()
+            if name != "directions cut by tensor":  # its ridge mixes more directions than these
+                assert (np.array(result.floor) <= np.array(result.forecast) + 1e-6).all()
+    task = {
+        "env_id": store.env_id,
+        "num_checkpoints": 24,
+        "trials": 2,
+        "persistence": persistence.tolist(),
+        "results": {name: dataclasses.asdict(result) for name, result in results.items()},
+    }
+    assert study.table(task).count("\n") == 1 + len(results)
+    assert study.plot([task]).svg().startswith(b"<?xml")
