@@ -11,9 +11,11 @@ from synthetic_run import SPEC, make_store
 from test_train import TINY
 
 from tipl.basis import Basis
+from tipl.training_data import Source
 
 sys.path.append(str(Path(__file__).parent.parent / "bench"))
 import autoencoder
+import choose_d
 import compare_representations as study
 import representations as coders
 
@@ -187,3 +189,24 @@ def test_all_representations_run(store):
     }
     assert study.table(task).count("\n") == 1 + len(results)
     assert study.plot([task]).svg().startswith(b"<?xml")
+
+
+def test_k_is_chosen_by_validation_trials(store, tmp_path, monkeypatch):
+    monkeypatch.setattr(choose_d, "COMPONENTS", (2, 16))
+    config = dataclasses.replace(TINY, steps=4, refine_steps=2, confidence_trials=0)
+    task = choose_d.study(store, config, tmp_path)
+    assert task == choose_d.study(store, config, tmp_path)  # from the forecasters that it kept
+    best = min(task["results"], key=lambda it: it["validation"])
+    assert task["chosen"] == best["k"]
+    source = Source.of(store, config)
+    for result in task["results"]:
+        for i, trial in enumerate(source.split.heldout):
+            path = source.path(trial)
+            basis = Basis.from_prefix(path[:10], result["k"])  # 40 % of 24 checkpoints
+            floor = basis.residual(path[-1:])[0] / np.linalg.norm(path[-1] - path[0])
+            assert result["heldout"]["basis_floor"][1][i] == pytest.approx(floor, rel=1e-4)
+            assert result["heldout"]["transformer"][1][i] >= floor
+    by_k = {result["k"]: np.mean(result["heldout"]["tipl"]) for result in task["results"]}
+    assert choose_d.chosen_to_default(task).value == pytest.approx(by_k[task["chosen"]] / by_k[16])
+    assert choose_d.plot([task]).svg().startswith(b"<?xml")
+    assert choose_d.table([task]).count(f"**{task['chosen']}**") == 1
