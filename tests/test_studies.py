@@ -11,13 +11,18 @@ from synthetic_run import SPEC, make_store
 from test_train import TINY
 
 from tipl.basis import Basis
-from tipl.training_data import Source
+from tipl.model import ModelConfig
+from tipl.store import Store
+from tipl.training_data import Source, Split, TrainConfig, load_training_data, split_trials
 
 sys.path.append(str(Path(__file__).parent.parent / "bench"))
 import autoencoder
 import choose_d
 import compare_representations as study
 import representations as coders
+from average_checkpoints import running_mean
+from compare_forecasters import NUM_SAMPLES, Heads, Spread, with_returns
+from update_directions import share
 
 END = 8
 
@@ -210,3 +215,72 @@ def test_k_is_chosen_by_validation_trials(store, tmp_path, monkeypatch):
     assert choose_d.chosen_to_default(task).value == pytest.approx(by_k[task["chosen"]] / by_k[16])
     assert choose_d.plot([task]).svg().startswith(b"<?xml")
     assert choose_d.table([task]).count(f"**{task['chosen']}**") == 1
+
+
+# ---------------------------------------------------------------- ways to forecast, averages, directions
+
+
+def test_other_models_forecast_from_the_prefix_alone():
+    config = ModelConfig(n_components=4, n_layer=1, n_head=2, d_model=8, d_ff=16, max_len=12, dropout=0.0)
+    x = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(0))
+    for architecture in (Heads, Spread):
+        torch.manual_seed(0)
+        model = architecture(config).eval()
+        torch.testing.assert_close(model.unroll(x, 7), x[:, -1:].expand(-1, 7, -1))  # untrained: persistence
+        torch.nn.init.normal_(model.head.weight)
+        path = model.unroll(x, 7)
+        assert path.shape == (3, 7, 4)
+        torch.testing.assert_close(path[:, :3], model.unroll(x, 3))
+        torch.testing.assert_close(path[:1], model.unroll(x[:1], 7))
+
+
+def test_sampled_rollouts_scatter_about_the_rollout_as_their_spread_says():
+    config = ModelConfig(n_components=4, n_layer=1, n_head=2, d_model=8, d_ff=16, max_len=12, dropout=0.0)
+    model = Spread(config).eval()  # untrained: a random walk of deviation exp(-3) a step
+    x = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(0))
+    ends = model.sample(x, 7, torch.Generator().manual_seed(0))
+    assert ends.shape == (NUM_SAMPLES, 3, 4)
+    deviation = np.exp(-3) * np.sqrt(7)
+    assert (ends - x[:, -1]).std().item() == pytest.approx(deviation, rel=0.1)
+    torch.testing.assert_close(model.sample(x, 7, torch.Generator().manual_seed(0)), ends)
+
+
+def test_returns_as_coordinates_tell_nothing_of_a_held_out_trials_future(tmp_path):
+    config = TrainConfig(n_components=4, steps=1, heldout_fraction=0.3)
+    wider = []
+    for last in (5.0, 500.0):
+        store = store_of(tmp_path / f"{last}.zarr", last)
+        source = Source.of(store, config)
+        data = load_training_data([source], config)
+        judged = load_training_data([Source(store, Split(source.split.train, source.split.heldout, []), 16)], config)
+        for target in (False, True):
+            training, heldout = with_returns(data, judged.validation, source, config, target=target)
+            assert training.examples.coordinates.shape[-1] == heldout.cases[0].paths.shape[-1] == 5 + target
+            wider.append([case.paths[:, : case.prefix_end + 1] for case in heldout.cases])
+    for before, after in zip(wider[:2], wider[2:], strict=True):  # the held-out trials' last returns differ
+        for one, other in zip(before, after, strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
+def store_of(path, last):
+    """Return six random trials; those that the default seed holds out end with the return `last`."""
+    rng = np.random.default_rng(0)
+    weights = rng.standard_normal((6, 16, SPEC.num_params)).cumsum(1).astype(np.float32)
+    returns = rng.uniform(0, 10, (6, 16))
+    heldout = split_trials(6, TrainConfig(heldout_fraction=0.3)).heldout
+    returns[heldout, -1] = last
+    steps = np.tile(np.arange(16), (6, 1))
+    with Store.create(path, env_id="InvertedPendulum-v5", policy=SPEC, seeds=range(6), config={}) as store:
+        store.append(weights, steps, returns)
+    return Store.open(path)
+
+
+def test_running_mean_and_share():
+    rows = np.random.default_rng(0).standard_normal((9, 5)).astype(np.float32)
+    means = running_mean(rows, 4)
+    for t in range(9):
+        np.testing.assert_allclose(means[t], rows[max(0, t - 3) : t + 1].mean(0), rtol=1e-5, atol=1e-6)
+    directions, inside = np.eye(5)[:2] * 3.0, np.array([3.0, 4.0, 0.0, 0.0, 0.0])
+    assert share(directions, inside) == pytest.approx(1.0)
+    assert share(directions[:1], inside) == pytest.approx(9 / 25)
+    assert share(directions, np.eye(5)[4]) == pytest.approx(0.0)

@@ -142,13 +142,20 @@ class TrajectoryTransformer(nn.Module):
         self, x: Tensor, diff: Tensor, t: Tensor, prefix_end: Tensor, past: Sequence[KeyValues] | None = None
     ) -> tuple[Tensor, list[KeyValues]]:
         """Return predictions (B, T, k) that follow tokens x (B, T, k) at positions t (T,), and each block's cache."""
+        z, present = self._read(x, diff, t, prefix_end, past)
+        return x + self.config.out_scale * self.head(z), present
+
+    def _read(
+        self, x: Tensor, diff: Tensor, t: Tensor, prefix_end: Tensor, past: Sequence[KeyValues] | None = None
+    ) -> tuple[Tensor, list[KeyValues]]:
+        """Return what the head reads of tokens x (B, T, k), normalised (B, T, d), and each block's cache."""
         since_prefix = ((t - prefix_end[:, None]).to(x.dtype) / self.config.max_len)[..., None]  # (B, T, 1)
         z = self.embed(torch.cat([x, self.config.diff_scale * diff, since_prefix], -1)) + self.pos(t)
         present = []
         for i, block in enumerate(self.blocks):
             z, keys_values = block(z, past[i] if past else None)
             present.append(keys_values)
-        return x + self.config.out_scale * self.head(self.norm(z)), present
+        return self.norm(z), present
 
     def _check(self, x: Tensor, length: int) -> None:
         if x.ndim != 3 or x.shape[2] != self.config.n_components:

@@ -66,13 +66,18 @@ class Trainer:
 
     VALIDATIONS = 20
 
-    def __init__(self, data: TrainingData, config: TrainConfig) -> None:
+    def __init__(
+        self,
+        data: TrainingData,
+        config: TrainConfig,
+        architecture: type[TrajectoryTransformer] = TrajectoryTransformer,
+    ) -> None:
         self.config = config
         self.data = data
         self.generator = torch.Generator().manual_seed(config.seed)
-        self.model = TrajectoryTransformer(
+        self.model = architecture(
             ModelConfig(
-                n_components=config.n_components,
+                n_components=data.examples.coordinates.shape[3],
                 n_layer=config.n_layer,
                 n_head=config.n_head,
                 d_model=config.d_model,
@@ -97,7 +102,7 @@ class Trainer:
         teacher_forced = self.step_count < config.teacher_forced * config.steps
         self.model.train()
         with torch.autocast(config.device, torch.bfloat16, enabled=config.precision == "bfloat16"):
-            loss = loss_of(self.model, batch.to(config.device), noise.to(config.device), teacher_forced=teacher_forced)
+            loss = self.loss(batch.to(config.device), noise.to(config.device), teacher_forced=teacher_forced)
         self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -109,6 +114,9 @@ class Trainer:
             for averaged, current in zip(self.average.parameters(), self.model.parameters(), strict=True):
                 averaged.lerp_(current, 1.0 - decay)
         return math.sqrt(loss.item()) if teacher_forced else loss.item()
+
+    def loss(self, batch: Batch, noise: Tensor, *, teacher_forced: bool) -> Tensor:
+        return loss_of(self.model, batch, noise, teacher_forced=teacher_forced)
 
     def _share_of_peak(self, step: int) -> float:
         """Return the learning rate of `step` as a share of its peak: 10 % warm-up, then half a cosine to zero."""
@@ -165,7 +173,7 @@ def train(
     with torch.random.fork_rng():  # the caller's random numbers go on as if nothing had been trained
         torch.manual_seed(config.seed)
         trainer = Trainer(data, config)
-        curve = _fit(trainer, output / "tb", progress)
+        curve = fit(trainer, output / "tb", progress)
         model = trainer.average.cpu()
         model.load_state_dict(trainer.best.state)
         centre = data.examples.centre
@@ -208,8 +216,11 @@ def train(
     return output
 
 
-def _fit(trainer: Trainer, events: Path, progress: bool) -> dict[str, list[float]]:
-    """Train until the last step or until validation has had enough; return the curves for training.json."""
+def fit(trainer: Trainer, events: Path, progress: bool) -> dict[str, list[float]]:
+    """Train until the last step or until validation has had enough; return the curves for training.json.
+
+    TensorBoard's events go to the folder `events`; what did best is in `trainer.best`.
+    """
     steps, patience = trainer.config.steps, trainer.config.patience
     curve: dict[str, list[float]] = {"steps": [], "train_loss": [], "validation_error": []}
     every = max(1, steps // Trainer.VALIDATIONS)
