@@ -447,7 +447,9 @@ def _frame(
     away = [(label, center[-1]) for label, (center, _, _) in curves if ((center > high) | (center < low)).any()]
     away = [(label, 10**end if is_log else end) for label, end in away]
     if away:
-        ends = [f"{label} {end:.3g}".replace(" -", " \N{MINUS SIGN}").replace(" ", NBSP) for label, end in away]
+        numbers = [f"{end:,.0f}" if abs(end) >= 1000 else f"{end:.3g}" for _, end in away]
+        ends = [f"{label} {number}" for (label, _), number in zip(away, numbers, strict=True)]
+        ends = [end.replace(" -", " \N{MINUS SIGN}").replace(" ", NBSP) for end in ends]
         width = round(46 * _panel_width_inches(ax) / PANEL_INCHES[0])  # characters that leave room for a title
         lines = textwrap.wrap(f"off the scale: {', '.join(ends)}", width, break_on_hyphens=False)
         note(ax, "\n".join(lines))

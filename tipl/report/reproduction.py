@@ -24,7 +24,7 @@ SHOWN = (
 """What the figures draw: few enough to be told apart. The tables have all."""
 
 PANEL_INCHES = (3.4, 2.55)
-PNG_DPI, PNG_COLORS = 110, 64  # some 80 kB for twelve panels, small enough to commit
+PNG_DPI, PNG_COLORS = 110, 128  # some 90 kB for twelve panels, small enough to commit
 
 MEASURES = {
     "wpe": ("wpe_relative", "relative weight error", BASIS_FLOORS),
