@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from synthetic_run import Run, at_end, cell_of
 
-from tipl.report.estimates import Bootstrap, Estimate, captured_gain, iqm, leaders, standings
+from tipl.report.estimates import Bootstrap, Estimate, captured_gain, iqm, leaders, standings, tipl_leads
 from tipl.report.page import fmt
 from tipl.report.plots import NBSP
 from tipl.report.verdict import verdict
@@ -62,6 +62,9 @@ def test_equals_are_no_winners(small: Run) -> None:
     assert "TIPL is not the best forecast of the weights at the end of the path, at any prefix." in words_of(small)
     assert leaders([("a", 1.0), ("b", 1.0), ("c", 2.0)]) == {"a", "b"}
     assert leaders([("a", 1.0), ("b", 1.0)]) == set()
+    assert tipl_leads([("tipl", 1.0), ("tipl_gated", 1.0), ("ridge", 2.0)])
+    assert not tipl_leads([("tipl_tuned", 0.9), ("tipl", 1.0), ("ridge", 2.0)])
+    assert not tipl_leads([("ridge", 1.0), ("tipl", 1.0), ("linear", 2.0)])
 
 
 def test_tipl_alone_has_nothing_to_be_compared_with(small: Run) -> None:

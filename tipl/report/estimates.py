@@ -164,6 +164,16 @@ def leaders(ranked: Sequence[tuple[str, float]]) -> set[str]:
     return first if len(first) < len(ranked) else set()
 
 
+OWN = ("tipl", "tipl_gated", "tipl_tuned")
+"""TIPL, and what the gate and the strides make of its forecasts, which is often the same."""
+
+
+def tipl_leads(ranked: Sequence[tuple[str, float]]) -> bool:
+    """Return whether TIPL comes first in a ranking, beside none but its `OWN`."""
+    first = leaders(ranked)
+    return "tipl" in first and first <= set(OWN)
+
+
 @dataclasses.dataclass(frozen=True)
 class Gain:
     """What the return gains from the prefix's end to a checkpoint ahead, and the share of it that forecasts reach.

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tipl.locations import write_atomically
 from tipl.report import page, plots
-from tipl.report.estimates import Bootstrap, Estimate, leaders, mean, ranking
+from tipl.report.estimates import Bootstrap, Estimate, mean, ranking, tipl_leads
 from tipl.report.page import Html, element, escape, fmt, fmt_percent, fmt_seconds, listed
 from tipl.report.plots import Plot, percent
 from tipl.report.results import BASIS_FLOORS, FloatArray, Results, predictor_info
@@ -131,7 +131,7 @@ def headline(parts: Sequence[Part]) -> str:
     for part in parts:
         prefixes, env_id = part.results.prefixes, part.results.env_id
         beaten.append(f"{sum(it.high < 1.0 for it in _ratios(part))} of {len(prefixes)} prefixes on {env_id}")
-        wins = sum(leaders(ranking(part.results, "wpe_relative", f)) == {"tipl"} for f in prefixes)
+        wins = sum(tipl_leads(ranking(part.results, "wpe_relative", f)) for f in prefixes)
         first.append(f"{wins} of {len(prefixes)} on {env_id}")
     who = "Trials that were trained on: TIPL" if in_sample else "Held-out trials: TIPL"
     words = f"{who} beats persistence, beyond the noise of the trials, at {listed(beaten)}"

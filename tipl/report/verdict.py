@@ -7,7 +7,7 @@ difference is within the noise.
 import math
 from collections.abc import Mapping
 
-from tipl.report.estimates import Bootstrap, Estimate, Gain, leaders, ranking
+from tipl.report.estimates import OWN, Bootstrap, Estimate, Gain, ranking, tipl_leads
 from tipl.report.page import Html, element, fmt, fmt_interval, fmt_percent, join, listed, with_interval
 from tipl.report.plots import percent
 from tipl.report.results import Results, predictor_info
@@ -38,7 +38,7 @@ def _weight_verdict(results: Results, bootstrap: Bootstrap) -> str:
         return "These results hold no other predictor to compare TIPL with."
     prefixes = results.prefixes
     ranked = {f: ranking(results, "wpe_relative", f) for f in prefixes}
-    wins = [f for f in prefixes if leaders(ranked[f]) == {"tipl"}]
+    wins = [f for f in prefixes if tipl_leads(ranked[f])]
     if not wins:
         return "TIPL is not the best forecast of the weights at the end of the path, at any prefix."
     where = f" at {len(wins)} of {len(prefixes)} prefixes: {listed(percent(f) for f in wins)}"
@@ -61,7 +61,7 @@ def _return_verdict(results: Results, gains: Mapping[float, Gain]) -> str:
     sentences = []
     if shares:
         captured = listed(f"{_share(share)} after {percent(f)} of the path" for f, share in shares.items())
-        wins = sum(leaders(gains[f].ranking) == {"tipl"} for f in shares)
+        wins = sum(tipl_leads(gains[f].ranking) for f in shares)
         rank = ""
         if len(results.predictors) > 2:
             often = f" at {wins or 'none'} of these {len(shares)} prefixes" if len(shares) > 1 else ""
@@ -88,12 +88,13 @@ def _card(results: Results, bootstrap: Bootstrap, prefix: float, gain: Gain) -> 
         lines = [f"{error}, persistence's {fmt(persistence.value)}: {_share(change)} {word}."]
         if change.low <= 0 <= change.high:
             lines.append("The interval includes zero: a difference within the noise of these trials.")
-    is_best = leaders(ranked) == {"tipl"}
-    rivals = [(name, value) for name, value in ranked if name != "tipl"]
+    is_best = tipl_leads(ranked)
+    rivals = [(name, value) for name, value in ranked if name not in OWN]
+    ahead = [(name, value) for name, value in ranked if value < tipl.value or (value == tipl.value and name not in OWN)]
     if is_best and rivals:
         lines.append(f"✓ Below every other predictor; the nearest is {_named(*rivals[0])}.")
-    elif rivals and not math.isnan(tipl.value):
-        lines.append(f"✗ Not the best: {listed(_named(*rival) for rival in rivals if rival[1] <= tipl.value)}.")
+    elif ahead and not math.isnan(tipl.value):
+        lines.append(f"✗ Not the best: {listed(_named(*rival) for rival in ahead)}.")
     lines.append(f"Return: {_gain_words(gain)}.")
     head = (
         element("h3", f"After {percent(prefix)} of the path"),
