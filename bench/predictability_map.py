@@ -122,7 +122,7 @@ def draw(rows: list[dict[str, Any]], output: Path) -> None:
         else:
             axes[1].text(j, 0.05, "no clear gain", rotation=90, ha="center", fontsize=7, color=THEME["muted"][0])
     axes[0].set_ylim(-0.3, 1.0)
-    axes[1].set_ylim(-1.5, 2.5)
+    axes[1].set_ylim(-1.5, 3.0)
     axes[1].axhline(1, color=THEME["muted"][0], lw=0.8, ls=":")
     axes[1].set_xticks(range(len(rows)), labels, rotation=60, ha="right", fontsize=8)
     for ax in axes:
