@@ -7,10 +7,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.numpy
 
+from tipl import cli
 from tipl.cli import main
 from tipl.store import Store
 
@@ -96,6 +98,31 @@ def test_resume_keeps_finished_stages(
     command[command.index("--num-trials") + 1] = 5
     assert tipl(monkeypatch, *command, "--resume") == 2
     assert "--resume expects 11 checkpoints of 5 trials" in capsys.readouterr().err
+
+
+def test_resume_goes_on_after_a_training_that_was_cut_off(
+    finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "run"
+    shutil.copytree(finished_run, output)
+    for folder in ("model", "evaluation", "report"):
+        shutil.rmtree(output / folder)
+    whole = cli.train
+
+    def cut_off(store: Store, folder: Path, *args: Any, **kwargs: Any) -> Path:
+        (folder / "tb").mkdir(parents=True)
+        raise KeyboardInterrupt
+
+    command = [
+        "run", "--output", output, "--num-trials", 4, "--total-timesteps", 640, *PPO,
+        *[x.replace("--", "--train.") for x in MODEL], *[x.replace("--", "--evaluate.") for x in JUDGE], "--resume",
+    ]  # fmt: skip
+    monkeypatch.setattr(cli, "train", cut_off)
+    assert tipl(monkeypatch, *command) == 130
+    assert not (output / "model").exists()
+    monkeypatch.setattr(cli, "train", whole)
+    assert tipl(monkeypatch, *command) == 0
+    assert (output / "report" / "report.html").exists()
 
 
 @pytest.mark.parametrize(

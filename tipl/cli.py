@@ -20,7 +20,7 @@ from tipl.collect import collect, is_complete
 from tipl.evaluate import EvaluateConfig, evaluate
 from tipl.exporter import export_checkpoint, layout_record
 from tipl.importer import import_checkpoints
-from tipl.locations import write_atomically
+from tipl.locations import folder_aside, write_atomically
 from tipl.policy import Activation
 from tipl.ppo import PPOConfig
 from tipl.report import plot_store, write_report
@@ -402,22 +402,23 @@ class Run:
         print(f"store      {store_path}: {store.summary()}")
 
         if not (model / "config.json").exists():
-            with seconds.of("train"):
+            with seconds.of("train"), folder_aside(model) as aside:
                 ray = self.ray if self.train.basis == "shared" else None
-                train(store, model, self.train, num_threads=self.num_threads, ray=ray)
+                train(store, aside, self.train, num_threads=self.num_threads, ray=ray)
         print(f"model      {model}: {_training_line(model)}")
 
         results = evaluation / "results.json"
         if not results.exists():
-            evaluate(
-                store,
-                Forecaster.load(model),
-                evaluation,
-                self.evaluate,
-                num_threads=self.num_threads,
-                ray=self.ray,
-                seconds=seconds.read(),
-            )
+            with folder_aside(evaluation) as aside:
+                evaluate(
+                    store,
+                    Forecaster.load(model),
+                    aside,
+                    self.evaluate,
+                    num_threads=self.num_threads,
+                    ray=self.ray,
+                    seconds=seconds.read(),
+                )
         print(f"results    {results}")
         print(end_of_path_table(results))
 

@@ -114,3 +114,14 @@ def num_bytes(path: Location) -> int:
     if isinstance(path, Path):
         return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     return int(path.fs.du(path.path))
+
+
+@contextlib.contextmanager
+def folder_aside(folder: Path) -> Iterator[Path]:
+    """Give a folder's name to write to, which then becomes `folder`; what a cut-off call left there is removed."""
+    aside = folder.with_name(f".{folder.name}.partial")
+    if aside.exists():
+        shutil.rmtree(aside)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    yield aside
+    aside.rename(folder)

@@ -8,12 +8,10 @@
 Every stage writes whole or not at all, and is kept where its output is there: the same call goes on after a cut-off.
 """
 
-import contextlib
 import dataclasses
 import importlib.metadata
 import json
-import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,7 @@ import numpy as np
 
 from tipl.collect import collect, is_complete
 from tipl.evaluate import EvaluateConfig, evaluate
-from tipl.locations import write_atomically
+from tipl.locations import folder_aside, write_atomically
 from tipl.ppo import PPOConfig
 from tipl.report import write_report
 from tipl.report.reproduction import Part, write_reproduction
@@ -268,7 +266,7 @@ def _run(
     if not it.model.exists():
         if it.evaluation.exists():
             raise FileExistsError(f"reproduce: the model of {it.evaluation} is gone: remove that folder to train again")
-        with seconds.of(f"{it.name}/train"), _folder_aside(it.model) as aside:
+        with seconds.of(f"{it.name}/train"), folder_aside(it.model) as aside:
             train(store, aside, config, num_threads=num_threads, progress=progress)
     forecaster = Forecaster.load(it.model)
     if forecaster.config["train"] != json.loads(json.dumps(dataclasses.asdict(config))):
@@ -281,7 +279,7 @@ def _run(
         it.report.unlink(missing_ok=True)  # of an evaluation that is gone
         known = seconds.read()
         earlier = {"collect": f"{it.env_id}/{it.store.stem}/collect", "train": f"{it.name}/train"}
-        with seconds.of(f"{it.name}/evaluate"), _folder_aside(it.evaluation) as aside:
+        with seconds.of(f"{it.name}/evaluate"), folder_aside(it.evaluation) as aside:
             evaluate(
                 store,
                 forecaster,
@@ -303,17 +301,6 @@ def _run(
                 overwrite=True,
             )
     on_stage("report", it.report)
-
-
-@contextlib.contextmanager
-def _folder_aside(folder: Path) -> Iterator[Path]:
-    """Give a folder's name to write to, which then becomes `folder`; what a cut-off call left there is removed."""
-    aside = folder.with_name(f".{folder.name}.partial")
-    if aside.exists():
-        shutil.rmtree(aside)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    yield aside
-    aside.rename(folder)
 
 
 def _write_joint(output: Path, runs: list[Experiment], seconds: dict[str, float]) -> Path:
