@@ -7,7 +7,9 @@ it was last seen. Nothing here reads what comes after h to make a basis.
 """
 
 import dataclasses
+import tempfile
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,11 +18,10 @@ from numpy.typing import NDArray
 
 from tipl.basis import MIN_PREFIX_END, Basis, prefix_coordinates
 from tipl.policy import Layout
-from tipl.progress import progress_bar
 from tipl.regression import PENALTIES
 from tipl.rollout import Forecaster
 from tipl.svd import gram
-from tipl.train import Trainer
+from tipl.train import Trainer, fit
 from tipl.training_data import Case, Examples, TrainConfig, TrainingData, Validation, Written
 
 Tokens = list[NDArray[np.int64]]
@@ -228,16 +229,8 @@ def train_forecaster(
         paths, distances, outside = (np.array(it) for it in zip(*trials, strict=True))
         cases.append(Case(end, paths - examples.centre.at(end), distances[:, -1], outside[:, -1], rank(end)))
     trainer = Trainer(TrainingData(examples, Validation(cases), None), config)
-    every = max(1, config.steps // Trainer.VALIDATIONS)
-    with progress_bar(True) as bar:
-        task = bar.add_task("Transformer", total=config.steps, note="")
-        for step in range(1, config.steps + 1):
-            trainer.step()
-            bar.advance(task)
-            if step % every == 0 or step == config.steps:
-                bar.update(task, note=f"validation error {trainer.validate():.3f}, best {trainer.best.error:.3f}")
-                if step - trainer.best.step >= config.patience * every:
-                    break
+    with tempfile.TemporaryDirectory() as events:
+        fit(trainer, Path(events), progress=True)
     model = trainer.average
     model.load_state_dict(trainer.best.state)
     trust = np.interp(ends, checked, trainer.data.validation.trust(model))
