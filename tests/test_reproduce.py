@@ -143,6 +143,8 @@ def test_every_regime_is_what_it_is_called(finished: Path) -> None:
         assert not seen & set(found[name]["heldout_trials"])
     assert found["in-sample"]["train"]["in_sample"]
     assert found["in-sample"]["train_trials"] == found["in-sample"]["heldout_trials"] == list(range(5))
+    rows = json.loads((finished / "results.json").read_text())["rows"]  # in-sample, another run would be the run itself
+    assert {it["regime"] for it in rows if it["predictor"] == "another_run"} == {"independent", "shared-init"}
 
 
 def test_the_page_has_its_parts(finished: Path) -> None:

@@ -168,6 +168,7 @@ def evaluate(
     def training_path(i: int) -> NDArray[np.float32]:
         return source.path(split.train[i])
 
+    in_sample = not set(heldout).isdisjoint(split.train)
     # The floor of the basis that forecasts are not made in stands beside that of their own.
     shared = None
     if forecaster.shared_basis is None:
@@ -191,6 +192,8 @@ def evaluate(
     for share, prefix_end in zip(config.prefixes, prefix_ends, strict=True):
         horizons = config.horizon_grid(prefix_end, num_checkpoints)
         baselines = fit_baselines(training, prefix_end, horizons, n_components, path=training_path)
+        if in_sample:
+            del baselines["another_run"]  # it would be the run itself
         nearest = baselines["nearest_path"]
         assert isinstance(nearest, NearestPath)
         futures = training_futures(nearest.coordinates, prefix_end)

@@ -157,8 +157,8 @@ class AnotherRun:
     """The weights of another run: those that the training trial with the nearest prefix had so far into its training.
 
     In weight space they are nowhere near, and of this run's weights they know nothing. But they act as well as this
-    run's future does, on average: to return more than them, a forecast must know more than that training helps. Where
-    trials are judged that are training trials too, it is the run itself, as the nearest path is.
+    run's future does, on average: to return more than them, a forecast must know more than that training helps. Of a
+    training trial it is the run itself.
     """
 
     nearest: NearestPath
