@@ -3,11 +3,11 @@
     python bench/choose_d.py runs/*/store.zarr --output docs/choose_d.svg
 
 For each store and k a forecaster is trained as `tipl train` does, and judged at the end of the path of every held-out
-trial, at four prefixes, by the relative weight error |forecast - truth| / |truth - theta_0|: of the basis (its floor),
-of the Transformer alone, of TIPL (refined: it leaves the span, and may go below the floor), and of persistence. k is
-chosen by the mean error of TIPL on the validation trials, which also chose when to stop, for each k alike; held-out
-trials choose nothing. The figure shows means and 95 % bootstrap intervals over held-out trials, a row a store and a
-panel a prefix; the chosen k is ringed.
+trial, at four prefixes, by the relative weight error |forecast - truth| / |truth - theta_0|: of the prefix basis (its
+floor), of a basis of k directions that training trials share (another floor), of the Transformer alone, of TIPL
+(refined: it leaves the span, and may go below the floor), and of persistence. k is chosen by the mean error of TIPL on
+the validation trials, which also chose when to stop, for each k alike; held-out trials choose nothing. The figure shows
+means and 95 % bootstrap intervals over held-out trials, a row a store and a panel a prefix; the chosen k is ringed.
 
 Forecasters are kept in a folder beside the output, so that an interrupted run goes on. Longer paths are thinned evenly
 to `--num-checkpoints`.
@@ -23,6 +23,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
+from tipl.basis import Basis
 from tipl.locations import write_atomically
 from tipl.report.estimates import Bootstrap, Estimate
 from tipl.report.plots import Panel, Plot, percent, predictor_marks
@@ -33,12 +34,14 @@ from tipl.training_data import Source, TrainConfig, prefix_end_of
 
 PREFIXES = (0.2, 0.4, 0.6, 0.8)
 COMPONENTS = (2, 4, 8, 16, 32)
-NAMES = ("persistence", "basis_floor", "transformer", "tipl")
+NAMES = ("persistence", "shared_floor", "basis_floor", "transformer", "tipl")
 
 
 def end_errors(forecaster: Forecaster, source: Source, trials: list[int]) -> dict[str, NDArray[np.float64]]:
     """Return relative errors at the end of the paths of `trials`, name -> (prefixes, trials)."""
     paths = [source.path(trial) for trial in trials]
+    k = forecaster.model.config.n_components
+    shared = Basis.from_trials([source.store.trial(trial) for trial in source.split.train], k)
     errors = {name: np.empty((len(PREFIXES), len(paths))) for name in NAMES}
     for i, prefix in enumerate(PREFIXES):
         end = prefix_end_of(prefix, source.num_checkpoints)
@@ -46,8 +49,10 @@ def end_errors(forecaster: Forecaster, source: Source, trials: list[int]) -> dic
         seen = [path[: end + 1] for path in paths]
         forecasts = forecaster.forecast(seen, [int(horizon[0])] * len(paths), layout=source.store.policy)
         for j, (path, forecast) in enumerate(zip(paths, forecasts, strict=True)):
+            through = shared.through(path[end])
             ends = {
                 "persistence": path[end],
+                "shared_floor": through.decode(through.encode(path[-1:]))[0],
                 "basis_floor": forecast.basis.decode(forecast.basis.encode(path[-1:]))[0],
                 "transformer": forecast.in_basis(horizon)[0],
                 "tipl": forecast.weights(horizon)[0],
@@ -86,8 +91,8 @@ def study(store: Store, config: TrainConfig, folder: Path) -> dict[str, Any]:
 
 
 def table(tasks: list[dict[str, Any]]) -> str:
-    """Return the mean held-out errors as a Markdown table, the chosen k in bold."""
-    lines = ["| task | k | validation | " + " | ".join(f"{f:.0%}: floor / Transformer / TIPL" for f in PREFIXES) + " |"]
+    """Return the mean held-out errors as a Markdown table, the chosen k in bold; floors: shared, prefix."""
+    lines = ["| task | k | validation | " + " | ".join(f"{f:.0%}: floors / Transformer / TIPL" for f in PREFIXES) + " |"]
     lines.append("|---" * (3 + len(PREFIXES)) + "|")
     for task in tasks:
         for result in task["results"]:

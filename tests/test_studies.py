@@ -211,6 +211,9 @@ def test_k_is_chosen_by_validation_trials(store, tmp_path, monkeypatch):
             floor = basis.residual(path[-1:])[0] / np.linalg.norm(path[-1] - path[0])
             assert result["heldout"]["basis_floor"][1][i] == pytest.approx(floor, rel=1e-4)
             assert result["heldout"]["transformer"][1][i] >= floor
+            shared = Basis.from_trials([store.trial(it) for it in source.split.train], result["k"]).through(path[9])
+            floor = shared.residual(path[-1:])[0] / np.linalg.norm(path[-1] - path[0])
+            assert result["heldout"]["shared_floor"][1][i] == pytest.approx(floor, rel=1e-4)
     by_k = {result["k"]: np.mean(result["heldout"]["tipl"]) for result in task["results"]}
     assert choose_d.chosen_to_default(task).value == pytest.approx(by_k[task["chosen"]] / by_k[16])
     assert choose_d.plot([task]).svg().startswith(b"<?xml")
