@@ -92,7 +92,8 @@ def study(store: Store, config: TrainConfig, folder: Path) -> dict[str, Any]:
 
 def table(tasks: list[dict[str, Any]]) -> str:
     """Return the mean held-out errors as a Markdown table, the chosen k in bold; floors: shared, prefix."""
-    lines = ["| task | k | validation | " + " | ".join(f"{f:.0%}: floors / Transformer / TIPL" for f in PREFIXES) + " |"]
+    heads = (f"{f:.0%}: floors / Transformer / TIPL" for f in PREFIXES)
+    lines = ["| task | k | validation | " + " | ".join(heads) + " |"]
     lines.append("|---" * (3 + len(PREFIXES)) + "|")
     for task in tasks:
         for result in task["results"]:

@@ -97,9 +97,9 @@ def test_calibrate_learns_from_what_the_simulator_says(tmp_path: Path) -> None:
     assert found.strides is not None
     features, beats = [], []
     gains: dict[int, list[NDArray[np.float64]]] = {3: [], 6: [], 9: [], 12: []}
-    seeds = np.random.default_rng(TINY.seed).integers(2**31, size=NUM_EPISODES)
     for trial in (source.split.validation + source.split.train)[:3]:
         path = source.path(trial)
+        seeds = np.random.default_rng((TINY.seed, trial)).integers(2**31, size=NUM_EPISODES)
         for h, horizons in ((3, [2, 3, 6, 12]), (6, [2, 3, 6, 9]), (9, [2, 3, 6]), (12, [2, 3])):
             forecast = forecaster.forecast([path[: h + 1]], [15 - h])[0].weights(horizons)
             features.append(features_of(path[: h + 1], forecast, forecast, np.array(horizons), 16))
@@ -112,7 +112,7 @@ def test_calibrate_learns_from_what_the_simulator_says(tmp_path: Path) -> None:
     expected = Confidence.fit(np.concatenate(features), np.array(beats))
     np.testing.assert_allclose(found.confidence.coefficients, expected.coefficients, rtol=0, atol=1e-6)
     np.testing.assert_allclose(found.confidence.intercept, expected.intercept, rtol=0, atol=1e-6)
-    strides = Strides.fit([h / 16 for h in gains], [np.array(gain) for gain in gains.values()])
+    strides = Strides.fit(np.array(list(gains)) / 16, np.array(list(gains.values())))
     np.testing.assert_array_equal(found.strides.seen, strides.seen)
     np.testing.assert_array_equal(found.strides.factor, strides.factor)
 
@@ -122,11 +122,11 @@ def test_strides_are_those_of_most_return_or_none() -> None:
     noise = rng.standard_normal((20, len(STRIDES)))
     noise[:, 0] = 0.0
     peak = np.array([0.0, 1.0, 3.0, 6.0, 4.0, 2.0])
-    strides = Strides.fit([0.2, 0.4, 0.8], [peak + noise, -peak + noise, 0.5 * noise - 1.0])
+    strides = Strides.fit(np.array([0.2, 0.4, 0.8]), np.array([peak + noise, -peak + noise, 0.5 * noise - 1.0]))
     np.testing.assert_array_equal(strides.factor, [2.0, 0.0, 0.0])
     assert strides.at(0.3) == pytest.approx(1.0)
     assert strides.at(0.1) == 2.0
-    assert Strides.fit([0.5], [peak[None]]).factor[0] == 0.0  # one trial has no standard error
+    assert Strides.fit(np.array([0.5]), peak[None, None]).factor[0] == 0.0  # one trial has no standard error
 
 
 def test_tuned_forecasts_go_a_stride_along_the_forecast() -> None:

@@ -11,12 +11,16 @@ from synthetic_run import SPEC, make_store
 from test_train import TINY
 
 from tipl.basis import Basis
+from tipl.confidence import expected_calibration_error
 from tipl.model import ModelConfig
+from tipl.rollout import Forecaster
 from tipl.store import Store
+from tipl.train import train
 from tipl.training_data import Source, Split, TrainConfig, load_training_data, split_trials
 
 sys.path.append(str(Path(__file__).parent.parent / "bench"))
 import autoencoder
+import calibration
 import choose_d
 import compare_representations as study
 import representations as coders
@@ -218,6 +222,26 @@ def test_k_is_chosen_by_validation_trials(store, tmp_path, monkeypatch):
     assert choose_d.chosen_to_default(task).value == pytest.approx(by_k[task["chosen"]] / by_k[16])
     assert choose_d.plot([task]).svg().startswith(b"<?xml")
     assert choose_d.table([task]).count(f"**{task['chosen']}**") == 1
+
+
+def test_calibration_judges_every_run_of_another_store_alone(store, tmp_path):
+    config = dataclasses.replace(TINY, steps=4, refine_steps=2, confidence_trials=2)
+    forecaster = Forecaster.load(train(store, tmp_path / "model", config, progress=False))
+    with pytest.raises(SystemExit, match="not trained on"):
+        calibration.judge(forecaster, store, 1)
+    fresh = make_store(tmp_path / "fresh.zarr", 3, 24, seed=100)
+    task = calibration.judge(forecaster, fresh, 1)
+    path, said = fresh.trial(2).weights(), []
+    for h in (5, 9, 14, 18):  # of 24 checkpoints
+        horizons = sorted({min(n, 23 - h) for n in (2, 5, 9, 23)})
+        said.append(forecaster.forecast([path[: h + 1]], [23 - h])[0].confidence(horizons))
+    np.testing.assert_allclose(task["predicted"][2], np.concatenate(said), rtol=1e-6)
+    predicted, outcomes = np.array(task["predicted"]).ravel(), np.array(task["outcomes"]).ravel()
+    assert calibration.found_in(task).error.value == pytest.approx(expected_calibration_error(predicted, outcomes))
+    best = np.mean((outcomes - outcomes.mean()) ** 2)
+    assert calibration.skill(task).value == pytest.approx(1 - np.mean((predicted - outcomes) ** 2) / best)
+    assert calibration.plot([task, task]).svg().startswith(b"<?xml")
+    assert calibration.table([task, task]).count("\n") == 4
 
 
 # ---------------------------------------------------------------- ways to forecast, averages, directions

@@ -1,6 +1,6 @@
 """Calibrate a forecaster: run its forecasts of validation trials, and learn which of them were worth it, and how far.
 
-Shapes  S samples, one a (trial, prefix, horizon); h = prefix_end, p weights.
+Shapes  N trials, P prefixes, C forecasts a trial, F features; h = prefix_end.
 """
 
 import dataclasses
@@ -33,6 +33,23 @@ class Calibration:
     """Of one store; returns of several tasks have no common unit."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Outcomes:
+    """What forecasts of N trials say of themselves, and what became of them in the simulator.
+
+    C forecasts a trial, ordered by prefix and horizon.
+    """
+
+    features: FloatArray
+    """(N, C, F)"""
+    beats: NDArray[np.bool_]
+    """Whether a forecast's return exceeds that of the policy at its prefix's end, on the same episodes, (N, C)."""
+    prefix_ends: NDArray[np.int64]
+    """(P,)"""
+    gains: FloatArray
+    """Return over the prefix's end at each of STRIDES along the forecast STRIDE_HORIZON ahead, (N, P, strides)."""
+
+
 def calibrate(
     forecaster: Forecaster,
     sources: Sequence[Source],
@@ -46,52 +63,57 @@ def calibrate(
     for source in sources:
         chosen = (source.split.validation + source.split.train)[: config.confidence_trials]
         if chosen and isinstance(source.store.policy, PolicySpec) and can_run(source.store.env_id, source.store.policy):
-            outcomes.append(_run(forecaster, source, chosen, config.seed, num_threads, progress))
+            outcomes.append(
+                run_forecasts(forecaster, source, chosen, seed=config.seed, num_threads=num_threads, progress=progress)
+            )
     if not outcomes:
         return None
-    confidence = Confidence.fit(*(np.concatenate(parts) for parts in zip(*(it[:2] for it in outcomes), strict=True)))
-    strides = Strides.fit([share for share, _ in outcomes[0][2]], [gains for _, gains in outcomes[0][2]])
+    features = np.concatenate([it.features.reshape(-1, it.features.shape[2]) for it in outcomes])
+    confidence = Confidence.fit(features, np.concatenate([it.beats.ravel() for it in outcomes]))
+    seen = outcomes[0].prefix_ends / forecaster.model.config.max_len
+    strides = Strides.fit(seen, outcomes[0].gains.swapaxes(0, 1))
     return Calibration(confidence, strides if len(sources) == 1 else None)
 
 
-def _run(
+def run_forecasts(
     forecaster: Forecaster,
     source: Source,
     trials: Sequence[int],
+    *,
     seed: int,
-    num_threads: int | None,
-    progress: bool,
-) -> tuple[FloatArray, NDArray[np.bool_], list[tuple[float, FloatArray]]]:
-    """Return features (S, F) of forecasts, which of them beat the policy at the prefix's end (S,), and strides' gains.
+    num_threads: int | None = None,
+    progress: bool = True,
+) -> Outcomes:
+    """Return what forecasts of some trials come to in the simulator, each trial's on NUM_EPISODES of its own.
 
-    Gains are, a prefix, its end as a share of the path and (trials, len(STRIDES)) at the horizon STRIDE_HORIZON.
+    With episodes that all trials share, an easy one would make all of them better or worse together.
     """
     policy, last = source.store.policy, source.num_checkpoints - 1
     assert isinstance(policy, PolicySpec)
     ends = sorted({max(MIN_PREFIX_END, prefix_end_of(share, source.num_checkpoints)) for share in PREFIXES})
     max_len = forecaster.model.config.max_len
-    features: list[FloatArray] = []
-    weights: list[NDArray[np.float32]] = []
-    for trial in trials:
-        path = source.path(trial)
-        forecasts = forecaster.forecast([path[: h + 1] for h in ends], [last - h for h in ends], layout=policy)
-        for h, forecast in zip(ends, forecasts, strict=True):
-            horizons, step = _horizons(h, last)
-            refined = forecast.weights(horizons)
-            features.append(features_of(path[: h + 1], refined, forecast.in_basis(horizons), horizons, max_len))
-            strides = path[h] + np.array(STRIDES, np.float32)[:, None] * (refined[step] - path[h])
-            weights += [*strides, *refined]
-    seeds = np.random.default_rng(seed).integers(2**31, size=NUM_EPISODES)
+    features, beats, gains = [], [], []
     with progress_bar(progress) as bar:
-        run = episodic_returns(source.store.env_id, policy, np.array(weights), seeds, num_threads=num_threads, bar=bar)
-    returns, beats = iter(run.mean(1)), []
-    gains: dict[int, list[FloatArray]] = {h: [] for h in ends}
-    for _ in trials:
-        for h in ends:
-            tried = np.array([next(returns) for _ in STRIDES])  # the first is the policy at the prefix's end
-            gains[h].append(tried - tried[0])
-            beats += [next(returns) > tried[0] for _ in _horizons(h, last)[0]]
-    return np.concatenate(features), np.array(beats), [(h / max_len, np.array(gain)) for h, gain in gains.items()]
+        task = bar.add_task("run forecasts", total=len(trials), note="")
+        for trial in trials:
+            path = source.path(trial)
+            seeds = np.random.default_rng((seed, trial)).integers(2**31, size=NUM_EPISODES)
+            forecasts = forecaster.forecast([path[: h + 1] for h in ends], [last - h for h in ends], layout=policy)
+            said, tried, ahead = [], [], []
+            for h, forecast in zip(ends, forecasts, strict=True):
+                horizons, step = _horizons(h, last)
+                refined = forecast.weights(horizons)
+                said.append(features_of(path[: h + 1], refined, forecast.in_basis(horizons), horizons, max_len))
+                tried.append(path[h] + np.array(STRIDES, np.float32)[:, None] * (refined[step] - path[h]))
+                ahead.append(refined)
+            weights = np.concatenate(tried + ahead)
+            returns = episodic_returns(source.store.env_id, policy, weights, seeds, num_threads=num_threads).mean(1)
+            along = returns[: len(ends) * len(STRIDES)].reshape(len(ends), -1)  # the first is the prefix's end
+            gains.append(along - along[:, :1])
+            beats.append(returns[along.size :] > np.repeat(along[:, 0], [len(it) for it in ahead]))
+            features.append(np.concatenate(said))
+            bar.advance(task)
+    return Outcomes(np.array(features), np.array(beats), np.array(ends), np.array(gains))
 
 
 def _horizons(prefix_end: int, last: int) -> tuple[NDArray[np.int64], int]:

@@ -129,15 +129,15 @@ class Strides:
     """(P,); zero where no step was better than none, by the standard error of its mean gain."""
 
     @classmethod
-    def fit(cls, seen: Sequence[float], gains: Sequence[FloatArray]) -> "Strides":
-        """Choose for each prefix the stride of largest mean gain in return, of gains (trials, len(STRIDES))."""
+    def fit(cls, seen: FloatArray, gains: FloatArray) -> "Strides":
+        """Choose for each prefix the stride of largest mean gain in return, of gains (P, trials, len(STRIDES))."""
         factor = []
         for gain in gains:
             mean = gain.mean(0)
             best = int(np.argmax(mean))
             error = gain[:, best].std(ddof=1) / np.sqrt(len(gain)) if len(gain) > 1 else np.inf
             factor.append(STRIDES[best] if mean[best] > error else 0.0)
-        return cls(np.array(seen), np.array(factor))
+        return cls(seen, np.array(factor))
 
     def at(self, seen: float) -> float:
         """Return the stride for a prefix that ends at this share of the path, interpolated between its neighbours."""

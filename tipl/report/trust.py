@@ -19,6 +19,7 @@ from tipl.report.plots import NBSP, THEME, Mark, Panel, Plot, percent
 from tipl.report.results import FloatArray, Results, predictor_info
 
 NUM_BINS = 10
+RELIABILITY_MARKS = Mark("TIPL", "tipl", 2.0, marker="o"), Mark("as it says", "faint", 1.2)
 NAMED_LOSSES = 3
 Figure = Callable[[Plot, str], Html]
 
@@ -93,8 +94,7 @@ class Reliability:
 def reliability(results: Results, bootstrap: Bootstrap) -> Reliability | None:
     """Return how TIPL's confidence and the outcomes agree over all cells; None where there is neither.
 
-    An outcome is true where TIPL's return exceeds persistence's in the same (trial, prefix, horizon). Intervals
-    resample trials, whose cells share their fate.
+    An outcome is true where TIPL's return exceeds persistence's in the same (trial, prefix, horizon).
     """
     predicted, gained = (
         np.concatenate(columns, axis=1)  # (n, C)
@@ -103,18 +103,26 @@ def reliability(results: Results, bootstrap: Bootstrap) -> Reliability | None:
             [gains(results, "tipl", f) for f in results.prefixes],
         )
     )
-    is_there = np.isfinite(predicted) & np.isfinite(gained)
+    return reliability_of(predicted, np.where(np.isfinite(gained), gained > 0, np.nan), bootstrap)
+
+
+def reliability_of(predicted: FloatArray, outcomes: FloatArray, bootstrap: Bootstrap) -> Reliability | None:
+    """Return how probabilities (n, C) and outcomes of 0 or 1 (n, C) agree; NaN is left out, None where all is.
+
+    Intervals resample trials, whose cells share their fate.
+    """
+    is_there = np.isfinite(predicted) & np.isfinite(outcomes)
     if not is_there.any():
         return None
     bins = np.where(is_there, np.minimum(NUM_BINS * predicted, NUM_BINS - 1), NUM_BINS).astype(int)
     members = (bins[:, :, None] == np.arange(NUM_BINS)).astype(float)  # (n, C, B)
     counts, sums, hits = (
         np.einsum("nc,ncb->nb", np.where(is_there, values, 0.0), members)
-        for values in (np.ones_like(predicted), predicted, gained > 0)
+        for values in (np.ones_like(predicted), predicted, outcomes)
     )
     shares = [bootstrap.ratio(*pair) for pair in zip(hits.T, counts.T, strict=True)]
     total = counts.sum(0)
-    error = expected_calibration_error(predicted[is_there].tolist(), (gained[is_there] > 0).tolist(), NUM_BINS)
+    error = expected_calibration_error(predicted[is_there].tolist(), outcomes[is_there].astype(bool).tolist(), NUM_BINS)
     # A resample's error: every trial's gap in a bin counts as often as the trial was drawn. A mean of absolute values
     # is too large in a sample, and larger still in a resample of it, so that percentiles would count the excess twice;
     # mirrored at the estimate (the basic bootstrap) they take it off. In simulations of 10 trials with a true error of
@@ -136,18 +144,13 @@ def reliability(results: Results, bootstrap: Bootstrap) -> Reliability | None:
 
 def reliability_plot(found: Reliability) -> Plot:
     """Return the reliability diagram, and beside it how many forecasts each bin holds."""
-    perfect, tipl = Mark("as it says", "faint", 1.2), Mark("TIPL", "tipl", 2.0, marker="o")
 
     def diagram(ax: Axes) -> None:
-        ax.plot((0, 1), (0, 1), color=perfect.rgb, linewidth=perfect.width, zorder=1)
-        ax.vlines(found.probability, found.low, found.high, color=tipl.rgb, alpha=0.4, linewidth=2.0)
-        is_there = found.counts > 0
-        tipl.line(ax, found.probability[is_there], found.frequency[is_there], zorder=3)
-        ax.set(xlim=(-0.02, 1.02), ylim=(-0.03, 1.03), xlabel="predicted probability", ylabel="share that came true")
+        draw_reliability(ax, found)
 
     def histogram(ax: Axes) -> None:
-        edges = np.arange(NUM_BINS) / NUM_BINS
-        ax.bar(edges, found.counts, width=0.92 / NUM_BINS, align="edge", color=tipl.rgb, alpha=0.75, linewidth=0)
+        edges, color = np.arange(NUM_BINS) / NUM_BINS, RELIABILITY_MARKS[0].rgb
+        ax.bar(edges, found.counts, width=0.92 / NUM_BINS, align="edge", color=color, alpha=0.75, linewidth=0)
         for edge, count in zip(edges, found.counts, strict=True):
             if count:
                 ax.annotate(
@@ -159,7 +162,17 @@ def reliability_plot(found: Reliability) -> Plot:
         ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
     panels = (Panel("Reliability", diagram), Panel("How often each probability is predicted", histogram))
-    return Plot("reliability", panels, (tipl, perfect))
+    return Plot("reliability", panels, RELIABILITY_MARKS)
+
+
+def draw_reliability(ax: Axes, found: Reliability) -> None:
+    """Draw how often what was predicted came true, and the diagonal on which a probability means what it says."""
+    tipl, perfect = RELIABILITY_MARKS
+    ax.plot((0, 1), (0, 1), color=perfect.rgb, linewidth=perfect.width, zorder=1)
+    ax.vlines(found.probability, found.low, found.high, color=tipl.rgb, alpha=0.4, linewidth=2.0)
+    is_there = found.counts > 0
+    tipl.line(ax, found.probability[is_there], found.frequency[is_there], zorder=3)
+    ax.set(xlim=(-0.02, 1.02), ylim=(-0.03, 1.03), xlabel="predicted probability", ylabel="share that came true")
 
 
 def gains(results: Results, name: str, prefix: float) -> FloatArray:
