@@ -279,7 +279,8 @@ def plot(tasks: Sequence[dict[str, Any]]) -> Plot:
     }
 
     def draw(ax: Axes, task: dict[str, Any], i: int) -> None:
-        bootstrap, results = Bootstrap(task["trials"]), task["results"]
+        results = {name: task["results"][name] for name in tasks[0]["results"]}
+        bootstrap = Bootstrap(task["trials"])
         for errors, name in ((task["persistence"], "persistence"), (results[RAW]["refined"], "tipl")):
             line, color = bootstrap.estimate(np.array(errors[i])), THEME[name][0]
             ax.axvline(line.value, color=color, lw=1.2)

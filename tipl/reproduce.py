@@ -55,7 +55,6 @@ TASKS: dict[str, Task] = {
         num_trials=48,
         total_timesteps=500_000,
         train=TrainConfig(num_checkpoints=62),
-        evaluate=EvaluateConfig(num_episodes=3),
     ),
 }
 
