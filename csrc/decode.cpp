@@ -9,9 +9,8 @@
 namespace tipl {
 namespace {
 
-constexpr ptrdiff_t kPrefillRows = 96;       // rows of a prefill's pass: enough for the weights' cost to vanish
-constexpr ptrdiff_t kOwnRows = 4;            // up to so many, normalising every row oneself is cheaper than a barrier
-constexpr double kSharedProducts = 1 << 19;  // a pass of fewer multiplications costs less than the barriers would
+constexpr ptrdiff_t kPrefillRows = 96;  // rows of a prefill's pass: enough for the weights' cost to vanish
+constexpr ptrdiff_t kOwnRows = 4;       // up to so many, normalising every row oneself is cheaper than a barrier
 constexpr auto kPollInterval = std::chrono::milliseconds(20);
 
 int row_stride(int n) { return static_cast<int>(round_up(n, kInputPadding)); }
@@ -71,9 +70,6 @@ Decoder::Decoder(const DecoderConfig &config, const std::vector<const float *> &
     : config_(config),
       kernels_(kernels()),
       weights_(tensors, config, options.weights),
-      products_(static_cast<double>(config.d_model) *
-                (config.token_width() + config.n_components +
-                 static_cast<double>(config.n_layer) * (4.0 * config.d_model + 2.0 * config.d_ff))),
       cache_(config, options.cache, checked_size("batch_size", options.batch_size, 1 << 24),
              checked_size("max_len", options.max_len, config.max_len), kernels_.lanes),
       pool_(options.num_threads),
@@ -98,7 +94,8 @@ Decoder::Decoder(const DecoderConfig &config, const std::vector<const float *> &
   groups_.reserve(max_rows_ + 1);
   work_.reserve(max_rows_ + 1);
   for (int rank = 0; rank < pool_.size(); ++rank) {
-    own_.push_back(AlignedFloats({kOwnRows * d_stride_ + cache_.value_stride}));
+    const auto rows = [&] { return AlignedFloats({kOwnRows, d_stride_}); };
+    own_.push_back({rows(), AlignedFloats({cache_.value_stride}), rows(), rows(), rows()});
   }
 }
 
@@ -222,13 +219,14 @@ bool Decoder::run_rows(Poll &poll) {
     ptrdiff_t slots = 0;
     for (int m = groups_[group]; m < groups_[group + 1]; ++m) slots += rows_[m].slot + 1;
     work_.push_back(work_.back() + slots);
-    products += products_ * (groups_[group + 1] - groups_[group]) +
+    products += config_.products() * (groups_[group + 1] - groups_[group]) +
                 2.0 * config_.n_layer * config_.d_model * static_cast<double>(slots);
   }
   team_size_ = products < kSharedProducts ? 1 : pool_.size();
+  const bool halves = team_size_ == 2 && config_.halved() && std::ssize(rows_) <= kOwnRows;
   stopped_ = false;
   if (team_size_ > 1) {
-    pool_.run([&](int rank) noexcept { pass(rank, poll); });
+    pool_.run([&](int rank) noexcept { halves ? pass_in_halves(rank, poll) : pass(rank, poll); });
   } else {
     pass(0, poll);
   }
@@ -259,24 +257,82 @@ void Decoder::pass(int rank, Poll &poll) noexcept {
     linear(rank, block.qkv, normalised(rank, block.norm1), d_stride_, Epilogue::kStore, qkv_.data(), qkv_stride_);
     barrier(rank);
     if (stopped_) return;
-    attend(rank, layer);
+    attend(rank, layer, first_head(rank), first_head(rank + 1));
     barrier(rank);
-    linear(rank, block.proj, attended_.data(), d_stride_, Epilogue::kAdd, z_.data(), d_stride_);
+    linear_parts(rank, block.proj, attended_.data(), d_stride_);
     barrier(rank);
     linear(rank, block.fc1, normalised(rank, block.norm2), d_stride_, Epilogue::kGelu, hidden_.data(), ff_stride_);
     barrier(rank);
-    linear(rank, block.fc2, hidden_.data(), ff_stride_, Epilogue::kAdd, z_.data(), d_stride_);
+    linear_parts(rank, block.fc2, hidden_.data(), ff_stride_);
     barrier(rank);
   }
   linear(rank, weights_.head, normalised(rank, weights_.norm), d_stride_, Epilogue::kStore, head_.data(), k_stride_);
 }
 
+// The same for two ranks and few rows, with two barriers a block instead of five (after Megatron-LM, arXiv:1909.08053):
+// each rank takes half of the heads from qkv through proj, and half of the MLP's units from fc1 through fc2. Both keep
+// all of z, and add to it what the two halves come to.
+void Decoder::pass_in_halves(int rank, Poll &poll) noexcept {
+  const ptrdiff_t M = std::ssize(rows_), H = config_.n_head;
+  Own &own = own_[rank];
+  const auto linear_all = [&](const Weights::Linear &layer, const float *x, ptrdiff_t x_stride, Epilogue epilogue,
+                              AlignedFloats &y) {
+    kernels_.linear(layer.packed, 0, panels_of(layer), x, x_stride, M, epilogue, y.data(), d_stride_);
+  };
+  const auto add_halves = [&](AlignedFloats Own::*half) {  // in the order of linear_parts
+    const float *first = (own_[0].*half).data(), *second = (own_[1].*half).data();
+    float *z = own.z.data();
+    for (ptrdiff_t i = 0; i < M * d_stride_; ++i) z[i] = z[i] + first[i] + second[i];
+  };
+  const auto normed = [&](const Weights::LayerNorm &norm) {
+    normalise(norm, own.z.data(), M, own.normed.data());
+    return own.normed.data();
+  };
+
+  std::copy_n(z_.data(), M * d_stride_, own.z.data());
+  linear_all(weights_.embed, token_.data(), token_stride_, Epilogue::kAdd, own.z);
+  for (int layer = 0; layer < config_.n_layer; ++layer) {
+    const Weights::Block &block = weights_.blocks[layer];
+    if (rank == 0) stopped_ = poll();
+    linear(rank, block.qkv, normed(block.norm1), d_stride_, Epilogue::kStore, qkv_.data(), qkv_stride_);
+    for (ptrdiff_t group = 0; group + 1 < std::ssize(groups_); ++group) {
+      attend(rank, layer, group * H + rank * H / 2, group * H + (rank + 1) * H / 2);
+    }
+    linear_all(block.proj[rank], attended_.data() + rank * config_.d_model / 2, d_stride_, Epilogue::kStore,
+               own.projected);
+    barrier(rank);
+    if (stopped_) return;
+    add_halves(&Own::projected);
+    linear(rank, block.fc1, normed(block.norm2), d_stride_, Epilogue::kGelu, hidden_.data(), ff_stride_);
+    linear_all(block.fc2[rank], hidden_.data() + rank * config_.d_ff / 2, ff_stride_, Epilogue::kStore, own.down);
+    barrier(rank);
+    add_halves(&Own::down);
+  }
+  linear(rank, weights_.head, normed(weights_.norm), d_stride_, Epilogue::kStore, head_.data(), k_stride_);
+}
+
+ptrdiff_t Decoder::panels_of(const Weights::Linear &layer) const noexcept {
+  return round_up(layer.packed.out, kernels_.lanes) / kernels_.lanes;
+}
+
 // This rank's panels of y (M, out) <- x (M, in) through the layer.
 void Decoder::linear(int rank, const Weights::Linear &layer, const float *x, ptrdiff_t x_stride, Epilogue epilogue,
                      float *y, ptrdiff_t y_stride) noexcept {
-  const ptrdiff_t panels = round_up(layer.packed.out, kernels_.lanes) / kernels_.lanes;
-  const Range mine = share(panels, rank, team_size_);
+  const Range mine = share(panels_of(layer), rank, team_size_);
   kernels_.linear(layer.packed, mine.begin, mine.end, x, x_stride, std::ssize(rows_), epilogue, y, y_stride);
+}
+
+// This rank's panels of z (M, d) += x (M, in) through a layer in parts, one part's sum after the other.
+void Decoder::linear_parts(int rank, const std::vector<Weights::Linear> &parts, const float *x,
+                           ptrdiff_t x_stride) noexcept {
+  for (const Weights::Linear &part : parts) {
+    linear(rank, part, x, x_stride, Epilogue::kAdd, z_.data(), d_stride_);
+    x += part.packed.in;
+  }
+}
+
+void Decoder::normalise(const Weights::LayerNorm &norm, const float *z, ptrdiff_t rows, float *y) noexcept {
+  kernels_.layer_norm(z, d_stride_, rows, config_.d_model, norm.weight.data(), norm.bias.data(), y, d_stride_);
 }
 
 // z (M, d) normalised, complete for this rank: few rows by each rank for itself, many by all together.
@@ -284,31 +340,30 @@ const float *Decoder::normalised(int rank, const Weights::LayerNorm &norm) noexc
   const ptrdiff_t M = std::ssize(rows_);
   const bool alone = M <= kOwnRows;
   const Range mine = alone ? Range{0, M} : share(M, rank, team_size_);
-  float *y = alone ? own_[rank].data() : normed_.data();
-  kernels_.layer_norm(z_.data() + mine.begin * d_stride_, d_stride_, mine.end - mine.begin, config_.d_model,
-                      norm.weight.data(), norm.bias.data(), y + mine.begin * d_stride_, d_stride_);
+  float *y = alone ? own_[rank].normed.data() : normed_.data();
+  const ptrdiff_t begin = mine.begin * d_stride_;
+  normalise(norm, z_.data() + begin, mine.end - mine.begin, y + begin);
   if (!alone) barrier(rank);
   return y;
 }
 
-// This rank's (sequence, head) pairs: the rows' keys and values into the cache, then attended_ (M, d).
-void Decoder::attend(int rank, int layer) noexcept {
-  const int H = config_.n_head, D = config_.head_dim(), d = config_.d_model;
-  float *scratch = own_[rank].data() + kOwnRows * d_stride_;
-  const ptrdiff_t end = first_head(rank + 1);
+// (Group, head) pairs [begin, end): the rows' keys and values into the cache, then attended_ (M, d).
+void Decoder::attend(int rank, int layer, ptrdiff_t begin, ptrdiff_t end) noexcept {
+  const int H = config_.n_head, D = config_.head_dim();
   const auto cache_of = [&](ptrdiff_t item) {
     return cache_.of(layer, rows_[groups_[item / H]].sequence, static_cast<int>(item % H));
   };
-  for (ptrdiff_t item = first_head(rank); item < end; ++item) {
-    const ptrdiff_t first = groups_[item / H], last = groups_[item / H + 1], head = item % H * D;
+  for (ptrdiff_t item = begin; item < end; ++item) {
+    const ptrdiff_t first = groups_[item / H], last = groups_[item / H + 1], head = item % H;
     const HeadCache cache = cache_of(item), next = item + 1 < end ? cache_of(item + 1) : cache;
     for (ptrdiff_t m = first; m < last; ++m) {
-      const float *query = qkv_.data() + m * qkv_stride_ + head;
-      kernels_.append(cache, rows_[m].slot, query + d, query + 2 * d);
+      const float *query = qkv_.data() + m * qkv_stride_ + head * 3 * D;
+      kernels_.append(cache, rows_[m].slot, query + D, query + 2 * D);
     }
     for (ptrdiff_t m = first; m < last; ++m) {
-      const float *query = qkv_.data() + m * qkv_stride_ + head;
-      kernels_.attend(cache, next, query, rows_[m].slot + 1, scratch, attended_.data() + m * d_stride_ + head);
+      const float *query = qkv_.data() + m * qkv_stride_ + head * 3 * D;
+      float *out = attended_.data() + m * d_stride_ + head * D;
+      kernels_.attend(cache, next, query, rows_[m].slot + 1, own_[rank].sum.data(), out);
     }
   }
 }

@@ -6,8 +6,11 @@
 // Cache   (L, B, H, T / 64, keys and values of 64 slots) in float32 or bfloat16: attention reads a head's past as one
 //         stream and once, with online softmax (arXiv:1805.02867). Keys are transposed inside groups of N slots, so
 //         that N scores fill one register.
-// Threads split a layer's outputs, and (sequence, head) in attention; no sum is split. A row's result has the same bits
-//         for any thread count and whatever rows are beside it: a prefill equals the same tokens one by one.
+// Threads split a layer's outputs, and (sequence, head) in attention, with five barriers a block. Two of them that have
+//         few rows split a block in halves instead, with two barriers: see pass_in_halves.
+// Bits    A row's result has the same bits for any thread count and whatever rows are beside it: a prefill equals the
+//         same tokens one by one. No sum is split but those of proj and fc2, which are sums of two halves for every
+//         thread count where config.halved().
 // Cost    2 * M * L * (4 d^2 + 2 d d_ff + 2 d slot) flops; bound by reading the weights at small M, and the cache at
 //         large M and slot.
 #pragma once
@@ -84,6 +87,12 @@ class Decoder {
   struct Row {
     int sequence, slot;
   };
+  struct Own {                      // of one rank
+    AlignedFloats normed;           // (kOwnRows, d)
+    AlignedFloats sum;              // (D), of one head's values
+    AlignedFloats z;                // (kOwnRows, d), for pass_in_halves, as what follows
+    AlignedFloats projected, down;  // (kOwnRows, d), what proj and fc2 make of this rank's half
+  };
   class InUse;
   class Poll;
 
@@ -92,17 +101,20 @@ class Decoder {
   void add_row(Row row, const float *x, const float *previous) noexcept;
   bool run_rows(Poll &poll);
   void pass(int rank, Poll &poll) noexcept;
+  void pass_in_halves(int rank, Poll &poll) noexcept;
   void barrier(int rank) noexcept;
+  ptrdiff_t panels_of(const Weights::Linear &layer) const noexcept;
   void linear(int rank, const Weights::Linear &layer, const float *x, ptrdiff_t x_stride, Epilogue epilogue, float *y,
               ptrdiff_t y_stride) noexcept;
+  void linear_parts(int rank, const std::vector<Weights::Linear> &parts, const float *x, ptrdiff_t x_stride) noexcept;
   const float *normalised(int rank, const Weights::LayerNorm &norm) noexcept;
-  void attend(int rank, int layer) noexcept;
+  void normalise(const Weights::LayerNorm &norm, const float *z, ptrdiff_t rows, float *y) noexcept;
+  void attend(int rank, int layer, ptrdiff_t begin, ptrdiff_t end) noexcept;
   ptrdiff_t first_head(int rank) const noexcept;
 
   const DecoderConfig config_;
   const Kernels &kernels_;
   const Weights weights_;
-  const double products_;  // multiplications of one row, without attention's
   KvCache cache_;
   ThreadPool pool_;
   mutable std::atomic_flag in_use_;
@@ -120,13 +132,14 @@ class Decoder {
   int team_size_ = 1;            // ranks at work: all of the pool, or 1 where the pass is too small to share
   const ptrdiff_t max_rows_;     // room for M below
   const int token_stride_, d_stride_, qkv_stride_, ff_stride_, k_stride_;
-  AlignedFloats token_;             // (M, 2k + 1), u in model.py
-  AlignedFloats z_;                 // (M, d), the residual stream
-  AlignedFloats normed_;            // (M, d)
-  AlignedFloats qkv_, attended_;    // (M, 3d), (M, d)
-  AlignedFloats hidden_;            // (M, d_ff)
-  AlignedFloats head_;              // (M, k)
-  std::vector<AlignedFloats> own_;  // of each rank: (kOwnRows, d) normalised rows, then one head's sum
+  AlignedFloats token_;     // (M, 2k + 1), u in model.py
+  AlignedFloats z_;         // (M, d), the residual stream
+  AlignedFloats normed_;    // (M, d)
+  AlignedFloats qkv_;       // (M, H, q | k | v, D)
+  AlignedFloats attended_;  // (M, d)
+  AlignedFloats hidden_;    // (M, d_ff)
+  AlignedFloats head_;      // (M, k)
+  std::vector<Own> own_;    // of each rank
 };
 
 }  // namespace tipl

@@ -24,6 +24,16 @@ AlignedFloats copied(const float *source, ptrdiff_t size) {
   return copy;
 }
 
+std::vector<Weights::Linear> in_parts(Weights::Tensors &tensors, int in, int out, Precision precision, int parts) {
+  std::vector<Weights::Linear> list;
+  const Weights::Tensors begin = tensors;
+  for (int part = 0; part < parts; ++part) {
+    tensors = begin;
+    list.emplace_back(tensors, in, out, precision, Weights::Linear::Layout{.part = part, .parts = parts});
+  }
+  return list;
+}
+
 const std::vector<const float *> &checked(const DecoderConfig &config, const std::vector<const float *> &tensors) {
   const std::vector<TensorSpec> specs = tensor_specs(config);
   check(tensors.size() == specs.size(), "Decoder: weights must be ", specs.size(), " tensors, got ", tensors.size());
@@ -87,19 +97,23 @@ std::vector<TensorSpec> tensor_specs(const DecoderConfig &config) {
   return specs;
 }
 
-Weights::Linear::Linear(Tensors &tensors, int in, int out, Precision precision) {
+Weights::Linear::Linear(Tensors &tensors, int all_inputs, int out, Precision precision, Layout layout) {
   const float *from_weight = *tensors++, *from_bias = *tensors++;
+  const int begin = all_inputs * layout.part / layout.parts, end = all_inputs * (layout.part + 1) / layout.parts;
+  const int in = end - begin, D = layout.heads > 0 ? out / (3 * layout.heads) : 0;
   const int lanes = kernels().lanes, per_word = values_per_word(precision), bits = 32 / per_word;
   const ptrdiff_t padded = round_up(out, lanes), words = words_of(in, precision);
   weight = AlignedWords({padded, words});
   bias = AlignedFloats({padded});
   if (precision == Precision::kInt8) scale = AlignedFloats({padded});
   for (ptrdiff_t row = 0; row < out; ++row) {
-    const float *from = from_weight + row * in;
+    const ptrdiff_t from_row =
+        layout.heads > 0 ? (row / D % 3 * layout.heads + row / (3 * D)) * D + row % D : row;  // (3, H, D) <- (H, 3, D)
+    const float *from_all = from_weight + from_row * all_inputs, *from = from_all + begin;
     uint32_t *panel = weight.data() + row / lanes * words * lanes + row % lanes;
     float step = 0.0f;  // of the row's int8 weights
     if (precision == Precision::kInt8) {
-      for (ptrdiff_t i = 0; i < in; ++i) step = std::max(step, std::fabs(from[i]) / 127.0f);
+      for (ptrdiff_t i = 0; i < all_inputs; ++i) step = std::max(step, std::fabs(from_all[i]) / 127.0f);
       scale.data()[row] = step;
     }
     for (ptrdiff_t i = 0; i < in; ++i) {
@@ -110,7 +124,7 @@ Weights::Linear::Linear(Tensors &tensors, int in, int out, Precision precision) 
       }
       panel[i / per_word * lanes] |= value << (i % per_word * bits);
     }
-    bias.data()[row] = from_bias[row];
+    if (layout.part == 0) bias.data()[row] = from_bias[from_row];
   }
   packed = {precision, weight.data(), scale.data(), bias.data(), in, out};
 }
@@ -122,11 +136,11 @@ Weights::LayerNorm::LayerNorm(Tensors &tensors, int d) {
 
 Weights::Block::Block(Tensors &tensors, const DecoderConfig &config, Precision precision)
     : norm1(tensors, config.d_model),
-      qkv(tensors, config.d_model, 3 * config.d_model, precision),
-      proj(tensors, config.d_model, config.d_model, precision),
+      qkv(tensors, config.d_model, 3 * config.d_model, precision, {.heads = config.n_head}),
+      proj(in_parts(tensors, config.d_model, config.d_model, precision, config.halved() ? 2 : 1)),
       norm2(tensors, config.d_model),
       fc1(tensors, config.d_model, config.d_ff, precision),
-      fc2(tensors, config.d_ff, config.d_model, precision) {}
+      fc2(in_parts(tensors, config.d_ff, config.d_model, precision, config.halved() ? 2 : 1)) {}
 
 Weights::Weights(const std::vector<const float *> &tensors, const DecoderConfig &config, Precision precision)
     : Weights(checked(config, tensors).data(), config, precision) {}

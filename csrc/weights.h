@@ -13,12 +13,25 @@ namespace tipl {
 // Throws std::invalid_argument where one of x's values, of the given shape, is NaN or Inf.
 void check_finite(const char *where, const std::string &name, const float *x, const std::vector<ptrdiff_t> &shape);
 
+constexpr double kSharedProducts = 1 << 19;  // a pass of fewer multiplications costs less than the barriers would
+
 struct DecoderConfig {
   int n_components, n_layer, n_head, d_model, d_ff, max_len;
   float diff_scale, out_scale;
 
   int head_dim() const noexcept { return d_model / n_head; }
   int token_width() const noexcept { return 2 * n_components + 1; }
+  // Multiplications of one row, without attention's.
+  double products() const noexcept {
+    return static_cast<double>(d_model) *
+           (token_width() + n_components + static_cast<double>(n_layer) * (4.0 * d_model + 2.0 * d_ff));
+  }
+  // Whether two threads can each take half of a block: half of the heads, and half of the MLP's units. Only where one
+  // row is work enough for two, and each half of x ends at its padding.
+  bool halved() const noexcept {
+    constexpr int kHalves = 2 * kInputPadding;
+    return products() >= kSharedProducts && n_head % 2 == 0 && d_model % kHalves == 0 && d_ff % kHalves == 0;
+  }
 };
 
 // One tensor of the model: its name in the state_dict, and its shape.
@@ -36,8 +49,14 @@ struct Weights {
   using Tensors = const float *const *;
 
   struct Linear {
-    Linear(Tensors &tensors, int in, int out, Precision precision);  // weight (out, in), bias (out)
-    AlignedWords weight;                                             // as PackedLinear wants them
+    // weight (out, in), bias (out). With heads, rows (q | k | v, heads, D) are packed as (heads, q | k | v, D). The
+    // inputs may be split into parts, whose results add up: the bias is the first one's, and int8's scales are common.
+    struct Layout {
+      int heads = 0, part = 0, parts = 1;
+    };
+    Linear(Tensors &tensors, int in, int out, Precision precision) : Linear(tensors, in, out, precision, {}) {}
+    Linear(Tensors &tensors, int in, int out, Precision precision, Layout layout);
+    AlignedWords weight;  // as PackedLinear wants them
     AlignedFloats scale, bias;
     PackedLinear packed;
   };
@@ -48,9 +67,11 @@ struct Weights {
   struct Block {
     Block(Tensors &tensors, const DecoderConfig &config, Precision precision);
     LayerNorm norm1;
-    Linear qkv, proj;  // (3d, d) with rows q | k | v and heads contiguous inside each, (d, d)
+    Linear qkv;                // (H, q | k | v, D; d)
+    std::vector<Linear> proj;  // (d, d), its inputs in two halves where config.halved()
     LayerNorm norm2;
-    Linear fc1, fc2;  // (d_ff, d), (d, d_ff)
+    Linear fc1;               // (d_ff, d)
+    std::vector<Linear> fc2;  // (d, d_ff), in halves as proj
   };
 
   // The blocks' matrices are stored in `precision`, nearly all there is to read; the rest stays float32.

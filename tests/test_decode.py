@@ -20,6 +20,7 @@ from tipl.decoder import Decoder
 from tipl.model import ModelConfig, TrajectoryTransformer
 
 SMALL = ModelConfig(n_components=5, n_layer=2, n_head=3, d_model=39, d_ff=50, max_len=90, out_scale=0.05)
+HALVED = dataclasses.replace(SMALL, n_head=2, d_model=192, d_ff=384)  # two threads split its blocks in halves
 EPS = np.finfo(np.float32).eps
 
 # What weights and cache are stored in.
@@ -117,13 +118,14 @@ def test_a_rollout_of_512_steps_is_as_exact_as_torch(config, batch):
     assert np.abs(ours - exact).max() < 2 * np.abs(torch_float32 - exact).max()
 
 
+@pytest.mark.parametrize("config", [SMALL, HALVED], ids=["small", "halved"])
 @pytest.mark.parametrize("prefix", [1, 2, 40, 80])
-def test_every_step_equals_the_full_recompute(prefix):
-    model, x = make_model(SMALL), make_paths(SMALL, 2, 80)
-    exact = oracle(SMALL, x, prefix - 1)[:, prefix - 1 :]
+def test_every_step_equals_the_full_recompute(prefix, config):
+    model, x = make_model(config), make_paths(config, 2, 80)
+    exact = oracle(config, x, prefix - 1)[:, prefix - 1 :]
     with torch.inference_mode():
         torch_float32 = model(torch.from_numpy(x), torch.full((2,), prefix - 1)).numpy()[:, prefix - 1 :]
-    assert_as_exact_as_torch(feed(Decoder.from_model(model, 2), x, prefix), torch_float32, exact)
+    assert_as_exact_as_torch(feed(Decoder.from_model(model, 2, num_threads=2), x, prefix), torch_float32, exact)
 
 
 @modes
@@ -188,12 +190,16 @@ def relative_error(ours: np.ndarray, exact: np.ndarray, x: np.ndarray) -> float:
     return float(np.linalg.norm(ours - exact) / np.linalg.norm(exact - x))
 
 
-@pytest.mark.parametrize("d_model", [39, 96, 264])
+@pytest.mark.parametrize(
+    "config",
+    [HALVED, *(dataclasses.replace(SMALL, d_model=d, d_ff=2 * d + 1) for d in (39, 96, 264))],
+    ids=["halved", "39", "96", "264"],
+)
 @pytest.mark.parametrize("batch", [1, 9])
 @pytest.mark.parametrize(("dtype", "stated"), [("bfloat16", 0.006), ("int8", 0.02)])
-def test_stored_weights_are_those_of_the_reference(dtype, stated, batch, d_model):
+def test_stored_weights_are_those_of_the_reference(dtype, stated, batch, config):
     """Beside the oracle with the same rounded weights only the rounding of sums is left, and of bfloat16 inputs."""
-    config = dataclasses.replace(SMALL, d_model=d_model, d_ff=2 * d_model + 1, out_scale=0.5)
+    config = dataclasses.replace(config, out_scale=0.5)
     weights, x, prefix_end = reference.random_forecaster(config, 0), make_paths(config, batch, 30), np.full(batch, 14)
     rounded = reference.stored(weights, dtype)
     exact, exact_rounded = (reference.forecaster(config, w, x, prefix_end)[:, 14:] for w in (weights, rounded))
@@ -304,17 +310,22 @@ def test_a_sequence_alone_equals_itself_in_a_ragged_batch(trajectories, mode, nu
 
 
 @modes
-@pytest.mark.parametrize("batch", [1, 6])
-def test_threads_do_not_change_a_bit(batch, dtype, cache_dtype):
-    config = ModelConfig(n_layer=2, d_model=192, d_ff=768, max_len=140)  # large enough to be shared at batch 1
-    model, x = make_model(config), make_paths(config, batch, 60)
-    paths = []
-    for num_threads in (1, 2, 7):
-        decoder = Decoder.from_model(model, batch, dtype=dtype, cache_dtype=cache_dtype, num_threads=num_threads)
+@pytest.mark.parametrize("batch", [1, 3, 6])
+@pytest.mark.parametrize("n_head", [1, 3, 4])  # two threads split a block of four heads in halves, while rows are few
+def test_threads_do_not_change_a_bit(n_head, batch, dtype, cache_dtype):
+    config = ModelConfig(n_head=n_head, n_layer=2, d_model=192, d_ff=768, max_len=140)  # batch 1 is enough to share
+    model, x, lengths = make_model(config), make_paths(config, 6, 60), np.array([60, 2, 33, 59, 1, 60])[:batch]
+
+    def path(rows: int, num_threads: int) -> np.ndarray:
+        decoder = Decoder.from_model(model, rows, dtype=dtype, cache_dtype=cache_dtype, num_threads=num_threads)
         assert decoder.num_threads == num_threads
-        paths.append(np.concatenate([decoder.prefill(x)[:, None], decoder.generate(80)], axis=1))
-    assert np.array_equal(paths[0], paths[1])
-    assert np.array_equal(paths[0], paths[2])
+        first = decoder.prefill(x[:rows], lengths[:rows])
+        return np.concatenate([first[:, None], decoder.generate(80)], axis=1)
+
+    alone = path(batch, 1)
+    assert np.array_equal(path(batch, 2), alone)
+    assert np.array_equal(path(batch, 7), alone)
+    assert np.array_equal(path(1, 2), alone[:1])
 
 
 @modes
