@@ -21,10 +21,11 @@ static constexpr ptrdiff_t words_of(ptrdiff_t n, Precision precision) {
   return (n + values_per_word(precision) - 1) / values_per_word(precision);
 }
 
-// A linear layer y = W x + b, its outputs in panels of N = lanes, so that a panel's sums fill one register.
+// A linear layer y = W x + b, its outputs in panels of N = lanes, so that a panel's sums fill one register, and the
+// panels in groups of G, whose words for one input lie side by side, so that a group's weights are read as one stream.
 struct PackedLinear {
   Precision precision;
-  const uint32_t *weight;  // (panels, in / values a word rounded up, N) words, zero beyond `out` and `in`
+  const uint32_t *weight;  // (groups, in / values a word rounded up, G, N) words, zero beyond `out` and `in`
   const float *scale;      // (panels * N), of each output's int8 weights; null for the other precisions
   const float *bias;       // (panels * N)
   int in, out;
@@ -91,6 +92,7 @@ struct AdamStep {
 struct Kernels {
   const char *isa;  // "baseline", "avx2", "avx512" or "avx512bf16"
   int lanes;        // floats in a register, N
+  int group;        // panels in a group of PackedLinear's, G
 
   // ---- decode (decode.cpp); rows of x, y and out lie a stride of their own apart
 

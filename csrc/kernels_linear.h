@@ -14,24 +14,30 @@ using tipl::Precision;
 
 // Registers of a tile: ROWS x PANELS sums, PANELS weights, one input.
 constexpr int kTileRows = 6;
-constexpr int kTilePanels = kLanes == 16 ? 4 : 2;
-constexpr int kOneRowPanels = 8;  // a row alone: enough independent sums to hide the latency of fma
-constexpr int kRowsAtOnce = 36;   // rows whose sums stay in the L1 cache while the weights stream through it
+constexpr int kGroupPanels = kLanes == 16 ? 4 : 2;  // a whole tile's
+constexpr int kOneRowPanels = 8;                    // a row alone: enough independent sums to hide the latency of fma
+constexpr int kRowsAtOnce = 36;  // rows whose sums stay in the L1 cache while the weights stream through it
+constexpr ptrdiff_t kGroupWords = kGroupPanels * kLanes;  // of one input, or of those that share a word
+constexpr int kLineWords = 16;                            // of a cache line
+constexpr int kFetchedWords = 2 * kLineWords;             // that a tile fetches while it uses kGroupWords
 // Inputs of a partial sum. A longer sum is a sum of sums, which keeps its rounding error small, and the weights of so
 // many inputs stay in the L1 cache until all rows have used them.
 constexpr ptrdiff_t kSummedAtOnce = 128;
 
-// sum (ROWS, PANELS) += x (ROWS, count) times the weights of PANELS panels that lie panel_words apart. Each output is
-// summed over the inputs in the same order whatever ROWS and PANELS are. Meanwhile the same inputs of two panels from
-// `ahead` on are fetched into the cache.
+// sum (ROWS, PANELS) += x (ROWS, count) times the weights of PANELS panels, of one group or of whole groups that lie
+// group_words apart. Each output is summed over the inputs in the same order whatever ROWS and PANELS are. Meanwhile
+// the first kFetchedWords of each kGroupWords from `ahead` on are fetched into the cache.
 template <Precision PRECISION, int ROWS, int PANELS>
-inline void multiply(const uint32_t *weight, ptrdiff_t panel_words, const uint32_t *ahead, const float *x,
+inline void multiply(const uint32_t *weight, ptrdiff_t group_words, const uint32_t *ahead, const float *x,
                      ptrdiff_t x_stride, ptrdiff_t count, Vec (&sum)[ROWS][PANELS]) {
   constexpr int kPerWord = tipl::values_per_word(PRECISION);
-  const auto fetch = [&](ptrdiff_t word) {
-    if constexpr (ROWS > 1) {  // a single row is bound by memory, and its loads are fetch enough
-      __builtin_prefetch(ahead + word);
-      __builtin_prefetch(ahead + panel_words + word);
+  const auto panel = [group_words](int p) { return p / kGroupPanels * group_words + p % kGroupPanels * kLanes; };
+  const auto fetch = [ahead](ptrdiff_t word) {
+    if constexpr (ROWS > 1) {  // a single row is bound by memory, and fetching more only slows it where L3 is short
+#pragma GCC unroll 2
+      for (int i = 0; i < kFetchedWords && i < kGroupWords; i += kLineWords) {
+        __builtin_prefetch(ahead + word * kGroupWords + i);
+      }
     }
   };
 #if defined(TIPL_BFLOAT16_DOT)
@@ -44,10 +50,10 @@ inline void multiply(const uint32_t *weight, ptrdiff_t panel_words, const uint32
       }
     }
     for (ptrdiff_t i = 0; i < words; ++i) {
-      fetch(i * kLanes);
+      fetch(i);
       Packed w[PANELS];
 #pragma GCC unroll 8
-      for (int p = 0; p < PANELS; ++p) w[p] = Packed::load(weight + p * panel_words + i * kLanes);
+      for (int p = 0; p < PANELS; ++p) w[p] = Packed::load(weight + panel(p) + i * kGroupWords);
 #pragma GCC unroll 8
       for (int row = 0; row < ROWS; ++row) {
         const Packed input = Packed::all(inputs[row][i]);
@@ -58,14 +64,15 @@ inline void multiply(const uint32_t *weight, ptrdiff_t panel_words, const uint32
     return;
   }
 #endif
-  for (ptrdiff_t i = 0; i < count; i += kPerWord, weight += kLanes) {
-    fetch(i / kPerWord * kLanes);
+  for (ptrdiff_t i = 0; i < count; i += kPerWord) {
+    const uint32_t *const words = weight + i / kPerWord * kGroupWords;
+    fetch(i / kPerWord);
 #pragma GCC unroll 4
     for (int j = 0; j < kPerWord; ++j) {
       Vec w[PANELS];
 #pragma GCC unroll 8
       for (int p = 0; p < PANELS; ++p) {
-        const Packed word = Packed::load(weight + p * panel_words);
+        const Packed word = Packed::load(words + panel(p));
         if constexpr (PRECISION == Precision::kFloat32) w[p] = word.float32();
         if constexpr (PRECISION == Precision::kBfloat16) w[p] = word.bfloat16(j);
         if constexpr (PRECISION == Precision::kInt8) w[p] = word.int8(j);
@@ -82,11 +89,11 @@ inline void multiply(const uint32_t *weight, ptrdiff_t panel_words, const uint32
 
 // total (rows <= ROWS, PANELS registers) += the products of one run of inputs.
 template <Precision PRECISION, int ROWS, int PANELS>
-inline void add_products(int rows, const uint32_t *weight, ptrdiff_t panel_words, const uint32_t *ahead, const float *x,
+inline void add_products(int rows, const uint32_t *weight, ptrdiff_t group_words, const uint32_t *ahead, const float *x,
                          ptrdiff_t x_stride, ptrdiff_t count, float *total) {
   if (rows < ROWS) {
     if constexpr (ROWS > 1) {
-      add_products<PRECISION, ROWS - 1, PANELS>(rows, weight, panel_words, ahead, x, x_stride, count, total);
+      add_products<PRECISION, ROWS - 1, PANELS>(rows, weight, group_words, ahead, x, x_stride, count, total);
     }
     return;
   }
@@ -94,7 +101,7 @@ inline void add_products(int rows, const uint32_t *weight, ptrdiff_t panel_words
   for (int row = 0; row < ROWS; ++row) {
     for (int p = 0; p < PANELS; ++p) sum[row][p] = Vec::zero();
   }
-  multiply<PRECISION, ROWS, PANELS>(weight, panel_words, ahead, x, x_stride, count, sum);
+  multiply<PRECISION, ROWS, PANELS>(weight, group_words, ahead, x, x_stride, count, sum);
   for (int row = 0; row < ROWS; ++row) {
     for (int p = 0; p < PANELS; ++p, total += kLanes) (Vec::load(total) + sum[row][p]).store(total);
   }
@@ -104,24 +111,23 @@ inline void add_products(int rows, const uint32_t *weight, ptrdiff_t panel_words
 template <Precision PRECISION, int ROWS, int PANELS>
 inline void linear_rows(const PackedLinear &layer, ptrdiff_t panel, const float *x, ptrdiff_t x_stride, ptrdiff_t rows,
                         Epilogue epilogue, float *y, ptrdiff_t y_stride) {
-  constexpr int kPerWord = tipl::values_per_word(PRECISION);
-  const ptrdiff_t panel_words = tipl::words_of(layer.in, PRECISION) * kLanes, tiles = (rows + ROWS - 1) / ROWS;
-  const uint32_t *const first = layer.weight + panel * panel_words, *weight = first;
+  const ptrdiff_t group_words = tipl::words_of(layer.in, PRECISION) * kGroupWords, tiles = (rows + ROWS - 1) / ROWS;
+  const uint32_t *weight = layer.weight + panel / kGroupPanels * group_words + panel % kGroupPanels * kLanes;
   alignas(64) float totals[ROWS == 1 ? 1 : kRowsAtOnce][PANELS * kLanes];
   for (ptrdiff_t row = 0; row < rows; ++row) {
     for (int p = 0; p < PANELS; ++p) Vec::zero().store(totals[row] + p * kLanes);
   }
-  for (ptrdiff_t begin = 0; begin < layer.in; begin += kSummedAtOnce, weight += kSummedAtOnce / kPerWord * kLanes) {
-    const bool last = begin + kSummedAtOnce >= layer.in;
-    const ptrdiff_t count = last ? layer.in - begin : kSummedAtOnce;
-    // The weights that follow: of the next inputs, or of the next panels. Each tile fetches two panels of them.
-    const uint32_t *next = last ? first + PANELS * panel_words : weight + kSummedAtOnce / kPerWord * kLanes;
+  for (ptrdiff_t begin = 0; begin < layer.in; begin += kSummedAtOnce) {
+    const ptrdiff_t count = layer.in - begin < kSummedAtOnce ? layer.in - begin : kSummedAtOnce;
+    // The weights that follow: of the next inputs, or of the next group. Each tile fetches a part of them.
+    const uint32_t *const next = weight + tipl::words_of(count, PRECISION) * kGroupWords;
     for (ptrdiff_t tile = 0; tile < tiles; ++tile) {
-      const ptrdiff_t row = rows * tile / tiles, behind = rows * (tile + 1) / tiles;
-      const uint32_t *ahead = 2 * tile < PANELS ? next + 2 * tile * panel_words : weight;
-      add_products<PRECISION, ROWS, PANELS>(static_cast<int>(behind - row), weight, panel_words, ahead,
-                                            x + row * x_stride + begin, x_stride, count, totals[row]);
+      const ptrdiff_t row = rows * tile / tiles, behind = rows * (tile + 1) / tiles, part = tile * kFetchedWords;
+      add_products<PRECISION, ROWS, PANELS>(static_cast<int>(behind - row), weight, group_words,
+                                            part < kGroupWords ? next + part : weight, x + row * x_stride + begin,
+                                            x_stride, count, totals[row]);
     }
+    weight = next;
   }
   for (ptrdiff_t row = 0; row < rows; ++row) {
     for (int p = 0; p < PANELS; ++p) {
@@ -136,31 +142,35 @@ inline void linear_rows(const PackedLinear &layer, ptrdiff_t panel, const float 
   }
 }
 
-// Panels [first, last), PANELS at a time, what is left in smaller groups: the weights are read from memory once for
-// every kRowsAtOnce rows.
+// The first of panels [first, last), at most PANELS, of one group or whole groups; returns the one that follows. The
+// weights are read from memory once for every kRowsAtOnce rows.
 template <Precision PRECISION, int ROWS, int PANELS>
-inline void linear_panels(const PackedLinear &layer, ptrdiff_t first, ptrdiff_t last, const float *x,
-                          ptrdiff_t x_stride, ptrdiff_t rows, Epilogue epilogue, float *y, ptrdiff_t y_stride) {
-  const ptrdiff_t runs = (rows + kRowsAtOnce - 1) / kRowsAtOnce;
-  for (; first + PANELS <= last; first += PANELS) {
-    for (ptrdiff_t run = 0; run < runs; ++run) {
-      const ptrdiff_t row = rows * run / runs, behind = rows * (run + 1) / runs;
-      linear_rows<PRECISION, ROWS, PANELS>(layer, first, x + row * x_stride, x_stride, behind - row, epilogue,
-                                           y + row * y_stride, y_stride);
+inline ptrdiff_t linear_panels(const PackedLinear &layer, ptrdiff_t first, ptrdiff_t last, const float *x,
+                               ptrdiff_t x_stride, ptrdiff_t rows, Epilogue epilogue, float *y, ptrdiff_t y_stride) {
+  if constexpr (PANELS > 1) {
+    if (first % (PANELS < kGroupPanels ? PANELS : kGroupPanels) != 0 || first + PANELS > last) {
+      return linear_panels<PRECISION, ROWS, PANELS / 2>(layer, first, last, x, x_stride, rows, epilogue, y, y_stride);
     }
   }
-  if constexpr (PANELS > 1) {
-    linear_panels<PRECISION, ROWS, PANELS / 2>(layer, first, last, x, x_stride, rows, epilogue, y, y_stride);
+  const ptrdiff_t runs = (rows + kRowsAtOnce - 1) / kRowsAtOnce;
+  for (ptrdiff_t run = 0; run < runs; ++run) {
+    const ptrdiff_t row = rows * run / runs, behind = rows * (run + 1) / runs;
+    linear_rows<PRECISION, ROWS, PANELS>(layer, first, x + row * x_stride, x_stride, behind - row, epilogue,
+                                         y + row * y_stride, y_stride);
   }
+  return first + PANELS;
 }
 
 template <Precision PRECISION>
 inline void linear_of(const PackedLinear &layer, ptrdiff_t first, ptrdiff_t last, const float *x, ptrdiff_t x_stride,
                       ptrdiff_t rows, Epilogue epilogue, float *y, ptrdiff_t y_stride) {
-  if (rows == 1) {
-    linear_panels<PRECISION, 1, kOneRowPanels>(layer, first, last, x, x_stride, rows, epilogue, y, y_stride);
-  } else {
-    linear_panels<PRECISION, kTileRows, kTilePanels>(layer, first, last, x, x_stride, rows, epilogue, y, y_stride);
+  while (first < last) {
+    if (rows == 1) {
+      first = linear_panels<PRECISION, 1, kOneRowPanels>(layer, first, last, x, x_stride, rows, epilogue, y, y_stride);
+    } else {
+      first = linear_panels<PRECISION, kTileRows, kGroupPanels>(layer, first, last, x, x_stride, rows, epilogue, y,
+                                                                y_stride);
+    }
   }
 }
 

@@ -150,7 +150,7 @@ struct RowSketch::Omega {
   // where directions are given.
   std::vector<uint32_t> starts;
   std::vector<std::vector<uint16_t>> codes;
-  AlignedWords directions;  // for each kDirectionColumns columns, panels (l / N, columns, N), zero beyond l
+  AlignedWords directions;  // for each kDirectionColumns columns, as PackedLinear wants them, zero beyond l
   AlignedFloats bias;       // (l rounded up to N), zero
 
   static std::shared_ptr<const Omega> of_signs(ThreadPool &pool, const SketchConfig &config);
@@ -211,16 +211,17 @@ std::shared_ptr<const RowSketch::Omega> RowSketch::Omega::of_signs(ThreadPool &p
 
 std::shared_ptr<const RowSketch::Omega> RowSketch::Omega::of_directions(ThreadPool &pool, const SketchConfig &config,
                                                                         const float *directions) {
-  const ptrdiff_t p = config.num_features, l = config.range_size, N = kernels().lanes, panels = (l + N - 1) / N;
+  const ptrdiff_t p = config.num_features, l = config.range_size, width = kernels().lanes * kernels().group;
+  const ptrdiff_t padded = round_up(l, width);
   auto omega = std::make_shared<Omega>();
-  omega->directions = AlignedWords({panels, p, N});
-  omega->bias = AlignedFloats({panels * N});
+  omega->directions = AlignedWords({padded, p});
+  omega->bias = AlignedFloats({padded});
   for_each_item(pool, (p + kDirectionColumns - 1) / kDirectionColumns, [&](int, ptrdiff_t chunk) {
     const ptrdiff_t begin = chunk * kDirectionColumns, columns = std::min(kDirectionColumns, p - begin);
-    uint32_t *const packed = omega->directions.data() + begin * panels * N;
+    uint32_t *const packed = omega->directions.data() + begin * padded;
     for (ptrdiff_t j = 0; j < l; ++j) {
       for (ptrdiff_t c = 0; c < columns; ++c) {
-        packed[(j / N * columns + c) * N + j % N] = std::bit_cast<uint32_t>(directions[j * p + begin + c]);
+        packed[(j / width * columns + c) * width + j % width] = std::bit_cast<uint32_t>(directions[j * p + begin + c]);
       }
     }
   });
@@ -299,6 +300,7 @@ void RowSketch::sketch_group(RowView x, const float *origin, float *y, double *s
 // Through given directions, in slices of their columns.
 void RowSketch::multiply_group(RowView x, const float *origin, float *y, double *squares) const {
   const ptrdiff_t p = config_.num_features, l = config_.range_size, N = kernels_.lanes, panels = (l + N - 1) / N;
+  const ptrdiff_t padded = round_up(l, N * kernels_.group);
   AlignedFloats d({x.count, kDirectionColumns});
   for (ptrdiff_t begin = 0; begin < p; begin += kDirectionColumns) {
     const ptrdiff_t columns = std::min(kDirectionColumns, p - begin);
@@ -312,7 +314,7 @@ void RowSketch::multiply_group(RowView x, const float *origin, float *y, double 
       squares[i] += kernels_.sum_squares(row, zero_point, columns);
     }
     const PackedLinear layer{Precision::kFloat32,
-                             omega_->directions.data() + begin * panels * N,
+                             omega_->directions.data() + begin * padded,
                              nullptr,
                              omega_->bias.data(),
                              static_cast<int>(columns),
