@@ -19,7 +19,7 @@ namespace tipl {
 extern const Kernels TIPL_JOIN(kernels_, TIPL_ISA_NAME) = {
     .isa = TIPL_TEXT(TIPL_ISA_NAME),
     .lanes = kLanes,
-    .group = kGroupPanels,
+    .group = kGroupWords,
     .linear = linear,
     .layer_norm = layer_norm,
     .append = append,

@@ -23,13 +23,22 @@ static constexpr ptrdiff_t words_of(ptrdiff_t n, Precision precision) {
 
 // A linear layer y = W x + b, its outputs in panels of N = lanes, so that a panel's sums fill one register, and the
 // panels in groups of G, whose words for one input lie side by side, so that a group's weights are read as one stream.
+// The last group has the panels that are left.
 struct PackedLinear {
   Precision precision;
-  const uint32_t *weight;  // (groups, in / values a word rounded up, G, N) words, zero beyond `out` and `in`
+  const uint32_t *weight;  // (groups, words_of(in), G, N) words, zero beyond `out` and `in`
   const float *scale;      // (panels * N), of each output's int8 weights; null for the other precisions
   const float *bias;       // (panels * N)
   int in, out;
 };
+// Where the words of one output lie: the first, and how far apart. padded_out is `out` rounded up to N, group is G N.
+struct PackedOutput {
+  ptrdiff_t first, stride;
+};
+static constexpr PackedOutput packed_output(ptrdiff_t output, ptrdiff_t padded_out, ptrdiff_t words, ptrdiff_t group) {
+  const ptrdiff_t within = output % group, begin = output - within, left = padded_out - begin;
+  return {begin * words + within, left < group ? left : group};
+}
 constexpr ptrdiff_t kInputPadding = 32;  // rows of x are readable and zero up to a multiple of this
 
 // What becomes of W x + b.
@@ -92,7 +101,7 @@ struct AdamStep {
 struct Kernels {
   const char *isa;  // "baseline", "avx2", "avx512" or "avx512bf16"
   int lanes;        // floats in a register, N
-  int group;        // panels in a group of PackedLinear's, G
+  int group;        // outputs in a group of PackedLinear's, G N
 
   // ---- decode (decode.cpp); rows of x, y and out lie a stride of their own apart
 

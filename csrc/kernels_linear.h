@@ -17,26 +17,34 @@ constexpr int kTileRows = 6;
 constexpr int kGroupPanels = kLanes == 16 ? 4 : 2;  // a whole tile's
 constexpr int kOneRowPanels = 8;                    // a row alone: enough independent sums to hide the latency of fma
 constexpr int kRowsAtOnce = 36;  // rows whose sums stay in the L1 cache while the weights stream through it
-constexpr ptrdiff_t kGroupWords = kGroupPanels * kLanes;  // of one input, or of those that share a word
-constexpr int kLineWords = 16;                            // of a cache line
-constexpr int kFetchedWords = 2 * kLineWords;             // that a tile fetches while it uses kGroupWords
+constexpr int kGroupWords = kGroupPanels * kLanes;  // of one input, or of those that share a word
+constexpr int kLineWords = 16;                      // of a cache line
+constexpr int kFetchedWords = 2 * kLineWords;       // that a tile fetches while it uses kGroupWords
 // Inputs of a partial sum. A longer sum is a sum of sums, which keeps its rounding error small, and the weights of so
 // many inputs stay in the L1 cache until all rows have used them.
 constexpr ptrdiff_t kSummedAtOnce = 128;
 
-// sum (ROWS, PANELS) += x (ROWS, count) times the weights of PANELS panels, of one group or of whole groups that lie
-// group_words apart. Each output is summed over the inputs in the same order whatever ROWS and PANELS are. Meanwhile
-// the first kFetchedWords of each kGroupWords from `ahead` on are fetched into the cache.
+// Where a run of inputs has its weights for some panels: of one group, or of whole groups that lie group_words apart.
+// A word's neighbours in its output lie `stride` apart. `ahead` are the words to fetch into the cache meanwhile.
+struct Run {
+  const uint32_t *weight, *ahead;
+  ptrdiff_t stride, group_words;
+  bool first;  // of a sum's runs
+};
+
+// sum (ROWS, PANELS) += x (ROWS, count) times the weights of PANELS panels. Each output is summed over the inputs in
+// the same order whatever ROWS and PANELS are. Of each `stride` words from run.ahead on, kFetchedWords are fetched.
 template <Precision PRECISION, int ROWS, int PANELS>
-inline void multiply(const uint32_t *weight, ptrdiff_t group_words, const uint32_t *ahead, const float *x,
-                     ptrdiff_t x_stride, ptrdiff_t count, Vec (&sum)[ROWS][PANELS]) {
+inline void multiply(const Run &run, const float *x, ptrdiff_t x_stride, ptrdiff_t count, Vec (&sum)[ROWS][PANELS]) {
   constexpr int kPerWord = tipl::values_per_word(PRECISION);
-  const auto panel = [group_words](int p) { return p / kGroupPanels * group_words + p % kGroupPanels * kLanes; };
-  const auto fetch = [ahead](ptrdiff_t word) {
+  const uint32_t *const weight = run.weight, *const ahead = run.ahead;
+  const ptrdiff_t stride = run.stride, group_words = run.group_words;
+  const auto panel = [&](int p) { return p / kGroupPanels * group_words + p % kGroupPanels * kLanes; };
+  const auto fetch = [&](ptrdiff_t word) {
     if constexpr (ROWS > 1) {  // a single row is bound by memory, and fetching more only slows it where L3 is short
 #pragma GCC unroll 2
       for (int i = 0; i < kFetchedWords && i < kGroupWords; i += kLineWords) {
-        __builtin_prefetch(ahead + word * kGroupWords + i);
+        __builtin_prefetch(ahead + word * stride + i);
       }
     }
   };
@@ -53,7 +61,7 @@ inline void multiply(const uint32_t *weight, ptrdiff_t group_words, const uint32
       fetch(i);
       Packed w[PANELS];
 #pragma GCC unroll 8
-      for (int p = 0; p < PANELS; ++p) w[p] = Packed::load(weight + panel(p) + i * kGroupWords);
+      for (int p = 0; p < PANELS; ++p) w[p] = Packed::load(weight + panel(p) + i * stride);
 #pragma GCC unroll 8
       for (int row = 0; row < ROWS; ++row) {
         const Packed input = Packed::all(inputs[row][i]);
@@ -65,7 +73,7 @@ inline void multiply(const uint32_t *weight, ptrdiff_t group_words, const uint32
   }
 #endif
   for (ptrdiff_t i = 0; i < count; i += kPerWord) {
-    const uint32_t *const words = weight + i / kPerWord * kGroupWords;
+    const uint32_t *const words = weight + i / kPerWord * stride;
     fetch(i / kPerWord);
 #pragma GCC unroll 4
     for (int j = 0; j < kPerWord; ++j) {
@@ -87,13 +95,12 @@ inline void multiply(const uint32_t *weight, ptrdiff_t group_words, const uint32
   }
 }
 
-// total (rows <= ROWS, PANELS registers) += the products of one run of inputs.
+// total (rows <= ROWS, PANELS registers) += the products of one run of inputs, or <- those of the first.
 template <Precision PRECISION, int ROWS, int PANELS>
-inline void add_products(int rows, const uint32_t *weight, ptrdiff_t group_words, const uint32_t *ahead, const float *x,
-                         ptrdiff_t x_stride, ptrdiff_t count, float *total) {
+inline void add_products(int rows, const Run &run, const float *x, ptrdiff_t x_stride, ptrdiff_t count, float *total) {
   if (rows < ROWS) {
     if constexpr (ROWS > 1) {
-      add_products<PRECISION, ROWS - 1, PANELS>(rows, weight, group_words, ahead, x, x_stride, count, total);
+      add_products<PRECISION, ROWS - 1, PANELS>(rows, run, x, x_stride, count, total);
     }
     return;
   }
@@ -101,9 +108,11 @@ inline void add_products(int rows, const uint32_t *weight, ptrdiff_t group_words
   for (int row = 0; row < ROWS; ++row) {
     for (int p = 0; p < PANELS; ++p) sum[row][p] = Vec::zero();
   }
-  multiply<PRECISION, ROWS, PANELS>(weight, group_words, ahead, x, x_stride, count, sum);
+  multiply<PRECISION, ROWS, PANELS>(run, x, x_stride, count, sum);
   for (int row = 0; row < ROWS; ++row) {
-    for (int p = 0; p < PANELS; ++p, total += kLanes) (Vec::load(total) + sum[row][p]).store(total);
+    for (int p = 0; p < PANELS; ++p, total += kLanes) {
+      (run.first ? sum[row][p] : Vec::load(total) + sum[row][p]).store(total);
+    }
   }
 }
 
@@ -111,24 +120,25 @@ inline void add_products(int rows, const uint32_t *weight, ptrdiff_t group_words
 template <Precision PRECISION, int ROWS, int PANELS>
 inline void linear_rows(const PackedLinear &layer, ptrdiff_t panel, const float *x, ptrdiff_t x_stride, ptrdiff_t rows,
                         Epilogue epilogue, float *y, ptrdiff_t y_stride) {
-  const ptrdiff_t group_words = tipl::words_of(layer.in, PRECISION) * kGroupWords, tiles = (rows + ROWS - 1) / ROWS;
-  const uint32_t *weight = layer.weight + panel / kGroupPanels * group_words + panel % kGroupPanels * kLanes;
+  const ptrdiff_t words = tipl::words_of(layer.in, PRECISION), tiles = (rows + ROWS - 1) / ROWS;
+  const auto [offset, stride] =
+      tipl::packed_output(panel * kLanes, (layer.out + kLanes - 1) / kLanes * kLanes, words, kGroupWords);
+  const uint32_t *weight = layer.weight + offset;
   alignas(64) float totals[ROWS == 1 ? 1 : kRowsAtOnce][PANELS * kLanes];
-  for (ptrdiff_t row = 0; row < rows; ++row) {
-    for (int p = 0; p < PANELS; ++p) Vec::zero().store(totals[row] + p * kLanes);
-  }
-  for (ptrdiff_t begin = 0; begin < layer.in; begin += kSummedAtOnce) {
+  ptrdiff_t begin = 0;
+  do {
     const ptrdiff_t count = layer.in - begin < kSummedAtOnce ? layer.in - begin : kSummedAtOnce;
     // The weights that follow: of the next inputs, or of the next group. Each tile fetches a part of them.
-    const uint32_t *const next = weight + tipl::words_of(count, PRECISION) * kGroupWords;
+    const uint32_t *const next = weight + tipl::words_of(count, PRECISION) * stride;
     for (ptrdiff_t tile = 0; tile < tiles; ++tile) {
       const ptrdiff_t row = rows * tile / tiles, behind = rows * (tile + 1) / tiles, part = tile * kFetchedWords;
-      add_products<PRECISION, ROWS, PANELS>(static_cast<int>(behind - row), weight, group_words,
-                                            part < kGroupWords ? next + part : weight, x + row * x_stride + begin,
-                                            x_stride, count, totals[row]);
+      const Run run{weight, part < stride ? next + part : weight, stride, words * kGroupWords, begin == 0};
+      add_products<PRECISION, ROWS, PANELS>(static_cast<int>(behind - row), run, x + row * x_stride + begin, x_stride,
+                                            count, totals[row]);
     }
     weight = next;
-  }
+    begin += kSummedAtOnce;
+  } while (begin < layer.in);
   for (ptrdiff_t row = 0; row < rows; ++row) {
     for (int p = 0; p < PANELS; ++p) {
       const ptrdiff_t output = (panel + p) * kLanes;

@@ -211,8 +211,7 @@ std::shared_ptr<const RowSketch::Omega> RowSketch::Omega::of_signs(ThreadPool &p
 
 std::shared_ptr<const RowSketch::Omega> RowSketch::Omega::of_directions(ThreadPool &pool, const SketchConfig &config,
                                                                         const float *directions) {
-  const ptrdiff_t p = config.num_features, l = config.range_size, width = kernels().lanes * kernels().group;
-  const ptrdiff_t padded = round_up(l, width);
+  const ptrdiff_t p = config.num_features, l = config.range_size, padded = round_up(l, kernels().lanes);
   auto omega = std::make_shared<Omega>();
   omega->directions = AlignedWords({padded, p});
   omega->bias = AlignedFloats({padded});
@@ -220,8 +219,9 @@ std::shared_ptr<const RowSketch::Omega> RowSketch::Omega::of_directions(ThreadPo
     const ptrdiff_t begin = chunk * kDirectionColumns, columns = std::min(kDirectionColumns, p - begin);
     uint32_t *const packed = omega->directions.data() + begin * padded;
     for (ptrdiff_t j = 0; j < l; ++j) {
+      const auto [first, stride] = packed_output(j, padded, columns, kernels().group);
       for (ptrdiff_t c = 0; c < columns; ++c) {
-        packed[(j / width * columns + c) * width + j % width] = std::bit_cast<uint32_t>(directions[j * p + begin + c]);
+        packed[first + c * stride] = std::bit_cast<uint32_t>(directions[j * p + begin + c]);
       }
     }
   });
@@ -300,7 +300,6 @@ void RowSketch::sketch_group(RowView x, const float *origin, float *y, double *s
 // Through given directions, in slices of their columns.
 void RowSketch::multiply_group(RowView x, const float *origin, float *y, double *squares) const {
   const ptrdiff_t p = config_.num_features, l = config_.range_size, N = kernels_.lanes, panels = (l + N - 1) / N;
-  const ptrdiff_t padded = round_up(l, N * kernels_.group);
   AlignedFloats d({x.count, kDirectionColumns});
   for (ptrdiff_t begin = 0; begin < p; begin += kDirectionColumns) {
     const ptrdiff_t columns = std::min(kDirectionColumns, p - begin);
@@ -314,7 +313,7 @@ void RowSketch::multiply_group(RowView x, const float *origin, float *y, double 
       squares[i] += kernels_.sum_squares(row, zero_point, columns);
     }
     const PackedLinear layer{Precision::kFloat32,
-                             omega_->directions.data() + begin * padded,
+                             omega_->directions.data() + begin * panels * N,
                              nullptr,
                              omega_->bias.data(),
                              static_cast<int>(columns),

@@ -103,15 +103,15 @@ Weights::Linear::Linear(Tensors &tensors, int all_inputs, int out, Precision pre
   const int in = end - begin, D = layout.heads > 0 ? out / (3 * layout.heads) : 0;
   const int lanes = kernels().lanes, per_word = values_per_word(precision), bits = 32 / per_word;
   const ptrdiff_t padded = round_up(out, lanes), words = words_of(in, precision);
-  const ptrdiff_t group = ptrdiff_t{lanes} * kernels().group;
-  weight = AlignedWords({round_up(out, group), words});
+  weight = AlignedWords({padded, words});
   bias = AlignedFloats({padded});
   if (precision == Precision::kInt8) scale = AlignedFloats({padded});
   for (ptrdiff_t row = 0; row < out; ++row) {
     const ptrdiff_t from_row =
         layout.heads > 0 ? (row / D % 3 * layout.heads + row / (3 * D)) * D + row % D : row;  // (3, H, D) <- (H, 3, D)
     const float *from_all = from_weight + from_row * all_inputs, *from = from_all + begin;
-    uint32_t *column = weight.data() + row / group * words * group + row % group;
+    const auto [first, stride] = packed_output(row, padded, words, kernels().group);
+    uint32_t *column = weight.data() + first;
     float step = 0.0f;  // of the row's int8 weights
     if (precision == Precision::kInt8) {
       for (ptrdiff_t i = 0; i < all_inputs; ++i) step = std::max(step, std::fabs(from_all[i]) / 127.0f);
@@ -123,7 +123,7 @@ Weights::Linear::Linear(Tensors &tensors, int all_inputs, int out, Precision pre
       if (precision == Precision::kInt8) {
         value = static_cast<uint8_t>(step > 0 ? std::clamp(std::lrint(from[i] / step), -127L, 127L) : 0);
       }
-      column[i / per_word * group] |= value << (i % per_word * bits);
+      column[i / per_word * stride] |= value << (i % per_word * bits);
     }
     if (layout.part == 0) bias.data()[row] = from_bias[from_row];
   }
