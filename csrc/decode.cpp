@@ -271,7 +271,7 @@ void Decoder::pass(int rank, Poll &poll) noexcept {
 
 // The same for two ranks and few rows, with two barriers a block instead of five (after Megatron-LM, arXiv:1909.08053):
 // each rank takes half of the heads from qkv through proj, and half of the MLP's units from fc1 through fc2. Both keep
-// all of z, and add to it what the two halves come to.
+// all of z, embedding included, and add to it what the two halves come to.
 void Decoder::pass_in_halves(int rank, Poll &poll) noexcept {
   const ptrdiff_t M = std::ssize(rows_), H = config_.n_head;
   Own &own = own_[rank];

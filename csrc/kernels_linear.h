@@ -14,26 +14,28 @@ using tipl::Precision;
 
 // Registers of a tile: ROWS x PANELS sums, PANELS weights, one input.
 constexpr int kTileRows = 6;
-constexpr int kGroupPanels = kLanes == 16 ? 4 : 2;  // a whole tile's
-constexpr int kOneRowPanels = 8;                    // a row alone: enough independent sums to hide the latency of fma
-constexpr int kRowsAtOnce = 36;  // rows whose sums stay in the L1 cache while the weights stream through it
-constexpr int kGroupWords = kGroupPanels * kLanes;  // of one input, or of those that share a word
+constexpr int kGroupPanels = kLanes == 16 ? 4 : 2;  // a tile takes a whole group
+constexpr int kOneRowPanels = 8;  // a row alone, whole groups: enough independent sums to hide the latency of fma
+constexpr int kRowsAtOnce = 36;   // rows whose sums stay in the L1 cache while the weights stream through it
+constexpr int kGroupWords = kGroupPanels * kLanes;  // that lie side by side
 constexpr int kLineWords = 16;                      // of a cache line
 constexpr int kFetchedWords = 2 * kLineWords;       // that a tile fetches while it uses kGroupWords
 // Inputs of a partial sum. A longer sum is a sum of sums, which keeps its rounding error small, and the weights of so
 // many inputs stay in the L1 cache until all rows have used them.
 constexpr ptrdiff_t kSummedAtOnce = 128;
 
-// Where a run of inputs has its weights for some panels: of one group, or of whole groups that lie group_words apart.
-// A word's neighbours in its output lie `stride` apart. `ahead` are the words to fetch into the cache meanwhile.
+// A run of inputs, by its weights for some panels: of one group, or of whole groups that lie group_words apart.
 struct Run {
-  const uint32_t *weight, *ahead;
-  ptrdiff_t stride, group_words;
-  bool first;  // of a sum's runs
+  const uint32_t *weight;
+  const uint32_t *ahead;  // what follows, to be fetched into the cache meanwhile
+  ptrdiff_t stride;       // from one word of an output to its next
+  ptrdiff_t group_words;
+  bool first;  // of the inputs
 };
 
 // sum (ROWS, PANELS) += x (ROWS, count) times the weights of PANELS panels. Each output is summed over the inputs in
-// the same order whatever ROWS and PANELS are. Of each `stride` words from run.ahead on, kFetchedWords are fetched.
+// the same order whatever ROWS and PANELS are. Of each `stride` words from run.ahead on the first kFetchedWords are
+// fetched.
 template <Precision PRECISION, int ROWS, int PANELS>
 inline void multiply(const Run &run, const float *x, ptrdiff_t x_stride, ptrdiff_t count, Vec (&sum)[ROWS][PANELS]) {
   constexpr int kPerWord = tipl::values_per_word(PRECISION);
