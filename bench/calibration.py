@@ -6,8 +6,8 @@
 For each forecaster and a store of runs of its task under other seeds: every run is forecast at four prefixes and up to
 four horizons, and each forecast is run beside the policy at its prefix's end, on five episodes of the run's own. A
 panel a task: the share of forecasts that had the higher return against the probability predicted, in ten bins, with
-the expected calibration error; 95 % intervals over runs. Skill is 1 - Brier score / that of always saying the share of
-forecasts that came true: 0 for a confidence that tells forecasts apart no better than a constant.
+the expected calibration error (ECE); 95 % intervals over runs. Skill is 1 - Brier score / that of always saying the
+share of forecasts that came true: 0 for a confidence that tells forecasts apart no better than a constant.
 
 Every forecast goes to the JSON beside the figure.
 """
@@ -39,7 +39,7 @@ def judge(forecaster: Forecaster, store: Store, num_threads: int | None) -> dict
     if not forecaster.confidence or forecaster.source_of(store) is not None:
         raise SystemExit(f"{store.path}: expected a calibrated forecaster and runs that it was not trained on")
     outcomes = run_forecasts(forecaster, source, range(store.num_trials), seed=SEED, num_threads=num_threads)
-    predicted = forecaster.confidence(outcomes.features)
+    predicted = forecaster.confidence(outcomes.features).round(4)
     return {"env_id": store.env_id, "predicted": predicted.tolist(), "outcomes": outcomes.beats.tolist()}
 
 
@@ -84,8 +84,8 @@ def plot(tasks: Sequence[dict[str, Any]]) -> Plot:
     for task in tasks:
         found = found_in(task)
         name = task["env_id"].rpartition("-v")[0]
-        panels.append(Panel(f"{name}, error {found.error.value:.3f}", lambda ax, it=found: draw_reliability(ax, it)))
-    return Plot("calibration", tuple(panels), RELIABILITY_MARKS, columns=4, panel_inches=(3.0, 2.8))
+        panels.append(Panel(f"{name}, ECE {found.error.value:.3f}", lambda ax, it=found: draw_reliability(ax, it)))
+    return Plot("calibration", tuple(panels), RELIABILITY_MARKS, columns=4, panel_inches=(3.3, 2.8))
 
 
 def main() -> None:
