@@ -21,7 +21,7 @@ sanitize: $(VENV)/.develop  ## Run the engine's tests under ASan and UBSan, and 
 	.ci/sanitize address
 	.ci/sanitize thread
 
-bench: $(VENV)/.bench  ## Time the engine beside its peers, 23 minutes; ratios must not fall below bench/baseline.json's
+bench: $(VENV)/.bench  ## Time the engine beside its peers, half an hour; ratios must not fall below bench/baseline.json's
 	$(BIN)/python -m pytest bench
 
 lint: $(VENV)/.develop  ## ruff, ruff format, mypy --strict, clang-format: all only check
