@@ -25,6 +25,7 @@ from tipl.evaluate import source_to_judge
 from tipl.locations import write_atomically
 from tipl.report.estimates import Bootstrap, Estimate
 from tipl.report.plots import Panel, Plot
+from tipl.report.results import FloatArray
 from tipl.report.trust import RELIABILITY_MARKS, Reliability, draw_reliability, reliability_of
 from tipl.rollout import Forecaster
 from tipl.store import Store
@@ -43,16 +44,21 @@ def judge(forecaster: Forecaster, store: Store, num_threads: int | None) -> dict
     return {"env_id": store.env_id, "predicted": predicted.tolist(), "outcomes": outcomes.beats.tolist()}
 
 
+def arrays(task: dict[str, Any]) -> tuple[FloatArray, FloatArray]:
+    """Return the probabilities and outcomes of a task, (trials, forecasts a trial) each."""
+    return np.array(task["predicted"]), np.array(task["outcomes"], float)
+
+
 def skill(task: dict[str, Any]) -> Estimate:
     """Return 1 - Brier score / that of the best constant."""
-    predicted, outcomes = np.array(task["predicted"]), np.array(task["outcomes"], float)
+    predicted, outcomes = arrays(task)
     score, constant = ((p - outcomes) ** 2 for p in (predicted, outcomes.mean()))
     left = Bootstrap(len(outcomes)).ratio(score.mean(1), constant.mean(1))
     return Estimate(1 - left.value, 1 - left.high, 1 - left.low)
 
 
 def found_in(task: dict[str, Any]) -> Reliability:
-    predicted, outcomes = np.array(task["predicted"]), np.array(task["outcomes"], float)
+    predicted, outcomes = arrays(task)
     found = reliability_of(predicted, outcomes, Bootstrap(len(outcomes)))
     assert found is not None
     return found
@@ -62,7 +68,7 @@ def table(tasks: Sequence[dict[str, Any]]) -> str:
     """Return calibration error and skill of every task, and of all their forecasts, as a Markdown table."""
     lines = ["| task | runs | forecasts | mean probability | came true | calibration error | skill |", "|---" * 7 + "|"]
     for task in [*tasks, pooled(tasks)]:
-        predicted, outcomes = np.array(task["predicted"]), np.array(task["outcomes"], float)
+        predicted, outcomes = arrays(task)
         cells = [task["env_id"], f"{len(outcomes)}", f"{outcomes.size}", f"{predicted.mean():.2f}"]
         cells += [f"{outcomes.mean():.2f}", interval(found_in(task).error), interval(skill(task))]
         lines.append(f"| {' | '.join(cells)} |")

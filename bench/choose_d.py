@@ -37,11 +37,11 @@ COMPONENTS = (2, 4, 8, 16, 32)
 NAMES = ("persistence", "shared_floor", "basis_floor", "transformer", "tipl")
 
 
-def end_errors(forecaster: Forecaster, source: Source, trials: list[int]) -> dict[str, NDArray[np.float64]]:
+def end_errors(
+    forecaster: Forecaster, shared: Basis, source: Source, trials: list[int]
+) -> dict[str, NDArray[np.float64]]:
     """Return relative errors at the end of the paths of `trials`, name -> (prefixes, trials)."""
     paths = [source.path(trial) for trial in trials]
-    k = forecaster.model.config.n_components
-    shared = Basis.from_trials([source.store.trial(trial) for trial in source.split.train], k)
     errors = {name: np.empty((len(PREFIXES), len(paths))) for name in NAMES}
     for i, prefix in enumerate(PREFIXES):
         end = prefix_end_of(prefix, source.num_checkpoints)
@@ -72,8 +72,9 @@ def study(store: Store, config: TrainConfig, folder: Path) -> dict[str, Any]:
             print(f"{store.env_id}: k = {k}")
             train(store, model, dataclasses.replace(config, n_components=k))
         forecaster = Forecaster.load(model)
-        validation = end_errors(forecaster, source, source.split.validation)
-        heldout = end_errors(forecaster, source, source.split.heldout)
+        shared = Basis.from_trials([store.trial(trial) for trial in source.split.train], k)
+        validation = end_errors(forecaster, shared, source, source.split.validation)
+        heldout = end_errors(forecaster, shared, source, source.split.heldout)
         results.append(
             {
                 "k": k,

@@ -243,8 +243,13 @@ def predictor_marks(names: Sequence[str]) -> dict[str, Mark]:
         else:
             color, marker = f"unknown-{unknown % 3}", "XP"[unknown // 3 % 2]
             unknown += 1
-        other_floor = (7.0, 2.0, 1.5, 2.0) if name in BASIS_FLOORS else (1.5, 2.0)
-        dashes = () if not info.is_floor else (5.0, 2.5) if name == "basis_floor" else other_floor
+        dashes: tuple[float, ...] = ()
+        if name == "basis_floor":
+            dashes = (5.0, 2.5)
+        elif name in BASIS_FLOORS:
+            dashes = (7.0, 2.0, 1.5, 2.0)
+        elif info.is_floor:
+            dashes = (1.5, 2.0)
         marks[name] = Mark(info.label, color, {"tipl": 3.0, "persistence": 2.0}.get(name, 1.5), dashes, marker)
     return marks
 
