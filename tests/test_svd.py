@@ -265,6 +265,9 @@ drawn = {
 # Residuals below 1e-3 of |A|, near the rounding of what is summed.
 @example(n=540, p=72, k=67, decay=2.91, offset=0.0, center=True, loud=True, n_oversamples=2, seed=435)
 @example(n=298, p=37, k=3, decay=2.96, offset=100.0, center=True, loud=True, n_oversamples=6, seed=398)
+# The second direction is 3e-3 of the first, and the rounding of the first weighs on all that is found of it.
+@example(n=535, p=48, k=1, decay=1.0, offset=100.0, center=False, loud=True, n_oversamples=2, seed=25)
+@example(n=466, p=52, k=50, decay=1.0, offset=100.0, center=True, loud=False, n_oversamples=1, seed=4075273594)
 def test_the_bounds_of_the_residual_and_of_the_optimum_hold(n, p, k, decay, offset, center, loud, n_oversamples, seed):
     rows = drawn_rows(n, p, decay, offset, loud, seed)
     estimator = StreamingSVD(min(k, p), n_oversamples=n_oversamples, center=center)

@@ -43,7 +43,8 @@ _HINTED = 1e-10
 """Enough for the start of a later pass: rounding there costs nothing but a direction."""
 
 _ROUNDING = 2e-6
-"""Over sqrt(p), of |A|^2 before the mean is taken off: how far |A|^2 - |Q^T A V^T|^2 may be from the truth.
+"""Over sqrt(p), of |A|^2 before the mean is taken off: how far |A|^2 - |Q^T A V^T|^2 may be from the truth, and so far
+the square sum of the singular values of Q^T A beyond the k-th.
 
 A row much louder than the 127 that are summed with it rounds every entry of C by some 4e-7, at random.
 """
@@ -214,7 +215,8 @@ def _of_sketch(core: _core.RowSketch, n_components: int | float, center: bool, s
     captured = float(np.sum(inside.T * np.linalg.solve(lengths, inside.T)))
     rounding = _ROUNDING / float(np.sqrt(core.num_features)) * core.squares
     rest = rounding + max(projection.energy - captured, 0.0)
-    optimum = min(float(np.sum(projection.squares[k : projection.rank])), rest)
+    optimum = max(float(np.sum(projection.squares[k : projection.rank])) - rounding, 0.0)
+    optimum = min(optimum, rest)
     low, best, high = rest, rest, rest
     if core.test_size:
         missed = projection.missed(components)
