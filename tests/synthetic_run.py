@@ -125,7 +125,8 @@ def make_results(store: Store, heldout: list[int], rows: list[dict[str, Any]]) -
         "settings": {
             "num_trials": store.num_trials, "train_trials": [i for i in range(store.num_trials) if i not in heldout],
             "heldout_trials": heldout, "num_checkpoints": store.trial(0).num_checkpoints, "prefixes": list(PREFIXES),
-            "num_episodes": 16, "episode_seeds": list(range(16)), "n_components": NUM_COMPONENTS,
+            "num_episodes": 16, "episode_seeds": {str(trial): list(range(16)) for trial in heldout},
+            "n_components": NUM_COMPONENTS,
         },
         "machine": {"cpu": "A server of today", "num_cores": 2, "isa": "avx512"},
         "seconds": {"collect": 61.2, "evaluate": 17.3},

@@ -10,7 +10,7 @@ from synthetic_run import SPEC, make_store
 
 from tipl.basis import Basis
 from tipl.behaviour import action_bounds, action_differences, action_variance, kl_divergences
-from tipl.evaluate import NUM_STATES, EvaluateConfig, evaluate, weight_errors
+from tipl.evaluate import NUM_STATES, EvaluateConfig, episode_seeds, evaluate, weight_errors
 from tipl.report import write_report
 from tipl.report.results import read_results
 from tipl.returns import episodic_returns, run_episodes
@@ -80,7 +80,7 @@ def test_rows_floors_and_report(tmp_path: Path) -> None:
             assert row["repw"] == pytest.approx(abs(row["return_true"] - row["return_predicted"]))
         truth = episodic_returns(
             store.env_id, SPEC, path[h + horizon : h + horizon + 1].astype(np.float32),
-            np.array(results["settings"]["episode_seeds"]),
+            np.array(results["settings"]["episode_seeds"][str(trial)]),
         )  # fmt: skip
         assert of["tipl"]["return_true"] == pytest.approx(truth.mean())
 
@@ -118,9 +118,12 @@ def test_actions_are_compared_on_states_of_the_true_policies(tmp_path: Path) -> 
     of_trial: dict[int, dict[tuple[float, int, str], dict]] = {trial: {} for trial in heldout}
     for row in results["rows"]:
         of_trial[row["trial"]][row["prefix"], row["horizon"], row["predictor"]] = row
-    other_seeds = np.random.default_rng(QUICK.seed).integers(2**31, size=(2, QUICK.num_episodes))[1]
-    last, future, pool = [], [], []
+    assert not np.array_equal(*(episode_seeds(QUICK, trial) for trial in heldout[:2]))
+    last, future, pool, seeds = [], [], [], []
     for trial in heldout:
+        judged_on, other_seeds = episode_seeds(QUICK, trial)
+        assert results["settings"]["episode_seeds"][str(trial)] == judged_on.tolist()
+        seeds.append(judged_on)
         path = store.trial(trial).weights()
         states = run_episodes(store.env_id, SPEC, path[9:10], other_seeds, num_states=NUM_STATES).states[0]
         row = of_trial[trial][0.4, 3, "persistence"]
@@ -141,9 +144,7 @@ def test_actions_are_compared_on_states_of_the_true_policies(tmp_path: Path) -> 
     for name, policies in (("persistence", last), ("truth", future)):
         entry = entries[0.4, 3, name]
         assert entry["action_variance"] == pytest.approx(action_variance(SPEC, np.array(policies), chosen, bounds))
-        returns = episodic_returns(
-            store.env_id, SPEC, np.array(policies), np.array(results["settings"]["episode_seeds"])
-        )
+        returns = episodic_returns(store.env_id, SPEC, np.array(policies), np.array(seeds))
         assert entry["return_std"] == pytest.approx(returns.mean(1).std(ddof=1))
     read = read_results(target)
     assert read.spread("action_variance", 0.4, "truth")[0] == entries[0.4, 3, "truth"]["action_variance"]

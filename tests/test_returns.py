@@ -87,11 +87,26 @@ def test_states_do_not_depend_on_threads_nor_on_the_policies_beside(monkeypatch:
     assert all((one != two).any() for one, two in zip(together.states, other.states, strict=True))
 
 
+def test_policies_may_have_episodes_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights, seeds = some_policies(5), np.array([[11, 12], [13, 14], [11, 12], [15, 16], [13, 14]])
+    together = run_episodes(ENV_ID, SPEC, weights, seeds, num_states=9)
+    monkeypatch.setattr(returns, "ENVS_AT_ONCE", 4)  # groups of two
+    grouped = run_episodes(ENV_ID, SPEC, weights, seeds, num_states=9)
+    for row, own, of_one, states, in_group in zip(
+        weights, seeds, together.returns, together.states, grouped.states, strict=True
+    ):
+        alone = run_episodes(ENV_ID, SPEC, row[None], own, num_states=9)
+        np.testing.assert_array_equal(alone.returns[0], of_one)
+        np.testing.assert_array_equal(alone.states[0], states)
+        np.testing.assert_array_equal(alone.states[0], in_group)
+    np.testing.assert_array_equal(together.returns, grouped.returns)
+
+
 def test_every_step_is_as_likely_to_be_kept() -> None:
     lengths = np.array([40, 10, 25])  # of three episodes: 75 steps, numbered
     first, kept = np.array([0, 40, 50]), np.zeros(75)
     for seed in range(600):
-        sample = _StateSample(1, 15, 1, np.array([seed, 0, 0]))
+        sample = _StateSample(15, 1, np.array([[seed, 0, 0]]))
         for t in range(lengths.max()):
             sample.add((first + t).astype(np.float32)[None, :, None], (t < lengths)[None])
         kept[sample.states()[0].astype(int).ravel()] += 1

@@ -5,6 +5,8 @@ Shapes  E episodes a policy, T checkpoints, p weights, n horizons; h = prefix_en
 WPE   mean squared error over the weights; relative: |forecast - truth| / |truth - theta_0|.
 REPW  |return of the true policy - return of the forecast one|, mean over the same E episodes (same seeds) of both.
 Both as in Tang 2025, arXiv 2503.04074. Policies act deterministically: the mean action, clipped to the action space.
+All policies of a held-out trial run on the same episodes, and every trial on its own: with episodes that all trials
+share, an easy one would move them all together, and an interval over trials would not know.
 
 action_difference, kl   how far the forecast policy acts from the true one, on states that the true one visits
 action_variance         between the held-out trials' policies at one checkpoint, on one set of states: do they collapse?
@@ -66,7 +68,7 @@ class EvaluateConfig:
     horizons: tuple[float, ...] = (0.1, 0.2, 0.4, 0.6)
     """How far ahead, as shares of the path; those that fit, and always the end of the path."""
     num_episodes: int = 5
-    """Episodes a policy, on the same seeds for all policies."""
+    """Episodes a policy, the same for all policies of a trial."""
     max_trials: int | None = None
     """Held-out trials that are judged, at most; by default all."""
     seed: int = 0
@@ -113,20 +115,28 @@ def weight_errors(
     return squared / truth.shape[1], np.sqrt(squared / walked)
 
 
+def episode_seeds(config: EvaluateConfig, trial: int) -> NDArray[np.int64]:
+    """Return the seeds (2, E) of a trial's episodes: those that policies are judged on, and others for the floor."""
+    return np.random.default_rng((config.seed, trial)).integers(2**31, size=(2, config.num_episodes))
+
+
 class _Judged:
     """The policies to be run, each once, and the rows that wait for their returns."""
 
     def __init__(self) -> None:
         self.weights: list[NDArray[np.float32]] = []
+        self.trials: list[int] = []  # whose each is
         self.known: dict[tuple[Any, ...], int] = {}
         self.rows: list[dict[str, Any]] = []
 
-    def policy(self, weights: NDArray[np.float32], *name: Any) -> int:
-        """Return the number of the policy called `name`, adding it if it is new."""
-        if name not in self.known:
-            self.known[name] = len(self.weights)
+    def policy(self, weights: NDArray[np.float32], trial: int, *name: Any) -> int:
+        """Return the number of the policy of `trial` called `name`, adding it if it is new."""
+        known = (trial, *name)
+        if known not in self.known:
+            self.known[known] = len(self.weights)
             self.weights.append(weights)
-        return self.known[name]
+            self.trials.append(trial)
+        return self.known[known]
 
 
 def evaluate(
@@ -228,13 +238,14 @@ def evaluate(
             if number < COORDINATE_TRIALS:
                 coordinates |= _coordinates(forecast, path, f"trial{trial}_prefix{round(100 * share)}")
 
-    episode_seeds = np.random.default_rng(config.seed).integers(2**31, size=(2, config.num_episodes))
+    seeds_of = {trial: episode_seeds(config, trial) for trial in heldout}
+    seeds = np.array([seeds_of[trial] for trial in judged.trials])  # (N, 2, E)
     weights = np.array(judged.weights)
     true_policies = sorted({row["true"] for row in judged.rows})
     with contextlib.nullcontext() if ray is None else connected(ray) as cluster, progress_bar(progress) as bar:
         run = functools.partial(run_episodes, store.env_id, policy, num_threads=num_threads, cluster=cluster, bar=bar)
-        returns = run(weights, episode_seeds[0]).returns.mean(1)
-        again = run(weights[true_policies], episode_seeds[1], num_states=NUM_STATES)
+        returns = run(weights, seeds[:, 0]).returns.mean(1)
+        again = run(weights[true_policies], seeds[true_policies, 1], num_states=NUM_STATES)
     on_other_seeds = dict(zip(true_policies, again.returns.mean(1), strict=True))
     states = dict(zip(true_policies, again.states, strict=True))
     bounds = action_bounds(store.env_id)
@@ -263,7 +274,7 @@ def evaluate(
             "num_checkpoints": num_checkpoints,
             "num_params": store.policy.num_params,
             "n_components": n_components,
-            "episode_seeds": episode_seeds[0].tolist(),
+            "episode_seeds": {trial: seeds[0].tolist() for trial, seeds in seeds_of.items()},
             "num_states": NUM_STATES,
             "follow": FOLLOW,
             **dataclasses.asdict(config),
@@ -361,8 +372,8 @@ def _add_rows(
             elif name == "persistence":
                 predicted = judged.policy(weights[j], trial, prefix_end)
             elif name == "tipl_gated" and confidence is not None:  # one of two policies that are judged already
-                followed = (trial, share, "tipl", int(horizon)) if confidence[j] >= FOLLOW else (trial, prefix_end)
-                predicted = judged.policy(weights[j], *followed)
+                followed = (share, "tipl", int(horizon)) if confidence[j] >= FOLLOW else (prefix_end,)
+                predicted = judged.policy(weights[j], trial, *followed)
             else:
                 predicted = judged.policy(weights[j], trial, share, name, int(horizon))
             row = {

@@ -1,7 +1,7 @@
 """Run deterministic policies in the simulator: their episodic returns, and a sample of the states that they visit.
 
 A deterministic policy takes the mean action, clipped to the action space. What comes out depends on the policies and
-the episode seeds alone: not on threads, nor on which policies step together, nor on the machine that runs them.
+their episode seeds alone: not on threads, nor on which policies step together, nor on the machine that runs them.
 
 Shapes  N policies, M of them in a group that steps together, E episodes a policy, S states kept of each, p weights.
 """
@@ -47,26 +47,30 @@ def run_episodes(
     cluster: Cluster | None = None,
     bar: Progress | None = None,
 ) -> Episodes:
-    """Run deterministic policies (N, p), episode e of each on episode_seeds[e]; keep `num_states` states of each.
+    """Run deterministic policies (N, p), E episodes each; keep `num_states` states of each.
 
-    Policies and episodes step together, `ENVS_AT_ONCE` simulations at a time; one that has ended is stepped no more.
+    `episode_seeds` are those of all policies, (E,), or of each its own, (N, E). Policies and episodes step together,
+    `ENVS_AT_ONCE` simulations at a time; one that has ended is stepped no more.
     Workers of a cluster take these groups one by one, with `num_threads` (by default 1) each.
     """
-    at_once = max(1, ENVS_AT_ONCE // len(episode_seeds))
-    groups = [weights[first : first + at_once] for first in range(0, len(weights), at_once)]
+    seeds = np.broadcast_to(episode_seeds, (len(weights), np.shape(episode_seeds)[-1]))
+    num_episodes = seeds.shape[1]
+    at_once = max(1, ENVS_AT_ONCE // num_episodes)
+    starts = range(0, len(weights), at_once)
+    groups = [(weights[first : first + at_once], seeds[first : first + at_once]) for first in starts]
     tick, poll = _no_tick, None
     if bar is not None:
-        task = bar.add_task(f"evaluate {len(weights)} policies", total=weights.shape[0] * len(episode_seeds), note="")
+        task = bar.add_task(f"evaluate {len(weights)} policies", total=seeds.size, note="")
         tick = functools.partial(bar.advance, task)
 
         def poll(num_ended: int) -> None:
-            bar.update(task, completed=sum(map(len, groups[:num_ended])) * len(episode_seeds))
+            bar.update(task, completed=sum(len(group) for group, _ in groups[:num_ended]) * num_episodes)
 
     if cluster is None:
-        parts = [_run_group(env_id, policy, group, episode_seeds, num_states, num_threads, tick) for group in groups]
+        parts = [_run_group(env_id, policy, *group, num_states, num_threads, tick) for group in groups]
     else:
         threads = 1 if num_threads is None else num_threads
-        calls = [(env_id, policy, group, episode_seeds, num_states, threads) for group in groups]
+        calls = [(env_id, policy, *group, num_states, threads) for group in groups]
         parts = cluster.map(_run_group, calls, num_cpus=threads, poll=poll)
     return Episodes(np.concatenate([part.returns for part in parts]), [kept for part in parts for kept in part.states])
 
@@ -100,9 +104,8 @@ def _run_group(
     num_threads: int | None,
     tick: Callable[[int], None] = _no_tick,
 ) -> Episodes:
-    """Run policies (M, p) that step together; `tick` is told how many episodes have ended."""
-    shape = (len(weights), len(episode_seeds))
-    seeds = np.tile(episode_seeds, len(weights)).tolist()
+    """Run policies (M, p) on episodes (M, E) that step together; `tick` is told how many episodes have ended."""
+    shape, seeds = episode_seeds.shape, episode_seeds.ravel().tolist()
     env = make_vec(env_id, len(seeds), seeds=seeds, num_threads=num_threads)
     with contextlib.closing(env):
         if (policy.obs_dim, policy.act_dim) != (env.obs_dim, env.act_dim):
@@ -112,7 +115,7 @@ def _run_group(
             )
         # A copy: what came through Ray's object store cannot be written, which torch warns of.
         group, total = torch.from_numpy(weights.copy()), np.zeros(env.num_envs)
-        sample = _StateSample(len(weights), num_states, env.obs_dim, episode_seeds)
+        sample = _StateSample(num_states, env.obs_dim, episode_seeds)
         obs = env.reset(seeds)
         running = np.ones(env.num_envs, bool)
         while running.any():
@@ -137,27 +140,29 @@ def _run_group(
 class _StateSample:
     """Up to S observations of each of M policies, drawn uniformly from the steps of its episodes as they go by.
 
-    Every (step, episode) has a random priority, and those of lowest priority are kept. Priorities are the same for all
-    policies and come from the episode seeds, so that a policy's states do not depend on the policies beside it.
+    Every (step, episode) has a random priority, and those of lowest priority are kept. Priorities come from a policy's
+    episode seeds (M, E), so that its states do not depend on the policies beside it.
     """
 
-    def __init__(self, num_policies: int, num_states: int, obs_dim: int, episode_seeds: NDArray[np.int64]) -> None:
-        self._rng = np.random.default_rng(episode_seeds)
-        self._num_episodes = len(episode_seeds)
-        self._obs = np.empty((num_policies, num_states, obs_dim), np.float32)
-        self._priority = np.full((num_policies, num_states), np.inf)  # infinite: a place that is free
+    def __init__(self, num_states: int, obs_dim: int, episode_seeds: NDArray[np.int64]) -> None:
+        distinct, self._rng_of = np.unique(episode_seeds, axis=0, return_inverse=True)
+        self._rngs = [np.random.default_rng(seeds) for seeds in distinct]
+        self._num_episodes = episode_seeds.shape[1]
+        self._obs = np.empty((len(episode_seeds), num_states, obs_dim), np.float32)
+        self._priority = np.full((len(episode_seeds), num_states), np.inf)  # infinite: a place that is free
 
     def add(self, obs: NDArray[np.float32], running: NDArray[np.bool_]) -> None:
         """Consider the observations (M, E, obs_dim) of this step, where an episode is `running` (M, E)."""
         if not self._priority.size:
             return
-        drawn = self._rng.random(self._num_episodes)  # (E,), also of episodes that have ended: alike for all policies
-        for episode in np.flatnonzero(drawn < self._priority.max()):
+        # Also of episodes that have ended: a policy's draws do not tell when others' end.
+        drawn = np.stack([rng.random(self._num_episodes) for rng in self._rngs])[self._rng_of]  # (M, E)
+        for episode in np.flatnonzero((running & (drawn < self._priority.max(1, keepdims=True))).any(0)):
             place = self._priority.argmax(1)  # (M,), of the state that gives way
             rows = np.flatnonzero(running[:, episode])
-            rows = rows[drawn[episode] < self._priority[rows, place[rows]]]
+            rows = rows[drawn[rows, episode] < self._priority[rows, place[rows]]]
             self._obs[rows, place[rows]] = obs[rows, episode]
-            self._priority[rows, place[rows]] = drawn[episode]
+            self._priority[rows, place[rows]] = drawn[rows, episode]
 
     def states(self) -> list[NDArray[np.float32]]:
         """Return the kept observations of each policy."""

@@ -22,7 +22,7 @@ def reading(results: Results) -> Html:
         (
             "REPW",
             "return error of predicted weights: |return of the true policy \N{MINUS SIGN} return of the forecast "
-            "policy|, with deterministic actions, on the same episode seeds",
+            "policy|, with deterministic actions, on the same episodes, which are each trial's own",
         ),
         (
             "future gain",

@@ -177,7 +177,7 @@ class _Report:
         if self.training is not None:
             items.append(("Forecaster", f"{self.training.num_parameters:,} parameters"))
         if "num_episodes" in settings:
-            items.append(("A return is the mean of", f"{settings['num_episodes']} episodes"))
+            items.append(("A return is the mean of", f"{settings['num_episodes']} episodes, each trial's own"))
         seconds = {stage: value for stage, value in results.seconds.items() if _is_number(value)}
         if self.training is not None and not math.isnan(self.training.seconds):
             seconds.setdefault("train", self.training.seconds)
