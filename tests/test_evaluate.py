@@ -11,12 +11,14 @@ from synthetic_run import SPEC, make_store
 from tipl.basis import Basis
 from tipl.behaviour import action_bounds, action_differences, action_variance, kl_divergences
 from tipl.evaluate import NUM_STATES, EvaluateConfig, episode_seeds, evaluate, weight_errors
+from tipl.predictors import fit_baselines
 from tipl.report import write_report
 from tipl.report.results import read_results
 from tipl.returns import episodic_returns, run_episodes
 from tipl.rollout import Forecaster
 from tipl.train import train
 from tipl.training_data import TrainConfig
+from tipl.training_path import TrainingPath
 
 TINY = TrainConfig(
     n_components=6,
@@ -149,6 +151,47 @@ def test_actions_are_compared_on_states_of_the_true_policies(tmp_path: Path) -> 
     read = read_results(target)
     assert read.spread("action_variance", 0.4, "truth")[0] == entries[0.4, 3, "truth"]["action_variance"]
     assert np.isnan(read.values("kl", 0.4, "return_floor")).all()
+
+
+def test_fresh_trials_are_judged_beside_what_the_store_taught(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "store.zarr", 6, 16)
+    fresh = make_store(tmp_path / "fresh.zarr", 4, 16, seed=100)
+    forecaster = Forecaster.load(train(store, tmp_path / "model", TINY, progress=False))
+    target = evaluate(store, forecaster, tmp_path / "evaluation", QUICK, fresh=fresh, progress=False)
+    results = json.loads(target.read_text())
+    assert results["settings"]["heldout_trials"] == [0, 1, 2, 3]
+    assert results["settings"]["train_trials"] == forecaster.config["stores"][0]["split"]["train"]
+    training = [TrainingPath.of(store.trial(i).weights(), SPEC, seed=i) for i in results["settings"]["train_trials"]]
+    baselines = fit_baselines(
+        training, 6, np.array([3, 9]), TINY.n_components,
+        path=lambda i: store.trial(results["settings"]["train_trials"][i]).weights(),
+    )  # fmt: skip
+    for row in results["rows"]:
+        path, h = fresh.trial(row["trial"]).weights(), round(row["prefix"] * 15)
+        truth = path[h + row["horizon"]]
+        expected = None
+        if row["predictor"] == "persistence":
+            expected = path[h]
+        elif h == 6 and row["predictor"] in ("mean_path", "ridge", "another_run"):
+            expected = baselines[row["predictor"]].forecast(path[:7], np.array([row["horizon"]]))[0]
+        if expected is not None:
+            assert row["wpe"] == pytest.approx(weight_errors(expected[None], truth[None], path[0])[0][0], rel=1e-5)
+    report = write_report(tmp_path / "report", evaluation=target.parent, store=fresh)
+    assert "4 held out, beside 5 that taught" in report.read_text()
+
+
+def test_fresh_trials_must_be_of_the_same_kind_and_unknown(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "store.zarr", 4, 16)
+    forecaster = Forecaster.load(train(store, tmp_path / "model", TINY, progress=False))
+    for seed, length, env_id, expected in (
+        (3, 16, "InvertedPendulum-v5", "fresh must hold trials under other seeds .* got 1 that were there, such as 3"),
+        (100, 17, "InvertedPendulum-v5", "fresh must have num_checkpoints = 16, .* got 17"),
+        (100, 16, "Reacher-v5", "fresh must have env_id = InvertedPendulum-v5, .* got Reacher-v5"),
+    ):
+        fresh = make_store(tmp_path / f"{seed} {length} {env_id}.zarr", 4, length, env_id, seed=seed)
+        with pytest.raises(ValueError, match=expected):
+            evaluate(store, forecaster, tmp_path / "evaluation", QUICK, fresh=fresh, progress=False)
+    assert not (tmp_path / "evaluation").exists()
 
 
 def test_one_held_out_trial_has_no_diversity(tmp_path: Path) -> None:

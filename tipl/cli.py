@@ -35,6 +35,7 @@ from tipl.verify import verify_store
 
 PathArg = Annotated[Path, arg(metavar="PATH")]
 StoreArg = Annotated[str, arg(metavar="PATH|URL")]  # s3://bucket/name, or whatever else fsspec knows
+FreshArg = Annotated[str | None, arg(metavar="PATH|URL")]
 RayArg = Annotated[str | None, arg(metavar="ADDRESS|local")]
 
 
@@ -301,6 +302,8 @@ class Evaluate:
     model: PathArg
     output: PathArg
     """The folder of results.json; must not exist."""
+    fresh: FreshArg = None
+    """Judge all trials of this store instead, collected like --store under another --seed."""
     num_threads: int | None = None
     """Cores to use, of a worker with --ray; by default all, of a worker one."""
     ray: RayArg = None
@@ -314,6 +317,7 @@ class Evaluate:
             forecaster,
             self.output,
             self.evaluate,
+            fresh=None if self.fresh is None else Store.open(self.fresh),
             num_threads=self.num_threads,
             ray=self.ray,
         )

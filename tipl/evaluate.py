@@ -21,6 +21,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib.metadata
+import itertools
 import json
 import math
 import os
@@ -145,6 +146,7 @@ def evaluate(
     output: str | Path,
     config: EvaluateConfig = EvaluateConfig(),
     *,
+    fresh: Store | None = None,
     num_threads: int | None = None,
     ray: str | None = None,
     seconds: Mapping[str, float] | None = None,
@@ -152,12 +154,15 @@ def evaluate(
 ) -> Path:
     """Judge `forecaster` and every baseline on the held-out trials of `store`; return the path of results.json.
 
+    With `fresh`, a store of the same task under other seeds, all its trials are judged instead: as many as one cares to
+    collect. What the baselines learn they learn from the training trials of `store` as ever.
+
     Writes results.json (tidy rows, one a trial, prefix, horizon and predictor) and coordinates.safetensors (some
     held-out paths, true and forecast) into the folder `output`. With `ray`, policies run on the Ray cluster at that
     address ("local": one that is started here). `seconds` is what earlier stages took, for the report.
 
-    Raises FileExistsError where `output` exists; ValueError where the model was not trained on this store, a prefix is
-    too short for a basis, or the policies are of a kind that the simulator cannot run.
+    Raises FileExistsError where `output` exists; ValueError where the model was not trained on this store, `fresh` is
+    not of its kind, a prefix is too short for a basis, or the policies are of a kind that the simulator cannot run.
     """
     output, policy = Path(output), store.policy
     if not isinstance(policy, PolicySpec):
@@ -170,15 +175,16 @@ def evaluate(
     source = source_to_judge(store, forecaster)
     started = time.perf_counter()
     split, num_checkpoints = source.split, source.num_checkpoints
+    judges = source if fresh is None else _all_of(fresh, source, forecaster)
     prefix_ends = config.prefix_ends(num_checkpoints)
     n_components = forecaster.model.config.n_components
-    heldout = split.heldout[: config.max_trials]
-    truth = np.array([source.path(i) for i in heldout])  # (trials, T, p)
+    heldout = judges.split.heldout[: config.max_trials]
+    truth = np.array([judges.path(i) for i in heldout])  # (trials, T, p)
 
     def training_path(i: int) -> NDArray[np.float32]:
         return source.path(split.train[i])
 
-    in_sample = not set(heldout).isdisjoint(split.train)
+    in_sample = fresh is None and not set(heldout).isdisjoint(split.train)
     # The floor of the basis that forecasts are not made in stands beside that of their own.
     shared = None
     if forecaster.shared_basis is None:
@@ -265,11 +271,12 @@ def evaluate(
         "env_id": store.env_id,
         "tipl_version": importlib.metadata.version("tipl"),
         "settings": {
-            "num_trials": store.num_trials,
+            "num_trials": judges.store.num_trials,
             "train_trials": split.train,
             "validation_trials": split.validation,
             "trained_on": [it["env_id"] for it in forecaster.config["stores"]],
             "is_zero_shot": forecaster.source_of(store) is None,
+            "is_fresh": fresh is not None,
             "heldout_trials": heldout,
             "num_checkpoints": num_checkpoints,
             "num_params": store.policy.num_params,
@@ -279,7 +286,7 @@ def evaluate(
             "follow": FOLLOW,
             **dataclasses.asdict(config),
             "train": forecaster.config["train"],
-            "collect": store.config,
+            "collect": judges.store.config,
         },
         "machine": machine_record(),
         "seconds": {**(seconds or {}), "evaluate": time.perf_counter() - started},
@@ -328,6 +335,24 @@ def source_to_judge(store: Store, forecaster: Forecaster) -> Source:
         )
     length = min(store.num_checkpoints, config["num_checkpoints"])
     return Source.of(store, TrainConfig(**{**config["train"], "num_checkpoints": length, "in_sample": False}))
+
+
+def _all_of(fresh: Store, source: Source, forecaster: Forecaster) -> Source:
+    """Return `fresh` as a source whose trials all judge. Raises ValueError unless it is of the kind of `source`'s store
+    and none of its seeds was there, nor in any store of this task that the forecaster was trained on.
+    """
+    store = source.store
+    for name in ("env_id", "policy", "num_checkpoints"):
+        found, expected = getattr(fresh, name), getattr(store, name)
+        if found != expected:
+            raise ValueError(f"evaluate: fresh must have {name} = {expected}, as {store.path} has, got {found}")
+    of_training = [it["seeds"] for it in forecaster.config["stores"] if it["env_id"] == store.env_id]
+    if common := sorted(set(fresh.seeds).intersection(itertools.chain(store.seeds, *of_training))):
+        raise ValueError(
+            f"evaluate: fresh must hold trials under other seeds than those of training, got {len(common)} that were "
+            f"there, such as {common[0]}: collect with another --seed"
+        )
+    return Source(fresh, Split([], [], list(range(fresh.num_trials))), source.num_checkpoints)
 
 
 def machine_record() -> dict[str, Any]:

@@ -128,7 +128,13 @@ class Results:
     def in_sample(self) -> bool:
         """Whether the trials were judged that had taught the forecaster: then none of them was held out."""
         train = self.settings.get("train")
-        return isinstance(train, dict) and train.get("in_sample") is True and not self.settings.get("is_zero_shot")
+        elsewhere = self.settings.get("is_zero_shot") or self.is_fresh
+        return isinstance(train, dict) and train.get("in_sample") is True and not elsewhere
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether the trials were judged of a store that taught nothing at all."""
+        return self.settings.get("is_fresh") is True
 
     @property
     def follow(self) -> float:

@@ -168,9 +168,13 @@ class _Report:
     def _facts(self) -> Html:
         results, settings, store = self.results, self.results.settings, self.store
         trial = store.trial(results.trials[0])
+        trials = f"{store.num_trials}, of which {len(results.trials)} held out"
+        if results.is_fresh:
+            taught = len(settings["train_trials"]) + len(settings["validation_trials"])
+            trials = f"{len(results.trials)} held out, beside {taught} that taught"
         items = [
             ("Environment", results.env_id),
-            ("Trials (PPO runs)", f"{store.num_trials}, of which {len(results.trials)} held out"),
+            ("Trials (PPO runs)", trials),
             ("Path of a trial", f"{trial.num_checkpoints} checkpoints, {int(trial.env_steps[-1]):,} env steps"),
             ("Policy", f"{store.policy.num_params:,} weights"),
         ]
