@@ -22,7 +22,9 @@ inline void sketch_columns(const float *const *x, ptrdiff_t rows, const float *o
                            const uint32_t *starts, const uint16_t *codes, ptrdiff_t outputs, float *y,
                            double *squares) {
   alignas(64) float signed_columns[2 * tipl::kSketchColumns * kLanes];  // of d: each as it is, and negated
-  Vec squared = Vec::zero();
+  constexpr int kHalves = kLanes / kDoubleLanes;
+  Doubles squared[kHalves];
+  for (Doubles &sum : squared) sum = Doubles::zero();
   const auto transposed = [&](ptrdiff_t first, const auto &load) {
     const Vec zero_point = kOrigin ? load(origin + first) : Vec::zero();
     Vec tile[kLanes];
@@ -32,12 +34,16 @@ inline void sketch_columns(const float *const *x, ptrdiff_t rows, const float *o
       if (kOrigin) tile[i] = tile[i] - zero_point;
     }
     transpose(tile);
+    Vec of_tile = Vec::zero();
 #pragma GCC unroll 16
     for (int i = 0; i < kLanes; ++i) {
       tile[i].store(signed_columns + 2 * (first + i) * kLanes);
       (Vec::zero() - tile[i]).store(signed_columns + (2 * (first + i) + 1) * kLanes);
-      squared = fma(tile[i], tile[i], squared);
+      of_tile = fma(tile[i], tile[i], of_tile);
     }
+    alignas(64) float lanes[kLanes];
+    of_tile.store(lanes);
+    for (int h = 0; h < kHalves; ++h) squared[h] = squared[h] + Doubles::load(lanes + h * kDoubleLanes);
   };
   const ptrdiff_t whole = columns / kLanes * kLanes;
   for (ptrdiff_t first = 0; first < whole; first += kLanes) {
@@ -46,9 +52,9 @@ inline void sketch_columns(const float *const *x, ptrdiff_t rows, const float *o
   if (whole < columns) {
     transposed(whole, [rest = columns - whole](const float *at) { return load_first(at, rest); });
   }
-  float lanes[kLanes];
-  squared.store(lanes);
-  for (ptrdiff_t i = 0; i < rows; ++i) squares[i] += static_cast<double>(lanes[i]);
+  double lanes[kLanes];
+  for (int h = 0; h < kHalves; ++h) squared[h].store(lanes + h * kDoubleLanes);
+  for (ptrdiff_t i = 0; i < rows; ++i) squares[i] += lanes[i];
   const auto column = [&](uint16_t code) { return Vec::load(signed_columns + code * kLanes); };
   for (ptrdiff_t output = 0; output < outputs; ++output) {
     const uint16_t *code = codes + starts[output], *const end = codes + starts[output + 1];

@@ -43,10 +43,11 @@ _HINTED = 1e-10
 """Enough for the start of a later pass: rounding there costs nothing but a direction."""
 
 _ROUNDING = 2e-6
-"""Over sqrt(p), of |A|^2 before the mean is taken off: how far |A|^2 - |Q^T A V^T|^2 may be from the truth, and so far
-the square sum of the singular values of Q^T A beyond the k-th.
+"""Of |A|^2 before the mean is taken off, where all columns are alike: how far |A|^2 - |Q^T A V^T|^2 may be from the truth,
+and so far the square sum of the singular values of Q^T A beyond the k-th.
 
-A row much louder than the 127 that are summed with it rounds every entry of C by some 4e-7, at random.
+A row much louder than the 127 that are summed with it rounds every entry of C by some 4e-7. That is at random, and over
+p columns a sqrt(p)-th is left of it; but where the columns are alike they are rounded alike.
 """
 
 
@@ -213,7 +214,8 @@ def _of_sketch(core: _core.RowSketch, n_components: int | float, center: bool, s
     # Of unit length the components are only to float32 rounding, which would count as energy.
     lengths = _core.products("fit", components, None, None, num_threads)
     captured = float(np.sum(inside.T * np.linalg.solve(lengths, inside.T)))
-    rounding = _ROUNDING / float(np.sqrt(core.num_features)) * core.squares
+    alike = float(np.sum(components[0], dtype=np.float64)) ** 2 / core.num_features  # 1 where all columns are
+    rounding = _ROUNDING * float(np.sqrt(max(alike, 1.0 / core.num_features))) * core.squares
     rest = rounding + max(projection.energy - captured, 0.0)
     optimum = max(float(np.sum(projection.squares[k : projection.rank])) - rounding, 0.0)
     optimum = min(optimum, rest)
