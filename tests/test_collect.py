@@ -79,6 +79,20 @@ def test_shared_init_starts_all_trials_from_one_policy(tmp_path):
     assert not np.array_equal(store.trial(0).weights(4, 5), store.trial(1).weights(4, 5))
 
 
+def test_more_runs_from_the_start_of_another_store(tmp_path):
+    store = collect_tiny(tmp_path / "store", shared_init=True)
+    more = collect_tiny(tmp_path / "more", seed=1, init_seed=store.seeds[0])
+    assert more.config["shared_init"]
+    for i in range(3):
+        assert np.array_equal(more.trial(i).weights(0, 1), store.trial(0).weights(0, 1))
+        assert not np.array_equal(more.trial(i).weights(4, 5), store.trial(i).weights(4, 5))
+    with pytest.raises(ValueError, match="init_seed must be an int of at least 0, got -1"):
+        collect_tiny(tmp_path / "none", init_seed=-1)
+    with pytest.raises(ValueError, match=r"init_seed must lie below 2\*\*32, as trial seeds do, got 4294967296"):
+        collect_tiny(tmp_path / "none", init_seed=2**32)
+    assert not (tmp_path / "none").exists()
+
+
 def test_trial_seeds_depend_on_the_seed_and_the_trial_alone():
     seeds = trial_seeds(0, 1000)
     assert seeds[:10] == trial_seeds(0, 10)

@@ -257,6 +257,7 @@ def test_a_damaged_record_of_the_versions_is_no_obstacle(tmp_path, whole):
         ({"num_trials": 2}, "num_trials = 3, got 2"),
         ({"total_timesteps": 32 * 9}, "total_timesteps = 256, got 288"),
         ({"shared_init": True}, "shared_init = False, got True"),
+        ({"init_seed": 7}, "shared_init = False, got True"),
         ({"env_id": "InvertedPendulum-v4"}, "env_id = InvertedPendulum-v5, got InvertedPendulum-v4"),
         ({"ppo": dataclasses.replace(TINY, gamma=0.9)}, "ppo.gamma = 0.99, got 0.9"),
         ({"ppo": dataclasses.replace(TINY, optimizer="sgd")}, "ppo.optimizer = adam, got sgd"),

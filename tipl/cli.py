@@ -62,6 +62,9 @@ class Collect:
     """All trials' seeds derive from it."""
     shared_init: bool = False
     """Start all trials from the same weights (the paper's setting)."""
+    init_seed: int | None = None
+    """Start all from the initial weights of this trial seed: of another store with a shared start, the first that
+    `tipl store info` shows."""
     num_threads: int | None = None
     """Cores to use, of a worker with --ray; by default all, of a worker one."""
     ray: RayArg = None
@@ -85,6 +88,7 @@ class Collect:
             seed=self.seed,
             ppo=self.ppo,
             shared_init=self.shared_init,
+            init_seed=self.init_seed,
             num_threads=self.num_threads,
             ray=self.ray,
             trials_per_shard=self.trials_per_shard,
@@ -394,13 +398,13 @@ class Run:
             with seconds.of("collect"):
                 store = Collect(
                     str(store_path),
-                    self.env_id,
-                    self.num_trials,
-                    self.total_timesteps,
-                    self.seed,
-                    self.shared_init,
-                    self.num_threads,
-                    self.ray,
+                    env_id=self.env_id,
+                    num_trials=self.num_trials,
+                    total_timesteps=self.total_timesteps,
+                    seed=self.seed,
+                    shared_init=self.shared_init,
+                    num_threads=self.num_threads,
+                    ray=self.ray,
                     ppo=self.ppo,
                 ).collect()
         print(f"store      {store_path}: {store.summary()}")

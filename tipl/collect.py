@@ -57,6 +57,7 @@ def collect(
     seed: int = 0,
     ppo: PPOConfig | None = None,
     shared_init: bool = False,
+    init_seed: int | None = None,
     num_threads: int | None = None,
     ray: str | None = None,
     trials_per_shard: int | None = None,
@@ -76,6 +77,8 @@ def collect(
         seed: trial i's seed is `trial_seeds(seed, num_trials)[i]`.
         ppo: by default PPOConfig(), Stable-Baselines3's hyperparameters.
         shared_init: start all trials from the initial weights of trial 0.
+        init_seed: start all trials from the initial weights of a trial under this seed. With `seeds[0]` of another
+            store of shared_init, more runs from its start.
         num_threads: by default one a core, of a worker one; may change when an unfinished collection goes on.
         ray: collect on the Ray cluster at this address, whose workers must all reach `output`; "local": on one that is
             started here.
@@ -100,15 +103,19 @@ def collect(
         ("num_trials", num_trials, 1),
         ("total_timesteps", total_timesteps, 1),
         ("seed", seed, 0),
+        ("init_seed", 0 if init_seed is None else init_seed, 0),
         ("trials_per_shard", 1 if trials_per_shard is None else trials_per_shard, 1),
     ):
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ValueError(f"collect: {name} must be an int of at least {least}, got {value!r}")
+    if init_seed is not None and init_seed >= 2**32:
+        raise ValueError(f"collect: init_seed must lie below 2**32, as trial seeds do, got {init_seed}")
     config = {
         "num_trials": num_trials,
         "total_timesteps": total_timesteps,
         "seed": seed,
-        "shared_init": shared_init,
+        "shared_init": shared_init or init_seed is not None,
+        **({} if init_seed is None else {"init_seed": init_seed}),
         "ppo": dataclasses.asdict(ppo),
     }
     num_iterations = math.ceil(total_timesteps / ppo.batch_size)
@@ -171,7 +178,7 @@ def collect_shard(
                 ppo,
                 seeds,
                 num_iterations=num_iterations,
-                init_seed=store.seeds[0] if config["shared_init"] else None,
+                init_seed=config.get("init_seed", store.seeds[0]) if config["shared_init"] else None,
                 num_threads=num_threads,
             )
             _restore(population, store, trials, num_checkpoints)

@@ -43,8 +43,8 @@ _HINTED = 1e-10
 """Enough for the start of a later pass: rounding there costs nothing but a direction."""
 
 _ROUNDING = 2e-6
-"""Of |A|^2 before the mean is taken off, where all columns are alike: how far |A|^2 - |Q^T A V^T|^2 may be from the truth,
-and so far the square sum of the singular values of Q^T A beyond the k-th.
+"""Of |A|^2 before the mean is taken off, where all columns are alike: how far |A|^2 - |Q^T A V^T|^2 may be from the
+truth, and so far the square sum of the singular values of Q^T A beyond the k-th.
 
 A row much louder than the 127 that are summed with it rounds every entry of C by some 4e-7. That is at random, and over
 p columns a sqrt(p)-th is left of it; but where the columns are alike they are rounded alike.
