@@ -27,7 +27,7 @@ import math
 import os
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +42,9 @@ from tipl.cluster import connected
 from tipl.dynamics import future_leak, nearest_distances, training_futures
 from tipl.locations import write_atomically
 from tipl.policy import PolicySpec
-from tipl.predictors import NearestPath, fit_baselines
+from tipl.predictors import NearestPath, Predictor, fit_baselines
 from tipl.progress import progress_bar
-from tipl.returns import run_episodes
+from tipl.returns import Episodes, run_episodes
 from tipl.rollout import Forecast, Forecaster
 from tipl.store import Store
 from tipl.training_data import Source, Split, TrainConfig, prefix_end_of
@@ -215,55 +215,30 @@ def evaluate(
         futures = training_futures(nearest.coordinates, prefix_end)
         for number, (trial, path) in enumerate(zip(heldout, truth, strict=True)):
             forecast = next(forecasts)
-            basis = forecast.basis
-            future = path[prefix_end + horizons]  # (n, p)
-            predictions = {"tipl": forecast.weights(horizons)}
-            if forecaster.refiner is not None:
-                predictions["transformer"] = forecast.in_basis(horizons)
-            confidence = None if forecast.calibrated is None else forecast.confidence(horizons)
-            if confidence is not None:
-                follow = confidence[:, None] >= FOLLOW
-                predictions["tipl_gated"] = np.where(follow, predictions["tipl"], path[prefix_end])
-            if forecast.strides is not None:
-                predictions["tipl_tuned"] = forecast.tuned(horizons)
-            predictions |= {name: it.forecast(path[: prefix_end + 1], horizons) for name, it in baselines.items()}
-            predictions["basis_floor"] = basis.decode(basis.encode(future))
-            other = Basis.from_prefix(path[: prefix_end + 1], n_components) if shared is None else shared
-            other = other.through(path[prefix_end])
-            predictions["prefix_floor" if shared is None else "shared_floor"] = other.decode(other.encode(future))
-            predictions["return_floor"] = future
+            seen, future = path[: prefix_end + 1], path[prefix_end + horizons]  # (h + 1, p), (n, p)
+            predictions, confidence = _predictions(forecast, baselines, seen, horizons)
+            other = Basis.from_prefix(seen, n_components) if shared is None else shared
+            predictions |= {
+                "basis_floor": _projected(future, forecast.basis),
+                "prefix_floor" if shared is None else "shared_floor": _projected(future, other.through(seen[-1])),
+                "return_floor": future,
+            }
             _add_rows(judged, store.env_id, trial, share, prefix_end, horizons, path, predictions, confidence)
             ends = np.stack([predictions["tipl"][-1], future[-1]])
-            (forecast_nearest, true_nearest), mean_nearest = nearest_distances(path[: prefix_end + 1], ends, futures)
+            (forecast_nearest, true_nearest), mean_nearest = nearest_distances(seen, ends, futures)
             memorisation.append({
                 "trial": trial, "prefix": share, "forecast_nearest": float(forecast_nearest),
                 "true_nearest": float(true_nearest), "mean_nearest": mean_nearest,
             })  # fmt: skip
             if number == 0:
-                leaks.append(future_leak(forecaster.model, basis.encode(path), prefix_end))
+                leaks.append(future_leak(forecaster.model, forecast.basis.encode(path), prefix_end))
             if number < COORDINATE_TRIALS:
                 coordinates |= _coordinates(forecast, path, f"trial{trial}_prefix{round(100 * share)}")
 
-    seeds_of = {trial: episode_seeds(config, trial) for trial in heldout}
-    seeds = np.array([seeds_of[trial] for trial in judged.trials])  # (N, 2, E)
-    weights = np.array(judged.weights)
-    true_policies = sorted({row["true"] for row in judged.rows})
+    seeds = {trial: episode_seeds(config, trial) for trial in heldout}
     with contextlib.nullcontext() if ray is None else connected(ray) as cluster, progress_bar(progress) as bar:
         run = functools.partial(run_episodes, store.env_id, policy, num_threads=num_threads, cluster=cluster, bar=bar)
-        returns = run(weights, seeds[:, 0]).returns.mean(1)
-        again = run(weights[true_policies], seeds[true_policies, 1], num_states=NUM_STATES)
-    on_other_seeds = dict(zip(true_policies, again.returns.mean(1), strict=True))
-    states = dict(zip(true_policies, again.states, strict=True))
-    bounds = action_bounds(store.env_id)
-    diversity = _diversity(judged.rows, policy, weights, returns, states, bounds)
-    _compare_actions(judged.rows, policy, weights, states, bounds)
-    for row in judged.rows:
-        true, predicted = row.pop("true"), row.pop("predicted")
-        row["return_true"] = float(returns[true])
-        row["return_predicted"] = float(
-            on_other_seeds[true] if row["predictor"] == "return_floor" else returns[predicted]
-        )
-        row["repw"] = abs(row["return_true"] - row["return_predicted"])
+        diversity = _run(judged, store.env_id, policy, seeds, run)
 
     results = {
         "format": "tipl-results",
@@ -281,7 +256,7 @@ def evaluate(
             "num_checkpoints": num_checkpoints,
             "num_params": store.policy.num_params,
             "n_components": n_components,
-            "episode_seeds": {trial: seeds[0].tolist() for trial, seeds in seeds_of.items()},
+            "episode_seeds": {trial: judged_on.tolist() for trial, (judged_on, _) in seeds.items()},
             "num_states": NUM_STATES,
             "follow": FOLLOW,
             **dataclasses.asdict(config),
@@ -372,6 +347,25 @@ def machine_record() -> dict[str, Any]:
     }
 
 
+def _predictions(
+    forecast: Forecast, baselines: Mapping[str, Predictor], seen: NDArray[np.float32], horizons: NDArray[np.int64]
+) -> tuple[dict[str, NDArray[np.float32]], FloatArray | None]:
+    """Return the weights (n, p) that each predictor continues `seen` (h + 1, p) with, and TIPL's confidence (n,)."""
+    predictions = {"tipl": forecast.weights(horizons)}
+    if forecast.refiner is not None:
+        predictions["transformer"] = forecast.in_basis(horizons)
+    confidence = None if forecast.calibrated is None else forecast.confidence(horizons)
+    if confidence is not None:
+        predictions["tipl_gated"] = np.where(confidence[:, None] >= FOLLOW, predictions["tipl"], seen[-1])
+    if forecast.strides is not None:
+        predictions["tipl_tuned"] = forecast.tuned(horizons)
+    return predictions | {name: it.forecast(seen, horizons) for name, it in baselines.items()}, confidence
+
+
+def _projected(weights: NDArray[np.float32], basis: Basis) -> NDArray[np.float32]:
+    return basis.decode(basis.encode(weights))
+
+
 def _add_rows(
     judged: _Judged,
     env_id: str,
@@ -415,6 +409,37 @@ def _add_rows(
             if name == "tipl" and confidence is not None:
                 row["confidence"] = float(confidence[j])
             judged.rows.append(row)
+
+
+def _run(
+    judged: _Judged,
+    env_id: str,
+    policy: PolicySpec,
+    seeds: Mapping[int, NDArray[np.int64]],
+    run: Callable[..., Episodes],
+) -> list[dict[str, Any]]:
+    """Give all rows their returns and actions, on the episodes of their trial, `seeds` (2, E); return the diversity.
+
+    `run` takes weights (N, p) and episode seeds (N, E).
+    """
+    weights = np.array(judged.weights)
+    of_policy = np.array([seeds[trial] for trial in judged.trials])  # (N, 2, E)
+    true_policies = sorted({row["true"] for row in judged.rows})
+    returns = run(weights, of_policy[:, 0]).returns.mean(1)
+    again = run(weights[true_policies], of_policy[true_policies, 1], num_states=NUM_STATES)
+    on_other_seeds = dict(zip(true_policies, again.returns.mean(1), strict=True))
+    states = dict(zip(true_policies, again.states, strict=True))
+    bounds = action_bounds(env_id)
+    diversity = _diversity(judged.rows, policy, weights, returns, states, bounds)
+    _compare_actions(judged.rows, policy, weights, states, bounds)
+    for row in judged.rows:
+        true, predicted = row.pop("true"), row.pop("predicted")
+        row["return_true"] = float(returns[true])
+        row["return_predicted"] = float(
+            on_other_seeds[true] if row["predictor"] == "return_floor" else returns[predicted]
+        )
+        row["repw"] = abs(row["return_true"] - row["return_predicted"])
+    return diversity
 
 
 def _compare_actions(
