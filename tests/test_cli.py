@@ -16,6 +16,7 @@ from tipl import cli
 from tipl.cli import main
 from tipl.store import Store
 
+SHORT = ["--total-timesteps", "640"]
 PPO = ["--ppo.num-steps", "64", "--ppo.num-minibatches", "2", "--ppo.update-epochs", "1"]
 MODEL = ["--n-components", "4", "--n-layer", "1", "--n-head", "2", "--d-model", "16", "--steps", "10"]
 JUDGE = ["--prefixes", "0.5", "--horizons", "0.2", "--num-episodes", "1"]
@@ -54,7 +55,7 @@ def test_stages_one_by_one_give_what_run_gives(
     finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     store, model, evaluation = tmp_path / "s.zarr", tmp_path / "model", tmp_path / "evaluation"
-    assert tipl(monkeypatch, "collect", "--output", store, "--num-trials", 4, "--total-timesteps", 640, *PPO) == 0
+    assert tipl(monkeypatch, "collect", "--output", store, "--num-trials", 4, *SHORT, *PPO) == 0
     assert tipl(monkeypatch, "train", "--store", store, "--output", model, *MODEL) == 0
     judged = ["--store", store, "--model", model]
     assert tipl(monkeypatch, "evaluate", *judged, "--output", evaluation, *JUDGE) == 0
@@ -67,6 +68,13 @@ def test_stages_one_by_one_give_what_run_gives(
     assert tipl(monkeypatch, *report) == 2
     assert "exists" in capsys.readouterr().err
     assert tipl(monkeypatch, *report, "--overwrite") == 0
+
+    fresh = ["--fresh", tmp_path / "fresh.zarr", "--output", tmp_path / "fresh"]
+    assert tipl(monkeypatch, "evaluate", *judged, *fresh, *JUDGE) == 2
+    assert "there is no trajectory store" in capsys.readouterr().err
+    assert tipl(monkeypatch, "collect", "--output", fresh[1], "--seed", 1, "--num-trials", 2, *SHORT, *PPO) == 0
+    assert tipl(monkeypatch, "evaluate", *judged, *fresh, *JUDGE) == 0
+    assert {row["trial"] for row in json.loads((tmp_path / "fresh/results.json").read_text())["rows"]} == {0, 1}
 
     forecast = tmp_path / "forecast.safetensors"
     command = ["rollout", *judged, "--trial", 1, "--prefix", 0.5, "--output", forecast]
@@ -135,6 +143,7 @@ def test_resume_goes_on_after_a_training_that_was_cut_off(
         (["run", "--output", "OUT", "--total-timesteps", "2048"], "prefix 0.2 of a path of 2 checkpoints"),
         (["train", "--store", "NONE", "--output", "OUT"], "there is no trajectory store"),
         (["evaluate", "--store", "STORE", "--model", "NONE", "--output", "OUT"], "is no model folder"),
+        (["evaluate", "--store", "STORE", "--model", "MODEL", "--fresh", "STORE", "--output", "OUT"], "other seeds"),
         (["rollout", "--model", "MODEL", "--store", "STORE", "--trial", "9", "--output", "OUT"], "trial"),
         (["rollout", "--model", "MODEL", "--store", "STORE", "--prefix", "0.1", "--output", "OUT"], "at least 4"),
         (["report", "--store", "STORE", "--evaluation", "NONE", "--output", "OUT"], "does not exist"),
