@@ -1,18 +1,20 @@
 """The studies in bench/: what they write checkpoints in, that it leaks no future, and that they run."""
 
 import dataclasses
+import json
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from synthetic_run import SPEC, make_store
+from synthetic_run import SPEC, make_results, make_rows, make_store
 from test_train import TINY
 
 from tipl.basis import Basis
 from tipl.confidence import expected_calibration_error
 from tipl.model import ModelConfig
+from tipl.report.results import read_results
 from tipl.rollout import Forecaster
 from tipl.store import Store
 from tipl.train import train
@@ -23,6 +25,7 @@ import autoencoder
 import calibration
 import choose_d
 import compare_representations as study
+import pool_gains
 import representations as coders
 from average_checkpoints import running_mean
 from compare_forecasters import NUM_SAMPLES, Heads, Spread, with_returns
@@ -242,6 +245,34 @@ def test_calibration_judges_every_run_of_another_store_alone(store, tmp_path):
     assert calibration.skill(task).value == pytest.approx(1 - np.mean((predicted - outcomes) ** 2) / best)
     assert calibration.plot([task, task]).svg().startswith(b"<?xml")
     assert calibration.table([task, task]).count("\n") == 4
+
+
+def test_gains_are_pooled_over_the_runs_of_several_evaluations(store, tmp_path, monkeypatch, capsys):
+    parts = []
+    for name, heldout in (("one", [0, 1, 2]), ("other", [3, 4])):
+        (tmp_path / name).mkdir()
+        results = make_results(store, heldout, make_rows(store, heldout))
+        (tmp_path / name / "results.json").write_text(json.dumps(results))
+        parts.append(pool_gains.returns_of(read_results(tmp_path / name / "results.json"), 0.2, 0.26))
+    found = pool_gains.shares(pool_gains.pooled(parts))
+    gains = {name: sum((part[name] - part["persistence"]).sum() for part in parts) for name in ("tipl", "truth")}
+    assert found["tipl"].value == pytest.approx(gains["tipl"] / gains["truth"])
+    assert found["tipl"].low < found["tipl"].value < found["tipl"].high
+    with pytest.raises(SystemExit, match=r"expected prefix 0\.3 and horizon 0\.2 of the path"):
+        pool_gains.returns_of(read_results(tmp_path / "one" / "results.json"), 0.3, 0.2)
+    command = [
+        "pool_gains.py",
+        tmp_path / "one",
+        tmp_path / "other",
+        "--horizons",
+        0.26,
+        "--output",
+        tmp_path / "g.svg",
+    ]
+    monkeypatch.setattr(sys, "argv", [str(it) for it in command])
+    pool_gains.main()
+    assert "26% ahead, 3 runs | 26% ahead, 2 runs | 26% ahead, all 5" in capsys.readouterr().out
+    assert [len(it["truth"]) for it in json.loads((tmp_path / "g.json").read_text())["horizons"]["0.26"]] == [3, 2]
 
 
 # ---------------------------------------------------------------- ways to forecast, averages, directions

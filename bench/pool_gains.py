@@ -1,0 +1,104 @@
+"""The share of the gain in return that forecasts reach, over runs of several evaluations of one forecaster.
+
+    tipl collect --env-id HalfCheetah-v4 --seed 1 --init-seed 3757552657 ... --output more.zarr
+    tipl evaluate --store store.zarr --model model --fresh more.zarr --output evaluation1
+    python bench/pool_gains.py evaluation0 evaluation1 ... --horizons 0.1 0.2 --output docs/gains.svg
+
+A gain is the return over that of the policy at the prefix's end, on the same episodes, of which every run has its own.
+A share is the sum over runs of a predictor's gains over that of the true policy's, with a 95 % bootstrap interval: for
+each evaluation in grey, for all runs in colour, a panel a horizon. The table goes to standard output, and the return of
+every run and predictor, as JSON, beside the figure.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from tipl.locations import write_atomically
+from tipl.report.estimates import Bootstrap, Estimate
+from tipl.report.plots import THEME, Panel, Plot
+from tipl.report.results import FloatArray, Results, predictor_info, read_results
+
+PREDICTORS = ("tipl", "tipl_gated", "tipl_tuned", "linear", "ridge", "another_run")
+
+
+def returns_of(results: Results, prefix: float, share: float) -> dict[str, FloatArray]:
+    """Return the runs' returns (n,) with each predictor, of the true policy ("truth") and of the prefix's last one."""
+    horizon = max(1, round(share * (results.settings["num_checkpoints"] - 1)))
+    if prefix not in results.prefixes or horizon not in results.horizons[prefix]:
+        raise SystemExit(f"{results.path}: expected prefix {prefix:g} and horizon {share:g} of the path among its own")
+    names = ("persistence", *(name for name in PREDICTORS if results.has_values("return_predicted", name)))
+    found = {name: results.at("return_predicted", prefix, name, horizon) for name in names}
+    return {"truth": results.at("return_true", prefix, "persistence", horizon), **found}
+
+
+def pooled(parts: Sequence[dict[str, FloatArray]]) -> dict[str, FloatArray]:
+    """Return the returns of all runs, of the predictors that every evaluation has."""
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0] if all(name in p for p in parts)}
+
+
+def shares(returns: dict[str, FloatArray]) -> dict[str, Estimate]:
+    """Return each predictor's share of the gain."""
+    start = returns["persistence"]
+    bootstrap = Bootstrap(len(start))
+    gains = {name: values - start for name, values in returns.items() if name != "persistence"}
+    return {name: bootstrap.ratio(gain, gains["truth"]) for name, gain in gains.items() if name != "truth"}
+
+
+def table(columns: dict[str, dict[str, Estimate]]) -> str:
+    """Return shares, a column a horizon and set of runs, as a Markdown table."""
+    lines = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for name in next(iter(columns.values())):
+        cells = [f"{it[name].value:.2f} [{it[name].low:.2f}, {it[name].high:.2f}]" for it in columns.values()]
+        lines.append(f"| {predictor_info(name).label} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def draw(ax: Axes, parts: Sequence[dict[str, Estimate]], whole: dict[str, Estimate]) -> None:
+    """Draw a line a predictor: the interval of each evaluation, and that of all runs."""
+    for row, name in enumerate(whole):
+        places = np.linspace(-0.28, 0.16, len(parts) + 1)
+        for place, found in zip(places, (*parts, whole), strict=True):
+            color, width = (THEME["faint"][0], 1.2) if found is not whole else (THEME[name][0], 2.6)
+            ax.hlines(row - place, found[name].low, found[name].high, color=color, linewidth=width)
+            ax.plot(found[name].value, row - place, "o", color=color, markersize=2.5 + width)
+    ax.axvline(0, color=THEME["muted"][0], linewidth=0.8)
+    ax.axvline(1, color=THEME["muted"][0], linewidth=0.8, linestyle=":")
+    ax.set_yticks(range(len(whole)), [predictor_info(name).label for name in whole])
+    ax.set(ylim=(len(whole) - 0.5, -0.5), xlabel="share of the gain in return")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("evaluations", nargs="+", type=Path, metavar="FOLDER", help="what `tipl evaluate` wrote")
+    parser.add_argument("--prefix", type=float, default=0.2, help="share of the path that is seen")
+    parser.add_argument("--horizons", type=float, nargs="+", default=[0.1, 0.2], help="as shares of the path")
+    parser.add_argument("--output", type=Path, required=True, help="the figure, .svg; its .json goes beside it")
+    arguments = parser.parse_args()
+    evaluations = [read_results(folder / "results.json") for folder in arguments.evaluations]
+    if len({results.env_id for results in evaluations}) > 1:
+        parser.error(f"FOLDER: all must be of one task, got {', '.join(it.env_id for it in evaluations)}")
+    record: dict[str, Any] = {"env_id": evaluations[0].env_id, "prefix": arguments.prefix, "horizons": {}}
+    columns, panels = {}, []
+    for share in arguments.horizons:
+        parts = [returns_of(results, arguments.prefix, share) for results in evaluations]
+        found = [shares(part) for part in parts]
+        whole = shares(pooled(parts))
+        sizes = [len(part["truth"]) for part in parts]
+        columns |= {f"{share:.0%} ahead, {n} runs": it for n, it in zip(sizes, found, strict=True)}
+        columns[f"{share:.0%} ahead, all {sum(sizes)}"] = whole
+        panels.append(Panel(f"{share:.0%} of the path ahead", lambda ax, it=found, all=whole: draw(ax, it, all)))
+        rounded = [{name: values.round(2).tolist() for name, values in part.items()} for part in parts]
+        record["horizons"][f"{share:g}"] = rounded
+    write_atomically(arguments.output.with_suffix(".json"), (json.dumps(record) + "\n").encode())
+    write_atomically(arguments.output, Plot("gains", tuple(panels)).svg())
+    print(table(columns))
+
+
+if __name__ == "__main__":
+    main()
