@@ -6,8 +6,10 @@
 
 A gain is the return over that of the policy at the prefix's end, on the same episodes, of which every run has its own.
 A share is the sum over runs of a predictor's gains over that of the true policy's, with a 95 % bootstrap interval: for
-each evaluation in grey, for all runs in colour, a panel a horizon. The table goes to standard output, and the return of
-every run and predictor, as JSON, beside the figure.
+each evaluation in grey, for all runs in colour, a panel a horizon. So are the floors, the true weights projected on the
+basis of the forecasts and on that of the other kind; shaded is by how much two returns of one true policy differ, as a
+share of the gain. The table goes to standard output, and the return of every run and predictor, as JSON, beside the
+figure.
 """
 
 import argparse
@@ -22,17 +24,21 @@ from matplotlib.axes import Axes
 from tipl.locations import write_atomically
 from tipl.report.estimates import Bootstrap, Estimate
 from tipl.report.plots import THEME, Panel, Plot
-from tipl.report.results import FloatArray, Results, predictor_info, read_results
+from tipl.report.results import BASIS_FLOORS, FloatArray, Results, predictor_info, read_results
 
-PREDICTORS = ("tipl", "tipl_gated", "tipl_tuned", "linear", "ridge", "another_run")
+PREDICTORS = ("tipl", "tipl_gated", "tipl_tuned", "linear", "ridge", "another_run", *BASIS_FLOORS)
 
 
 def returns_of(results: Results, prefix: float, share: float) -> dict[str, FloatArray]:
-    """Return the runs' returns (n,) with each predictor, of the true policy ("truth") and of the prefix's last one."""
+    """Return the runs' returns (n,) with each predictor, of the prefix's last policy and, twice, of the true one."""
     horizon = max(1, round(share * (results.settings["num_checkpoints"] - 1)))
     if prefix not in results.prefixes or horizon not in results.horizons[prefix]:
         raise SystemExit(f"{results.path}: expected prefix {prefix:g} and horizon {share:g} of the path among its own")
-    names = ("persistence", *(name for name in PREDICTORS if results.has_values("return_predicted", name)))
+    names = (
+        "persistence",
+        "return_floor",
+        *(name for name in PREDICTORS if results.has_values("return_predicted", name)),
+    )
     found = {name: results.at("return_predicted", prefix, name, horizon) for name in names}
     return {"truth": results.at("return_true", prefix, "persistence", horizon), **found}
 
@@ -46,8 +52,14 @@ def shares(returns: dict[str, FloatArray]) -> dict[str, Estimate]:
     """Return each predictor's share of the gain."""
     start = returns["persistence"]
     bootstrap = Bootstrap(len(start))
-    gains = {name: values - start for name, values in returns.items() if name != "persistence"}
-    return {name: bootstrap.ratio(gain, gains["truth"]) for name, gain in gains.items() if name != "truth"}
+    gain = returns["truth"] - start
+    return {name: bootstrap.ratio(values - start, gain) for name, values in returns.items() if name in PREDICTORS}
+
+
+def noise(returns: dict[str, FloatArray]) -> float:
+    """Return the mean difference of the true policies' returns on two sets of episodes, as a share of the mean gain."""
+    again = np.abs(returns["return_floor"] - returns["truth"]).mean()
+    return float(again / (returns["truth"] - returns["persistence"]).mean())
 
 
 def table(columns: dict[str, dict[str, Estimate]]) -> str:
@@ -59,8 +71,9 @@ def table(columns: dict[str, dict[str, Estimate]]) -> str:
     return "\n".join(lines)
 
 
-def draw(ax: Axes, parts: Sequence[dict[str, Estimate]], whole: dict[str, Estimate]) -> None:
-    """Draw a line a predictor: the interval of each evaluation, and that of all runs."""
+def draw(ax: Axes, parts: Sequence[dict[str, Estimate]], whole: dict[str, Estimate], noise: float) -> None:
+    """Draw a line a predictor: the interval of each evaluation, and that of all runs; and the `noise`."""
+    ax.axvspan(-noise, noise, color=THEME["grid"][0], zorder=0, linewidth=0)
     for row, name in enumerate(whole):
         places = np.linspace(-0.28, 0.16, len(parts) + 1)
         for place, found in zip(places, (*parts, whole), strict=True):
@@ -88,11 +101,13 @@ def main() -> None:
     for share in arguments.horizons:
         parts = [returns_of(results, arguments.prefix, share) for results in evaluations]
         found = [shares(part) for part in parts]
-        whole = shares(pooled(parts))
+        everything = pooled(parts)
+        whole = shares(everything)
         sizes = [len(part["truth"]) for part in parts]
         columns |= {f"{share:.0%} ahead, {n} runs": it for n, it in zip(sizes, found, strict=True)}
         columns[f"{share:.0%} ahead, all {sum(sizes)}"] = whole
-        panels.append(Panel(f"{share:.0%} of the path ahead", lambda ax, it=found, all=whole: draw(ax, it, all)))
+        title, shown = f"{share:.0%} of the path ahead", (found, whole, noise(everything))
+        panels.append(Panel(title, lambda ax, shown=shown: draw(ax, *shown)))
         rounded = [{name: values.round(2).tolist() for name, values in part.items()} for part in parts]
         record["horizons"][f"{share:g}"] = rounded
     write_atomically(arguments.output.with_suffix(".json"), (json.dumps(record) + "\n").encode())
