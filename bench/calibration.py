@@ -3,11 +3,12 @@
     tipl collect --env-id Hopper-v4 --seed 1 --output fresh.zarr
     python bench/calibration.py runs/hopper/model=fresh.zarr ... --output docs/calibration.svg
 
-For each forecaster and a store of runs of its task under other seeds: every run is forecast at four prefixes and up to
-four horizons, and each forecast is run beside the policy at its prefix's end, on five episodes of the run's own. A
-panel a task: the share of forecasts that had the higher return against the probability predicted, in ten bins, with
-the expected calibration error (ECE); 95 % intervals over runs. Skill is 1 - Brier score / that of always saying the
-share of forecasts that came true: 0 for a confidence that tells forecasts apart no better than a constant.
+For each forecaster and a store of runs of its task under other seeds: every run that did not calibrate it is forecast
+at four prefixes and up to four horizons, and each forecast is run beside the policy at its prefix's end, on five
+episodes of the run's own. A panel a task: the share of forecasts that had the higher return against the probability
+predicted, in ten bins, with the expected calibration error (ECE); 95 % intervals over runs. Skill is 1 - Brier score /
+that of always saying the share of forecasts that came true: 0 for a confidence that tells forecasts apart no better
+than a constant.
 
 Every forecast goes to the JSON beside the figure.
 """
@@ -39,7 +40,11 @@ def judge(forecaster: Forecaster, store: Store, num_threads: int | None) -> dict
     source = source_to_judge(store, forecaster)
     if not forecaster.confidence or forecaster.source_of(store) is not None:
         raise SystemExit(f"{store.path}: expected a calibrated forecaster and runs that it was not trained on")
-    outcomes = run_forecasts(forecaster, source, range(store.num_trials), seed=SEED, num_threads=num_threads)
+    taught = {seed for it in forecaster.config.get("calibrated_on", []) for seed in it["seeds"]}
+    trials = [i for i, seed in enumerate(store.seeds) if seed not in taught]
+    if not trials:
+        raise SystemExit(f"{store.path}: expected runs that the forecaster was not calibrated on")
+    outcomes = run_forecasts(forecaster, source, trials, seed=SEED, num_threads=num_threads)
     predicted = forecaster.confidence(outcomes.features).round(4)
     return {"env_id": store.env_id, "predicted": predicted.tolist(), "outcomes": outcomes.beats.tolist()}
 

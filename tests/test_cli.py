@@ -76,6 +76,12 @@ def test_stages_one_by_one_give_what_run_gives(
     assert tipl(monkeypatch, "evaluate", *judged, *fresh, *JUDGE) == 0
     assert {row["trial"] for row in json.loads((tmp_path / "fresh/results.json").read_text())["rows"]} == {0, 1}
 
+    again = ["calibrate", *judged, "--output", tmp_path / "calibrated", "--num-trials", 2]
+    assert tipl(monkeypatch, *again) == 0
+    assert (tmp_path / "calibrated/strides.safetensors").is_file()
+    assert tipl(monkeypatch, *again) == 2
+    assert "exists already" in capsys.readouterr().err
+
     forecast = tmp_path / "forecast.safetensors"
     command = ["rollout", *judged, "--trial", 1, "--prefix", 0.5, "--output", forecast]
     assert tipl(monkeypatch, *command) == 0

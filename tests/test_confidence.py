@@ -10,11 +10,12 @@ from synthetic_run import make_store
 from test_basis import random_path
 from test_refine import bare_forecaster
 
-from tipl.calibrate import NUM_EPISODES, calibrate
+from tipl.calibrate import NUM_EPISODES, calibrate, recalibrate
 from tipl.confidence import FEATURES, STRIDES, Confidence, Strides, expected_calibration_error, features_of
+from tipl.evaluate import source_to_judge
 from tipl.policy import ParameterLayout, PolicySpec
 from tipl.returns import can_run, episodic_returns
-from tipl.rollout import Forecaster
+from tipl.rollout import PRETRAINED, Forecaster
 from tipl.train import train
 from tipl.training_data import Source, TrainConfig
 
@@ -115,6 +116,45 @@ def test_calibrate_learns_from_what_the_simulator_says(tmp_path: Path) -> None:
     strides = Strides.fit(np.array(list(gains)) / 16, np.array(list(gains.values())))
     np.testing.assert_array_equal(found.strides.seen, strides.seen)
     np.testing.assert_array_equal(found.strides.factor, strides.factor)
+
+
+def test_recalibrate_is_what_training_does_on_the_same_trials(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "store.zarr", 6, 16)
+    model = train(store, tmp_path / "model", TINY, progress=False)
+    again = recalibrate([store], tmp_path / "again", model, num_trials=3, progress=False)
+    for name in ("model", "refiner", "confidence", "strides"):
+        assert (again / f"{name}.safetensors").read_bytes() == (model / f"{name}.safetensors").read_bytes()
+    split = Forecaster.load(model).config["stores"][0]["split"]
+    chosen = (split["validation"] + split["train"])[:3]
+    config = Forecaster.load(again).config
+    assert config["calibrated_on"] == [{"env_id": store.env_id, "seeds": [store.seeds[i] for i in chosen]}]
+    assert (again / "training.json").is_file()
+
+
+def test_a_forecaster_from_elsewhere_is_calibrated_on_runs_that_are_not_judged(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "store.zarr", 6, 16, seed=50)
+    one = Forecaster.load(recalibrate([store], tmp_path / "one", num_trials=9, progress=False))
+    heldout = source_to_judge(store, one).split.heldout
+    taught = one.config["calibrated_on"][0]["seeds"]
+    assert len(heldout) + len(taught) == 6
+    assert not set(taught) & {store.seeds[i] for i in heldout}
+    assert one.strides is not None
+    assert not np.allclose(one.confidence.coefficients, Forecaster.load(PRETRAINED).confidence.coefficients)
+    other = make_store(tmp_path / "other.zarr", 4, 16, seed=70)
+    assert Forecaster.load(recalibrate([store, other], tmp_path / "two", num_trials=2, progress=False)).strides is None
+
+
+def test_what_cannot_be_calibrated_is_refused(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "store.zarr", 6, 16, seed=50)
+    unknown = make_store(tmp_path / "unknown.zarr", 6, 16, "Ant-v5", seed=90)
+    for stores, output, num_trials, error, message in (
+        ([store], tmp_path, 9, FileExistsError, "output .* exists already"),
+        ([store], tmp_path / "new", 0, ValueError, "num_trials must be at least 1, got 0"),
+        ([unknown], tmp_path / "new", 9, ValueError, "the simulator cannot run the policies of .*unknown.zarr"),
+    ):
+        with pytest.raises(error, match=message):
+            recalibrate(stores, output, num_trials=num_trials, progress=False)
+    assert not (tmp_path / "new").exists()
 
 
 def test_strides_are_those_of_most_return_or_none() -> None:

@@ -15,6 +15,7 @@ if "OMP_WAIT_POLICY" not in os.environ:
 
 if TYPE_CHECKING:
     from tipl.basis import Basis
+    from tipl.calibrate import recalibrate
     from tipl.collect import collect
     from tipl.decoder import Decoder
     from tipl.evaluate import EvaluateConfig, evaluate
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 # nor MuJoCo, which take 1.5 s and 250 MB.
 _EXPORTS = {
     "basis": ["Basis"],
+    "calibrate": ["recalibrate"],
     "collect": ["collect"],
     "decoder": ["Decoder"],
     "evaluate": ["EvaluateConfig", "evaluate"],
@@ -81,6 +83,7 @@ __all__ = [
     "load_pretrained",
     "path_spectrum",
     "plot_store",
+    "recalibrate",
     "reproduce",
     "rollout",
     "train",

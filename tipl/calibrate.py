@@ -4,17 +4,22 @@ Shapes  N trials, P prefixes, C forecasts a trial, F features; h = prefix_end.
 """
 
 import dataclasses
+import shutil
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tipl.basis import MIN_PREFIX_END
 from tipl.confidence import STRIDES, Confidence, FloatArray, Strides, features_of
+from tipl.evaluate import source_to_judge
+from tipl.locations import folder_aside
 from tipl.policy import PolicySpec
 from tipl.progress import progress_bar
 from tipl.returns import can_run, episodic_returns
-from tipl.rollout import Forecaster
+from tipl.rollout import PRETRAINED, Forecaster
+from tipl.store import Store
 from tipl.training_data import Source, TrainConfig, prefix_end_of
 
 PREFIXES = (0.2, 0.4, 0.6, 0.8)
@@ -61,7 +66,7 @@ def calibrate(
     """Return what `config.confidence_trials` of each source teach, or None where there are no policies to run."""
     outcomes = []
     for source in sources:
-        chosen = (source.split.validation + source.split.train)[: config.confidence_trials]
+        chosen = _trials_of(source, config)
         if chosen and isinstance(source.store.policy, PolicySpec) and can_run(source.store.env_id, source.store.policy):
             outcomes.append(
                 run_forecasts(forecaster, source, chosen, seed=config.seed, num_threads=num_threads, progress=progress)
@@ -73,6 +78,54 @@ def calibrate(
     seen = outcomes[0].prefix_ends / forecaster.model.config.max_len
     strides = Strides.fit(seen, outcomes[0].gains.swapaxes(0, 1))
     return Calibration(confidence, strides if len(sources) == 1 else None)
+
+
+def recalibrate(
+    stores: Sequence[Store],
+    output: str | Path,
+    model: str | Path | None = None,
+    *,
+    num_trials: int = 32,
+    num_threads: int | None = None,
+    progress: bool = True,
+) -> Path:
+    """Calibrate a forecaster anew on trials of `stores`, and write it to the model folder `output`; return that.
+
+    Of each store up to `num_trials` trials are run in the simulator, and none that `evaluate` judges. By default the
+    forecaster is the one that comes with tipl. A copy of the folder `model` with another confidence, of one store with
+    strides too, and a config.json that names the seeds under "calibrated_on".
+
+    Raises FileExistsError where `output` exists; ValueError where num_trials is less than 1, the simulator cannot run
+    the policies, or the forecaster does not fit a store, as `evaluate` says.
+    """
+    output, folder = Path(output), PRETRAINED if model is None else Path(model)
+    if output.exists():
+        raise FileExistsError(f"calibrate: output {output} exists already; choose another folder or remove it")
+    if num_trials < 1:
+        raise ValueError(f"calibrate: num_trials must be at least 1, got {num_trials}")
+    forecaster = Forecaster.load(folder)
+    sources = [source_to_judge(store, forecaster) for store in stores]
+    for source in sources:
+        if not isinstance(source.store.policy, PolicySpec) or not can_run(source.store.env_id, source.store.policy):
+            raise ValueError(f"calibrate: the simulator cannot run the policies of {source.store.path}")
+    config = TrainConfig(**{**forecaster.config["train"], "confidence_trials": num_trials})
+    calibration = calibrate(forecaster, sources, config, num_threads=num_threads, progress=progress)
+    if calibration is None:
+        raise ValueError("calibrate: stores must hold trials that are not held out")
+    seen = [
+        {"env_id": it.store.env_id, "seeds": [it.store.seeds[trial] for trial in _trials_of(it, config)]}
+        for it in sources
+    ]
+    changed = {**vars(calibration), "config": {**forecaster.config, "calibrated_on": seen}}
+    with folder_aside(output) as aside:
+        shutil.copytree(folder, aside, ignore=shutil.ignore_patterns("README.md", "tb", "strides.safetensors"))
+        dataclasses.replace(forecaster, **changed).save(aside)
+    return output
+
+
+def _trials_of(source: Source, config: TrainConfig) -> list[int]:
+    """Return the trials that calibration runs: of validation first, then of training."""
+    return (source.split.validation + source.split.train)[: config.confidence_trials]
 
 
 def run_forecasts(

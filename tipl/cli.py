@@ -16,6 +16,7 @@ import tyro
 from numpy.typing import NDArray
 from tyro.conf import OmitArgPrefixes, arg
 
+from tipl.calibrate import recalibrate
 from tipl.collect import collect, is_complete
 from tipl.evaluate import EvaluateConfig, evaluate
 from tipl.exporter import export_checkpoint, layout_record
@@ -181,6 +182,38 @@ class Train:
             ray=self.ray,
         )
         print(f"model      {self.output}: {_training_line(self.output)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibrate:
+    """Learn anew from runs of yours when a forecaster can be trusted, and how far to go along its forecasts.
+
+    Forecasts of up to --num-trials runs of each store are run in the simulator, never of those that `tipl evaluate`
+    judges. The confidence of a forecaster that learnt it elsewhere, such as the one that comes with tipl, says little
+    of another task.
+
+    Example: tipl calibrate --store runs/own/store.zarr --output runs/own/model
+    """
+
+    store: tuple[StoreArg, ...]
+    """Runs of your task; of several tasks the confidence serves all, and there is no `tuned` forecast."""
+    output: PathArg
+    """The new model folder; must not exist."""
+    model: PathArg | None = None
+    """A model folder written by `tipl train`; by default the forecaster that comes with tipl."""
+    num_trials: int = 32
+    num_threads: int | None = None
+    """Cores on which policies are run; by default all."""
+
+    def run(self) -> None:
+        recalibrate(
+            [Store.open(path) for path in self.store],
+            self.output,
+            self.model,
+            num_trials=self.num_trials,
+            num_threads=self.num_threads,
+        )
+        print(f"model      {self.output}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -517,6 +550,7 @@ Command = (
     Annotated[Collect, tyro.conf.subcommand("collect")]
     | Annotated[StoreCommands, tyro.conf.subcommand("store")]
     | Annotated[Train, tyro.conf.subcommand("train")]
+    | Annotated[Calibrate, tyro.conf.subcommand("calibrate")]
     | Annotated[Rollout, tyro.conf.subcommand("rollout")]
     | Annotated[Import, tyro.conf.subcommand("import")]
     | Annotated[Export, tyro.conf.subcommand("export")]

@@ -19,6 +19,9 @@ from tipl.policy import Layout, layout_from_dict
 from tipl.refine import Refiner
 from tipl.store import Store
 
+PRETRAINED = Path(__file__).with_name("pretrained")
+"""The model folder that comes with tipl."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Forecast:
@@ -215,7 +218,7 @@ def load_pretrained() -> Forecaster:
     It believes 0.55 of what it forecasts, which on tasks that it never saw was better than persistence on all of seven
     (README, "A task that it never saw"). A run of more checkpoints is thinned evenly to fit.
     """
-    return Forecaster.load(Path(__file__).with_name("pretrained"))
+    return Forecaster.load(PRETRAINED)
 
 
 def rollout(
