@@ -268,6 +268,9 @@ drawn = {
 # The second direction is 3e-3 of the first, and the rounding of the first weighs on all that is found of it.
 @example(n=535, p=48, k=1, decay=1.0, offset=100.0, center=False, loud=True, n_oversamples=2, seed=25)
 @example(n=466, p=52, k=50, decay=1.0, offset=100.0, center=True, loud=False, n_oversamples=1, seed=4075273594)
+# One row has 99.9 % of all energy; columns that are alike.
+@example(n=626, p=59, k=26, decay=1.1696715287, offset=0.0, center=True, loud=True, n_oversamples=3, seed=3085922349)
+@example(n=515, p=60, k=1, decay=3.0, offset=100.0, center=True, loud=True, n_oversamples=6, seed=1183339621)
 def test_the_bounds_of_the_residual_and_of_the_optimum_hold(n, p, k, decay, offset, center, loud, n_oversamples, seed):
     rows = drawn_rows(n, p, decay, offset, loud, seed)
     estimator = StreamingSVD(min(k, p), n_oversamples=n_oversamples, center=center)
@@ -281,6 +284,7 @@ def test_the_bounds_of_the_residual_and_of_the_optimum_hold(n, p, k, decay, offs
 @example(n=513, p=55, k=50, decay=2.26, offset=0.0, center=False, loud=False, n_oversamples=4, seed=60)
 @example(n=669, p=47, k=23, decay=2.49, offset=0.0, center=True, loud=False, n_oversamples=2, seed=1050)
 @example(n=697, p=69, k=34, decay=1.14, offset=100.0, center=False, loud=True, n_oversamples=0, seed=536)
+@example(n=287, p=69, k=61, decay=0.0, offset=1.0, center=True, loud=True, n_oversamples=6, seed=1978088824)
 def test_the_bounds_hold_after_a_second_pass(n, p, k, decay, offset, center, loud, n_oversamples, seed):
     rows = drawn_rows(n, p, decay, offset, loud, seed)
     estimator = StreamingSVD(min(k, p), n_oversamples=n_oversamples, center=center, passes=2).fit(rows)

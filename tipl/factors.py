@@ -42,13 +42,16 @@ _RESOLVED_LATER = 1e-13
 _HINTED = 1e-10
 """Enough for the start of a later pass: rounding there costs nothing but a direction."""
 
-_ROUNDING = 2e-6
+_ROUNDING = 8e-6
 """Of |A|^2 before the mean is taken off, where all columns are alike: how far |A|^2 - |Q^T A V^T|^2 may be from the
 truth, and so far the square sum of the singular values of Q^T A beyond the k-th.
 
-A row much louder than the 127 that are summed with it rounds every entry of C by some 4e-7. That is at random, and over
-p columns a sqrt(p)-th is left of it; but where the columns are alike they are rounded alike.
+A row much louder than the 127 that are summed with it rounds every entry of C by some 4e-7, and what is small beside it
+is lost. That is at random, and over p columns a sqrt(p)-th is left of it; but where the columns are alike they are
+rounded alike. Of 80,000 drawn matrices, some with a row of 99.9 % of all energy, the worst took 7e-6.
 """
+_ROUNDING_LATER = 3.2e-6
+"""The same in a later pass, of which the worst of 14,000 took 3e-6."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,8 +218,10 @@ def _of_sketch(core: _core.RowSketch, n_components: int | float, center: bool, s
     lengths = _core.products("fit", components, None, None, num_threads)
     captured = float(np.sum(inside.T * np.linalg.solve(lengths, inside.T)))
     alike = float(np.sum(components[0], dtype=np.float64)) ** 2 / core.num_features  # 1 where all columns are
-    rounding = _ROUNDING * float(np.sqrt(max(alike, 1.0 / core.num_features))) * core.squares
-    rest = rounding + max(projection.energy - captured, 0.0)
+    share = _ROUNDING_LATER if core.directed else _ROUNDING
+    rounding = share * float(np.sqrt(max(alike, 1.0 / core.num_features))) * core.squares
+    left = max(projection.energy - captured, 0.0)
+    rest = left + rounding
     optimum = max(float(np.sum(projection.squares[k : projection.rank])) - rounding, 0.0)
     optimum = min(optimum, rest)
     low, best, high = rest, rest, rest
@@ -224,7 +229,7 @@ def _of_sketch(core: _core.RowSketch, n_components: int | float, center: bool, s
         missed = projection.missed(components)
         spread = _STUDENT_95 * float(np.std(missed, ddof=1)) / np.sqrt(len(missed))
         low, best, high = (
-            float(np.clip(rest - np.mean(missed) - step, optimum, rest)) for step in (spread, 0.0, -spread)
+            float(np.clip(left - np.mean(missed) - step, optimum, rest)) for step in (spread, 0.0, -spread)
         )
     mixing = projection.whitening[: core.range_size] @ inside  # coordinates = (Y - mean of Y) mixing
     return Factors(
