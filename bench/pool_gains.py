@@ -62,11 +62,12 @@ def noise(returns: dict[str, FloatArray]) -> float:
     return float(again / (returns["truth"] - returns["persistence"]).mean())
 
 
-def table(columns: dict[str, dict[str, Estimate]]) -> str:
-    """Return shares, a column a horizon and set of runs, as a Markdown table."""
-    lines = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
-    for name in next(iter(columns.values())):
-        cells = [f"{it[name].value:.2f} [{it[name].low:.2f}, {it[name].high:.2f}]" for it in columns.values()]
+def table(columns: Sequence[tuple[str, dict[str, Estimate]]]) -> str:
+    """Return shares, a column a horizon and set of runs, as a Markdown table of the predictors that all have."""
+    titles, found = zip(*columns, strict=True)
+    lines = [f"| | {' | '.join(titles)} |", "|---" * (len(columns) + 1) + "|"]
+    for name in (name for name in found[0] if all(name in it for it in found)):
+        cells = [f"{it[name].value:.2f} [{it[name].low:.2f}, {it[name].high:.2f}]" for it in found]
         lines.append(f"| {predictor_info(name).label} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -97,15 +98,16 @@ def main() -> None:
     if len({results.env_id for results in evaluations}) > 1:
         parser.error(f"FOLDER: all must be of one task, got {', '.join(it.env_id for it in evaluations)}")
     record: dict[str, Any] = {"env_id": evaluations[0].env_id, "prefix": arguments.prefix, "horizons": {}}
-    columns, panels = {}, []
+    columns: list[tuple[str, dict[str, Estimate]]] = []
+    panels = []
     for share in arguments.horizons:
         parts = [returns_of(results, arguments.prefix, share) for results in evaluations]
         found = [shares(part) for part in parts]
         everything = pooled(parts)
         whole = shares(everything)
         sizes = [len(part["truth"]) for part in parts]
-        columns |= {f"{share:.0%} ahead, {n} runs": it for n, it in zip(sizes, found, strict=True)}
-        columns[f"{share:.0%} ahead, all {sum(sizes)}"] = whole
+        columns += [(f"{share:.0%} ahead, {n} runs", it) for n, it in zip(sizes, found, strict=True)]
+        columns.append((f"{share:.0%} ahead, all {sum(sizes)}", whole))
         title, shown = f"{share:.0%} of the path ahead", (found, whole, noise(everything))
         panels.append(Panel(title, lambda ax, shown=shown: draw(ax, *shown)))
         rounded = [{name: values.round(2).tolist() for name, values in part.items()} for part in parts]

@@ -260,19 +260,12 @@ def test_gains_are_pooled_over_the_runs_of_several_evaluations(store, tmp_path, 
     assert found["tipl"].low < found["tipl"].value < found["tipl"].high
     with pytest.raises(SystemExit, match=r"expected prefix 0\.3 and horizon 0\.2 of the path"):
         pool_gains.returns_of(read_results(tmp_path / "one" / "results.json"), 0.3, 0.2)
-    command = [
-        "pool_gains.py",
-        tmp_path / "one",
-        tmp_path / "other",
-        "--horizons",
-        0.26,
-        "--output",
-        tmp_path / "g.svg",
-    ]
+    folders = [tmp_path / name for name in ("one", "other", "one")]  # as many runs twice are two columns
+    command = ["pool_gains.py", *folders, "--horizons", 0.26, "--output", tmp_path / "g.svg"]
     monkeypatch.setattr(sys, "argv", [str(it) for it in command])
     pool_gains.main()
-    assert "26% ahead, 3 runs | 26% ahead, 2 runs | 26% ahead, all 5" in capsys.readouterr().out
-    assert [len(it["truth"]) for it in json.loads((tmp_path / "g.json").read_text())["horizons"]["0.26"]] == [3, 2]
+    assert "26% ahead, 3 runs | 26% ahead, 2 runs | 26% ahead, 3 runs | 26% ahead, all 8" in capsys.readouterr().out
+    assert [len(it["truth"]) for it in json.loads((tmp_path / "g.json").read_text())["horizons"]["0.26"]] == [3, 2, 3]
 
 
 # ---------------------------------------------------------------- ways to forecast, averages, directions

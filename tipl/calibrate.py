@@ -67,7 +67,7 @@ def calibrate(
     outcomes = []
     for source in sources:
         chosen = _trials_of(source, config)
-        if chosen and isinstance(source.store.policy, PolicySpec) and can_run(source.store.env_id, source.store.policy):
+        if chosen and _can_run(source.store):
             outcomes.append(
                 run_forecasts(forecaster, source, chosen, seed=config.seed, num_threads=num_threads, progress=progress)
             )
@@ -105,9 +105,9 @@ def recalibrate(
         raise ValueError(f"calibrate: num_trials must be at least 1, got {num_trials}")
     forecaster = Forecaster.load(folder)
     sources = [source_to_judge(store, forecaster) for store in stores]
-    for source in sources:
-        if not isinstance(source.store.policy, PolicySpec) or not can_run(source.store.env_id, source.store.policy):
-            raise ValueError(f"calibrate: the simulator cannot run the policies of {source.store.path}")
+    for store in stores:
+        if not _can_run(store):
+            raise ValueError(f"calibrate: the simulator cannot run the policies of {store.path}")
     config = TrainConfig(**{**forecaster.config["train"], "confidence_trials": num_trials})
     calibration = calibrate(forecaster, sources, config, num_threads=num_threads, progress=progress)
     if calibration is None:
@@ -121,6 +121,10 @@ def recalibrate(
         shutil.copytree(folder, aside, ignore=shutil.ignore_patterns("README.md", "tb", "strides.safetensors"))
         dataclasses.replace(forecaster, **changed).save(aside)
     return output
+
+
+def _can_run(store: Store) -> bool:
+    return isinstance(store.policy, PolicySpec) and can_run(store.env_id, store.policy)
 
 
 def _trials_of(source: Source, config: TrainConfig) -> list[int]:

@@ -222,8 +222,7 @@ def _of_sketch(core: _core.RowSketch, n_components: int | float, center: bool, s
     rounding = share * float(np.sqrt(max(alike, 1.0 / core.num_features))) * core.squares
     left = max(projection.energy - captured, 0.0)
     rest = left + rounding
-    optimum = max(float(np.sum(projection.squares[k : projection.rank])) - rounding, 0.0)
-    optimum = min(optimum, rest)
+    optimum = float(np.clip(np.sum(projection.squares[k : projection.rank]) - rounding, 0.0, rest))
     low, best, high = rest, rest, rest
     if core.test_size:
         missed = projection.missed(components)
