@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from tipl.svd import GroupedSVD, RunningGram, StreamingSVD, gram
     from tipl.train import train
     from tipl.training_data import TrainConfig
-    from tipl.verify import verify_store
+    from tipl.verify import verify, verify_store
 
 # What each module gives to the package. A name is imported when it is first asked for: StreamingSVD needs neither torch
 # nor MuJoCo, which take 1.5 s and 250 MB.
@@ -55,7 +55,7 @@ _EXPORTS = {
     "svd": ["GroupedSVD", "RunningGram", "StreamingSVD", "gram"],
     "train": ["train"],
     "training_data": ["TrainConfig"],
-    "verify": ["verify_store"],
+    "verify": ["verify", "verify_store"],
 }
 _MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names}
 
@@ -87,6 +87,7 @@ __all__ = [
     "reproduce",
     "rollout",
     "train",
+    "verify",
     "verify_store",
     "write_report",
 ]

@@ -25,12 +25,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors
-import safetensors.numpy
 from numpy.typing import NDArray
 
 from tipl.cluster import Cluster
-from tipl.locations import write_atomically
+from tipl.sealed import load_arrays, save_arrays
 from tipl.store import Trial
 from tipl.svd import StreamingSVD, gram
 
@@ -160,8 +158,8 @@ class Basis:
 
     def save(self, path: Path) -> None:
         """Write the basis as one safetensors file."""
-        arrays = {"origin": self.origin, "directions": self.directions, "scale": np.array([self.scale])}
-        write_atomically(path, safetensors.numpy.save(arrays))
+        scale = np.array([self.scale])
+        save_arrays(path, {"origin": self.origin, "directions": self.directions, "scale": scale})
 
     @classmethod
     def load(cls, path: Path) -> "Basis":
@@ -222,7 +220,7 @@ class Centre:
         return np.float32(np.interp(prefix_end, self.ends, self.trust))
 
     def save(self, path: Path) -> None:
-        write_atomically(path, safetensors.numpy.save(dict(vars(self))))
+        save_arrays(path, vars(self))
 
     @classmethod
     def load(cls, path: Path) -> "Centre":
@@ -239,10 +237,7 @@ def _load_arrays(path: Path, owner: str, dimensions: dict[str, int]) -> dict[str
     """Return the arrays of a safetensors file, which must be these, finite, not empty and of so many dimensions."""
     if not path.is_file():
         raise FileNotFoundError(f"{owner}: there is no file {path}")
-    try:
-        arrays = safetensors.numpy.load_file(path)
-    except safetensors.SafetensorError as error:
-        raise RuntimeError(f"{owner}: {path} is damaged: {error}") from error
+    arrays, _ = load_arrays(path, owner)
     if {name: array.ndim for name, array in arrays.items()} != dimensions or not all(
         array.size and np.isfinite(array).all() for array in arrays.values()
     ):

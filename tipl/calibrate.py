@@ -4,7 +4,6 @@ Shapes  N trials, P prefixes, C forecasts a trial, F features; h = prefix_end.
 """
 
 import dataclasses
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,9 +13,11 @@ from numpy.typing import NDArray
 from tipl.basis import MIN_PREFIX_END
 from tipl.confidence import STRIDES, Confidence, FloatArray, Strides, features_of
 from tipl.evaluate import source_to_judge
-from tipl.locations import folder_aside
+from tipl.locations import write_atomically
+from tipl.manifest import read_listed
 from tipl.policy import PolicySpec
 from tipl.progress import progress_bar
+from tipl.publishing import published
 from tipl.returns import can_run, episodic_returns
 from tipl.rollout import PRETRAINED, Forecaster
 from tipl.store import Store
@@ -95,15 +96,26 @@ def recalibrate(
     forecaster is the one that comes with tipl. A copy of the folder `model` with another confidence, of one store with
     strides too, and a config.json that names the seeds under "calibrated_on".
 
-    Raises FileExistsError where `output` exists; ValueError where num_trials is less than 1, the simulator cannot run
-    the policies, or the forecaster does not fit a store, as `evaluate` says.
+    Raises FileExistsError where `output` exists; OutputInUse where another process is making it; ValueError where
+    num_trials is less than 1, the simulator cannot run the policies, or the forecaster does not fit a store, as
+    `evaluate` says.
     """
     output, folder = Path(output), PRETRAINED if model is None else Path(model)
-    if output.exists():
-        raise FileExistsError(f"calibrate: output {output} exists already; choose another folder or remove it")
     if num_trials < 1:
         raise ValueError(f"calibrate: num_trials must be at least 1, got {num_trials}")
-    forecaster = Forecaster.load(folder)
+    with published(output, "calibrate") as aside:
+        forecaster = Forecaster.load(folder)
+        aside.mkdir()
+        if (folder / "training.json").exists():
+            write_atomically(aside / "training.json", read_listed(folder / "training.json"))
+        _recalibrated(forecaster, stores, num_trials, num_threads, progress).save(aside)
+    return output
+
+
+def _recalibrated(
+    forecaster: Forecaster, stores: Sequence[Store], num_trials: int, num_threads: int | None, progress: bool
+) -> Forecaster:
+    """Return the forecaster with another confidence, as `recalibrate` says."""
     sources = [source_to_judge(store, forecaster) for store in stores]
     for store in stores:
         if not _can_run(store):
@@ -117,10 +129,7 @@ def recalibrate(
         for it in sources
     ]
     changed = {**vars(calibration), "config": {**forecaster.config, "calibrated_on": seen}}
-    with folder_aside(output) as aside:
-        shutil.copytree(folder, aside, ignore=shutil.ignore_patterns("README.md", "tb", "strides.safetensors"))
-        dataclasses.replace(forecaster, **changed).save(aside)
-    return output
+    return dataclasses.replace(forecaster, **changed)
 
 
 def _can_run(store: Store) -> bool:

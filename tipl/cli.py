@@ -7,34 +7,57 @@ in one line and 130.
 import dataclasses
 import json
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import safetensors.numpy
 import tyro
 from numpy.typing import NDArray
 from tyro.conf import OmitArgPrefixes, arg
+from tyro.constructors import PrimitiveConstructorSpec
 
 from tipl.calibrate import recalibrate
-from tipl.collect import collect, is_complete
+from tipl.collect import collect, flat_config, is_complete
 from tipl.evaluate import EvaluateConfig, evaluate
 from tipl.exporter import export_checkpoint, layout_record
 from tipl.importer import import_checkpoints
-from tipl.locations import folder_aside, write_atomically
+from tipl.locations import location
+from tipl.manifest import read_listed
 from tipl.policy import Activation
 from tipl.ppo import PPOConfig
+from tipl.publishing import claimed, published, remove, remove_left_behind
 from tipl.report import plot_store, write_report
 from tipl.reproduce import experiments, reproduce
 from tipl.rollout import Forecaster, check_and_forecast, load_pretrained
+from tipl.sealed import load_json, save_arrays, save_json
 from tipl.stage_seconds import StageSeconds
 from tipl.store import Store
 from tipl.store_info import describe_store
 from tipl.train import train
 from tipl.training_data import TrainConfig, prefix_end_of
-from tipl.verify import verify_store
+from tipl.verify import Verification, verify, verify_store
 
-PathArg = Annotated[Path, arg(metavar="PATH")]
+
+def _local_path(texts: list[str]) -> Path:
+    """Return the path that was given, perhaps as a file:// URL."""
+    scheme, is_url, _ = texts[0].partition("://")
+    path = location(texts[0]) if scheme == "file" or not is_url else None
+    if not isinstance(path, Path):
+        raise ValueError(f"must be a local path, and {texts[0]} is a URL")
+    return path
+
+
+PathArg = Annotated[
+    Path,
+    PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH",
+        instance_from_str=_local_path,
+        is_instance=lambda value: isinstance(value, Path),
+        str_from_instance=lambda path: [str(path)],
+    ),
+]
 StoreArg = Annotated[str, arg(metavar="PATH|URL")]  # s3://bucket/name, or whatever else fsspec knows
 FreshArg = Annotated[str | None, arg(metavar="PATH|URL")]
 RayArg = Annotated[str | None, arg(metavar="ADDRESS|local")]
@@ -108,16 +131,7 @@ class StoreVerify:
     """The store's folder or URL."""
 
     def run(self) -> None:
-        found = verify_store(self.store, progress=True)
-        for problem in found.problems:
-            print(problem)
-        if found.problems:
-            number = len(found.problems)
-            print(f"damaged    {self.store}: {number} problem{'s' if number > 1 else ''}")
-            sys.exit(1)
-        store = Store.open(self.store)
-        whole = f"{store.num_trials} trials x {store.num_checkpoints} checkpoints"
-        print(f"ok         {self.store}: {whole}, {found.num_chunks} chunks, {found.num_bytes / 1e6:.1f} MB")
+        _print_verification(self.store, verify_store(self.store, progress=True))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,6 +155,22 @@ class StoreInfo:
         if self.plot is not None:
             plot_store(Store.open(self.store), self.plot, overwrite=self.overwrite)
             print(f"{'plot':<11} {self.plot}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Verify:
+    """Check every checksum of whatever tipl wrote: a store, a model, an evaluation, a report, a forecast, a whole run.
+
+    Prints ok, or what is wrong where, with exit status 1.
+
+    Example: tipl verify runs/cheetah
+    """
+
+    path: tyro.conf.Positional[StoreArg]
+    """A folder, a file, or the URL of a store."""
+
+    def run(self) -> None:
+        _print_verification(self.path, verify(self.path, progress=True))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,10 +270,14 @@ class Rollout:
     """Checkpoints to forecast; to the end of the path by default."""
 
     def run(self) -> None:
-        if self.output.exists():
-            raise FileExistsError(f"rollout: output {self.output} exists already; choose another file or remove it")
         if not 0.0 < self.prefix <= 1.0:
             raise ValueError(f"rollout: prefix must be a share of the path in (0, 1], got {self.prefix}")
+        with published(self.output, "rollout") as aside:
+            said = self._forecast(aside)
+        print(f"forecast   {self.output}: {said}")
+
+    def _forecast(self, path: Path) -> str:
+        """Write the forecast to `path`; return what is to be said of it."""
         store = Store.open(self.store)
         if not 0 <= self.trial < store.num_trials:
             raise ValueError(f"rollout: trial must lie in [0, {store.num_trials}), got {self.trial}")
@@ -252,21 +286,19 @@ class Rollout:
         every = -(-(trial.num_checkpoints - 1) // (max_len - 1)) if self.every is None else self.every
         if every < 1:
             raise ValueError(f"rollout: every must be at least 1, got {every}")
-        path = trial.weights()[::every]
-        prefix_end = prefix_end_of(self.prefix, len(path))
-        horizon = len(path) - 1 - prefix_end if self.horizon is None else self.horizon
-        forecast = check_and_forecast(forecaster, path[: prefix_end + 1], horizon, layout=store.policy)[0]
+        weights = trial.weights()[::every]
+        prefix_end = prefix_end_of(self.prefix, len(weights))
+        horizon = len(weights) - 1 - prefix_end if self.horizon is None else self.horizon
+        forecast = check_and_forecast(forecaster, weights[: prefix_end + 1], horizon, layout=store.policy)[0]
         checkpoint = every * np.arange(prefix_end + 1, prefix_end + 1 + horizon)
         arrays: dict[str, NDArray[Any]] = {"weights": forecast.weights(), "checkpoint": checkpoint}
         trusted = ""
         if forecast.calibrated is not None:
             arrays["confidence"] = forecast.confidence()
             trusted = f"; the last beats the policy at {every * prefix_end} with p = {arrays['confidence'][-1]:.2f}"
-        self.output.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.output, safetensors.numpy.save(arrays, {"tipl": json.dumps(layout_record(store))}))
+        save_arrays(path, arrays, layout_record(store))
         thinned = f", every {every}," if every > 1 else ""
-        reach = f"checkpoints {checkpoint[0]} to {checkpoint[-1]}{thinned} of trial {self.trial}"
-        print(f"forecast   {self.output}: {reach}{trusted}")
+        return f"checkpoints {checkpoint[0]} to {checkpoint[-1]}{thinned} of trial {self.trial}{trusted}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -396,7 +428,7 @@ class Run:
     """
 
     output: PathArg
-    """The run folder; must not exist unless --resume."""
+    """The run folder; must not exist, or be of this very run cut off, which then goes on."""
     env_id: str = "InvertedPendulum-v5"
     """A Gymnasium id with continuous actions."""
     num_trials: int = 48
@@ -412,17 +444,46 @@ class Run:
     ray: RayArg = None
     """Spread the work over the Ray cluster at this address; local: over one started here."""
     resume: bool = False
-    """Keep the stages that an interrupted run has finished."""
+    """Go on in the folder of a finished run too, or of an older tipl's, and make what is missing there."""
     ppo: PPOConfig = dataclasses.field(default_factory=PPOConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
 
     def run(self) -> None:
-        store_path, model, evaluation = (self.output / name for name in ("store.zarr", "model", "evaluation"))
-        if self.output.exists() and not self.resume:
-            raise FileExistsError(f"run: output {self.output} exists already; choose another folder or pass --resume")
         num_checkpoints = -(-self.total_timesteps // self.ppo.batch_size) + 1
         self.evaluate.prefix_ends(num_checkpoints)  # refuses now what could not be judged after an hour
+        with claimed(self.output, "run"):
+            self._begin()
+            self._run_stages(num_checkpoints)
+
+    def _begin(self) -> None:
+        """Make the run folder with run.json, the run's settings, or go on in the one that is there."""
+        left_out = ("output", "resume", "num_threads", "ray")
+        settings = {name: x for name, x in dataclasses.asdict(self).items() if name not in left_out}
+        settings = json.loads(json.dumps(settings))
+        record = self.output / "run.json"
+        if not self.output.exists():
+            aside = self.output.with_name(f".{self.output.name}.partial")
+            remove(aside)
+            aside.mkdir()
+            save_json(aside / record.name, settings)
+            aside.rename(self.output)
+            return
+        is_finished = (self.output / "report" / "report.html").exists()
+        if not self.resume and (is_finished or not record.exists()):
+            raise FileExistsError(f"run: output {self.output} exists already; choose another folder or pass --resume")
+        remove_left_behind(self.output)
+        began = flat_config(load_json(record, "run")) if record.exists() else {}
+        for name, value in flat_config(settings).items():
+            if name in began and began[name] != value:
+                raise ValueError(
+                    f"run: {self.output} was begun with {name} = {began[name]}, got {value}: give its settings to "
+                    "go on, or choose another output"
+                )
+
+    def _run_stages(self, num_checkpoints: int) -> None:
+        """Make what is missing of store, model, evaluation and report."""
+        store_path, model, evaluation = (self.output / name for name in ("store.zarr", "model", "evaluation"))
         seconds = StageSeconds(self.output / "seconds.json")
 
         if store_path.exists() and is_complete(Store.open(store_path)):
@@ -443,23 +504,22 @@ class Run:
         print(f"store      {store_path}: {store.summary()}")
 
         if not (model / "config.json").exists():
-            with seconds.of("train"), folder_aside(model) as aside:
+            with seconds.of("train"):
                 ray = self.ray if self.train.basis == "shared" else None
-                train(store, aside, self.train, num_threads=self.num_threads, ray=ray)
+                train(store, model, self.train, num_threads=self.num_threads, ray=ray)
         print(f"model      {model}: {_training_line(model)}")
 
         results = evaluation / "results.json"
         if not results.exists():
-            with folder_aside(evaluation) as aside:
-                evaluate(
-                    store,
-                    Forecaster.load(model),
-                    aside,
-                    self.evaluate,
-                    num_threads=self.num_threads,
-                    ray=self.ray,
-                    seconds=seconds.read(),
-                )
+            evaluate(
+                store,
+                Forecaster.load(model),
+                evaluation,
+                self.evaluate,
+                num_threads=self.num_threads,
+                ray=self.ray,
+                seconds=seconds.read(),
+            )
         print(f"results    {results}")
         print(end_of_path_table(results))
 
@@ -468,7 +528,7 @@ class Run:
             evaluation=evaluation,
             store=store,
             training=model / "training.json",
-            overwrite=self.resume,
+            overwrite=True,
         )
         print(f"report     {page}")
 
@@ -548,6 +608,7 @@ class Reproduce:
 
 Command = (
     Annotated[Collect, tyro.conf.subcommand("collect")]
+    | Annotated[Verify, tyro.conf.subcommand("verify")]
     | Annotated[StoreCommands, tyro.conf.subcommand("store")]
     | Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Calibrate, tyro.conf.subcommand("calibrate")]
@@ -564,15 +625,13 @@ Command = (
 
 def main() -> None:
     """Parse the command line and run the command; the exit status is 0, 2 for a user's mistake, 130 for Ctrl-C."""
+    warnings.showwarning = _print_warning  # type: ignore[assignment]
     try:
         command = tyro.cli(
             Command,
             prog="tipl",
             description="Forecast where PPO takes a policy's weights. Start with `tipl demo`.",
         )
-        for name, value in vars(command).items():
-            if isinstance(value, Path) and value.parts and value.parts[0].endswith(":"):
-                raise ValueError(f"{name} must be a local path, and {value.parts[0]}//... is a URL")
         command.run()
     except KeyboardInterrupt as interrupt:
         print(f"tipl: interrupted. {interrupt}".rstrip(), file=sys.stderr)
@@ -582,9 +641,25 @@ def main() -> None:
         sys.exit(2)
 
 
+def _print_warning(message: Warning | str, *place: Any) -> None:
+    """Print a warning as one line, without the line of code that it came from."""
+    print(f"tipl: warning: {message}", file=sys.stderr)
+
+
+def _print_verification(path: str, found: Verification) -> None:
+    """Print what was found, and exit with status 1 where something is wrong."""
+    for problem in found.problems:
+        print(problem)
+    if found.problems:
+        number = len(found.problems)
+        print(f"damaged    {path}: {number} problem{'s' if number > 1 else ''}")
+        sys.exit(1)
+    print(f"ok         {path}: {found.summary()}")
+
+
 def end_of_path_table(results: Path) -> str:
     """Return the mean relative weight error at the end of the path, a line a predictor and a column a prefix."""
-    document = json.loads(results.read_text())
+    document = json.loads(read_listed(results))
     rows, train = document["rows"], document["settings"]["train"]
     judged = "trials that it was trained on" if train.get("in_sample") else "held-out trials"
     prefixes = sorted({row["prefix"] for row in rows})
@@ -608,7 +683,7 @@ def end_of_path_table(results: Path) -> str:
 
 
 def _training_line(model: Path) -> str:
-    training = json.loads((model / "training.json").read_text())
+    training = json.loads(read_listed(model / "training.json"))
     return (
         f"{training['num_parameters'] / 1e6:.2f} M parameters, validation error {training['best_error']:.3f} at step "
         f"{training['best_step']}, {training['seconds']:.0f} s"

@@ -35,6 +35,7 @@ from tipl.envs import make_vec
 from tipl.locations import Location, location
 from tipl.policy import PolicySpec
 from tipl.ppo import IterationStats, Population, PopulationState, PPOConfig, environment_seeds
+from tipl.publishing import claimed
 from tipl.resume import Unfinished
 from tipl.store import Store, StoreInUse
 
@@ -94,6 +95,7 @@ def collect(
         ValueError, TypeError: a wrong argument, one that is not that of the unfinished collection at `output`, or an
             environment that cannot be used; nothing is written.
         ConnectionError: there is no Ray cluster at `ray`; nothing is written.
+        OutputInUse: another process is collecting into `output`.
         RuntimeError: an iteration or its append failed, and the text says what was kept in the store; or the
             unfinished store is damaged, open in another process, or not what these arguments give here.
         KeyboardInterrupt: on Ctrl-C, with such a text too.
@@ -119,35 +121,36 @@ def collect(
         "ppo": dataclasses.asdict(ppo),
     }
     num_iterations = math.ceil(total_timesteps / ppo.batch_size)
-    store = _reopen(output, env_id, config) if output.exists() else None
-    with contextlib.nullcontext() if ray is None else connected(ray) as cluster:
-        if trials_per_shard is None:
-            trials_per_shard = num_trials
+    with claimed(output, "collect"):
+        store = _reopen(output, env_id, config) if output.exists() else None
+        with contextlib.nullcontext() if ray is None else connected(ray) as cluster:
+            if trials_per_shard is None:
+                trials_per_shard = num_trials
+                if cluster is not None:
+                    trials_per_shard = min(WORKER_TRIALS, -(-num_trials // max(1, cluster.num_cpus)))
             if cluster is not None:
-                trials_per_shard = min(WORKER_TRIALS, -(-num_trials // max(1, cluster.num_cpus)))
-        if cluster is not None:
-            cluster.check(_worker_threads(num_threads))
-        policy = _policy(env_id, ppo, num_threads)
-        if tensorboard is not None:
-            Curves(tensorboard, range(num_trials), resumed=store is not None)
-        if store is None:
-            seeds = trial_seeds(seed, num_trials)
-            store = Store.create(output, env_id=env_id, policy=policy, seeds=seeds, config=config)
-            store.close()
-        else:
-            _warn_of_versions(store)
-        shards = _shards(num_trials, Unfinished(output).begin(trials_per_shard))
-        display = _Display(env_id, store, shards, num_iterations, ppo.batch_size, shown=progress)
-        with display:
-            if cluster is None:
-                for shard in shards:
-                    collect_shard(output, shard, num_threads, tensorboard, display)
+                cluster.check(_worker_threads(num_threads))
+            policy = _policy(env_id, ppo, num_threads)
+            if tensorboard is not None:
+                Curves(tensorboard, range(num_trials), resumed=store is not None)
+            if store is None:
+                seeds = trial_seeds(seed, num_trials)
+                store = Store.create(output, env_id=env_id, policy=policy, seeds=seeds, config=config)
+                store.close()
             else:
-                _collect_on(cluster, store, shards, num_threads, tensorboard, display)
-    Unfinished(output).remove()
-    store = Store.open(output)
-    display.finish(store)
-    return store
+                _warn_of_versions(store)
+            shards = _shards(num_trials, Unfinished(output).begin(trials_per_shard))
+            display = _Display(env_id, store, shards, num_iterations, ppo.batch_size, shown=progress)
+            with display:
+                if cluster is None:
+                    for shard in shards:
+                        collect_shard(output, shard, num_threads, tensorboard, display)
+                else:
+                    _collect_on(cluster, store, shards, num_threads, tensorboard, display)
+        Unfinished(output).remove()
+        store = Store.open(output)
+        display.finish(store)
+        return store
 
 
 def collect_shard(

@@ -11,11 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import safetensors
-import safetensors.numpy
 from numpy.typing import NDArray
 
-from tipl.locations import write_atomically
+from tipl.sealed import load_arrays, save_arrays
 
 FloatArray = NDArray[np.float64]
 
@@ -98,15 +96,12 @@ class Confidence:
         return np.asarray(1.0 / (1.0 + np.exp(-odds)))
 
     def save(self, path: Path) -> None:
-        write_atomically(path, safetensors.numpy.save(dict(vars(self))))
+        save_arrays(path, vars(self))
 
     @classmethod
     def load(cls, path: Path) -> "Confidence":
         """Return the confidence in `path`. Raises RuntimeError where the file is damaged."""
-        try:
-            arrays = safetensors.numpy.load_file(path)
-        except safetensors.SafetensorError as error:
-            raise RuntimeError(f"Confidence.load: {path} is damaged: {error}") from error
+        arrays, _ = load_arrays(path, "Confidence.load")
         expected = {name: (len(FEATURES),) for name in ("mean", "deviation", "coefficients")} | {"intercept": (1,)}
         if {name: array.shape for name, array in arrays.items()} != expected or not all(
             np.isfinite(array).all() for array in arrays.values()
@@ -144,15 +139,17 @@ class Strides:
         return float(np.interp(seen, self.seen, self.factor))
 
     def save(self, path: Path) -> None:
-        write_atomically(path, safetensors.numpy.save(dict(vars(self))))
+        save_arrays(path, vars(self))
 
     @classmethod
     def load(cls, path: Path) -> "Strides":
         """Return the strides in `path`. Raises RuntimeError where the file is damaged."""
-        try:
-            strides = cls(**safetensors.numpy.load_file(path))
-        except (safetensors.SafetensorError, TypeError) as error:
-            raise RuntimeError(f"Strides.load: {path} is damaged: {error}") from error
+        arrays, _ = load_arrays(path, "Strides.load")
+        if set(arrays) != {"seen", "factor"}:
+            raise RuntimeError(
+                f"Strides.load: {path} is damaged: expected the arrays seen and factor, got {list(arrays)}"
+            )
+        strides = cls(**arrays)
         if strides.seen.ndim != 1 or strides.seen.shape != strides.factor.shape or not strides.seen.size:
             raise RuntimeError(f"Strides.load: {path} is damaged: expected two arrays of one length")
         if not (np.isfinite(strides.seen).all() and np.isfinite(strides.factor).all()):

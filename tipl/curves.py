@@ -9,6 +9,8 @@ writer a trial would hold a thread and an open file for each.
 
 import os
 import time
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,23 +46,46 @@ class Curves:
         for run in self.runs:
             if run.exists() and not resumed:
                 raise FileExistsError(f"tensorboard: {run} holds the curves of another collection; choose a new folder")
-        self._file_name = ""  # until the first write
+        self._files: list[EventFile] | None = None  # until the first write; none after a failure
 
     def write(self, env_steps: int, stats: IterationStats, num_steps: int) -> None:
-        """Append a point at `env_steps` to every curve: what the last `num_steps` gave. What is NaN has no point."""
+        """Append a point at `env_steps` to every curve: what the last `num_steps` gave. What is NaN has no point.
+
+        Where that fails, on a full disk say, a warning says so and no more is written: learning goes on.
+        """
         values = _values(stats, num_steps)  # (tags, N)
         known = np.isfinite(values)
         sums, counts = values.sum(1, where=known), known.sum(1)
         means = np.divide(sums, counts, out=np.full(len(sums), np.nan), where=counts > 0)
         columns = np.column_stack([values, means])  # (tags, N + 1)
-        now = time.time()
-        if not self._file_name:
-            self._file_name = f"events.out.tfevents.{now:017.6f}"  # TensorBoard reads files in the order of their names
-            for run in self.runs:
-                run.mkdir(exist_ok=True)
-                _append(run / self._file_name, _opening(now, env_steps))
-        for run, column in zip(self.runs, columns.T.tolist(), strict=False):  # the mean's, perhaps, is left over
-            _append(run / self._file_name, [_point(now, env_steps, column)])
+        if self._files is None:
+            self._files = [EventFile(run, env_steps) for run in self.runs]
+        for file, column in zip(self._files, columns.T.tolist(), strict=False):  # the mean's, perhaps, is left over
+            if not file.write(env_steps, dict(zip(TAGS, column, strict=True))):
+                self._files = []
+                return
+
+
+class EventFile:
+    """A new TensorBoard event file in `folder`, whose points count instead of earlier files' from `first_step` on."""
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        self._folder, self._first_step = folder, first_step
+        self._path: Path | None = None  # until the first write
+
+    def write(self, step: int, values: Mapping[str, float]) -> bool:
+        """Append a point of every curve but those that are NaN; return whether that went well, and warn if not."""
+        try:
+            if self._path is None:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                now = time.time()  # TensorBoard reads files in the order of their names
+                self._path = self._folder / f"events.out.tfevents.{now:017.6f}"
+                _append(self._path, _opening(now, self._first_step))
+            _append(self._path, [_point(time.time(), step, values)])
+        except OSError as error:
+            warnings.warn(f"no more curves are written to {self._folder}: {error.strerror or error}", stacklevel=2)
+            return False
+        return True
 
 
 def _values(stats: IterationStats, num_steps: int) -> NDArray[np.float64]:
@@ -82,16 +107,12 @@ def _opening(now: float, env_steps: int) -> list[Any]:
     return [Event(wall_time=now, file_version="brain.Event:2"), Event(wall_time=now, step=env_steps, session_log=start)]
 
 
-def _point(now: float, env_steps: int, values: list[float]) -> Any:
+def _point(now: float, step: int, values: Mapping[str, float]) -> Any:
     from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.compat.proto.summary_pb2 import Summary
 
-    scalars = [
-        Summary.Value(tag=tag, simple_value=value)
-        for tag, value in zip(TAGS, values, strict=True)
-        if np.isfinite(value)
-    ]
-    return Event(wall_time=now, step=env_steps, summary=Summary(value=scalars))
+    scalars = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items() if np.isfinite(value)]
+    return Event(wall_time=now, step=step, summary=Summary(value=scalars))
 
 
 def _append(path: Path, events: list[Any]) -> None:

@@ -32,7 +32,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.numpy
 from numpy.typing import NDArray
 
 from tipl import _core
@@ -44,8 +43,10 @@ from tipl.locations import write_atomically
 from tipl.policy import PolicySpec
 from tipl.predictors import NearestPath, Predictor, fit_baselines
 from tipl.progress import progress_bar
+from tipl.publishing import published
 from tipl.returns import Episodes, run_episodes
 from tipl.rollout import Forecast, Forecaster
+from tipl.sealed import save_arrays
 from tipl.store import Store
 from tipl.training_data import Source, Split, TrainConfig, prefix_end_of
 from tipl.training_path import TrainingPath
@@ -161,17 +162,40 @@ def evaluate(
     held-out paths, true and forecast) into the folder `output`. With `ray`, policies run on the Ray cluster at that
     address ("local": one that is started here). `seconds` is what earlier stages took, for the report.
 
-    Raises FileExistsError where `output` exists; ValueError where the model was not trained on this store, `fresh` is
-    not of its kind, a prefix is too short for a basis, or the policies are of a kind that the simulator cannot run.
+    Raises FileExistsError where `output` exists; OutputInUse where another process is making it; ValueError where the
+    model was not trained on this store, `fresh` is not of its kind, a prefix is too short for a basis, or the policies
+    are of a kind that the simulator cannot run.
     """
-    output, policy = Path(output), store.policy
+    output = Path(output)
+    with published(output, "evaluate") as aside:
+        results, coordinates = _judged_results(
+            store, forecaster, config, fresh=fresh, num_threads=num_threads, ray=ray, seconds=seconds, progress=progress
+        )
+        aside.mkdir()
+        save_arrays(aside / "coordinates.safetensors", coordinates)
+        data = (json.dumps(results, indent=1, allow_nan=False) + "\n").encode()
+        write_atomically(aside / "results.json", data)
+    return output / "results.json"
+
+
+def _judged_results(
+    store: Store,
+    forecaster: Forecaster,
+    config: EvaluateConfig,
+    *,
+    fresh: Store | None,
+    num_threads: int | None,
+    ray: str | None,
+    seconds: Mapping[str, float] | None,
+    progress: bool,
+) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+    """Return what `evaluate` writes: results.json and coordinates.safetensors."""
+    policy = store.policy
     if not isinstance(policy, PolicySpec):
         raise ValueError(
             f"evaluate: the simulator can run only MLPs with a Gaussian, and the store {store.path} "
             "holds others; `tipl.evaluate.weight_errors` judges their weights"
         )
-    if output.exists():
-        raise FileExistsError(f"evaluate: output {output} exists already; choose another folder or remove it")
     source = source_to_judge(store, forecaster)
     started = time.perf_counter()
     split, num_checkpoints = source.split, source.num_checkpoints
@@ -270,11 +294,7 @@ def evaluate(
         "memorisation": memorisation,
         "causality": max(leaks),
     }
-    output.mkdir(parents=True)
-    write_atomically(output / "coordinates.safetensors", safetensors.numpy.save(coordinates))
-    target = output / "results.json"
-    write_atomically(target, (json.dumps(results, indent=1, allow_nan=False) + "\n").encode())
-    return target
+    return results, coordinates
 
 
 def source_to_judge(store: Store, forecaster: Forecaster) -> Source:

@@ -1,17 +1,17 @@
 """Export: flat weights, of a forecast or a store, back into a checkpoint file of the user's library."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors
 from numpy.typing import NDArray
 
 from tipl.actors import Actor, differences
 from tipl.checkpoint_files import CheckpointFile, find_actor_in, read_checkpoint_file
 from tipl.locations import write_atomically
 from tipl.policy import PolicySpec, layout_from_dict
+from tipl.publishing import published
+from tipl.sealed import load_arrays
 from tipl.store import Store
 
 
@@ -35,13 +35,18 @@ def export_checkpoint(
         checkpoint: its index in the path, as in the forecast's `checkpoint`; by default the last one.
         trial: of a store.
 
-    Raises FileExistsError where `output` exists; FileNotFoundError; ValueError where the layouts differ, the checkpoint
-    is not there or the weights are not finite; TypeError where they are not float32; RuntimeError where a file is
-    damaged.
+    Raises FileExistsError where `output` exists; OutputInUse where another process is making it; FileNotFoundError;
+    ValueError where the layouts differ, the checkpoint is not there or the weights are not finite; TypeError where they
+    are not float32; RuntimeError where a file is damaged.
     """
     output = Path(output)
-    if output.exists():
-        raise FileExistsError(f"export: output {output} exists already; choose another file or remove it")
+    with published(output, "export") as aside:
+        write_atomically(aside, _exported(weights, Path(like), checkpoint, trial))
+    return output
+
+
+def _exported(weights: str | Path | NDArray[np.float32], like: Path, checkpoint: int | None, trial: int) -> bytes:
+    """Return the bytes of the file that `export_checkpoint` writes."""
     source: dict[str, Any] = {}
     if isinstance(weights, np.ndarray):
         row = weights
@@ -61,11 +66,9 @@ def export_checkpoint(
     if row.ndim != 1 or not np.isfinite(row).all():
         raise ValueError(f"export: weights must be finite and of shape (p,), got {row.shape}")
     template = read_checkpoint_file(like)
-    actor = _actor_of_template(template, Path(like), source, len(row))
+    actor = _actor_of_template(template, like, source, len(row))
     actor.write(row, template.state)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(output, template.to_bytes())
-    return output
+    return template.to_bytes()
 
 
 def layout_record(store: Store) -> dict[str, Any]:
@@ -77,12 +80,7 @@ def _forecast_row(path: Path, checkpoint: int | None) -> tuple[NDArray[np.float3
     """Return a row of a forecast that `tipl rollout` wrote, and what it says of the layout."""
     if not path.is_file():
         raise FileNotFoundError(f"export: there is no forecast and no store {path}")
-    try:
-        with safetensors.safe_open(path, "numpy") as file:
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no dict
-            record = json.loads((file.metadata() or {}).get("tipl", "{}"))
-    except (safetensors.SafetensorError, ValueError) as error:
-        raise RuntimeError(f"export: {path} is damaged, or no forecast: {error}") from error
+    arrays, record = load_arrays(path, "export")
     weights, steps = (arrays.get(name, np.empty(0)) for name in ("weights", "checkpoint"))
     if weights.ndim != 2 or weights.dtype != np.float32 or not 0 < len(weights) == steps.size:
         raise RuntimeError(f"export: {path} is no forecast: expected weights (n, p) float32 and checkpoint (n,)")

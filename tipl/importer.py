@@ -6,7 +6,6 @@ store's config, under "source".
 
 import itertools
 import re
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 from tipl.actors import Actor, differences
 from tipl.checkpoint_files import SUFFIXES, find_actor_in, read_checkpoint_file
 from tipl.policy import Layout
+from tipl.publishing import published
 from tipl.store import Store, Trial
 
 BLOCK_BYTES = 2**26  # of weights, read before they are appended together
@@ -78,18 +78,15 @@ def import_checkpoints(
     notes = [run.source["note"] for run in runs if "note" in run.source]
     config = {"source": source | ({"note": notes[0]} if notes else {})}
     policy = runs[0].policy
-    store = Store.create(
-        output, env_id="".join(env_ids) or "unknown", policy=policy, seeds=range(len(runs)), config=config
-    )
-    try:
+    with published(output, "import", manifest=False) as aside:
+        store = Store.create(
+            aside, env_id="".join(env_ids) or "unknown", policy=policy, seeds=range(len(runs)), config=config
+        )
         with store:
             block = max(1, BLOCK_BYTES // (4 * policy.num_params * len(runs)))
             for start in range(0, wanted, block):
                 parts = [run.read(start, min(start + block, wanted)) for run in runs]
                 store.append(*(np.stack(column) for column in zip(*parts, strict=True)))
-    except BaseException:
-        shutil.rmtree(output)
-        raise
     return Store.open(output)
 
 

@@ -7,6 +7,7 @@ an object at once. What else differs is here too: object stores have no folders,
 import contextlib
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,9 +17,12 @@ from upath import UPath
 
 Location: TypeAlias = Path | UPath
 
+MAX_BYTES = 2**30
+"""Of a file that is read whole although nothing says how large it should be."""
+
 
 def location(path: "str | Location") -> Location:
-    """Return where `path` points: a UPath for a URL, a Path for all else.
+    """Return where `path` points: a UPath for a URL, a Path for all else, file:// URLs among them.
 
     Raises ValueError where no file system for the URL's scheme is known, or its package is not installed; OSError where
     the URL's server does not answer, or refuses.
@@ -34,7 +38,35 @@ def location(path: "str | Location") -> Location:
         raise
     except Exception as error:  # of the library behind fsspec, which has its own kinds
         raise OSError(f"{path}: {error}") from error
-    return url
+    return Path(url.path) if url.protocol in ("file", "local") else url
+
+
+def read_file(path: Location, *, max_bytes: int | None = MAX_BYTES) -> bytes:
+    """Return what is in a file. Raises OSError where that cannot be read, or is more than `max_bytes`."""
+    if not isinstance(path, Path):
+        return bytes(path.read_bytes())
+    file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # of a pipe, opening would wait for a writer
+    with open(file, "rb") as stream:
+        found = os.fstat(file)
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError(f"{path} must be a regular file")
+        if max_bytes is not None and found.st_size > max_bytes:
+            raise OSError(f"{path} must have at most {max_bytes:,} bytes, got {found.st_size:,}")
+        data = stream.read(found.st_size)
+        if len(data) != found.st_size or os.fstat(file).st_size != found.st_size:
+            raise OSError(f"{path} changed while it was read")
+    return data
+
+
+@contextlib.contextmanager
+def naming(path: Location) -> Iterator[None]:
+    """Let an OSError of the system that names no file say that it is of `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def write_atomically(path: Location, data: bytes) -> None:
@@ -56,12 +88,14 @@ def written_aside(path: Location) -> Iterator[Path]:
         return
     aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        yield aside
-        with open(aside, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(aside, path)
+        with naming(path):
+            yield aside
+            with open(aside, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(aside, path)
     except BaseException:
-        aside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
         raise
 
 
@@ -114,14 +148,3 @@ def num_bytes(path: Location) -> int:
     if isinstance(path, Path):
         return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     return int(path.fs.du(path.path))
-
-
-@contextlib.contextmanager
-def folder_aside(folder: Path) -> Iterator[Path]:
-    """Give a folder's name to write to, which then becomes `folder`; what a cut-off call left there is removed."""
-    aside = folder.with_name(f".{folder.name}.partial")
-    if aside.exists():
-        shutil.rmtree(aside)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    yield aside
-    aside.rename(folder)

@@ -11,17 +11,24 @@ and the model predicts a residual, x_{t+1} = x_t + out_scale * head(...), so tha
 
 import dataclasses
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import safetensors
-import safetensors.torch
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tipl.locations import write_atomically
+from tipl.locations import read_file, write_atomically
+from tipl.manifest import write_manifest
+from tipl.schema import parse, parse_json
+from tipl.sealed import load_arrays, save_arrays
+
+MAX_SIZE = 2**20
+"""Of anything that a model has or can take."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,16 +52,25 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name in ("n_components", "n_layer", "n_head", "d_model", "d_ff", "max_len"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"ModelConfig: {name} must be a positive int, got {value!r}")
+            if not isinstance(value, int) or not 1 <= value <= MAX_SIZE:
+                raise ValueError(f"ModelConfig: {name} must be an int in [1, {MAX_SIZE}], got {value!r}")
         if self.d_model % self.n_head:
             raise ValueError(f"ModelConfig: d_model must be a multiple of n_head = {self.n_head}, got {self.d_model}")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"ModelConfig: dropout must lie in [0, 1), got {self.dropout}")
+        for name in ("diff_scale", "out_scale"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"ModelConfig: {name} must be finite, got {getattr(self, name)}")
 
     @property
     def token_width(self) -> int:
         return 2 * self.n_components + 1
+
+    @property
+    def num_matrix_parameters(self) -> int:
+        """Parameters in the blocks' matrices and the positions: most of all, without building a model."""
+        of_block = self.d_model * (4 * self.d_model + 2 * self.d_ff)
+        return self.n_layer * of_block + self.max_len * self.d_model
 
 
 KeyValues = tuple[Tensor, Tensor]
@@ -166,15 +182,25 @@ class TrajectoryTransformer(nn.Module):
             )
 
 
+@dataclasses.dataclass(frozen=True)
+class BareFolder:
+    """What every config.json of a model folder holds; `Forecaster` knows what more."""
+
+    format: Literal["tipl-model"]
+    version: Literal[1]
+    model: ModelConfig
+
+
 def save_model(model: TrajectoryTransformer, folder: Path, extra: dict[str, Any] | None = None) -> None:
-    """Write `config.json` and `model.safetensors` into `folder`, each whole or not at all.
+    """Write `config.json`, `model.safetensors` and the manifest of all that is in `folder`, each whole or not at all.
 
     `extra` holds what the forecaster's user needs beside the sizes (environment, basis, training trials): plain JSON.
     """
     folder.mkdir(parents=True, exist_ok=True)
     config = {"format": "tipl-model", "version": 1, "model": dataclasses.asdict(model.config), **(extra or {})}
-    write_atomically(folder / "model.safetensors", safetensors.torch.save(model.state_dict()))
+    save_arrays(folder / "model.safetensors", arrays_of(model))
     write_atomically(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+    write_manifest(folder)
 
 
 def load_model(folder: Path) -> tuple[TrajectoryTransformer, dict[str, Any]]:
@@ -182,22 +208,40 @@ def load_model(folder: Path) -> tuple[TrajectoryTransformer, dict[str, Any]]:
 
     Raises FileNotFoundError where a file is missing, RuntimeError where one is damaged or the two do not fit.
     """
-    for name in ("config.json", "model.safetensors"):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"load_model: {folder} is no model folder: {name} is missing")
+    config_path, model_path = folder / "config.json", folder / "model.safetensors"
+    for path in (config_path, model_path):
+        if not path.is_file():
+            raise FileNotFoundError(f"load_model: {folder} is no model folder: {path.name} is missing")
+    document = parse_json(read_file(config_path), config_path)
+    config = parse(BareFolder, document, config_path, more=True).model
+    arrays, _ = load_arrays(model_path, "load_model")
+    # Before a model of such sizes is built.
+    if config.num_matrix_parameters > sum(array.size for array in arrays.values()):
+        raise RuntimeError(f"load_model: {model_path} does not fit its config.json: it holds too few parameters")
+    model = TrajectoryTransformer(config)
     try:
-        config = json.loads((folder / "config.json").read_text())
-        if config.get("format") != "tipl-model" or config.get("version") != 1:
-            raise ValueError("format must be 'tipl-model', version 1")
-        model = TrajectoryTransformer(ModelConfig(**config["model"]))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise RuntimeError(f"load_model: {folder / 'config.json'} is damaged: {error}") from error
-    try:
-        model.load_state_dict(safetensors.torch.load_file(folder / "model.safetensors"), strict=True)
-    except (RuntimeError, safetensors.SafetensorError) as error:
-        raise RuntimeError(
-            f"load_model: {folder / 'model.safetensors'} does not fit its config.json: {error}"
-        ) from error
-    if not all(parameter.isfinite().all() for parameter in model.parameters()):
-        raise RuntimeError(f"load_model: {folder / 'model.safetensors'} holds NaN or Inf")
-    return model.eval(), config
+        set_arrays(model, arrays)
+    except ValueError as error:
+        raise RuntimeError(f"load_model: {model_path} does not fit its config.json: {error}") from error
+    return model.eval(), document
+
+
+def arrays_of(module: nn.Module) -> dict[str, NDArray[Any]]:
+    """Return the parameters and buffers of a module as arrays, by name."""
+    return {name: tensor.detach().cpu().numpy() for name, tensor in module.state_dict().items()}
+
+
+def set_arrays(module: nn.Module, arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Give a module what `arrays_of` returned. Raises ValueError where the arrays are others, or not finite."""
+    expected = {name: (tuple(tensor.shape), tensor.numpy().dtype) for name, tensor in module.state_dict().items()}
+    found = {name: (array.shape, array.dtype) for name, array in arrays.items()}
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            raise ValueError(f"{name} must be {_described(expected.get(name))}, got {_described(found.get(name))}")
+        if not np.isfinite(arrays[name]).all():
+            raise ValueError(f"{name} holds NaN or Inf")
+    module.load_state_dict({name: torch.from_numpy(array.copy()) for name, array in arrays.items()})
+
+
+def _described(kind: tuple[tuple[int, ...], np.dtype[Any]] | None) -> str:
+    return "absent" if kind is None else f"{kind[1]} of shape {kind[0]}"

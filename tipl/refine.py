@@ -20,15 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors
-import safetensors.torch
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tipl.locations import write_atomically
+from tipl.model import arrays_of, set_arrays
 from tipl.policy import Layout
+from tipl.sealed import load_arrays, save_arrays
 
 LAGS = tuple(0.1 * i for i in range(10))
 """Where a weight's past is looked at, as shares of the prefix; then the last checkpoint but one."""
@@ -190,22 +189,20 @@ class Refiner(nn.Module):
         return torch.stack(refined).numpy()
 
     def save(self, path: Path) -> None:
-        sizes = {"hidden": str(self.hidden), "max_len": str(self.max_len)}
-        write_atomically(path, safetensors.torch.save(self.state_dict(), metadata=sizes))
+        save_arrays(path, arrays_of(self), {"hidden": self.hidden, "max_len": self.max_len})
 
     @classmethod
     def load(cls, path: Path) -> "Refiner":
         """Return the refiner in `path`. Raises FileNotFoundError or, where the file is damaged, RuntimeError."""
         if not path.is_file():
             raise FileNotFoundError(f"Refiner.load: there is no file {path}")
+        arrays, record = load_arrays(path, "Refiner.load")
         try:
-            with safetensors.safe_open(path, "pt") as file:
-                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, the file is no mapping
-                sizes = {name: int(value) for name, value in (file.metadata() or {}).items()}
-            refiner = cls(**sizes)
-            refiner.load_state_dict(state)
-        except (safetensors.SafetensorError, RuntimeError, TypeError, ValueError) as error:
+            hidden, max_len = int(record["hidden"]), int(record["max_len"])
+            if hidden < 1 or max_len < 1 or arrays["middle.weight"].shape != (hidden, hidden):
+                raise ValueError(f"hidden = {hidden} and max_len = {max_len} do not fit its arrays")
+            refiner = cls(hidden, max_len)
+            set_arrays(refiner, arrays)
+        except (LookupError, TypeError, ValueError) as error:
             raise RuntimeError(f"Refiner.load: {path} is damaged: {error}") from error
-        if not all(parameter.isfinite().all() for parameter in refiner.parameters()):
-            raise RuntimeError(f"Refiner.load: {path} holds NaN or Inf")
         return refiner.eval()

@@ -19,8 +19,11 @@ import numpy as np
 
 from tipl.collect import collect, is_complete
 from tipl.evaluate import EvaluateConfig, evaluate
-from tipl.locations import folder_aside, write_atomically
+from tipl.locations import write_atomically
+from tipl.manifest import NAME as MANIFEST
+from tipl.manifest import read_listed, write_manifest
 from tipl.ppo import PPOConfig
+from tipl.publishing import claimed, remove, remove_left_behind
 from tipl.report import write_report
 from tipl.report.reproduction import Part, write_reproduction
 from tipl.report.results import read_results
@@ -183,16 +186,19 @@ def reproduce(
     given = {env_id: _given_store(env_id, path) for env_id, path in (stores or {}).items()}
     seconds = StageSeconds(output / "seconds.json")
     runs = experiments(output)
-    try:
-        for it in runs:
-            store = None if it.regime.shared_init else given.get(it.env_id)
-            if store is None:
-                store = _collected(it, runs, seconds, num_threads, progress)
-            on_stage("store", str(store.path))
-            _run(it, store, seconds, num_threads, on_stage, progress)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"reproduce: what is finished is kept in {output}; the same command goes on") from None
-    return _write_joint(output, runs, seconds.read())
+    with claimed(output, "reproduce"):
+        remove_left_behind(output)
+        try:
+            for it in runs:
+                store = None if it.regime.shared_init else given.get(it.env_id)
+                if store is None:
+                    store = _collected(it, runs, seconds, num_threads, progress)
+                on_stage("store", str(store.path))
+                _run(it, store, seconds, num_threads, on_stage, progress)
+        except KeyboardInterrupt:
+            kept = f"reproduce: what is finished is kept in {output}; the same command goes on"
+            raise KeyboardInterrupt(kept) from None
+        return _write_joint(output, runs, seconds.read())
 
 
 def _given_store(env_id: str, path: str | Path) -> Store:
@@ -265,8 +271,8 @@ def _run(
     if not it.model.exists():
         if it.evaluation.exists():
             raise FileExistsError(f"reproduce: the model of {it.evaluation} is gone: remove that folder to train again")
-        with seconds.of(f"{it.name}/train"), folder_aside(it.model) as aside:
-            train(store, aside, config, num_threads=num_threads, progress=progress)
+        with seconds.of(f"{it.name}/train"):
+            train(store, it.model, config, num_threads=num_threads, progress=progress)
     forecaster = Forecaster.load(it.model)
     if forecaster.config["train"] != json.loads(json.dumps(dataclasses.asdict(config))):
         raise ValueError(f"reproduce: {it.model} was trained with other settings: choose another output, or remove it")
@@ -278,11 +284,11 @@ def _run(
         it.report.unlink(missing_ok=True)  # of an evaluation that is gone
         known = seconds.read()
         earlier = {"collect": f"{it.env_id}/{it.store.stem}/collect", "train": f"{it.name}/train"}
-        with seconds.of(f"{it.name}/evaluate"), folder_aside(it.evaluation) as aside:
+        with seconds.of(f"{it.name}/evaluate"):
             evaluate(
                 store,
                 forecaster,
-                aside,
+                it.evaluation,
                 it.regime.evaluate_config(it.task),
                 num_threads=num_threads,
                 seconds={stage: known[name] for stage, name in earlier.items() if name in known},
@@ -305,9 +311,9 @@ def _run(
 def _write_joint(output: Path, runs: list[Experiment], seconds: dict[str, float]) -> Path:
     """Write the page, its figures and results.json, unless they are there already; return the path of the page.
 
-    results.json comes last: where it holds what it should, the page is of it.
+    The manifest comes last: where it is there and results.json holds what it should, the page is of it.
     """
-    documents = {it.name: json.loads(it.results.read_text()) for it in runs}
+    documents = {it.name: json.loads(read_listed(it.results)) for it in runs}
     first = documents[runs[0].name]
     joint: dict[str, Any] = {
         "format": "tipl-reproduction",
@@ -320,7 +326,7 @@ def _write_joint(output: Path, runs: list[Experiment], seconds: dict[str, float]
     }
     data = (json.dumps(joint, allow_nan=False) + "\n").encode()
     page, target = output / "reproduction.html", output / "results.json"
-    if page.exists() and target.exists() and target.read_bytes() == data:
+    if page.exists() and (output / MANIFEST).exists() and read_listed(target) == data:
         return page
     parts = [
         Part(
@@ -332,6 +338,8 @@ def _write_joint(output: Path, runs: list[Experiment], seconds: dict[str, float]
         )
         for it in runs
     ]
+    remove(output / MANIFEST)  # until all that it lists is there
     write_reproduction(page, parts, seconds=seconds)
     write_atomically(target, data)
+    write_manifest(output)
     return page

@@ -4,6 +4,7 @@ Shapes  B trials, p weights, k = n_components, h = prefix_end, n = horizon.
 """
 
 import dataclasses
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,14 @@ from numpy.typing import NDArray
 from tipl.basis import Basis, Centre
 from tipl.confidence import Confidence, Strides, features_of
 from tipl.decoder import continue_paths
-from tipl.model import TrajectoryTransformer, load_model, save_model
+from tipl.manifest import check_folder
+from tipl.model import BareFolder, TrajectoryTransformer, load_model, save_model
 from tipl.policy import Layout, layout_from_dict
 from tipl.refine import Refiner
+from tipl.schema import parse
+from tipl.sealed import UncheckedWarning
 from tipl.store import Store
+from tipl.training_data import Split, TrainConfig
 
 PRETRAINED = Path(__file__).with_name("pretrained")
 """The model folder that comes with tipl."""
@@ -84,6 +89,38 @@ def _along(start: NDArray[np.float32], weights: NDArray[np.float32], share: floa
 
 
 @dataclasses.dataclass(frozen=True)
+class TrainedOn:
+    """What config.json says of a store that taught the forecaster."""
+
+    env_id: str
+    policy: dict[str, Any]
+    seeds: list[int]
+    split: Split
+
+    def __post_init__(self) -> None:
+        layout_from_dict(self.policy)
+        for trial in self.split.train + self.split.validation + self.split.heldout:
+            if not 0 <= trial < len(self.seeds):
+                raise ValueError(f"split: trials must lie in [0, {len(self.seeds)}), got {trial}")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedFolder(BareFolder):
+    """What config.json of a folder that `train` wrote holds."""
+
+    stores: list[TrainedOn]
+    num_checkpoints: int
+    train: TrainConfig
+    calibrated_on: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.num_checkpoints != self.model.max_len:
+            raise ValueError(
+                f"num_checkpoints must be the model's max_len, {self.model.max_len}, got {self.num_checkpoints}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
 class Forecaster:
     """A trained Transformer, the basis that it speaks in, and what refines its forecasts."""
 
@@ -103,12 +140,24 @@ class Forecaster:
 
     @classmethod
     def load(cls, folder: str | Path) -> "Forecaster":
-        """Return the forecaster in a model folder written by `train`.
+        """Return the forecaster in a model folder written by `train`; one without checksums, of an older tipl's, warns.
 
-        Raises FileNotFoundError where a file is missing, RuntimeError where one is damaged.
+        Raises FileNotFoundError where a file is missing, RuntimeError where one is damaged or of another folder.
         """
         folder = Path(folder)
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(f"Forecaster.load: {folder} is no model folder: config.json is missing")
+        has_manifest = check_folder(folder)
+        with warnings.catch_warnings():
+            if not has_manifest:
+                warnings.simplefilter("ignore", UncheckedWarning)  # of each file: one of the folder is enough
+            return cls._load(folder)
+
+    @classmethod
+    def _load(cls, folder: Path) -> "Forecaster":
         model, config = load_model(folder)
+        if "train" in config:
+            parse(TrainedFolder, config, folder / "config.json")
         shared = config.get("train", {}).get("basis") == "shared"
         basis = Basis.load(folder / "basis.safetensors") if shared else None
         if basis is not None and basis.n_components != model.config.n_components:
@@ -129,7 +178,7 @@ class Forecaster:
         return cls(model, basis, centre, refiner, confidence, strides, config)
 
     def save(self, folder: Path) -> None:
-        """Write a model folder, config.json last: a folder that has one is whole."""
+        """Write a model folder, its manifest last, which lists all files in it."""
         parts = {
             "basis": self.shared_basis,
             "centre": self.centre,

@@ -1,12 +1,12 @@
 """What each stage of a run took, kept in a file so that a resumed run still knows."""
 
 import contextlib
-import json
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from tipl.locations import write_atomically
+from tipl.sealed import load_json, save_json
 
 
 class StageSeconds:
@@ -16,12 +16,18 @@ class StageSeconds:
         self.path = path
 
     def read(self) -> dict[str, float]:
-        return dict(json.loads(self.path.read_text())) if self.path.exists() else {}
+        """Return stage -> seconds. Raises RuntimeError where the file is damaged."""
+        if not self.path.exists():
+            return {}
+        seconds = load_json(self.path, "seconds")
+        for stage, value in seconds.items():
+            if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+                raise RuntimeError(f"seconds: {self.path}: {stage} must be a number of seconds, got {value!r}")
+        return seconds
 
     @contextlib.contextmanager
     def of(self, stage: str) -> Iterator[None]:
         started = time.perf_counter()
         yield
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        seconds = {**self.read(), stage: time.perf_counter() - started}
-        write_atomically(self.path, (json.dumps(seconds) + "\n").encode())
+        save_json(self.path, {**self.read(), stage: time.perf_counter() - started})

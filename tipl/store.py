@@ -20,6 +20,7 @@ Several writers may append to one store, each to trials of its own.
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -216,6 +217,13 @@ class Store:
 
     def __repr__(self) -> str:
         return f"Store({str(self.path)!r}: {self.num_trials} trials of {self.env_id}, p = {self.policy.num_params})"
+
+    def fingerprint(self) -> str:
+        """Return a hash of what the store's documents say: its settings, and each trial's commit record."""
+        documents: dict[str, Any] = {"store": read_group(self.path, f"store {self.path}")}
+        records = self._for_trials(lambda i: read_group(self.path / trial_name(i), f"trial {i}"), range(len(self)))
+        documents["trials"] = records
+        return hashlib.sha256(json.dumps(documents, sort_keys=True).encode()).hexdigest()
 
     def summary(self) -> str:
         """Return one line: trials, checkpoints, weights, megabytes, and the trials' mean last return."""

@@ -8,28 +8,33 @@ Shapes  B batch, T checkpoints, k = n_components, h = prefix_end.
 import contextlib
 import copy
 import dataclasses
+import importlib.metadata
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.tensorboard import SummaryWriter
 
+from tipl import _core
 from tipl.calibrate import calibrate
 from tipl.cluster import connected
+from tipl.curves import EventFile
 from tipl.locations import write_atomically
 from tipl.model import ModelConfig, TrajectoryTransformer
 from tipl.progress import progress_bar
+from tipl.publishing import published
 from tipl.rollout import Forecaster
 from tipl.store import Store
 from tipl.train_refiner import train_refiner
 from tipl.training_data import Batch, Source, TrainConfig, TrainingData, load_training_data
+from tipl.training_state import SavedState, pack, part_of, unpack
 
 
 def loss_of(model: TrajectoryTransformer, batch: Batch, noise: Tensor, *, teacher_forced: bool) -> Tensor:
@@ -123,6 +128,29 @@ class Trainer:
         progress = step / self.config.steps
         return min(1.0, (progress + 1 / self.config.steps) / 0.1) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
 
+    def state(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+        """Return all that decides how training goes on, as arrays and plain JSON."""
+        modules: dict[str, nn.Module | Mapping[str, Tensor]] = {
+            "model": self.model,
+            "average": self.average,
+            "best": self.best.state,
+        }
+        arrays, record = pack(modules, self.optimizer, [self.generator])
+        return arrays, record | {
+            "step": self.step_count,
+            "best_step": self.best.step,
+            "best_error": self.best.error if math.isfinite(self.best.error) else None,
+        }
+
+    def set_state(self, arrays: Mapping[str, NDArray[Any]], record: Mapping[str, Any]) -> None:
+        """Go on from a state of an equal trainer."""
+        unpack(arrays, record, {"model": self.model, "average": self.average}, self.optimizer, [self.generator])
+        self.step_count = record["step"]
+        self.schedule.last_epoch, self.schedule._step_count = self.step_count, self.step_count + 1
+        best = {name: torch.from_numpy(array.copy()) for name, array in part_of(arrays, "best").items()}
+        error = math.inf if record["best_error"] is None else record["best_error"]
+        self.best = Best(record["best_step"], error, best)
+
     def validate(self) -> float:
         """Return the validation error of the averaged weights, and remember them if none were better."""
         error = self.data.validation.error(self.average)
@@ -154,33 +182,56 @@ def train(
     Writes model.safetensors, centre.safetensors, refiner.safetensors, confidence.safetensors and strides.safetensors
     (where the simulator can run the policies, on `num_threads` cores), config.json (sizes, the splits, the training
     settings), training.json (curves), TensorBoard events in tb/ and, for a shared basis, basis.safetensors, which with
-    `ray` is fitted on the Ray cluster at that address ("local": one that is started here).
+    `ray` is fitted on the Ray cluster at that address ("local": one that is started here). manifest.json has the
+    checksums of all.
 
-    Raises FileExistsError where `output` exists, ValueError where a store has too few trials or checkpoints, or the
-    paths of several have not one length.
+    What was cut off goes on with the same arguments, and comes out the same to the bit (on the CPU, where stores,
+    versions and torch's threads are the same; otherwise it starts again).
+
+    Raises FileExistsError where `output` exists, OutputInUse where another process is making it, ValueError where a
+    store has too few trials or checkpoints, or the paths of several have not one length.
     """
     output = Path(output)
-    if output.exists():
-        raise FileExistsError(f"train: output {output} exists already; choose another folder or remove it")
     if ray is not None and config.basis != "shared":
         raise ValueError(f"train: ray is for fitting a shared basis, but basis is {config.basis!r}")
-    sources = [Source.of(it, config) for it in ([store] if isinstance(store, Store) else store)]
-    if not sources:
-        raise ValueError("train: store must be a store or several, got none")
+    with published(output, "train", resumable=True) as aside:
+        sources = [Source.of(it, config) for it in ([store] if isinstance(store, Store) else store)]
+        if not sources:
+            raise ValueError("train: store must be a store or several, got none")
+        forecaster, summary = _trained(sources, config, aside, num_threads=num_threads, ray=ray, progress=progress)
+        write_atomically(aside / "training.json", (json.dumps(summary) + "\n").encode())
+        forecaster.save(aside)
+    return output
+
+
+def _trained(
+    sources: Sequence[Source],
+    config: TrainConfig,
+    folder: Path,
+    *,
+    num_threads: int | None,
+    ray: str | None,
+    progress: bool,
+) -> tuple[Forecaster, dict[str, Any]]:
+    """Return the forecaster and what training.json says of its training, whose states are saved in `folder`."""
     with contextlib.nullcontext() if ray is None else connected(ray) as cluster:
         data = load_training_data(sources, config, cluster)
     started = time.perf_counter()
+    # A GPU's random numbers and sums do not repeat, and it needs less time.
+    settings, states = _settings(sources, config), folder if config.device == "cpu" else None
+    folder.mkdir(exist_ok=True)
+    transformer, refining = (SavedState(states, part, settings) for part in ("transformer", "refiner"))
     with torch.random.fork_rng():  # the caller's random numbers go on as if nothing had been trained
         torch.manual_seed(config.seed)
         trainer = Trainer(data, config)
-        curve = fit(trainer, output / "tb", progress)
+        curve = fit(trainer, folder / "tb", progress, transformer)
         model = trainer.average.cpu()
         model.load_state_dict(trainer.best.state)
         centre = data.examples.centre
         judged = [case.prefix_end for case in data.validation.cases]
         trust = np.interp(centre.ends, judged, data.validation.trust(model))
         forecaster = Forecaster(model, data.shared_basis, dataclasses.replace(centre, trust=trust))
-        refined = train_refiner(forecaster, sources, judged, config, progress=progress)
+        refined = train_refiner(forecaster, sources, judged, config, progress=progress, saved=refining)
     parts: list[nn.Module] = [model]
     if refined is not None:
         forecaster = dataclasses.replace(forecaster, refiner=refined.refiner)
@@ -188,6 +239,8 @@ def train(
     calibration = calibrate(forecaster, sources, config, num_threads=num_threads, progress=progress)
     if calibration is not None:
         forecaster = dataclasses.replace(forecaster, **vars(calibration))
+    transformer.remove()
+    refining.remove()
     summary: dict[str, Any] = {
         **curve,
         "seconds": time.perf_counter() - started,
@@ -197,7 +250,6 @@ def train(
     }
     if refined is not None:
         summary |= {"refined_error": refined.error, "unrefined_error": refined.unrefined_error}
-    write_atomically(output / "training.json", (json.dumps(summary) + "\n").encode())
     stores = [
         {
             "env_id": source.store.env_id,
@@ -212,33 +264,56 @@ def train(
         "num_checkpoints": sources[0].num_checkpoints,
         "train": dataclasses.asdict(config),
     }
-    dataclasses.replace(forecaster, config=config_json).save(output)
-    return output
+    return dataclasses.replace(forecaster, config=config_json), summary
 
 
-def fit(trainer: Trainer, events: Path, progress: bool) -> dict[str, list[float]]:
+def _settings(sources: Sequence[Source], config: TrainConfig) -> dict[str, Any]:
+    """Return what decides the bits of a training, as plain JSON."""
+    return {
+        "train": dataclasses.asdict(config),
+        "stores": [source.store.fingerprint() for source in sources],
+        "versions": {name: importlib.metadata.version(name) for name in ("tipl", "torch", "numpy")},
+        "cpu": [torch.backends.cpu.get_cpu_capability(), _core.isa(), torch.get_num_threads()],
+    }
+
+
+def fit(trainer: Trainer, events: Path, progress: bool, saved: SavedState | None = None) -> dict[str, list[float]]:
     """Train until the last step or until validation has had enough; return the curves for training.json.
 
-    TensorBoard's events go to the folder `events`; what did best is in `trainer.best`.
+    TensorBoard's events go to the folder `events`; what did best is in `trainer.best`. With `saved`, states are kept
+    there, and training goes on from the one that is there.
     """
     steps, patience = trainer.config.steps, trainer.config.patience
     curve: dict[str, list[float]] = {"steps": [], "train_loss": [], "validation_error": []}
     every = max(1, steps // Trainer.VALIDATIONS)
     since_validation: list[float] = []
-    with SummaryWriter(str(events)) as writer, progress_bar(progress) as bar:
-        task = bar.add_task("train", total=steps, note="")
-        for step in range(1, steps + 1):
-            since_validation.append(trainer.step())
-            writer.add_scalar("losses/train_relative_error", since_validation[-1], step)
-            bar.update(task, advance=1)
-            if step % every and step != steps:
-                continue
-            error = trainer.validate()
-            writer.add_scalar("losses/validation_relative_weight_error", error, step)
-            for name, value in zip(curve, (step, float(np.mean(since_validation)), error), strict=True):
-                curve[name].append(value)
-            since_validation.clear()
-            bar.update(task, note=f"validation error {error:.3f}, best {trainer.best.error:.3f}")
-            if step - trainer.best.step >= patience * every:
+    state = None if saved is None else saved.load()
+    if state is not None:
+        trainer.set_state(*state)
+        curve, since_validation = state[1]["curve"], state[1]["since_validation"]
+    file: EventFile | None = EventFile(events, trainer.step_count + 1)
+
+    def whole_state() -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+        arrays, record = trainer.state()
+        return arrays, record | {"curve": curve, "since_validation": since_validation}
+
+    with progress_bar(progress) as bar:
+        task = bar.add_task("train", total=steps, completed=trainer.step_count, note="")
+        for step in range(trainer.step_count + 1, steps + 1):
+            if step - 1 - trainer.best.step >= patience * every and (step - 1) % every == 0:
                 break
+            since_validation.append(trainer.step())
+            values = {"losses/train_relative_error": since_validation[-1]}
+            if step % every == 0 or step == steps:
+                error = trainer.validate()
+                values["losses/validation_relative_weight_error"] = error
+                for name, value in zip(curve, (step, float(np.mean(since_validation)), error), strict=True):
+                    curve[name].append(value)
+                since_validation.clear()
+                bar.update(task, note=f"validation error {error:.3f}, best {trainer.best.error:.3f}")
+            if file is not None and not file.write(step, values):
+                file = None
+            bar.update(task, advance=1)
+            if saved is not None:
+                saved.save_if_due(whole_state)
     return curve

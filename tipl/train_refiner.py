@@ -8,7 +8,8 @@ stands for, so that the sums over the sample are without bias those over all wei
 
 import copy
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from tipl.progress import progress_bar
 from tipl.refine import Observed, Refiner
 from tipl.rollout import Forecaster
 from tipl.training_data import Source, TrainConfig
+from tipl.training_state import SavedState, pack, unpack
 
 SAMPLE = 1024
 """Weights of a trial that are learned from, about."""
@@ -140,10 +142,12 @@ def train_refiner(
     config: TrainConfig,
     *,
     progress: bool = True,
+    saved: SavedState | None = None,
 ) -> Refined | None:
     """Return a refiner of what `forecaster` forecasts, judged at the prefix ends `judged`; None for refine_steps = 0.
 
-    Each step learns from random trials of one store at one prefix end, at random horizons.
+    Each step learns from random trials of one store at one prefix end, at random horizons. With `saved`, states are
+    kept there, and training goes on from the one that is there.
     """
     if config.refine_steps == 0:
         return None
@@ -159,45 +163,84 @@ def train_refiner(
             training += load_examples(source, taught[:MAX_TRIALS], forecaster, ends, config.seed)
             validation += load_examples(source, choosing, forecaster, judged, config.seed)
             bar.advance(task, len(taught))
-    generator = torch.Generator().manual_seed(config.seed)
-    refiner = Refiner(config.d_refine, num_checkpoints)
-    average = copy.deepcopy(refiner).eval()
-    optimizer = torch.optim.AdamW(refiner.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=config.refine_steps)
-    unrefined = _validation_error(average, validation)
-    best = Refined(copy.deepcopy(average), unrefined, unrefined)
-    every = max(1, config.refine_steps // 20)
-
-    def draw(high: int, *size: int) -> Tensor:
-        return torch.randint(high, size, generator=generator)
-
+    training_run = _RefinerTraining(training, validation, config, num_checkpoints)
+    state = None if saved is None else saved.load()
+    if state is not None:
+        training_run.set_state(*state)
     with progress_bar(progress) as bar:
-        task = bar.add_task("refine", total=config.refine_steps, note="")
-        for step in range(1, config.refine_steps + 1):
-            examples = training[int(draw(len(training)))]
-            num_trials, num_weights = len(examples.distance), len(examples.count)
-            loss = examples.errors(
-                refiner,
-                draw(num_trials, BATCH_SIZE),
-                draw(len(HORIZONS), BATCH_SIZE),
-                draw(num_weights, min(BATCH_WEIGHTS, num_weights)),
-            ).mean()
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            nn.utils.clip_grad_norm_(refiner.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            with torch.no_grad():
-                decay = min(0.995, step / (step + 10))
-                for averaged, current in zip(average.parameters(), refiner.parameters(), strict=True):
-                    averaged.lerp_(current, 1.0 - decay)
+        task = bar.add_task("refine", total=config.refine_steps, completed=training_run.step_count, note="")
+        while training_run.step_count < config.refine_steps:
+            note = training_run.step()
             bar.advance(task)
-            if step % every == 0 or step == config.refine_steps:
-                error = _validation_error(average, validation)
-                if error < best.error:
-                    best = dataclasses.replace(best, refiner=copy.deepcopy(average), error=error)
-                bar.update(task, note=f"validation error {error:.3f}, best {best.error:.3f}, unrefined {unrefined:.3f}")
-    return best
+            if note is not None:
+                bar.update(task, note=note)
+            if saved is not None:
+                saved.save_if_due(training_run.state)
+    return training_run.best
+
+
+class _RefinerTraining:
+    """AdamW with one cycle of the learning rate, an average of the weights, and the validation that chooses."""
+
+    def __init__(
+        self, training: Sequence[Examples], validation: Sequence[Examples], config: TrainConfig, num_checkpoints: int
+    ) -> None:
+        self.training, self.validation, self.num_steps = training, validation, config.refine_steps
+        self.generator = torch.Generator().manual_seed(config.seed)
+        self.refiner = Refiner(config.d_refine, num_checkpoints)
+        self.average = copy.deepcopy(self.refiner).eval()
+        self.optimizer = torch.optim.AdamW(self.refiner.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
+            self.optimizer, LEARNING_RATE, total_steps=config.refine_steps
+        )
+        unrefined = _validation_error(self.average, validation)
+        self.best = Refined(copy.deepcopy(self.average), unrefined, unrefined)
+        self.step_count = 0
+
+    def step(self) -> str | None:
+        """Take one optimiser step; return, after each twentieth of them, what validation says."""
+        examples = self.training[int(self._draw(len(self.training)))]
+        num_trials, num_weights = len(examples.distance), len(examples.count)
+        loss = examples.errors(
+            self.refiner,
+            self._draw(num_trials, BATCH_SIZE),
+            self._draw(len(HORIZONS), BATCH_SIZE),
+            self._draw(num_weights, min(BATCH_WEIGHTS, num_weights)),
+        ).mean()
+        self.optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(self.refiner.parameters(), 1.0)
+        self.optimizer.step()
+        self.schedule.step()
+        self.step_count += 1
+        with torch.no_grad():
+            decay = min(0.995, self.step_count / (self.step_count + 10))
+            for averaged, current in zip(self.average.parameters(), self.refiner.parameters(), strict=True):
+                averaged.lerp_(current, 1.0 - decay)
+        if self.step_count % max(1, self.num_steps // 20) and self.step_count != self.num_steps:
+            return None
+        error = _validation_error(self.average, self.validation)
+        if error < self.best.error:
+            self.best = dataclasses.replace(self.best, refiner=copy.deepcopy(self.average), error=error)
+        return f"validation error {error:.3f}, best {self.best.error:.3f}, unrefined {self.best.unrefined_error:.3f}"
+
+    def _draw(self, high: int, *size: int) -> Tensor:
+        return torch.randint(high, size, generator=self.generator)
+
+    def state(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+        """Return all that decides how training goes on, as arrays and plain JSON."""
+        arrays, record = pack(self._modules(), self.optimizer, [self.generator])
+        return arrays, record | {"step": self.step_count, "best_error": self.best.error}
+
+    def set_state(self, arrays: Mapping[str, NDArray[Any]], record: Mapping[str, Any]) -> None:
+        """Go on from a state of an equal training."""
+        unpack(arrays, record, self._modules(), self.optimizer, [self.generator])
+        self.step_count = record["step"]
+        self.schedule.last_epoch, self.schedule._step_count = self.step_count, self.step_count + 1
+        self.best = dataclasses.replace(self.best, error=record["best_error"])
+
+    def _modules(self) -> dict[str, nn.Module]:
+        return {"refiner": self.refiner, "average": self.average, "best": self.best.refiner}
 
 
 @torch.inference_mode()

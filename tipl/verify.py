@@ -1,13 +1,18 @@
-"""Whether a store is whole: all checksums of all files are computed, and every problem is named, not only the first."""
+"""Whether what tipl wrote is whole: all checksums are computed, and every problem is named, not only the first."""
 
 import contextlib
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from tipl.locations import Location, location
+from tipl.manifest import NAME as MANIFEST
+from tipl.manifest import problems_in
 from tipl.progress import progress_bar
 from tipl.resume import Unfinished
+from tipl.sealed import UncheckedWarning, load_arrays, load_json
 from tipl.store import Store, read_commit, trial_name
 
 BAR_SECONDS = 2.0  # what takes longer shows a bar
@@ -15,7 +20,7 @@ BAR_SECONDS = 2.0  # what takes longer shows a bar
 
 @dataclass
 class Verification:
-    """What `verify_store` found."""
+    """What `verify` found."""
 
     problems: list[str] = field(default_factory=list)
     """One line each, naming the file and the rows; empty where all is well."""
@@ -23,6 +28,72 @@ class Verification:
     """Chunks that are whole."""
     num_bytes: int = 0
     """Of these chunks."""
+    whole: list[str] = field(default_factory=list)
+    """What was looked at and is whole, one line each."""
+
+    def summary(self) -> str:
+        """Return one line on what is whole."""
+        return "; ".join(self.whole)
+
+
+def verify(path: str | Location, *, progress: bool = False) -> Verification:
+    """Check all that tipl wrote at `path`: a store, a folder with a manifest, a file of its own, or a folder of these.
+
+    Nothing is changed. Raises FileNotFoundError where there is nothing, ValueError where there is nothing of tipl's.
+    """
+    path = location(path)
+    if not isinstance(path, Path) or _is_store(path):
+        return verify_store(path, progress=progress)
+    found = Verification()
+    if not path.exists():
+        raise FileNotFoundError(f"verify: there is no {path}")
+    if path.is_file():
+        if path.suffix not in LOADERS:
+            raise ValueError(f"verify: {path} is no file that tipl writes with a checksum")
+        _verify_file(path, found)
+    else:
+        _verify_folder(path, found, progress)
+    if not found.problems and not found.whole:
+        raise ValueError(f"verify: there is nothing in {path} that tipl writes with a checksum")
+    return found
+
+
+LOADERS = {".json": load_json, ".safetensors": load_arrays}
+"""Of files that hold their own checksum."""
+
+
+def _verify_folder(folder: Path, found: Verification, progress: bool) -> None:
+    """Check a folder and those in it, whose names begin with a dot only before they are complete."""
+    if (folder / MANIFEST).exists():
+        problems = problems_in(folder)
+        found.problems += problems
+        if not problems:
+            found.whole.append(f"the files of {folder}")
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
+            continue
+        if _is_store(path):
+            store = verify_store(path, progress=progress)
+            found.problems += store.problems
+            found.whole += store.whole
+        elif path.is_dir() and not path.is_symlink():
+            _verify_folder(path, found, progress)
+        elif path.suffix in LOADERS and not (folder / MANIFEST).exists():
+            _verify_file(path, found)
+
+
+def _verify_file(path: Path, found: Verification) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UncheckedWarning)
+        try:
+            LOADERS[path.suffix](path, "verify")
+            found.whole.append(str(path))
+        except (OSError, RuntimeError, UncheckedWarning) as error:
+            found.problems.append(str(error))
+
+
+def _is_store(path: Path) -> bool:
+    return (path / "zarr.json").exists() or (path / trial_name(0)).exists()
 
 
 def verify_store(path: str | Location, *, progress: bool = False) -> Verification:
@@ -56,6 +127,9 @@ def verify_store(path: str | Location, *, progress: bool = False) -> Verificatio
         for i, n in num_checkpoints.items():
             if n < most:
                 found.problems.append(f"trial {i}: has {n} checkpoints, others have {most}: an append was cut off")
+    if not found.problems:
+        checkpoints = f"{store.num_trials} trials x {min(num_checkpoints.values())} checkpoints"
+        found.whole.append(f"{checkpoints}, {found.num_chunks} chunks, {found.num_bytes / 1e6:.1f} MB")
     return found
 
 

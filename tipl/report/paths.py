@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from tipl.locations import write_atomically
 from tipl.progress import progress_bar
+from tipl.publishing import claimed
 from tipl.report.plots import NBSP, THEME, Mark, Panel, Plot, short_count
 from tipl.report.results import FloatArray
 from tipl.report.run_plots import MAX_CURVES
@@ -110,7 +111,8 @@ def plot_store(store: Store, path: str | Path, *, overwrite: bool = False, progr
     plot = store_plot(store.env_id, trials, [spectrum for spectrum in spectra if len(spectrum.singular_values)])
     data = plot.svg() if path.suffix == ".svg" else plot.png()
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, data)
+    with claimed(path, "plot"):
+        write_atomically(path, data)
 
 
 def store_plot(env_id: str, trials: Sequence[Trial], spectra: Sequence[PathSpectrum]) -> Plot:

@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors
 from numpy.typing import NDArray
+
+from tipl.manifest import read_listed
+from tipl.sealed import parse_safetensors
 
 FloatArray = NDArray[np.float64]
 
@@ -182,7 +184,7 @@ def read_results(path: Path) -> Results:
     if not path.is_file():
         raise FileNotFoundError(f"read_results: {path} does not exist; `tipl evaluate` writes it")
     try:
-        return _parse(path, json.loads(path.read_text(encoding="utf-8")))
+        return _parse(path, json.loads(read_listed(path)))
     except ValueError as error:  # of the JSON, of its encoding, and of `_parse`
         raise RuntimeError(f"read_results: {path} is damaged or not of tipl: {error}") from error
 
@@ -343,7 +345,7 @@ def read_training(path: Path) -> Training:
     if not path.is_file():
         raise FileNotFoundError(f"read_training: {path} does not exist; `tipl train` writes it")
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = json.loads(read_listed(path))
         if not isinstance(document, dict):
             raise ValueError("it must hold a JSON object")
         curves = {}
@@ -379,16 +381,17 @@ def read_coordinates(path: Path) -> list[CoordinatePath]:
     """Return the paths in `coordinates.safetensors`, by trial and prefix; RuntimeError names the file and the fault."""
     found = []
     try:
-        with safetensors.safe_open(path, framework="np") as file:
-            names = set(file.keys())
-            for match in filter(None, (re.fullmatch(r"(trial(\d+)_prefix(\d+)_)true", name) for name in names)):
-                stem = match[1]
-                true, forecast, h = (file.get_tensor(stem + part) for part in ("true", "tipl", "h"))
-                if true.ndim != 2 or true.shape != forecast.shape:
-                    raise ValueError(f"{stem}tipl must have the shape (T, k) = {true.shape}, got {forecast.shape}")
-                if h.shape != (1,) or not 0 <= int(h[0]) < len(true):
-                    raise ValueError(f"{stem}h must hold one index below T = {len(true)}, got {h.tolist()}")
-                found.append(CoordinatePath(int(match[2]), int(match[3]), int(h[0]), true, forecast))
-    except (safetensors.SafetensorError, ValueError) as error:
+        arrays, _ = parse_safetensors(read_listed(path))
+        for match in filter(None, (re.fullmatch(r"(trial(\d+)_prefix(\d+)_)true", name) for name in arrays)):
+            stem = match[1]
+            if missing := {f"{stem}tipl", f"{stem}h"} - arrays.keys():
+                raise ValueError(f"it lacks {min(missing)}")
+            true, forecast, h = (arrays[stem + part] for part in ("true", "tipl", "h"))
+            if true.ndim != 2 or true.shape != forecast.shape:
+                raise ValueError(f"{stem}tipl must have the shape (T, k) = {true.shape}, got {forecast.shape}")
+            if h.shape != (1,) or not 0 <= int(h[0]) < len(true):
+                raise ValueError(f"{stem}h must hold one index below T = {len(true)}, got {h.tolist()}")
+            found.append(CoordinatePath(int(match[2]), int(match[3]), int(h[0]), true, forecast))
+    except ValueError as error:
         raise RuntimeError(f"read_coordinates: {path} is damaged or not of tipl: {error}") from error
     return sorted(found, key=lambda path: (path.trial, path.percent))

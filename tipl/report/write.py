@@ -17,6 +17,9 @@ from typing import Any
 import numpy as np
 
 from tipl.locations import write_atomically
+from tipl.manifest import NAME as MANIFEST
+from tipl.manifest import write_manifest
+from tipl.publishing import claimed, published, remove
 from tipl.report import page, plots, run_plots, verdict
 from tipl.report.dynamics import dynamics_section
 from tipl.report.estimates import (
@@ -74,16 +77,14 @@ def write_report(
     `evaluation` is the folder that `tipl evaluate` wrote, `store` the trials that it judged, `training` the file
     `training.json` of the model. Nothing is written before the whole report is made, and the page comes last.
 
-    Raises FileExistsError where the report is there already and `overwrite` is not set, FileNotFoundError where
-    results are missing, RuntimeError where a file is damaged, ValueError where the results are not of this store.
+    Raises FileExistsError where `output` is a folder with something in it and `overwrite` is not set, FileNotFoundError
+    where results are missing, RuntimeError where a file is damaged, ValueError where the results are not of this store.
     """
     output, evaluation = Path(output), Path(evaluation)
-    targets = [output / "report.html", *(output / f"{name}.png" for name in FIGURES)]
     if output.exists() and not output.is_dir():
         raise FileExistsError(f"write_report: output must be a folder, but {output} is a file")
-    existing = [path for path in targets if path.exists()]
-    if existing and not overwrite:
-        raise FileExistsError(f"write_report: {existing[0]} exists; pass overwrite=True to make the report again")
+    if output.exists() and any(output.iterdir()) and not overwrite:
+        raise FileExistsError(f"write_report: {output} exists and is not empty; pass overwrite=True to write there")
 
     results = read_results(evaluation / "results.json")
     _check_store(results, store)
@@ -93,15 +94,28 @@ def write_report(
 
     report = _Report(results, store, losses, paths)
     body = report.body()  # makes the plots too
-    files = {output / f"{plot.name}.png": plot.png() for plot in report.plots}
-    output.mkdir(parents=True, exist_ok=True)
-    for path, data in files.items():
-        write_atomically(path, data)
-    for path in existing:
-        if path.suffix == ".png" and path not in files:
-            path.unlink()  # of an earlier report that had more to show
-    write_atomically(targets[0], page.document(f"tipl: {results.env_id}", body))
-    return targets[0]
+    files = {f"{plot.name}.png": plot.png() for plot in report.plots}
+    html = page.document(f"tipl: {results.env_id}", body)
+    if output.exists() and not any(output.iterdir()):
+        output.rmdir()
+    if not output.exists():
+        with published(output, "report") as aside:
+            _write_files(aside, files, html)
+        return output / "report.html"
+    with claimed(output, "report"):
+        remove(output / MANIFEST)  # until all that it lists is there
+        _write_files(output, files, html)
+        for name in {f"{name}.png" for name in FIGURES} - files.keys():
+            remove(output / name)  # of an earlier report that had more to show
+        write_manifest(output)
+    return output / "report.html"
+
+
+def _write_files(folder: Path, figures: Mapping[str, bytes], html: bytes) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, data in figures.items():
+        write_atomically(folder / name, data)
+    write_atomically(folder / "report.html", html)
 
 
 def _check_store(results: Results, store: Store) -> None:
