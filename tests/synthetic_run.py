@@ -9,6 +9,7 @@ import numpy as np
 import safetensors.numpy
 from numpy.typing import NDArray
 
+from tipl.manifest import write_manifest
 from tipl.policy import PolicySpec
 from tipl.report import write_report
 from tipl.report.results import Results, read_results
@@ -175,12 +176,15 @@ class Run:
         prefixes: tuple[float, ...] = PREFIXES,
         env_id: str = "InvertedPendulum-v5",
     ) -> None:
-        self.evaluation, self.output, self.training = folder / "evaluation", folder / "report", folder / "training.json"
+        self.evaluation, self.output = folder / "evaluation", folder / "report"
+        self.training = folder / "model" / "training.json"
         self.evaluation.mkdir(parents=True)
+        self.training.parent.mkdir()
         self.store = make_store(folder / "store.zarr", num_trials, 31, env_id)
         self.heldout = list(range(num_trials - num_heldout, num_trials))
         self.results = make_results(self.store, self.heldout, make_rows(self.store, self.heldout, prefixes))
         self.training.write_text(json.dumps(make_training()))
+        write_manifest(self.training.parent)
         coordinates = make_coordinates(self.store, self.heldout, prefixes)
         safetensors.numpy.save_file(coordinates, self.evaluation / "coordinates.safetensors")
         self.write()
@@ -192,7 +196,13 @@ class Run:
     def write(self) -> Path:
         path = self.evaluation / "results.json"
         path.write_text(json.dumps(self.results))
+        write_manifest(self.evaluation)
         return path
+
+    def leave_out(self, name: str) -> None:
+        """Let the evaluation be without a file."""
+        (self.evaluation / name).unlink()
+        write_manifest(self.evaluation)
 
     def read(self) -> Results:
         return read_results(self.write())

@@ -2,10 +2,10 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-import safetensors.torch
 import torch
 from reference import forecaster, random_forecaster
 
@@ -61,7 +61,11 @@ def test_model_folder_round_trip(tmp_path: Path) -> None:
     x, prefix_end = torch.randn(2, 9, 5), torch.tensor([4, 8])
     torch.testing.assert_close(loaded(x, prefix_end), model(x, prefix_end), rtol=0, atol=0)
     assert config["env_id"] == "X-v0"
-    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == [
+        "config.json",
+        "manifest.json",
+        "model.safetensors",
+    ]
 
 
 def test_damaged_model_folders(tmp_path: Path) -> None:
@@ -76,7 +80,7 @@ def test_damaged_model_folders(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"config\.json is damaged"):
         load_model(folder)
     (folder / "config.json").write_text(json.dumps(json.loads(config) | {"format": "else"}))
-    with pytest.raises(RuntimeError, match="format must be 'tipl-model'"):
+    with pytest.raises(RuntimeError, match="format: Input should be 'tipl-model', got 'else'"):
         load_model(folder)
     (folder / "config.json").write_text(config.replace('"d_model": 16', '"d_model": 18'))
     with pytest.raises(RuntimeError, match=r"model\.safetensors does not fit its config\.json"):
@@ -84,11 +88,12 @@ def test_damaged_model_folders(tmp_path: Path) -> None:
 
     (folder / "config.json").write_text(config)
     (folder / "model.safetensors").write_bytes(weights[:-7])
-    with pytest.raises(RuntimeError, match=r"model\.safetensors does not fit its config\.json"):
+    with pytest.raises(RuntimeError, match=r"model\.safetensors is damaged"):
         load_model(folder)
-    state = safetensors.torch.load(weights)
-    state["head.bias"][0] = float("nan")
-    (folder / "model.safetensors").write_bytes(safetensors.torch.save(state))
+    model = random_model()
+    with torch.no_grad():
+        model.head.bias[0] = float("nan")
+    save_model(model, folder)
     with pytest.raises(RuntimeError, match="holds NaN or Inf"):
         load_model(folder)
 
@@ -96,7 +101,7 @@ def test_damaged_model_folders(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"n_layer": 0}, "n_layer must be a positive int, got 0"),
+        ({"n_layer": 0}, r"n_layer must be an int in \[1, 1048576\], got 0"),
         ({"d_model": 17}, "d_model must be a multiple of n_head = 2, got 17"),
         ({"dropout": 1.0}, r"dropout must lie in \[0, 1\), got 1.0"),
     ],
@@ -114,3 +119,22 @@ def test_forward_rejections() -> None:
         model(torch.zeros(2, 9, 4), torch.zeros(2))
     with pytest.raises(ValueError, match="at most max_len = 24 checkpoints, got 25"):
         model.unroll(torch.zeros(2, 9, 5), 16)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"n_layer": 10**9}, r"model: ModelConfig: n_layer must be an int in \[1, 1048576\], got 1000000000"),
+        ({"n_layer": 10**6}, r"model\.safetensors does not fit its config\.json: it holds too few parameters"),
+        ({"n_layer": 1.5}, r"config\.json: model\.n_layer: Input should be a valid integer, .* got 1\.5"),
+        ({"n_layer": "3"}, r"config\.json: model\.n_layer: Input should be a valid integer, got '3'"),
+        ({"width": 3}, r"config\.json: model\.width: Unexpected keyword argument, got 3"),
+        ({"out_scale": float("inf")}, r"model: ModelConfig: out_scale must be finite, got inf"),
+    ],
+)
+def test_a_config_that_no_model_has_is_refused_by_field(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    save_model(random_model(), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model": config["model"] | change}))
+    with pytest.raises(RuntimeError, match=message):
+        load_model(tmp_path)

@@ -83,7 +83,7 @@ def page(run: Run) -> Page:
 def tiny(tmp_path: Path) -> Run:
     """A run that is quickly drawn, to change and damage."""
     run = Run(tmp_path, prefixes=(0.4,))
-    (run.evaluation / "coordinates.safetensors").unlink()
+    run.leave_out("coordinates.safetensors")
     return run
 
 
@@ -261,7 +261,7 @@ def test_best_predictor_is_marked_and_a_floor_never(run: Run, page: Page) -> Non
 def test_one_trial_no_coordinates_no_training_and_a_name_that_is_markup(tmp_path: Path) -> None:
     env_id = "<script>alert('$x_1$')</script>"
     run = Run(tmp_path, num_trials=2, num_heldout=1, prefixes=(0.4,), env_id=env_id)
-    (run.evaluation / "coordinates.safetensors").unlink()
+    run.leave_out("coordinates.safetensors")
     source = run.report(training=None).read_text()
     assert "<script" not in source
     assert "&lt;script&gt;" in source
@@ -357,7 +357,7 @@ def test_an_existing_report_is_kept(tiny: Run) -> None:
     tiny.output.mkdir()
     kept, stale = tiny.output / "report.html", tiny.output / "coordinates.png"
     kept.write_text("mine")
-    with pytest.raises(FileExistsError, match=r"report\.html exists; pass overwrite=True"):
+    with pytest.raises(FileExistsError, match=r"report exists and is not empty; pass overwrite=True"):
         tiny.report()
     assert kept.read_text() == "mine"
     stale.write_text("of an earlier report")

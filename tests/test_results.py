@@ -10,6 +10,7 @@ import pytest
 import safetensors.numpy
 from synthetic_run import Run, make_training
 
+from tipl.manifest import write_manifest
 from tipl.report.estimates import ranking
 from tipl.report.results import read_coordinates, read_results, read_training
 
@@ -151,6 +152,7 @@ def test_damaged_results_are_named(small: Run, damage: Any, message: str) -> Non
 def test_a_file_that_is_no_results_at_all(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "results.json"
     path.write_bytes(content)
+    write_manifest(tmp_path)
     with pytest.raises(RuntimeError, match=r"results\.json is damaged or not of tipl"):
         read_results(path)
 
@@ -167,6 +169,7 @@ def test_a_file_that_is_no_results_at_all(tmp_path: Path, content: bytes) -> Non
 def test_damaged_training_is_named(tmp_path: Path, key: str, value: Any, message: str) -> None:
     path = tmp_path / "training.json"
     path.write_text(json.dumps(make_training() | {key: value}))
+    write_manifest(tmp_path)
     with pytest.raises(RuntimeError, match=rf"training\.json is damaged or not of tipl: {message}"):
         read_training(path)
 
@@ -174,11 +177,12 @@ def test_damaged_training_is_named(tmp_path: Path, key: str, value: Any, message
 def test_damaged_coordinates_are_named(tmp_path: Path) -> None:
     path = tmp_path / "coordinates.safetensors"
     path.write_bytes(b"\0" * 20)
+    write_manifest(tmp_path)
     with pytest.raises(RuntimeError, match=r"coordinates\.safetensors is damaged or not of tipl"):
         read_coordinates(path)
     stem, paths = "trial3_prefix20_", np.zeros((5, 2), np.float32)
     for arrays, message in (
-        ({"true": paths, "tipl": paths}, "File does not contain tensor trial3_prefix20_h"),
+        ({"true": paths, "tipl": paths}, "it lacks trial3_prefix20_h"),
         (
             {"true": paths, "tipl": paths[:3], "h": np.array([1])},
             r"trial3_prefix20_tipl must have the shape .* \(5, 2\)",
@@ -189,5 +193,6 @@ def test_damaged_coordinates_are_named(tmp_path: Path) -> None:
         ),
     ):
         safetensors.numpy.save_file({stem + name: array for name, array in arrays.items()}, path)
+        write_manifest(tmp_path)
         with pytest.raises(RuntimeError, match=message):
             read_coordinates(path)

@@ -13,6 +13,7 @@ from test_train import TINY
 
 from tipl.basis import Basis
 from tipl.confidence import expected_calibration_error
+from tipl.manifest import write_manifest
 from tipl.model import ModelConfig
 from tipl.report.results import read_results
 from tipl.rollout import Forecaster
@@ -253,6 +254,7 @@ def test_gains_are_pooled_over_the_runs_of_several_evaluations(store, tmp_path, 
         (tmp_path / name).mkdir()
         results = make_results(store, heldout, make_rows(store, heldout))
         (tmp_path / name / "results.json").write_text(json.dumps(results))
+        write_manifest(tmp_path / name)
         parts.append(pool_gains.returns_of(read_results(tmp_path / name / "results.json"), 0.2, 0.26))
     found = pool_gains.shares(pool_gains.pooled(parts))
     gains = {name: sum((part[name] - part["persistence"]).sum() for part in parts) for name in ("tipl", "truth")}

@@ -1,8 +1,11 @@
 """Training: whole-trial splits, examples, the loss, and a run on synthetic paths."""
 
 import dataclasses
+import errno
 import json
+import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,9 +13,12 @@ import torch
 from synthetic_run import make_store
 from test_model import random_model
 
+import tipl.curves
+import tipl.training_state
 from tipl.basis import Basis, Centre, prefix_coordinates, trajectory_gram
 from tipl.rollout import Forecaster, rollout
 from tipl.train import Trainer, loss_of, train
+from tipl.train_refiner import _RefinerTraining
 from tipl.training_data import (
     Batch,
     Case,
@@ -288,6 +294,75 @@ def test_same_seed_same_model(tmp_path: Path) -> None:
         train(store, tmp_path / name, TrainConfig(**{**vars(TINY), "steps": 10, "seed": seed}), progress=False)
         weights.append((tmp_path / name / "model.safetensors").read_bytes())
     assert weights[0] == weights[1] != weights[2]
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """Return the files of a model folder, but for those that hold times."""
+    times = ("training.json", "manifest.json")
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.name not in times}
+
+
+@pytest.mark.parametrize(
+    "cut_off", [("Trainer", 1), ("Trainer", 33), ("_RefinerTraining", 1), ("_RefinerTraining", 17)]
+)
+def test_a_training_that_is_cut_off_goes_on_and_ends_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut_off: tuple[str, int]
+) -> None:
+    monkeypatch.setattr(tipl.training_state, "SAVE_SECONDS", 0.0)
+    store = make_store(tmp_path / "store.zarr", 8, 16)
+    whole = train(store, tmp_path / "whole", TINY, progress=False)
+    part, last = cut_off
+    kind = {"Trainer": Trainer, "_RefinerTraining": _RefinerTraining}[part]
+    step, steps_taken = kind.step, []
+
+    def failing_step(self: Any) -> Any:
+        if self.step_count == last and last not in steps_taken:
+            steps_taken.append(last)
+            raise KeyboardInterrupt
+        steps_taken.append(self.step_count)
+        return step(self)
+
+    monkeypatch.setattr(kind, "step", failing_step)
+    with pytest.raises(KeyboardInterrupt):
+        train(store, tmp_path / "model", TINY, progress=False)
+    assert not (tmp_path / "model").exists()
+    train(store, tmp_path / "model", TINY, progress=False)
+    assert steps_taken.count(last - 1) == 1  # what was done is not done again
+    assert files_of(tmp_path / "model") == files_of(whole)
+    curves = [json.loads((it / "training.json").read_text()) | {"seconds": 0} for it in (whole, tmp_path / "model")]
+    assert curves[0] == curves[1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "store.zarr", "whole"]
+
+
+def test_a_saved_state_of_other_settings_or_a_damaged_one_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tipl.training_state, "SAVE_SECONDS", 0.0)
+    store, other = make_store(tmp_path / "store.zarr", 8, 16), dataclasses.replace(TINY, seed=1)
+    whole = train(store, tmp_path / "whole", TINY, progress=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules["tipl.train"], "train_refiner", lambda *args, **kwargs: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(store, tmp_path / "model", other, progress=False)
+        kept = tmp_path / ".model.partial" / ".state_transformer.safetensors"
+        cut = kept.read_bytes()[:-9]
+    train(store, tmp_path / "model", TINY, progress=False)
+    assert files_of(tmp_path / "model") == files_of(whole)
+    (tmp_path / ".again.partial").mkdir()
+    (tmp_path / ".again.partial" / kept.name).write_bytes(cut)
+    with pytest.warns(UserWarning, match=r"is damaged: .*; training starts again"):
+        train(store, tmp_path / "again", TINY, progress=False)
+    assert files_of(tmp_path / "again") == files_of(whole)
+
+
+def test_a_full_disk_stops_tensorboard_and_not_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, events: list[Any]) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tipl.curves, "_append", full)
+    with pytest.warns(UserWarning, match=r"no more curves are written to .*tb: No space left on device"):
+        folder = train(make_store(tmp_path / "store.zarr", 8, 16), tmp_path / "model", TINY, progress=False)
+    assert Forecaster.load(folder).refiner is not None
 
 
 def test_a_shared_basis_goes_with_the_model(tmp_path: Path) -> None:

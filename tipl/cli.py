@@ -636,14 +636,22 @@ def main() -> None:
     except KeyboardInterrupt as interrupt:
         print(f"tipl: interrupted. {interrupt}".rstrip(), file=sys.stderr)
         sys.exit(130)
-    except (ValueError, RuntimeError, OSError, FloatingPointError) as error:
-        print(f"tipl: error: {error}", file=sys.stderr)
+    except (ValueError, RuntimeError, OSError, FloatingPointError, MemoryError) as error:
+        print(f"tipl: error: {_one_line(error)}", file=sys.stderr)
         sys.exit(2)
+
+
+def _one_line(error: Exception) -> str:
+    """Return what an error says, the file first that the system refused; control characters are escaped."""
+    text = str(error) or f"{type(error).__name__}"
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        text = f"{error.filename}: {error.strerror}"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text.replace("\n", " "))
 
 
 def _print_warning(message: Warning | str, *place: Any) -> None:
     """Print a warning as one line, without the line of code that it came from."""
-    print(f"tipl: warning: {message}", file=sys.stderr)
+    print(f"tipl: warning: {_one_line(message) if isinstance(message, Exception) else message}", file=sys.stderr)
 
 
 def _print_verification(path: str, found: Verification) -> None:

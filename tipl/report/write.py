@@ -18,7 +18,7 @@ import numpy as np
 
 from tipl.locations import write_atomically
 from tipl.manifest import NAME as MANIFEST
-from tipl.manifest import write_manifest
+from tipl.manifest import check_folder, write_manifest
 from tipl.publishing import claimed, published, remove
 from tipl.report import page, plots, run_plots, verdict
 from tipl.report.dynamics import dynamics_section
@@ -87,6 +87,7 @@ def write_report(
         raise FileExistsError(f"write_report: {output} exists and is not empty; pass overwrite=True to write there")
 
     results = read_results(evaluation / "results.json")
+    check_folder(evaluation)
     _check_store(results, store)
     losses = read_training(Path(training)) if training is not None else None
     coordinates = evaluation / "coordinates.safetensors"
