@@ -1,6 +1,7 @@
 """The command line as a user meets it: every stage once, one line for every mistake, nothing lost."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -14,11 +15,14 @@ import safetensors.numpy
 
 from tipl import cli
 from tipl.cli import main
+from tipl.publishing import claimed, published
+from tipl.sealed import UncheckedWarning, load_json
 from tipl.store import Store
 
 SHORT = ["--total-timesteps", "640"]
 PPO = ["--ppo.num-steps", "64", "--ppo.num-minibatches", "2", "--ppo.update-epochs", "1"]
 MODEL = ["--n-components", "4", "--n-layer", "1", "--n-head", "2", "--d-model", "16", "--steps", "10"]
+MODEL += ["--refine-steps", "20", "--confidence-trials", "2"]
 JUDGE = ["--prefixes", "0.5", "--horizons", "0.2", "--num-episodes", "1"]
 
 
@@ -48,7 +52,7 @@ def test_run_leaves_every_stage(finished_run: Path) -> None:
     assert Store.open(finished_run / "store.zarr").num_checkpoints == 11
     for name in ("model/model.safetensors", "evaluation/results.json", "report/report.html", "seconds.json"):
         assert (finished_run / name).stat().st_size > 0
-    assert set(json.loads((finished_run / "seconds.json").read_text())) == {"collect", "train"}
+    assert set(load_json(finished_run / "seconds.json", "test")) == {"collect", "train"}
 
 
 def test_stages_one_by_one_give_what_run_gives(
@@ -104,11 +108,19 @@ def test_resume_keeps_finished_stages(
         "run", "--output", output, "--num-trials", 4, "--total-timesteps", 640, *PPO,
         *[x.replace("--", "--train.") for x in MODEL], *[x.replace("--", "--evaluate.") for x in JUDGE],
     ]  # fmt: skip
+    assert tipl(monkeypatch, *command) == 0  # what was cut off goes on
+    assert (output / "model" / "model.safetensors").stat().st_mtime_ns == model
+    assert (output / "report" / "report.html").exists()
     assert tipl(monkeypatch, *command) == 2
     assert "choose another folder or pass --resume" in capsys.readouterr().err
     assert tipl(monkeypatch, *command, "--resume") == 0
-    assert (output / "model" / "model.safetensors").stat().st_mtime_ns == model
-    assert (output / "report" / "report.html").exists()
+    for name, value in (("--num-trials", 5), ("--train.steps", 11)):
+        other = command.copy()
+        other[other.index(name) + 1] = value
+        assert tipl(monkeypatch, *other, "--resume") == 2
+        began = f"was begun with {name[2:].replace('-', '_')} = {command[command.index(name) + 1]}, got {value}"
+        assert began in capsys.readouterr().err
+    (output / "run.json").unlink()  # of an older tipl, whose settings nobody knows but the store's
     command[command.index("--num-trials") + 1] = 5
     assert tipl(monkeypatch, *command, "--resume") == 2
     assert "--resume expects 11 checkpoints of 5 trials" in capsys.readouterr().err
@@ -124,12 +136,13 @@ def test_resume_goes_on_after_a_training_that_was_cut_off(
     whole = cli.train
 
     def cut_off(store: Store, folder: Path, *args: Any, **kwargs: Any) -> Path:
-        (folder / "tb").mkdir(parents=True)
-        raise KeyboardInterrupt
+        with published(folder, "train", resumable=True) as aside:
+            (aside / "tb").mkdir(parents=True)
+            raise KeyboardInterrupt
 
     command = [
         "run", "--output", output, "--num-trials", 4, "--total-timesteps", 640, *PPO,
-        *[x.replace("--", "--train.") for x in MODEL], *[x.replace("--", "--evaluate.") for x in JUDGE], "--resume",
+        *[x.replace("--", "--train.") for x in MODEL], *[x.replace("--", "--evaluate.") for x in JUDGE],
     ]  # fmt: skip
     monkeypatch.setattr(cli, "train", cut_off)
     assert tipl(monkeypatch, *command) == 130
@@ -210,6 +223,7 @@ def test_help_teaches(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
         "run",
         "demo",
         "reproduce",
+        "verify",
         "Example",
     ):
         assert name in text
@@ -235,3 +249,65 @@ def test_a_store_is_drawn_and_its_curves_go_where_they_are_asked_for(
     assert tipl(monkeypatch, *collect, "--tensorboard", curves) == 2
     assert "holds the curves of another collection" in capsys.readouterr().err
     assert not (tmp_path / "other.zarr").exists()
+
+
+def test_verify_finds_what_is_damaged_anywhere_in_a_run(
+    finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Path(shutil.copytree(finished_run, tmp_path / "run"))
+    assert tipl(monkeypatch, "verify", run) == 0
+    assert capsys.readouterr().out.startswith(f"ok         {run}: ")
+    damaged = ["model/centre.safetensors", "evaluation/results.json", "report/report.html", "seconds.json", "run.json"]
+    for name in damaged:
+        data = bytearray((run / name).read_bytes())
+        data[len(data) // 2] ^= 1
+        (run / name).write_bytes(data)
+    assert tipl(monkeypatch, "verify", run) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == f"damaged    {run}: {len(damaged)} problems"
+    for name in damaged:
+        assert any(str(run / name) in line for line in lines[:-1])
+    for command in (
+        ["evaluate", "--store", run / "store.zarr", "--model", run / "model", "--output", tmp_path / "e"],
+        ["report", "--store", run / "store.zarr", "--evaluation", run / "evaluation", "--output", tmp_path / "r"],
+    ):
+        assert tipl(monkeypatch, *command) == 2
+        assert "is damaged or of another folder" in capsys.readouterr().err
+
+
+def test_a_folder_of_an_older_tipl_is_read_with_one_line_of_warning(
+    finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = Path(shutil.copytree(finished_run / "model", tmp_path / "model"))
+    (model / "manifest.json").unlink()
+    for path in model.glob("*.safetensors"):
+        arrays = safetensors.numpy.load_file(path)
+        sizes = {"hidden": "64", "max_len": "11"} if path.stem == "refiner" else None
+        safetensors.numpy.save_file(arrays, path, sizes)
+    command = ["rollout", "--store", finished_run / "store.zarr", "--model", model, "--output", tmp_path / "f"]
+    with pytest.warns(UncheckedWarning) as warned:
+        assert tipl(monkeypatch, *command) == 0
+    assert len(warned) == 1
+
+
+def test_two_commands_that_make_one_output_do_not_meet(
+    finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["rollout", "--store", finished_run / "store.zarr", "--output", tmp_path / "f"]
+    with claimed(tmp_path / "f", "train"):
+        assert tipl(monkeypatch, *command) == 2
+    assert f"is being written by process {os.getpid()} on" in capsys.readouterr().err
+
+
+def test_urls_and_odd_names(
+    finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["rollout", "--store", f"file://{finished_run}/store.zarr", "--output"]
+    assert tipl(monkeypatch, *command, f"file://{tmp_path}/f.safetensors") == 0
+    assert (tmp_path / "f.safetensors").is_file()
+    assert tipl(monkeypatch, *command, "s3://bucket/f") == 2
+    assert "must be a local path" in capsys.readouterr().err
+    assert tipl(monkeypatch, "verify", tmp_path / "no\n\x1b[31mname") == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1
+    assert "\\x1b[31mname" in error

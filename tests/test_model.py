@@ -126,7 +126,7 @@ def test_forward_rejections() -> None:
     [
         ({"n_layer": 10**9}, r"model: ModelConfig: n_layer must be an int in \[1, 1048576\], got 1000000000"),
         ({"n_layer": 10**6}, r"model\.safetensors does not fit its config\.json: it holds too few parameters"),
-        ({"n_layer": 1.5}, r"config\.json: model\.n_layer: Input should be a valid integer, .* got 1\.5"),
+        ({"n_layer": 1.5}, r"config\.json: model\.n_layer: Input should be a valid integer, got 1\.5"),
         ({"n_layer": "3"}, r"config\.json: model\.n_layer: Input should be a valid integer, got '3'"),
         ({"width": 3}, r"config\.json: model\.width: Unexpected keyword argument, got 3"),
         ({"out_scale": float("inf")}, r"model: ModelConfig: out_scale must be finite, got inf"),

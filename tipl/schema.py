@@ -1,9 +1,10 @@
 """What is read from JSON is checked against the dataclass that describes it, before anything is made of it."""
 
+import dataclasses
 import functools
 import json
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import pydantic
 
@@ -21,15 +22,19 @@ def parse_json(data: bytes, path: Path) -> dict[str, Any]:
     return document
 
 
-def parse(kind: type[T], document: Any, path: Path, *, more: bool = False) -> T:
-    """Return the dataclass `kind` that `document`, of plain JSON, describes; without `more`, with no further fields.
+def parse(kind: type[T], document: dict[str, Any], path: Path, *, more: bool = False) -> T:
+    """Return the dataclass `kind` that `document`, of plain JSON, describes.
+
+    Fields that the dataclass lacks are refused; with `more` the document itself, but nothing in it, may have some.
 
     Raises RuntimeError with the path, the first field that is wrong, what was expected and what was found.
     """
     try:
-        extra: Literal["ignore", "forbid"] = "ignore" if more else "forbid"
         adapter: pydantic.TypeAdapter[T] = _adapter(kind)  # type: ignore[arg-type]
-        return adapter.validate_json(json.dumps(document), strict=True, extra=extra)
+        if more:
+            known = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+            document = {name: value for name, value in document.items() if name in known}
+        return adapter.validate_json(json.dumps(document), strict=True, extra="forbid")
     except pydantic.ValidationError as error:
         first = error.errors(include_url=False)[0]
         field = ".".join(map(str, first["loc"])) or "the document"
