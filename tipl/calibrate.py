@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 from tipl.basis import MIN_PREFIX_END
 from tipl.confidence import STRIDES, Confidence, FloatArray, Strides, features_of
 from tipl.evaluate import source_to_judge
-from tipl.locations import write_atomically
-from tipl.manifest import read_listed
+from tipl.locations import read_file, write_atomically
 from tipl.policy import PolicySpec
 from tipl.progress import progress_bar
 from tipl.publishing import published
@@ -107,7 +106,7 @@ def recalibrate(
         forecaster = Forecaster.load(folder)
         aside.mkdir()
         if (folder / "training.json").exists():
-            write_atomically(aside / "training.json", read_listed(folder / "training.json"))
+            write_atomically(aside / "training.json", read_file(folder / "training.json"))  # checked by load
         _recalibrated(forecaster, stores, num_trials, num_threads, progress).save(aside)
     return output
 
