@@ -1,7 +1,5 @@
 """Running policies: returns against one environment at a time, and the states that are kept of them."""
 
-import itertools
-
 import gymnasium
 import numpy as np
 import pytest
@@ -88,27 +86,29 @@ def test_states_do_not_depend_on_threads_nor_on_the_policies_beside(monkeypatch:
     assert all((one != two).any() for one, two in zip(together.states, other.states, strict=True))
 
 
-@pytest.mark.parametrize("num_episodes", [1, 2, 3, 5, 8])
-def test_copies_of_a_policy_get_equal_returns(num_episodes: int) -> None:
+@pytest.mark.parametrize(
+    ("env_id", "num_episodes"), [("HalfCheetah-v5", 3), *(("Walker2d-v5", n) for n in (1, 2, 3, 5, 8))]
+)
+def test_copies_of_a_policy_get_equal_returns(env_id: str, num_episodes: int) -> None:
     spec = PolicySpec(17, 6)
     policy = (0.12 * np.random.default_rng(1).standard_normal(spec.num_params)).astype(np.float32)
-    got = episodic_returns("HalfCheetah-v5", spec, np.tile(policy, (10, 1)), np.arange(num_episodes))
+    got = episodic_returns(env_id, spec, np.tile(policy, (10, 1)), np.arange(num_episodes))
     np.testing.assert_array_equal(got, np.tile(got[0], (10, 1)))
     assert len(np.unique(got[0])) == num_episodes
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_a_policy_gets_the_same_returns_alone_as_in_any_company(activation: Activation) -> None:
-    """Walker2d's steps amplify a last bit within an episode; company falls sooner or later than the policy does."""
+    """Walker2d amplifies a last bit; the company falls sooner or later than the policy does."""
     env_id, spec, rng = "Walker2d-v5", PolicySpec(17, 6, (33, 20), activation), np.random.default_rng(0)
-    scale = np.repeat([0.02, 0.1, 0.3], [5, 4, 4])[:, None]  # the smaller the weights, the later a walker falls
+    scale = np.repeat([0.05, 0.1, 0.3], [5, 4, 4])[:, None]  # a walker's fall is sooner with some than with others
     weights = (scale * rng.standard_normal((13, spec.num_params))).astype(np.float32)
     seeds = rng.integers(1000, size=(13, 8))
     alone = [run_episodes(env_id, spec, weights[i : i + 1], seeds[i], num_states=9, num_threads=1) for i in range(13)]
     assert len(np.unique([one.returns for one in alone])) == 13 * 8
     num_threads = torch.get_num_threads()
     try:
-        for case, (N, E) in enumerate([(13, 8), *itertools.product((2, 3, 4, 7, 12), (1, 2, 3, 5))]):
+        for case, (N, E) in enumerate([(13, 8), (2, 1), (3, 5), (4, 3), (7, 2), (12, 1), (9, 3), (2, 5), (5, 1)]):
             torch.set_num_threads(1 + case % 2)
             rows = rng.permutation(13)[:N]
             together = run_episodes(
