@@ -20,6 +20,7 @@
 #include "decode.h"
 #include "isa.h"
 #include "parallel.h"
+#include "policy.h"
 #include "ppo.h"
 #include "read_ahead.h"
 #include "rng.h"
@@ -454,7 +455,34 @@ void bind_svd(py::module_ &m) {
   m.def("combine", &bound_combine, py::arg("X"), py::arg("weights"), py::arg("num_threads"));
 }
 
-// ---- PPO
+// ---- policies and PPO
+
+Activation activation_of(const char *where, const std::string &name) {
+  const std::array<const char *, 3> names{"tanh", "relu", "elu"};  // as in Activation
+  const auto found = std::find(names.begin(), names.end(), name);
+  check(found != names.end(), where, ": activation must be tanh, relu or elu, got ", name);
+  return static_cast<Activation>(found - names.begin());
+}
+
+py::array_t<float> bound_mean_actions(const py::object &params, const py::object &obs, ptrdiff_t act_dim,
+                                      std::vector<ptrdiff_t> hidden_sizes, const std::string &activation) {
+  const auto param = checked_array<float>("mean_actions", "params", params, {{"N"}, {"P"}});
+  const py::ssize_t N = param.shape(0), P = param.shape(1);
+  const auto x = checked_array<float>("mean_actions", "obs", obs, {{"N", N}, {"R"}, {"O"}});
+  const py::ssize_t R = x.shape(1);
+  const PolicySizes sizes{x.shape(2), act_dim, std::move(hidden_sizes), activation_of("mean_actions", activation)};
+  check_sizes("mean_actions", sizes);
+  const ptrdiff_t least = network(sizes, act_dim, act_dim).end;
+  check(P >= least, "mean_actions: params must have at least ", least, " columns, got ", P);
+  py::array_t<float> out({N, R, static_cast<py::ssize_t>(act_dim)});
+  const float *const from = param.data(), *const seen = x.data();
+  float *const to = out.mutable_data();
+  {
+    py::gil_scoped_release release;
+    mean_actions(sizes, from, P, N, seen, R, to);
+  }
+  return out;
+}
 
 std::unique_ptr<PpoUpdate> make_ppo_update(ptrdiff_t obs_dim, ptrdiff_t act_dim, std::vector<ptrdiff_t> hidden_sizes,
                                            const std::string &activation, ptrdiff_t minibatch_size,
@@ -462,9 +490,7 @@ std::unique_ptr<PpoUpdate> make_ppo_update(ptrdiff_t obs_dim, ptrdiff_t act_dim,
                                            float vf_coef, float ent_coef, float max_grad_norm,
                                            const std::string &optimizer, float adam_eps, bool normalize_advantage,
                                            std::optional<double> target_kl, bool learn_log_std, int num_threads) {
-  const std::array<const char *, 3> names{"tanh", "relu", "elu"};  // as in Activation
-  const auto name = std::find(names.begin(), names.end(), activation);
-  check(name != names.end(), "PpoUpdate: activation must be tanh, relu or elu, got ", activation);
+  const Activation kind = activation_of("PpoUpdate", activation);
   check(optimizer == "adam" || optimizer == "sgd", "PpoUpdate: optimizer must be adam or sgd, got ", optimizer);
   PpoSettings settings{.minibatch_size = minibatch_size,
                        .update_epochs = update_epochs,
@@ -478,7 +504,6 @@ std::unique_ptr<PpoUpdate> make_ppo_update(ptrdiff_t obs_dim, ptrdiff_t act_dim,
                        .learn_log_std = learn_log_std};
   if (clip_coef_vf) settings.clip_coef_vf = *clip_coef_vf;
   if (target_kl) settings.target_kl = *target_kl;
-  const auto kind = static_cast<Activation>(name - names.begin());
   return std::make_unique<PpoUpdate>(PolicySizes{obs_dim, act_dim, std::move(hidden_sizes), kind}, settings,
                                      num_threads);
 }
@@ -489,16 +514,6 @@ py::array_t<float> checked_params(const char *where, const PpoUpdate &update, co
   check(array.shape(1) >= update.num_params(), where, ": params must have at least ", update.num_params(),
         " columns, got ", array.shape(1));
   return array;
-}
-
-py::array_t<float> bound_mean_actions(PpoUpdate &update, const py::object &params, const py::object &obs) {
-  const auto rows = checked_params("mean_actions", update, params);
-  const py::ssize_t N = rows.shape(0);
-  const auto x = checked_array<float>("mean_actions", "obs", obs, {{"N", N}, {"R"}, {"O", update.sizes().obs_dim}});
-  py::array_t<float> out({N, x.shape(1), static_cast<py::ssize_t>(update.sizes().act_dim)});
-  // Microseconds: keeps the GIL.
-  update.mean_actions(rows.data(), rows.shape(1), N, x.data(), x.shape(1), out.mutable_data());
-  return out;
 }
 
 py::array_t<float> bound_values(PpoUpdate &update, const py::object &params, const py::object &obs) {
@@ -557,6 +572,9 @@ py::array_t<double> bound_update(PpoUpdate &update, py::object params, py::objec
 }
 
 void bind_ppo(py::module_ &m) {
+  m.def("mean_actions", &bound_mean_actions, py::arg("params"), py::arg("obs"), py::kw_only(), py::arg("act_dim"),
+        py::arg("hidden_sizes"), py::arg("activation"),
+        "Mean actions (N, R, A); tipl.policy.mean_action documents it.");
   py::class_<PpoUpdate>(m, "PpoUpdate", "PPO's update of many trials; tipl.ppo.Population documents it.")
       .def(py::init(&make_ppo_update), py::kw_only(), py::arg("obs_dim"), py::arg("act_dim"), py::arg("hidden_sizes"),
            py::arg("activation"), py::arg("minibatch_size"), py::arg("update_epochs"), py::arg("clip_coef"),
@@ -564,7 +582,6 @@ void bind_ppo(py::module_ &m) {
            py::arg("optimizer"), py::arg("adam_eps"), py::arg("normalize_advantage"), py::arg("target_kl"),
            py::arg("learn_log_std"), py::arg("num_threads"))
       .def_property_readonly("num_params", &PpoUpdate::num_params)
-      .def("mean_actions", &bound_mean_actions, py::arg("params"), py::arg("obs"))
       .def("values", &bound_values, py::arg("params"), py::arg("obs"))
       .def("update", &bound_update, py::kw_only(), py::arg("params"), py::arg("first_moments"),
            py::arg("second_moments"), py::arg("num_updates"), py::arg("observations"), py::arg("actions"),

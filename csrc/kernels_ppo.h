@@ -159,7 +159,7 @@ void activate(tipl::Activation activation, float *x, ptrdiff_t n) noexcept {
   if (activation == tipl::Activation::kTanh) {
     for_each_register(x, n, [](Vec value, ptrdiff_t) { return tanh(value); });
   } else if (activation == tipl::Activation::kRelu) {
-    for_each_register(x, n, [](Vec value, ptrdiff_t) { return max(value, Vec::zero()); });
+    for_each_register(x, n, [](Vec value, ptrdiff_t) { return max(Vec::zero(), value); });  // NaN stays NaN
   } else {
     for_each_register(
         x, n, [](Vec value, ptrdiff_t) -> Vec { return {value.v > 0.0f ? value.v : (exp(value) - Vec::all(1.0f)).v}; });

@@ -10,9 +10,7 @@ namespace tipl {
 namespace {
 
 const PolicySizes &checked(const PolicySizes &sizes) {
-  check(sizes.obs_dim >= 1, "PpoUpdate: obs_dim must be >= 1, got ", sizes.obs_dim);
-  check(sizes.act_dim >= 1, "PpoUpdate: act_dim must be >= 1, got ", sizes.act_dim);
-  for (const ptrdiff_t width : sizes.hidden) check(width >= 1, "PpoUpdate: hidden_sizes must be >= 1, got ", width);
+  check_sizes("PpoUpdate", sizes);
   return sizes;
 }
 
@@ -27,7 +25,7 @@ const PpoSettings &checked(const PpoSettings &settings) {
 struct PpoUpdate::Workspace {
   Workspace(const PolicySizes &sizes, ptrdiff_t num_params, ptrdiff_t stride, ptrdiff_t lanes) {
     const auto padded = [lanes](ptrdiff_t n) { return round_up(n, lanes); };
-    widest = std::max(padded(sizes.obs_dim), padded(sizes.act_dim));
+    ptrdiff_t widest = std::max(padded(sizes.obs_dim), padded(sizes.act_dim));
     std::vector<ptrdiff_t> widths{sizes.obs_dim};
     widths.insert(widths.end(), sizes.hidden.begin(), sizes.hidden.end());
     for (const ptrdiff_t width : widths) {
@@ -41,7 +39,6 @@ struct PpoUpdate::Workspace {
     log_probs = AlignedFloats({stride});
     advantages = AlignedFloats({stride});
     inverse_std = AlignedFloats({sizes.act_dim});
-    hidden = AlignedFloats({2, widest});
     grads = AlignedFloats({num_params});
   }
 
@@ -51,17 +48,15 @@ struct PpoUpdate::Workspace {
   AlignedFloats out;           // (A, stride), of the last layer
   AlignedFloats out_grads[2];  // (width, stride), of a layer's outputs and of its inputs
   AlignedFloats actions, log_probs, advantages, inverse_std;
-  ptrdiff_t widest;
-  AlignedFloats hidden;  // (2, widest): activations of one observation
-  AlignedFloats grads;   // (num_params)
+  AlignedFloats grads;  // (num_params)
 };
 
 PpoUpdate::PpoUpdate(PolicySizes sizes, const PpoSettings &settings, int num_threads)
     : sizes_(checked(sizes)),
       settings_(checked(settings)),
       kernels_(kernels()),
-      actor_(net(sizes_.act_dim, sizes_.act_dim)),
-      critic_(net(actor_.end, 1)),
+      actor_(network(sizes_, sizes_.act_dim, sizes_.act_dim)),
+      critic_(network(sizes_, actor_.end, 1)),
       stride_(round_up(settings.minibatch_size, kernels_.lanes)),
       pool_(num_threads) {
   for (int rank = 0; rank < pool_.size(); ++rank) {
@@ -70,21 +65,6 @@ PpoUpdate::PpoUpdate(PolicySizes sizes, const PpoSettings &settings, int num_thr
 }
 
 PpoUpdate::~PpoUpdate() = default;
-
-// The layers of a network whose parameters begin at `begin`.
-PpoUpdate::Net PpoUpdate::net(ptrdiff_t begin, ptrdiff_t out) const {
-  Net net;
-  ptrdiff_t in = sizes_.obs_dim;
-  const auto add = [&](ptrdiff_t width) {
-    net.layers.push_back({in, width, begin, begin + in * width});
-    begin += (in + 1) * width;
-    in = width;
-  };
-  for (const ptrdiff_t width : sizes_.hidden) add(width);
-  add(out);
-  net.end = begin;
-  return net;
-}
 
 // ---- forward and backward, of one minibatch
 
@@ -98,9 +78,9 @@ void PpoUpdate::take_observations(Workspace &work, const float *obs, const int32
 }
 
 // The last layer's outputs (out, stride).
-const float *PpoUpdate::forward(const Net &net, const float *params, Workspace &work) const {
+const float *PpoUpdate::forward(const Network &net, const float *params, Workspace &work) const {
   for (size_t i = 0; i < net.layers.size(); ++i) {
-    const Layer &layer = net.layers[i];
+    const Network::Layer &layer = net.layers[i];
     const bool last = i + 1 == net.layers.size();
     float *const y = last ? work.out.data() : work.columns[i + 1].data();
     kernels_.multiply({params + layer.weight, layer.in, 1}, layer.out, layer.in, work.columns[i].data(), stride_,
@@ -112,10 +92,10 @@ const float *PpoUpdate::forward(const Net &net, const float *params, Workspace &
 
 // Writes the gradient by the network's parameters into work.grads, given that by its outputs in out_grads[0]; after
 // forward() of the same network.
-void PpoUpdate::backward(const Net &net, const float *params, Workspace &work) const {
+void PpoUpdate::backward(const Network &net, const float *params, Workspace &work) const {
   float *dy = work.out_grads[0].data(), *dx = work.out_grads[1].data();
   for (size_t i = net.layers.size(); i-- > 0;) {
-    const Layer &layer = net.layers[i];
+    const Network::Layer &layer = net.layers[i];
     const ptrdiff_t width = round_up(layer.in, kernels_.lanes);
     if (i > 0) {
       kernels_.transpose_matrix(work.columns[i].data(), stride_, layer.in, stride_, work.rows[i].data(), width);
@@ -128,22 +108,6 @@ void PpoUpdate::backward(const Net &net, const float *params, Workspace &work) c
                       stride_);
     kernels_.activate_backward(sizes_.activation, work.columns[i].data(), dx, layer.in * stride_);
     std::swap(dy, dx);
-  }
-}
-
-void PpoUpdate::mean_actions(const float *params, ptrdiff_t stride, ptrdiff_t trials, const float *obs, ptrdiff_t rows,
-                             float *out) {
-  for (ptrdiff_t row = 0; row < trials * rows; ++row) {
-    const float *const param = params + row / rows * stride, *x = obs + row * sizes_.obs_dim;
-    float *const hidden = work_[0].hidden.data();
-    for (size_t i = 0; i < actor_.layers.size(); ++i) {
-      const Layer &layer = actor_.layers[i];
-      const bool last = i + 1 == actor_.layers.size();
-      float *const y = last ? out + row * sizes_.act_dim : hidden + i % 2 * work_[0].widest;
-      kernels_.multiply_vector(param + layer.weight, layer.out, layer.in, x, param + layer.bias, y);
-      if (!last) kernels_.activate(sizes_.activation, y, layer.out);
-      x = y;
-    }
   }
 }
 

@@ -20,14 +20,9 @@
 #include "aligned.h"
 #include "kernels.h"
 #include "parallel.h"
+#include "policy.h"
 
 namespace tipl {
-
-struct PolicySizes {
-  ptrdiff_t obs_dim, act_dim;
-  std::vector<ptrdiff_t> hidden;  // of actor and critic alike, which share none
-  Activation activation;
-};
 
 enum class Optimizer { kAdam, kSgd };
 
@@ -66,17 +61,14 @@ struct UpdateStats {
 
 class PpoUpdate {
  public:
-  // Throws std::invalid_argument for sizes or settings below their least.
+  // Actor and critic have the same hidden sizes, and share no layer. Throws std::invalid_argument for sizes or settings
+  // below their least.
   PpoUpdate(PolicySizes sizes, const PpoSettings &settings, int num_threads);
   ~PpoUpdate();
 
   ptrdiff_t num_params() const noexcept { return critic_.end; }  // of a row; more may follow, which nothing touches
   const PolicySizes &sizes() const noexcept { return sizes_; }
   const PpoSettings &settings() const noexcept { return settings_; }
-
-  // out (N, R, A) <- mean actions for obs (N, R, O); on the calling thread.
-  void mean_actions(const float *params, ptrdiff_t stride, ptrdiff_t trials, const float *obs, ptrdiff_t rows,
-                    float *out);
 
   // out (N, R) <- values of obs (N, R, O).
   void values(const float *params, ptrdiff_t stride, ptrdiff_t trials, const float *obs, ptrdiff_t rows, float *out);
@@ -85,20 +77,11 @@ class PpoUpdate {
   void update(const TrialParams &params, const Steps &steps, double learning_rate, UpdateStats *stats);
 
  private:
-  struct Layer {
-    ptrdiff_t in, out;
-    ptrdiff_t weight, bias;  // where they begin in a row
-  };
-  struct Net {
-    std::vector<Layer> layers;
-    ptrdiff_t end = 0;  // of its parameters in a row
-  };
   struct Workspace;  // of one thread
 
-  Net net(ptrdiff_t begin, ptrdiff_t out) const;
   void take_observations(Workspace &work, const float *obs, const int32_t *rows, ptrdiff_t count) const;
-  const float *forward(const Net &net, const float *params, Workspace &work) const;
-  void backward(const Net &net, const float *params, Workspace &work) const;
+  const float *forward(const Network &net, const float *params, Workspace &work) const;
+  void backward(const Network &net, const float *params, Workspace &work) const;
   double take_values(const Steps &steps, ptrdiff_t first, const int32_t *rows, const float *value,
                      Workspace &work) const;
   void update_trial(const TrialParams &params, const Steps &steps, ptrdiff_t trial, double learning_rate,
@@ -107,7 +90,7 @@ class PpoUpdate {
   const PolicySizes sizes_;
   const PpoSettings settings_;
   const Kernels &kernels_;
-  const Net actor_, critic_;
+  const Network actor_, critic_;
   const ptrdiff_t stride_;  // B padded to whole registers
   ThreadPool pool_;
   std::vector<Workspace> work_;  // of each thread

@@ -1,4 +1,7 @@
-"""How far policies act apart: by hand on linear policies, against torch.distributions and slow loops on networks."""
+"""How far policies act apart: by hand on linear policies, against torch.distributions and slow loops on networks.
+
+The loops have the actions of `mean_action`, as the simulator has; tests/test_policy.py holds those against float64.
+"""
 
 import numpy as np
 import pytest
@@ -6,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from tipl.behaviour import action_bounds, action_differences, action_variance, kl_divergences, unit_actions
-from tipl.policy import PolicySpec
+from tipl.policy import PolicySpec, mean_action
 
 LINE = PolicySpec(obs_dim=1, act_dim=1, hidden_sizes=())  # weights: log_std, slope, intercept
 STATES = np.array([[0.0], [1.0]], np.float32)
@@ -32,14 +35,9 @@ def states() -> NDArray[np.float32]:
 
 
 def slow_means(policy: NDArray[np.float32], states: NDArray[np.float32]) -> NDArray[np.float64]:
-    """One state after the other, in float64."""
-    parts = {name: view.double().numpy() for name, view in NETWORK.unflatten(torch.from_numpy(policy)).items()}
-    actions = []
-    for x in states.astype(np.float64):
-        for layer in ("policy_net.0", "policy_net.2"):
-            x = np.tanh(parts[f"{layer}.weight"] @ x + parts[f"{layer}.bias"])
-        actions.append(parts["action_net.weight"] @ x + parts["action_net.bias"])
-    return np.array(actions)
+    """The mean actions (S, A) of one policy (p,), in one state after the other."""
+    weights, seen = torch.from_numpy(policy)[None], torch.from_numpy(states)
+    return np.array([mean_action(NETWORK, weights, x[None, None])[0, 0].numpy() for x in seen]).astype(np.float64)
 
 
 def test_differences_by_hand() -> None:
@@ -92,6 +90,19 @@ def test_divergences_equal_those_of_torch(networks: NDArray[np.float32], states:
     np.testing.assert_allclose(got, expected, rtol=1e-11)
     backwards = torch.distributions.kl_divergence(gaussians[1], gaussians[0]).mean().item()
     assert got[0] != pytest.approx(backwards, rel=0.01)  # the true policy comes first
+
+
+def test_a_forecast_is_judged_alike_whatever_is_judged_beside_it(
+    networks: NDArray[np.float32], states: NDArray[np.float32]
+) -> None:
+    true, forecasts = networks[0], networks[1:]
+    for seen in (states, states[:7], states[:1]):
+        differences = action_differences(NETWORK, true, forecasts, seen, WIDE)
+        divergences = kl_divergences(NETWORK, true, forecasts, seen)
+        for some in ([0], [3], [4, 1], [2, 0, 3], [4, 3, 2, 1, 0]):
+            got = action_differences(NETWORK, true, forecasts[some], seen, WIDE)
+            np.testing.assert_array_equal(got, differences[some])
+            np.testing.assert_array_equal(kl_divergences(NETWORK, true, forecasts[some], seen), divergences[some])
 
 
 def test_divergence_is_never_negative(networks: NDArray[np.float32], states: NDArray[np.float32]) -> None:

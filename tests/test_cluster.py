@@ -178,6 +178,8 @@ def test_returns_and_the_shared_basis_are_those_of_one_process(tmp_path, cluster
     alone = run_episodes(ENV_ID, policy, weights, seeds, num_states=5, num_threads=2)
     spread = run_episodes(ENV_ID, policy, weights, seeds, num_states=5, cluster=cluster)
     np.testing.assert_array_equal(spread.returns, alone.returns)
+    one = run_episodes(ENV_ID, policy, weights[7:8], seeds, cluster=cluster)
+    np.testing.assert_array_equal(one.returns[0], alone.returns[7])
     for there, here in zip(spread.states, alone.states, strict=True):
         np.testing.assert_array_equal(there, here)
 

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from synthetic_run import SPEC
 
 from tipl import returns
-from tipl.policy import mean_action
+from tipl.policy import ACTIVATIONS, Activation, PolicySpec, mean_action
 from tipl.returns import _StateSample, episodic_returns, run_episodes
 
 ENV_ID = "InvertedPendulum-v5"
@@ -53,8 +53,7 @@ def visited(policy: NDArray[np.float32], seeds: NDArray[np.int64]) -> set[bytes]
         while not ended:
             state = obs.astype(np.float32)
             seen.add(state.tobytes())
-            alike = torch.from_numpy(np.tile(state, (1, len(seeds), 1)))  # the arithmetic of as many episodes at once
-            action = mean_action(SPEC, torch.from_numpy(policy[None]), alike)[0, 0]
+            action = mean_action(SPEC, torch.from_numpy(policy[None]), torch.from_numpy(state[None, None]))[0, 0]
             clipped = np.clip(action.numpy().astype(np.float64), env.action_space.low, env.action_space.high)
             obs, _, terminated, truncated, _ = env.step(clipped)
             ended = terminated or truncated
@@ -85,6 +84,42 @@ def test_states_do_not_depend_on_threads_nor_on_the_policies_beside(monkeypatch:
         np.testing.assert_array_equal(one, three)
     other = run_episodes(ENV_ID, SPEC, weights, seeds + 1, num_states=9)
     assert all((one != two).any() for one, two in zip(together.states, other.states, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("env_id", "num_episodes"), [("HalfCheetah-v5", 3), *(("Walker2d-v5", n) for n in (1, 2, 3, 5, 8))]
+)
+def test_copies_of_a_policy_get_equal_returns(env_id: str, num_episodes: int) -> None:
+    spec = PolicySpec(17, 6)
+    policy = (0.12 * np.random.default_rng(1).standard_normal(spec.num_params)).astype(np.float32)
+    got = episodic_returns(env_id, spec, np.tile(policy, (10, 1)), np.arange(num_episodes))
+    np.testing.assert_array_equal(got, np.tile(got[0], (10, 1)))
+    assert len(np.unique(got[0])) == num_episodes
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_a_policy_gets_the_same_returns_alone_as_in_any_company(activation: Activation) -> None:
+    """Walker2d amplifies a last bit; the company falls sooner or later than the policy does."""
+    env_id, spec, rng = "Walker2d-v5", PolicySpec(17, 6, (33, 20), activation), np.random.default_rng(0)
+    scale = np.repeat([0.05, 0.1, 0.3], [5, 4, 4])[:, None]  # a walker's fall is sooner with some than with others
+    weights = (scale * rng.standard_normal((13, spec.num_params))).astype(np.float32)
+    seeds = rng.integers(1000, size=(13, 8))
+    alone = [run_episodes(env_id, spec, weights[i : i + 1], seeds[i], num_states=9, num_threads=1) for i in range(13)]
+    assert len(np.unique([one.returns for one in alone])) == 13 * 8
+    num_threads = torch.get_num_threads()
+    try:
+        for case, (N, E) in enumerate([(13, 8), (2, 1), (3, 5), (4, 3), (7, 2), (12, 1), (9, 3), (2, 5), (5, 1)]):
+            torch.set_num_threads(1 + case % 2)
+            rows = rng.permutation(13)[:N]
+            together = run_episodes(
+                env_id, spec, weights[rows], seeds[rows, :E], num_states=9, num_threads=1 + case % 3
+            )
+            np.testing.assert_array_equal(together.returns, [alone[i].returns[0, :E] for i in rows])
+            if E == 8:
+                for i, states in zip(rows, together.states, strict=True):
+                    np.testing.assert_array_equal(states, alone[i].states[0])
+    finally:
+        torch.set_num_threads(num_threads)
 
 
 def test_policies_may_have_episodes_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:

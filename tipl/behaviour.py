@@ -1,6 +1,7 @@
 """How far two policies act apart, whatever their weights: functional metrics on states that the true policy visits.
 
-Shapes  N policies, S states, A = act_dim, p weights. All in float64.
+Shapes  N policies, S states, A = act_dim, p weights. Actions are those that the simulator gets, of `mean_action` in
+float32; all else is in float64.
 
 Actions are the deterministic policy's, the mean clipped to the action space, in units of half the action range, so that
 tasks compare: an action space is 2 wide. A dimension without bounds stays as it is.
@@ -74,6 +75,5 @@ def action_variance(
 
 def _mean_actions(policy: PolicySpec, weights: NDArray[np.float32], states: NDArray[np.float32]) -> FloatArray:
     """Return the mean actions (N, S, A), not clipped."""
-    each = torch.from_numpy(states.astype(np.float64)).expand(len(weights), -1, -1)
-    actions: FloatArray = mean_action(policy, torch.from_numpy(weights.astype(np.float64)), each).numpy()
-    return actions
+    each = torch.from_numpy(states).expand(len(weights), -1, -1)
+    return mean_action(policy, torch.from_numpy(weights), each).numpy().astype(np.float64)

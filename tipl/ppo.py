@@ -440,7 +440,7 @@ class Population:
             obs = self._seen(self._obs)
             transitions.observations[:, t] = obs
             action = transitions.actions[:, t]
-            action += self.engine.mean_actions(self.params, obs.reshape(N, E, obs_dim)).reshape(N * E, A)
+            action += self.mean_actions(obs.reshape(N, E, obs_dim)).reshape(N * E, A)
             start = time.perf_counter()
             step = self.env.step(action.astype(np.float64))
             env_seconds += time.perf_counter() - start
@@ -465,6 +465,13 @@ class Population:
         known = ended > 0
         self._episodic_return[known] = returns.reshape(N, E).sum(1)[known] / ended[known]
         return transitions, ended, env_seconds
+
+    def mean_actions(self, obs: Singles) -> Singles:
+        """Return the policies' mean actions (N, R, A) for observations as they see them, (N, R, O)."""
+        spec = self.spec
+        return _core.mean_actions(
+            self.params, obs, act_dim=spec.act_dim, hidden_sizes=spec.hidden_sizes, activation=spec.activation
+        )
 
     def _seen(self, obs: Floats) -> Singles:
         """Return observations (N * E, O) as the networks see them."""

@@ -1,7 +1,9 @@
 """Run deterministic policies in the simulator: their episodic returns, and a sample of the states that they visit.
 
-A deterministic policy takes the mean action, clipped to the action space. What comes out depends on the policies and
-their episode seeds alone: not on threads, nor on which policies step together, nor on the machine that runs them.
+A deterministic policy takes the mean action, clipped to the action space. What comes out depends on the policy and its
+episode seeds alone, to the bit: not on which policies step together, nor on threads, nor on which machine of a cluster
+runs them, as long as all have the same libraries and instruction set (`tipl._core.isa()`): another set may round an
+action otherwise, and a walking robot makes another return of it.
 
 Shapes  N policies, M of them in a group that steps together, E episodes a policy, S states kept of each, p weights.
 """
