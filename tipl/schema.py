@@ -2,15 +2,16 @@
 
 import functools
 import json
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import pydantic
 
+from tipl.locations import Location
+
 T = TypeVar("T")
 
 
-def parse_json(data: bytes, path: Path) -> dict[str, Any]:
+def parse_json(data: bytes, path: Location) -> dict[str, Any]:
     """Return the JSON object in `data`. Raises RuntimeError where there is none."""
     try:
         document = json.loads(data)
@@ -21,7 +22,7 @@ def parse_json(data: bytes, path: Path) -> dict[str, Any]:
     return document
 
 
-def parse(kind: type[T], document: Any, path: Path, *, more: bool = False) -> T:
+def parse(kind: type[T], document: Any, path: Location, *, more: bool = False) -> T:
     """Return the dataclass `kind` that `document`, of plain JSON, describes; without `more`, with no further fields.
 
     Raises RuntimeError with the path, the first field that is wrong, what was expected and what was found.
