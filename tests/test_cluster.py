@@ -140,7 +140,7 @@ def test_a_killed_worker_loses_and_doubles_nothing(tmp_path, address):
 def test_a_failure_in_a_worker_is_raised_here(tmp_path, address):
     path = tmp_path / "store"
     collect(path, **ARGUMENTS)
-    Unfinished(path).begin(2)  # as if it had been cut off a moment before its end
+    Unfinished(Store.open(path)).begin(2)  # as if it had been cut off a moment before its end
     (path / "trial_0003/weights/c.0.0").write_bytes(b"")
     with pytest.raises(RuntimeError, match=r"trial 3: weights rows 0:177: .* has 0 bytes instead of"):
         collect(path, **ARGUMENTS, ray=address)

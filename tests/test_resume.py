@@ -25,7 +25,9 @@ from tipl.envs import make_vec
 from tipl.evaluate import EvaluateConfig
 from tipl.ppo import Population, PPOConfig
 from tipl.resume import read_state
+from tipl.sealed import UncheckedWarning
 from tipl.store import Store
+from tipl.store_records import store_digest
 from tipl.verify import verify_store
 
 TINY = PPOConfig(num_steps=32, num_minibatches=2, update_epochs=1, hidden_sizes=(16, 16))
@@ -160,9 +162,17 @@ def test_environments_that_cannot_be_saved_are_computed_again(tmp_path, iteratio
 
 
 def test_what_comes_out_otherwise_is_refused(tmp_path):
-    path, other = cut_off(tmp_path / "store"), cut_off(tmp_path / "other_store", seed=1)
-    shutil.rmtree(path / "resume")
-    shutil.copy(other / "trial_0001/weights/c.0.0", path / "trial_0001/weights/c.0.0")  # its checksum is right
+    path = cut_off(tmp_path / "store")
+    store = Store.open(path)
+    trials = [store.trial(i) for i in range(3)]
+    weights = np.stack([trial.weights() for trial in trials])
+    weights[1, 0, 7] += 1e-6
+    shutil.rmtree(path)
+    with Store.create(
+        path, env_id=store.env_id, policy=store.policy, seeds=store.seeds, config=store.config
+    ) as made_elsewhere:
+        columns = [[trial.env_steps for trial in trials], [trial.episodic_return for trial in trials]]
+        made_elsewhere.append(weights, *map(np.array, columns))
     before = files(path)
     with pytest.raises(RuntimeError, match="checkpoint 0 of trial 1 comes out otherwise than it is in the store"):
         run(path)
@@ -191,7 +201,8 @@ def test_a_damaged_state_is_not_used(tmp_path, whole, iterations, num_damaged, d
 
 
 def test_any_flipped_bit_of_a_state_is_found(tmp_path):
-    state = max(cut_off(tmp_path / "store").glob("resume/*/state_*"))
+    store = Store.open(cut_off(tmp_path / "store"))
+    state = max(store.path.glob("resume/*/state_*"))
     data = state.read_bytes()
     for position in [*range(0, 1500, 7), *range(1500, len(data), 997)]:
         flipped = bytearray(data)
@@ -200,16 +211,17 @@ def test_any_flipped_bit_of_a_state_is_found(tmp_path):
         with pytest.raises(
             RuntimeError, match=r"state_00000006.safetensors is (damaged|no state that this tipl reads)"
         ):
-            read_state(state)
+            read_state(state, store, range(3))
     state.write_bytes(data)
-    assert read_state(state).env_steps == 5 * 32
+    assert read_state(state, store, range(3)).env_steps == 5 * 32
+    assert read_state(state, store, None).env_steps == 5 * 32
 
 
 def test_a_state_of_another_version_is_not_used(tmp_path, monkeypatch):
     path = cut_off(tmp_path / "store")
-    monkeypatch.setattr(tipl.resume, "VERSION", "2")
+    monkeypatch.setattr(tipl.resume, "VERSION", 3)
     with pytest.raises(RuntimeError, match="is no state that this tipl reads"):
-        read_state(max(path.glob("resume/*/state_*")))
+        read_state(max(path.glob("resume/*/state_*")), Store.open(path), range(3))
 
 
 def test_a_state_ahead_of_the_store_is_not_used(tmp_path, whole, iterations):
@@ -227,9 +239,74 @@ def test_a_state_of_another_collection_is_not_used(tmp_path, whole):
     path, other = cut_off(tmp_path / "store"), cut_off(tmp_path / "other_store", seed=1)
     shutil.rmtree(path / "resume")
     shutil.copytree(other / "resume", path / "resume")
-    with pytest.warns(UserWarning, match=r"a state saved in .*store is not that of its checkpoint \d"):
+    found = verify_store(path).problems
+    assert re.fullmatch(r"resume: .*resume/zarr\.json is of another store, '\w{16}'", found[0])
+    assert [re.sub(r".*(state_\d+)", r"\1", problem).split(" expected")[0] for problem in found[1:]] == [
+        f"state_0000000{k}.safetensors is a state of other store:" for k in (5, 6)
+    ]
+    with pytest.warns(UserWarning, match="of (an)?other store") as caught:
         run(path)
+    messages = "\n".join(str(warning.message) for warning in caught)
+    assert len(caught) == 3
+    assert (
+        len(re.findall(r"state_0000000[56]\.safetensors is a state of other store: .*; an older state", messages)) == 2
+    )
+    assert re.search(r"is of another store, '\w{16}'; whether versions have changed is not known", messages)
     assert files(path) == whole
+
+
+def test_a_state_of_another_shard_is_not_used(tmp_path, whole, iterations):
+    path, other = cut_off(tmp_path / "store"), tmp_path / "other"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tipl.resume.Unfinished, "remove", lambda states: (_ for _ in ()).throw(SystemExit()))
+        with pytest.raises(SystemExit):
+            run(other, trials_per_shard=1)
+    for state in (path / "resume/trial_0000").iterdir():
+        shutil.copy(other / "resume/trial_0000/state_00000009.safetensors", state)
+    shutil.copytree(other / "resume/trial_0001", path / "resume/trial_0001")
+    assert [problem.split(".safetensors ")[1] for problem in verify_store(path).problems] == [
+        "is a state of other trials: expected [0, 3], got [0, 1]",
+        "is a state of other trials: expected [0, 3], got [0, 1]",
+    ]
+    iterations.clear()
+    with pytest.warns(UserWarning, match=r"is a state of other trials: expected \[0, 3\], got \[0, 1\]; an older"):
+        run(path)
+    assert iterations == list(range(8))
+    assert files(path) == whole
+
+
+def test_a_state_under_the_name_of_another_is_not_used(tmp_path, whole, iterations):
+    path = cut_off(tmp_path / "store")
+    older, newer = sorted(path.glob("resume/*/state_*"))
+    newer.write_bytes(older.read_bytes())
+    message = r"state_00000006.safetensors is a state of other num_checkpoints: expected 6, got 5"
+    assert [re.search(message, problem) is not None for problem in verify_store(path).problems] == [True]
+    iterations.clear()
+    with pytest.warns(UserWarning, match=message):
+        run(path)
+    assert iterations == [4, 5, 6, 7]
+    assert files(path) == whole
+
+
+def test_states_that_cannot_be_used_do_not_displace_others(tmp_path, whole, iterations):
+    path = cut_off(tmp_path / "store", 2)
+    for name in ("state_99999999.safetensors", "state_notes.safetensors"):
+        (path / "resume/trial_0000" / name).write_bytes(b"")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tipl.resume.Unfinished, "remove", lambda states: (_ for _ in ()).throw(SystemExit()))
+        with pytest.raises(SystemExit):
+            run(path)
+    names = sorted(state.name for state in path.glob("resume/*/*"))
+    assert names == ["state_00000008.safetensors", "state_00000009.safetensors"]
+    run(path)
+    assert files(path) == whole
+
+
+def test_equal_collections_have_equal_states(tmp_path):
+    paths = [cut_off(tmp_path / name, num_threads=threads) for name, threads in (("a", 1), ("b", 2))]
+    states = [{name: data for name, data in files(path).items() if "state_" in name} for path in paths]
+    assert len(states[0]) == 2
+    assert states[0] == states[1]
 
 
 def test_other_versions_give_a_warning(tmp_path, whole):
@@ -278,12 +355,25 @@ def test_settings_of_ppo_that_an_older_store_lacks_have_their_defaults(tmp_path,
     for name in ("optimizer", "log_std_init", "learn_log_std"):
         del group["config"]["ppo"][name]
     tipl.zarr_files.write_group(path, group)
+    for i in range(3):
+        record = tipl.zarr_files.read_group(path / f"trial_000{i}", "trial")
+        del record["store"], record["chunks"]
+        tipl.zarr_files.write_group(path / f"trial_000{i}", record)
+    shutil.rmtree(path / "resume")
     with pytest.raises(ValueError, match=r"with ppo\.optimizer = adam, got sgd; give its arguments"):
         run(path, ppo=dataclasses.replace(TINY, optimizer="sgd"))
     iterations.clear()
-    run(path)
-    assert iterations == [5, 6, 7]
-    assert {**files(path), "zarr.json": b""} == {**whole, "zarr.json": b""}
+    with pytest.warns(UncheckedWarning, match=r"store .*store: an older tipl wrote it, without a record of its chunks"):
+        run(path)
+    assert iterations == list(range(8))
+    trials = [tipl.zarr_files.read_group(path / f"trial_000{i}", "trial") for i in range(3)]
+    assert [trial["store"] for trial in trials] == [store_digest(group)] * 3
+    assert_equal_but_for_groups(files(path), whole)
+
+
+def assert_equal_but_for_groups(found: dict[str, bytes], expected: dict[str, bytes]) -> None:
+    groups = ["zarr.json", *(f"trial_000{i}/zarr.json" for i in range(3))]
+    assert found | dict.fromkeys(groups, b"") == expected | dict.fromkeys(groups, b"")
 
 
 def test_a_complete_store_is_never_touched(tmp_path, whole, iterations):
@@ -299,7 +389,9 @@ def test_a_complete_store_is_never_touched(tmp_path, whole, iterations):
 def test_cut_off_after_the_last_checkpoint(tmp_path, whole, iterations, monkeypatch):
     path = tmp_path / "store"
     with monkeypatch.context() as patch:
-        patch.setattr(sys.modules["tipl.store"]._Writer, "trim", lambda writer: None)  # documents keep too many rows
+        patch.setattr(
+            sys.modules["tipl.store_writer"].Writer, "trim", lambda writer: None
+        )  # documents keep too many rows
         patch.setattr(tipl.resume.Unfinished, "remove", lambda states: (_ for _ in ()).throw(SystemExit()))
         with pytest.raises(SystemExit):
             run(path)
@@ -312,7 +404,9 @@ def test_cut_off_after_the_last_checkpoint(tmp_path, whole, iterations, monkeypa
 
 def test_cut_off_while_the_store_is_created(tmp_path, whole, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(sys.modules["tipl.store"].shutil, "rmtree", lambda *_, **__: None)  # killed: nothing is tidied
+        patch.setattr(
+            sys.modules["tipl.store_writer"].shutil, "rmtree", lambda *_, **__: None
+        )  # killed: nothing is tidied
         patch.setattr(sys.modules["tipl.store"], "write_group", lambda *_: (_ for _ in ()).throw(SystemExit()))
         with pytest.raises(SystemExit):
             run(tmp_path / "store")

@@ -1,19 +1,25 @@
 """The trajectory store: round trips, crashes at every moment, and every kind of damage."""
 
+import base64
 import contextlib
 import errno
+import fcntl
 import itertools
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import tracemalloc
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -21,9 +27,12 @@ from hypothesis import strategies as st
 
 import tipl.locations
 import tipl.store
+import tipl.store_writer
 import tipl.zarr_files
 from tipl.policy import PolicySpec
+from tipl.sealed import UncheckedWarning
 from tipl.store import Store
+from tipl.store_writer import StoreInUse
 
 SPEC = PolicySpec(obs_dim=2, act_dim=1, hidden_sizes=(3,))
 P = SPEC.num_params
@@ -62,6 +71,10 @@ def assert_holds(store: Store, num_rows: int, trials: list[int] | None = None) -
         np.testing.assert_array_equal(trial.weights(), weights[i])
         np.testing.assert_array_equal(trial.env_steps, env_steps[i])
         np.testing.assert_array_equal(trial.episodic_return, episodic_return[i])
+
+
+def files(path: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
 
 
 def fail_after(monkeypatch, num_writes: int, error: BaseException) -> None:
@@ -105,9 +118,6 @@ def test_append_in_any_blocks_gives_the_files_of_one_append(tmp_path, block):
         for start in range(0, 17, block):
             store.append(*rows(start, min(start + block, 17)))
 
-    def files(path: Path) -> dict[str, bytes]:
-        return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
-
     assert files(tmp_path / "one") == files(tmp_path / "many")
 
 
@@ -130,7 +140,9 @@ def test_blocks_are_the_rows_in_order(tmp_path, block):
 def test_blocks_read_each_chunk_once(tmp_path, monkeypatch):
     trial = create(tmp_path / "store", num_rows=12).trial(0)
     read, calls = tipl.zarr_files.ZarrArray.read_chunk, []
-    monkeypatch.setattr(tipl.zarr_files.ZarrArray, "read_chunk", lambda *args: calls.append(args[-1]) or read(*args))
+    monkeypatch.setattr(
+        tipl.zarr_files.ZarrArray, "read_chunk", lambda *args, **kw: calls.append(args[3]) or read(*args, **kw)
+    )
     assert sum(len(block) for block in trial.blocks(2)) == 12
     assert calls == [0, 1, 2]
 
@@ -406,15 +418,363 @@ def test_a_chunk_older_than_its_commit_record_is_found(tmp_path):
         old = (store.path / "trial_0000/weights/c.1.0").read_bytes()
         store.append(*rows(6, 8))
     (store.path / "trial_0000/weights/c.1.0").write_bytes(old)
-    with pytest.raises(RuntimeError, match="trial 0: weights rows 5:8 are committed but not on disk"):
+    with pytest.raises(
+        RuntimeError, match=r"trial 0: weights rows 5:10: .*c\.1\.0 is not the chunk that the commit record names"
+    ):
         store.trial(0).weights()
 
 
 def test_a_trial_in_the_place_of_another_is_found(intact):
     shutil.rmtree(intact / "trial_0000")
     shutil.copytree(intact / "trial_0001", intact / "trial_0000")
-    with pytest.raises(RuntimeError, match=r"trial 0: .*trial_0000 is not trial 0 of this store"):
+    with pytest.raises(
+        RuntimeError, match=r"trial_0000 is not trial 0 of this store: its commit record is of trial 1, seed 8, not of"
+    ):
         Store.open(intact).trial(0)
+
+
+def foreign(tmp_path: Path, num_rows: int = 7) -> Path:
+    """Another run with the same layout and the same seeds."""
+    with create(tmp_path / "foreign", learning_rate=1e-3) as store:
+        weights, env_steps, episodic_return = rows(0, num_rows)
+        store.append(-weights, env_steps + 1, episodic_return - 1)
+    return store.path
+
+
+@pytest.mark.parametrize("name", ["weights/c.0.0", "weights/c.1.0", "env_steps/c.0", "episodic_return/c.0"])
+def test_a_chunk_of_elsewhere_is_found(intact, tmp_path, name):
+    array, chunk = name.split("/")
+    message = (
+        rf"trial 1: {array} rows \d+:\d+: .*trial_0001/{array}/{re.escape(chunk)} is not the chunk that the commit"
+    )
+    place = intact / "trial_0001" / name
+    others = [intact / "trial_0000" / name, foreign(tmp_path) / "trial_0001" / name]
+    others += [other for other in place.parent.glob("c.*") if other != place]
+    for other in others:
+        before = place.read_bytes()
+        place.write_bytes(other.read_bytes())
+        with pytest.raises(RuntimeError, match=message):
+            read_all(intact)
+        if name != "weights/c.0.0":
+            with pytest.raises(RuntimeError, match=message):
+                Store.open(intact, writable=True)  # reads the unfinished chunks
+        place.write_bytes(before)
+    assert_holds(Store.open(intact), 7, [0])
+
+
+def test_a_trial_of_another_run_is_found(intact, tmp_path):
+    other = foreign(tmp_path)
+    shutil.rmtree(intact / "trial_0001")
+    shutil.copytree(other / "trial_0001", intact / "trial_0001")
+    message = (
+        r"trial 1: .*store/trial_0001 is of another store: its commit record is of store '\w{16}', this one is '\w{16}'"
+    )
+    with pytest.raises(RuntimeError, match=message):
+        Store.open(intact).trial(1)
+    with pytest.raises(RuntimeError, match=message):
+        Store.open(intact, writable=True)
+    assert_holds(Store.open(intact), 7, trials=[0])
+    shutil.copy(other / "zarr.json", intact / "zarr.json")
+    with pytest.raises(RuntimeError, match=r"trial 0: .*store/trial_0000 is of another store"):
+        Store.open(intact).trial(0)
+
+
+def test_a_commit_record_has_the_checksums_that_zarr_stores(intact):
+    chunks = tipl.zarr_files.read_group(intact / "trial_0001", "")["chunks"]
+    sums = np.frombuffer(base64.b64decode(chunks["weights"]), "<u4")
+    full = (intact / "trial_0001/weights/c.0.0").read_bytes()
+    assert sums[0] == int.from_bytes(full[-4:], "little") == google_crc32c.value(full[:-4])
+    assert sums[1] == google_crc32c.value(rows(5, 7)[0][1].tobytes())  # the committed rows of the last
+    assert {name: len(base64.b64decode(text)) for name, text in chunks.items()} == {
+        "weights": 8,
+        "env_steps": 4,
+        "episodic_return": 4,
+    }
+
+
+# Stores of an older tipl
+
+
+def as_older(path: Path, *trials: int) -> None:
+    """Take from the commit records what an older tipl did not write."""
+    for i in trials:
+        record = tipl.zarr_files.read_group(path / f"trial_{i:04d}", "")
+        del record["store"], record["chunks"]
+        tipl.zarr_files.write_group(path / f"trial_{i:04d}", record)
+
+
+def test_an_older_store_is_read_with_one_warning(intact):
+    as_older(intact, 0, 1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        read_all(intact)
+        Store.open(intact).summary()
+    assert [str(warning.message) for warning in caught] == [
+        f"store {intact}: an older tipl wrote it, without a record of its chunks: those of another run cannot be found"
+    ]
+    with pytest.warns(UncheckedWarning):
+        read_all(intact)
+
+
+@pytest.mark.parametrize("older", [(0, 1), (1,)])
+@pytest.mark.parametrize("num_rows", [0, 5, 7])
+def test_an_older_store_is_appended_to(tmp_path, older, num_rows):
+    for name in ("store", "expected"):
+        create(tmp_path / name, num_rows=num_rows).close()
+    as_older(tmp_path / "store", *older)
+    with pytest.warns(UncheckedWarning):
+        store = Store.open(tmp_path / "store", writable=True)
+    with store, Store.open(tmp_path / "expected", writable=True) as expected:
+        for opened in (store, expected):
+            opened.append(*rows(num_rows, 13))
+    assert_holds(Store.open(tmp_path / "store"), 13)
+    assert files(tmp_path / "store") == files(tmp_path / "expected")
+
+
+def test_damage_of_an_older_store_is_found(intact):
+    as_older(intact, 0, 1)
+    old = (intact / "trial_0001/weights/c.1.0").read_bytes()
+    flip(intact / "trial_0001/weights/c.1.0", 9)
+    with pytest.warns(UncheckedWarning), pytest.raises(RuntimeError, match=r"c\.1\.0 fails its checksum"):
+        Store.open(intact, writable=True)
+    (intact / "trial_0001/weights/c.1.0").write_bytes(old)
+    empty = np.full((CHUNK_ROWS, P), np.nan, np.float32).tobytes()
+    (intact / "trial_0001/weights/c.0.0").write_bytes(empty + google_crc32c.value(empty).to_bytes(4, "little"))
+    with (
+        pytest.warns(UncheckedWarning),
+        pytest.raises(RuntimeError, match="trial 1: weights rows 0:5 are committed but not on disk"),
+    ):
+        Store.open(intact).trial(1).weights()
+
+
+# Documents whose checksums are right, but that cannot be
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"chunk_rows": 2**62}, r"chunk_rows must be at most 19,173,961, got 4,611,686,018,427,387,904"),
+        ({"chunk_rows": 0}, "chunk_rows: Input should be greater than or equal to 1, got 0"),
+        ({"chunk_rows": "5"}, "chunk_rows: Input should be a valid integer, got '5'"),
+        ({"seeds": []}, r"seeds: List should have at least 1 item.*, got \[\]"),
+        ({"seeds": [7, -1]}, "seeds.1: Input should be greater than or equal to 0, got -1"),
+        ({"seeds": [7, 2.5]}, "seeds.1: Input should be a valid integer.*, got 2.5"),
+        ({"seeds": 2**62}, "seeds: Input should be a valid array, got 4611686018427387904"),
+        ({"env_id": None}, "env_id: Input should be a valid string, got None"),
+        ({"config": []}, r"config: Input should be an object, got \[\]"),
+        (
+            {"policy": {"parameters": [["w", [2**20, 2**20]]]}},
+            "policy must have at most 2,147,483,648 weights, got 1,0",
+        ),
+        (
+            {"policy": {"parameters": [["w", [3, -1]]]}},
+            "policy must be a layout: .* shape of w must be of positive ints",
+        ),
+        ({"policy": {"parameters": 3}}, "policy must be a layout: 'int' object is not iterable"),
+        ({"policy": {"obs_dim": 2}}, "policy must be a layout: PolicySpec.from_dict: expected the keys"),
+        ({"shards": 3}, "shards: Unexpected keyword argument, got 3"),
+        ({"env_id": ...}, "env_id: Field required"),
+    ],
+)
+def test_a_root_that_cannot_be_is_refused(intact, changes, message):
+    attributes = tipl.zarr_files.read_group(intact, "") | changes
+    tipl.zarr_files.write_group(intact, {name: value for name, value in attributes.items() if value is not ...})
+    with pytest.raises(RuntimeError, match=rf"^{re.escape(str(intact))}/zarr\.json: .*{message}"):
+        Store.open(intact)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_checkpoints": 2**62}, "num_checkpoints: Input should be less than or equal to 1099511627776, got 46116"),
+        (
+            {"num_checkpoints": 2**40},
+            "chunks.weights must be the checksums of 219902325556 chunks, for 1099511627776 c",
+        ),
+        ({"num_checkpoints": -1}, "num_checkpoints: Input should be greater than or equal to 0, got -1"),
+        ({"num_checkpoints": 5}, "chunks.weights must be the checksums of 1 chunks, for 5 checkpoints, got 8 bytes"),
+        ({"num_checkpoints": True}, "num_checkpoints: Input should be a valid integer, got True"),
+        ({"chunks": {}}, "chunks.weights must be the checksums of 2 chunks, for 7 checkpoints, got 0 bytes"),
+        ({"chunks": {"weights": "Ab!"}}, r"chunks\.weights must be base64"),
+        ({"chunks": "many"}, "chunks: Input should be an object, got 'many'"),
+        ({"store": 7}, "store: Input should be a valid string, got 7"),
+        ({"seed": ...}, "seed: Field required"),
+    ],
+)
+def test_a_commit_record_that_cannot_be_is_refused(intact, changes, message):
+    attributes = tipl.zarr_files.read_group(intact / "trial_0001", "") | changes
+    attributes = {name: value for name, value in attributes.items() if value is not ...}
+    tipl.zarr_files.write_group(intact / "trial_0001", attributes)
+    for writable in (False, True):
+        with pytest.raises(RuntimeError, match=rf"trial_0001/zarr\.json: {message}"):
+            Store.open(intact, writable=writable).trial(1)
+    assert_holds(Store.open(intact), 7, trials=[0])
+
+
+def test_more_rows_than_an_older_store_can_have_are_refused(intact):
+    as_older(intact, 0, 1)
+    record = tipl.zarr_files.read_group(intact / "trial_0001", "")
+    tipl.zarr_files.write_group(intact / "trial_0001", record | {"num_checkpoints": 2**40})
+    with pytest.raises(RuntimeError, match="trial 1: 1099511627776 checkpoints are committed but not on disk"):
+        Store.open(intact).trial(1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"shape": [2**62, P]}, r"shape must be 7 rows or more of \[14\], got \[4611686018427387904, 14\]"),
+        ({"shape": [6, P]}, r"shape must be 7 rows or more of \[14\], got \[6, 14\]"),
+        ({"shape": [7, 2**40]}, r"shape must be \[7, 14\], got \[7, 1099511627776\]"),
+        ({"shape": []}, r"shape must be 7 rows or more of \[14\], got \[\]"),
+        ({"data_type": "float64"}, "data_type must be 'float32', got 'float64'"),
+        ({"storage_transformers": [1]}, r"storage_transformers must be None, got \[1\]"),
+    ],
+)
+def test_an_arrays_document_that_cannot_be_is_refused(intact, change, message):
+    path = intact / "trial_0001/weights/zarr.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(RuntimeError, match=rf"trial 1: .*weights/zarr\.json is damaged: .*{message}"):
+        Store.open(intact).trial(1)
+
+
+def test_a_file_that_is_no_document_is_refused(intact):
+    for name, owner in (("trial_0001/zarr.json", "trial 1"), ("zarr.json", "store")):
+        for content in (b"[" * 10**6, b"\xff\xfe", b"5"):
+            (intact / name).write_bytes(content)
+            with pytest.raises(RuntimeError, match=rf"{owner}.*/zarr\.json is damaged: "):
+                Store.open(intact).trial(1)
+    (intact / "zarr.json").unlink()
+    os.mkfifo(intact / "zarr.json")
+    with pytest.raises(RuntimeError, match=r"store .*zarr\.json must be a regular file"):
+        Store.open(intact)
+
+
+# The file system
+
+
+@pytest.mark.parametrize("change", [b"", b"more", None])
+def test_a_chunk_that_changes_while_it_is_read_is_an_error(intact, monkeypatch, change):
+    readv, path = os.readv, intact / "trial_0001/weights/c.0.0"
+
+    def changing(file: int, buffers: list[Any]) -> int:
+        if change is None:
+            raise OSError(errno.EIO, "Input/output error")
+        with path.open("ab") as stream:
+            stream.write(change)
+            if not change:
+                stream.truncate(100)
+        return readv(file, buffers)
+
+    trial = Store.open(intact).trial(1)
+    monkeypatch.setattr(tipl.locations.os, "readv", changing)
+    message = "changed while it was read" if change is not None else "Input/output error: .*c.0.0"
+    with pytest.raises(OSError, match=message):
+        trial.weights(0, 5)
+
+
+def test_a_chunk_is_read_in_several_calls(intact, monkeypatch):
+    """As the system does for one of more than 2 GiB."""
+    readv = os.readv
+    monkeypatch.setattr(
+        tipl.locations.os, "readv", lambda file, buffers: readv(file, [memoryview(buffers[0])[:100], *buffers[1:]][:1])
+    )
+    read_all(intact)
+
+
+def test_an_error_of_the_system_names_the_file(tmp_path, monkeypatch):
+    store = create(tmp_path / "store", num_rows=4)
+    with monkeypatch.context() as patch:
+        patch.setattr(tipl.locations.os, "fsync", lambda file: (_ for _ in ()).throw(OSError(errno.EIO, "I/O error")))
+        with pytest.raises(OSError, match=r"I/O error: '.*store/trial_000\d/weights/zarr\.json'"):
+            store.append(*rows(4, 5))
+    with Store.open(tmp_path / "store", writable=True) as store:
+        assert_holds(store, 4)
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF])
+@pytest.mark.parametrize("writable", [True, range(1)])
+def test_without_locks_a_warning_says_so(tmp_path, monkeypatch, number, writable):
+    create(tmp_path / "store", num_rows=3).close()
+    monkeypatch.setattr(fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(number, os.strerror(number))))
+    with pytest.warns(UserWarning, match=r"store lies on a file system without locks") as caught:
+        Store.open(tmp_path / "store", writable=writable).close()
+    assert len(caught) == 1
+    with pytest.warns(UserWarning, match="without locks"):
+        create(tmp_path / "other", num_rows=3).close()
+    assert_holds(Store.open(tmp_path / "other"), 3)
+
+
+def test_an_error_of_locking_names_the_folder(intact, monkeypatch):
+    monkeypatch.setattr(fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "I/O error")))
+    with pytest.raises(OSError, match=r"I/O error: '.*store'"):
+        Store.open(intact, writable=True)
+
+
+def test_writers_of_different_trials_share_a_store(intact):
+    with Store.open(intact, writable=range(1)) as first:
+        with pytest.raises(StoreInUse):
+            Store.open(intact, writable=True)
+        with pytest.raises(StoreInUse):
+            Store.open(intact, writable=range(1))
+        with Store.open(intact, writable=range(1, 2)) as second:
+            for store, i in ((second, 1), (first, 0)):
+                store.append(*(column[i : i + 1] for column in rows(7, 9)))
+    assert_holds(Store.open(intact), 9)
+    shutil.rmtree(intact / "trial_0001")
+    with pytest.raises(RuntimeError, match=r"store .*store: .*trial_0001 is missing"):
+        Store.open(intact, writable=range(1, 2))
+
+
+def test_the_next_writer_removes_what_killed_ones_left(intact):
+    (intact / "resume/trial_0000").mkdir(parents=True)
+    folders = [intact, *(path for path in intact.rglob("*") if path.is_dir())]
+    for folder in folders:
+        (folder / ".zarr.json.123.partial").write_bytes(b"half")
+        (folder / ".mine").write_bytes(b"a user's")
+    Store.open(intact, writable=True).close()
+    assert not list(intact.rglob("*.partial"))
+    assert len(list(intact.rglob(".mine"))) == len(folders)
+
+
+KILLED_CREATE = """
+import os, signal, sys
+sys.path[:0] = sys.argv[2:]
+import test_store, tipl.zarr_files
+write, count = tipl.zarr_files.write_atomically, iter(range(1000))
+def killing(path, data):
+    if next(count) == int(sys.argv[1]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(path, data)
+tipl.zarr_files.write_atomically = killing
+test_store.create("store")
+"""
+
+
+@pytest.mark.parametrize("num_writes", [0, 3, 8])
+def test_a_killed_create_blocks_nothing(tmp_path, num_writes):
+    folders = [str(Path(__file__).parent), str(Path(tipl.store.__file__).parent.parent)]
+    command = [sys.executable, "-c", KILLED_CREATE, str(num_writes), *folders]
+    assert subprocess.run(command, cwd=tmp_path, timeout=60, check=False).returncode == -signal.SIGKILL
+    assert [path.name for path in tmp_path.iterdir()] == [".store.partial"]
+    create(tmp_path / "store", num_rows=3).close()
+    create(tmp_path / "other", num_rows=3).close()
+    assert files(tmp_path / "store") == files(tmp_path / "other")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "store"]
+
+
+def test_a_fingerprint_tells_what_is_in_a_store(intact, tmp_path):
+    first = Store.open(intact).fingerprint()
+    same = Path(shutil.copytree(intact, tmp_path / "copy"))
+    assert Store.open(same).fingerprint() == first
+    with Store.open(same, writable=True) as store:
+        store.append(*rows(7, 8))
+        longer = store.fingerprint()
+    assert len({first, longer, Store.open(foreign(tmp_path)).fingerprint()}) == 3
+    with create(tmp_path / "moved", learning_rate=3e-4) as store:  # one weight is another
+        weights, *others = rows(0, 7)
+        weights[1, 2, 3] += 1
+        store.append(weights, *others)
+        assert store.fingerprint() != first
 
 
 def test_what_is_no_store_is_refused(tmp_path, intact):
@@ -469,6 +829,9 @@ def test_one_writer_at_a_time(tmp_path):
         ({"seeds": [1.5]}, ValueError, r"create: seeds must be one non-negative int a trial, got \[1.5\]"),
         ({"config": {"path": Path("x")}}, TypeError, "create: config must be plain JSON: .*not JSON serializable"),
         ({"config": {"gamma": float("nan")}}, TypeError, "create: config must be plain JSON"),
+        ({"config": []}, TypeError, "create: env_id must be a str and config a dict, got str and list"),
+        ({"env_id": None}, TypeError, "create: env_id must be a str and config a dict, got NoneType and dict"),
+        ({"seeds": [True]}, ValueError, r"create: seeds must be one non-negative int a trial, got \[True\]"),
     ],
 )
 def test_create_refuses(tmp_path, arguments, error, message):
@@ -546,7 +909,7 @@ def test_a_store_is_a_list_of_rows(operations):
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(tipl.locations.os, "fsync", lambda file: None)
         patch.setattr(tipl.store, "CHUNK_BYTES", CHUNK_ROWS * 4 * P)
-        patch.setattr(tipl.store, "WRITE_THREADS", 1)  # the same writes at each run
+        patch.setattr(tipl.store_writer, "WRITE_THREADS", 1)  # the same writes at each run
         path = Path(folder, "store")
         store, length = create(path), 0
         for operation, argument in operations:

@@ -189,7 +189,7 @@ def test_an_unfinished_collection_is_not_overwritten_by_another(url: str) -> Non
     with pytest.raises(ValueError, match="holds an unfinished collection with seed = 0, got 1"):
         collect(url, **ARGUMENTS, seed=1)
     assert objects(url) == before
-    assert Unfinished(location(url)).exists()
+    assert Unfinished(Store.open(url)).exists()
 
 
 def test_a_model_is_trained_from_there(url: str, tmp_path: Path) -> None:

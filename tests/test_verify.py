@@ -1,24 +1,27 @@
 """`tipl store verify` names every problem of a store, `tipl store info` says what is inside."""
 
+import dataclasses
 import json
 import re
 import shutil
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-import tipl.verify
 from tipl.cli import main
 from tipl.collect import collect
 from tipl.policy import ParameterLayout
 from tipl.ppo import PPOConfig
+from tipl.sealed import UncheckedWarning
 from tipl.store import Store
 from tipl.store_info import describe_store
+from tipl.store_records import Commit
 from tipl.verify import verify_store
-from tipl.zarr_files import read_group, write_group
+from tipl.zarr_files import crc32c, read_group, write_group
 
 TINY = PPOConfig(num_steps=32, num_minibatches=2, update_epochs=1, hidden_sizes=(16, 16))
 
@@ -52,7 +55,19 @@ def flip(path: Path, position: int = 40) -> None:
     path.write_bytes(data)
 
 
-def commit(trial: Path, num_checkpoints: int) -> None:
+def commit(store: Path, i: int, num_checkpoints: int) -> None:
+    """Commit the first rows of trial i alone, as if an append to the others had been cut off."""
+    trials = Store.open(store).trials
+    checksums = {}
+    for array in trials.arrays:
+        checksums[array.name] = b""
+        for chunk, in_chunk, _ in array.chunks(0, num_checkpoints):
+            rows = array.read_chunk(trials.folder(i) / array.name, "", chunk)
+            checksums[array.name] += crc32c(rows[in_chunk]).to_bytes(4, "little")
+    trials.write_commit(i, Commit(num_checkpoints, checksums))
+
+
+def commit_wrongly(trial: Path, num_checkpoints: int) -> None:
     """Write a commit record that is whole, and wrong."""
     write_group(trial, read_group(trial, "trial") | {"num_checkpoints": num_checkpoints})
 
@@ -81,25 +96,50 @@ def test_a_whole_store_is_ok(store, monkeypatch, capsys):
         (lambda s: shutil.rmtree(s / "trial_0002"), [r"trial 2: .*trial_0002/zarr\.json is missing"]),
         (lambda s: flip(s / "zarr.json"), [r"store .*store: .*store/zarr\.json is damaged: .*"]),
         (
-            lambda s: commit(s / "trial_0001", 8),
+            lambda s: commit_wrongly(s / "trial_0001", 8),
             [
-                r"trial 1: .*weights/zarr\.json is damaged: it does not describe weights of this store",
-                r"trial 1: weights rows 6:8 are committed but not on disk",
-                r"trial 1: .*env_steps/zarr\.json is damaged: it does not describe env_steps of this store",
-                r"trial 1: env_steps rows 0:8 are committed but not on disk",
-                r"trial 1: .*return/zarr\.json is damaged: it does not describe episodic_return of this store",
-                r"trial 1: episodic_return rows 0:8 are committed but not on disk",
+                r"trial 1: .*weights/zarr\.json is damaged: shape must be 8 rows or more of \[370\], got \[7, 370\]",
+                r"trial 1: weights rows 6:9: .*c\.2\.0 is not the chunk that the commit record names: .*",
+                r"trial 1: .*env_steps/zarr\.json is damaged: shape must be 8 rows or more of \[\], got \[7\]",
+                r"trial 1: env_steps rows 0:1024: .*c\.0 is not the chunk that the commit record names: .*",
+                r"trial 1: .*return/zarr\.json is damaged: shape must be 8 rows or more of \[\], got \[7\]",
+                r"trial 1: episodic_return rows 0:1024: .*c\.0 is not the chunk that the commit record names: .*",
                 r"trial 0: has 7 checkpoints, others have 8: an append was cut off",
                 r"trial 2: has 7 checkpoints, others have 8: an append was cut off",
             ],
         ),
         (
-            lambda s: commit(s / "trial_0001", 5),
+            lambda s: commit_wrongly(s / "trial_0001", 2**62),
+            [r".*trial_0001/zarr\.json: num_checkpoints: Input should be less than or equal to 1099511627776, got 4.*"],
+        ),
+        (
+            lambda s: commit(s, 1, 5),
             [r"trial 1: has 5 checkpoints, others have 7: an append was cut off"],
         ),
         (
+            lambda s: swap(s / "trial_0002/weights/c.0.0", s / "trial_0002/weights/c.1.0"),
+            [
+                r"trial 2: weights rows 0:3: .*trial_0002/weights/c\.0\.0 is not the chunk that the commit record .*",
+                r"trial 2: weights rows 3:6: .*trial_0002/weights/c\.1\.0 is not the chunk that the commit record .*",
+            ],
+        ),
+        (
+            lambda s: swap(s / "trial_0000/episodic_return/c.0", s / "trial_0002/episodic_return/c.0"),
+            [
+                r"trial 0: episodic_return rows 0:1024: .*/c\.0 is not the chunk that the commit record names: .*",
+                r"trial 2: episodic_return rows 0:1024: .*/c\.0 is not the chunk that the commit record names: .*",
+            ],
+        ),
+        (
+            lambda s: swap(s / "trial_0000", s / "trial_0002"),
+            [
+                r"trial 0: .*trial_0000 is not trial 0 of this store: its commit record is of trial 2, seed \d+, .*",
+                r"trial 2: .*trial_0002 is not trial 2 of this store: its commit record is of trial 0, seed \d+, .*",
+            ],
+        ),
+        (
             lambda s: shutil.copy(s / "trial_0000/zarr.json", s / "trial_0001/zarr.json"),
-            [r"trial 1: .*trial_0001 is not trial 1 of this store"],
+            [r"trial 1: .*trial_0001 is not trial 1 of this store: its commit record is of trial 0, .*"],
         ),
     ],
 )  # fmt: skip
@@ -115,6 +155,133 @@ def test_damage_is_named(store: Path, damage: Callable[[Path], object], problems
     assert out.splitlines() == [*found, f"damaged    {store}: {len(found)} problem{'s' * (len(found) > 1)}"]
     assert err == ""
     assert {file: file.read_bytes() for file in store.rglob("*") if file.is_file()} == before
+
+
+def swap(one: Path, other: Path) -> None:
+    aside = one.with_name("aside")
+    one.rename(aside)
+    other.rename(one)
+    aside.rename(other)
+
+
+@pytest.fixture(scope="module")
+def another(tmp_path_factory: pytest.TempPathFactory, collected: Path) -> Path:
+    """A run with the seeds and the layout of `collected`, and another learning rate."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules["tipl.store"], "CHUNK_BYTES", 3 * 370 * 4)
+        path = tmp_path_factory.mktemp("another") / "store"
+        ppo = dataclasses.replace(TINY, learning_rate=1e-3)
+        collect(path, env_id="InvertedPendulum-v5", num_trials=3, total_timesteps=6 * 32, ppo=ppo, progress=False)
+    assert Store.open(path).seeds == Store.open(collected).seeds
+    return path
+
+
+def test_whatever_comes_from_another_run_is_named(store, another):
+    """Of a chunk: unless it is the same in both, as the environment steps are."""
+    for file in sorted(path for path in another.rglob("*") if path.is_file()):
+        name = str(file.relative_to(another))
+        before = (store / name).read_bytes()
+        shutil.copy(file, store / name)
+        problems = verify_store(store).problems
+        if file.read_bytes() == before:
+            assert problems == []
+        elif name == "zarr.json":
+            assert len(problems) == 3
+            assert all(re.search(r"trial \d: .*trial_000\d is of another store: its commit", text) for text in problems)
+        elif file.name == "zarr.json":
+            assert re.fullmatch(r"trial (\d): .*trial_000\1 is of another store: its commit record .*", *problems)
+        else:
+            pattern = (
+                r"trial (\d): (\w+) rows .*trial_000\1/\2/c\.[\d.]+ is not the chunk that the commit record names: .*"
+            )
+            assert re.fullmatch(pattern, *problems)
+        (store / name).write_bytes(before)
+    shutil.rmtree(store / "trial_0001")
+    shutil.copytree(another / "trial_0001", store / "trial_0001")
+    assert re.fullmatch(r"trial 1: .*trial_0001 is of another store: .*", *verify_store(store).problems)
+
+
+def flipped(data: bytes) -> Iterator[bytes]:
+    for position in sorted({*range(0, len(data), max(1, len(data) // 12)), *range(len(data) - 6, len(data))}):
+        yield data[:position] + bytes([data[position] ^ 1 << position % 8]) + data[position + 1 :]
+
+
+DAMAGES: dict[str, Callable[[bytes], Iterable[bytes]]] = {
+    "flip": flipped,
+    "cut": lambda data: (data[:n] for n in (0, 1, len(data) // 2, len(data) - 4, len(data) - 1)),
+    "more": lambda data: (data + b"\0", data + data),
+    "zeros": lambda data: (
+        bytes(len(data)),
+        data[: len(data) // 2] + bytes(len(data) // 2),
+        data[:-4096] + bytes(4096),
+    ),
+}
+
+
+def content(path: Path) -> list[bytes]:
+    store = Store.open(path)
+    trials = [store.trial(i) for i in range(len(store))]
+    arrays = [array for t in trials for array in (t.weights(), t.env_steps, t.episodic_return)]
+    return [repr((store.env_id, store.policy, store.seeds, store.config)).encode(), *(a.tobytes() for a in arrays)]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_of_any_file_is_found_or_without_effect(store, damage):
+    expected = content(store)
+    for file in sorted(path for path in store.rglob("*") if path.is_file()):
+        before = file.read_bytes()
+        unseen = 0
+        for data in DAMAGES[damage](before):
+            file.write_bytes(data)
+            if not verify_store(store).problems:
+                assert content(store) == expected
+                unseen += 1
+            else:
+                with pytest.raises(RuntimeError):
+                    content(store)
+        # Of an array's document, another number of rows; of a JSON file, the line's end.
+        assert unseen <= (2 if file.name == "zarr.json" else 0), file
+        file.write_bytes(before)
+
+
+def test_every_file_that_is_missing_is_named(store):
+    for file in sorted(path for path in store.rglob("*") if path.is_file()):
+        before = file.read_bytes()
+        file.unlink()
+        assert re.fullmatch(rf".*{re.escape(str(file.relative_to(store)))} is missing", *verify_store(store).problems)
+        file.write_bytes(before)
+
+
+def as_older(trial: Path) -> None:
+    """Take from a commit record what an older tipl did not write."""
+    record = read_group(trial, "trial")
+    del record["store"], record["chunks"]
+    write_group(trial, record)
+
+
+def test_a_store_of_an_older_tipl_is_ok_with_a_warning(store, monkeypatch, capsys):
+    for i in range(3):
+        as_older(store / f"trial_000{i}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        assert tipl_store(monkeypatch, "verify", store) == 0
+    out, err = capsys.readouterr()
+    assert out == f"ok         {store}: 3 trials x 7 checkpoints, 15 chunks, 0.1 MB\n"
+    assert err == (
+        f"tipl: warning: store {store}: an older tipl wrote it, without a record of its chunks: those of another run "
+        "cannot be found\n"
+    )
+    commit_wrongly(store / "trial_0002", 8)
+    with pytest.warns(UncheckedWarning):
+        problems = verify_store(store).problems
+    assert "trial 2: weights rows 6:8 are committed but not on disk" in problems
+
+
+def test_a_trial_of_an_older_tipl_among_others_is_named(store):
+    as_older(store / "trial_0002")
+    with pytest.warns(UncheckedWarning):
+        problems = verify_store(store).problems
+    assert problems == ["trial 2: has no record of its chunks, as others have: it may be of another store"]
 
 
 def test_every_problem_is_named_not_only_the_first(store):
@@ -150,7 +317,7 @@ def test_a_bar_if_it_takes_long(store, monkeypatch, capfd):
     monkeypatch.setenv("COLUMNS", "100")
     verify_store(store, progress=True)
     assert capfd.readouterr().err == ""
-    monkeypatch.setattr(tipl.verify, "BAR_SECONDS", 0.0)
+    monkeypatch.setattr(sys.modules["tipl.verify"], "BAR_SECONDS", 0.0)
     verify_store(store, progress=True)
     assert "verify" in capfd.readouterr().err
 
@@ -186,8 +353,8 @@ def test_info_of_a_complete_store(store, monkeypatch, capsys):
 
 def test_info_of_an_unfinished_store(store):
     (store / "resume").mkdir()
-    for trial in store.glob("trial_*"):
-        commit(trial, 4)
+    for i in range(3):
+        commit(store, i, 4)
     expected = "4 of each trial, unfinished: 7 were asked for, and the same `tipl collect` goes on"
     assert describe_store(Store.open(store))["checkpoints"] == expected
     assert verify_store(store).problems == []
@@ -212,7 +379,7 @@ def test_a_cut_off_collection_is_no_problem(store):
     """While it is being collected, a trial may be one append ahead of the others."""
     (store / "resume").mkdir()
     write_group(store / "resume", {"versions": {}})
-    commit(store / "trial_0000", 6)
+    commit(store, 0, 6)
     assert verify_store(store).problems == []
     document = json.loads((store / "resume/zarr.json").read_text())
     document["attributes"]["versions"] = {"torch": "1"}

@@ -37,7 +37,8 @@ from tipl.policy import PolicySpec
 from tipl.ppo import IterationStats, Population, PopulationState, PPOConfig, environment_seeds
 from tipl.publishing import claimed
 from tipl.resume import Unfinished
-from tipl.store import Store, StoreInUse
+from tipl.store import Store
+from tipl.store_writer import StoreInUse
 
 Columns = tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.float64]]  # weights, env_steps, episodic_return
 
@@ -139,7 +140,7 @@ def collect(
                 store.close()
             else:
                 _warn_of_versions(store)
-            shards = _shards(num_trials, Unfinished(output).begin(trials_per_shard))
+            shards = _shards(num_trials, Unfinished(store).begin(trials_per_shard))
             display = _Display(env_id, store, shards, num_iterations, ppo.batch_size, shown=progress)
             with display:
                 if cluster is None:
@@ -147,7 +148,7 @@ def collect(
                         collect_shard(output, shard, num_threads, tensorboard, display)
                 else:
                     _collect_on(cluster, store, shards, num_threads, tensorboard, display)
-        Unfinished(output).remove()
+        Unfinished(store).remove()
         store = Store.open(output)
         display.finish(store)
         return store
@@ -206,7 +207,7 @@ def num_checkpoints_asked(store: Store) -> int | None:
 def is_complete(store: Store) -> bool:
     """Return whether the store is no unfinished collection: there is nothing more to come."""
     asked = num_checkpoints_asked(store)
-    return not Unfinished(store.path).exists() and (asked is None or store.num_checkpoints >= asked)
+    return not Unfinished(store).exists() and (asked is None or store.num_checkpoints >= asked)
 
 
 def trial_seeds(seed: int, num_trials: int) -> list[int]:
@@ -308,7 +309,7 @@ def _reopen(output: Location, env_id: str, config: dict[str, Any]) -> Store:
 def _warn_of_versions(store: Store) -> None:
     """Warn of what could change the last bits of the rest of an unfinished collection."""
     try:
-        changed = Unfinished(store.path).changed_versions()
+        changed = Unfinished(store).changed_versions()
     except RuntimeError as error:
         changed = {}
         warnings.warn(f"collect: {error}; whether versions have changed is not known", stacklevel=3)
@@ -323,7 +324,7 @@ def _warn_of_versions(store: Store) -> None:
 def _restore(population: Population, store: Store, trials: range, num_checkpoints: int) -> None:
     """Set the population to the latest state whose checkpoint is in the store; without any, leave it at its start."""
     start = population.get_state()
-    for state in Unfinished(store.path).states(trials.start).load(num_checkpoints):
+    for state in Unfinished(store).states(trials).load(num_checkpoints):
         k = state.env_steps // population.config.batch_size
         with contextlib.suppress(ValueError):  # it is of another population altogether
             population.set_state(state)
@@ -382,7 +383,7 @@ class _Appender:
     def __init__(self, store: Store, trials: range, batch_size: int, curves: Curves | None) -> None:
         self._store, self._batch_size, self._curves = store, batch_size, curves
         self._there = [store.trial(i) for i in trials]
-        self._states = Unfinished(store.path).states(trials.start)
+        self._states = Unfinished(store).states(trials)
         self._saved_at = time.monotonic()
         self._rows_at_once = 1 if isinstance(store.path, Path) else self._there[0].chunk_rows
         self._rows: list[Row] = []  # not yet handed to the thread

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tipl.ppo import IterationStats
-from tipl.store import trial_name
+from tipl.store_records import trial_name
 
 LOSSES = ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac", "explained_variance")
 TAGS = ("charts/episodic_return", "charts/SPS", "charts/learning_rate", *(f"losses/{name}" for name in LOSSES))

@@ -120,13 +120,34 @@ def read_into(folder: Location, name: str, buffers: Sequence[Any]) -> int:
             view[: len(part)] = part
             start += len(part)
         return len(data)
-    file = os.open(f"{folder}/{name}", os.O_RDONLY)  # of many: a Path would take as long as a checksum
+    path = f"{folder}/{name}"  # of many: a Path would take as long as a checksum
+    file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
-        room = sum(memoryview(buffer).nbytes for buffer in buffers)
-        num_bytes = os.readv(file, buffers)
-        return num_bytes if num_bytes < room else os.fstat(file).st_size
+        found = os.fstat(file)
+        views = [memoryview(buffer).cast("B") for buffer in buffers]
+        if not stat.S_ISREG(found.st_mode) or found.st_size > sum(map(len, views)):
+            return found.st_size
+        try:
+            num_bytes = _fill(file, views)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, path) from error
+        if num_bytes != found.st_size or os.fstat(file).st_size != num_bytes:
+            raise OSError(f"{path} changed while it was read")
+        return num_bytes
     finally:
         os.close(file)
+
+
+def _fill(file: int, views: list[memoryview]) -> int:
+    """Read an open file into `views`, one after the other, until it ends; return how many bytes came."""
+    num_bytes = 0
+    while views and (read := os.readv(file, views)):  # 2 GiB at most, in one call
+        num_bytes += read
+        while views and read >= len(views[0]):
+            read -= len(views.pop(0))
+        if read:
+            views[0] = views[0][read:]
+    return num_bytes
 
 
 def make_folder(path: Location) -> None:

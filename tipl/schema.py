@@ -3,15 +3,16 @@
 import dataclasses
 import functools
 import json
-from pathlib import Path
 from typing import Any, TypeVar
 
 import pydantic
 
+from tipl.locations import Location
+
 T = TypeVar("T")
 
 
-def parse_json(data: bytes, path: Path) -> dict[str, Any]:
+def parse_json(data: bytes, path: Location) -> dict[str, Any]:
     """Return the JSON object in `data`. Raises RuntimeError where there is none."""
     try:
         document = json.loads(data)
@@ -22,7 +23,7 @@ def parse_json(data: bytes, path: Path) -> dict[str, Any]:
     return document
 
 
-def parse(kind: type[T], document: dict[str, Any], path: Path, *, more: bool = False) -> T:
+def parse(kind: type[T], document: dict[str, Any], path: Location, *, more: bool = False) -> T:
     """Return the dataclass `kind` that `document`, of plain JSON, describes.
 
     Fields that the dataclass lacks are refused; with `more` the document itself, but nothing in it, may have some.

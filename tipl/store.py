@@ -1,13 +1,14 @@
 """The trajectory store: the checkpoints of many trials on disk, a Zarr v3 hierarchy that survives crashes.
 
     zarr.json                     group: what was run (env_id, policy, seeds, config); written once, last of all
-    trial_0000/zarr.json          group: the commit record, num_checkpoints = T
+    trial_0000/zarr.json          group: the commit record, num_checkpoints = T (`store_records.py`)
     trial_0000/weights            (T, p) float32, in chunks of about 256 KiB, not compressed: weights are noise
     trial_0000/env_steps          (T,) int64
     trial_0000/episodic_return    (T,) float64, NaN before the first episode has ended
     resume/                       while a collection is unfinished: what it needs to go on (`resume.py`)
 
-Every file is written aside, flushed to disk and renamed; chunks and groups carry checksums (`zarr_files.py`). An append
+Every file is written aside, flushed to disk and renamed; chunks and groups carry checksums (`zarr_files.py`), and each
+commit record those of its trial's chunks, so that a chunk in another's place is found. An append (`store_writer.py`)
 writes a trial's chunks first and its commit record last. Rows beyond num_checkpoints do not count, and the next append
 overwrites them. So a killed process or a full disk costs the append under way and nothing else. A new store is made
 aside, as .NAME.partial, and renamed. Directories are not flushed: after a power cut the last appends may be gone on a
@@ -19,13 +20,11 @@ Several writers may append to one store, each to trials of its own.
 """
 
 import contextlib
-import fcntl
+import dataclasses
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -35,35 +34,27 @@ import zarr
 from numpy.typing import NDArray
 
 from tipl.locations import Location, location, make_folder, remove_folder
-from tipl.policy import Layout, layout_from_dict
-from tipl.zarr_files import ZarrArray, read_group, write_group
+from tipl.policy import Layout
+from tipl.store_records import FORMAT, VERSION, StoreRecord, Trials, read_store_record, store_digest, trial_name
+from tipl.store_writer import URL_THREADS, Writer, released_on_failure
+from tipl.zarr_files import ZarrArray, write_group
 
-FORMAT, VERSION = "tipl-store", 1
 CHUNK_BYTES = 2**18
-SCALAR_CHUNK_ROWS = 1024  # of env_steps and episodic_return: 8 KiB
-WRITE_THREADS = 8  # they wait for the disk, not for a core
-URL_THREADS = 32  # they wait for answers
 
 Result = TypeVar("Result")
-Arrays = tuple[ZarrArray, ZarrArray, ZarrArray]  # weights, env_steps, episodic_return
 
 
 class Store:
     """A store open for reading and, from `create` or `open(writable=True)`, for appending: one writer at a time."""
 
-    def __init__(self, path: Location, attributes: dict[str, Any]) -> None:
+    def __init__(self, path: Location, record: StoreRecord, digest: str) -> None:
         """Not for callers: use `create` or `open`."""
         self.path = path
-        self.env_id: str = attributes["env_id"]
-        self.policy = layout_from_dict(attributes["policy"])
-        self.seeds: list[int] = attributes["seeds"]
-        self.config: dict[str, Any] = attributes["config"]
-        self.arrays: Arrays = (
-            ZarrArray("weights", "float32", "NaN", attributes["chunk_rows"], (self.policy.num_params,)),
-            ZarrArray("env_steps", "int64", -1, SCALAR_CHUNK_ROWS, ()),
-            ZarrArray("episodic_return", "float64", "-Infinity", SCALAR_CHUNK_ROWS, ()),
-        )
-        self._writer: _Writer | None = None
+        self.env_id, self.seeds, self.config, self.policy = record.env_id, record.seeds, record.config, record.layout
+        self.digest = digest
+        """Of what was run; what belongs to the store names it."""
+        self.trials = Trials(path, record.seeds, digest, record.arrays)
+        self._writer: Writer | None = None
 
     @classmethod
     def create(
@@ -74,8 +65,11 @@ class Store:
         Raises FileExistsError, and touches nothing, where `path` exists.
         """
         path = location(path)
-        if not seeds or not all(isinstance(seed, int) and seed >= 0 for seed in seeds):
+        if not seeds or not all(type(seed) is int and seed >= 0 for seed in seeds):
             raise ValueError(f"create: seeds must be one non-negative int a trial, got {seeds!r}")
+        if not isinstance(env_id, str) or not isinstance(config, dict):
+            kinds = f"{type(env_id).__name__} and {type(config).__name__}"
+            raise TypeError(f"create: env_id must be a str and config a dict, got {kinds}")
         attributes = {
             "format": FORMAT,
             "version": VERSION,
@@ -89,13 +83,14 @@ class Store:
             attributes = json.loads(json.dumps(attributes, allow_nan=False))  # what a reader will see
         except (TypeError, ValueError) as error:
             raise TypeError(f"create: config must be plain JSON: {error}") from error
-        store = cls(path, attributes)
+        store = cls(path, StoreRecord(**attributes), store_digest(attributes))
         if path.exists():
             raise FileExistsError(f"create: {path} exists")
         # So that a killed process leaves a whole store or none. Behind a URL the group, written last, makes it a store.
         aside = path.with_name(f".{path.name}.partial") if isinstance(path, Path) else path
         make_folder(aside)
-        with _released_on_failure(_Writer(aside, store.seeds, store.arrays, range(len(seeds)))) as writer:
+        trials = dataclasses.replace(store.trials, path=aside)
+        with released_on_failure(Writer(trials, range(len(seeds)))) as writer:
             try:
                 writer.create_trials()
                 write_group(aside, attributes)
@@ -121,18 +116,14 @@ class Store:
         path = location(path)
         if not (path / "zarr.json").exists() and not (path / trial_name(0)).exists():
             raise FileNotFoundError(f"open: there is no trajectory store at {path}")
-        attributes = read_group(path, f"store {path}")
-        if attributes.get("format") != FORMAT:
-            raise RuntimeError(f"store {path}: this Zarr group is no trajectory store of tipl")
-        if attributes["version"] != VERSION:
-            raise RuntimeError(f"store {path}: has version {attributes['version']}, this tipl reads version {VERSION}")
-        store = cls(path, attributes)
+        store = cls(path, *read_store_record(path))
         if writable:
             trials = range(store.num_trials) if writable is True else writable
             if not 0 <= trials.start < trials.stop <= store.num_trials or trials.step != 1:
                 raise ValueError(f"open: writable must be a range of the {store.num_trials} trials, got {writable}")
-            with _released_on_failure(_Writer(path, store.seeds, store.arrays, trials)) as writer:
-                writer.load_trials()
+            with released_on_failure(Writer(store.trials, trials)) as writer:
+                opened = {i: store.trial(i) for i in trials}
+                writer.load_trials([trial.commit for trial in opened.values()], lambda i, *rows: opened[i]._read(*rows))
             store._writer = writer
         return store
 
@@ -150,7 +141,7 @@ class Store:
 
     def commits(self, trials: Iterable[int]) -> list[int]:
         """Return the number of checkpoints that each of these trials has committed."""
-        return self._for_trials(lambda i: read_commit(self.path, i, self.seeds[i]), trials)
+        return self._for_trials(lambda i: self.trials.read_commit(i).num_checkpoints, trials)
 
     def _for_trials(self, read: Callable[[int], Result], trials: Iterable[int]) -> list[Result]:
         """Return read(i) for each trial; behind a URL many at a time, because each waits for its answer."""
@@ -163,7 +154,7 @@ class Store:
         """Return trial i as it is now: later appends do not show in it. Raises RuntimeError where it is damaged."""
         if not 0 <= i < self.num_trials:
             raise IndexError(f"trial: i must lie in [0, {self.num_trials}), got {i}")
-        return Trial(self.path, i, self.seeds[i], self.arrays)
+        return Trial(self.trials, i)
 
     def append(
         self, weights: NDArray[np.float32], env_steps: NDArray[np.int64], episodic_return: NDArray[np.float64]
@@ -177,9 +168,9 @@ class Store:
         """
         if self._writer is None:
             raise ValueError(f"append: {self.path} is not open for appending")
-        columns, trials = (weights, env_steps, episodic_return), self._writer.trials
+        columns, trials = (weights, env_steps, episodic_return), self._writer.writable
         b = weights.shape[1] if isinstance(weights, np.ndarray) and weights.ndim == 3 else 1
-        for array, column in zip(self.arrays, columns, strict=True):
+        for array, column in zip(self.trials.arrays, columns, strict=True):
             if not isinstance(column, np.ndarray) or column.dtype != array.dtype:
                 kind = column.dtype if isinstance(column, np.ndarray) else type(column).__name__
                 raise TypeError(f"append: {array.name} must be an array of {array.data_type}, got {kind}")
@@ -194,7 +185,7 @@ class Store:
             if not valid.all():
                 i, row = np.argwhere(~valid)[0]
                 raise ValueError(f"append: {name} must be {rule}, but row {row} of trial {trials[i]} is not")
-        with _released_on_failure(self._writer) as writer:
+        with released_on_failure(self._writer) as writer:
             self._writer = None
             writer.append(columns)
             self._writer = writer
@@ -202,7 +193,7 @@ class Store:
     def close(self) -> None:
         """Give the arrays exactly as many rows as are committed, and let another writer in. Reading goes on."""
         if self._writer is not None:
-            with _released_on_failure(self._writer) as writer:
+            with released_on_failure(self._writer) as writer:
                 self._writer = None
                 writer.trim()
             writer.release()
@@ -219,11 +210,14 @@ class Store:
         return f"Store({str(self.path)!r}: {self.num_trials} trials of {self.env_id}, p = {self.policy.num_params})"
 
     def fingerprint(self) -> str:
-        """Return a hash of what the store's documents say: its settings, and each trial's commit record."""
-        documents: dict[str, Any] = {"store": read_group(self.path, f"store {self.path}")}
-        records = self._for_trials(lambda i: read_group(self.path / trial_name(i), f"trial {i}"), range(len(self)))
-        documents["trials"] = records
-        return hashlib.sha256(json.dumps(documents, sort_keys=True).encode()).hexdigest()
+        """Return a hash of what the store holds: of its settings, and of each trial's chunks as they are committed.
+
+        Of a trial that an older tipl wrote, how many checkpoints are committed.
+        """
+        commits = self._for_trials(self.trials.read_commit, range(len(self)))
+        sums = [[name, data.hex()] for commit in commits for name, data in (commit.checksums or {}).items()]
+        document = [self.digest, [commit.num_checkpoints for commit in commits], sums]
+        return hashlib.sha256(json.dumps(document).encode()).hexdigest()
 
     def summary(self) -> str:
         """Return one line: trials, checkpoints, weights, megabytes, and the trials' mean last return."""
@@ -254,15 +248,19 @@ class Trial:
     Every method raises RuntimeError, naming the rows and the file, where what it would return is damaged.
     """
 
-    def __init__(self, store_path: Location, index: int, seed: int, arrays: Arrays) -> None:
+    def __init__(self, trials: Trials, index: int) -> None:
         """Not for callers: use `Store.trial`."""
-        self.index, self.seed = index, seed
-        self.num_checkpoints = read_commit(store_path, index, seed)
-        self.folder = store_path / trial_name(index)
-        self._weights, self._env_steps, self._episodic_return = arrays
+        self.index, self.seed = index, trials.seeds[index]
+        self.folder = trials.folder(index)
+        self.commit = trials.read_commit(index)
+        self._weights, self._env_steps, self._episodic_return = trials.arrays
         self._last_chunk: dict[str, tuple[int, NDArray[Any]]] = {}  # so that small blocks read a chunk once
-        for array in arrays:
+        for array in trials.arrays:
             array.check_document(self.folder / array.name, f"trial {index}", self.num_checkpoints)
+
+    @property
+    def num_checkpoints(self) -> int:
+        return self.commit.num_checkpoints
 
     @property
     def chunk_rows(self) -> int:
@@ -303,14 +301,15 @@ class Trial:
         for index, in_chunk, in_out in array.chunks(start, stop):
             rows = out[in_out]
             last, chunk = self._last_chunk.get(array.name, (-1, rows))
+            committed = self.commit.of_chunk(array, index)
             if last != index and len(rows) == array.chunk_rows:
-                array.read_chunk(folder, owner, index, rows)
+                array.read_chunk(folder, owner, index, rows, committed=committed)
             else:
                 if last != index:
-                    chunk = array.read_chunk(folder, owner, index)
+                    chunk = array.read_chunk(folder, owner, index, committed=committed)
                     self._last_chunk[array.name] = index, chunk
                 rows[:] = chunk[in_chunk]
-            if array.holds_fill(rows):
+            if committed is None and array.holds_fill(rows):
                 which = f"{start + in_out.start}:{start + in_out.stop}"
                 raise RuntimeError(f"{owner}: {array.name} rows {which} are committed but not on disk")
         return out
@@ -319,162 +318,3 @@ class Trial:
 def _last_return(trial: Trial) -> tuple[int, float]:
     """Return how many checkpoints there are, and the last one's return; NaN where that is not known."""
     return trial.num_checkpoints, float(trial.episodic_return[-1]) if trial.num_checkpoints else np.nan
-
-
-class StoreInUse(RuntimeError):
-    """Another writer has the trials open."""
-
-
-class _Writer:
-    """Appends to `trials` of a store in lockstep. In a local store it holds locks, which end with the process.
-
-    A writer of all trials has the store to itself; one of some trials shares it with writers of others. Behind a URL
-    nothing can be locked: whoever starts writers there sees to it that each trial has one.
-    """
-
-    def __init__(self, path: Location, seeds: list[int], arrays: Arrays, trials: range) -> None:
-        self.path, self.seeds, self.arrays, self.trials = path, seeds, arrays, trials
-        self.num_checkpoints = 0
-        self.num_rows = 0  # what the arrays' documents say, at least num_checkpoints
-        self.locks: list[int] = []
-        if isinstance(path, Path):
-            of_all = len(trials) == len(seeds)
-            self._lock(path, fcntl.LOCK_EX if of_all else fcntl.LOCK_SH)
-            for i in () if of_all else trials:
-                self._lock(path / trial_name(i), fcntl.LOCK_EX)
-        num_threads = WRITE_THREADS if isinstance(path, Path) else URL_THREADS
-        self.pool = ThreadPoolExecutor(num_threads, thread_name_prefix="tipl-store")
-
-    def _lock(self, folder: Path, kind: int) -> None:
-        self.locks.append(os.open(folder, os.O_RDONLY))
-        try:
-            fcntl.flock(self.locks[-1], kind | fcntl.LOCK_NB)  # dropped by the system if the process dies
-        except BlockingIOError:
-            self._unlock()
-            raise StoreInUse(f"store {self.path}: another writer has it open") from None
-
-    def _unlock(self) -> None:
-        while self.locks:
-            os.close(self.locks.pop())
-
-    def create_trials(self) -> None:
-        if isinstance(self.path, Path):
-            for left_behind in self.path.iterdir():  # by a killed process
-                if left_behind.is_dir():
-                    shutil.rmtree(left_behind)
-                else:
-                    left_behind.unlink()
-
-        def create(i: int) -> None:
-            for array in self.arrays:
-                folder = self.path / trial_name(i) / array.name
-                make_folder(folder)
-                array.write_document(folder, 0)
-            _write_commit(self.path, i, self.seeds[i], 0)
-
-        self.for_each_trial(create)
-
-    def move_to(self, path: Path) -> None:
-        """Rename the store's folder; the lock goes with it."""
-        assert isinstance(self.path, Path)
-        try:
-            self.path.rename(path)
-        except OSError:
-            if path.exists():  # since a moment ago
-                raise FileExistsError(f"create: {path} exists") from None
-            raise
-        self.path = path
-
-    def load_trials(self) -> None:
-        """Undo what was committed in some trials only, remove what killed writers left, and check the last chunks."""
-        if isinstance(self.path, Path):
-            for i in self.trials:
-                for aside in (self.path / trial_name(i)).rglob(".*.partial"):
-                    aside.unlink()
-        trials = [Trial(self.path, i, self.seeds[i], self.arrays) for i in self.trials]
-        self.num_checkpoints = n = min(trial.num_checkpoints for trial in trials)
-
-        def load(i: int) -> int:
-            trial = trials[i - self.trials.start]
-            if trial.num_checkpoints > n:
-                _write_commit(self.path, trial.index, trial.seed, n)
-            for array in self.arrays:
-                trial._read(array, n // array.chunk_rows * array.chunk_rows, n)
-            return max(array.check_document(trial.folder / array.name, "", n) for array in self.arrays)
-
-        self.num_rows = max(self.for_each_trial(load))
-        self.trim()
-
-    def append(self, columns: tuple[NDArray[Any], ...]) -> None:
-        """Append and commit the rows of `columns`, one column (N, b, ...) an array."""
-        start, stop = self.num_checkpoints, self.num_checkpoints + columns[0].shape[1]
-        grow = stop > self.num_rows
-        if grow:
-            self.num_rows = max(stop, 2 * self.num_rows)  # doubled, so that documents are seldom written
-
-        def append(i: int) -> None:
-            for array, column in zip(self.arrays, columns, strict=True):
-                folder = self.path / trial_name(i) / array.name
-                if grow:
-                    array.write_document(folder, self.num_rows)
-                for index, in_chunk, in_column in array.chunks(start, stop):
-                    if in_chunk.start:  # read back, because the unfinished chunks of all trials would fill the memory
-                        rows = array.read_chunk(folder, f"trial {i}", index)
-                        rows[in_chunk.stop :] = float(array.fill_value)  # what a killed writer left
-                    else:
-                        rows = array.empty_chunk()
-                    rows[in_chunk] = column[i - self.trials.start, in_column]
-                    array.write_chunk(folder, index, rows)
-            _write_commit(self.path, i, self.seeds[i], stop)
-
-        self.for_each_trial(append)
-        self.num_checkpoints = stop
-
-    def trim(self) -> None:
-        """Give the arrays exactly as many rows as are committed."""
-
-        def trim(i: int) -> None:
-            for array in self.arrays:
-                array.write_document(self.path / trial_name(i) / array.name, self.num_checkpoints)
-
-        if self.num_rows > self.num_checkpoints:
-            self.num_rows = self.num_checkpoints
-            self.for_each_trial(trim)
-
-    def for_each_trial(self, work: Callable[[int], Result]) -> list[Result]:
-        """Call `work` for every trial, on the pool; the first failure is raised when all have ended."""
-        futures = [self.pool.submit(work, i) for i in self.trials]
-        wait(futures)
-        return [future.result() for future in futures]
-
-    def release(self) -> None:
-        """Wait for the writing under way, and give up the locks."""
-        self.pool.shutdown()
-        self._unlock()
-
-
-@contextlib.contextmanager
-def _released_on_failure(writer: _Writer) -> Iterator[_Writer]:
-    try:
-        yield writer
-    except BaseException:
-        writer.release()
-        raise
-
-
-def trial_name(i: int) -> str:
-    return f"trial_{i:04d}"
-
-
-def _write_commit(store_path: Location, i: int, seed: int, num_checkpoints: int) -> None:
-    write_group(store_path / trial_name(i), {"trial": i, "seed": seed, "num_checkpoints": num_checkpoints})
-
-
-def read_commit(store_path: Location, i: int, seed: int) -> int:
-    """Return the number of checkpoints that trial i's commit record states."""
-    folder = store_path / trial_name(i)
-    record = read_group(folder, f"trial {i}")
-    if (record.get("trial"), record.get("seed")) != (i, seed):
-        raise RuntimeError(f"trial {i}: {folder} is not trial {i} of this store")
-    num_checkpoints: int = record["num_checkpoints"]
-    return num_checkpoints

@@ -13,7 +13,8 @@ from tipl.manifest import problems_in
 from tipl.progress import progress_bar
 from tipl.resume import Unfinished
 from tipl.sealed import UncheckedWarning, load_arrays, load_json
-from tipl.store import Store, read_commit, trial_name
+from tipl.store import Store
+from tipl.store_records import Commit, trial_name
 
 BAR_SECONDS = 2.0  # what takes longer shows a bar
 
@@ -100,49 +101,61 @@ def verify_store(path: str | Location, *, progress: bool = False) -> Verificatio
     """Read all of the store at `path` and return what is wrong with it; nothing is changed.
 
     The documents and the commit record of every trial must be whole and fit together; every chunk with committed rows
-    must be there, with the right size and checksum, and hold all of these rows. An unfinished collection's saved states
-    must be whole too; otherwise all trials must have equally many checkpoints. `progress` shows a bar on a terminal's
-    stderr. Raises FileNotFoundError where there is no store.
+    must be there, with the right size and checksum, and be the one that was committed in its place. An unfinished
+    collection's saved states must be whole and its own; otherwise all trials must have equally many checkpoints.
+    `progress` shows a bar on a terminal's stderr. Raises FileNotFoundError where there is no store.
     """
     path, found = location(path), Verification()
     try:
         store = Store.open(path)
     except RuntimeError as error:  # without the root's document nobody knows what should be there
         return Verification([str(error)])
-    num_checkpoints: dict[int, int] = {}
+    commits: dict[int, Commit] = {}
     started, bar = time.monotonic(), progress_bar(progress)
     task = bar.add_task("verify", total=store.num_trials, note="")
     with contextlib.ExitStack() as stack:
-        for i, seed in enumerate(store.seeds):
+        for i in range(store.num_trials):
             with _noted(found):
-                num_checkpoints[i] = read_commit(path, i, seed)
-                _verify_trial(store, i, num_checkpoints[i], found)
+                commits[i] = store.trials.read_commit(i)
+                _verify_trial(store, i, commits[i], found)
             bar.advance(task)
             if not bar.live.is_started and time.monotonic() - started > BAR_SECONDS:
                 stack.enter_context(bar)
-    if Unfinished(path).exists():
-        found.problems += Unfinished(path).problems()
-    elif num_checkpoints:
-        most = max(num_checkpoints.values())
-        for i, n in num_checkpoints.items():
-            if n < most:
-                found.problems.append(f"trial {i}: has {n} checkpoints, others have {most}: an append was cut off")
+    if Unfinished(store).exists():
+        found.problems += Unfinished(store).problems()
+    else:
+        found.problems += _differing(commits)
     if not found.problems:
-        checkpoints = f"{store.num_trials} trials x {min(num_checkpoints.values())} checkpoints"
+        fewest = min(commit.num_checkpoints for commit in commits.values())
+        checkpoints = f"{store.num_trials} trials x {fewest} checkpoints"
         found.whole.append(f"{checkpoints}, {found.num_chunks} chunks, {found.num_bytes / 1e6:.1f} MB")
     return found
 
 
-def _verify_trial(store: Store, i: int, num_checkpoints: int, found: Verification) -> None:
+def _differing(commits: dict[int, Commit]) -> list[str]:
+    """Return which trials of a complete store are not as the others are, a line for each."""
+    most = max((commit.num_checkpoints for commit in commits.values()), default=0)
+    checked = any(commit.checksums is not None for commit in commits.values())
+    problems = []
+    for i, commit in commits.items():
+        n = commit.num_checkpoints
+        if n < most:
+            problems.append(f"trial {i}: has {n} checkpoints, others have {most}: an append was cut off")
+        if checked and commit.checksums is None:
+            problems.append(f"trial {i}: has no record of its chunks, as others have: it may be of another store")
+    return problems
+
+
+def _verify_trial(store: Store, i: int, commit: Commit, found: Verification) -> None:
     owner = f"trial {i}"
-    for array in store.arrays:
+    for array in store.trials.arrays:
         folder = store.path / trial_name(i) / array.name
         with _noted(found):
-            array.check_document(folder, owner, num_checkpoints)
-        for chunk, in_chunk, in_trial in array.chunks(0, num_checkpoints):
+            array.check_document(folder, owner, commit.num_checkpoints)
+        for chunk, in_chunk, in_trial in array.chunks(0, commit.num_checkpoints):
             with _noted(found):
-                rows = array.read_chunk(folder, owner, chunk)
-                if array.holds_fill(rows[in_chunk]):
+                rows = array.read_chunk(folder, owner, chunk, committed=commit.of_chunk(array, chunk))
+                if commit.checksums is None and array.holds_fill(rows[in_chunk]):
                     which = f"{array.name} rows {in_trial.start}:{in_trial.stop}"
                     raise RuntimeError(f"{owner}: {which} are committed but not on disk")
                 found.num_chunks += 1

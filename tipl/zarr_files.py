@@ -2,7 +2,8 @@
 
 Zarr is followed to the letter, in one narrow form: regular chunks of little-endian numbers, no compression, the crc32c
 codec, chunk keys like c.3.0. A group's attributes carry a checksum, because JSON has none; an array's document can say
-one thing only, but for the number of rows. What is damaged raises RuntimeError, and the text names the file.
+one thing only, but for the number of rows. What is damaged raises RuntimeError, and the text names the file. A chunk
+of another trial or store is whole by itself: who reads one says what checksum its rows must have (`store_records.py`).
 
 Why not zarr-python: appending to 48 trials cost it twice the CPU time although it does not flush, it read chunks of
 256 KiB at a fifth of the speed, and its errors do not say which chunk is damaged. A test reads these files with it.
@@ -17,7 +18,10 @@ import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
-from tipl.locations import Location, read_into, write_atomically
+from tipl.locations import Location, read_file, read_into, write_atomically
+
+MAX_DOCUMENT_BYTES = 2**26
+MAX_ROWS = 2**40
 
 
 def write_group(folder: Location, attributes: dict[str, Any]) -> None:
@@ -68,8 +72,17 @@ class ZarrArray:
         document = _read_json(path, owner)
         shape = document.get("shape")
         num_rows = shape[0] if isinstance(shape, list) and shape else None
-        if not isinstance(num_rows, int) or num_rows < min_rows or document != self._document(num_rows):
-            raise RuntimeError(f"{owner}: {path} is damaged: it does not describe {self.name} of this store")
+        if type(num_rows) is not int or not min_rows <= num_rows <= MAX_ROWS:
+            expected = f"{min_rows} rows or more of {list(self.row_shape)}"
+            raise RuntimeError(f"{owner}: {path} is damaged: shape must be {expected}, got {shape!r:.80}")
+        described = self._document(num_rows)
+        for name in (*described, *document):
+            wanted, found = described.get(name), document.get(name)
+            if found != wanted:
+                difference = f"{name} must be {wanted!r:.80}, got {found!r:.80}"
+                raise RuntimeError(
+                    f"{owner}: {path} is damaged: it does not describe {self.name} of this store: {difference}"
+                )
         return num_rows
 
     def chunks(self, start: int, stop: int) -> Iterator[tuple[int, slice, slice]]:
@@ -79,16 +92,31 @@ class ZarrArray:
             first, end = max(start, base), min(stop, base + self.chunk_rows)
             yield chunk, slice(first - base, end - base), slice(first - start, end - start)
 
+    def num_chunks(self, num_rows: int) -> int:
+        """Return how many chunks hold the rows [0, num_rows)."""
+        return -(-num_rows // self.chunk_rows)
+
     def empty_chunk(self) -> NDArray[Any]:
         return np.full((self.chunk_rows, *self.row_shape), float(self.fill_value), self.dtype)
 
     def write_chunk(self, folder: Location, chunk: int, rows: NDArray[Any]) -> None:
         """Write a whole chunk, (chunk_rows, *row_shape)."""
-        data = rows.tobytes()
-        write_atomically(folder / self._key(chunk), data + google_crc32c.value(data).to_bytes(4, "little"))
+        write_atomically(folder / self._key(chunk), rows.tobytes() + crc32c(rows).to_bytes(4, "little"))
 
-    def read_chunk(self, folder: Location, owner: str, chunk: int, out: NDArray[Any] | None = None) -> NDArray[Any]:
-        """Return a whole chunk, (chunk_rows, *row_shape), in `out` (contiguous) if given."""
+    def read_chunk(
+        self,
+        folder: Location,
+        owner: str,
+        chunk: int,
+        out: NDArray[Any] | None = None,
+        *,
+        committed: tuple[int, int] | None = None,
+    ) -> NDArray[Any]:
+        """Return a whole chunk, (chunk_rows, *row_shape), in `out` (contiguous) if given.
+
+        `committed`, if known: how many of its rows count, and the crc32c of these. Then a chunk that is whole, but not
+        the one that was committed, raises RuntimeError too.
+        """
         rows: Any = np.empty((self.chunk_rows, *self.row_shape), self.dtype) if out is None else out
         checksum = bytearray(5)  # and one byte more, which tells whether the file is too long
         path = f"{folder}/{self._key(chunk)}"
@@ -100,11 +128,21 @@ class ZarrArray:
             raise RuntimeError(
                 f"{self._place(owner, chunk)}: {path} has {num_bytes} bytes instead of {rows.nbytes + 4}"
             )
-        payload = rows.reshape(-1).view(np.uint8)
-        payload.flags.writeable = False  # as the checksum's library asks
-        if google_crc32c.value(payload) != int.from_bytes(checksum[:4], "little"):
+        found = crc32c(rows)
+        if found != int.from_bytes(checksum[:4], "little"):
             raise RuntimeError(f"{self._place(owner, chunk)}: {path} fails its checksum")
+        if committed is not None:
+            num_rows, expected = committed
+            if (found if num_rows == self.chunk_rows else crc32c(rows[:num_rows])) != expected:
+                raise RuntimeError(
+                    f"{self._place(owner, chunk)}: {path} is not the chunk that the commit record names: damaged, "
+                    "older, or of another place, trial or run"
+                )
         return rows  # type: ignore[no-any-return]
+
+    def has_chunk(self, folder: Location, chunk: int) -> bool:
+        """Return whether there is a file of this chunk, whatever is in it."""
+        return (folder / self._key(chunk)).exists()
 
     def _place(self, owner: str, chunk: int) -> str:
         return f"{owner}: {self.name} rows {chunk * self.chunk_rows}:{(chunk + 1) * self.chunk_rows}"
@@ -142,12 +180,23 @@ def _write_json(path: Location, document: dict[str, Any]) -> None:
     write_atomically(path, (json.dumps(document, indent=2, allow_nan=False) + "\n").encode())
 
 
+def crc32c(rows: NDArray[Any], before: int = 0) -> int:
+    """Return the crc32c of contiguous rows or, given that of the rows before them, of all."""
+    data = rows.reshape(-1).view(np.uint8)
+    data.flags.writeable = False  # as the library asks
+    return int(google_crc32c.extend(before, data))
+
+
 def _read_json(path: Location, owner: str) -> dict[str, Any]:
     try:
-        document = json.loads(path.read_bytes())
+        document = json.loads(read_file(path, max_bytes=MAX_DOCUMENT_BYTES))
     except FileNotFoundError:
         raise RuntimeError(f"{owner}: {path} is missing") from None
-    except ValueError as error:
+    except OSError as error:
+        if error.errno is not None:  # of the system
+            raise
+        raise RuntimeError(f"{owner}: {error}") from error
+    except (ValueError, RecursionError) as error:
         raise RuntimeError(f"{owner}: {path} is damaged: {error}") from error
     if not isinstance(document, dict):
         raise RuntimeError(f"{owner}: {path} is damaged: it holds no JSON object")
