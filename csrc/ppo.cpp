@@ -9,16 +9,26 @@
 namespace tipl {
 namespace {
 
+constexpr ptrdiff_t kWidest = 1 << 24, kMostLayers = 1 << 10;
+constexpr char kObject[] = "the update";
+
+void check_size(const char *name, ptrdiff_t size) {
+  check(size >= 1, "PpoUpdate: ", name, " must be >= 1, got ", size);
+  check(size <= kWidest, "PpoUpdate: ", name, " must be <= ", kWidest, ", got ", size);
+}
+
 const PolicySizes &checked(const PolicySizes &sizes) {
-  check(sizes.obs_dim >= 1, "PpoUpdate: obs_dim must be >= 1, got ", sizes.obs_dim);
-  check(sizes.act_dim >= 1, "PpoUpdate: act_dim must be >= 1, got ", sizes.act_dim);
-  for (const ptrdiff_t width : sizes.hidden) check(width >= 1, "PpoUpdate: hidden_sizes must be >= 1, got ", width);
+  check_size("obs_dim", sizes.obs_dim);
+  check_size("act_dim", sizes.act_dim);
+  check(std::ssize(sizes.hidden) <= kMostLayers, "PpoUpdate: hidden_sizes must be at most ", kMostLayers, ", got ",
+        sizes.hidden.size());
+  for (const ptrdiff_t width : sizes.hidden) check_size("hidden_sizes", width);
   return sizes;
 }
 
 const PpoSettings &checked(const PpoSettings &settings) {
-  check(settings.minibatch_size >= 1, "PpoUpdate: minibatch_size must be >= 1, got ", settings.minibatch_size);
-  check(settings.update_epochs >= 1, "PpoUpdate: update_epochs must be >= 1, got ", settings.update_epochs);
+  check_size("minibatch_size", settings.minibatch_size);
+  check_size("update_epochs", settings.update_epochs);
   return settings;
 }
 
@@ -132,8 +142,11 @@ void PpoUpdate::backward(const Net &net, const float *params, Workspace &work) c
 }
 
 void PpoUpdate::mean_actions(const float *params, ptrdiff_t stride, ptrdiff_t trials, const float *obs, ptrdiff_t rows,
-                             float *out) {
+                             float *out, Poll &poll) {
+  constexpr ptrdiff_t kRowsBetweenPolls = 64;
+  const InUse::Hold hold(in_use_, "mean_actions", kObject);
   for (ptrdiff_t row = 0; row < trials * rows; ++row) {
+    if (row % kRowsBetweenPolls == kRowsBetweenPolls - 1) poll(0);
     const float *const param = params + row / rows * stride, *x = obs + row * sizes_.obs_dim;
     float *const hidden = work_[0].hidden.data();
     for (size_t i = 0; i < actor_.layers.size(); ++i) {
@@ -148,11 +161,13 @@ void PpoUpdate::mean_actions(const float *params, ptrdiff_t stride, ptrdiff_t tr
 }
 
 void PpoUpdate::values(const float *params, ptrdiff_t stride, ptrdiff_t trials, const float *obs, ptrdiff_t rows,
-                       float *out) {
+                       float *out, Poll &poll) {
+  const InUse::Hold hold(in_use_, "values", kObject);
   const ptrdiff_t B = settings_.minibatch_size;
-  for_each_item(pool_, trials, [&](int rank, ptrdiff_t trial) {
+  for_each_item(pool_, poll, trials, [&](int rank, ptrdiff_t trial) {
     Workspace &work = work_[rank];
     for (ptrdiff_t first = 0; first < rows; first += B) {
+      poll(rank);
       const ptrdiff_t count = std::min(B, rows - first);
       take_observations(work, obs + (trial * rows + first) * sizes_.obs_dim, nullptr, count);
       std::copy_n(forward(critic_, params + trial * stride, work), count, out + trial * rows + first);
@@ -182,7 +197,7 @@ double PpoUpdate::take_values(const Steps &steps, ptrdiff_t first, const int32_t
 }
 
 void PpoUpdate::update_trial(const TrialParams &params, const Steps &steps, ptrdiff_t trial, double learning_rate,
-                             Workspace &work, UpdateStats &stats) const {
+                             Workspace &work, UpdateStats &stats, int rank, Poll &poll) const {
   const ptrdiff_t A = sizes_.act_dim, B = settings_.minibatch_size, T = steps.num_steps, P = num_params();
   const ptrdiff_t row = trial * params.stride, first = trial * T;
   const ptrdiff_t learned = settings_.learn_log_std ? 0 : A;  // where the parameters that are learned begin
@@ -194,6 +209,7 @@ void PpoUpdate::update_trial(const TrialParams &params, const Steps &steps, ptrd
     kl = 0.0;
     last_batches = 0;
     for (ptrdiff_t begin = 0; begin < T && !stopped; begin += B) {
+      poll(rank);
       const int32_t *const rows = steps.order + (trial * settings_.update_epochs + epoch) * T + begin;
       take_observations(work, steps.observations + first * sizes_.obs_dim, rows, B);
       double mean = 0.0, variance = 0.0;
@@ -253,7 +269,9 @@ void PpoUpdate::update_trial(const TrialParams &params, const Steps &steps, ptrd
   stats = {-objective / seen, squares / seen, clipped / seen, kl / static_cast<double>(last_batches * B)};
 }
 
-void PpoUpdate::update(const TrialParams &params, const Steps &steps, double learning_rate, UpdateStats *stats) {
+void PpoUpdate::update(const TrialParams &params, const Steps &steps, double learning_rate, UpdateStats *stats,
+                       Poll &poll) {
+  const InUse::Hold hold(in_use_, "update", kObject);
   const ptrdiff_t T = steps.num_steps, B = settings_.minibatch_size;
   check(T >= B && T % B == 0, "update: there must be a multiple of minibatch_size = ", B, " steps, got ", T);
   check(params.stride >= num_params(), "update: a trial must have at least ", num_params(), " parameters, got ",
@@ -263,8 +281,8 @@ void PpoUpdate::update(const TrialParams &params, const Steps &steps, double lea
   const int32_t *const bad = std::find_if(steps.order, steps.order + orders, outside);
   check(bad == steps.order + orders, "update: order must hold steps in [0, ", T, "), got ",
         bad == steps.order + orders ? 0 : *bad);
-  for_each_item(pool_, params.trials, [&](int rank, ptrdiff_t trial) {
-    update_trial(params, steps, trial, learning_rate, work_[rank], stats[trial]);
+  for_each_item(pool_, poll, params.trials, [&](int rank, ptrdiff_t trial) {
+    update_trial(params, steps, trial, learning_rate, work_[rank], stats[trial], rank, poll);
   });
 }
 

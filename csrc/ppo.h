@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "aligned.h"
+#include "call.h"
 #include "kernels.h"
 #include "parallel.h"
 
@@ -64,6 +65,7 @@ struct UpdateStats {
   double approx_kl;                          // and over those of the last epoch
 };
 
+// One call at a time: another is refused with std::runtime_error. Calls ask a Poll, and throw Interrupted.
 class PpoUpdate {
  public:
   // Throws std::invalid_argument for sizes or settings below their least.
@@ -76,13 +78,14 @@ class PpoUpdate {
 
   // out (N, R, A) <- mean actions for obs (N, R, O); on the calling thread.
   void mean_actions(const float *params, ptrdiff_t stride, ptrdiff_t trials, const float *obs, ptrdiff_t rows,
-                    float *out);
+                    float *out, Poll &poll);
 
   // out (N, R) <- values of obs (N, R, O).
-  void values(const float *params, ptrdiff_t stride, ptrdiff_t trials, const float *obs, ptrdiff_t rows, float *out);
+  void values(const float *params, ptrdiff_t stride, ptrdiff_t trials, const float *obs, ptrdiff_t rows, float *out,
+              Poll &poll);
 
-  // Takes every trial through the epochs of one iteration. stats (N).
-  void update(const TrialParams &params, const Steps &steps, double learning_rate, UpdateStats *stats);
+  // Takes every trial through the epochs of one iteration. stats (N). Interrupted, each has taken some of its steps.
+  void update(const TrialParams &params, const Steps &steps, double learning_rate, UpdateStats *stats, Poll &poll);
 
  private:
   struct Layer {
@@ -102,7 +105,7 @@ class PpoUpdate {
   double take_values(const Steps &steps, ptrdiff_t first, const int32_t *rows, const float *value,
                      Workspace &work) const;
   void update_trial(const TrialParams &params, const Steps &steps, ptrdiff_t trial, double learning_rate,
-                    Workspace &work, UpdateStats &stats) const;
+                    Workspace &work, UpdateStats &stats, int rank, Poll &poll) const;
 
   const PolicySizes sizes_;
   const PpoSettings settings_;
@@ -110,6 +113,7 @@ class PpoUpdate {
   const Net actor_, critic_;
   const ptrdiff_t stride_;  // B padded to whole registers
   ThreadPool pool_;
+  InUse in_use_;
   std::vector<Workspace> work_;  // of each thread
 };
 
