@@ -7,6 +7,8 @@
 #include <initializer_list>
 #include <new>
 #include <utility>
+
+#include "call.h"
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>  // guards what malloc gives, but neither a mapping nor the rest of the last line
 #elif defined(__linux__)
@@ -25,9 +27,12 @@ template <class T>
 class AlignedArray {
  public:
   AlignedArray() = default;
-  // The product of `shape` in T. Throws std::bad_alloc where it does not fit into memory.
+  // The product of `shape` in T. Throws std::bad_alloc where the machine lacks the memory.
   explicit AlignedArray(std::initializer_list<ptrdiff_t> shape) {
     size_t bytes = sizeof(T);
+    double count = 1.0;
+    for (const ptrdiff_t extent : shape) count *= static_cast<double>(extent);
+    check_memory(count, sizeof(T));
     for (const ptrdiff_t extent : shape) {
       if (__builtin_mul_overflow(bytes, static_cast<size_t>(extent), &bytes)) throw std::bad_alloc();
     }

@@ -1,7 +1,6 @@
 #include "decode.h"
 
 #include <algorithm>
-#include <chrono>
 
 #include "check.h"
 #include "isa.h"
@@ -9,9 +8,11 @@
 namespace tipl {
 namespace {
 
-constexpr ptrdiff_t kPrefillRows = 96;  // rows of a prefill's pass: enough for the weights' cost to vanish
-constexpr ptrdiff_t kOwnRows = 4;       // up to so many, normalising every row oneself is cheaper than a barrier
-constexpr auto kPollInterval = std::chrono::milliseconds(20);
+constexpr ptrdiff_t kPrefillRows = 96;     // rows of a prefill's pass: enough for the weights' cost to vanish
+constexpr ptrdiff_t kOwnRows = 4;          // up to so many, normalising every row oneself is cheaper than a barrier
+constexpr double kPolledProducts = 1.0e9;  // multiplications of a thread between two looks at whether to stop
+constexpr ptrdiff_t kPolledHeads = 16;     // and so many heads of a sequence, in attention
+constexpr char kObject[] = "the decoder";
 
 int row_stride(int n) { return static_cast<int>(round_up(n, kInputPadding)); }
 
@@ -34,49 +35,18 @@ KvCache::KvCache(const DecoderConfig &config, Precision precision, int batch_siz
       head_words(round_up(T, kCacheBlock) / kCacheBlock * block_words),
       words({config.n_layer, B, H, head_words}) {}
 
-// ---- the decoder's door
-
-// Holds the decoder for one call, or refuses: a second thread, or a signal handler that runs inside generate.
-class Decoder::InUse {
- public:
-  InUse(const Decoder &decoder, const char *where) : flag_(decoder.in_use_) {
-    check_state(!flag_.test_and_set(), where, ": the decoder is in use by another call");
-  }
-  ~InUse() { flag_.clear(); }
-  InUse(const InUse &) = delete;
-  InUse &operator=(const InUse &) = delete;
-
- private:
-  std::atomic_flag &flag_;
-};
-
-// Asks `interrupted` when the last time lies far enough back; true from then on where it said so.
-class Decoder::Poll {
- public:
-  explicit Poll(const Interrupted &interrupted) : interrupted_(interrupted) {}
-  bool operator()() {
-    const auto now = std::chrono::steady_clock::now();
-    if (now - last_ < kPollInterval) return false;
-    last_ = now;
-    return interrupted_();
-  }
-
- private:
-  const Interrupted &interrupted_;
-  std::chrono::steady_clock::time_point last_ = std::chrono::steady_clock::now();
-};
-
-Decoder::Decoder(const DecoderConfig &config, const std::vector<const float *> &tensors, const DecoderOptions &options)
+Decoder::Decoder(const DecoderConfig &config, const std::vector<const float *> &tensors, const DecoderOptions &options,
+                 Poll &poll)
     : config_(config),
       kernels_(kernels()),
-      weights_(tensors, config, options.weights),
+      weights_(tensors, config, options.weights, poll),
       cache_(config, options.cache, checked_size("batch_size", options.batch_size, 1 << 24),
              checked_size("max_len", options.max_len, config.max_len), kernels_.lanes),
       pool_(options.num_threads),
       position_(options.batch_size),
       prefix_end_(options.batch_size),
-      last_(options.batch_size * config.n_components),
-      prediction_(last_.size()),
+      last_({options.batch_size, config.n_components}),
+      prediction_({options.batch_size, config.n_components}),
       max_rows_(std::max<ptrdiff_t>(options.batch_size, kPrefillRows)),
       token_stride_(row_stride(config.token_width())),
       d_stride_(row_stride(config.d_model)),
@@ -99,18 +69,18 @@ Decoder::Decoder(const DecoderConfig &config, const std::vector<const float *> &
   }
 }
 
-bool Decoder::prefill(const float *x, ptrdiff_t t, const int64_t *lengths, float *y, const Interrupted &interrupted) {
-  const InUse in_use(*this, "prefill");
+void Decoder::prefill(const float *x, ptrdiff_t t, const int64_t *lengths, float *y, Poll &poll) {
+  const InUse::Hold hold(in_use_, "prefill", kObject);
   const int k = config_.n_components;
   check(1 <= t && t <= max_len(), "prefill: t must lie in [1, ", max_len(), "], as max_len is, got ", t);
   for (int b = 0; b < batch_size(); ++b) {
+    poll(0);
     check_state(position_[b] == 0, "prefill: the decoder must be empty, but sequence ", b, " holds ", position_[b],
                 " tokens; call reset() first");
     const int64_t length = lengths == nullptr ? t : lengths[b];
     check(1 <= length && length <= t, "prefill: lengths must lie in [1, ", t, "], got ", length, " for sequence ", b);
     check_finite("prefill", text("x[", b, "]"), x + b * t * k, {length, k});
   }
-  Poll poll(interrupted);
   begin_rows();
   for (int b = 0; b < batch_size(); ++b) {
     const int length = static_cast<int>(lengths == nullptr ? t : lengths[b]);
@@ -120,62 +90,59 @@ bool Decoder::prefill(const float *x, ptrdiff_t t, const int64_t *lengths, float
       add_row({b, slot}, now, slot == 0 ? nullptr : now - k);
       const bool last = b == batch_size() - 1 && slot == length - 1;
       if (last || std::ssize(rows_) == max_rows_) {
-        if (!run_rows(poll)) {
+        try {
+          run_rows(poll);
+        } catch (const Interrupted &) {
           std::fill(position_.begin(), position_.end(), 0);
-          return false;
+          throw;
         }
         begin_rows();
       }
     }
   }
-  std::copy(prediction_.begin(), prediction_.end(), y);
-  return true;
+  std::copy_n(prediction_.data(), ptrdiff_t{batch_size()} * k, y);
 }
 
-void Decoder::step(const float *x, float *y) {
-  const InUse in_use(*this, "step");
+void Decoder::step(const float *x, float *y, Poll &poll) {
+  const InUse::Hold hold(in_use_, "step", kObject);
   const int k = config_.n_components;
   for (int b = 0; b < batch_size(); ++b) check_room("step", b, 1);
   check_finite("step", "x", x, {batch_size(), k});
-  const Interrupted never = [] { return false; };
-  Poll poll(never);
   begin_rows();
   for (int b = 0; b < batch_size(); ++b) {
-    add_row({b, static_cast<int>(position_[b])}, x + ptrdiff_t{b} * k, &last_[ptrdiff_t{b} * k]);
+    add_row({b, static_cast<int>(position_[b])}, x + ptrdiff_t{b} * k, last_.data() + ptrdiff_t{b} * k);
   }
   run_rows(poll);
-  std::copy(prediction_.begin(), prediction_.end(), y);
+  std::copy_n(prediction_.data(), ptrdiff_t{batch_size()} * k, y);
 }
 
-bool Decoder::generate(const std::vector<int64_t> &n, float *y, const Interrupted &interrupted) {
-  const InUse in_use(*this, "generate");
+void Decoder::generate(const std::vector<int64_t> &n, float *y, Poll &poll) {
+  const InUse::Hold hold(in_use_, "generate", kObject);
   const int k = config_.n_components;
   for (int b = 0; b < batch_size(); ++b) {
     check(n[b] >= 0, "generate: n must be >= 0, got ", n[b], " for sequence ", b);
     check_room("generate", b, n[b]);
   }
   const int64_t most = *std::max_element(n.begin(), n.end());
-  Poll poll(interrupted);
   for (int64_t i = 0; i < most; ++i) {
     begin_rows();
     for (int b = 0; b < batch_size(); ++b) {
       if (i >= n[b]) continue;
-      const float *x = &prediction_[ptrdiff_t{b} * k];
+      const float *x = prediction_.data() + ptrdiff_t{b} * k;
       std::copy_n(x, k, y + (b * most + i) * k);
-      add_row({b, static_cast<int>(position_[b])}, x, &last_[ptrdiff_t{b} * k]);
+      add_row({b, static_cast<int>(position_[b])}, x, last_.data() + ptrdiff_t{b} * k);
     }
-    if (!run_rows(poll)) return false;
+    run_rows(poll);
   }
-  return true;
 }
 
 void Decoder::reset() {
-  const InUse in_use(*this, "reset");
+  const InUse::Hold hold(in_use_, "reset", kObject);
   std::fill(position_.begin(), position_.end(), 0);
 }
 
 std::vector<int64_t> Decoder::position() const {
-  const InUse in_use(*this, "position");
+  const InUse::Hold hold(in_use_, "position", kObject);
   return position_;
 }
 
@@ -210,8 +177,8 @@ void Decoder::add_row(Row row, const float *x, const float *previous) noexcept {
 }
 
 // Runs the pass; then each row is in the cache, its sequence's position lies behind it, and prediction_ follows it.
-// False: interrupted, and nothing has changed but slots that no position covers.
-bool Decoder::run_rows(Poll &poll) {
+// Interrupted, it has changed nothing but slots that no position covers.
+void Decoder::run_rows(Poll &poll) {
   groups_.push_back(static_cast<int>(rows_.size()));
   work_.assign(1, 0);
   double products = 0;
@@ -230,43 +197,46 @@ bool Decoder::run_rows(Poll &poll) {
   } else {
     pass(0, poll);
   }
-  if (stopped_) return false;
+  if (stopped_) throw Interrupted();
   const int k = config_.n_components;
   for (ptrdiff_t m = 0; m < std::ssize(rows_); ++m) {
     const auto [sequence, slot] = rows_[m];
     const float *x = token_.data() + m * token_stride_, *head = head_.data() + m * k_stride_;
     for (int i = 0; i < k; ++i) {
-      last_[ptrdiff_t{sequence} * k + i] = x[i];
-      prediction_[ptrdiff_t{sequence} * k + i] = x[i] + config_.out_scale * head[i];
+      last_.data()[ptrdiff_t{sequence} * k + i] = x[i];
+      prediction_.data()[ptrdiff_t{sequence} * k + i] = x[i] + config_.out_scale * head[i];
     }
     position_[sequence] = slot + 1;
   }
-  return true;
 }
 
 void Decoder::barrier(int rank) noexcept {
   if (team_size_ > 1) pool_.barrier(rank);
 }
 
+// Where the poll has said to stop, ranks skip what is left of their work, each from where it hears of it, and all leave
+// at the next layer, to which rank 0 brings the word.
 void Decoder::pass(int rank, Poll &poll) noexcept {
-  linear(rank, weights_.embed, token_.data(), token_stride_, Epilogue::kAdd, z_.data(), d_stride_);
+  linear(rank, poll, weights_.embed, token_.data(), token_stride_, Epilogue::kAdd, z_.data(), d_stride_);
   barrier(rank);
   for (int layer = 0; layer < config_.n_layer; ++layer) {
     const Weights::Block &block = weights_.blocks[layer];
-    if (rank == 0) stopped_ = poll();
-    linear(rank, block.qkv, normalised(rank, block.norm1), d_stride_, Epilogue::kStore, qkv_.data(), qkv_stride_);
+    if (rank == 0) stopped_ = poll.stopped(0);
+    linear(rank, poll, block.qkv, normalised(rank, block.norm1), d_stride_, Epilogue::kStore, qkv_.data(), qkv_stride_);
     barrier(rank);
     if (stopped_) return;
-    attend(rank, layer, first_head(rank), first_head(rank + 1));
+    attend(rank, poll, layer, first_head(rank), first_head(rank + 1));
     barrier(rank);
-    linear_parts(rank, block.proj, attended_.data(), d_stride_);
+    linear_parts(rank, poll, block.proj, attended_.data(), d_stride_);
     barrier(rank);
-    linear(rank, block.fc1, normalised(rank, block.norm2), d_stride_, Epilogue::kGelu, hidden_.data(), ff_stride_);
+    linear(rank, poll, block.fc1, normalised(rank, block.norm2), d_stride_, Epilogue::kGelu, hidden_.data(),
+           ff_stride_);
     barrier(rank);
-    linear_parts(rank, block.fc2, hidden_.data(), ff_stride_);
+    linear_parts(rank, poll, block.fc2, hidden_.data(), ff_stride_);
     barrier(rank);
   }
-  linear(rank, weights_.head, normalised(rank, weights_.norm), d_stride_, Epilogue::kStore, head_.data(), k_stride_);
+  linear(rank, poll, weights_.head, normalised(rank, weights_.norm), d_stride_, Epilogue::kStore, head_.data(),
+         k_stride_);
 }
 
 // The same for two ranks and few rows, with two barriers a block instead of five (after Megatron-LM, arXiv:1909.08053):
@@ -293,22 +263,22 @@ void Decoder::pass_in_halves(int rank, Poll &poll) noexcept {
   linear_all(weights_.embed, token_.data(), token_stride_, Epilogue::kAdd, own.z);
   for (int layer = 0; layer < config_.n_layer; ++layer) {
     const Weights::Block &block = weights_.blocks[layer];
-    if (rank == 0) stopped_ = poll();
-    linear(rank, block.qkv, normed(block.norm1), d_stride_, Epilogue::kStore, qkv_.data(), qkv_stride_);
+    if (rank == 0) stopped_ = poll.stopped(0);
+    linear(rank, poll, block.qkv, normed(block.norm1), d_stride_, Epilogue::kStore, qkv_.data(), qkv_stride_);
     for (ptrdiff_t group = 0; group + 1 < std::ssize(groups_); ++group) {
-      attend(rank, layer, group * H + rank * H / 2, group * H + (rank + 1) * H / 2);
+      attend(rank, poll, layer, group * H + rank * H / 2, group * H + (rank + 1) * H / 2);
     }
     linear_all(block.proj[rank], attended_.data() + rank * config_.d_model / 2, d_stride_, Epilogue::kStore,
                own.projected);
     barrier(rank);
     if (stopped_) return;
     add_halves(&Own::projected);
-    linear(rank, block.fc1, normed(block.norm2), d_stride_, Epilogue::kGelu, hidden_.data(), ff_stride_);
+    linear(rank, poll, block.fc1, normed(block.norm2), d_stride_, Epilogue::kGelu, hidden_.data(), ff_stride_);
     linear_all(block.fc2[rank], hidden_.data() + rank * config_.d_ff / 2, ff_stride_, Epilogue::kStore, own.down);
     barrier(rank);
     add_halves(&Own::down);
   }
-  linear(rank, weights_.head, normed(weights_.norm), d_stride_, Epilogue::kStore, head_.data(), k_stride_);
+  linear(rank, poll, weights_.head, normed(weights_.norm), d_stride_, Epilogue::kStore, head_.data(), k_stride_);
 }
 
 ptrdiff_t Decoder::panels_of(const Weights::Linear &layer) const noexcept {
@@ -316,17 +286,24 @@ ptrdiff_t Decoder::panels_of(const Weights::Linear &layer) const noexcept {
 }
 
 // This rank's panels of y (M, out) <- x (M, in) through the layer.
-void Decoder::linear(int rank, const Weights::Linear &layer, const float *x, ptrdiff_t x_stride, Epilogue epilogue,
-                     float *y, ptrdiff_t y_stride) noexcept {
+void Decoder::linear(int rank, Poll &poll, const Weights::Linear &layer, const float *x, ptrdiff_t x_stride,
+                     Epilogue epilogue, float *y, ptrdiff_t y_stride) noexcept {
   const Range mine = share(panels_of(layer), rank, team_size_);
-  kernels_.linear(layer.packed, mine.begin, mine.end, x, x_stride, std::ssize(rows_), epilogue, y, y_stride);
+  const ptrdiff_t M = std::ssize(rows_);
+  const double products = static_cast<double>(mine.end - mine.begin) * kernels_.lanes * layer.packed.in;  // of a row
+  const auto most = std::max<ptrdiff_t>(kPrefillRows, static_cast<ptrdiff_t>(kPolledProducts / (products + 1.0)));
+  for (ptrdiff_t m = 0; m < M; m += most) {
+    if (m > 0 && poll.stopped(rank)) return;
+    kernels_.linear(layer.packed, mine.begin, mine.end, x + m * x_stride, x_stride, std::min(most, M - m), epilogue,
+                    y + m * y_stride, y_stride);
+  }
 }
 
 // This rank's panels of z (M, d) += x (M, in) through a layer in parts, one part's sum after the other.
-void Decoder::linear_parts(int rank, const std::vector<Weights::Linear> &parts, const float *x,
+void Decoder::linear_parts(int rank, Poll &poll, const std::vector<Weights::Linear> &parts, const float *x,
                            ptrdiff_t x_stride) noexcept {
   for (const Weights::Linear &part : parts) {
-    linear(rank, part, x, x_stride, Epilogue::kAdd, z_.data(), d_stride_);
+    linear(rank, poll, part, x, x_stride, Epilogue::kAdd, z_.data(), d_stride_);
     x += part.packed.in;
   }
 }
@@ -348,12 +325,13 @@ const float *Decoder::normalised(int rank, const Weights::LayerNorm &norm) noexc
 }
 
 // (Group, head) pairs [begin, end): the rows' keys and values into the cache, then attended_ (M, d).
-void Decoder::attend(int rank, int layer, ptrdiff_t begin, ptrdiff_t end) noexcept {
+void Decoder::attend(int rank, Poll &poll, int layer, ptrdiff_t begin, ptrdiff_t end) noexcept {
   const int H = config_.n_head, D = config_.head_dim();
   const auto cache_of = [&](ptrdiff_t item) {
     return cache_.of(layer, rows_[groups_[item / H]].sequence, static_cast<int>(item % H));
   };
   for (ptrdiff_t item = begin; item < end; ++item) {
+    if ((item - begin) % kPolledHeads == kPolledHeads - 1 && poll.stopped(rank)) return;
     const ptrdiff_t first = groups_[item / H], last = groups_[item / H + 1], head = item % H;
     const HeadCache cache = cache_of(item), next = item + 1 < end ? cache_of(item + 1) : cache;
     for (ptrdiff_t m = first; m < last; ++m) {

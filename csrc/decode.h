@@ -15,13 +15,12 @@
 //         large M and slot.
 #pragma once
 
-#include <atomic>
 #include <cstddef>
 #include <cstdint>
-#include <functional>
 #include <vector>
 
 #include "aligned.h"
+#include "call.h"
 #include "kernels.h"
 #include "parallel.h"
 #include "weights.h"
@@ -51,28 +50,27 @@ struct DecoderOptions {
   ptrdiff_t batch_size, max_len, num_threads;
 };
 
-// B trajectories and their caches. One call at a time: a second thread's is refused with std::runtime_error.
+// B trajectories and their caches. One call at a time: another is refused with std::runtime_error. Calls that compute
+// ask a Poll, and throw Interrupted; position() tells how far they came.
 class Decoder {
  public:
-  // Asked between the layers of a pass, about every 20 ms. True stops the work.
-  using Interrupted = std::function<bool()>;
-
   // `tensors` as tensor_specs(config) lists them; max_len is T, the tokens that a sequence can hold.
   // Throws std::invalid_argument for wrong sizes and for NaN or Inf in a tensor.
-  Decoder(const DecoderConfig &config, const std::vector<const float *> &tensors, const DecoderOptions &options);
+  Decoder(const DecoderConfig &config, const std::vector<const float *> &tensors, const DecoderOptions &options,
+          Poll &poll);
 
   // y (B, k) <- the next coordinates, from the observed prefixes x (B, t, k), of which sequence b has lengths[b] tokens
-  // (all t where lengths is null) and h = lengths[b] - 1. The decoder must be empty. False: interrupted, and empty
-  // again.
-  bool prefill(const float *x, ptrdiff_t t, const int64_t *lengths, float *y, const Interrupted &interrupted);
+  // (all t where lengths is null) and h = lengths[b] - 1. The decoder must be empty, and is empty again where this was
+  // interrupted.
+  void prefill(const float *x, ptrdiff_t t, const int64_t *lengths, float *y, Poll &poll);
 
-  // Appends x (B, k); y (B, k) <- the next coordinates.
-  void step(const float *x, float *y);
+  // Appends x (B, k); y (B, k) <- the next coordinates. Interrupted, it has appended nothing.
+  void step(const float *x, float *y, Poll &poll);
 
   // Appends n[b] >= 0 predictions to sequence b, the last one returned first, and writes them to the first rows of
-  // y[b] in y (B, the largest n, k). A sequence that has all its own costs nothing more. False: interrupted after some
-  // steps; position() tells how many, and generate goes on from there.
-  bool generate(const std::vector<int64_t> &n, float *y, const Interrupted &interrupted);
+  // y[b] in y (B, the largest n, k). A sequence that has all its own costs nothing more. Interrupted after some steps,
+  // it goes on from there.
+  void generate(const std::vector<int64_t> &n, float *y, Poll &poll);
 
   // Empties every sequence.
   void reset();
@@ -93,23 +91,22 @@ class Decoder {
     AlignedFloats z;                // (kOwnRows, d), for pass_in_halves, as what follows
     AlignedFloats projected, down;  // (kOwnRows, d), what proj and fc2 make of this rank's half
   };
-  class InUse;
-  class Poll;
 
   void check_room(const char *where, int sequence, int64_t tokens) const;
   void begin_rows() noexcept;
   void add_row(Row row, const float *x, const float *previous) noexcept;
-  bool run_rows(Poll &poll);
+  void run_rows(Poll &poll);
   void pass(int rank, Poll &poll) noexcept;
   void pass_in_halves(int rank, Poll &poll) noexcept;
   void barrier(int rank) noexcept;
   ptrdiff_t panels_of(const Weights::Linear &layer) const noexcept;
-  void linear(int rank, const Weights::Linear &layer, const float *x, ptrdiff_t x_stride, Epilogue epilogue, float *y,
-              ptrdiff_t y_stride) noexcept;
-  void linear_parts(int rank, const std::vector<Weights::Linear> &parts, const float *x, ptrdiff_t x_stride) noexcept;
+  void linear(int rank, Poll &poll, const Weights::Linear &layer, const float *x, ptrdiff_t x_stride, Epilogue epilogue,
+              float *y, ptrdiff_t y_stride) noexcept;
+  void linear_parts(int rank, Poll &poll, const std::vector<Weights::Linear> &parts, const float *x,
+                    ptrdiff_t x_stride) noexcept;
   const float *normalised(int rank, const Weights::LayerNorm &norm) noexcept;
   void normalise(const Weights::LayerNorm &norm, const float *z, ptrdiff_t rows, float *y) noexcept;
-  void attend(int rank, int layer, ptrdiff_t begin, ptrdiff_t end) noexcept;
+  void attend(int rank, Poll &poll, int layer, ptrdiff_t begin, ptrdiff_t end) noexcept;
   ptrdiff_t first_head(int rank) const noexcept;
 
   const DecoderConfig config_;
@@ -117,18 +114,18 @@ class Decoder {
   const Weights weights_;
   KvCache cache_;
   ThreadPool pool_;
-  mutable std::atomic_flag in_use_;
+  mutable InUse in_use_;
 
   std::vector<int64_t> position_;    // (B), tokens in the cache
   std::vector<int64_t> prefix_end_;  // (B), h
-  std::vector<float> last_;          // (B, k), coordinates of the last token
-  std::vector<float> prediction_;    // (B, k), of the coordinates that follow it
+  AlignedFloats last_;               // (B, k), coordinates of the last token
+  AlignedFloats prediction_;         // (B, k), of the coordinates that follow it
 
   // The current pass. Rows of one sequence lie together.
   std::vector<Row> rows_;        // (M)
   std::vector<int> groups_;      // first row of each sequence's run of rows, then M
   std::vector<ptrdiff_t> work_;  // slots that a head of the groups before each reads, then of all
-  bool stopped_ = false;         // by Ctrl-C; written by rank 0 before a barrier, read by all behind it
+  bool stopped_ = false;         // as the poll says; written by rank 0 before a barrier, read by all behind it
   int team_size_ = 1;            // ranks at work: all of the pool, or 1 where the pass is too small to share
   const ptrdiff_t max_rows_;     // room for M below
   const int token_stride_, d_stride_, qkv_stride_, ff_stride_, k_stride_;

@@ -1,12 +1,12 @@
 #include "parallel.h"
 
-#include <pthread.h>
 #if defined(__linux__)
 #include <sched.h>
 #endif
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <exception>
 #include <memory>
 #include <thread>
@@ -42,15 +42,6 @@ unsigned wait_until(const std::atomic<unsigned> &word, int spins, const Enough &
     if (enough(now)) return now;
     word.wait(now);
   }
-}
-
-// How many forks lie between the process that loaded the library and this one.
-std::atomic<int> fork_depth{0};
-
-int current_fork_depth() {
-  static const int registered = pthread_atfork(nullptr, nullptr, [] { fork_depth.fetch_add(1); });
-  static_cast<void>(registered);
-  return fork_depth.load();
 }
 
 }  // namespace
@@ -89,6 +80,23 @@ struct ThreadPool::Team {
     }
   }
 
+  // Waits until the workers have finished, asking `poll` meanwhile: spins first, then naps a sixteenth of what it has
+  // waited.
+  void wait_asking(Poll &poll) {
+    using std::chrono::steady_clock;
+    constexpr steady_clock::duration kShortest = std::chrono::microseconds(10), kLongest = std::chrono::milliseconds(5);
+    for (int spin = 0; spin < spins; ++spin) {
+      if (running.load(std::memory_order_acquire) == 0) return;
+      pause();
+    }
+    for (const auto begin = steady_clock::now(); running.load() != 0 && !left_by_fork(); poll.stopped(0)) {
+      std::this_thread::sleep_for(std::clamp((steady_clock::now() - begin) / 16, kShortest, kLongest));
+    }
+  }
+
+  // Whether this is a forked child, in which none of the threads exist.
+  bool left_by_fork() const noexcept { return depth != fork_depth(); }
+
   void attempt(int rank) noexcept {
     try {
       call(context, rank);
@@ -98,7 +106,7 @@ struct ThreadPool::Team {
   }
 
   const int size, spins;
-  const int depth = current_fork_depth();
+  const uint32_t depth = fork_depth();
   Call call = nullptr;  // the job; written before `job` changes, read after
   void *context = nullptr;
   std::vector<std::exception_ptr> errors;  // (size,), by rank
@@ -118,14 +126,14 @@ ThreadPool::ThreadPool(ptrdiff_t num_threads) : size_(static_cast<int>(num_threa
 }
 
 ThreadPool::~ThreadPool() {
-  if (team_ == nullptr || team_->depth != current_fork_depth()) return;
+  if (team_ == nullptr || team_->left_by_fork()) return;
   team_->stop();
   delete team_;
 }
 
-void ThreadPool::run(Call call, void *context) {
+void ThreadPool::start(Call call, void *context, Poll *poll) {
   if (size_ == 1) return call(context, 0);
-  if (team_ == nullptr || team_->depth != current_fork_depth()) team_ = new Team(size_);
+  if (team_ == nullptr || team_->left_by_fork()) team_ = new Team(size_);
   Team &team = *team_;
   team.call = call;
   team.context = context;
@@ -133,7 +141,12 @@ void ThreadPool::run(Call call, void *context) {
   team.job.fetch_add(1);
   team.job.notify_all();
   team.attempt(0);
-  wait_until(team.running, team.spins, [](unsigned left) { return left == 0; });
+  if (poll != nullptr) {
+    team.wait_asking(*poll);
+  } else if (!team.left_by_fork()) {
+    wait_until(team.running, team.spins, [](unsigned left) { return left == 0; });
+  }
+  if (team.left_by_fork()) throw Interrupted();  // a signal handler forked: the others' work is not done here
   std::exception_ptr first;
   for (std::exception_ptr &error : team.errors) {
     if (error && !first) first = error;
@@ -145,6 +158,7 @@ void ThreadPool::run(Call call, void *context) {
 void ThreadPool::barrier(int rank) noexcept {
   if (size_ == 1) return;
   Team &team = *team_;
+  if (team.left_by_fork()) return;
   // One write, and one read of every other rank's line: a common counter would cross between the cores twice.
   const unsigned mine = team.arrivals[rank].count.load(std::memory_order_relaxed) + 1;
   team.arrivals[rank].count.store(mine);

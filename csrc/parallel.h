@@ -6,9 +6,12 @@
 // sleep. Threads start at the first job, and again in a forked child, which has none of its parent's.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstddef>
 #include <type_traits>
+
+#include "call.h"
 
 namespace tipl {
 
@@ -34,9 +37,14 @@ class ThreadPool {
   // are caught on their threads; that of the lowest rank is rethrown here. One run at a time, never from inside a body.
   template <class Body>
   void run(Body &&body) {
-    using Callable = std::remove_reference_t<Body>;
-    run([](void *context, int rank) { (*static_cast<Callable *>(context))(rank); },
-        const_cast<void *>(static_cast<const void *>(&body)));
+    start(body, nullptr);
+  }
+
+  // The same, where the caller asks `poll` while it waits for the others. Nothing is thrown where that says to stop:
+  // the bodies ask too.
+  template <class Body>
+  void run(Poll &poll, Body &&body) {
+    start(body, &poll);
   }
 
   // Inside a body: waits until every rank has come here. Only for bodies that are noexcept and all call it equally
@@ -46,28 +54,46 @@ class ThreadPool {
  private:
   struct Team;
   using Call = void (*)(void *context, int rank);
-  void run(Call call, void *context);
+  template <class Body>
+  void start(Body &body, Poll *poll) {
+    start([](void *context, int rank) { (*static_cast<Body *>(context))(rank); },
+          const_cast<void *>(static_cast<const void *>(&body)), poll);
+  }
+  void start(Call call, void *context, Poll *poll);
 
   int size_;
   Team *team_ = nullptr;  // leaked, not destroyed, in a forked child: its threads do not exist there
 };
 
-// body(begin, end) for each rank's share of n items.
+// body(rank, item) once for each item of n, whichever thread comes first: for items that write apart from one another.
+// Asks `poll` between them. Returns how many are done, the first so many: fewer than n where it said to stop.
 template <class Body>
-void parallel_for(ThreadPool &pool, ptrdiff_t n, Body &&body) {
-  pool.run([&](int rank) {
-    const Range items = share(n, rank, pool.size());
-    if (items.begin < items.end) body(items.begin, items.end);
+ptrdiff_t for_each_item_until(ThreadPool &pool, Poll &poll, ptrdiff_t n, const Body &body) {
+  std::atomic<ptrdiff_t> next{0};
+  pool.run(poll, [&](int rank) {
+    while (!poll.stopped(rank)) {
+      const ptrdiff_t item = next.fetch_add(1);
+      if (item >= n) return;
+      body(rank, item);
+    }
   });
+  return std::min(next.load(), n);
 }
 
-// body(rank, item) once for each item of n, whichever thread comes first: for items that write apart from one another.
+// The same, of all n. Throws Interrupted where it was told to stop.
 template <class Body>
-void for_each_item(ThreadPool &pool, ptrdiff_t n, const Body &body) {
-  std::atomic<ptrdiff_t> next{0};
-  pool.run([&](int rank) {
-    for (ptrdiff_t item; (item = next.fetch_add(1)) < n;) body(rank, item);
-  });
+void for_each_item(ThreadPool &pool, Poll &poll, ptrdiff_t n, const Body &body) {
+  if (for_each_item_until(pool, poll, n, body) < n) throw Interrupted();
+}
+
+// body(begin, end) for runs of n things that cost about `cost` nanoseconds each, short enough to stop between them.
+template <class Body>
+void for_each_run(ThreadPool &pool, Poll &poll, ptrdiff_t n, double cost, const Body &body) {
+  constexpr double kRun = 1e6, kLongest = 1 << 20;
+  const auto run = static_cast<ptrdiff_t>(std::clamp(kRun / cost, 1.0, kLongest));
+  const ptrdiff_t even = std::max<ptrdiff_t>(1, std::min(run, (n + pool.size() - 1) / pool.size()));
+  for_each_item(pool, poll, (n + even - 1) / even,
+                [&](int, ptrdiff_t item) { body(item * even, std::min(n, (item + 1) * even)); });
 }
 
 }  // namespace tipl

@@ -1,6 +1,7 @@
 #include "policy.h"
 
 #include <algorithm>
+#include <iterator>
 
 #include "aligned.h"
 #include "check.h"
@@ -22,20 +23,31 @@ Network network(const PolicySizes &sizes, ptrdiff_t begin, ptrdiff_t out) {
   return net;
 }
 
+void check_size(const char *where, const char *name, ptrdiff_t size) {
+  constexpr ptrdiff_t kMost = 1 << 24;
+  check(size >= 1, where, ": ", name, " must be >= 1, got ", size);
+  check(size <= kMost, where, ": ", name, " must be <= ", kMost, ", got ", size);
+}
+
 void check_sizes(const char *where, const PolicySizes &sizes) {
-  check(sizes.obs_dim >= 1, where, ": obs_dim must be >= 1, got ", sizes.obs_dim);
-  check(sizes.act_dim >= 1, where, ": act_dim must be >= 1, got ", sizes.act_dim);
-  for (const ptrdiff_t width : sizes.hidden) check(width >= 1, where, ": hidden_sizes must be >= 1, got ", width);
+  constexpr ptrdiff_t kMostLayers = 1 << 10;
+  check_size(where, "obs_dim", sizes.obs_dim);
+  check_size(where, "act_dim", sizes.act_dim);
+  check(std::ssize(sizes.hidden) <= kMostLayers, where, ": hidden_sizes must be at most ", kMostLayers, ", got ",
+        sizes.hidden.size());
+  for (const ptrdiff_t width : sizes.hidden) check_size(where, "hidden_sizes", width);
 }
 
 void mean_actions(const PolicySizes &sizes, const float *params, ptrdiff_t stride, ptrdiff_t policies, const float *obs,
-                  ptrdiff_t rows, float *out) {
+                  ptrdiff_t rows, float *out, Poll &poll) {
+  constexpr ptrdiff_t kRowsBetweenPolls = 64;
   const Kernels &kernel = kernels();
   const Network actor = network(sizes, sizes.act_dim, sizes.act_dim);  // behind log_std
   ptrdiff_t widest = 0;
   for (const ptrdiff_t width : sizes.hidden) widest = std::max(widest, round_up(width, kernel.lanes));
   AlignedFloats hidden({2, widest});  // activations of one observation: of a layer and of the next
   for (ptrdiff_t row = 0; row < policies * rows; ++row) {
+    if (row % kRowsBetweenPolls == kRowsBetweenPolls - 1) poll(0);
     const float *const param = params + row / rows * stride, *x = obs + row * sizes.obs_dim;
     for (size_t i = 0; i < actor.layers.size(); ++i) {
       const Network::Layer &layer = actor.layers[i];

@@ -9,6 +9,7 @@
 #include <cstddef>
 #include <vector>
 
+#include "call.h"
 #include "kernels.h"
 
 namespace tipl {
@@ -33,11 +34,12 @@ struct Network {
 // A network of these hidden sizes and `out` outputs, whose parameters begin at `begin`.
 Network network(const PolicySizes &sizes, ptrdiff_t begin, ptrdiff_t out);
 
-// Throws std::invalid_argument where a size is less than 1.
+// Throw std::invalid_argument where a size is less than 1, or more than anybody means.
+void check_size(const char *where, const char *name, ptrdiff_t size);
 void check_sizes(const char *where, const PolicySizes &sizes);
 
 // out (N, R, A) <- mean actions for obs (N, R, O), with rows of params `stride` floats apart; on the calling thread.
 void mean_actions(const PolicySizes &sizes, const float *params, ptrdiff_t stride, ptrdiff_t policies, const float *obs,
-                  ptrdiff_t rows, float *out);
+                  ptrdiff_t rows, float *out, Poll &poll);
 
 }  // namespace tipl

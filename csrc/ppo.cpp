@@ -9,14 +9,16 @@
 namespace tipl {
 namespace {
 
+constexpr char kObject[] = "the update";
+
 const PolicySizes &checked(const PolicySizes &sizes) {
   check_sizes("PpoUpdate", sizes);
   return sizes;
 }
 
 const PpoSettings &checked(const PpoSettings &settings) {
-  check(settings.minibatch_size >= 1, "PpoUpdate: minibatch_size must be >= 1, got ", settings.minibatch_size);
-  check(settings.update_epochs >= 1, "PpoUpdate: update_epochs must be >= 1, got ", settings.update_epochs);
+  check_size("PpoUpdate", "minibatch_size", settings.minibatch_size);
+  check_size("PpoUpdate", "update_epochs", settings.update_epochs);
   return settings;
 }
 
@@ -112,11 +114,13 @@ void PpoUpdate::backward(const Network &net, const float *params, Workspace &wor
 }
 
 void PpoUpdate::values(const float *params, ptrdiff_t stride, ptrdiff_t trials, const float *obs, ptrdiff_t rows,
-                       float *out) {
+                       float *out, Poll &poll) {
+  const InUse::Hold hold(in_use_, "values", kObject);
   const ptrdiff_t B = settings_.minibatch_size;
-  for_each_item(pool_, trials, [&](int rank, ptrdiff_t trial) {
+  for_each_item(pool_, poll, trials, [&](int rank, ptrdiff_t trial) {
     Workspace &work = work_[rank];
     for (ptrdiff_t first = 0; first < rows; first += B) {
+      poll(rank);
       const ptrdiff_t count = std::min(B, rows - first);
       take_observations(work, obs + (trial * rows + first) * sizes_.obs_dim, nullptr, count);
       std::copy_n(forward(critic_, params + trial * stride, work), count, out + trial * rows + first);
@@ -146,7 +150,7 @@ double PpoUpdate::take_values(const Steps &steps, ptrdiff_t first, const int32_t
 }
 
 void PpoUpdate::update_trial(const TrialParams &params, const Steps &steps, ptrdiff_t trial, double learning_rate,
-                             Workspace &work, UpdateStats &stats) const {
+                             Workspace &work, UpdateStats &stats, int rank, Poll &poll) const {
   const ptrdiff_t A = sizes_.act_dim, B = settings_.minibatch_size, T = steps.num_steps, P = num_params();
   const ptrdiff_t row = trial * params.stride, first = trial * T;
   const ptrdiff_t learned = settings_.learn_log_std ? 0 : A;  // where the parameters that are learned begin
@@ -158,6 +162,7 @@ void PpoUpdate::update_trial(const TrialParams &params, const Steps &steps, ptrd
     kl = 0.0;
     last_batches = 0;
     for (ptrdiff_t begin = 0; begin < T && !stopped; begin += B) {
+      poll(rank);
       const int32_t *const rows = steps.order + (trial * settings_.update_epochs + epoch) * T + begin;
       take_observations(work, steps.observations + first * sizes_.obs_dim, rows, B);
       double mean = 0.0, variance = 0.0;
@@ -217,7 +222,9 @@ void PpoUpdate::update_trial(const TrialParams &params, const Steps &steps, ptrd
   stats = {-objective / seen, squares / seen, clipped / seen, kl / static_cast<double>(last_batches * B)};
 }
 
-void PpoUpdate::update(const TrialParams &params, const Steps &steps, double learning_rate, UpdateStats *stats) {
+void PpoUpdate::update(const TrialParams &params, const Steps &steps, double learning_rate, UpdateStats *stats,
+                       Poll &poll) {
+  const InUse::Hold hold(in_use_, "update", kObject);
   const ptrdiff_t T = steps.num_steps, B = settings_.minibatch_size;
   check(T >= B && T % B == 0, "update: there must be a multiple of minibatch_size = ", B, " steps, got ", T);
   check(params.stride >= num_params(), "update: a trial must have at least ", num_params(), " parameters, got ",
@@ -227,8 +234,8 @@ void PpoUpdate::update(const TrialParams &params, const Steps &steps, double lea
   const int32_t *const bad = std::find_if(steps.order, steps.order + orders, outside);
   check(bad == steps.order + orders, "update: order must hold steps in [0, ", T, "), got ",
         bad == steps.order + orders ? 0 : *bad);
-  for_each_item(pool_, params.trials, [&](int rank, ptrdiff_t trial) {
-    update_trial(params, steps, trial, learning_rate, work_[rank], stats[trial]);
+  for_each_item(pool_, poll, params.trials, [&](int rank, ptrdiff_t trial) {
+    update_trial(params, steps, trial, learning_rate, work_[rank], stats[trial], rank, poll);
   });
 }
 

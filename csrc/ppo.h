@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "aligned.h"
+#include "call.h"
 #include "kernels.h"
 #include "parallel.h"
 #include "policy.h"
@@ -59,10 +60,11 @@ struct UpdateStats {
   double approx_kl;                          // and over those of the last epoch
 };
 
+// One call at a time: another is refused with std::runtime_error. Calls ask a Poll, and throw Interrupted.
 class PpoUpdate {
  public:
   // Actor and critic have the same hidden sizes, and share no layer. Throws std::invalid_argument for sizes or settings
-  // below their least.
+  // that are out of range.
   PpoUpdate(PolicySizes sizes, const PpoSettings &settings, int num_threads);
   ~PpoUpdate();
 
@@ -71,10 +73,11 @@ class PpoUpdate {
   const PpoSettings &settings() const noexcept { return settings_; }
 
   // out (N, R) <- values of obs (N, R, O).
-  void values(const float *params, ptrdiff_t stride, ptrdiff_t trials, const float *obs, ptrdiff_t rows, float *out);
+  void values(const float *params, ptrdiff_t stride, ptrdiff_t trials, const float *obs, ptrdiff_t rows, float *out,
+              Poll &poll);
 
-  // Takes every trial through the epochs of one iteration. stats (N).
-  void update(const TrialParams &params, const Steps &steps, double learning_rate, UpdateStats *stats);
+  // Takes every trial through the epochs of one iteration. stats (N). Interrupted, each has taken some of its steps.
+  void update(const TrialParams &params, const Steps &steps, double learning_rate, UpdateStats *stats, Poll &poll);
 
  private:
   struct Workspace;  // of one thread
@@ -85,7 +88,7 @@ class PpoUpdate {
   double take_values(const Steps &steps, ptrdiff_t first, const int32_t *rows, const float *value,
                      Workspace &work) const;
   void update_trial(const TrialParams &params, const Steps &steps, ptrdiff_t trial, double learning_rate,
-                    Workspace &work, UpdateStats &stats) const;
+                    Workspace &work, UpdateStats &stats, int rank, Poll &poll) const;
 
   const PolicySizes sizes_;
   const PpoSettings settings_;
@@ -93,6 +96,7 @@ class PpoUpdate {
   const Network actor_, critic_;
   const ptrdiff_t stride_;  // B padded to whole registers
   ThreadPool pool_;
+  InUse in_use_;
   std::vector<Workspace> work_;  // of each thread
 };
 

@@ -39,29 +39,34 @@ ReadAhead::ReadAhead(const void *begin, size_t bytes)
     : begin_(page_of(begin)), size_(whole_pages(static_cast<const char *>(begin) + bytes - begin_)) {
 #if defined(__linux__)
   madvise(begin_, size_, MADV_SEQUENTIAL);  // large reads
-  reader_ = std::thread([this] { read(); });
+  reader_->thread = std::thread([this] { read(); });
 #endif
 }
 
 ReadAhead::~ReadAhead() {
-  if (!reader_.joinable()) return;
-  {
-    const std::lock_guard lock(mutex_);
-    stopped_ = true;
+  if (depth_ != fork_depth()) {
+    static_cast<void>(reader_.release());
+    return;
   }
-  changed_.notify_one();
-  reader_.join();
+  if (!reader_->thread.joinable()) return;
+  {
+    const std::lock_guard lock(reader_->mutex);
+    reader_->stopped = true;
+  }
+  reader_->changed.notify_one();
+  reader_->thread.join();
 #if defined(__linux__)
   madvise(begin_, size_, MADV_NORMAL);
 #endif
 }
 
 void ReadAhead::want(size_t bytes) {
+  if (depth_ != fork_depth()) return;
   {
-    const std::lock_guard lock(mutex_);
-    wanted_ = std::max(wanted_, std::min(bytes, size_));
+    const std::lock_guard lock(reader_->mutex);
+    reader_->wanted = std::max(reader_->wanted, std::min(bytes, size_));
   }
-  changed_.notify_one();
+  reader_->changed.notify_one();
 }
 
 void ReadAhead::read() {
@@ -69,10 +74,10 @@ void ReadAhead::read() {
   for (size_t done = 0; done < size_;) {
     size_t end;
     {
-      std::unique_lock lock(mutex_);
-      changed_.wait(lock, [&] { return stopped_ || wanted_ > done; });
-      if (stopped_) return;
-      end = std::min(done + kStep, wanted_);
+      std::unique_lock lock(reader_->mutex);
+      reader_->changed.wait(lock, [&] { return reader_->stopped || reader_->wanted > done; });
+      if (reader_->stopped) return;
+      end = std::min(done + kStep, reader_->wanted);
     }
     end = whole_pages(end);
     // What fails here, where the system is old or the file was cut short, the workers' own page faults see to.

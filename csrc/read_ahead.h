@@ -5,14 +5,18 @@
 
 #include <condition_variable>
 #include <cstddef>
+#include <cstdint>
+#include <memory>
 #include <mutex>
 #include <thread>
+
+#include "call.h"
 
 namespace tipl {
 
 class ReadAhead {
  public:
-  // The mapping must outlive this. Does nothing where the system cannot.
+  // The mapping must outlive this. Does nothing where the system cannot, and in a forked child.
   ReadAhead(const void *begin, size_t bytes);
   ~ReadAhead();
   ReadAhead(const ReadAhead &) = delete;
@@ -22,15 +26,20 @@ class ReadAhead {
   void want(size_t bytes);
 
  private:
+  struct Reader {
+    std::mutex mutex;
+    std::condition_variable changed;
+    size_t wanted = 0;
+    bool stopped = false;
+    std::thread thread;
+  };
+
   void read();
 
   char *const begin_;  // of a page
   const size_t size_;  // whole pages
-  std::mutex mutex_;
-  std::condition_variable changed_;
-  size_t wanted_ = 0;
-  bool stopped_ = false;
-  std::thread reader_;
+  const uint32_t depth_ = fork_depth();
+  std::unique_ptr<Reader> reader_ = std::make_unique<Reader>();  // leaked in a forked child, where its thread is not
 };
 
 }  // namespace tipl

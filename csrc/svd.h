@@ -22,17 +22,19 @@
 //         p): one that fills, and the one before, whose work is spread over the rows that fill the next.
 // Blocks begin at every b-th row whatever came at once, and no sum is split between threads: the same bits for any
 // chunking of the rows and any thread count.
+// Stops  Every call asks its Poll, and throws Interrupted between steps: the sketch is then as before, but for rows
+// that
+//        partial_fit has taken.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
-#include <functional>
 #include <iterator>
 #include <memory>
-#include <mutex>
 #include <vector>
 
 #include "aligned.h"
+#include "call.h"
 #include "kernels.h"
 #include "parallel.h"
 
@@ -46,80 +48,88 @@ struct RowView {
 };
 
 // Throws std::invalid_argument where a value of X (count, p) is NaN or Inf; the message counts rows from first_row on.
-void check_finite_rows(const char *where, RowView x, int64_t first_row, ptrdiff_t p, int num_threads);
+void check_finite_rows(const char *where, RowView x, int64_t first_row, ptrdiff_t p, int num_threads, Poll &poll);
 
 // out (x.count, y.count) <- (x - origin)(y - origin)^T over p columns, in float64; `same`: x and y are the same rows.
 // Throws std::invalid_argument for NaN or Inf in x, which the message calls X with rows from first_row on, or in the
 // origin.
 void products(const char *where, RowView x, int64_t first_row, RowView y, const float *origin, ptrdiff_t p, bool same,
-              double *out, int num_threads);
+              double *out, int num_threads, Poll &poll);
 
 // out (r, p) <- weights^T x with weights (x.count, r), summed in float64.
-void combine(RowView x, ptrdiff_t p, const double *weights, ptrdiff_t r, float *out, int num_threads);
+void combine(RowView x, ptrdiff_t p, const double *weights, ptrdiff_t r, float *out, int num_threads, Poll &poll);
 
 struct SketchConfig {
   ptrdiff_t num_features, range_size, test_size;  // p, l, q
   uint64_t seed;                                  // of Omega and Omega'
+  bool choose_origin = false;                     // one of the first block's rows, in their midst; none may be given
 };
 
-// Calls from several threads wait for one another.
+// One call at a time: another is refused with std::runtime_error.
 class RowSketch {
  public:
-  // Asked between blocks. True stops the work.
-  using Interrupted = std::function<bool()>;
-
   // origin (p) or null; directions (l, p) or null for a sparse Omega. Throws std::invalid_argument for wrong sizes and
-  // for NaN or Inf.
-  RowSketch(const SketchConfig &config, const float *origin, const float *directions, int num_threads);
+  // for NaN or Inf, and std::bad_alloc where the machine lacks the memory.
+  RowSketch(const SketchConfig &config, const float *origin, const float *directions, int num_threads, Poll &poll);
   ~RowSketch();
 
   // Takes the rows, of which messages call the first `first_row`. Throws std::invalid_argument where one is NaN or Inf
   // or far too large: it has taken none then if `all_or_none`, which reads x twice, and else those of whole blocks
-  // before. False: interrupted; num_rows() tells how many rows were taken.
-  bool partial_fit(RowView x, int64_t first_row, bool all_or_none, const Interrupted &interrupted);
+  // before. Where it was interrupted num_rows() tells how many rows were taken.
+  void partial_fit(RowView x, int64_t first_row, bool all_or_none, Poll &poll);
+
+  // Throws as partial_fit would, had it already taken rows whose squares sum to `before`; returns the sum with those of
+  // x.
+  double check_rows(RowView x, int64_t first_row, double before, Poll &poll) const;
+
+  // Each sketch takes its columns, from starts[i] on, of all rows, or none does; where it was interrupted all have
+  // taken equally many. Without all_or_none the rows must have passed check_rows.
+  static void partial_fit_together(const std::vector<RowSketch *> &sketches, const std::vector<ptrdiff_t> &starts,
+                                   RowView x, int64_t first_row, bool all_or_none, Poll &poll);
 
   // Takes all that `other` has seen, which still has it; its rows come behind ours. Throws std::invalid_argument where
-  // other is this or is built differently but for its origin and threads.
-  void merge(RowSketch &other);
+  // other is this or is built differently but for its origin and threads. Needs the memory of a third sketch.
+  void merge(RowSketch &other, Poll &poll);
 
-  // y (l + q) of each row of x, as if the origin were zero.
-  std::vector<float> apply(RowView x) const;
+  // out (x.count, l + q) <- y of each row of x, as if the origin were zero.
+  void apply(RowView x, float *out, Poll &poll) const;
 
   // Adds the rows that are pending to the sums, unless all are: the next block begins with the next row.
-  void settle();
+  void settle(Poll &poll);
 
   // What was seen so far, and not changed by what comes; `settled`: with the pending rows taken up.
-  std::unique_ptr<RowSketch> snapshot(bool settled);
+  std::unique_ptr<RowSketch> snapshot(bool settled, Poll &poll);
 
-  // All rows less origin (rows, p) where they are no more than pending; empty otherwise.
-  std::vector<float> exact_rows() const;
+  // All rows less exact_origin() (rows, p) where they are no more than pending; empty otherwise.
+  std::vector<float> exact_rows(Poll &poll) const;
+  std::vector<float> exact_origin(Poll &poll) const;  // empty for zero
 
   // out (r, p) <- weights^T C with weights (l + q + 1, r), of the rows that are not pending.
-  void combine_co_range(const double *weights, ptrdiff_t r, float *out) const;
+  void combine_co_range(const double *weights, ptrdiff_t r, float *out, Poll &poll) const;
 
   // d Omega (num_rows, l) of all rows in order, pending ones too.
-  std::vector<float> range_rows();
+  std::vector<float> range_rows(Poll &poll);
 
   // All that was seen, of the rows that are neither pending nor held.
   struct Sums {
     AlignedArray<double> co_range;  // C (l + q + 1, p)
-    std::vector<double> gram;       // G (l + q + 1, l + q + 1)
+    AlignedArray<double> gram;      // G (l + q + 1, l + q + 1)
     double squares = 0.0;           // of the Frobenius norm of all d
     int64_t rows = 0;
     std::vector<std::shared_ptr<const std::vector<float>>> range_rows;  // d Omega (rows, l) of each block
   };
-  // For a sketch that nothing changes meanwhile: a snapshot, or one to be saved.
-  const Sums &sums() const noexcept { return *sums_; }
-  RowView pending() const noexcept { return {pending_.data(), num_pending(), config_.num_features}; }
+  std::shared_ptr<const Sums> sums() const;  // which nothing changes any more
+  std::vector<float> pending(Poll &poll) const;
+  std::vector<float> directions(Poll &poll) const;  // (l, p) as they were given, or empty
+  std::vector<float> origin() const;                // empty for zero, and while it is not chosen
 
   // Replaces all that was seen, for a sketch that was saved. The sizes in `sums` are the caller's to check.
-  void restore(Sums sums, RowView pending);
+  void restore(Sums sums, RowView pending, Poll &poll);
 
   const SketchConfig &config() const noexcept { return config_; }
-  bool exact() const;                                                    // whether no row is more than pending
-  bool directed() const noexcept;                                        // whether directions were given
-  ptrdiff_t outputs() const noexcept { return outputs_; }                // l + q + 1
-  const std::vector<float> &origin() const noexcept { return origin_; }  // empty for zero
+  bool exact() const;                                      // whether no row is more than pending
+  bool directed() const noexcept;                          // whether directions were given
+  ptrdiff_t outputs() const noexcept { return outputs_; }  // l + q + 1
   int64_t num_rows() const;
 
  private:
@@ -129,38 +139,49 @@ class RowSketch {
   RowSketch(const RowSketch &other, std::shared_ptr<Sums> sums);
 
   const float *origin_or_null() const noexcept { return origin_.empty() ? nullptr : origin_.data(); }
-  void own_sums();
-  void apply_to(RowView x, const float *origin, float *y, double *squares) const;
+  std::vector<float> central_row(RowView x, Poll &poll) const;
+  std::vector<float> origin_of_pending(Poll &poll) const;
+  std::unique_ptr<RowSketch> copy() const;
+  std::shared_ptr<Sums> empty_sums() const;
+  void own_sums(Poll &poll);
+  void apply_to(RowView x, const float *origin, float *y, double *squares, Poll &poll) const;
   ptrdiff_t group_rows() const noexcept;
   ptrdiff_t groups(ptrdiff_t rows) const noexcept;
-  void apply_to_group(RowView x, ptrdiff_t group, const float *origin, float *y, double *squares) const;
-  void sketch_group(RowView x, const float *origin, float *y, double *squares) const;
-  void multiply_group(RowView x, const float *origin, float *y, double *squares) const;
-  Block begin_block(RowView x);
+  void apply_to_group(RowView x, ptrdiff_t group, const float *origin, float *y, double *squares, int rank,
+                      Poll &poll) const;
+  void sketch_group(RowView x, const float *origin, float *y, double *squares, int rank, Poll &poll) const;
+  void multiply_group(RowView x, const float *origin, float *y, double *squares, int rank, Poll &poll) const;
+  Block begin_block(RowView x, Poll &poll);
   ptrdiff_t steps(const Block &block) const noexcept;
   ptrdiff_t steps_due(const Block &block, ptrdiff_t rows) const noexcept;
-  void advance(Block &block, ptrdiff_t until, bool threaded);
+  void advance(Block &block, ptrdiff_t until, bool threaded, Poll &poll);
   void pack(Block &block) const;
   ptrdiff_t column_runs() const noexcept;
   void add_co_range(Block &block, ptrdiff_t run, int rank);
-  void add_rest(const Block &block);
+  void add_rest(const Block &block, Poll &poll);
+  void take(RowView x, int64_t first_row, bool all_or_none, Poll &poll);
+  void take_block(RowView x, int64_t first_row, Poll &poll);
   void check_sum(const char *where, double more) const;
-  void check_rows(RowView x, int64_t first, const std::vector<double> &squares) const;
-  std::vector<double> checked(RowView x, int64_t first) const;
+  double check_all(RowView x, int64_t first, double before, Poll &poll) const;
+  std::vector<double> checked(RowView x, int64_t first, Poll &poll) const;
+  RowView pending_view() const noexcept { return {pending_.data(), num_pending(), config_.num_features}; }
   ptrdiff_t num_pending() const noexcept { return std::ssize(pending_squares_); }
   double unsettled_squares() const noexcept;
   bool none_beyond_pending() const noexcept;
   void keep(RowView x, const double *squares);
-  void hold_pending();
-  void release_held();
-  void take_pending();
+  void hold_pending(Poll &poll);
+  void release_held(Poll &poll);
+  void take_pending(Poll &poll);
+  void check_mergeable(const RowSketch &other) const;
+  void add_sums(const RowSketch &other, Poll &poll);
+  void add_pending(const RowSketch &other, Poll &poll);
 
   const SketchConfig config_;
   const ptrdiff_t outputs_, y_stride_;
   const Kernels &kernels_;
-  const std::vector<float> origin_;
+  std::vector<float> origin_;
   mutable ThreadPool pool_;
-  mutable std::mutex mutex_;
+  mutable InUse in_use_;
   std::shared_ptr<const Omega> omega_;
   std::shared_ptr<Sums> sums_;           // shared with snapshots until it changes
   AlignedFloats pending_;                // (b, p), rows that do not fill a block yet; nothing until the first

@@ -24,20 +24,25 @@ AlignedFloats copied(const float *source, ptrdiff_t size) {
   return copy;
 }
 
-std::vector<Weights::Linear> in_parts(Weights::Tensors &tensors, int in, int out, Precision precision, int parts) {
+std::vector<Weights::Linear> in_parts(Weights::Tensors &tensors, int in, int out, Precision precision, int parts,
+                                      Poll &poll) {
   std::vector<Weights::Linear> list;
   const Weights::Tensors begin = tensors;
   for (int part = 0; part < parts; ++part) {
     tensors = begin;
-    list.emplace_back(tensors, in, out, precision, Weights::Linear::Layout{.part = part, .parts = parts});
+    list.emplace_back(tensors, in, out, precision, Weights::Linear::Layout{.part = part, .parts = parts}, poll);
   }
   return list;
 }
 
-const std::vector<const float *> &checked(const DecoderConfig &config, const std::vector<const float *> &tensors) {
+const std::vector<const float *> &checked(const DecoderConfig &config, const std::vector<const float *> &tensors,
+                                          Poll &poll) {
   const std::vector<TensorSpec> specs = tensor_specs(config);
   check(tensors.size() == specs.size(), "Decoder: weights must be ", specs.size(), " tensors, got ", tensors.size());
-  for (size_t i = 0; i < specs.size(); ++i) check_finite("Decoder", specs[i].name, tensors[i], specs[i].shape);
+  for (size_t i = 0; i < specs.size(); ++i) {
+    poll(0);
+    check_finite("Decoder", specs[i].name, tensors[i], specs[i].shape);
+  }
   return tensors;
 }
 
@@ -59,9 +64,10 @@ void check_finite(const char *where, const std::string &name, const float *x, co
 
 std::vector<TensorSpec> tensor_specs(const DecoderConfig &config) {
   const ptrdiff_t d = config.d_model, d_ff = config.d_ff, k = config.n_components;
-  constexpr int kHighest = 1 << 24;
+  constexpr int kHighest = 1 << 24, kMostLayers = 1 << 12;
+  check(1 <= config.n_layer && config.n_layer <= kMostLayers, "Decoder: n_layer must lie in [1, ", kMostLayers,
+        "], got ", config.n_layer);
   for (const auto &[name, size] : {std::pair{"n_components", config.n_components},
-                                   {"n_layer", config.n_layer},
                                    {"n_head", config.n_head},
                                    {"d_model", config.d_model},
                                    {"d_ff", config.d_ff},
@@ -97,7 +103,7 @@ std::vector<TensorSpec> tensor_specs(const DecoderConfig &config) {
   return specs;
 }
 
-Weights::Linear::Linear(Tensors &tensors, int all_inputs, int out, Precision precision, Layout layout) {
+Weights::Linear::Linear(Tensors &tensors, int all_inputs, int out, Precision precision, Layout layout, Poll &poll) {
   const float *from_weight = *tensors++, *from_bias = *tensors++;
   const int begin = all_inputs * layout.part / layout.parts, end = all_inputs * (layout.part + 1) / layout.parts;
   const int in = end - begin, D = layout.heads > 0 ? out / (3 * layout.heads) : 0;
@@ -107,6 +113,7 @@ Weights::Linear::Linear(Tensors &tensors, int all_inputs, int out, Precision pre
   bias = AlignedFloats({padded});
   if (precision == Precision::kInt8) scale = AlignedFloats({padded});
   for (ptrdiff_t row = 0; row < out; ++row) {
+    poll(0);
     const ptrdiff_t from_row =
         layout.heads > 0 ? (row / D % 3 * layout.heads + row / (3 * D)) * D + row % D : row;  // (3, H, D) <- (H, 3, D)
     const float *from_all = from_weight + from_row * all_inputs, *from = from_all + begin;
@@ -135,26 +142,27 @@ Weights::LayerNorm::LayerNorm(Tensors &tensors, int d) {
   bias = copied(*tensors++, d);
 }
 
-Weights::Block::Block(Tensors &tensors, const DecoderConfig &config, Precision precision)
+Weights::Block::Block(Tensors &tensors, const DecoderConfig &config, Precision precision, Poll &poll)
     : norm1(tensors, config.d_model),
-      qkv(tensors, config.d_model, 3 * config.d_model, precision, {.heads = config.n_head}),
-      proj(in_parts(tensors, config.d_model, config.d_model, precision, config.halved() ? 2 : 1)),
+      qkv(tensors, config.d_model, 3 * config.d_model, precision, {.heads = config.n_head}, poll),
+      proj(in_parts(tensors, config.d_model, config.d_model, precision, config.halved() ? 2 : 1, poll)),
       norm2(tensors, config.d_model),
-      fc1(tensors, config.d_model, config.d_ff, precision),
-      fc2(in_parts(tensors, config.d_ff, config.d_model, precision, config.halved() ? 2 : 1)) {}
+      fc1(tensors, config.d_model, config.d_ff, precision, poll),
+      fc2(in_parts(tensors, config.d_ff, config.d_model, precision, config.halved() ? 2 : 1, poll)) {}
 
-Weights::Weights(const std::vector<const float *> &tensors, const DecoderConfig &config, Precision precision)
-    : Weights(checked(config, tensors).data(), config, precision) {}
+Weights::Weights(const std::vector<const float *> &tensors, const DecoderConfig &config, Precision precision,
+                 Poll &poll)
+    : Weights(checked(config, tensors, poll).data(), config, precision, poll) {}
 
-Weights::Weights(Tensors tensors, const DecoderConfig &config, Precision precision)
-    : embed(tensors, config.token_width(), config.d_model, Precision::kFloat32),
+Weights::Weights(Tensors tensors, const DecoderConfig &config, Precision precision, Poll &poll)
+    : embed(tensors, config.token_width(), config.d_model, Precision::kFloat32, poll),
       pos(copied(*tensors++, ptrdiff_t{config.max_len} * config.d_model)),
       blocks([&] {
         std::vector<Block> list;
-        for (int i = 0; i < config.n_layer; ++i) list.emplace_back(tensors, config, precision);
+        for (int i = 0; i < config.n_layer; ++i) list.emplace_back(tensors, config, precision, poll);
         return list;
       }()),
       norm(tensors, config.d_model),
-      head(tensors, config.d_model, config.n_components, Precision::kFloat32) {}
+      head(tensors, config.d_model, config.n_components, Precision::kFloat32, poll) {}
 
 }  // namespace tipl

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "aligned.h"
+#include "call.h"
 #include "kernels.h"
 
 namespace tipl {
@@ -54,8 +55,9 @@ struct Weights {
     struct Layout {
       int heads = 0, part = 0, parts = 1;
     };
-    Linear(Tensors &tensors, int in, int out, Precision precision) : Linear(tensors, in, out, precision, {}) {}
-    Linear(Tensors &tensors, int in, int out, Precision precision, Layout layout);
+    Linear(Tensors &tensors, int in, int out, Precision precision, Poll &poll)
+        : Linear(tensors, in, out, precision, {}, poll) {}
+    Linear(Tensors &tensors, int in, int out, Precision precision, Layout layout, Poll &poll);
     AlignedWords weight;  // as PackedLinear wants them
     AlignedFloats scale, bias;
     PackedLinear packed;
@@ -65,7 +67,7 @@ struct Weights {
     AlignedFloats weight, bias;  // (d) each
   };
   struct Block {
-    Block(Tensors &tensors, const DecoderConfig &config, Precision precision);
+    Block(Tensors &tensors, const DecoderConfig &config, Precision precision, Poll &poll);
     LayerNorm norm1;
     Linear qkv;                // (H, q | k | v, D; d)
     std::vector<Linear> proj;  // (d, d), its inputs in two halves where config.halved()
@@ -76,7 +78,7 @@ struct Weights {
 
   // The blocks' matrices are stored in `precision`, nearly all there is to read; the rest stays float32.
   // Throws std::invalid_argument for wrong sizes and for NaN or Inf in a tensor.
-  Weights(const std::vector<const float *> &tensors, const DecoderConfig &config, Precision precision);
+  Weights(const std::vector<const float *> &tensors, const DecoderConfig &config, Precision precision, Poll &poll);
 
   Linear embed;               // (d, 2k + 1)
   AlignedFloats pos;          // (max_len, d)
@@ -85,7 +87,7 @@ struct Weights {
   Linear head;  // (k, d)
 
  private:
-  Weights(Tensors tensors, const DecoderConfig &config, Precision precision);
+  Weights(Tensors tensors, const DecoderConfig &config, Precision precision, Poll &poll);
 };
 
 }  // namespace tipl

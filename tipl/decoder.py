@@ -5,7 +5,7 @@ Shapes  B sequences, t tokens, k = n_components. The arithmetic is `tipl.model.T
 
 import operator
 from collections.abc import Mapping, Sequence
-from typing import Literal, Self, SupportsIndex, get_args
+from typing import Literal, NoReturn, Self, SupportsIndex, get_args
 
 import numpy as np
 import torch
@@ -27,7 +27,8 @@ class Decoder:
 
     `prefill` once, then any mix of `step` (observe what came) and `generate` (believe the predictions); `reset` to
     begin anew. Results have the same bits for any `num_threads`, and for a sequence alone as for one in a batch. One
-    call at a time: a second thread's raises RuntimeError.
+    call at a time: a second thread's raises RuntimeError, and so does any in a child that was forked during one. A
+    decoder is not pickled or copied.
     """
 
     def __init__(
@@ -99,6 +100,10 @@ class Decoder:
             num_threads=num_threads,
         )
 
+    def __reduce__(self) -> NoReturn:
+        """Refuse to be pickled, or copied: caches would be shared, or sent along with all weights."""
+        raise TypeError("a Decoder cannot be pickled or copied; make another one with Decoder.from_model")
+
     def prefill(self, x: NDArray[np.float32], lengths: NDArray[np.integer] | None = None) -> NDArray[np.float32]:
         """Return the prediction (B, k) of the coordinates that follow the observed prefixes `x` (B, t, k).
 
@@ -118,7 +123,7 @@ class Decoder:
         """Append the coordinates `x` (B, k) to the trajectories; return the prediction (B, k) of those that follow.
 
         Raises TypeError where `x` is not float32; ValueError for a wrong shape, NaN or Inf, or a full cache;
-        RuntimeError before `prefill`.
+        RuntimeError before `prefill`. Interrupted by Ctrl-C, the decoder is as before.
         """
         return self._core.step(x)
 

@@ -42,6 +42,9 @@ _RESOLVED_LATER = 1e-13
 _HINTED = 1e-10
 """Enough for the start of a later pass: rounding there costs nothing but a direction."""
 
+_SMALLEST = 1e-18
+"""Root mean square of the entries below which their float32 products lose digits, down to none."""
+
 _ROUNDING = 8e-6
 """Of |A|^2 before the mean is taken off, where all columns are alike: how far |A|^2 - |Q^T A V^T|^2 may be from the
 truth, and so far the square sum of the singular values of Q^T A beyond the k-th.
@@ -72,7 +75,7 @@ class Factors:
 def factors_of(core: _core.RowSketch, n_components: int | float, center: bool, seed: int, num_threads: int) -> Factors:
     rows = core.exact_rows()
     if len(rows):
-        return _of_rows(rows, core.origin, n_components, center, seed, num_threads)
+        return _of_rows(rows, core.exact_origin(), n_components, center, seed, num_threads)
     settled = core.snapshot()
     if settled.range_size == settled.num_features:
         return _of_all_columns(settled, n_components, center, seed, num_threads)
@@ -83,7 +86,8 @@ def leading_directions(
     core: _core.RowSketch, n_components: int | float, center: bool, seed: int, num_threads: int
 ) -> NDArray[np.float32]:
     """Return the leading directions and a few more, (more than k, p): the start of the next pass."""
-    projection = _Projection(core.snapshot(), center, _RESOLVED_LATER if core.directed else _HINTED, num_threads)
+    settled = core.snapshot()
+    projection = _Projection(settled, center, _resolved(settled, _HINTED), num_threads)
     k = projection.number_of(n_components)
     more = min(k + max(8, k // 4), core.range_size)
     return projection.directions(more, seed)[: max(k, projection.rank)]
@@ -124,7 +128,7 @@ def _of_all_columns(
     n = sums[-1, -1]
     mean = sums[-1, :-1] / n if center else np.zeros(p)
     squares, right = _descending(sums[:-1, :-1] - n * np.outer(mean, mean))
-    rank = int(np.sum(squares > 8 * p * np.finfo(np.float64).eps * sums.trace())) if squares[0] > 0 else 0
+    rank = int(np.sum(squares > 8 * p * np.finfo(np.float64).eps * sums[:-1, :-1].trace())) if squares[0] > 0 else 0
     energy = float(np.sum(squares[:rank]))
     k = _number_of_components(n_components, squares[:rank] / (energy or 1.0), p)
     found = np.ascontiguousarray(right[:, : min(k, rank)].T, dtype=np.float32)
@@ -209,8 +213,24 @@ class _Projection:
         return np.asarray(_TEST_SCALE * np.sum(products * self.core.apply(components)[:, size:], axis=0))
 
 
+def _resolved(core: _core.RowSketch, otherwise: float) -> float:
+    """Return the share of the largest squared singular value from which on values are above rounding; 2 if none is."""
+    if 0.0 < core.squares < _SMALLEST**2 * core.num_rows() * core.num_features:
+        return 2.0
+    return _RESOLVED_LATER if core.directed else otherwise
+
+
 def _of_sketch(core: _core.RowSketch, n_components: int | float, center: bool, seed: int, num_threads: int) -> Factors:
-    projection = _Projection(core, center, _RESOLVED_LATER if core.directed else _RESOLVED, num_threads)
+    resolved = _resolved(core, _RESOLVED)
+    projection = _Projection(core, center, resolved, num_threads)
+    if resolved > 1.0:
+        size = np.sqrt(core.squares / core.num_rows() / core.num_features)
+        warnings.warn(
+            f"the rows are too small for float32 sums: their entries, of {size:.1g} (root mean square), count as zero "
+            f"below {_SMALLEST:.0g}; scale them",
+            RuntimeWarning,
+            stacklevel=5,
+        )
     k = projection.number_of(n_components)
     components = projection.directions(k, seed)
     inside = _core.products("fit", projection.rows, components, None, num_threads)  # Q^T A V^T (r, k)
@@ -224,7 +244,7 @@ def _of_sketch(core: _core.RowSketch, n_components: int | float, center: bool, s
     rest = left + rounding
     optimum = float(np.clip(np.sum(projection.squares[k : projection.rank]) - rounding, 0.0, rest))
     low, best, high = rest, rest, rest
-    if core.test_size:
+    if core.test_size and projection.rank:
         missed = projection.missed(components)
         spread = _STUDENT_95 * float(np.std(missed, ddof=1)) / np.sqrt(len(missed))
         low, best, high = (

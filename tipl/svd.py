@@ -5,10 +5,14 @@ Shapes  n rows seen, p columns, k = n_components, l = k + n_oversamples range di
 `csrc/svd.h` has the sketch of the rows, `tipl/factors.py` how directions and errors follow from it.
 """
 
+import copy
+import dataclasses
 import json
 import mmap
 import operator
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import repeat
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -47,6 +51,15 @@ class NotFittedError(ValueError, AttributeError):
     """What an estimator that has seen no rows cannot answer."""
 
 
+@dataclasses.dataclass
+class _Fitted:
+    """What an estimator has seen, and what was last read from it."""
+
+    core: _core.RowSketch
+    built_with: dict[str, Any]  # the parameters then
+    factors: tuple[int, Factors] | None = None  # and of how many rows
+
+
 class StreamingSVD:
     """The k leading right singular vectors of a matrix A whose rows come in blocks.
 
@@ -56,8 +69,12 @@ class StreamingSVD:
 
     Results have the same bits for any chunking of the rows (a `fit` that more rows follow counts for itself) and any
     number of threads, and are equal within rounding for any order of the rows and of merging. Reading in between
-    changes nothing. Sums are float32 where rows are many: values below 1e-15 in magnitude may count as zero, and rows
-    whose norm is above 1e15 are refused.
+    changes nothing. Sums are float32 where rows are many: rows whose norm is above 1e15 are refused, and where the
+    entries are below 1e-18 (root mean square) all singular values count as zero, which a RuntimeWarning says.
+
+    Threads may share an estimator: a call waits for another one that fits, merges, saves or reads. A signal handler
+    inside such a call, and a forked child if the call was another thread's, get a RuntimeError instead. Pickles and
+    copies hold all that was seen.
 
     What one pass loses: singular values are found from their squares in float32 sums, which resolves about 3e-4 of the
     largest, and the directions of a spectrum that decays slowly come out mixed with others of nearly their strength.
@@ -69,7 +86,8 @@ class StreamingSVD:
         passes: of `fit` over its rows.
         center: about the mean of all rows, as principal component analysis.
         origin: a row (p,) that is taken off every row. With `center` it only serves the numbers: rows far from zero and
-            close to one another lose nothing if it lies among them. None: zero, and with `center` the first row seen.
+            close to one another lose nothing if it lies among them. None: zero, and with `center` one of the first 256
+            rows, in their midst.
         seed: of the random directions.
         num_threads: None for all cores of this process.
 
@@ -78,7 +96,9 @@ class StreamingSVD:
             than k directions above rounding the last ones are random.
         singular_values_: (k,) float64, descending, never above the true ones but for rounding; 0 for those last ones.
         explained_variance_ratio_: (k,) their squares over |A|_F^2.
-        coordinates_: (n, k) float32, those of all rows seen, in order, without looking at the rows again.
+        coordinates_: (n, k) float32, of all rows seen, in order, without looking at the rows again: as far as the
+            sketch knows them, and so the less exact the more the directions come out mixed (see above). Of up to 256
+            rows they are exact. `fit_transform` and `transform` look at the rows, and are exact always.
         mean_: (p,) float64, what transform takes off a row: the mean (to float32 rounding), the origin or zero.
         residual_: estimate of |A - A V^T V|_F for V = components_.
         residual_interval_: (low, high), 95 % of `residual_`'s uncertainty.
@@ -105,15 +125,31 @@ class StreamingSVD:
         self.origin = origin
         self.seed = seed
         self.num_threads = num_threads
-        self._core: _core.RowSketch | None = None  # all that was seen
-        self._built_with: dict[str, Any] = {}  # the parameters of _core
-        self._factors: tuple[int, Factors] | None = None  # and of how many rows
+        self._fitted: _Fitted | None = None  # may hold no row yet
+        self._in_use = _core.InUse()
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.get_params().items())})"
 
     def __sklearn_is_fitted__(self) -> bool:
-        return self._core is not None
+        with _turns("check_is_fitted", [self]):
+            return self._seen() is not None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return all that `save` writes, and more, as arrays; pickle and copy call this."""
+        with _turns("pickle", [self]):
+            state = self.__dict__ | {"_in_use": None, "_fitted": None}
+            if (fitted := self._seen()) is not None:
+                state["_fitted"] = (_arrays_of(fitted.core), fitted.core.directions, fitted.built_with, fitted.factors)
+            return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state | {"_in_use": _core.InUse(), "_fitted": None})
+        if state["_fitted"] is not None:
+            arrays, directions, built_with, factors = state["_fitted"]
+            as_it_was = StreamingSVD(**built_with)
+            self._fitted = as_it_was._restored(arrays, directions if directions.size else None)
+            self._fitted.factors = factors
 
     def __sklearn_tags__(self) -> Any:
         """Return what scikit-learn wants to know; only scikit-learn calls this."""
@@ -152,8 +188,8 @@ class StreamingSVD:
         return self
 
     def fit_transform(self, X: Rows, y: None = None) -> NDArray[np.float32]:
-        """Return `fit(X).coordinates_`, (n, k)."""
-        return self.fit(X).coordinates_
+        """Return `fit(X).transform(X)`, (n, k): the rows are read once more than `fit` reads them."""
+        return self.fit(X).transform(X)
 
     def partial_fit(self, X: Rows, y: None = None) -> Self:
         """Take the rows of X (n, p), any n >= 1, of the types that `fit` takes. `y` is scikit-learn's, and unused.
@@ -161,20 +197,12 @@ class StreamingSVD:
         Raises TypeError for another dtype, and ValueError for another shape or for NaN or Inf, naming the row; then no
         row of X was taken. After Ctrl-C `n_samples_seen_` tells how many were.
         """
-        if self.passes != 1:
-            raise ValueError(f"partial_fit: passes must be 1, since rows come once, got {self.passes!r}; use fit")
-        self._check_unchanged("partial_fit")
-        blocks = list(_blocks("partial_fit", X))
-        core = self._core or self._build(blocks[0].shape[1], _checked_row("partial_fit", blocks[0]))
-        if len(blocks) > 1:  # all rows or none
+        with _turns("partial_fit", [self]):
+            blocks = list(_blocks("partial_fit", X))
+            self._fitted = fitted = self._ready("partial_fit", blocks[0].shape[1])
+            _check_rows([fitted.core], [slice(None)], blocks)
             for first_row, block in _numbered(blocks):
-                _core.check_finite("partial_fit", block, self._threads(), first_row)
-        try:
-            for first_row, block in _numbered(blocks):
-                core.partial_fit(block, first_row=first_row, all_or_none=True)
-        finally:
-            if core.num_rows() > 0:
-                self._core = core
+                fitted.core.partial_fit(block, first_row=first_row, all_or_none=len(blocks) == 1)
         return self
 
     def merge(self, other: "StreamingSVD") -> Self:
@@ -185,34 +213,19 @@ class StreamingSVD:
         """
         if not isinstance(other, StreamingSVD):
             raise TypeError(f"merge: other must be a StreamingSVD, got {type(other).__name__}")
-        theirs = other._fitted("merge")
-        for name in ("n_components", "center"):
-            ours_is, theirs_is = getattr(self, name), getattr(other, name)
-            if ours_is != theirs_is:
-                raise ValueError(f"merge: other must have {name} = {ours_is!r}, got {theirs_is!r}")
-        if not self.center and not _same(self.origin, other.origin):
-            raise ValueError("merge: other must have the same origin")
-        self._check_unchanged("merge")
-        core = self._core or self._build(theirs.num_features, theirs.origin if self.center else None)
-        core.merge(theirs)
-        self._core = core
+        with _turns("merge", [self, other]):
+            self._fitted = self._merged(other)
         return self
 
     # ---- rows out
 
     def transform(self, X: Rows) -> NDArray[np.float32]:
         """Return coordinates (n, k) of the rows of X (n, p): (X - mean_) components_^T, summed in float64."""
-        factors = self._read("transform")
-        taken_off = factors.components.astype(np.float64) @ factors.mean
-        parts = [
-            _core.products("transform", block, factors.components, None, self._threads(), first_row) - taken_off
-            for first_row, block in _numbered(_blocks("transform", X, factors.components.shape[1]))
-        ]
-        return np.concatenate(parts).astype(np.float32)
+        return _projected(self._factors("transform"), X, self._threads())
 
     def inverse_transform(self, X: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return the rows (n, p) of coordinates X (n, k), X components_ + mean_."""
-        factors = self._read("inverse_transform")
+        factors = self._factors("inverse_transform")
         if np.ndim(X) != 2 or np.shape(X)[1] != len(factors.components):
             raise ValueError(
                 f"inverse_transform: X must have shape (n, k) = (n, {len(factors.components)}), got {np.shape(X)}"
@@ -223,56 +236,55 @@ class StreamingSVD:
 
     @property
     def components_(self) -> NDArray[np.float32]:
-        return self._read("components_").components
+        return self._factors("components_").components
 
     @property
     def singular_values_(self) -> NDArray[np.float64]:
-        return self._read("singular_values_").singular_values
+        return self._factors("singular_values_").singular_values
 
     @property
     def explained_variance_ratio_(self) -> NDArray[np.float64]:
-        factors = self._read("explained_variance_ratio_")
+        factors = self._factors("explained_variance_ratio_")
         return np.asarray(factors.singular_values**2 / (factors.energy or 1.0))
 
     @property
     def coordinates_(self) -> NDArray[np.float32]:
-        factors = self._read("coordinates_")
-        if factors.coordinates is not None:
-            return factors.coordinates.astype(np.float32)
-        range_rows = self._fitted("coordinates_").range_rows()
-        return np.asarray(range_rows @ factors.mixing[:-1] + factors.mixing[-1], dtype=np.float32)
+        with _turns("coordinates_", [self]):
+            return self._coordinates()
 
     @property
     def mean_(self) -> NDArray[np.float64]:
-        return self._read("mean_").mean
+        return self._factors("mean_").mean
 
     @property
     def residual_(self) -> float:
-        return self._read("residual_").residual
+        return self._factors("residual_").residual
 
     @property
     def residual_interval_(self) -> tuple[float, float]:
-        return self._read("residual_interval_").residual_interval
+        return self._factors("residual_interval_").residual_interval
 
     @property
     def residual_bound_(self) -> float:
-        return self._read("residual_bound_").residual_bound
+        return self._factors("residual_bound_").residual_bound
 
     @property
     def optimum_bound_(self) -> float:
-        return self._read("optimum_bound_").optimum_bound
+        return self._factors("optimum_bound_").optimum_bound
 
     @property
     def n_components_(self) -> int:
-        return len(self._read("n_components_").components)
+        return len(self._factors("n_components_").components)
 
     @property
     def n_samples_seen_(self) -> int:
-        return self._fitted("n_samples_seen_").num_rows()
+        with _turns("n_samples_seen_", [self]):
+            return self._seen_rows("n_samples_seen_").core.num_rows()
 
     @property
     def n_features_in_(self) -> int:
-        return self._fitted("n_features_in_").num_features
+        with _turns("n_features_in_", [self]):
+            return self._seen_rows("n_features_in_").core.num_features
 
     # ---- files
 
@@ -280,17 +292,11 @@ class StreamingSVD:
         """Write all that was seen to a safetensors file, whole or not at all; `load` goes on from it."""
         if self.passes != 1:
             raise ValueError(f"save: a sketch of one pass can be saved, this one has passes={self.passes}")
-        seen = self._fitted("save").snapshot(settled=False)
-        arrays = {
-            "co_range": seen.co_range,
-            "gram": seen.gram,
-            "squares": np.array([seen.squares]),
-            "range_rows": seen.range_rows()[: seen.num_rows() - len(seen.pending)],
-            "pending": seen.pending,
-            "origin": seen.origin,
-        }
-        params = {name: value for name, value in self._built_with.items() if name not in ("origin", "num_threads")}
-        params["own_origin"] = self._built_with["origin"] is not None
+        with _turns("save", [self]):
+            fitted = self._seen_rows("save")
+            arrays = _arrays_of(fitted.core)
+        params = {name: value for name, value in fitted.built_with.items() if name not in ("origin", "num_threads")}
+        params["own_origin"] = fitted.built_with["origin"] is not None
         described = json.dumps(params, default=operator.index)  # integers may be NumPy's
         metadata = {"format": _FORMAT, "version": _VERSION, "params": described, "crc32c": _checksum(described, arrays)}
         write_atomically(Path(path), safetensors.numpy.save(arrays, metadata))
@@ -316,23 +322,16 @@ class StreamingSVD:
                 raise ValueError("it fails its checksum")
             params = json.loads(metadata["params"])
             own_origin = params.pop("own_origin")
-            origin, squares = (arrays["origin"] if arrays["origin"].size else None), float(arrays["squares"][0])
-            estimator = cls(**params, origin=origin if own_origin else None, num_threads=num_threads)
+            origin = arrays["origin"] if own_origin else None
+            estimator = cls(**params, origin=origin, num_threads=num_threads)
             if not all(np.isfinite(array).all() for array in arrays.values()):
                 raise ValueError("its values must be finite")
-            if squares < 0 or arrays["gram"][-1, -1] != len(arrays["range_rows"]):
+            if arrays["squares"][0] < 0 or arrays["gram"][-1, -1] != len(arrays["range_rows"]):
                 raise ValueError("its sums are not those of its rows")
-            core = estimator._build(arrays["co_range"].shape[1], origin)
-            core.restore(
-                co_range=arrays["co_range"],
-                gram=arrays["gram"],
-                squares=squares,
-                range_rows=arrays["range_rows"],
-                pending=arrays["pending"],
-            )
+            fitted = estimator._restored(arrays)
         except (safetensors.SafetensorError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise RuntimeError(f"load: {path} is damaged: {error}") from error
-        estimator._core = core
+        estimator._fitted = fitted
         return estimator
 
     # ---- the sketch
@@ -343,10 +342,14 @@ class StreamingSVD:
     def _build(
         self,
         num_features: int,
-        first_row: NDArray[np.float32] | None,
+        *,
+        origin: NDArray[np.float32] | None = None,
         directions: NDArray[np.float32] | None = None,
-    ) -> _core.RowSketch:
-        """Return an empty sketch with the present parameters. Raises TypeError or ValueError for a wrong one."""
+    ) -> _Fitted:
+        """Return an empty sketch with the present parameters. Raises TypeError or ValueError for a wrong one.
+
+        `origin` is one that `center` has chosen before; now and without it one is chosen again.
+        """
         where = type(self).__name__
         if not isinstance(self.center, bool):
             raise TypeError(f"{where}: center must be a bool, got {self.center!r}")
@@ -370,7 +373,6 @@ class StreamingSVD:
         if oversamples < 0:
             raise ValueError(f"{where}: n_oversamples must be >= 0, got {oversamples}")
         range_size = min(most + oversamples, num_features)
-        origin = first_row if self.center else None
         if self.origin is not None:
             origin = np.ascontiguousarray(self.origin)
             if origin.dtype != np.float32 or origin.shape != (num_features,):
@@ -384,38 +386,90 @@ class StreamingSVD:
             test_size=TEST_DIRECTIONS if directions is None and range_size < num_features else 0,
             seed=seed,
             num_threads=self._threads(),
-            origin=None if origin is None else np.ascontiguousarray(origin),
+            origin=origin,
             directions=directions,
+            choose_origin=self.center and origin is None,
         )
-        self._built_with = self.get_params()
-        return core
+        return _Fitted(core, self.get_params())
+
+    def _restored(self, arrays: dict[str, NDArray[Any]], directions: NDArray[np.float32] | None = None) -> _Fitted:
+        """Return the sketch of these parameters that `_arrays_of` took the arrays from."""
+        origin = arrays["origin"] if arrays["origin"].size else None
+        fitted = self._build(arrays["co_range"].shape[1], origin=origin, directions=directions)
+        fitted.core.restore(
+            co_range=arrays["co_range"],
+            gram=arrays["gram"],
+            squares=float(arrays["squares"][0]),
+            range_rows=arrays["range_rows"],
+            pending=arrays["pending"],
+        )
+        return fitted
+
+    def _merged(self, other: "StreamingSVD") -> _Fitted:
+        """Return what `merge` makes of the two, which both stay as they are."""
+        theirs = other._seen_rows("merge")
+        for name in ("n_components", "center"):
+            ours_is, theirs_is = getattr(self, name), getattr(other, name)
+            if ours_is != theirs_is:
+                raise ValueError(f"merge: other must have {name} = {ours_is!r}, got {theirs_is!r}")
+        if not self.center and not _same(self.origin, other.origin):
+            raise ValueError("merge: other must have the same origin")
+        self._check_unchanged("merge")
+        ours = self._seen()
+        if ours is None:
+            merged = self._build(theirs.core.num_features)
+        else:
+            merged = _Fitted(ours.core.snapshot(settled=False), ours.built_with)
+        merged.core.merge(theirs.core)
+        return merged
+
+    def _ready(self, where: str, num_features: int) -> _Fitted:
+        """Return what is to take rows of so many columns as they come: what was seen, or an empty sketch."""
+        if self.passes != 1:
+            raise ValueError(f"{where}: passes must be 1, since rows come once, got {self.passes!r}; use fit")
+        self._check_unchanged(where)
+        return self._seen() or self._build(num_features)
 
     def _next_directions(self, core: _core.RowSketch) -> NDArray[np.float32]:
         return leading_directions(core, self.n_components, self.center, self.seed, self._threads())
 
     def _check_unchanged(self, where: str) -> None:
-        for name, value in self._built_with.items() if self._core is not None else ():
+        fitted = self._seen()
+        for name, value in fitted.built_with.items() if fitted else ():
             if not _same(getattr(self, name), value):
                 raise ValueError(
                     f"{where}: {name} was {value!r} when the first row came and is {getattr(self, name)!r} now; "
                     "fit starts anew"
                 )
 
-    def _fitted(self, where: str) -> _core.RowSketch:
-        if self._core is None:
-            raise NotFittedError(f"{where}: this {type(self).__name__} has seen no rows; call fit or partial_fit first")
-        return self._core
+    def _seen(self) -> _Fitted | None:
+        return self._fitted if self._fitted is not None and self._fitted.core.num_rows() > 0 else None
 
-    def _read(self, where: str) -> Factors:
-        core = self._fitted(where)
-        rows = core.num_rows()
-        if self._factors is None or self._factors[0] != rows:
-            built = self._built_with
-            self._factors = (
-                rows,
-                factors_of(core, built["n_components"], built["center"], built["seed"], self._threads()),
-            )
-        return self._factors[1]
+    def _seen_rows(self, where: str) -> _Fitted:
+        fitted = self._seen()
+        if fitted is None:
+            raise NotFittedError(f"{where}: this {type(self).__name__} has seen no rows; call fit or partial_fit first")
+        return fitted
+
+    def _factors(self, where: str) -> Factors:
+        with _turns(where, [self]):
+            return self._read(self._seen_rows(where))
+
+    def _coordinates(self) -> NDArray[np.float32]:
+        fitted = self._seen_rows("coordinates_")
+        factors = self._read(fitted)
+        if factors.coordinates is not None:
+            return factors.coordinates.astype(np.float32)
+        mixed = fitted.core.range_rows() @ factors.mixing[:-1] + factors.mixing[-1]
+        return np.asarray(mixed, dtype=np.float32)
+
+    def _read(self, fitted: _Fitted) -> Factors:
+        rows = fitted.core.num_rows()
+        if fitted.factors is None or fitted.factors[0] != rows:
+            built = fitted.built_with
+            factors = factors_of(fitted.core, built["n_components"], built["center"], built["seed"], self._threads())
+            fitted.factors = (rows, factors)
+        return fitted.factors[1]
 
 
 class GroupedSVD:
@@ -426,7 +480,8 @@ class GroupedSVD:
         n_components: of every group, or a share of its energy; a group of fewer columns has as many as columns.
         params: the other arguments of `StreamingSVD`, but for `origin`.
 
-    `estimators_` holds each group's StreamingSVD by its name. Errors name rows and columns within the group.
+    `estimators_` holds each group's StreamingSVD by its name. Errors name rows and columns within the group. Threads,
+    pickles and copies are as those of `StreamingSVD`.
     """
 
     def __init__(self, groups: Mapping[str, tuple[int, int]], n_components: int | float, **params: Any) -> None:
@@ -445,6 +500,9 @@ class GroupedSVD:
             for name, (start, stop) in groups.items()
         }
 
+    def __copy__(self) -> Self:
+        return copy.deepcopy(self)  # with estimators of its own, so that rows go to one of the two
+
     def fit(self, X: Rows, y: None = None) -> Self:
         """Forget all rows, then read those of X (n, p) once a pass, for all groups together."""
         self._check_columns("fit", X)
@@ -452,36 +510,47 @@ class GroupedSVD:
         return self
 
     def partial_fit(self, X: Rows, y: None = None) -> Self:
-        """Take the rows of X (n, p). Raises as `StreamingSVD.partial_fit` does; then no group took any."""
+        """Take the rows of X (n, p). Raises as `StreamingSVD.partial_fit` does; then no group took any.
+
+        After Ctrl-C all groups have taken equally many.
+        """
         self._check_columns("partial_fit", X)
-        blocks = list(_blocks("partial_fit", X))
-        for first_row, block in _numbered(blocks):
-            _core.check_finite("partial_fit", block, _core.available_cpus(), first_row)
-        for block in blocks:
-            for name, (start, stop) in self.groups.items():
-                self.estimators_[name].partial_fit(block[:, start:stop])
+        estimators, columns = list(self.estimators_.values()), [slice(*ends) for ends in self.groups.values()]
+        with _turns("partial_fit", estimators):
+            blocks = list(_blocks("partial_fit", X))
+            fitted = [
+                estimator._ready("partial_fit", stop - start)
+                for estimator, (start, stop) in zip(estimators, self.groups.values(), strict=True)
+            ]
+            cores, starts = [each.core for each in fitted], [start for start, _ in self.groups.values()]
+            _check_rows(cores, columns, blocks)
+            _set_fitted(estimators, fitted)
+            for first_row, block in _numbered(blocks):
+                _core.partial_fit_together(cores, starts, block, first_row=first_row, all_or_none=len(blocks) == 1)
         return self
 
     def merge(self, other: "GroupedSVD") -> Self:
-        """Take all that `other`, with the same groups, has seen."""
+        """Take all that `other`, with the same groups, has seen: every group, or none."""
         if not isinstance(other, GroupedSVD):
             raise TypeError(f"merge: other must be a GroupedSVD, got {type(other).__name__}")
         if self.groups != other.groups:
             raise ValueError(f"merge: other must have the groups {self.groups}, got {other.groups}")
-        for name, estimator in self.estimators_.items():
-            estimator.merge(other.estimators_[name])
+        estimators, theirs = list(self.estimators_.values()), list(other.estimators_.values())
+        with _turns("merge", estimators + theirs):
+            _set_fitted(estimators, [ours._merged(other) for ours, other in zip(estimators, theirs, strict=True)])
         return self
 
     def transform(self, X: Rows) -> NDArray[np.float32]:
         """Return coordinates (n, sum of all k) of the rows of X (n, p), group after group."""
         self._check_columns("transform", X)
+        estimators, columns = list(self.estimators_.values()), [slice(*ends) for ends in self.groups.values()]
+        with _turns("transform", estimators):
+            factors = [estimator._read(estimator._seen_rows("transform")) for estimator in estimators]
+        threads = estimators[0]._threads()
         return np.concatenate(
             [
                 np.concatenate(
-                    [
-                        self.estimators_[name].transform(block[:, start:stop])
-                        for name, (start, stop) in self.groups.items()
-                    ],
+                    [_projected(of, block[:, which], threads) for of, which in zip(factors, columns, strict=True)],
                     axis=1,
                 )
                 for block in _blocks("transform", X)
@@ -490,8 +559,10 @@ class GroupedSVD:
 
     @property
     def coordinates_(self) -> NDArray[np.float32]:
-        """Those of all rows seen, (n, sum of all k), group after group."""
-        return np.concatenate([estimator.coordinates_ for estimator in self.estimators_.values()], axis=1)
+        """Those of all rows seen, (n, sum of all k), group after group, as `StreamingSVD.coordinates_`."""
+        estimators = list(self.estimators_.values())
+        with _turns("coordinates_", estimators):
+            return np.concatenate([estimator._coordinates() for estimator in estimators], axis=1)
 
     def _check_columns(self, where: str, X: Rows) -> None:
         needed, shape = max(stop for _, stop in self.groups.values()), np.shape(X)
@@ -509,23 +580,24 @@ class RunningGram:
     def __init__(self, *, origin: NDArray[np.float32] | None = None, num_threads: int | None = None) -> None:
         self.origin = origin
         self.num_threads = num_threads
-        self._blocks: list[NDArray[np.float32]] = []
+        self._in_use = _core.InUse()
+        self._blocks: tuple[NDArray[np.float32], ...] = ()
         self._gram = np.zeros((0, 0))
 
     def append(self, X: NDArray[np.float32]) -> Self:
         """Take the rows of X, (n, p) or one row (p,), C-contiguous float32. Raises as `gram` does; takes none then."""
         rows = np.array(X, ndmin=2, copy=True, subok=False)
         threads = _threads(self.num_threads)
-        own = gram(rows, self.origin, threads)  # checks them
-        across = [_core.products("append", block, rows, self.origin, threads) for block in self._blocks]
-        old, new = len(self._gram), len(rows)
-        grown = np.empty((old + new, old + new))
-        grown[:old, :old], grown[old:, old:] = self._gram, own
-        if across:
-            grown[:old, old:] = np.concatenate(across)
-            grown[old:, :old] = grown[:old, old:].T
-        self._blocks.append(rows)
-        self._gram = grown
+        with _core.Turn([self._in_use], "append", "the Gram matrix"):
+            own = gram(rows, self.origin, threads)  # checks them
+            across = [_core.products("append", block, rows, self.origin, threads) for block in self._blocks]
+            old, new = len(self._gram), len(rows)
+            grown = np.empty((old + new, old + new))
+            grown[:old, :old], grown[old:, old:] = self._gram, own
+            if across:
+                grown[:old, old:] = np.concatenate(across)
+                grown[old:, :old] = grown[:old, old:].T
+            self._blocks, self._gram = (*self._blocks, rows), grown
         return self
 
     @property
@@ -550,33 +622,71 @@ def gram(
 
 def fit_together(parts: Sequence[tuple[StreamingSVD, slice]], X: Rows) -> None:
     """Fit each estimator to its columns of X, reading X as often as the one with the most passes asks."""
-    fresh = [type(estimator)(**estimator.get_params()) for estimator, _ in parts]
+    estimators = [estimator for estimator, _ in parts]
     max_rows = None if all(columns == slice(None) for _, columns in parts) else _SKETCH_ROWS
-    for number in range(max([1] + [_integer("passes", estimator.passes) for estimator in fresh])):
-        # Those that this pass is for, each with the directions that the pass before has found.
-        directions = {
-            i: None if estimator._core is None else estimator._next_directions(estimator._core)
-            for i, estimator in enumerate(fresh)
-            if number == 0 or (number < estimator.passes and not _is_exact(estimator._fitted("fit")))
-        }
-        cores: dict[int, _core.RowSketch] = {}
-        for first_row, block in _numbered(_blocks("fit", X, max_rows=max_rows, read_ahead=True)) if directions else ():
-            for i in directions:
-                rows = block[:, parts[i][1]]
-                if i not in cores:
-                    cores[i] = fresh[i]._build(rows.shape[1], _checked_row("fit", rows), directions[i])
-                cores[i].partial_fit(rows, first_row=first_row, all_or_none=False)
-        for i, core in cores.items():
-            core.settle()
-            fresh[i]._core = core
-    for (estimator, _), fitted in zip(parts, fresh, strict=True):
-        estimator._core, estimator._built_with, estimator._factors = fitted._core, fitted._built_with, None
+    with _turns("fit", estimators):
+        fresh = [type(estimator)(**estimator.get_params()) for estimator in estimators]
+        for number in range(max([1] + [_integer("passes", estimator.passes) for estimator in fresh])):
+            # Those that this pass is for, each with the directions that the pass before has found.
+            directions = {
+                i: None if estimator._fitted is None else estimator._next_directions(estimator._fitted.core)
+                for i, estimator in enumerate(fresh)
+                if number == 0 or (number < estimator.passes and not _is_exact(estimator._seen_rows("fit").core))
+            }
+            now: dict[int, _Fitted] = {}
+            blocks = _blocks("fit", X, max_rows=max_rows, read_ahead=True) if directions else ()
+            for first_row, block in _numbered(blocks):
+                for i in directions:
+                    rows = block[:, parts[i][1]]
+                    if i not in now:
+                        now[i] = fresh[i]._build(rows.shape[1], directions=directions[i])
+                    now[i].core.partial_fit(rows, first_row=first_row, all_or_none=False)
+            for i, fitted in now.items():
+                fitted.core.settle()
+                fresh[i]._fitted = fitted
+        _set_fitted(estimators, [estimator._fitted for estimator in fresh])
 
 
-def _checked_row(where: str, rows: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return the first row, which may become the origin. Raises ValueError where it holds NaN or Inf."""
-    _core.check_finite(where, rows[:1], 1)
-    return np.ascontiguousarray(rows[0])
+def _turns(where: str, estimators: Sequence[StreamingSVD]) -> _core.Turn:
+    """Return a context in which a call has the estimators to itself."""
+    return _core.Turn([estimator._in_use for estimator in estimators], where, "the estimator")
+
+
+def _set_fitted(estimators: Sequence[StreamingSVD], fitted: Sequence[_Fitted | None]) -> None:
+    # In one step of the interpreter: no signal handler raises when only some are set.
+    deque(map(setattr, estimators, repeat("_fitted"), fitted), maxlen=0)
+
+
+def _check_rows(
+    cores: Sequence[_core.RowSketch], columns: Sequence[slice], blocks: Sequence[NDArray[np.float32]]
+) -> None:
+    """Raise ValueError where a sketch cannot take its columns of all blocks; one block is checked as it is taken."""
+    for core, which in zip(cores, columns, strict=True) if len(blocks) > 1 else ():
+        before = 0.0
+        for first_row, block in _numbered(blocks):
+            before = core.check_rows(block[:, which], first_row, before)
+
+
+def _projected(factors: Factors, X: Rows, threads: int) -> NDArray[np.float32]:
+    taken_off = factors.components.astype(np.float64) @ factors.mean
+    parts = [
+        _core.products("transform", block, factors.components, None, threads, first_row) - taken_off
+        for first_row, block in _numbered(_blocks("transform", X, factors.components.shape[1]))
+    ]
+    return np.concatenate(parts).astype(np.float32)
+
+
+def _arrays_of(core: _core.RowSketch) -> dict[str, NDArray[Any]]:
+    """Return all that a sketch has seen."""
+    seen = core.snapshot(settled=False)
+    return {
+        "co_range": seen.co_range,
+        "gram": seen.gram,
+        "squares": np.array([seen.squares]),
+        "range_rows": seen.range_rows()[: seen.num_rows() - len(seen.pending)],
+        "pending": seen.pending,
+        "origin": seen.origin,
+    }
 
 
 def _is_exact(core: _core.RowSketch) -> bool:

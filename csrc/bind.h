@@ -1,0 +1,145 @@
+// What the bindings share: arrays from Python, checked and never copied, and calls without the GIL that Ctrl-C stops.
+#pragma once
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <initializer_list>
+#include <string>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "call.h"
+#include "check.h"
+
+namespace tipl {
+
+namespace py = pybind11;
+
+void bind_svd(py::module_ &m);
+
+// ---- calls
+
+// The calling thread without the GIL, as long as this lives.
+//
+// CPython ends a thread that asks for the GIL while the interpreter shuts down: a daemon thread, whose call returns
+// then. Before 3.14 it does so by pthread_exit, which would unwind through frames that may not throw, and abort the
+// process. From 3.14 on it lets the thread hang, and so does this.
+class WithoutGil {
+ public:
+  WithoutGil() : thread_(PyEval_SaveThread()) {}
+  ~WithoutGil() {
+    with_gil([] {});
+  }
+  WithoutGil(const WithoutGil &) = delete;
+  WithoutGil &operator=(const WithoutGil &) = delete;
+
+  // Runs pending signal handlers; true where one raised, as Ctrl-C does, and the exception is set. A child process that
+  // a handler has forked gets an exception too: the threads that share the work are not there.
+  bool signal_raised();
+
+ private:
+  // Gets the GIL back, then does the work.
+  template <class Work>
+  void with_gil(const Work &work) noexcept {
+    try {
+      PyEval_RestoreThread(thread_);
+      work();
+    } catch (...) {  // pthread_exit
+      hang();
+    }
+  }
+  [[noreturn]] static void hang() noexcept;
+
+  PyThreadState *thread_;
+};
+
+// What work(poll) returns, which runs without the GIL. Throws what a signal handler raised meanwhile.
+template <class Work>
+auto without_gil(const Work &work) {
+  try {
+    WithoutGil gil;
+    const Poll::Stop stop = [&] { return gil.signal_raised(); };
+    Poll poll(stop);
+    return work(poll);
+  } catch (const Interrupted &) {
+    throw py::error_already_set();
+  }
+}
+
+// ---- arrays
+
+// One expected dimension: its letter in messages, and its size where that is fixed.
+struct Dim {
+  const char *name;
+  py::ssize_t size = -1;
+};
+
+inline std::string letters(std::initializer_list<Dim> dims, bool with_sizes) {
+  std::string out = "(";
+  for (const Dim &dim : dims) {
+    if (out.size() > 1) out += ", ";
+    out += with_sizes && dim.size >= 0 ? std::to_string(dim.size) : dim.name;
+  }
+  return out + (dims.size() == 1 ? ",)" : ")");
+}
+
+inline std::string shape_of(const py::array &array) {
+  std::string out = "(";
+  for (py::ssize_t i = 0; i < array.ndim(); ++i) out += (i ? ", " : "") + std::to_string(array.shape(i));
+  return out + (array.ndim() == 1 ? ",)" : ")");
+}
+
+// NumPy's name of a type. Asking NumPy for it would run Python code.
+template <class T>
+constexpr const char *dtype_name() {
+  if constexpr (std::is_same_v<T, float>) return "float32";
+  if constexpr (std::is_same_v<T, double>) return "float64";
+  if constexpr (std::is_same_v<T, int32_t>) return "int32";
+  if constexpr (std::is_same_v<T, int64_t>) return "int64";
+}
+
+// `object` as an array of exactly T, C-contiguous, of this shape; never a copy. TypeError where it is not an array of
+// T, ValueError otherwise: "prefill: x must have shape (B, t, k) = (4, t, 16), got (4, 7, 12)".
+template <class T>
+py::array_t<T> checked_array(const char *where, const char *name, const py::handle &object,
+                             std::initializer_list<Dim> dims) {
+  constexpr const char *expected = dtype_name<T>();
+  if (!py::isinstance<py::array>(object)) {
+    throw py::type_error(text(where, ": ", name, " must be a NumPy array of ", expected, ", got ",
+                              py::str(py::type::of(object).attr("__name__")).cast<std::string>()));
+  }
+  const auto array = py::reinterpret_borrow<py::array>(object);
+  if (!py::isinstance<py::array_t<T>>(object)) {
+    throw py::type_error(text(where, ": ", name, " must be a NumPy array of ", expected, ", got ",
+                              py::str(array.dtype()).cast<std::string>()));
+  }
+  bool fits = array.ndim() == static_cast<py::ssize_t>(dims.size());
+  py::ssize_t axis = 0;
+  for (const Dim &dim : dims) {
+    fits = fits && (dim.size < 0 || array.shape(axis) == dim.size);
+    ++axis;
+  }
+  if (!fits) {
+    const std::string sizes = letters(dims, true), names = letters(dims, false);
+    check(false, where, ": ", name, " must have shape ", names, sizes == names ? "" : " = " + sizes, ", got ",
+          shape_of(array));
+  }
+  check((array.flags() & py::array::c_style) != 0 && reinterpret_cast<uintptr_t>(array.data()) % alignof(T) == 0, where,
+        ": ", name, " must be C-contiguous and aligned");
+  return py::reinterpret_borrow<py::array_t<T>>(object);
+}
+
+// An array of this shape, uninitialised. Throws std::bad_alloc where the machine lacks the memory.
+template <class T>
+py::array_t<T> new_array(std::initializer_list<ptrdiff_t> shape) {
+  double count = 1.0;
+  for (const ptrdiff_t extent : shape) count *= static_cast<double>(extent);
+  check_memory(count, sizeof(T));
+  return py::array_t<T>(std::vector<py::ssize_t>(shape));
+}
+
+}  // namespace tipl
