@@ -1,6 +1,7 @@
 """Export: flat weights, of a forecast or a store, back into a checkpoint file of the user's library."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import numpy as np
 import safetensors
 from numpy.typing import NDArray
 
-from tipl.actors import Actor, differences
+from tipl.actors import Actor, differences, shown
 from tipl.checkpoint_files import CheckpointFile, find_actor_in, read_checkpoint_file
 from tipl.locations import write_atomically
 from tipl.policy import PolicySpec, layout_from_dict
@@ -22,6 +23,8 @@ def export_checkpoint(
     *,
     checkpoint: int | None = None,
     trial: int = 0,
+    actor: str | Sequence[str] | None = None,
+    max_bytes: int | None = None,
 ) -> Path:
     """Write flat weights as a checkpoint file of the same kind as the file `like`, and return its path, `output`.
 
@@ -34,6 +37,9 @@ def export_checkpoint(
         like: a checkpoint file of a policy of the same layout, best one of the run that was forecast.
         checkpoint: its index in the path, as in the forecast's `checkpoint`; by default the last one.
         trial: of a store.
+        actor: the beginning of the actor's keys in `like`, or several, where it holds more networks and the weights do
+            not know their own.
+        max_bytes: of `like`, as in `import_checkpoints`.
 
     Raises FileExistsError where `output` exists; FileNotFoundError; ValueError where the layouts differ, the checkpoint
     is not there or the weights are not finite; TypeError where they are not float32; RuntimeError where a file is
@@ -60,9 +66,11 @@ def export_checkpoint(
         raise TypeError(f"export: weights must be float32, got {row.dtype}")
     if row.ndim != 1 or not np.isfinite(row).all():
         raise ValueError(f"export: weights must be finite and of shape (p,), got {row.shape}")
-    template = read_checkpoint_file(like)
-    actor = _actor_of_template(template, Path(like), source, len(row))
-    actor.write(row, template.state)
+    template = read_checkpoint_file(like, max_bytes=max_bytes)
+    try:
+        _actor_of_template(template, Path(like), source, len(row), actor).write(row, template.state)
+    except ValueError as error:
+        raise ValueError(f"export: {error}") from error
     output.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(output, template.to_bytes())
     return output
@@ -92,19 +100,27 @@ def _forecast_row(path: Path, checkpoint: int | None) -> tuple[NDArray[np.float3
     return weights[-1 if checkpoint is None else indices.index(checkpoint)], record
 
 
-def _actor_of_template(template: CheckpointFile, like: Path, record: dict[str, Any], num_params: int) -> Actor:
+def _actor_of_template(
+    template: CheckpointFile, like: Path, record: dict[str, Any], num_params: int, keys: str | Sequence[str] | None
+) -> Actor:
     """Return where the weights go in the template: as its own keys say, or as they lay in the files imported."""
     policy = layout_from_dict(record["policy"]) if "policy" in record else None
     activation = policy.activation if isinstance(policy, PolicySpec) else None
-    found = find_actor_in(like, template, activation)
+    imported = (record.get("source") or {}).get("actor")
+    known = None if imported is None or keys is not None else Actor.from_dict(imported)
+    if known is not None and not (known.fits(template.state) and template.activation in (None, activation)):
+        known = None
+    try:
+        found = find_actor_in(like, template, activation, keys)
+    except ValueError:
+        if known is not None:  # the template holds more, and which part is the actor was said at the import
+            return known
+        raise
     if policy is None and found.policy.num_params != num_params:
-        raise ValueError(f"export: {like} holds an actor of {found.policy.num_params} parameters, got {num_params}")
+        raise ValueError(f"{shown(like)} holds an actor of {found.policy.num_params} parameters, got {num_params}")
     difference = "" if policy is None else differences(policy, found.policy)
     if not difference:
         return found
-    imported = (record.get("source") or {}).get("actor")
-    if imported is not None:  # the template may hold more, where a recorder was given a part of a policy
-        actor = Actor.from_dict(imported)
-        if actor.fits(template.state):
-            return actor
-    raise ValueError(f"export: {like} does not fit the weights: {difference}")
+    if known is not None:  # the template may hold more, where a recorder was given a part of a policy
+        return known
+    raise ValueError(f"{shown(like)} does not fit the weights: {difference}")
