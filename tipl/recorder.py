@@ -77,8 +77,7 @@ class Recorder:
         Raises ValueError, and appends nothing, where the parameters differ from those before, hold NaN or Inf, or
         env_steps does not grow. OSError (a full disk) leaves what was appended before; `resume` goes on from there.
         """
-        state = policy.state_dict() if isinstance(policy, torch.nn.Module) else policy
-        state = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+        state = _state(policy)
         if env_steps <= self.env_steps:
             raise ValueError(f"log: env_steps must grow: {self.env_steps} are recorded, got {env_steps}")
         try:
@@ -92,6 +91,20 @@ class Recorder:
         returns = np.array([[np.nan if episodic_return is None else episodic_return]], np.float64)
         self._store.append(weights[None, None], np.array([[env_steps]], np.int64), returns)
         self.env_steps = env_steps
+
+    def holds(self, policy: torch.nn.Module | Mapping[str, Tensor]) -> bool:
+        """Return whether the last checkpoint on disk is the policy's weights as they are now.
+
+        Raises ValueError where the parameters differ from those recorded, or hold NaN or Inf.
+        """
+        if self._store is None or not self._store.num_checkpoints:
+            return False
+        try:
+            weights = self._first(_state(policy)).flatten(_state(policy))
+        except ValueError as error:
+            raise ValueError(f"Recorder: policy: {error}") from error
+        last = self._store.num_checkpoints - 1
+        return np.array_equal(self._store.trial(0).weights(last, last + 1)[0], weights)
 
     def close(self) -> None:
         """Let another writer in; `log` creates or appends no more."""
@@ -133,3 +146,8 @@ class Recorder:
         if store.num_checkpoints:
             self.env_steps = int(store.trial(0).env_steps[-1])
         return store
+
+
+def _state(policy: torch.nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
+    state = policy.state_dict() if isinstance(policy, torch.nn.Module) else policy
+    return {key: value for key, value in state.items() if isinstance(value, Tensor)}
