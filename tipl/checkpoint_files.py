@@ -254,7 +254,10 @@ def _state(content: Any, *, is_cleanrl: bool) -> tuple[dict[str, Tensor], str]:
         raise NotReadableError(f"holds no state_dict but a {type(content).__name__}")
     parts = dict(content) if isinstance(content, Mapping) else dict(enumerate(content))
     loose = _tensors(parts)
-    nested = {str(name): dict(_nested(part, str(name))) for name, part in parts.items() if not isinstance(part, Tensor)}
+    seen: set[int] = set()
+    nested = {
+        str(name): dict(_nested(part, str(name), seen)) for name, part in parts.items() if not isinstance(part, Tensor)
+    }
     states = {name: state for name, state in nested.items() if state and not _BESIDE_THE_STATE.fullmatch(name)}
     sections = [name for name in _SECTIONS if name in states and isinstance(parts[name], Mapping)]
     if not states and loose:
@@ -276,13 +279,14 @@ def _state(content: Any, *, is_cleanrl: bool) -> tuple[dict[str, Tensor], str]:
     return everything, f"it holds {', '.join(found[:8])}, of which none is known to be the policy's state_dict alone"
 
 
-def _nested(content: Any, name: str, depth: int = 4) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors in dicts of dicts under name.key."""
+def _nested(content: Any, name: str, seen: set[int], depth: int = 4) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors in dicts of dicts under name.key; a dict that comes again is not walked again."""
     if isinstance(content, Tensor):
         yield name, content
-    elif isinstance(content, Mapping) and depth:
+    elif isinstance(content, Mapping) and depth and id(content) not in seen:
+        seen.add(id(content))
         for key, part in content.items():
-            yield from _nested(part, f"{name}.{key}", depth - 1)
+            yield from _nested(part, f"{name}.{key}", seen, depth - 1)
 
 
 def _tensors(mapping: Mapping[Any, Any]) -> dict[str, Tensor]:

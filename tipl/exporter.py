@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from tipl.actors import Actor, differences, shown
 from tipl.checkpoint_files import CheckpointFile, find_actor_in, read_checkpoint_file
 from tipl.locations import write_atomically
-from tipl.policy import PolicySpec, layout_from_dict
+from tipl.policy import Layout, PolicySpec, layout_from_dict
 from tipl.store import Store
 
 
@@ -84,36 +84,45 @@ def layout_record(store: Store) -> dict[str, Any]:
 def _forecast_row(path: Path, checkpoint: int | None) -> tuple[NDArray[np.float32], dict[str, Any]]:
     """Return a row of a forecast that `tipl rollout` wrote, and what it says of the layout."""
     if not path.is_file():
-        raise FileNotFoundError(f"export: there is no forecast and no store {path}")
+        raise FileNotFoundError(f"export: there is no forecast and no store {shown(path)}")
     try:
         with safetensors.safe_open(path, "numpy") as file:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no dict
             record = json.loads((file.metadata() or {}).get("tipl", "{}"))
-    except (safetensors.SafetensorError, ValueError) as error:
-        raise RuntimeError(f"export: {path} is damaged, or no forecast: {error}") from error
+        _layout_and_actor(record)
+    except (safetensors.SafetensorError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise RuntimeError(f"export: {shown(path)} is damaged, or no forecast: {shown(error)}") from error
     weights, steps = (arrays.get(name, np.empty(0)) for name in ("weights", "checkpoint"))
     if weights.ndim != 2 or weights.dtype != np.float32 or not 0 < len(weights) == steps.size:
-        raise RuntimeError(f"export: {path} is no forecast: expected weights (n, p) float32 and checkpoint (n,)")
+        raise RuntimeError(f"export: {shown(path)} is no forecast: expected weights (n, p) float32 and checkpoint (n,)")
     indices = steps.tolist()
     if checkpoint is not None and checkpoint not in indices:
         raise ValueError(f"export: checkpoint must lie in [{indices[0]}, {indices[-1]}], got {checkpoint}")
     return weights[-1 if checkpoint is None else indices.index(checkpoint)], record
 
 
+def _layout_and_actor(record: dict[str, Any]) -> tuple[Layout | None, Actor | None]:
+    """Return what a forecast or a store says of the weights: their layout, and where they lay in the files imported."""
+    imported = (record.get("source") or {}).get("actor")
+    return (
+        layout_from_dict(record["policy"]) if "policy" in record else None,
+        None if imported is None else Actor.from_dict(imported),
+    )
+
+
 def _actor_of_template(
     template: CheckpointFile, like: Path, record: dict[str, Any], num_params: int, keys: str | Sequence[str] | None
 ) -> Actor:
     """Return where the weights go in the template: as its own keys say, or as they lay in the files imported."""
-    policy = layout_from_dict(record["policy"]) if "policy" in record else None
+    policy, known = _layout_and_actor(record)
     activation = policy.activation if isinstance(policy, PolicySpec) else None
-    imported = (record.get("source") or {}).get("actor")
-    known = None if imported is None or keys is not None else Actor.from_dict(imported)
-    if known is not None and not (known.fits(template.state) and template.activation in (None, activation)):
-        known = None
+    fits = known is not None and known.fits(template.state) and template.activation in (None, activation)
     try:
         found = find_actor_in(like, template, activation, keys)
     except ValueError:
-        if known is not None:  # the template holds more, and which part is the actor was said at the import
+        if (
+            known is not None and fits and keys is None
+        ):  # the template holds more: which part it is was said at the import
             return known
         raise
     if policy is None and found.policy.num_params != num_params:
@@ -121,6 +130,6 @@ def _actor_of_template(
     difference = "" if policy is None else differences(policy, found.policy)
     if not difference:
         return found
-    if known is not None:  # the template may hold more, where a recorder was given a part of a policy
+    if known is not None and fits and keys is None:  # the same, where a recorder was given a part of a policy
         return known
     raise ValueError(f"{shown(like)} does not fit the weights: {difference}")

@@ -2,8 +2,8 @@
 
 torch.load(weights_only=True) runs no code, but a few bytes of a pickle can ask it for any amount of memory or time: an
 array of so many zeros, tuples of tuples of tuples. So the pickles in the file are first read opcode by opcode, without
-carrying any out: they may be so long, name only what torch.save writes of tensors and plain values, and unfold to so
-much. Zips may unpack to so many bytes in so many members. And their checksums are compared, which torch does not do.
+carrying any out: they may be so long, make so many objects, and name only what torch.save writes of tensors and plain
+values. Zips may unpack to so many bytes in so many members. And their checksums are compared, which torch does not do.
 """
 
 import io
@@ -20,7 +20,8 @@ MAX_BYTES = 2**30
 """Of a file, and of what a zip unpacks to, unless the caller allows more."""
 
 _SLACK_BYTES = 2**26  # a zip that unpacks to no more than this and four times its size is no bomb
-_PICKLE_BYTES = 2**20  # a tensor takes about 200
+_PICKLE_BYTES = 2**22  # a tensor takes about 200
+_PICKLE_OBJECTS = 2**18  # a tensor takes about 35, and each some hundred bytes and a microsecond
 _ZIP_MEMBERS = 20_000  # torch writes one a tensor
 _LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how files begin that torch wrote before release 1.6
 _LEGACY_PICKLES = 5  # magic number, protocol, machine, content, keys of the storages; then the storages
@@ -108,8 +109,10 @@ def _check_pickle(data: bytes) -> int:
 
     `data` is cut off one byte behind what a pickle may have.
     """
-    left = _PICKLE_BYTES
-    sizes: list[int | None] = []  # of what is on the stack when all tuples in it are unfolded; None is a mark
+    left = _PICKLE_OBJECTS
+    # Of what is on the stack, how many objects: what is in a tuple counts whenever the tuple comes again, because a
+    # dict visits it then to know the key's hash. None is a mark.
+    sizes: list[int | None] = []
     memo: dict[Any, int] = {}
     file = io.BytesIO(data)
     try:
@@ -130,7 +133,9 @@ def _check_pickle(data: bytes) -> int:
                 sizes += [size] * len(opcode.stack_after)
                 left -= size
                 if left < 0:
-                    raise NotReadableError("is a pickle of tuples in tuples that unfold to more than is read")
+                    raise NotReadableError(
+                        f"holds more than {_PICKLE_OBJECTS:,} objects besides its tensors, and was not loaded"
+                    )
     except ValueError as error:
         if len(data) > _PICKLE_BYTES:
             raise NotReadableError(
