@@ -346,6 +346,12 @@ content(
 )
 
 
+def two_directories() -> bytes:
+    """A zip with another one before it, in which torch finds other members than zipfile does."""
+    behind = torch_bytes(THREE)
+    return torch_zip(called("builtins bytearray", b"K\x01"))[:-22] + behind
+
+
 def encrypted(data: bytes) -> bytes:
     """The zip with the flag of an encrypted member."""
     for signature, offset in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):

@@ -119,6 +119,17 @@ def test_a_forecast_that_lies_about_itself_is_refused(
     assert not output.exists()
 
 
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+@pytest.mark.parametrize("what", ["run", "run/model_1.pt"])
+def test_what_may_not_be_read_is_named(what: str, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    torch.save({"w": torch.zeros(2)}, tmp_path / "run" / "model_1.pt")
+    (tmp_path / what).chmod(0)
+    with pytest.raises(PermissionError, match=rf"Permission denied: '.*{what}'"):
+        import_checkpoints([tmp_path / "run"], tmp_path / "store")
+    (tmp_path / what).chmod(0o700)
+
+
 def test_a_file_that_is_replaced_between_two_readings_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

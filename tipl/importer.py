@@ -5,6 +5,7 @@ store's config, under "source".
 """
 
 import dataclasses
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -245,6 +246,7 @@ def _runs(sources: list[Path], pattern: str, reading: _Reading) -> list[_Run]:
             store = Store.open(folder)
             runs += [_StoredRun(store, store.trial(i)) for i in range(store.num_trials)]
             continue
+        os.scandir(folder).close()  # glob passes over a folder that it may not read
         # What is no file, like a link to nothing, is not passed over: reading it says what it is.
         names = sorted(path for path in folder.glob(pattern) if not path.name.startswith("."))
         paths = [path for path in names if path.suffix.lower() in SUFFIXES]

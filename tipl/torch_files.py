@@ -80,6 +80,9 @@ def load_torch(data: bytes, max_bytes: int | None = None) -> Any:
             start += _check_pickle(data[start : start + _PICKLE_BYTES + 1])
     elif data.startswith(b"PK\x03\x04") and zipfile.is_zipfile(io.BytesIO(data)):
         with open_zip(data, max_bytes) as archive:
+            if data[-22:-18] != b"PK\x05\x06" or int.from_bytes(data[-6:-2], "little") != archive.start_dir:
+                # zipfile would look for the directory elsewhere than torch, and see other members
+                raise NotReadableError("is a zip with bytes before its beginning or behind its end, and was not loaded")
             _check_zip(archive)
     else:
         raise NotReadableError(_what_else(data))
