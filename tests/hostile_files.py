@@ -259,8 +259,13 @@ content(
     lambda random: torch_bytes({"state_dict": THREE, "iter": 2 ** random.randint(63, 99)}),
 )
 content(
+    "two paths of one name",
+    "two tensors under one name, a.b.c",
+    lambda random: torch_bytes({"a": {"b.c": torch.ones(1)}, "a.b": {"c": torch.ones(2)}}),
+)
+content(
     "two keys of one name",
-    "two tensors under one name",
+    "two tensors under one name, 0",
     lambda random: torch_bytes({0: torch.ones(1), "0": torch.ones(2)}),
 )
 

@@ -58,7 +58,7 @@ NETWORKS: dict[str, tuple[Any, str, str | tuple[str, ...], list[str]]] = {
     # name: content, what is said, what to choose, the parameters then
     "loose tensor beside nested states": (
         {"log_alpha": torch.ones(1), "actor": ACTOR, "critic": CRITIC},
-        r"it holds actor \(4 tensors\), the loose tensor log_alpha, of which none is known",
+        r"it holds actor \(4 tensors\), the loose tensor log_alpha, and it is not clear which is the policy's",
         "actor.",
         [f"actor.{key}" for key in ACTOR],
     ),
@@ -76,7 +76,7 @@ NETWORKS: dict[str, tuple[Any, str, str | tuple[str, ...], list[str]]] = {
     ),
     "a state under a name of its own": (
         {"policy": {"net": ACTOR}, "optimizer": {"state": {0: {"exp_avg": torch.ones(2)}}}},
-        r"it holds policy \(4 tensors\), of which none is known",
+        r"it holds policy \(4 tensors\), and it is not clear which is the policy's",
         "policy.net.",
         [f"policy.net.{key}" for key in ACTOR],
     ),

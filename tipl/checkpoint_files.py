@@ -255,10 +255,12 @@ def _state(content: Any, *, is_cleanrl: bool) -> tuple[dict[str, Tensor], str]:
     parts = dict(content) if isinstance(content, Mapping) else dict(enumerate(content))
     loose = _tensors(parts)
     seen: set[int] = set()
-    nested = {
-        str(name): dict(_nested(part, str(name), seen)) for name, part in parts.items() if not isinstance(part, Tensor)
+    states = {
+        name: inside
+        for name, part in parts.items()
+        if not isinstance(part, Tensor) and not _BESIDE_THE_STATE.fullmatch(str(name))
+        if (inside := list(_nested(part, str(name), seen)))
     }
-    states = {name: state for name, state in nested.items() if state and not _BESIDE_THE_STATE.fullmatch(name)}
     sections = [name for name in _SECTIONS if name in states and isinstance(parts[name], Mapping)]
     if not states and loose:
         return loose, ""
@@ -275,8 +277,8 @@ def _state(content: Any, *, is_cleanrl: bool) -> tuple[dict[str, Tensor], str]:
         raise NotReadableError(f"holds no state_dict: neither tensors nor one of {names}, but {list(parts)[:8]}")
     found = [f"{shown(name)} ({len(state)} tensors)" for name, state in states.items()]
     found += [f"the loose tensor {shown(name)}" for name in loose]
-    everything = loose | {key: tensor for state in nested.values() for key, tensor in state.items()}
-    return everything, f"it holds {', '.join(found[:8])}, of which none is known to be the policy's state_dict alone"
+    everything = [*loose.items(), *(tensor for state in states.values() for tensor in state)]
+    return _by_name(everything), f"it holds {', '.join(found[:8])}, and it is not clear which is the policy's"
 
 
 def _nested(content: Any, name: str, seen: set[int], depth: int = 4) -> Iterator[tuple[str, Tensor]]:
@@ -291,10 +293,16 @@ def _nested(content: Any, name: str, seen: set[int], depth: int = 4) -> Iterator
 
 def _tensors(mapping: Mapping[Any, Any]) -> dict[str, Tensor]:
     """Return the tensors that lie in a dict."""
-    tensors = [(str(key), value) for key, value in mapping.items() if isinstance(value, Tensor)]
-    if len(dict(tensors)) < len(tensors):
-        raise NotReadableError("holds two tensors under one name: a number, and the same number as text")
-    return dict(tensors)
+    return _by_name([(str(key), value) for key, value in mapping.items() if isinstance(value, Tensor)])
+
+
+def _by_name(tensors: Sequence[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Return name -> tensor. Raises NotReadableError where two have one name, such as 0 and "0"."""
+    named = dict(tensors)
+    if len(named) < len(tensors):
+        names = [name for name, _ in tensors]
+        raise NotReadableError(f"holds two tensors under one name, {next(it for it in named if names.count(it) > 1)}")
+    return named
 
 
 def _torch_bytes(content: Any) -> bytes:
