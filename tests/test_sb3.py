@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium
+import gymnasium.wrappers as wrappers
 import numpy as np
 import pytest
 import torch
@@ -21,7 +22,8 @@ sb3 = pytest.importorskip("stable_baselines3", reason="runs stable-baselines3, w
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, CheckpointCallback  # noqa: E402
 from stable_baselines3.common.evaluation import evaluate_policy  # noqa: E402
 from stable_baselines3.common.monitor import Monitor  # noqa: E402
-from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize  # noqa: E402
+from stable_baselines3.common.policies import ActorCriticPolicy  # noqa: E402
+from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecMonitor, VecNormalize  # noqa: E402
 
 from tipl.sb3 import RecorderCallback  # noqa: E402
 
@@ -279,8 +281,12 @@ def test_learning_on_is_recorded_behind_and_a_new_start_is_refused(tmp_path: Pat
     np.testing.assert_array_equal(trial.weights()[-1], actor_of(again))
     with pytest.raises(FileExistsError, match="pass resume=True"):
         ppo().learn(NUM_STEPS, callback=RecorderCallback(tmp_path / "run"))
-    with pytest.raises(ValueError, match=f"env_steps must grow: {4 * NUM_STEPS} are recorded, got 0"):
+    with pytest.raises(
+        ValueError,
+        match=rf"run ends at env step {4 * NUM_STEPS} with other weights, but learn\(\) begins at 0: to go on",
+    ):
         ppo().learn(NUM_STEPS, callback=RecorderCallback(tmp_path / "run", resume=True))
+    assert Store.open(tmp_path / "run", writable=True).num_checkpoints == 5  # let go, and as it was
     with pytest.raises(ValueError, match="every must be at least 1, got 0"):
         RecorderCallback(tmp_path / "x", every=0)
 
@@ -293,6 +299,107 @@ class StopAt(BaseCallback):
 def test_a_run_stopped_in_a_rollout_repeats_no_checkpoint(tmp_path: Path) -> None:
     ppo().learn(5 * NUM_STEPS, callback=[RecorderCallback(tmp_path / "run"), StopAt()])
     assert Store.open(tmp_path / "run").trial(0).env_steps.tolist() == [0, NUM_STEPS]
+
+
+@pytest.mark.parametrize("anew", [False, True])
+def test_learning_goes_on_where_env_steps_are_counted_anew(anew: bool, tmp_path: Path) -> None:
+    model, callback = ppo(), RecorderCallback(tmp_path / "run")
+    model.learn(2 * NUM_STEPS, callback=callback)
+    again = RecorderCallback(tmp_path / "run", resume=True) if anew else callback
+    model.learn(2 * NUM_STEPS, callback=again)  # reset_num_timesteps is True by default
+    assert model.num_timesteps == 2 * NUM_STEPS
+    trial = Store.open(tmp_path / "run").trial(0)
+    assert trial.env_steps.tolist() == [NUM_STEPS * i for i in range(5)]
+    assert len(np.unique(trial.weights(), axis=0)) == 5
+    np.testing.assert_array_equal(trial.weights()[-1], actor_of(model))
+
+
+class Interrupt(BaseCallback):
+    def _on_step(self) -> bool:
+        if self.num_timesteps >= 2 * NUM_STEPS + 10:
+            raise KeyboardInterrupt
+        return True
+
+
+@pytest.mark.parametrize("reset", [False, True])
+def test_a_fresh_callback_goes_on_after_ctrl_c(reset: bool, tmp_path: Path) -> None:
+    model, interrupted = ppo(), RecorderCallback(tmp_path / "run")
+    with pytest.raises(KeyboardInterrupt):
+        model.learn(9 * NUM_STEPS, callback=[interrupted, Interrupt()])
+    with pytest.raises(FileExistsError, match="pass resume=True"):
+        model.learn(NUM_STEPS, callback=RecorderCallback(tmp_path / "run"), reset_num_timesteps=reset)
+    model.learn(NUM_STEPS, callback=RecorderCallback(tmp_path / "run", resume=True), reset_num_timesteps=reset)
+    trial = Store.open(tmp_path / "run", writable=True).trial(0)
+    # The steps that no update saw count where SB3 counts them; the weights of before are not recorded twice.
+    assert trial.env_steps.tolist() == [0, NUM_STEPS, 2 * NUM_STEPS, 3 * NUM_STEPS + (0 if reset else 10)]
+    assert len(np.unique(trial.weights(), axis=0)) == 4
+
+
+def test_a_model_of_another_layout_lets_the_store_go(tmp_path: Path) -> None:
+    ppo().learn(NUM_STEPS, callback=RecorderCallback(tmp_path / "run"))
+    small = ppo(policy_kwargs={"net_arch": [8]})
+    with pytest.raises(ValueError, match=r"Recorder: policy: it does not fit .*run: policy_net\.2\.weight"):
+        small.learn(NUM_STEPS, callback=RecorderCallback(tmp_path / "run", resume=True))
+    Store.open(tmp_path / "run", writable=True).close()
+
+
+@pytest.mark.parametrize(
+    ("make", "note"),
+    [
+        (lambda: gymnasium.make("Pendulum-v1", g=2.0, render_mode="rgb_array"), "but made with g=2.0: the simulator"),
+        (
+            lambda: gymnasium.make("Pendulum-v1", max_episode_steps=9),
+            "but made with max_episode_steps=9: the simulator",
+        ),
+        (lambda: wrappers.NormalizeObservation(gymnasium.make("Pendulum-v1")), "but wrapped in NormalizeObservation:"),
+        (lambda: wrappers.RescaleAction(gymnasium.make("Pendulum-v1"), -1, 1), "but wrapped in RescaleAction:"),
+        (
+            lambda: VecFrameStack(DummyVecEnv([lambda: gymnasium.make("Pendulum-v1")]), 2),
+            "but wrapped in VecFrameStack:",
+        ),
+        (lambda: wrappers.RecordEpisodeStatistics(gymnasium.make("Pendulum-v1", render_mode=None)), None),
+        (lambda: VecMonitor(DummyVecEnv([lambda: gymnasium.make("Pendulum-v1")])), None),
+    ],
+)
+def test_an_environment_unlike_its_id_is_said(make: Any, note: str | None, tmp_path: Path) -> None:
+    model = sb3.PPO("MlpPolicy", make(), n_steps=64, n_epochs=1, device="cpu")
+    model.learn(64, callback=RecorderCallback(tmp_path / "run"))
+    store = Store.open(tmp_path / "run")
+    assert store.env_id == "Pendulum-v1"
+    written = store.config["source"].get("note")
+    assert written is None if note is None else note in written
+
+
+class OwnPolicy(ActorCriticPolicy):
+    """A policy whose default activation is not SB3's."""
+
+    def __init__(self, *arguments: Any, activation_fn: Any = torch.nn.ReLU, **named: Any) -> None:
+        super().__init__(*arguments, activation_fn=activation_fn, **named)
+
+
+class Tanh(torch.nn.Module):
+    """Not torch's."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * x
+
+
+def test_policies_of_an_own_class_are_not_taken_for_sb3s(tmp_path: Path) -> None:
+    model = sb3.PPO(OwnPolicy, ENV_ID, n_steps=64, n_epochs=1, device="cpu")
+    model.learn(64, callback=RecorderCallback(tmp_path / "run"))
+    assert Store.open(tmp_path / "run").policy == PolicySpec(4, 1, (64, 64), "relu")
+    model.save(tmp_path / "own.zip")
+    with pytest.raises(
+        ValueError, match=r"own\.zip: its policy is of a class of its own, from test_sb3, .*: pass activation"
+    ):
+        tipl.import_checkpoints([tmp_path / "own.zip"], tmp_path / "store")
+    store = tipl.import_checkpoints([tmp_path / "own.zip"], tmp_path / "store", activation="relu")
+    assert store.policy == PolicySpec(4, 1, (64, 64), "relu")
+    named_alike = ppo(policy_kwargs={"activation_fn": Tanh})
+    named_alike.learn(NUM_STEPS, callback=RecorderCallback(tmp_path / "alike"))
+    assert isinstance(Store.open(tmp_path / "alike").policy, ParameterLayout)
+    named_alike.save(tmp_path / "alike.zip")
+    assert isinstance(tipl.import_checkpoints([tmp_path / "alike.zip"], tmp_path / "b").policy, ParameterLayout)
 
 
 def test_lost_observation_statistics_are_said(tmp_path: Path) -> None:

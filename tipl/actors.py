@@ -6,6 +6,10 @@ free Gaussian of Stable-Baselines3 (PPO, A2C), CleanRL or rsl_rl, it goes into t
 simulator can run it; any other keeps its own names, order and shapes, a `ParameterLayout`. Rows are float32: float64
 parameters are rounded.
 
+Nothing is guessed. Where a state holds what may be another network's (critics behind a prefix, a second policy, more
+beside a library's actor), or tensors that no row can hold (sparse, complex, integer weights), it is refused, until the
+caller says with the beginnings of its keys which part is the actor.
+
 rsl_rl normalises observations inside the actor, (obs - mean) / (std + 0.01). The row holds the first layer with that
 folded in, W / (std + 0.01) and b - W mean / (std + 0.01), so that a checkpoint is whole by itself and its path is one
 of weights alone. Writing a row into a state takes that state's own mean and std out again. rsl_rl's `std` becomes
@@ -14,8 +18,9 @@ bit.
 """
 
 import dataclasses
+import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -29,8 +34,17 @@ State = Mapping[str, Tensor]
 
 NORMALISER_EPS = 1e-2  # rsl_rl's default; its files do not say it
 
-_NOT_THE_ACTORS = re.compile(r"critic|value_net\.|vf_features_extractor\.|mlp_extractor\.value_net\.|[^.]*_target\.")
-"""Beginnings of the keys of critics and target networks."""
+_NOT_THE_ACTORS = re.compile(
+    r"([^.]*_)?critics?\d*(_[^.]*)?(\.|$)|value_net\.|vf_features_extractor\.|mlp_extractor\.value_net\.|memory_c\."
+    r"|[^.]*_target\."
+)
+"""Beginnings of the keys of critics and target networks, as the libraries name them."""
+
+_Q_NETWORK = r"[qv]_?(nets?|networks?|func|head)|[qv]f|quantile_net"
+_MAYBE_ANOTHERS = re.compile(
+    rf"([^.]*_)?(critics?|values?|baseline|teacher|targets?|old|ema|discriminator|{_Q_NETWORK})\d*(_[^.]*)?|q\d+"
+)
+"""Parts of keys between dots, anywhere, that name a network which may be another than the actor."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,16 +61,19 @@ class _Family:
     std_is_log: bool = True
     normalisers: tuple[str, ...] = ()
     """Beginnings of the keys of an observation normaliser, any of which may be there."""
+    encoders: tuple[str, ...] = ()
+    """Beginnings of the keys of what may lie before the MLP; the actor is of kind "other" then."""
 
 
 _OLD_NORMALISERS = ("actor_obs_normalizer.", "obs_norm_state_dict.")  # of rsl_rl 3 and 2
+_SB3_ENCODERS = ("features_extractor.", "pi_features_extractor.", "lstm_actor.", "mlp_extractor.shared_net.")
 _FAMILIES = (
-    _Family("sb3", "log_std", "mlp_extractor.policy_net.", "action_net."),
+    _Family("sb3", "log_std", "mlp_extractor.policy_net.", "action_net.", encoders=_SB3_ENCODERS),
     _Family("cleanrl", "actor_logstd", "actor_mean."),
-    _Family("rsl_rl", "distribution.log_std_param", "mlp.", None, "elu", True, ("obs_normalizer.",)),
-    _Family("rsl_rl", "distribution.std_param", "mlp.", None, "elu", False, ("obs_normalizer.",)),
-    _Family("rsl_rl", "log_std", "actor.", None, "elu", True, _OLD_NORMALISERS),
-    _Family("rsl_rl", "std", "actor.", None, "elu", False, _OLD_NORMALISERS),
+    _Family("rsl_rl", "distribution.log_std_param", "mlp.", None, "elu", True, ("obs_normalizer.",), ("rnn.", "cnns.")),
+    _Family("rsl_rl", "distribution.std_param", "mlp.", None, "elu", False, ("obs_normalizer.",), ("rnn.", "cnns.")),
+    _Family("rsl_rl", "log_std", "actor.", None, "elu", True, _OLD_NORMALISERS, ("memory_a.",)),
+    _Family("rsl_rl", "std", "actor.", None, "elu", False, _OLD_NORMALISERS, ("memory_a.",)),
 )
 
 
@@ -79,24 +96,24 @@ class Actor:
 
         Raises ValueError where the state lacks a parameter, or one has another shape or holds NaN or Inf.
         """
-        parts = [tensor.detach().reshape(-1).to("cpu", torch.float32) for tensor in self._find(state)]
+        parts = [_float32(key, tensor) for key, tensor in zip(self.keys, self._find(state), strict=True)]
         if not self.std_is_log:
-            parts[0] = state[self.keys[0]].detach().reshape(-1).cpu().double().log().float()
+            key, std = self.keys[0], parts[0]
+            if not (std > 0).all():
+                raise ValueError(f"{shown(key)} must be positive, a standard deviation, got {float(std.min()):g}")
+            parts[0] = state[key].detach().reshape(-1).cpu().double().log().float()
         if self.normaliser:
             mean, std = self._statistics(state)
             weight, bias = (state[key].detach().cpu().double() for key in self.keys[1:3])
             weight = weight / std
-            parts[1:3] = weight.reshape(-1).float(), (bias - weight @ mean).float()
-        row = torch.cat(parts).numpy()
-        if not np.isfinite(row).all():
-            finite = [bool(part.isfinite().all()) for part in parts]
-            raise ValueError(f"{self.keys[finite.index(False)]} must be finite, got NaN or Inf")
-        return row
+            folded = weight.reshape(-1), bias - weight @ mean
+            parts[1:3] = (_float32(f"{key}, normalised,", it) for key, it in zip(self.keys[1:3], folded, strict=True))
+        return torch.cat(parts).numpy()
 
     def write(self, weights: NDArray[np.float32], state: State) -> None:
         """Write flat weights (p,) into the actor's tensors of `state`, in place; nothing else is touched.
 
-        Raises ValueError where the state lacks a parameter, or one has another shape.
+        Raises ValueError where the state lacks a parameter, or one has another shape or cannot hold its weights.
         """
         targets = self._find(state)
         parts = list(self.policy.unflatten(torch.tensor(weights)).values())
@@ -107,8 +124,10 @@ class Actor:
             weight, bias = parts[1].double(), parts[2].double()
             parts[1:3] = weight * std, bias + weight @ mean
         with torch.no_grad():
-            for target, part in zip(targets, parts, strict=True):
+            for key, target, part in zip(self.keys, targets, parts, strict=True):
                 target.copy_(part.reshape(target.shape))
+                if not torch.isfinite(target.float()).all():
+                    raise ValueError(f"{shown(key)} is {target.dtype}, which cannot hold {float(part.abs().max()):g}")
 
     def fits(self, state: State) -> bool:
         """Return whether `state` has all the actor's parameters, in their shapes."""
@@ -121,9 +140,9 @@ class Actor:
         """Return the actor's tensors, in the order of the row."""
         for key, (name, shape) in zip(self.keys, self.policy.shapes.items(), strict=True):
             if key not in state:
-                raise ValueError(f"{key} ({name} of the policy) is missing")
+                raise ValueError(f"{shown(key)} ({shown(name)} of the policy) is missing")
             if tuple(state[key].shape) not in (shape, (1, *shape)):  # CleanRL's log std is a matrix of one row
-                raise ValueError(f"{key} must have shape {shape}, got {tuple(state[key].shape)}")
+                raise ValueError(f"{shown(key)} must have shape {shape}, got {tuple(state[key].shape)}")
         return [state[key] for key in self.keys]
 
     def _statistics(self, state: State) -> tuple[Tensor, Tensor]:
@@ -133,7 +152,9 @@ class Actor:
         for key in keys:
             if key not in state or state[key].numel() != obs_dim:
                 raise ValueError(f"{key}, of the observation normaliser, must be there with {obs_dim} numbers")
-        mean, std = (state[key].detach().reshape(-1).cpu().double() for key in keys)
+        mean, std = (_float32(key, state[key]).double() for key in keys)
+        if (std < 0).any():
+            raise ValueError(f"{shown(keys[1])} must not be negative, got {float(std.min()):g}")
         return mean, std + NORMALISER_EPS
 
     def to_dict(self) -> dict[str, Any]:
@@ -151,35 +172,61 @@ class Actor:
         return cls(**actor | {"policy": layout_from_dict(actor["policy"]), "keys": tuple(actor["keys"])})
 
 
-def find_actor(state: State, activation: str | None = None) -> Actor:
+def find_actor(state: State, activation: str | None = None, actor: str | Sequence[str] | None = None) -> Actor:
     """Return the actor in `state`, a dict of tensors.
 
     No state says which activation lies between the layers: `activation` does, by default that of the library which the
-    names are from. Raises ValueError where no tensor of an actor is there.
+    names are from. `actor` is the beginning of the actor's keys, or several; "" takes all but the critics'. Raises
+    ValueError where no tensor of an actor is there, one cannot go into a row, or it is not clear which are the actor's.
     """
-    shapes: dict[str, tuple[int, ...]] = {}
+    prefixes = (actor,) if isinstance(actor, str) else ("",) if actor is None else tuple(actor)
+    root = prefixes[0] if len(prefixes) == 1 else ""
+    places: dict[str, Tensor] = {}  # by the key without the root, as the libraries name it
     seen = set()
     for key, tensor in state.items():
-        place = (tensor.data_ptr(), tensor.shape, tensor.stride())
-        if tensor.is_floating_point() and tensor.numel() and place not in seen and not _NOT_THE_ACTORS.match(key):
-            seen.add(place)
-            shapes[key] = tuple(tensor.shape)
-    if not shapes:
-        raise ValueError(f"no floating-point tensor of an actor is there, got the keys {_some(state)}")
+        name = key[len(root) :]
+        if key.startswith(prefixes) and not _NOT_THE_ACTORS.match(name) and _is_parameter(key, tensor):
+            place = (tensor.data_ptr(), tensor.shape, tensor.stride())
+            if place not in seen:
+                seen.add(place)
+                places[name] = tensor
+    if not places:
+        wanted = "" if actor is None else f" whose key begins with {' or '.join(map(shown, prefixes))}"
+        raise ValueError(f"no floating-point tensor of an actor{wanted} is there, got the keys {_some(state)}")
+    _check_apart(places)
+    shapes = {name: tuple(tensor.shape) for name, tensor in places.items()}
     for family in _FAMILIES:
-        actor = _match(family, shapes, activation)
-        if actor is not None:
-            return actor
-    return Actor("other", ParameterLayout(tuple(shapes.items())), tuple(shapes))
+        found = _match(family, shapes, activation)
+        if found is not None:
+            normaliser = root + found.normaliser if found.normaliser else ""
+            return dataclasses.replace(found, keys=tuple(root + key for key in found.keys), normaliser=normaliser)
+    doubt = _doubt(shapes) if actor is None else ""
+    if doubt:
+        raise ValueError(f"{doubt}: {how_to_choose(shapes)}")
+    keys = tuple(root + name for name in shapes)
+    return Actor("other", ParameterLayout(tuple(zip(keys, shapes.values(), strict=True))), keys)
+
+
+def how_to_choose(keys: Iterable[str]) -> str:
+    """Return, as the end of a message, how the caller says which of these keys are the actor's."""
+    groups = dict.fromkeys(key[: key.find(".") + 1] or key for key in keys)
+    return f'choose with actor the beginnings of its keys, some of {_some(groups)}, or "" for all but the critics\''
+
+
+def shown(name: object) -> str:
+    """Return a foreign name as it may stand in a message: one line, not long, with nothing that a terminal obeys."""
+    text = str(name)
+    text = text if len(text) <= 1000 else f"{text[:1000]}..."
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
 def differences(one: Layout, other: Layout) -> str:
     """Return in words how the second layout differs from the first, or "" where they are equal."""
     first, second = one.shapes, other.shapes
-    found = [f"{name} {shape} is missing" for name, shape in first.items() if name not in second]
-    found += [f"{name} {shape} is new" for name, shape in second.items() if name not in first]
+    found = [f"{shown(name)} {shape} is missing" for name, shape in first.items() if name not in second]
+    found += [f"{shown(name)} {shape} is new" for name, shape in second.items() if name not in first]
     found += [
-        f"{name} has shape {second[name]} instead of {shape}"
+        f"{shown(name)} has shape {second[name]} instead of {shape}"
         for name, shape in first.items()
         if second.get(name, shape) != shape
     ]
@@ -192,12 +239,7 @@ def differences(one: Layout, other: Layout) -> str:
 
 def _match(family: _Family, shapes: Mapping[str, tuple[int, ...]], activation: str | None) -> Actor | None:
     """Return the actor if all of `shapes` are parameters of an MLP as the family names them."""
-    layers, i = [], 0
-    while f"{family.hidden}{2 * i}.weight" in shapes:
-        layers.append(f"{family.hidden}{2 * i}.")
-        i += 1
-    layers += [family.head] if family.head else []
-    keys = (family.log_std, *(layer + name for layer in layers for name in ("weight", "bias")))
+    layers, keys = _layers(family, shapes)
     normaliser = next((prefix for prefix in family.normalisers if f"{prefix}_mean" in shapes), "")
     if {key for key in shapes if not (normaliser and key.startswith(normaliser))} != set(keys) or not layers:
         return None
@@ -213,7 +255,99 @@ def _match(family: _Family, shapes: Mapping[str, tuple[int, ...]], activation: s
     return Actor(family.kind, policy, keys, family.std_is_log, normaliser)
 
 
-def _some(state: State) -> str:
-    """Return the first few keys of a state, as text."""
-    keys = list(state)
-    return f"[{', '.join(keys[:5])}{', ...' if len(keys) > 5 else ''}]"
+def _layers(family: _Family, shapes: Mapping[str, tuple[int, ...]]) -> tuple[list[str], tuple[str, ...]]:
+    """Return the beginnings of the layers' keys, and all keys that the actor has, in the order of a PolicySpec."""
+    layers: list[str] = []
+    while f"{family.hidden}{2 * len(layers)}.weight" in shapes:
+        layers.append(f"{family.hidden}{2 * len(layers)}.")
+    layers += [family.head] if family.head else []
+    return layers, (family.log_std, *(layer + name for layer in layers for name in ("weight", "bias")))
+
+
+def _doubt(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """Return why it is not clear that all of `shapes` are one actor's, or "" where nothing speaks against it."""
+    parts = {part for key in shapes for part in key.split(".")}
+    others = [
+        key
+        for key in shapes
+        if any(
+            _MAYBE_ANOTHERS.fullmatch(it) and it.replace("value", "key") not in parts - {it} for it in key.split(".")
+        )
+    ]
+    if others and not all(re.match(rf"({_Q_NETWORK})\d*\.", key) for key in shapes):  # DQN has nothing else
+        return f"{_some(others)} may be a critic's or another network's"
+    for family in _FAMILIES:
+        layers, keys = _layers(family, shapes)
+        known = (*family.encoders, *family.normalisers)
+        beside = [key for key in shapes if key not in keys and not key.startswith(known)]
+        if layers and beside and set(keys) <= set(shapes):
+            return f"beside the actor of {family.kind} ({_some(keys)}) lies {_some(beside)}"
+    return _twins(shapes)
+
+
+def _twins(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """Return which two networks of equal shapes lie beside each other, or "" for none.
+
+    Blocks of one network are equal too, but each of them takes as many inputs as it has outputs.
+    """
+    keys = [key.split(".") for key in shapes]
+    while len({key[0] for key in keys}) == 1 and all(len(key) > 1 for key in keys):
+        keys = [key[1:] for key in keys]
+    networks: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
+    for key, shape in zip(keys, shapes.values(), strict=True):
+        networks.setdefault(key[0], []).append((".".join(key[1:]), shape))
+    seen: dict[tuple[tuple[str, tuple[int, ...]], ...], str] = {}
+    for name, network in networks.items():
+        matrices = [shape for _, shape in network if len(shape) == 2]
+        other = seen.setdefault(tuple(network), name)
+        if other != name and len(matrices) > 1 and matrices[0][1] != matrices[-1][0]:
+            return f"{shown(other)} and {shown(name)} are two networks of equal shapes"
+    return ""
+
+
+def _is_parameter(key: str, tensor: Tensor) -> bool:
+    """Return whether a tensor goes into a row. Raises ValueError where it should, but cannot."""
+    name, shape = shown(key), tuple(tensor.shape)
+    if not tensor.is_floating_point():
+        if tensor.is_complex() or tensor.is_quantized or key.endswith(("weight", "bias")):
+            raise ValueError(f"{name} is {tensor.dtype}: a row holds real floating-point numbers only")
+        return False  # counters, masks
+    if tensor.layout != torch.strided:
+        raise ValueError(f"{name} is sparse ({tensor.layout}): save it with .to_dense()")
+    if tensor.is_meta:
+        raise ValueError(f"{name} is on the device meta: it has a shape, {shape}, but no values")
+    if (
+        tensor.numel()
+        and 1 + sum((n - 1) * step for n, step in zip(shape, tensor.stride(), strict=True)) < tensor.numel()
+    ):
+        raise ValueError(f"{name} shows fewer numbers than its shape {shape} has, again and again: save its .clone()")
+    return tensor.numel() > 0
+
+
+def _check_apart(tensors: Mapping[str, Tensor]) -> None:
+    """Raise ValueError where two tensors that are not equal share memory: what is written to one would change both."""
+    spans = []
+    for name, tensor in tensors.items():
+        last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+        begin = tensor.data_ptr()
+        spans.append((str(tensor.device), begin, begin + (last + 1) * tensor.element_size(), name))
+    for (device, _, end, name), (next_device, begin, _, other) in itertools.pairwise(sorted(spans)):
+        if device == next_device and begin < end:
+            raise ValueError(f"{shown(name)} and {shown(other)} share memory but are not equal: save their .clone()")
+
+
+def _float32(key: str, tensor: Tensor) -> Tensor:
+    """Return the tensor's numbers (n,) float32 on the CPU. Raises ValueError where one is not finite."""
+    exact = tensor.detach().reshape(-1).cpu()
+    rounded = exact.float()
+    if not rounded.isfinite().all():
+        if exact.double().isfinite().all():
+            raise ValueError(f"{shown(key)} must fit float32, got {float(exact.abs().max()):g}")
+        raise ValueError(f"{shown(key)} must be finite, got NaN or Inf")
+    return rounded
+
+
+def _some(keys: Iterable[str]) -> str:
+    """Return the first few keys, as text."""
+    names = [shown(key) for key in keys]
+    return f"[{', '.join(names[:5])}{', ...' if len(names) > 5 else ''}]"

@@ -319,8 +319,16 @@ class Import:
     """Of the names to take in each folder. Files are ordered by the steps in their names."""
     activation: Activation | None = None
     """Of the policy, where the files do not say it; by default the library's own."""
+    actor: tuple[str, ...] | None = None
+    """The beginnings of the actor's keys, where a file holds more networks, such as "policy.", or "" for all but the
+    critics'."""
+    step_pattern: str | None = None
+    """A regular expression that finds the step in each name, such as 'iter_([0-9]+)', where there are more numbers."""
     num_checkpoints: int | None = None
     """Take the first so many of each trial; by default all, and all trials must hold equally many."""
+    max_bytes: int | None = None
+    """Of each file, and of what a zip unpacks to; by default 1 GiB, and less of a zip that unpacks to many times its
+    size."""
 
     def run(self) -> None:
         store = import_checkpoints(
@@ -329,7 +337,10 @@ class Import:
             env_id=self.env_id,
             pattern=self.pattern,
             activation=self.activation,
+            actor=self.actor,
+            step_pattern=self.step_pattern,
             num_checkpoints=self.num_checkpoints,
+            max_bytes=self.max_bytes,
         )
         print(f"store      {self.output}: {store.summary()}")
         note = store.config["source"].get("note")
@@ -354,9 +365,21 @@ class Export:
     """Its index in the path; the last one by default."""
     trial: int = 0
     """Of a store."""
+    actor: tuple[str, ...] | None = None
+    """The beginnings of the actor's keys in --like, where it holds more networks and the weights do not know theirs."""
+    max_bytes: int | None = None
+    """Of --like, and of what a zip unpacks to, as in `tipl import`."""
 
     def run(self) -> None:
-        export_checkpoint(self.weights, self.like, self.output, checkpoint=self.checkpoint, trial=self.trial)
+        export_checkpoint(
+            self.weights,
+            self.like,
+            self.output,
+            checkpoint=self.checkpoint,
+            trial=self.trial,
+            actor=self.actor,
+            max_bytes=self.max_bytes,
+        )
         print(f"checkpoint {self.output}")
 
 

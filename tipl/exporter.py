@@ -1,15 +1,16 @@
 """Export: flat weights, of a forecast or a store, back into a checkpoint file of the user's library."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tipl.actors import Actor, differences
+from tipl.actors import Actor, differences, shown
 from tipl.checkpoint_files import CheckpointFile, find_actor_in, read_checkpoint_file
 from tipl.locations import write_atomically
-from tipl.policy import PolicySpec, layout_from_dict
+from tipl.policy import Layout, PolicySpec, layout_from_dict
 from tipl.publishing import published
 from tipl.sealed import load_arrays
 from tipl.store import Store
@@ -22,6 +23,8 @@ def export_checkpoint(
     *,
     checkpoint: int | None = None,
     trial: int = 0,
+    actor: str | Sequence[str] | None = None,
+    max_bytes: int | None = None,
 ) -> Path:
     """Write flat weights as a checkpoint file of the same kind as the file `like`, and return its path, `output`.
 
@@ -34,6 +37,9 @@ def export_checkpoint(
         like: a checkpoint file of a policy of the same layout, best one of the run that was forecast.
         checkpoint: its index in the path, as in the forecast's `checkpoint`; by default the last one.
         trial: of a store.
+        actor: the beginning of the actor's keys in `like`, or several, where it holds more networks and the weights do
+            not know their own.
+        max_bytes: of `like`, as in `import_checkpoints`.
 
     Raises FileExistsError where `output` exists; OutputInUse where another process is making it; FileNotFoundError;
     ValueError where the layouts differ, the checkpoint is not there or the weights are not finite; TypeError where they
@@ -41,11 +47,18 @@ def export_checkpoint(
     """
     output = Path(output)
     with published(output, "export") as aside:
-        write_atomically(aside, _exported(weights, Path(like), checkpoint, trial))
+        write_atomically(aside, _exported(weights, Path(like), checkpoint, trial, actor, max_bytes))
     return output
 
 
-def _exported(weights: str | Path | NDArray[np.float32], like: Path, checkpoint: int | None, trial: int) -> bytes:
+def _exported(
+    weights: str | Path | NDArray[np.float32],
+    like: Path,
+    checkpoint: int | None,
+    trial: int,
+    actor: str | Sequence[str] | None,
+    max_bytes: int | None,
+) -> bytes:
     """Return the bytes of the file that `export_checkpoint` writes."""
     source: dict[str, Any] = {}
     if isinstance(weights, np.ndarray):
@@ -65,9 +78,11 @@ def _exported(weights: str | Path | NDArray[np.float32], like: Path, checkpoint:
         raise TypeError(f"export: weights must be float32, got {row.dtype}")
     if row.ndim != 1 or not np.isfinite(row).all():
         raise ValueError(f"export: weights must be finite and of shape (p,), got {row.shape}")
-    template = read_checkpoint_file(like)
-    actor = _actor_of_template(template, like, source, len(row))
-    actor.write(row, template.state)
+    template = read_checkpoint_file(like, max_bytes=max_bytes)
+    try:
+        _actor_of_template(template, like, source, len(row), actor).write(row, template.state)
+    except ValueError as error:
+        raise ValueError(f"export: {error}") from error
     return template.to_bytes()
 
 
@@ -79,30 +94,50 @@ def layout_record(store: Store) -> dict[str, Any]:
 def _forecast_row(path: Path, checkpoint: int | None) -> tuple[NDArray[np.float32], dict[str, Any]]:
     """Return a row of a forecast that `tipl rollout` wrote, and what it says of the layout."""
     if not path.is_file():
-        raise FileNotFoundError(f"export: there is no forecast and no store {path}")
+        raise FileNotFoundError(f"export: there is no forecast and no store {shown(path)}")
     arrays, record = load_arrays(path, "export")
+    try:
+        _layout_and_actor(record)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise RuntimeError(f"export: {shown(path)} is damaged, or no forecast: {shown(error)}") from error
     weights, steps = (arrays.get(name, np.empty(0)) for name in ("weights", "checkpoint"))
     if weights.ndim != 2 or weights.dtype != np.float32 or not 0 < len(weights) == steps.size:
-        raise RuntimeError(f"export: {path} is no forecast: expected weights (n, p) float32 and checkpoint (n,)")
+        raise RuntimeError(f"export: {shown(path)} is no forecast: expected weights (n, p) float32 and checkpoint (n,)")
     indices = steps.tolist()
     if checkpoint is not None and checkpoint not in indices:
         raise ValueError(f"export: checkpoint must lie in [{indices[0]}, {indices[-1]}], got {checkpoint}")
     return weights[-1 if checkpoint is None else indices.index(checkpoint)], record
 
 
-def _actor_of_template(template: CheckpointFile, like: Path, record: dict[str, Any], num_params: int) -> Actor:
+def _layout_and_actor(record: dict[str, Any]) -> tuple[Layout | None, Actor | None]:
+    """Return what a forecast or a store says of the weights: their layout, and where they lay in the files imported."""
+    imported = (record.get("source") or {}).get("actor")
+    return (
+        layout_from_dict(record["policy"]) if "policy" in record else None,
+        None if imported is None else Actor.from_dict(imported),
+    )
+
+
+def _actor_of_template(
+    template: CheckpointFile, like: Path, record: dict[str, Any], num_params: int, keys: str | Sequence[str] | None
+) -> Actor:
     """Return where the weights go in the template: as its own keys say, or as they lay in the files imported."""
-    policy = layout_from_dict(record["policy"]) if "policy" in record else None
+    policy, known = _layout_and_actor(record)
     activation = policy.activation if isinstance(policy, PolicySpec) else None
-    found = find_actor_in(like, template, activation)
+    fits = known is not None and known.fits(template.state) and template.activation in (None, activation)
+    try:
+        found = find_actor_in(like, template, activation, keys)
+    except ValueError:
+        if (
+            known is not None and fits and keys is None
+        ):  # the template holds more: which part it is was said at the import
+            return known
+        raise
     if policy is None and found.policy.num_params != num_params:
-        raise ValueError(f"export: {like} holds an actor of {found.policy.num_params} parameters, got {num_params}")
+        raise ValueError(f"{shown(like)} holds an actor of {found.policy.num_params} parameters, got {num_params}")
     difference = "" if policy is None else differences(policy, found.policy)
     if not difference:
         return found
-    imported = (record.get("source") or {}).get("actor")
-    if imported is not None:  # the template may hold more, where a recorder was given a part of a policy
-        actor = Actor.from_dict(imported)
-        if actor.fits(template.state):
-            return actor
-    raise ValueError(f"export: {like} does not fit the weights: {difference}")
+    if known is not None and fits and keys is None:  # the same, where a recorder was given a part of a policy
+        return known
+    raise ValueError(f"{shown(like)} does not fit the weights: {difference}")

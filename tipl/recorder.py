@@ -1,6 +1,6 @@
 """Record the path of a policy's weights in any torch training loop."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -32,6 +32,7 @@ class Recorder:
         *,
         env_id: str = "unknown",
         activation: str | None = None,
+        actor: str | Sequence[str] | None = None,
         resume: bool = False,
         config: Mapping[str, Any] | None = None,
         note: str | None = None,
@@ -42,6 +43,8 @@ class Recorder:
             env_id: the Gymnasium id; `tipl evaluate` needs it.
             activation: between the policy's layers, tanh, relu or elu; by default that of the library that its
                 parameters' names are from. It counts only for policies that the simulator can run.
+            actor: the beginning of the actor's keys, or several, where the policy holds more networks; "" takes all
+                parameters but critics'.
             resume: append to what an earlier recorder left at `path`, if that is there.
             config: of the run, plain JSON, kept in the store.
             note: what a reader of the store must know, kept in its config and shown by `tipl import`.
@@ -51,7 +54,7 @@ class Recorder:
         """
         self.path = Path(path)
         self._env_id, self._activation, self._config = env_id, activation, dict(config or {})
-        self._note = {} if note is None else {"note": note}
+        self._keys, self._note = actor, note or ""
         self._store: Store | None = None
         self._actor: Actor | None = None
         self.env_steps = -1
@@ -74,8 +77,7 @@ class Recorder:
         Raises ValueError, and appends nothing, where the parameters differ from those before, hold NaN or Inf, or
         env_steps does not grow. OSError (a full disk) leaves what was appended before; `resume` goes on from there.
         """
-        state = policy.state_dict() if isinstance(policy, torch.nn.Module) else policy
-        state = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+        state = _state(policy)
         if env_steps <= self.env_steps:
             raise ValueError(f"log: env_steps must grow: {self.env_steps} are recorded, got {env_steps}")
         try:
@@ -89,6 +91,20 @@ class Recorder:
         returns = np.array([[np.nan if episodic_return is None else episodic_return]], np.float64)
         self._store.append(weights[None, None], np.array([[env_steps]], np.int64), returns)
         self.env_steps = env_steps
+
+    def holds(self, policy: torch.nn.Module | Mapping[str, Tensor]) -> bool:
+        """Return whether the last checkpoint on disk is the policy's weights as they are now.
+
+        Raises ValueError where the parameters differ from those recorded, or hold NaN or Inf.
+        """
+        if self._store is None or not self._store.num_checkpoints:
+            return False
+        try:
+            weights = self._first(_state(policy)).flatten(_state(policy))
+        except ValueError as error:
+            raise ValueError(f"Recorder: policy: {error}") from error
+        last = self._store.num_checkpoints - 1
+        return np.array_equal(self._store.trial(0).weights(last, last + 1)[0], weights)
 
     def close(self) -> None:
         """Let another writer in; `log` creates or appends no more."""
@@ -110,7 +126,7 @@ class Recorder:
 
     def _first(self, state: Mapping[str, Tensor]) -> Actor:
         """Return the actor in `state`: that of the recording, if one is resumed."""
-        found = find_actor(state, self._activation)
+        found = find_actor(state, self._activation, self._keys)
         if self._store is not None:
             recorded = Actor.from_dict(self._store.config["source"]["actor"])
             if found != recorded:
@@ -118,7 +134,8 @@ class Recorder:
         return found
 
     def _create(self, actor: Actor) -> Store:
-        config = {**self._config, "source": source_record(actor, "recorder") | self._note}
+        source = source_record(actor, "recorder", self._note, activation_assumed=self._activation is None)
+        config = {**self._config, "source": source}
         return Store.create(self.path, env_id=self._env_id, policy=actor.policy, seeds=[0], config=config)
 
     def _resume(self) -> Store:
@@ -129,3 +146,8 @@ class Recorder:
         if store.num_checkpoints:
             self.env_steps = int(store.trial(0).env_steps[-1])
         return store
+
+
+def _state(policy: torch.nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
+    state = policy.state_dict() if isinstance(policy, torch.nn.Module) else policy
+    return {key: value for key, value in state.items() if isinstance(value, Tensor)}

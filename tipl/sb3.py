@@ -1,19 +1,28 @@
 """A callback of Stable-Baselines3 that records the path of the actor's weights. Needs the extra `sb3`."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import numpy as np
 import torch
 
+from tipl.actors import shown
 from tipl.recorder import Recorder
 
 try:
     from stable_baselines3.common.callbacks import BaseCallback
     from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+    from stable_baselines3.common.vec_env import VecEnvWrapper
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError("tipl.sb3 needs stable-baselines3, the extra `sb3` of tipl", name=error.name) from error
+
+_open_recorders: dict[Path, Recorder] = {}
+"""By path: SB3 calls no hook where learn() is interrupted, and then only the next callback can let the store go."""
+
+_ONLY_WATCH = {"Monitor", "RecordEpisodeStatistics", "RecordVideo", "VecMonitor", "VecCheckNan", "VecVideoRecorder"}
+"""Wrappers that change neither observations, actions nor episodes."""
 
 
 class RecorderCallback(BaseCallback):
@@ -30,33 +39,55 @@ class RecorderCallback(BaseCallback):
         *,
         env_id: str | None = None,
         every: int = 2048,
+        actor: str | Sequence[str] | None = None,
         resume: bool = False,
         config: Mapping[str, Any] | None = None,
     ) -> None:
         """`env_id` is by default the environment's own; `every` counts off-policy only; the rest as in `Recorder`.
 
-        Training raises what `Recorder` raises.
+        With `resume`, learn() goes on behind the last checkpoint of the model recorded at `path`, whether it counts env
+        steps on (reset_num_timesteps=False) or anew; an interrupted callback of this process lets `path` go.
+
+        Training raises what `Recorder` raises, and ValueError where the checkpoints at `path` are of another model.
         """
         super().__init__()
         if every < 1:
             raise ValueError(f"RecorderCallback: every must be at least 1, got {every}")
         self.path, self.env_id, self.every, self.resume, self.config = Path(path), env_id, every, resume, config
+        self._actor = actor
         self._recorder: Recorder | None = None
         self._recorded_update: int | None = None  # model._n_updates, which grows by one an epoch
+        self._earlier_steps = 0  # of learn() calls before this one, where it counts anew
 
     def _on_training_start(self) -> None:
-        if self._recorder is not None:  # learn() once more: go on behind its last checkpoint
-            self._recorder.close()
-        self._recorder = Recorder(
+        resume = self.resume or self._recorder is not None  # learn() once more
+        if resume and self.path.resolve() in _open_recorders:
+            _open_recorders.pop(self.path.resolve()).close()
+        recorder = Recorder(
             self.path,
             env_id=self.env_id or self._own_env_id(),
             activation=_activation(self.model.policy),
-            resume=self.resume or self._recorder is not None,
+            actor=self._actor,
+            resume=resume,
             config={"algorithm": type(self.model).__name__, "seed": self.model.seed, **(self.config or {})},
             note=self._note(),
         )
-        if self._recorder.env_steps == self.model.num_timesteps:
-            self._recorded_update = self.model._n_updates
+        self._recorder = _open_recorders[self.path.resolve()] = recorder
+        steps = self.model.num_timesteps
+        try:
+            holds = recorder.holds(self.model.policy)
+        except ValueError:
+            self._close()
+            raise
+        if recorder.env_steps >= steps and not holds:
+            self._close()
+            raise ValueError(
+                f"RecorderCallback: {shown(self.path)} ends at env step {recorder.env_steps} with other weights, but "
+                f"learn() begins at {steps}: to go on with the model recorded there, pass reset_num_timesteps=False to "
+                "learn(); for another run, another path"
+            )
+        self._recorded_update = self.model._n_updates if holds else None
+        self._earlier_steps = max(0, recorder.env_steps - steps)
 
     # No hook fires right after an update: the next one is the start of another rollout, or the end of training.
     def _on_rollout_start(self) -> None:
@@ -67,32 +98,68 @@ class RecorderCallback(BaseCallback):
 
     def _on_training_end(self) -> None:
         self._record(1)
+        self._close()
+
+    def _close(self) -> None:
         if self._recorder is not None:
             self._recorder.close()
+            _open_recorders.pop(self.path.resolve(), None)
 
     def _record(self, least_steps: int) -> None:
         """Append a checkpoint if the weights have changed and at least so many env steps were taken since the last."""
         model, recorder = self.model, self._recorder
         if recorder is None or model._n_updates == self._recorded_update:
             return
-        if 0 <= recorder.env_steps <= model.num_timesteps < recorder.env_steps + least_steps:
+        steps = self._earlier_steps + model.num_timesteps
+        if 0 <= recorder.env_steps <= steps < recorder.env_steps + least_steps:
             return
         returns = [episode["r"] for episode in model.ep_info_buffer or []]
-        recorder.log(
-            model.policy,
-            env_steps=model.num_timesteps,
-            episodic_return=float(np.mean(returns)) if returns else None,
-        )
+        recorder.log(model.policy, env_steps=steps, episodic_return=float(np.mean(returns)) if returns else None)
         self._recorded_update = model._n_updates
 
     def _note(self) -> str | None:
-        normaliser = self.model.get_vec_normalize_env()
-        if normaliser is None or not normaliser.norm_obs:
-            return None
-        return (
-            "observations were normalised by VecNormalize, whose statistics are not recorded: in the simulator these "
-            "policies do not reach the returns that they had"
-        )
+        """Return why the simulator's environment is not the one of the run, None where nothing says so."""
+        notes, normaliser = [], self.model.get_vec_normalize_env()
+        if normaliser is not None and normaliser.norm_obs:
+            notes.append(
+                "observations were normalised by VecNormalize, whose statistics are not recorded: in the simulator "
+                "these policies do not reach the returns that they had"
+            )
+        changes = self._changes()
+        if changes:
+            notes.append(
+                f"the environment was not as registered, but {', '.join(changes)}: the simulator runs it as "
+                "registered, where these policies may not reach the returns that they had"
+            )
+        return "; ".join(notes) or None
+
+    def _changes(self) -> list[str]:
+        """Return in words how the environment differs from what its id alone makes."""
+        changes, env = [], self.training_env
+        while isinstance(env, VecEnvWrapper):
+            if type(env).__name__ not in _ONLY_WATCH | {"VecNormalize", "VecTransposeImage"}:
+                changes.append(f"wrapped in {type(env).__name__}")
+            env = env.venv
+        for spec in env.get_attr("spec"):
+            if spec is None:
+                continue
+            registered = gymnasium.registry.get(spec.id)
+            kwargs = {} if registered is None else registered.kwargs
+            made = {name: value for name, value in spec.kwargs.items() if name != "render_mode"}
+            if registered is not None and spec.max_episode_steps != registered.max_episode_steps:
+                made["max_episode_steps"] = spec.max_episode_steps
+            changes += [
+                f"made with {name}={shown(repr(made[name]))}"
+                for name in made
+                if repr(made[name]) != repr(kwargs.get(name))
+            ]
+            wrappers = () if registered is None else registered.additional_wrappers
+            changes += [
+                f"wrapped in {it.name}"
+                for it in spec.additional_wrappers[len(wrappers) :]
+                if it.name not in _ONLY_WATCH
+            ]
+        return list(dict.fromkeys(changes))
 
     def _own_env_id(self) -> str:
         spec = self.training_env.get_attr("spec")[0]
@@ -100,6 +167,8 @@ class RecorderCallback(BaseCallback):
 
 
 def _activation(policy: torch.nn.Module) -> str | None:
-    """Return the name of the activation that the policy was built with, as `tipl` has it."""
+    """Return the name of the activation that the policy was built with: tanh for torch's Tanh, a custom one's whole."""
     activation = getattr(policy, "activation_fn", None)
-    return None if activation is None else str(activation.__name__).lower()
+    if activation is None or getattr(activation, "__module__", "") != torch.nn.Tanh.__module__:
+        return None if activation is None else repr(activation)
+    return str(activation.__name__).lower()

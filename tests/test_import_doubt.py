@@ -1,0 +1,426 @@
+"""Import guesses nothing: what could be read in two ways is refused with a way to choose, or said in a note."""
+
+import io
+import itertools
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from foreign_checkpoints import ACT_DIM, OBS_DIM, CleanRL, RslRl, prefixed
+from torch import Tensor, nn
+
+from tipl.actors import find_actor
+from tipl.checkpoint_files import find_actor_in, read_checkpoint_file
+from tipl.exporter import export_checkpoint
+from tipl.importer import import_checkpoints
+from tipl.policy import ParameterLayout, PolicySpec
+from tipl.recorder import Recorder
+from tipl.store import Store
+
+
+def mlp(prefix: str, *sizes: int, seed: int = 0) -> dict[str, Tensor]:
+    torch.manual_seed(seed)
+    state = {}
+    for i, (fan_in, fan_out) in enumerate(itertools.pairwise(sizes)):
+        state[f"{prefix}{2 * i}.weight"] = torch.randn(fan_out, fan_in)
+        state[f"{prefix}{2 * i}.bias"] = torch.randn(fan_out)
+    return state
+
+
+def save(content: Any, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(content, path)
+    return path
+
+
+def sb3_zip(path: Path, num_timesteps: Any = 0, **settings: Any) -> Path:
+    """A zip as PPO.save lays it out: policy.pth, and plain JSON in `data`."""
+    state = {"log_std": torch.zeros(1)} | mlp("mlp_extractor.policy_net.", 3, 8, 8) | mlp("action_net.", 8, 1)
+    state = {key.replace("action_net.0.", "action_net."): tensor for key, tensor in state.items()}
+    state |= mlp("mlp_extractor.value_net.", 3, 8, 8) | {
+        "value_net.weight": torch.ones(1, 8),
+        "value_net.bias": torch.ones(1),
+    }
+    file = io.BytesIO()
+    torch.save(state, file)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("data", json.dumps({"num_timesteps": num_timesteps, "policy_kwargs": {}} | settings))
+        archive.writestr("policy.pth", file.getvalue())
+    return path
+
+
+ACTOR, CRITIC = mlp("", 3, 8, 2), mlp("", 3, 8, 1, seed=1)
+NETWORKS: dict[str, tuple[Any, str, str | tuple[str, ...], list[str]]] = {
+    # name: content, what is said, what to choose, the parameters then
+    "loose tensor beside nested states": (
+        {"log_alpha": torch.ones(1), "actor": ACTOR, "critic": CRITIC},
+        r"it holds actor \(4 tensors\), the loose tensor log_alpha, and it is not clear which is the policy's",
+        "actor.",
+        [f"actor.{key}" for key in ACTOR],
+    ),
+    "statistics beside a known state": (
+        {"model_state_dict": ACTOR, "obs_mean": torch.ones(3)},
+        r"it holds model_state_dict \(4 tensors\), the loose tensor obs_mean",
+        "model_state_dict.",
+        [f"model_state_dict.{key}" for key in ACTOR],
+    ),
+    "two known states": (
+        {"model_state_dict": ACTOR, "state_dict": CRITIC},
+        r"it holds model_state_dict \(4 tensors\), state_dict \(4 tensors\)",
+        "model_state_dict.",
+        [f"model_state_dict.{key}" for key in ACTOR],
+    ),
+    "a state under a name of its own": (
+        {"policy": {"net": ACTOR}, "optimizer": {"state": {0: {"exp_avg": torch.ones(2)}}}},
+        r"it holds policy \(4 tensors\), and it is not clear which is the policy's",
+        "policy.net.",
+        [f"policy.net.{key}" for key in ACTOR],
+    ),
+    "a tuple of states that is not CleanRL's": (
+        (CRITIC, ACTOR),
+        r"it holds 0 \(4 tensors\), 1 \(4 tensors\)",
+        "1.",
+        [f"1.{key}" for key in ACTOR],
+    ),
+    "critic behind a prefix": (
+        prefixed("agent.actor.", ACTOR) | prefixed("agent.critic.", CRITIC),
+        r"\[agent\.critic\.0\.weight, .*\] may be a critic's or another network's",
+        "agent.actor.",
+        [f"agent.actor.{key}" for key in ACTOR],
+    ),
+    "Q networks": (
+        prefixed("pi.", ACTOR) | prefixed("q1.", CRITIC) | prefixed("q2.", CRITIC),
+        r"\[q1\.0\.weight, .*\] may be a critic's",
+        "pi.",
+        [f"pi.{key}" for key in ACTOR],
+    ),
+    "value head on a shared trunk": (
+        prefixed("trunk.", ACTOR) | {"pi_head.weight": torch.ones(2, 2), "v_head.weight": torch.ones(1, 2)},
+        r"\[v_head\.weight\] may be a critic's",
+        ("trunk.", "pi_head."),
+        [*(f"trunk.{key}" for key in ACTOR), "pi_head.weight"],
+    ),
+    "old policy": (
+        prefixed("policy.", ACTOR) | prefixed("policy_old.", mlp("", 3, 8, 2, seed=2)),
+        r"\[policy_old\.0\.weight, .*\] may be a critic's or another network's",
+        "policy.",
+        [f"policy.{key}" for key in ACTOR],
+    ),
+    "two actors": (
+        prefixed("agents.a.", ACTOR) | prefixed("agents.b.", mlp("", 3, 8, 2, seed=2)),
+        "a and b are two networks of equal shapes",
+        "agents.b.",
+        [f"agents.b.{key}" for key in ACTOR],
+    ),
+    "statistics beside CleanRL's actor": (
+        CleanRL().state_dict() | {"obs_rms.mean": torch.ones(OBS_DIM)},
+        r"beside the actor of cleanrl \(.*\) lies \[obs_rms\.mean\]",
+        ("actor_mean.", "actor_logstd"),
+        list(PolicySpec(OBS_DIM, ACT_DIM, (8, 8)).shapes),
+    ),
+    "actors of two libraries": (
+        CleanRL().state_dict() | {"log_std": torch.ones(ACT_DIM)} | mlp("actor.", OBS_DIM, 8, ACT_DIM),
+        r"beside the actor of cleanrl \(.*\) lies \[log_std, actor\.0\.weight, ",
+        ("log_std", "actor."),
+        list(PolicySpec(OBS_DIM, ACT_DIM, (8,)).shapes),
+    ),
+    "CleanRL's agent inside another module": (
+        prefixed("module.", dict(CleanRL().state_dict())),
+        r"\[module\.critic\.0\.weight, .*\] may be a critic's",
+        "module.",
+        list(PolicySpec(OBS_DIM, ACT_DIM, (8, 8)).shapes),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_what_may_hold_more_than_an_actor_is_refused_until_one_is_chosen(name: str, tmp_path: Path) -> None:
+    content, message, actor, parameters = NETWORKS[name]
+    path = save(content, tmp_path / "model_1.pt")
+    with pytest.raises(ValueError, match=rf"model_1\.pt: .*{message}.*: choose with actor the beginnings of its keys"):
+        import_checkpoints([path], tmp_path / "store")
+    assert not (tmp_path / "store").exists()
+    store = import_checkpoints([path], tmp_path / "store", actor=actor)
+    assert list(store.policy.shapes) == parameters
+    row = store.trial(0).weights()[0]
+    written = export_checkpoint(row + 1, path, tmp_path / "out.pt", actor=actor)
+    again = import_checkpoints([written], tmp_path / "again", actor=actor)
+    assert (again.trial(0).weights()[0] == row + 1).all()
+    # A forecast of the store knows the keys by itself.
+    export_checkpoint(store.path, path, tmp_path / "own.pt")
+    everything = import_checkpoints([path], tmp_path / "everything", actor="")
+    assert everything.policy.num_params >= store.policy.num_params
+
+
+def test_the_recorder_is_told_the_same_way(tmp_path: Path) -> None:
+    agent = nn.ModuleDict({"net": nn.ModuleDict({"pi": nn.Linear(3, 2), "vf": nn.Linear(3, 1)})})
+    with (
+        Recorder(tmp_path / "run") as recorder,
+        pytest.raises(ValueError, match=r"policy: \[net\.vf\.weight, net\.vf\.bias\]"),
+    ):
+        recorder.log(agent, env_steps=0)
+    for resume in (False, True):
+        with Recorder(tmp_path / "run", actor="net.pi.", resume=resume) as recorder:
+            recorder.log(agent, env_steps=int(resume))
+    assert list(Store.open(tmp_path / "run").policy.shapes) == ["net.pi.weight", "net.pi.bias"]
+    with pytest.raises(ValueError, match=r"no floating-point tensor of an actor whose key begins with pi\. is there"):
+        find_actor(agent.state_dict(), actor="pi.")
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        prefixed("q_net.", ACTOR) | prefixed("q_net_target.", ACTOR),  # SB3's DQN
+        {**mlp("features_extractor.", 3, 8), "log_std": torch.ones(2), **mlp("mlp_extractor.policy_net.", 8, 8),
+         "action_net.weight": torch.ones(2, 8), "action_net.bias": torch.ones(2), "lstm_critic.weight": torch.ones(2)},
+        prefixed("encoder.", mlp("", 3, 8)) | prefixed("actor.", ACTOR) | prefixed("aux_critic.", CRITIC),
+        {f"block{i}.{key}": tensor for i in range(2) for key, tensor in mlp("", 8, 8, 8).items()},
+        {f"h.{i}.{name}.weight": torch.ones(8, 8) for i in range(2) for name in ("query", "key", "value")},
+        {"std": torch.ones(2), **mlp("actor.", 3, 8, 2), **{f"memory_{it}.rnn": torch.ones(3) for it in "ac"}},
+    ],
+)  # fmt: skip
+def test_what_is_one_network_needs_no_choice(state: dict[str, Tensor]) -> None:
+    actor = find_actor(state)
+    assert actor.kind == "other"
+    assert not any("critic" in key or "target" in key or "memory_c" in key for key in actor.keys)
+
+
+EXPANDED = torch.ones(1).expand(10**15)
+FLAT = torch.zeros(20)
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({"w": torch.eye(3).to_sparse()}, r"w is sparse \(torch\.sparse_coo\)"),
+        ({"w": torch.empty(3, device="meta")}, r"w is on the device meta: it has a shape, \(3,\), but no values"),
+        ({"w": EXPANDED}, r"w shows fewer numbers than its shape \(1000000000000000,\) has"),
+        ({"w": torch.ones(3, dtype=torch.complex64)}, r"w is torch\.complex64: a row holds real floating-point"),
+        (
+            {"0.weight": torch.ones(3, dtype=torch.int8), "b": torch.ones(2)},
+            r"0\.weight is torch\.int8: a row holds real",
+        ),
+        ({"a": FLAT[:10], "b": FLAT[5:]}, "a and b share memory but are not equal"),
+        ({"a": (w := torch.randn(2, 3)), "b": w.T}, "a and b share memory but are not equal"),
+    ],
+)
+def test_tensors_that_no_row_can_hold_are_refused(state: dict[str, Tensor], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        find_actor(state)
+
+
+def test_disjoint_views_and_counters_are_read() -> None:
+    state = {
+        "a": FLAT[:10],
+        "b": FLAT[10:],
+        "num_batches_tracked": torch.tensor(3),
+        "mask": torch.ones(2, dtype=torch.bool),
+    }
+    assert find_actor(state).policy == ParameterLayout((("a", (10,)), ("b", (10,))))
+
+
+def test_numbers_beyond_a_type_are_not_called_infinite(tmp_path: Path) -> None:
+    state = {"w": torch.tensor([1.0, -1e300], dtype=torch.float64)}
+    with pytest.raises(ValueError, match=r"w must fit float32, got 1e\+300"):
+        find_actor(state).flatten(state)
+    half = save({"w": torch.ones(2).half()}, tmp_path / "half.pt")
+    with pytest.raises(ValueError, match=r"w is torch\.float16, which cannot hold 100000"):
+        export_checkpoint(torch.tensor([1e5, 0]).numpy(), half, tmp_path / "out.pt")
+
+
+@pytest.mark.parametrize("value", [-0.01, 0.0])
+def test_a_standard_deviation_must_be_positive(value: float, tmp_path: Path) -> None:
+    content = RslRl().release_5()
+    content["actor_state_dict"]["distribution.std_param"][1] = value
+    path = save(content, tmp_path / "model_3.pt")
+    with pytest.raises(ValueError, match=rf"model_3\.pt: distribution\.std_param must be positive, .* got {value:g}"):
+        import_checkpoints([path], tmp_path / "store")
+
+
+OWN_CLASS = {"policy_class": {":type:": "<class 'abc.ABCMeta'>", ":serialized:": "AA==", "__module__": "__main__"}}
+SB3_CLASS = {"policy_class": {"__module__": "stable_baselines3.common.policies"}}
+KWARGS = {":type:": "<class 'dict'>", ":serialized:": "AA=="}
+
+
+def test_the_activation_of_an_own_policy_class_is_asked_for(tmp_path: Path) -> None:
+    path = sb3_zip(tmp_path / "x.zip", **OWN_CLASS)
+    with pytest.raises(
+        ValueError, match=r"x\.zip: its policy is of a class of its own, from __main__, .*: pass activation"
+    ):
+        import_checkpoints([path], tmp_path / "store")
+    assert import_checkpoints([path], tmp_path / "store", activation="relu").policy == PolicySpec(3, 1, (8, 8), "relu")
+    said = {"policy_kwargs": KWARGS | {"activation_fn": "<class 'torch.nn.modules.activation.ELU'>"}}
+    path = sb3_zip(tmp_path / "y.zip", **OWN_CLASS | said)
+    assert find_actor_in(path, read_checkpoint_file(path)).policy == PolicySpec(3, 1, (8, 8), "elu")
+    path = sb3_zip(tmp_path / "z.zip", **SB3_CLASS)
+    assert find_actor_in(path, read_checkpoint_file(path), "relu").policy == PolicySpec(3, 1, (8, 8), "tanh")
+    for other in ("<class 'own.Tanh'>", "functools.partial(<class 'torch.nn.modules.activation.ELU'>, alpha=0.5)"):
+        path = sb3_zip(tmp_path / "other.zip", policy_kwargs=KWARGS | {"activation_fn": other})
+        assert find_actor_in(path, read_checkpoint_file(path)).kind == "other"
+
+
+def test_what_was_assumed_or_is_lost_is_in_the_note(tmp_path: Path) -> None:
+    def note(path: Path, **arguments: Any) -> str:
+        name = f"store{len(list(tmp_path.glob('store*')))}"
+        return str(import_checkpoints([path], tmp_path / name, **arguments).config["source"].get("note", ""))
+
+    cleanrl, rsl_rl = save(CleanRL().state_dict(), tmp_path / "a.pt"), save(RslRl().release_5(), tmp_path / "b.pt")
+    assert "nothing says the activation: tanh was assumed" in note(cleanrl)
+    assert "does not save the statistics" in note(cleanrl)
+    assert "nothing says the activation: elu was assumed" in note(rsl_rl)
+    assert "activation" not in note(rsl_rl, activation="elu")
+    assert note(sb3_zip(tmp_path / "plain.zip", **SB3_CLASS)) == ""
+    extractor = {"policy_kwargs": KWARGS | {"features_extractor_class": "<class 'own.Scaled'>"}}
+    assert "features extractor of the run's own, <class 'own.Scaled'>" in note(sb3_zip(tmp_path / "e.zip", **extractor))
+
+
+@pytest.mark.parametrize(
+    ("statistics", "recorded"),
+    [
+        ("vec_normalize.pkl", True),
+        ("vec_normalize.pkl", False),
+        ("Pendulum-v1/vecnormalize.pkl", False),
+        ("rl_model_vecnormalize_64_steps.pkl", False),
+        (None, True),
+    ],
+)
+@pytest.mark.parametrize("one_by_one", [False, True])
+def test_every_layout_of_a_vecnormalize_run_gets_the_note(
+    statistics: str | None, recorded: bool, one_by_one: bool, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    extra = {"_last_original_obs": {":type:": "<class 'numpy.ndarray'>", ":serialized:": "gASV"}} if recorded else {}
+    files = [sb3_zip(run / f"rl_model_{step}_steps.zip", step, **extra) for step in (64, 128)]
+    if statistics:
+        (run / statistics).parent.mkdir(exist_ok=True)
+        (run / statistics).write_bytes(b"never read")
+    store = import_checkpoints(files if one_by_one else [run], tmp_path / "store")
+    assert store.config["source"]["note"].startswith("observations came through VecNormalize, whose statistics")
+
+
+def test_notes_of_all_trials_are_kept(tmp_path: Path) -> None:
+    one = sb3_zip(tmp_path / "one" / "m_1.zip", 1)
+    other = sb3_zip(tmp_path / "other" / "m_1.zip", 1, _last_original_obs={})
+    stores = [import_checkpoints([path], tmp_path / f"store{i}").path for i, path in enumerate((one, other))]
+    assert "VecNormalize" in import_checkpoints(stores, tmp_path / "joined").config["source"]["note"]
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (
+            ["seed3_model_10.pt", "seed4_model_20.pt"],
+            "names differ in several numbers, like seed3_model_10.pt and seed4_",
+        ),
+        (["s1_100_steps.pt", "s2_200_steps.pt"], "names differ in several numbers"),
+        (["s1_100_steps.pt", "s2_100_steps.pt"], "names differ in a number that does not look like a step"),
+        (
+            ["seed1.pt", "seed2.pt"],
+            "names differ in a number that does not look like a step, like seed1.pt and seed2.pt",
+        ),
+        (["actor_10.pt", "critic_10.pt"], "actor_10.pt and critic_10.pt are named differently"),
+        (["model_10.pt", "model_10.pth"], "model_10.pt and model_10.pth are named differently"),
+        (["model_1k.pt", "model_2k.pt"], "the step in model_1k.pt must be a whole number, got 1k"),
+        (["model_0.5.pt", "model_0.10.pt"], r"the step in model_0\.10\.pt must be a whole number, got 0\.10"),
+        (["model_1e5.pt", "model_1e6.pt"], "the step in model_1e5.pt must be a whole number, got 1e5"),
+        (["m_1.pt", "m_99999999999999999999.pt"], r"the step in m_9+\.pt must be below 2\^63"),
+        (["model_10_7.pt"], "neither its name nor the file says the step: say with step_pattern"),
+    ],
+)
+def test_names_whose_step_is_not_clear_are_refused(names: list[str], message: str, tmp_path: Path) -> None:
+    for name in names:
+        save({"w": torch.ones(2)}, tmp_path / "run" / name)
+    with pytest.raises(ValueError, match=message):
+        import_checkpoints([tmp_path / "run"], tmp_path / "store")
+    assert not (tmp_path / "store").exists()
+
+
+def env_steps(sources: list[Path], output: Path, **arguments: Any) -> tuple[list[int], str]:
+    store = import_checkpoints(sources, output, **arguments)
+    return store.trial(0).env_steps.tolist(), store.config["source"]["note"]
+
+
+def test_step_pattern_says_which_number_it_is(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    for name in ("r12.5_iter_20_a.pt", "r3.5_iter_3_b.pt"):
+        save({"w": torch.ones(2)}, run / name)
+    assert env_steps([run], tmp_path / "a", step_pattern=r"iter_([0-9]+)")[0] == [3, 20]
+    assert env_steps([run], tmp_path / "b", step_pattern=r"(?<=iter_)\d+")[0] == [3, 20]
+    for pattern, message in (
+        ("(", r"step_pattern must be a regular expression, got '\('"),
+        ("nothing", r"step_pattern 'nothing' finds no step in r12\.5_iter_20_a\.pt"),
+        ("r([0-9.]+)", r"the step in r12\.5_iter_20_a\.pt must be a whole number, got 12\.5"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            import_checkpoints([run], tmp_path / "out", step_pattern=pattern)
+
+
+def test_one_file_of_a_versioned_task_has_no_step_in_its_name(tmp_path: Path) -> None:
+    path = save({"w": torch.ones(2)}, tmp_path / "ppo-Hopper-v4.pt")
+    assert env_steps([path], tmp_path / "store")[0] == [0]
+
+
+def test_files_without_numbers_are_taken_as_they_are_given(tmp_path: Path) -> None:
+    files = [
+        save({"w": torch.full((1,), float(i))}, tmp_path / f"{name}.pt") for i, name in enumerate(("first", "best"))
+    ]
+    store = import_checkpoints(files, tmp_path / "store")
+    assert store.trial(0).weights()[:, 0].tolist() == [0, 1]
+    assert "the names hold no steps" in store.config["source"]["note"]
+
+
+@pytest.mark.parametrize(
+    ("named", "said", "expected", "note"),
+    [
+        ([64, 128, 192], [64, 64, 64], [64, 128, 192], "which does not grow"),  # learn() anew, three times
+        ([512, 576, 640], [512, 64, 64], [512, 576, 640], "which does not grow"),
+        (
+            [1, 2, 3],
+            [2048, 4096, 6144],
+            [2048, 4096, 6144],
+            "what the files say (num_timesteps), 2048 to 6144, not the",
+        ),
+        ([64, 128], [64, 128], [64, 128], ""),
+    ],
+)
+def test_sb3s_num_timesteps_count_where_they_grow(
+    named: list[int], said: list[int], expected: list[int], note: str, tmp_path: Path
+) -> None:
+    for name, steps in zip(named, said, strict=True):
+        sb3_zip(tmp_path / "run" / f"ppo_{name}.zip", steps, **SB3_CLASS)
+    store = import_checkpoints([tmp_path / "run"], tmp_path / "store")
+    assert store.trial(0).env_steps.tolist() == expected
+    written = store.config["source"].get("note", "")
+    assert bool(written) == bool(note)
+    assert note in written
+
+
+@pytest.mark.parametrize("said", [[0, 0, 0, 150], [0, 0, 0, 0], [1, 2, 3, 4]])
+def test_rsl_rls_names_count_where_iter_is_another(said: list[int], tmp_path: Path) -> None:
+    """rsl_rl 1.0.2 writes where learn() began into all but the last file."""
+    for name, steps in zip((0, 50, 100, 150), said, strict=True):
+        save(RslRl().release_3() | {"iter": steps}, tmp_path / "run" / f"model_{name}.pt")
+    steps, note = env_steps([tmp_path / "run"], tmp_path / "store")
+    assert steps == [0, 50, 100, 150]
+    assert f"not what the files say (iter), {said[0]} to {said[-1]}" in note
+
+
+@pytest.mark.parametrize("steps", [-5, 2**63, True, "12"])
+def test_steps_in_files_must_be_steps(steps: Any, tmp_path: Path) -> None:
+    path = sb3_zip(tmp_path / "m_7.zip", steps)
+    if isinstance(steps, int) and not isinstance(steps, bool):
+        with pytest.raises(RuntimeError, match=rf"m_7\.zip says num_timesteps {steps}, which must lie in \[0, 2\^63\)"):
+            import_checkpoints([path], tmp_path / "store")
+    else:
+        assert import_checkpoints([path], tmp_path / "store").trial(0).env_steps.tolist() == [7]
+
+
+def test_a_template_of_another_activation_is_refused_for_imported_runs_too(tmp_path: Path) -> None:
+    store = import_checkpoints([sb3_zip(tmp_path / "m_1.zip")], tmp_path / "store")
+    relu = KWARGS | {"activation_fn": "<class 'torch.nn.modules.activation.ReLU'>"}
+    with pytest.raises(ValueError, match="the activation is relu instead of tanh"):
+        export_checkpoint(store.path, sb3_zip(tmp_path / "relu.zip", policy_kwargs=relu), tmp_path / "out.zip")

@@ -1,0 +1,181 @@
+"""Zips and torch files from strangers: checked before anything is unpacked, then loaded with weights_only=True.
+
+torch.load(weights_only=True) runs no code, but a few bytes of a pickle can ask it for any amount of memory or time: an
+array of so many zeros, tuples of tuples of tuples. So the pickles in the file are first read opcode by opcode, without
+carrying any out: they may be so long, make so many objects, and name only what torch.save writes of tensors and plain
+values. Zips may unpack to so many bytes in so many members. And their checksums are compared, which torch does not do.
+"""
+
+import io
+import pickletools
+import re
+import warnings
+import zipfile
+from collections import Counter
+from typing import Any
+
+import torch
+
+MAX_BYTES = 2**30
+"""Of a file, and of what a zip unpacks to, unless the caller allows more."""
+
+_SLACK_BYTES = 2**26  # a zip that unpacks to no more than this and four times its size is no bomb
+_PICKLE_BYTES = 2**22  # a tensor takes about 200
+_PICKLE_OBJECTS = 2**18  # a tensor takes about 35, and each some hundred bytes and a microsecond
+_ZIP_MEMBERS = 20_000  # torch writes one a tensor
+_LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how files begin that torch wrote before release 1.6
+_LEGACY_PICKLES = 5  # magic number, protocol, machine, content, keys of the storages; then the storages
+_HARMLESS = re.compile(
+    r"collections\.OrderedDict|(builtins|__builtin__)\.(set|complex)|torch\.(storage\.)?\w+Storage|torch\.(Size|device)"
+    r"|torch\.(q?u?int|b?float|complex|bool)\w*|torch\.per_\w+|torch\.nn\.parameter\.Parameter"
+    r"|torch\.serialization\._get_layout"
+    r"|torch\._utils\._rebuild_(tensor(_v2|_v3)?|parameter(_with_state)?|sparse_tensor|qtensor|meta_tensor_no_storage)"
+)
+"""What a pickle may name: torch.load allows some more, like bytearray(10**12)."""
+
+
+class NotReadableError(Exception):
+    """What is wrong with a whole file, as the end of a sentence."""
+
+
+def open_zip(data: bytes, max_bytes: int | None = None) -> zipfile.ZipFile:
+    """Return the zip in `data`, whose members may be read: few, of different names, whole, not too large.
+
+    Raises NotReadableError, or what zipfile raises, where they are not; `max_bytes` allows that many bytes unpacked.
+    """
+    if (
+        data.count(b"PK\x01\x02") > _ZIP_MEMBERS
+    ):  # each member's entry begins so: counted before objects are made of them
+        raise NotReadableError(f"is a zip of more than {_ZIP_MEMBERS:,} members, and was not unpacked")
+    archive = zipfile.ZipFile(io.BytesIO(data))
+    members = archive.infolist()
+    names = Counter(member.filename.lower() for member in members)  # torch does not tell cases apart
+    if len(names) < len(members):
+        raise NotReadableError(f"is a zip with two members named {names.most_common(1)[0][0]}")
+    for member in members:
+        if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise NotReadableError(f"is a zip whose member {member.filename} is neither stored nor deflated")
+    limit = min(MAX_BYTES, _SLACK_BYTES + 4 * len(data)) if max_bytes is None else max_bytes
+    num_bytes = sum(member.file_size for member in members)
+    if num_bytes > limit:
+        raise NotReadableError(
+            f"is a zip of {len(data):,} bytes that unpacks to {num_bytes:,}, and was not unpacked; max_bytes, "
+            f"{limit:,} now, allows more"
+        )
+    damaged = archive.testzip()
+    if damaged is not None:
+        raise NotReadableError(f"is damaged: its member {damaged} fails its checksum")
+    return archive
+
+
+def load_torch(data: bytes, max_bytes: int | None = None) -> Any:
+    """Return what torch.save wrote into `data`.
+
+    Raises NotReadableError where that is more than tensors and plain values, or no such file; torch raises other errors
+    on damaged ones. `max_bytes` as in `open_zip`.
+    """
+    if data.startswith(_LEGACY):
+        start = 0
+        for _ in range(_LEGACY_PICKLES):
+            start += _check_pickle(data[start : start + _PICKLE_BYTES + 1])
+    elif data.startswith(b"PK\x03\x04") and zipfile.is_zipfile(io.BytesIO(data)):
+        with open_zip(data, max_bytes) as archive:
+            if data[-22:-18] != b"PK\x05\x06" or int.from_bytes(data[-6:-2], "little") != archive.start_dir:
+                # zipfile would look for the directory elsewhere than torch, and see other members
+                raise NotReadableError("is a zip with bytes before its beginning or behind its end, and was not loaded")
+            _check_zip(archive)
+    else:
+        raise NotReadableError(_what_else(data))
+    with warnings.catch_warnings(action="ignore"):  # of formats that are going out of use
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+
+
+def _check_zip(archive: zipfile.ZipFile) -> None:
+    """Raise NotReadableError unless torch may load the zip."""
+    names = archive.namelist()
+    if any(name.endswith("/constants.pkl") or "/code/" in name for name in names):
+        raise NotReadableError(
+            "is a TorchScript export, which is code and was not loaded: save the module's state_dict() with torch.save"
+        )
+    pickles = [name for name in names if name.lower().endswith(".pkl")]
+    if not any(name.endswith("/data.pkl") for name in pickles):
+        raise NotReadableError(
+            "is a zip, but neither one of Stable-Baselines3 (no member policy.pth) nor of torch.save (no data.pkl)"
+        )
+    for name in pickles:
+        with archive.open(name) as file:
+            _check_pickle(file.read(_PICKLE_BYTES + 1))
+
+
+def _check_pickle(data: bytes) -> int:
+    """Return how many bytes the pickle at the beginning of `data` has; raise NotReadableError if it may not be loaded.
+
+    `data` is cut off one byte behind what a pickle may have.
+    """
+    left = _PICKLE_OBJECTS
+    # Of what is on the stack, how many objects: what is in a tuple counts whenever the tuple comes again, because a
+    # dict visits it then to know the key's hash. None is a mark.
+    sizes: list[int | None] = []
+    memo: dict[Any, int] = {}
+    file = io.BytesIO(data)
+    try:
+        for opcode, argument, _ in pickletools.genops(file):
+            name = opcode.name
+            if name == "PROTO" and argument != 2:
+                raise NotReadableError(f"is a pickle of protocol {argument}, which torch.save writes only if told to")
+            if name in ("GLOBAL", "INST", "STACK_GLOBAL"):
+                _check_name(str(argument or name).replace(" ", "."))
+            if name in ("PUT", "BINPUT", "LONG_BINPUT"):
+                memo[argument] = sizes[-1] or 1
+            elif name == "MARK":
+                sizes.append(None)
+            else:
+                taken = _pop(sizes, opcode)
+                size = memo[argument] if name in ("GET", "BINGET", "LONG_BINGET") else 1
+                size += sum(taken) if name.startswith("TUPLE") else 0
+                sizes += [size] * len(opcode.stack_after)
+                left -= size
+                if left < 0:
+                    raise NotReadableError(
+                        f"holds more than {_PICKLE_OBJECTS:,} objects besides its tensors, and was not loaded"
+                    )
+    except ValueError as error:
+        if len(data) > _PICKLE_BYTES:
+            raise NotReadableError(
+                f"holds more than {_PICKLE_BYTES:,} bytes of pickle besides its tensors, and was not loaded"
+            ) from error
+        raise
+    return file.tell()
+
+
+def _check_name(name: str) -> None:
+    """Raise NotReadableError where a pickle names what no state_dict holds."""
+    if not _HARMLESS.fullmatch(name):
+        raise NotReadableError(
+            f"holds more than tensors and plain values, a {name}, and was not loaded, because loading it could run "
+            "code: save a state_dict, and NumPy's numbers as float() or int()"
+        )
+
+
+def _pop(sizes: list[int | None], opcode: pickletools.OpcodeInfo) -> list[int]:
+    """Take from the stack what the opcode takes, and return it."""
+    taken: list[int] = []
+    before = list(opcode.stack_before)
+    if pickletools.stackslice in before:  # all that lies above the last mark, and what the opcode wants below it
+        while (size := sizes.pop()) is not None:
+            taken.append(size)
+        before = before[: before.index(pickletools.markobject)]
+    for _ in before:
+        taken.append(sizes.pop() or 1)
+    return taken
+
+
+def _what_else(data: bytes) -> str:
+    """Return, as the end of a sentence, what a file is that is neither a zip nor torch's."""
+    if data.startswith(b"version https://git-lfs"):
+        return "is a pointer of git-lfs, not the file itself: `git lfs pull` fetches that"
+    if data.startswith(b"PK\x03\x04"):
+        return "is damaged: it begins as a zip, but the end of one is missing"
+    if data.startswith(b"\x80"):
+        return "is damaged, or a pickle not of torch.save, and was not loaded, because loading it could run code"
+    return f"is damaged, or no checkpoint: it has {len(data):,} bytes and begins with {data[:16]!r}"
