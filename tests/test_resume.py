@@ -167,12 +167,12 @@ def test_what_comes_out_otherwise_is_refused(tmp_path):
     trials = [store.trial(i) for i in range(3)]
     weights = np.stack([trial.weights() for trial in trials])
     weights[1, 0, 7] += 1e-6
+    columns = [np.stack([getattr(trial, name) for trial in trials]) for name in ("env_steps", "episodic_return")]
     shutil.rmtree(path)
     with Store.create(
         path, env_id=store.env_id, policy=store.policy, seeds=store.seeds, config=store.config
     ) as made_elsewhere:
-        columns = [[trial.env_steps for trial in trials], [trial.episodic_return for trial in trials]]
-        made_elsewhere.append(weights, *map(np.array, columns))
+        made_elsewhere.append(weights, *columns)
     before = files(path)
     with pytest.raises(RuntimeError, match="checkpoint 0 of trial 1 comes out otherwise than it is in the store"):
         run(path)
@@ -360,7 +360,10 @@ def test_settings_of_ppo_that_an_older_store_lacks_have_their_defaults(tmp_path,
         del record["store"], record["chunks"]
         tipl.zarr_files.write_group(path / f"trial_000{i}", record)
     shutil.rmtree(path / "resume")
-    with pytest.raises(ValueError, match=r"with ppo\.optimizer = adam, got sgd; give its arguments"):
+    with (
+        pytest.warns(UncheckedWarning),
+        pytest.raises(ValueError, match=r"with ppo\.optimizer = adam, got sgd; give its arguments"),
+    ):
         run(path, ppo=dataclasses.replace(TINY, optimizer="sgd"))
     iterations.clear()
     with pytest.warns(UncheckedWarning, match=r"store .*store: an older tipl wrote it, without a record of its chunks"):
@@ -457,7 +460,7 @@ def test_a_full_disk_then_space(tmp_path, monkeypatch, whole, num_files):
 
         for module in (tipl.locations, tipl.resume):
             patch.setattr(module, "written_aside", failing)
-        with pytest.raises(RuntimeError, match=r"No space left on device; \d of 9 .* the same command goes on"):
+        with pytest.raises(RuntimeError, match=r"No space left on device: '.*'; \d of 9 .* the same command goes on"):
             run(tmp_path / "store")
     assert verify_store(tmp_path / "store").problems == []
     run(tmp_path / "store")

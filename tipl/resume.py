@@ -168,9 +168,10 @@ class SavedStates:
                 safetensors.numpy.save_file(state.arrays, aside, {"population": json.dumps(described, sort_keys=True)})
             except safetensors.SafetensorError as error:  # the disk is full
                 raise OSError(f"{path}: {error}") from error
-        older = [file for file in self._files() if file.name < path.name]
-        for file in self._files():
-            if file not in (path, *older[: STATES_KEPT - 1]):  # later ones could not be used, or this one would not be
+        files = self._files()
+        older = [file.name for file in files if file.name < path.name]
+        for file in files:
+            if file.name not in (path.name, *older[: STATES_KEPT - 1]):  # a later one could not be used
                 file.unlink()
 
     def load(self, max_checkpoints: int) -> Iterator[PopulationState]:
