@@ -92,6 +92,17 @@ def test_a_basis_through_a_checkpoint_holds_it_and_leaves_the_coordinates() -> N
     np.testing.assert_allclose(moved.encode(path), basis.encode(path), atol=1e-5)
 
 
+@pytest.mark.parametrize(("num_params", "n_components"), [(60, 4), (1031, 16)])
+def test_a_checkpoint_has_the_same_bits_alone_as_among_others(num_params: int, n_components: int) -> None:
+    path = random_path(30, num_params, 8)
+    basis = Basis.from_prefix(path[:20], n_components)
+    coordinates = basis.encode(path)
+    weights = basis.decode(coordinates)
+    for rows in ([29], [3, 1], [*range(7)], [*range(29, -1, -1)]):
+        np.testing.assert_array_equal(basis.encode(path[rows]), coordinates[rows])
+        np.testing.assert_array_equal(basis.decode(coordinates[rows]), weights[rows])
+
+
 def test_a_path_of_rank_one_has_one_coordinate() -> None:
     direction = np.random.default_rng(0).standard_normal(50)
     path = (1.0 + np.arange(10)[:, None] * direction).astype(np.float32)

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.numpy
+import torch
 from test_basis import random_path
 
 import tipl
@@ -37,6 +38,26 @@ def test_rollout_uses_it_by_default() -> None:
         tipl.rollout(path, 7)
     with pytest.raises(ValueError, match=r"horizon must lie in \[1, 40\]"):
         tipl.rollout(path, 41, layout=spec)
+
+
+def test_a_forecast_has_the_same_bits_alone_as_among_others_and_for_any_number_of_threads() -> None:
+    spec, forecaster = PolicySpec(11, 3, (33, 17)), tipl.load_pretrained()
+    prefixes = [random_path(40, spec.num_params, i)[:length] for i, length in enumerate((9, 21, 9, 31))]
+    horizons = np.array([1, 4, 5])
+    alone = [forecaster.forecast([prefix], [5], layout=spec, num_threads=1)[0] for prefix in prefixes]
+    expected = [(one.weights(), one.confidence()) for one in alone]
+    num_threads = torch.get_num_threads()
+    try:
+        for threads, rows in ((1, [3, 1, 0]), (2, [0, 1, 2, 3]), (2, [2, 2]), (2, [1])):
+            torch.set_num_threads(threads)
+            seen = [prefixes[i] for i in rows]
+            forecasts = forecaster.forecast(seen, [5] * len(rows), layout=spec, num_threads=threads)
+            for i, forecast in zip(rows, forecasts, strict=True):
+                weights, confidence = expected[i]
+                np.testing.assert_array_equal(forecast.weights(horizons), weights[horizons - 1])
+                np.testing.assert_array_equal(forecast.confidence(horizons), confidence[horizons - 1])
+    finally:
+        torch.set_num_threads(num_threads)
 
 
 def test_a_newcomer_forecasts_and_judges_a_run_of_their_own(

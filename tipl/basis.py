@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tipl import _core
 from tipl.cluster import Cluster
 from tipl.sealed import load_arrays, save_arrays
 from tipl.store import Trial
@@ -144,12 +145,15 @@ class Basis:
         return dataclasses.replace(self, origin=self.origin + outside)
 
     def encode(self, weights: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Return coordinates (T, k) of weights (T, p)."""
-        return np.asarray((weights - self.origin) @ self.directions.T / np.float32(self.scale), dtype=np.float32)
+        """Return coordinates (T, k) of weights (T, p): a row's have the same bits whatever rows are beside it."""
+        moved = np.asarray(weights - self.origin, dtype=np.float32)
+        inner = _core.products("encode", moved, self.directions, None, num_threads=1)  # BLAS has an order for every T
+        return np.asarray(inner / self.scale, dtype=np.float32)
 
     def decode(self, coordinates: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Return weights (T, p) of coordinates (T, k)."""
-        return np.asarray(self.origin + (np.float32(self.scale) * coordinates) @ self.directions, dtype=np.float32)
+        """Return weights (T, p) of coordinates (T, k): a row has the same bits whatever rows are beside it."""
+        mixing = np.ascontiguousarray(self.scale * np.asarray(coordinates, np.float64).T)  # (k, T)
+        return np.asarray(self.origin + _core.combine(self.directions, mixing, num_threads=1), dtype=np.float32)
 
     def residual(self, weights: NDArray[np.float32]) -> NDArray[np.float64]:
         """Return |weights - decode(encode(weights))| a checkpoint, (T,): below it no forecast in this basis can go."""

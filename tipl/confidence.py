@@ -33,7 +33,8 @@ def features_of(
 ) -> FloatArray:
     """Return features (n, F) of a forecast (n, p) of a prefix (h+1, p): its place, size, shape and refinement.
 
-    The run's own scale and the number of its weights drop out.
+    The run's own scale and the number of its weights drop out. A horizon's features have the same bits whatever
+    horizons are beside it: no BLAS, which sums in another order for another n.
     """
     h = len(prefix) - 1
     last = prefix[-1].astype(np.float64)
@@ -48,7 +49,7 @@ def features_of(
         np.log((size + tiny) / walked),
         np.full(len(horizons), np.log((recent + tiny) / walked)),
         np.full(len(horizons), np.log((step + tiny) / walked)),
-        ahead @ (last - prefix[h // 2]) / (size * recent + tiny**2),  # cosine
+        (ahead * (last - prefix[h // 2])).sum(1) / (size * recent + tiny**2),  # cosine
         np.log((np.linalg.norm(forecast - unrefined, axis=1) + tiny) / (size + tiny)),
     )
     return np.stack(columns, 1)
@@ -92,7 +93,7 @@ class Confidence:
 
     def __call__(self, features: FloatArray) -> FloatArray:
         """Return the probability (n,) that forecasts with such features (n, F) beat the last policy seen."""
-        odds = self.intercept + _standardised(features, self.mean, self.deviation) @ self.coefficients
+        odds = self.intercept + (_standardised(features, self.mean, self.deviation) * self.coefficients).sum(1)
         return np.asarray(1.0 / (1.0 + np.exp(-odds)))
 
     def save(self, path: Path) -> None:
