@@ -9,8 +9,8 @@ cheap to tell), or raise one of REFUSALS with a text. Prints one row of JSON: ca
 wrong and errors without a text or of another type; `crashed`, processes that died; `hung`, calls that took more than
 5 s; `refused_clearly`. What is wrong goes to stderr with its seed. The exit status is 0 where nothing is.
 
-Calls run in a forked process, so that a crash is counted and the next seed goes on. With several threads all use the same
-objects, and what only one thread can tell of their state is not checked.
+Calls run in a forked process, so that a crash is counted and the next seed goes on. With several threads all use the
+same objects, and what only one thread can tell of their state is not checked.
 """
 
 import argparse
@@ -62,7 +62,7 @@ class Wrong(Exception):
 
 
 class Fuzzer:
-    """Objects of the engine, and calls on them. A method call_<name> makes one call, of the functions it is named for."""
+    """Objects of the engine, and calls on them. A method call_<names> calls what it is named for."""
 
     def __init__(self, seed: int, alone: bool) -> None:
         self.random, self.numbers, self.alone = random.Random(seed), np.random.default_rng(seed), alone
@@ -200,7 +200,7 @@ class Fuzzer:
         X, all_or_none = self.array(n, sketch.num_features), self.random.random() < 0.7
         try:
             self.call("partial_fit", sketch.partial_fit, X, self.scalar(0), all_or_none)
-            self.rows[index] += n
+            self.rows[index] += len(X)
         except REFUSALS:
             if not all_or_none:
                 self.rows[index] = sketch.num_rows()
@@ -223,9 +223,11 @@ class Fuzzer:
             right(len({sketch.num_rows() for sketch in sketches}) == 1, "rows of groups")
 
     def call_merge(self) -> None:
-        (index, one), (other_index, other) = self.pick(), self.pick()
+        index, one = self.pick()
+        other_index = self.random.choice((1, 2))
+        other = self.sketches[other_index]
         try:
-            self.call("merge", one.merge, self.scalar(other))
+            self.call("merge", one.merge, other if self.random.random() < 0.9 else self.scalar(None))
             self.rows[index] += self.rows[other_index]
         finally:
             right(not self.alone or one.num_rows() == self.rows[index], "rows")
@@ -290,8 +292,9 @@ class Fuzzer:
         with np.errstate(all="ignore"):
             exact = a @ b.T
             scale = np.outer(np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=1))
+        right(out.shape == exact.shape)
         known = np.isfinite(exact) & np.isfinite(scale)
-        right(out.shape == exact.shape and (np.abs(out - exact)[known] <= 1e-9 * scale[known] + 1e-300).all(), "values")
+        right((np.abs(out[known] - exact[known]) <= 1e-9 * scale[known] + 1e-300).all(), "values")
 
     # ---- decoder
 
