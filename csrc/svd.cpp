@@ -947,6 +947,7 @@ void RowSketch::restore(Sums sums, RowView pending, Poll &poll) {
   const std::vector<double> squares =
       checked_squares(pool_, poll, "restore", "pending", pending, 0, origin_or_null(), p);
   check_squares("restore", pending, 0, p, squares);
+  check(sums.squares >= 0.0, "restore: squares must be >= 0, got ", sums.squares);
   check(sums.squares + total(squares) < kMaxSquares, "restore: all rows together are too large for float32 sums");
   auto restored = std::make_shared<Sums>(std::move(sums));
   AlignedFloats rows({kBlockRows, p});

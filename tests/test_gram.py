@@ -406,7 +406,7 @@ def test_the_first_rows_are_kept_as_they_are_less_the_origin():
         ({"p": 0, "l": 1}, ValueError, "RowSketch: X must have at least one column, got 0"),
         ({"l": 0}, ValueError, r"RowSketch: range_size must lie in \[1, p\] = \[1, 9\], got 0"),
         ({"l": 10}, ValueError, r"RowSketch: range_size must lie in \[1, p\] = \[1, 9\], got 10"),
-        ({"q": -1}, ValueError, "RowSketch: test_size must be >= 0, got -1"),
+        ({"q": -1}, ValueError, r"RowSketch: test_size must lie in \[0, 1024\], got -1"),
         ({"origin": np.zeros(8, np.float32)}, ValueError, r"RowSketch: origin must have shape \(p,\) = \(9,\)"),
         ({"origin": np.zeros(9)}, TypeError, "RowSketch: origin must be a NumPy array of float32, got float64"),
         ({"directions": np.zeros((3, 9), np.float32)}, ValueError, "RowSketch: directions must have shape"),

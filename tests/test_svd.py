@@ -356,10 +356,47 @@ def test_the_estimate_of_the_residual_is_close_and_has_no_bias():
 
 
 def test_bounds_hold_where_the_first_row_lies_far_from_all_others():
-    """Centred, the first row is the origin: all sums are of rows 1e4 away from it, and the mean is taken off later."""
+    """Were it the origin of the centred rows, all sums would be of rows 1e4 away from it."""
     rows = np.random.default_rng(0).standard_normal((600, 100)).astype(np.float32)
     rows[0] += 1e4
     assert_bounds_hold(StreamingSVD(3, center=True).fit(rows), rows, center=True)
+
+
+@pytest.mark.parametrize("n", [100, 600])
+@pytest.mark.parametrize("far", [0, 1, 99])
+def test_one_row_far_from_all_others_costs_them_nothing_wherever_it_stands(n, far):
+    """Singular values of 2 % of the largest come out to 1 %, and no sum of explained variance is above 1."""
+    rows = random_rows(n, 100, 3).astype(np.float32)
+    rows[:, :2] *= 30
+    rows[far] += 1e3
+    estimator = StreamingSVD(3, center=True).fit(rows)
+    exact = reference.singular_values(rows, center=True)[:3]
+    assert np.allclose(estimator.singular_values_, exact, rtol=0.01, atol=0)
+    assert (estimator.singular_values_ <= exact * (1 + 1e-6)).all()
+    assert estimator.explained_variance_ratio_.sum() <= 1
+    assert_bounds_hold(estimator, rows, center=True)
+
+
+@pytest.mark.parametrize("center", [False, True])
+@pytest.mark.parametrize("scale", [1e-19, 1e-21, 1e-23, 1e-30])
+def test_entries_too_small_for_float32_sums_count_as_zero_with_a_warning_and_a_true_bound(scale, center):
+    rows = (random_rows(600, 100) * scale).astype(np.float32)
+    estimator = StreamingSVD(3, center=center).fit(rows)
+    with pytest.warns(RuntimeWarning, match=r"^the rows are too small for float32 sums: .*; scale them$"):
+        values = estimator.singular_values_
+    assert not values.any()
+    larger = rows.astype(np.float64) / scale
+    left = reference.residual(larger, estimator.components_, center) * scale
+    assert left <= estimator.residual_bound_ <= 1.5 * np.linalg.norm(larger) * scale
+    assert_orthonormal(estimator.components_)
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1e-16, 1e-22])
+@pytest.mark.parametrize(("n", "p"), [(200, 100), (600, 15)])
+def test_entries_of_any_size_are_exact_where_float64_sums_them(n, p, scale):
+    rows = (random_rows(n, p) * scale).astype(np.float32)
+    exact = reference.singular_values(rows.astype(np.float64) / scale)[:3] * scale
+    assert np.allclose(StreamingSVD(3).fit(rows).singular_values_, exact, rtol=1e-5, atol=0)
 
 
 def test_bounds_hold_where_the_origin_lies_far_from_the_rows():
@@ -485,9 +522,16 @@ def test_coordinates_lack_no_more_than_the_directions_do():
     assert np.linalg.norm(near.coordinates_ - theirs) <= 0.02 * np.linalg.norm(theirs)
 
 
-def test_fit_transform_gives_the_coordinates_of_fit():
-    rows = random_rows(400, 60)
-    assert np.array_equal(StreamingSVD(4).fit_transform(rows), StreamingSVD(4).fit(rows).coordinates_)
+@pytest.mark.parametrize("params", [{}, {"passes": 2}, {"center": True}])
+@pytest.mark.parametrize("n", [256, 257, 1000])
+def test_fit_transform_projects_the_rows_on_the_components_as_transform_does(n, params):
+    """Of a random walk the sketch's own are up to 60 % off. scikit-learn had such bugs, #15144 and #20253."""
+    rows = np.random.default_rng(0).standard_normal((n, 400)).cumsum(0).astype(np.float32)
+    estimator = StreamingSVD(8, **params)
+    coordinates = estimator.fit_transform(rows)
+    assert np.array_equal(coordinates, estimator.transform(rows))
+    exact = (rows - estimator.mean_) @ estimator.components_.astype(np.float64).T
+    assert np.allclose(coordinates, exact, rtol=0, atol=4 * EPS * np.abs(exact).max())
 
 
 # ---- the mean and the origin

@@ -346,6 +346,33 @@ def test_rows_too_large_together_are_refused_and_none_is_taken(pending):
     assert estimator.partial_fit(np.ones((600, 2), np.float32)).n_samples_seen_ == 856 + pending
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])  # in one block, and in two
+def test_rows_too_large_in_a_later_group_or_block_are_taken_by_no_group(dtype, monkeypatch):
+    monkeypatch.setattr(svd, "_BLOCK_BYTES", 300 * 50 * 4)
+    X = random_rows(400, 50).astype(dtype)
+    grouped = GroupedSVD({"a": (0, 2), "b": (4, 50)}, 1).partial_fit(X)
+    whole = StreamingSVD(3).partial_fit(X)
+    blown = X.copy()
+    blown[390, 45] = 3e16
+    for estimator in (grouped, whole, fresh := GroupedSVD({"a": (0, 2), "b": (4, 50)}, 1)):
+        with pytest.raises(ValueError, match=rf"^partial_fit: X {TOO_LARGE}row 390 sum to "):
+            estimator.partial_fit(blown)
+    assert [estimator.n_samples_seen_ for estimator in grouped.estimators_.values()] == [400, 400]
+    assert whole.n_samples_seen_ == 400
+    assert grouped.coordinates_.shape == (400, 2)
+    with pytest.raises(NotFittedError):
+        _ = fresh.coordinates_
+
+
+def test_groups_of_which_one_does_not_merge_do_not_merge():
+    X = random_rows(300, 20)
+    grouped, other = (GroupedSVD({"a": (0, 5), "b": (5, 20)}, 2).fit(X) for _ in range(2))
+    other.estimators_["b"].set_params(seed=1).fit(X[:, 5:])
+    with pytest.raises(ValueError, match="merge: other must have seed = 0, got 1"):
+        grouped.merge(other)
+    assert [estimator.n_samples_seen_ for estimator in grouped.estimators_.values()] == [300, 300]
+
+
 def test_sketches_too_large_together_do_not_merge():
     rows = np.full((256, 2), 3e13, np.float32)  # 4.6e29 in all
     estimator, other, third = (StreamingSVD(1).fit(np.concatenate([rows, rows[:1]])) for _ in range(3))
@@ -682,7 +709,7 @@ def test_methods_return_the_estimator_and_fit_forgets():
     assert estimator.merge(StreamingSVD(4).fit(rows[10:20])) is estimator
     assert estimator.fit(rows[20:], None) is estimator
     assert results(estimator) == results(StreamingSVD(4).fit(rows[20:]))
-    assert np.array_equal(estimator.fit_transform(rows, None), StreamingSVD(4).fit(rows).coordinates_)
+    assert np.array_equal(estimator.fit_transform(rows, None), StreamingSVD(4).fit(rows).transform(rows))
 
 
 def test_copies_before_the_first_row_are_equal():
@@ -707,7 +734,7 @@ def test_it_works_in_a_pipeline():
     pipeline = Pipeline([("scale", StandardScaler()), ("svd", StreamingSVD(3))])
     coordinates = pipeline.set_params(svd__n_components=4).fit_transform(rows)
     scaled = StandardScaler().fit_transform(rows)
-    assert np.array_equal(coordinates, StreamingSVD(4).fit(scaled).coordinates_)
+    assert np.array_equal(coordinates, StreamingSVD(4).fit(scaled).transform(scaled))
     assert np.array_equal(pipeline.transform(rows), StreamingSVD(4).fit(scaled).transform(scaled))
     assert np.abs(pipeline.inverse_transform(coordinates) - rows).max() < np.abs(rows).max()
     assert sklearn.base.clone(pipeline).fit(rows).named_steps["svd"].n_features_in_ == 40
@@ -888,9 +915,12 @@ def test_a_signal_stops_between_blocks_and_the_rest_can_follow():
     before = results(estimator)
     stopped(lambda: estimator.fit(rows), 0.05)
     assert results(estimator) == before
-    stopped(lambda: estimator.partial_fit(rows[300:]), 0.05)
-    taken = estimator.n_samples_seen_
-    assert 300 < taken < len(rows)
+    seconds, taken = 0.05, 300
+    while taken == 300:  # so far it has only looked at the rows
+        stopped(lambda: estimator.partial_fit(rows[300:]), seconds)
+        taken = estimator.n_samples_seen_
+        seconds *= 2
+    assert taken < len(rows)
     assert results(estimator) == results(StreamingSVD(8).fit(rows[:taken]))
     estimator.partial_fit(rows[taken : taken + 1000])
     assert results(estimator) == results(StreamingSVD(8).fit(rows[: taken + 1000]))

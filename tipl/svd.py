@@ -523,6 +523,8 @@ class GroupedSVD:
                 for estimator, (start, stop) in zip(estimators, self.groups.values(), strict=True)
             ]
             cores, starts = [each.core for each in fitted], [start for start, _ in self.groups.values()]
+            for first_row, block in _numbered(blocks):  # names the column of X, and looks at those of no group
+                _core.check_finite("partial_fit", block, _core.available_cpus(), first_row)
             _check_rows(cores, columns, blocks)
             _set_fitted(estimators, fitted)
             for first_row, block in _numbered(blocks):
