@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from tipl.actors import Actor, find_actor, how_to_choose, shown
+from tipl.sealed import sorted_metadata
 from tipl.torch_files import MAX_BYTES, NotReadableError, load_torch, open_zip
 
 SUFFIXES = (".zip", ".cleanrl_model", ".pt", ".pth", ".safetensors")
@@ -67,7 +68,7 @@ class CheckpointFile:
     def to_bytes(self) -> bytes:
         """Return the file with the tensors as they are now and all else as it was read."""
         if self.format == "safetensors":
-            return safetensors.torch.save(self.state, self._content)
+            return sorted_metadata(safetensors.torch.save(self.state, self._content))
         if self.format == "torch":
             return _torch_bytes(self._content)
         archive, policy = self._content

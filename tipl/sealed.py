@@ -69,7 +69,8 @@ def sorted_metadata(data: bytes) -> bytes:
     """Return the bytes of a safetensors file with its metadata in order, so that equal files are equal bytes."""
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
-    header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+    if "__metadata__" in header:
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return b"".join([len(text).to_bytes(8, "little"), text, memoryview(data)[8 + length :]])

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from tipl import _core
 from tipl.factors import SHARE_COMPONENTS, TEST_DIRECTIONS, Factors, factors_of, leading_directions
 from tipl.locations import write_atomically
+from tipl.sealed import sorted_metadata
 
 _PARAMETERS = ("n_components", "n_oversamples", "passes", "center", "origin", "seed", "num_threads")
 
@@ -299,7 +300,7 @@ class StreamingSVD:
         params["own_origin"] = fitted.built_with["origin"] is not None
         described = json.dumps(params, default=operator.index)  # integers may be NumPy's
         metadata = {"format": _FORMAT, "version": _VERSION, "params": described, "crc32c": _checksum(described, arrays)}
-        write_atomically(Path(path), safetensors.numpy.save(arrays, metadata))
+        write_atomically(Path(path), sorted_metadata(safetensors.numpy.save(arrays, metadata)))
 
     @classmethod
     def load(cls, path: Path | str, num_threads: int | None = None) -> Self:
