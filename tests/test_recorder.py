@@ -12,6 +12,7 @@ from torch import nn
 
 import tipl
 import tipl.exporter
+from tipl.collect import is_complete, num_checkpoints_asked
 from tipl.policy import ParameterLayout, PolicySpec
 from tipl.store import Store
 
@@ -54,6 +55,15 @@ def test_a_module_and_its_state_dict_are_the_same_and_a_gpu_or_half_precision_wo
     np.testing.assert_array_equal(rows[0], rows[1])
     np.testing.assert_array_equal(rows[0, :12], model[0].weight.detach().float().numpy().ravel())
     assert store.env_id == "unknown"
+
+
+def test_a_recordings_own_config_is_no_collections(tmp_path: Path) -> None:
+    for i, config in enumerate(({"total_timesteps": 9, "ppo": 3}, {"total_timesteps": "9", "ppo": {"num_steps": 2}})):
+        with tipl.Recorder(tmp_path / str(i), env_id="Hopper-v5", config=config) as recorder:
+            recorder.log(CleanRL(), env_steps=1)
+        store = Store.open(tmp_path / str(i))
+        assert num_checkpoints_asked(store) is None
+        assert is_complete(store)
 
 
 def test_resume_appends_to_what_is_there(tmp_path: Path) -> None:

@@ -196,12 +196,13 @@ def collect_shard(
 
 def num_checkpoints_asked(store: Store) -> int | None:
     """Return how many checkpoints of a trial the store has when its collection is complete; None if not collected."""
-    config = store.config
-    if "total_timesteps" not in config or "ppo" not in config:
+    steps, ppo = store.config.get("total_timesteps"), store.config.get("ppo")
+    if not isinstance(steps, int) or not isinstance(ppo, dict):  # a recorder's config may hold anything
         return None
-    batch_size = config["ppo"]["num_steps"] * config["ppo"].get("num_envs", 1)  # older stores know of one alone
-    num_iterations: int = -(-config["total_timesteps"] // batch_size)
-    return 1 + num_iterations
+    batch_size = ppo.get("num_steps"), ppo.get("num_envs", 1)  # older stores know of one environment alone
+    if not all(isinstance(size, int) and size > 0 for size in batch_size):
+        return None
+    return 1 - (-steps // math.prod(batch_size))
 
 
 def is_complete(store: Store) -> bool:
