@@ -19,7 +19,7 @@ FOLDER = Path(tipl.__file__).with_name("pretrained")
 def test_it_is_small_and_cannot_run_code() -> None:
     files = {path.name for path in FOLDER.iterdir()}
     assert files == {
-        "README.md", "config.json",
+        "README.md", "manifest.json", "config.json",
         "model.safetensors", "centre.safetensors", "refiner.safetensors", "confidence.safetensors",
     }  # fmt: skip
     assert sum(path.stat().st_size for path in FOLDER.iterdir()) < 4 * 2**20

@@ -91,7 +91,11 @@ def tiny(tmp_path: Path) -> Run:
 
 
 def test_every_figure_is_a_picture_beside_the_page(run: Run) -> None:
-    assert {path.name for path in run.output.iterdir()} == {"report.html", *(f"{name}.png" for name in FIGURES)}
+    assert {path.name for path in run.output.iterdir()} == {
+        "report.html",
+        "manifest.json",
+        *(f"{name}.png" for name in FIGURES),
+    }
     for name in FIGURES:
         data = (run.output / f"{name}.png").read_bytes()
         assert data[:8] == b"\x89PNG\r\n\x1a\n"

@@ -669,7 +669,7 @@ def _one_line(error: Exception) -> str:
     text = str(error) or f"{type(error).__name__}"
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         text = f"{error.filename}: {error.strerror}"
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text.replace("\n", " "))
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _print_warning(message: Warning | str, *place: Any) -> None:

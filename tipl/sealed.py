@@ -49,7 +49,7 @@ def load_arrays(path: Path, owner: str) -> tuple[Arrays, dict[str, Any]]:
         record = json.loads(metadata["tipl"]) if "tipl" in metadata else metadata
         if not isinstance(record, dict):
             raise ValueError("its record must be a JSON object")
-    except (LookupError, ValueError) as error:
+    except (LookupError, ValueError, RecursionError) as error:
         raise RuntimeError(f"{owner}: {path} is damaged: {error}") from error
     return arrays, record
 
