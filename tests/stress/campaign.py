@@ -9,6 +9,8 @@ from typing import ClassVar
 from .pipeline import Pipeline
 from .rows import Trial
 
+ATTEMPTS = 8
+
 
 @dataclass
 class Campaign(ABC):
@@ -29,9 +31,18 @@ class Campaign(ABC):
     def prepare(self) -> None:
         """Do what all trials need."""
 
-    @abstractmethod
     def trial(self, number: int) -> Trial:
-        """Make a trial."""
+        """Make a trial; where it does not come about, as no fault was reached, another in its place."""
+        rng = self.rng(number)
+        for _ in range(ATTEMPTS):
+            trial = self.attempt(number, rng)
+            if trial.happened:
+                break
+        return trial
+
+    @abstractmethod
+    def attempt(self, number: int, rng: random.Random) -> Trial:
+        """Make a trial of the random numbers of its number."""
 
     @abstractmethod
     def row(self, number: int) -> str:

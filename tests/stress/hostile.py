@@ -64,11 +64,22 @@ class Box:
         return self.folder / "output"
 
     def input(self, path: str) -> Path:
-        return self.folder / "input" / path
+        """Return where a path of the pipeline is; what commands go on with lies where outputs do."""
+        return (self.output if path.startswith((UNFINISHED, RUN)) else self.folder / "input") / path
 
-    def listing(self) -> dict[str, tuple[int, int, int]]:
+    def named(self, arguments: list[str]) -> tuple[str, ...]:
+        """Return how the paths of the output begin that the arguments name, and of what is made beside it.
+
+        None where that is a URL, which no command takes, or something that was there.
+        """
+        names = [it.partition("=")[2] for it in arguments if it.startswith(("--output=", "--plot="))]
+        paths = [os.path.normpath(os.path.join(self.work, name)) for name in names if "://" not in name]
+        new = [path for path in paths if os.path.islink(path) or not os.path.exists(path)]
+        return tuple(start for path in new for start in (path, os.path.join(os.path.dirname(path), ".")))
+
+    def listing(self, left_out: tuple[str, ...] = ()) -> dict[str, tuple[int, int, int]]:
         """Return what lies outside the output: path -> (mode, size, time of the last change)."""
-        found = {}
+        found: dict[str, tuple[int, int, int]] = {}
         for root, folders, files in os.walk(self.folder):
             for name in [*folders, *files]:
                 path = os.path.join(root, name)
@@ -77,7 +88,7 @@ class Box:
                 found[path] = (state.st_mode, 0 if is_folder else state.st_size, 0 if is_folder else state.st_mtime_ns)
             if root == str(self.folder):
                 folders.remove("output")
-        return found
+        return {path: state for path, state in found.items() if not path.startswith(left_out)}
 
 
 class Hostile(Campaign):
@@ -88,36 +99,38 @@ class Hostile(Campaign):
     def prepare(self) -> None:
         cases = list(all_cases())
         random.Random(f"hostile {self.seed}").shuffle(cases)
-        # Every kind of every command once before any comes again with other choices.
         self.cases = cases
         print(f"hostile    {len(cases)} cases, {len({it.kind for it in cases})} kinds", flush=True)
 
     def row(self, number: int) -> str:
         return self.cases[number % len(self.cases)].command
 
-    def trial(self, number: int) -> Trial:
+    def attempt(self, number: int, rng: random.Random) -> Trial:
         case = self.cases[number % len(self.cases)]
         box = Box(self.folder(number))
         self._fill(box)
         trial = Trial(case.command, story=case.kind)
-        arguments = case.make(box, self.rng(number))
+        arguments = case.make(box, rng)
         trial.story += f": tipl {' '.join(arguments)}".encode(errors="backslashreplace").decode()[:300]
-        before = box.listing()
+        named = box.named(arguments)
+        before = box.listing(named)
         setting = Setting(timeout=WALL_SECONDS, room_bytes=2 * GIB, folder=box.work, heeds_permissions=True)
         ended = children.run(as_typed(arguments), setting)
         self._judge(trial, ended, box if case.names_path else None)
-        if outside := changes(before, box.listing()):
+        if outside := changes(before, box.listing(named)):
             trial.add("escaped", ", ".join(outside)[:400])
         shutil.rmtree(box.folder)
         return trial
 
     def _fill(self, box: Box) -> None:
-        for path in ("collect/store.zarr", "train/model", "evaluate/evaluation", "checkpoints", "tensors", "unfinished.zarr", "run/run"):
-            shutil.copytree(self.pipeline.folder / path, box.input(path), ignore=shutil.ignore_patterns("tb"))
+        if box.folder.exists():
+            shutil.rmtree(box.folder)
+        box.output.mkdir(parents=True)
+        for path in (STORE, MODEL, EVALUATION, "checkpoints", "tensors", UNFINISHED, RUN):
+            shutil.copytree(self.pipeline.folder / path, box.input(path), dirs_exist_ok=True, ignore=shutil.ignore_patterns("tb"))
         box.input("rollout").mkdir()
         shutil.copy(self.pipeline.of("rollout"), box.input("rollout"))
         box.work.mkdir()
-        box.output.mkdir()
 
     def _judge(self, trial: Trial, ended: Ended, box: Box | None) -> None:
         said = ended.err.strip()[-300:]
@@ -137,7 +150,7 @@ class Hostile(Campaign):
 
 def is_clear_without_error_line(ended: Ended) -> bool:
     """Whether the parser of arguments has refused them, or `store verify` has said what is damaged."""
-    return "Parsing error" in ended.err or (ended.status == 1 and "\ndamaged " in f"\n{ended.out}")
+    return "For full helptext" in ended.err or (ended.status == 1 and "\ndamaged " in f"\n{ended.out}")
 
 
 def changes(before: dict[str, Any], after: dict[str, Any]) -> list[str]:

@@ -1,6 +1,7 @@
 """I/O faults: the n-th file operation of a command fails or comes short; then the same command is run again."""
 
 import errno
+import random
 import shutil
 from typing import ClassVar
 
@@ -18,8 +19,7 @@ class IOFaults(Operations):
     name = "io_faults"
     counts: ClassVar = {"smoke": 60, "full": 2000}
 
-    def trial(self, number: int) -> Trial:
-        rng = self.rng(number)
+    def attempt(self, number: int, rng: random.Random) -> Trial:
         command = choose_command(rng, self.pipeline)
         trial = Trial(command.name)
         output = place(self.folder(number), command)

@@ -7,8 +7,8 @@ from typing import ClassVar
 from .campaign import Campaign
 from .children import Setting
 from .disturbed import choose_command, judge_left, judge_rerun, place
-from .faults import CHANGES, KINDS, Fault
-from .pipeline import COMMANDS, run
+from .faults import CHANGES, Fault
+from .pipeline import run
 from .rows import Trial
 
 AT_AN_OPERATION = 0.7
@@ -16,16 +16,7 @@ AT_AN_OPERATION = 0.7
 
 
 class Operations(Campaign):
-    """A campaign that knows how many file operations of each kind a command makes below its output's folder."""
-
-    def prepare(self) -> None:
-        self.operations: dict[str, dict[str, int]] = {}
-        for name, command in COMMANDS.items():
-            output = place(self.scratch / "count", command)
-            trace = Fault("".join(KINDS), str(output.parent), 0, "trace")
-            ended = run(command, self.pipeline, output, Setting(fault=trace, timeout=600))
-            kinds = [line[0] for line in ended.hit.splitlines()]
-            self.operations[name] = {kind: kinds.count(kind) for kind in KINDS if kind in kinds}
+    """A campaign that disturbs file operations of commands."""
 
     def row(self, number: int) -> str:
         return choose_command(self.rng(number), self.pipeline).name
@@ -34,7 +25,7 @@ class Operations(Campaign):
         self, rng: random.Random, name: str, kinds: str, under: str, *, mode: str, error: int = 0
     ) -> Fault:
         """Return a fault at one operation of some kind among `kinds`, each kind as likely as another."""
-        counts = self.operations[name]
+        counts = self.pipeline.operations[name]
         kind = rng.choice([it for it in kinds if counts.get(it)])
         return Fault(kind, under, rng.randint(1, counts[kind]), mode, error)
 
@@ -43,8 +34,7 @@ class Kills(Operations):
     name = "kills"
     counts: ClassVar = {"smoke": 60, "full": 1000}
 
-    def trial(self, number: int) -> Trial:
-        rng = self.rng(number)
+    def attempt(self, number: int, rng: random.Random) -> Trial:
         command = choose_command(rng, self.pipeline)
         trial = Trial(command.name)
         output = place(self.folder(number), command)

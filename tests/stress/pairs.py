@@ -1,6 +1,7 @@
 """Pairs: the same command twice at once into one output. One makes it; the other is refused and told by whom."""
 
 import os
+import random
 import shutil
 import socket
 from typing import ClassVar
@@ -25,8 +26,7 @@ class Pairs(Campaign):
         names = [name for name in COMMANDS if name not in SLOW]
         return names[number % len(names)]
 
-    def trial(self, number: int) -> Trial:
-        rng = self.rng(number)
+    def attempt(self, number: int, rng: random.Random) -> Trial:
         command = COMMANDS[self.row(number)]
         trial = Trial(command.name)
         output = place(self.folder(number), command)

@@ -14,6 +14,7 @@ import math
 import os
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -37,6 +38,7 @@ from . import children
 from . import content as content_module
 from .children import Ended, Setting
 from .content import content, differences
+from .faults import KINDS, Fault
 
 ENV_ID = "InvertedPendulum-v5"
 PPO = PPOConfig(num_steps=32, num_minibatches=2, update_epochs=1, hidden_sizes=(8, 8))
@@ -144,6 +146,8 @@ class Pipeline:
         self.sketch = folder / "sketch.safetensors"
         self.seconds: dict[str, float] = {}
         self.contents: dict[str, dict[str, str]] = {}
+        self.operations: dict[str, dict[str, int]] = {}
+        """Command -> kind of file operation -> how many of them it makes below its output's folder."""
 
     def of(self, name: str) -> Path:
         """Return where the output of a command is."""
@@ -283,21 +287,23 @@ def make_twins(cache: Path) -> tuple[Pipeline, Pipeline]:
         pipeline.make(MADE_OF_OTHERS)
         twin.make()
         _make_again(pipeline, folder / "again")
-        notes.write_text(json.dumps([[it.seconds, it.contents] for it in (pipeline, twin)]))
+        notes.write_text(json.dumps([[it.seconds, it.contents, it.operations] for it in (pipeline, twin)]))
     import_all(listing)
-    for it, (seconds, contents) in zip((pipeline, twin), json.loads(notes.read_text()), strict=True):
-        it.seconds, it.contents = seconds, contents
+    for it, kept in zip((pipeline, twin), json.loads(notes.read_text()), strict=True):
+        it.seconds, it.contents, it.operations = kept
     return pipeline, twin
 
 
 def _make_again(pipeline: Pipeline, folder: Path) -> None:
-    """See that every command gives the same twice, and how long it takes with all imports done."""
+    """See that every command gives the same twice, how long it takes with all imports done, and count its operations."""
     for name, command in COMMANDS.items():
         output = folder / name.replace(" ", "-") / command.output
         output.parent.mkdir(parents=True)
-        ended = run(command, pipeline, output, Setting(timeout=600))
+        trace = Fault("".join(KINDS), str(output.parent), 0, "trace")
+        ended = run(command, pipeline, output, Setting(fault=trace, timeout=600))
         _checked(name, ended)
         pipeline.seconds[name] = ended.seconds
+        pipeline.operations[name] = Counter(line[0] for line in ended.hit.splitlines())
         if difference := pipeline.difference(name, output):
             raise RuntimeError(f"stress: {name} gives another output the second time: {difference}")
     shutil.rmtree(folder)
