@@ -41,7 +41,9 @@ def main() -> int:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.stress", description=__doc__)
-    parser.add_argument("campaigns", nargs="*", help=f"of {', '.join(IN_FORKS + ALONE)}; by default all", metavar="NAME")
+    parser.add_argument(
+        "campaigns", nargs="*", help=f"of {', '.join(IN_FORKS + ALONE)}; by default all", metavar="NAME"
+    )
     parser.add_argument("--scale", choices=("smoke", "full"), default="full", help="how many trials")
     parser.add_argument("--count", type=int, help="trials of each campaign, instead")
     parser.add_argument("--seed", type=int, default=0)
@@ -63,6 +65,7 @@ def _options() -> argparse.Namespace:
 
 def _run(options: argparse.Namespace, work: Path, rows: list[dict[str, Any]]) -> None:
     """Run the campaigns that were asked for; `rows` grows as they end."""
+    sys.path.append(str(FOLDER.parent))  # for tests/hostile_files.py
     from . import alone
     from .damage import Damage
     from .hostile import Hostile

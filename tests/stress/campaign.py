@@ -28,7 +28,7 @@ class Campaign(ABC):
     limit: ClassVar[float] = 600.0
     """Seconds for a trial, at most, before its worker is killed."""
 
-    def prepare(self) -> None:
+    def prepare(self) -> None:  # noqa: B027  # most need nothing
         """Do what all trials need."""
 
     def trial(self, number: int) -> Trial:

@@ -120,12 +120,12 @@ class Child:
         return bool(poll.poll(1000 * seconds))
 
 
-def run(work: Callable[[], object], setting: Setting = Setting()) -> Ended:
+def run(work: Callable[[], object], setting: Setting) -> Ended:
     """Call `work` in a child, and return how that ended."""
     return start(work, setting).wait(setting)
 
 
-def start(work: Callable[[], object], setting: Setting = Setting()) -> Child:
+def start(work: Callable[[], object], setting: Setting) -> Child:
     """Call `work` in a child."""
     streams = tuple(os.memfd_create(name) for name in ("out", "err", "hit", "at"))
     sys.stdout.flush()

@@ -1,7 +1,7 @@
 """What an output holds, so that two can be compared: to the byte, but for times, versions and the order of headers.
 
-Left out: TensorBoard's events, which are named after the time; what takes are noted (`seconds`) and the machine; and the
-files by which tipl itself knows whether a folder is whole, whose checksums are of files with times in them.
+Left out: TensorBoard's events, which are named after the time; notes of seconds taken and of the machine; and files by
+which tipl itself knows whether a folder is whole, whose checksums are of files with times in them.
 """
 
 import hashlib

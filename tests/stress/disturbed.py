@@ -1,4 +1,4 @@
-"""What a user finds after a command was disturbed: the state of the output, and how the same command goes afterwards."""
+"""What a user finds after a command was disturbed: the state of the output, and how the same command goes then."""
 
 import random
 import re

@@ -41,9 +41,9 @@ static struct {
 #define NEXT(name) ((__typeof__(&name))dlsym(RTLD_NEXT, #name))
 
 // Counts operations of `kinds` on paths that contain `under` from now on. The n-th of them, from 1, fails with `error`
-// (ONCE), and so do all that follow (EVER_AFTER); it writes half of its bytes (SHORT; what is no write is left alone); or
-// the process is killed at it (KILL). TRACE lets all pass. `report` is a file descriptor, or -1: it gets a line "kind
-// path" for every operation that was hit, or traced.
+// (ONCE), and so do all that follow (EVER_AFTER); it writes half of its bytes (SHORT; what is no write is left alone);
+// or the process is killed at it (KILL). TRACE lets all pass. `report` is a file descriptor, or -1: it gets a line
+// "kind path" for every operation that was hit, or traced.
 void fault_arm(const char *kinds, const char *under, long nth, int error, int mode, int report) {
   snprintf(armed.under, sizeof armed.under, "%s", under);
   armed.nth = nth, armed.error = error, armed.mode = mode, armed.report = report;
@@ -109,11 +109,11 @@ static int hit_fd(char kind, int fd) { return counts(kind) && hit(kind, path_of(
 // ---- reading and writing
 
 // A write of `count` bytes that comes short, or fails; `whole` is the real call, `part` the one of half the bytes.
-#define WRITTEN(fd, whole, part)      \
-  if (hit_fd('w', fd)) {              \
+#define WRITTEN(fd, whole, part)          \
+  if (hit_fd('w', fd)) {                  \
     if (armed.mode == SHORT) return part; \
-    return -1;                        \
-  }                                   \
+    return -1;                            \
+  }                                       \
   return whole
 
 static size_t half(size_t count) { return count > 1 ? count / 2 : count; }
@@ -178,13 +178,13 @@ static int refused(const char *path, int flags) {
 }
 
 // The mode that an open with these flags was given.
-#define MODE(flags)                                     \
-  mode_t mode = 0;                                      \
-  if ((flags) & (O_CREAT | O_TMPFILE)) {                \
-    va_list rest;                                       \
-    va_start(rest, flags);                              \
-    mode = va_arg(rest, mode_t);                        \
-    va_end(rest);                                       \
+#define MODE(flags)                      \
+  mode_t mode = 0;                       \
+  if ((flags) & (O_CREAT | O_TMPFILE)) { \
+    va_list rest;                        \
+    va_start(rest, flags);               \
+    mode = va_arg(rest, mode_t);         \
+    va_end(rest);                        \
   }
 
 int open(const char *path, int flags, ...) {
@@ -258,6 +258,4 @@ int fallocate64(int fd, int mode, off_t at, off_t count) {
 int posix_fallocate64(int fd, off_t at, off_t count) {  // returns its error
   return hit_fd('t', fd) ? armed.error : NEXT(posix_fallocate64)(fd, at, count);
 }
-int flock(int fd, int operation) {
-  return !(operation & LOCK_UN) && hit_fd('k', fd) ? -1 : NEXT(flock)(fd, operation);
-}
+int flock(int fd, int operation) { return !(operation & LOCK_UN) && hit_fd('k', fd) ? -1 : NEXT(flock)(fd, operation); }

@@ -51,9 +51,7 @@ class Fault:
 
     def arm(self, report: int) -> None:
         """Let it happen in this process; `report` is a file descriptor for what was hit."""
-        _library().fault_arm(
-            self.kinds.encode(), self.under.encode(), self.nth, self.error, MODES[self.mode], report
-        )
+        _library().fault_arm(self.kinds.encode(), self.under.encode(), self.nth, self.error, MODES[self.mode], report)
 
 
 def ensure_loaded(build: Path) -> None:

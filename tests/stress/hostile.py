@@ -3,6 +3,7 @@ little memory, and nothing is written elsewhere than to the output. To be taken 
 """
 
 import importlib
+import importlib.util
 import json
 import os
 import random
@@ -25,6 +26,7 @@ from .hostile_values import (
     TENSOR_FILES,
     TEXTS,
     VALUES,
+    Foreign,
     with_value,
     without_key,
 )
@@ -127,7 +129,9 @@ class Hostile(Campaign):
             shutil.rmtree(box.folder)
         box.output.mkdir(parents=True)
         for path in (STORE, MODEL, EVALUATION, "checkpoints", "tensors", UNFINISHED, RUN):
-            shutil.copytree(self.pipeline.folder / path, box.input(path), dirs_exist_ok=True, ignore=shutil.ignore_patterns("tb"))
+            shutil.copytree(
+                self.pipeline.folder / path, box.input(path), dirs_exist_ok=True, ignore=shutil.ignore_patterns("tb")
+            )
         box.input("rollout").mkdir()
         shutil.copy(self.pipeline.of("rollout"), box.input("rollout"))
         box.work.mkdir()
@@ -295,8 +299,9 @@ def _document_cases() -> Iterator[Case]:
                 yield Case(command, f"{name}: {kind}", partial(told, file, command, text))
 
 
+PARTS = ("model", "centre", "refiner", "confidence", "strides")
 TENSORS = (
-    *((f"{MODEL}/{name}.safetensors", ("rollout", "evaluate")) for name in ("model", "centre", "refiner", "confidence", "strides")),
+    *((f"{MODEL}/{part}.safetensors", ("rollout", "evaluate")) for part in PARTS),
     (FORECAST, ("export",)),
     (f"{EVALUATION}/coordinates.safetensors", ("report",)),
     ("tensors/policy_0.safetensors", ("import tensors",)),
@@ -397,7 +402,18 @@ OUTPUTS: dict[str, str] = {
 }
 """Names of outputs. `--output=NAME` takes all of them."""
 
-WRITERS = ("collect", "train", "calibrate", "rollout", "import", "import stores", "export", "evaluate", "report", "store info")
+WRITERS = (
+    "collect",
+    "train",
+    "calibrate",
+    "rollout",
+    "import",
+    "import stores",
+    "export",
+    "evaluate",
+    "report",
+    "store info",
+)
 
 
 def _output_cases() -> Iterator[Case]:
@@ -419,27 +435,34 @@ def _output_cases() -> Iterator[Case]:
             yield Case(command, f"output: {kind}", partial(placed, command, pattern), names_path=False)
 
 
+VAST, HUGE_SEED = "10000000000000", "99999999999999999999999"
+COUNTS = (VAST, "-1", "0")
+INDICES = (str(2**62), HUGE_SEED, "-1", "0")
+SHARES = ("nan", "inf", "-1", "1e308")
+TEXTS_GIVEN = ("a\nb", "\x1b[2J", "", "x" * 10**5)
 NUMBERS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
-    ("collect", ("--num-trials", "--total-timesteps", "--ppo.num-envs", "--ppo.num-steps", "--ppo.hidden-sizes"), ("10000000000000", "-1", "0")),
-    ("collect", ("--seed", "--init-seed", "--num-threads", "--trials-per-shard"), ("99999999999999999999999", "-1", "0")),
-    ("collect", ("--ppo.learning-rate", "--ppo.gamma", "--ppo.clip-coef"), ("nan", "inf", "-1", "1e308")),
-    ("collect", ("--env-id",), ("nonsense", "../../x", "os:system", "a\nb", "\x1b[2J", "x" * 10**5, "")),
+    ("collect", ("--num-trials", "--total-timesteps"), COUNTS),
+    ("collect", ("--ppo.num-envs", "--ppo.num-steps", "--ppo.hidden-sizes"), COUNTS),
+    ("collect", ("--seed", "--init-seed", "--num-threads", "--trials-per-shard"), (HUGE_SEED, "-1", "0")),
+    ("collect", ("--ppo.learning-rate", "--ppo.gamma", "--ppo.clip-coef"), SHARES),
+    ("collect", ("--env-id",), ("nonsense", "../../x", "os:system", *TEXTS_GIVEN)),
     ("collect", ("--ray",), ("nonsense", "127.0.0.1:9", "127.0.0.1:99999", "")),
-    ("train", ("--n-layer", "--d-model", "--n-components", "--batch-size", "--d-refine", "--num-checkpoints"), ("1000000000000", "-1", "0")),
-    ("train", ("--learning-rate", "--noise", "--trust", "--heldout-fraction", "--ema-decay"), ("nan", "inf", "-1", "1e308")),
+    ("train", ("--n-layer", "--d-model", "--n-components"), COUNTS),
+    ("train", ("--batch-size", "--d-refine", "--num-checkpoints"), COUNTS),
+    ("train", ("--learning-rate", "--noise", "--trust", "--heldout-fraction", "--ema-decay"), SHARES),
     ("train", ("--device",), ("cuda", "nonsense", "meta", "")),
-    ("train", ("--seed",), ("-1", "99999999999999999999999")),
-    ("rollout", ("--trial", "--every", "--horizon"), ("4611686018427387904", "99999999999999999999999", "-1", "0")),
+    ("train", ("--seed",), ("-1", HUGE_SEED)),
+    ("rollout", ("--trial", "--every", "--horizon"), INDICES),
     ("rollout", ("--prefix",), ("nan", "inf", "-1", "0", "1", "2", "1e-300")),
-    ("export", ("--checkpoint", "--trial"), ("4611686018427387904", "99999999999999999999999", "-1")),
-    ("import", ("--num-checkpoints",), ("4611686018427387904", "-1", "0")),
+    ("export", ("--checkpoint", "--trial"), INDICES[:-1]),
+    ("import", ("--num-checkpoints",), (VAST, "-1", "0")),
     ("import", ("--pattern",), ("..", "../**/*", "/etc/*", "[", "", "a\nb", "**")),
-    ("import", ("--env-id",), ("a\nb", "\x1b[2J", "", "x" * 10**5)),
-    ("calibrate", ("--num-trials", "--num-threads"), ("-1", "0", "99999999999999999999999")),
+    ("import", ("--env-id",), TEXTS_GIVEN),
+    ("calibrate", ("--num-trials", "--num-threads"), ("-1", "0", HUGE_SEED)),
     ("evaluate", ("--prefixes", "--horizons"), ("nan", "inf", "0", "1", "1e-300")),
     ("evaluate", ("--num-episodes", "--max-trials", "--num-threads"), ("-1", "0")),
-    ("evaluate", ("--seed",), ("-1", "99999999999999999999999")),
-)  # fmt: skip
+    ("evaluate", ("--seed",), ("-1", HUGE_SEED)),
+)
 """Command, options, and values for each of them."""
 
 
@@ -455,20 +478,19 @@ def _number_cases() -> Iterator[Case]:
 
 
 def _foreign_cases() -> Iterator[Case]:
+    """Those here and, where the tests have them, of tests/hostile_files.py: HOSTILE[kind] is a maker and a pattern."""
     makers = dict(FOREIGN_FILES)
-    try:
-        makers |= importlib.import_module("hostile_files").MAKERS
-    except ModuleNotFoundError:  # it lies beside this folder
-        pass
+    if importlib.util.find_spec("hostile_files"):
+        makers |= {kind: maker for kind, (maker, _) in importlib.import_module("hostile_files").HOSTILE.items()}
 
-    def made(command: str, name: str, make: Callable[[Path], object], box: Box, rng: random.Random) -> list[str]:
+    def made(command: str, make: Foreign, box: Box, rng: random.Random) -> list[str]:
         folder = box.input("foreign")
         folder.mkdir()
-        make(folder / name)
+        path = make(folder, rng)
         if command == "import":
-            return ["import", str(folder), "--env-id", ENV_ID, f"--output={box.output / 'out'}"]
-        return ["export", str(box.input(FORECAST)), "--like", str(folder / name), f"--output={box.output / 'out'}"]
+            return ["import", str(path), "--env-id", ENV_ID, f"--output={box.output / 'out'}"]
+        return ["export", str(box.input(FORECAST)), "--like", str(path), f"--output={box.output / 'out'}"]
 
-    for kind, (name, make) in makers.items():
+    for kind, make in makers.items():
         for command in ("import", "export"):
-            yield Case(command, f"foreign: {kind}", partial(made, command, name, make))
+            yield Case(command, f"foreign: {kind}", partial(made, command, make))

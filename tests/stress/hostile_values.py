@@ -1,4 +1,4 @@
-"""Hostile content: JSON documents, safetensors files and special files that no tipl wrote. Makers by the name of a kind."""
+"""Hostile content: JSON documents, safetensors files and special files that no tipl wrote, by the name of a kind."""
 
 import copy
 import json
@@ -155,7 +155,9 @@ TENSOR_FILES: dict[str, Callable[[bytes], bytes]] = {
     "float64": _arrays(lambda arrays: {name: it.astype(np.float64) for name, it in arrays.items()}),
     "int8": _arrays(lambda arrays: {name: it.astype(np.int8) for name, it in arrays.items()}),
     "scalars": _arrays(lambda arrays: {name: np.zeros((), it.dtype) for name, it in arrays.items()}),
-    "empty arrays": _arrays(lambda arrays: {name: np.zeros((0, *it.shape[1:]), it.dtype) for name, it in arrays.items()}),
+    "empty arrays": _arrays(
+        lambda arrays: {name: np.zeros((0, *it.shape[1:]), it.dtype) for name, it in arrays.items()}
+    ),
     "one row more": _arrays(lambda arrays: {name: np.concatenate([it, it[-1:]]) for name, it in arrays.items()}),
     "NaN": _filled(np.nan),
     "Inf": _filled(np.inf),
@@ -205,25 +207,41 @@ SPECIAL_FILES: dict[str, Callable[[Path], object]] = {
 """What stands in place of a file; called with its name, where nothing is."""
 
 
-def zip_bomb(path: Path) -> None:
+Foreign = Callable[[Path, random.Random], Path]
+
+
+def _zip_bomb(folder: Path, rng: random.Random) -> Path:
     """Write a zip of Stable-Baselines3's form whose member is 1.5 GB of zeros."""
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("policy.pth", "w", force_zip64=True) as member:
+    path = folder / "policy_0.zip"
+    archive = zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED)
+    with archive, archive.open("policy.pth", "w", force_zip64=True) as member:
         for _ in range(24):
             member.write(bytes(2**26))
+    return path
 
 
-def pickle_that_runs(path: Path) -> None:
+def _pickle_that_runs(folder: Path, rng: random.Random) -> Path:
     """Write a torch file that makes a file beside itself where it is unpickled freely."""
-    path.write_bytes(b"cos\nsystem\n(S'touch " + str(path.parent / "ran").encode() + b"'\ntR.")
+    path = folder / "policy_0.pt"
+    path.write_bytes(b"cos\nsystem\n(S'touch " + str(folder / "ran").encode() + b"'\ntR.")
+    return path
 
 
-FOREIGN_FILES: dict[str, tuple[str, Callable[[Path], object]]] = {
-    "zip bomb": ("policy_0.zip", zip_bomb),
-    "pickle that runs": ("policy_0.pt", pickle_that_runs),
-    "zip of nothing": ("policy_0.zip", lambda path: zipfile.ZipFile(path, "w").close()),
-    "empty torch file": ("policy_0.pth", lambda path: path.write_bytes(b"")),
-    "text": ("policy_0.pt", lambda path: path.write_text("not a checkpoint")),
-    "name with escapes": ("policy_\x1b[2J\n0.pt", lambda path: path.write_text("not a checkpoint")),
-    "name of no UTF-8": (os.fsdecode(b"policy_\xff0.pt"), lambda path: path.write_text("not a checkpoint")),
+def _written(name: str, data: bytes) -> Foreign:
+    def write(folder: Path, rng: random.Random) -> Path:
+        (folder / name).write_bytes(data)
+        return folder / name
+
+    return write
+
+
+FOREIGN_FILES: dict[str, Foreign] = {
+    "zip bomb": _zip_bomb,
+    "pickle that runs": _pickle_that_runs,
+    "zip of nothing": _written("policy_0.zip", b"PK\5\6" + bytes(18)),
+    "empty torch file": _written("policy_0.pth", b""),
+    "text": _written("policy_0.pt", b"not a checkpoint"),
+    "name with escapes": _written("policy_\x1b[2J\n0.pt", b"not a checkpoint"),
+    "name of no UTF-8": _written(os.fsdecode(b"policy_\xff0.pt"), b"not a checkpoint"),
 }
-"""Checkpoint files of other libraries: a name, and what writes it. `hostile_files.MAKERS` adds to them, if it is there."""
+"""Checkpoint files of other libraries: each makes one in an empty folder and returns what to import."""

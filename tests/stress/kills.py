@@ -21,9 +21,7 @@ class Operations(Campaign):
     def row(self, number: int) -> str:
         return choose_command(self.rng(number), self.pipeline).name
 
-    def fault(
-        self, rng: random.Random, name: str, kinds: str, under: str, *, mode: str, error: int = 0
-    ) -> Fault:
+    def fault(self, rng: random.Random, name: str, kinds: str, under: str, *, mode: str, error: int = 0) -> Fault:
         """Return a fault at one operation of some kind among `kinds`, each kind as likely as another."""
         counts = self.pipeline.operations[name]
         kind = rng.choice([it for it in kinds if counts.get(it)])

@@ -1,9 +1,9 @@
 """A tiny pipeline: every command of tipl on a few trials of a small policy, in a second or less each.
 
-Commands are run in a fork of this process, by `tipl.cli.main`, exactly as typed, but for four things: the sizes that
-`demo` and `reproduce` have built in; the seconds between two saved states of a collection, which are none, so that every
-iteration saves one; the parsing of arguments, which is done once; and the drawing of figures, which takes a report most
-of its seconds and touches no file.
+Commands are run in a fork of this process, by `tipl.cli.main`, as typed, but for four things: the sizes that `demo` and
+`reproduce` have built in; the seconds between two saved states of a collection, which are none, so that every iteration
+saves one; the parsing of arguments, which is done once; and the drawing of figures, which takes most of a report's
+seconds and touches no file.
 """
 
 import dataclasses
@@ -71,7 +71,6 @@ class Command:
     """What is added where it is to go on."""
     resumes: bool = False
     """Whether the same command goes on where it was cut off, with or without such an argument."""
-    overwrite: tuple[str, ...] = ()
 
 
 def _flags(prefix: str, config: Any, default: Any) -> list[object]:
@@ -123,18 +122,18 @@ COMMANDS = {
         ),
         Command(
             "report",
-            lambda p: ["report", "--store", p.of("collect"), "--evaluation", p.of("evaluate"), "--model", p.of("train")],
+            lambda p: [
+                *("report", "--store", p.of("collect"), "--evaluation", p.of("evaluate")),
+                *("--model", p.of("train")),
+            ],
             "report",
-            overwrite=("--overwrite",),
         ),
-        Command("store info", lambda p: ["store", "info", p.of("collect")], "plot.svg", overwrite=("--overwrite",)),
+        Command("store info", lambda p: ["store", "info", p.of("collect")], "plot.svg"),
         Command("run", lambda p: ["run", *_RUN, "--seed", p.seed], "run", resume=("--resume",), resumes=True),
         Command("demo", lambda p: ["demo"], "demo", resume=("--resume",), resumes=True),
         Command("reproduce", lambda p: ["reproduce"], "reproduction", resumes=True),
     )
 }
-MADE_OF_OTHERS = ("run", "demo", "reproduce")
-SIMPLE = tuple(name for name in COMMANDS if name not in MADE_OF_OTHERS)
 
 
 class Pipeline:
@@ -153,15 +152,14 @@ class Pipeline:
         """Return where the output of a command is."""
         return self.folder / name.replace(" ", "-") / COMMANDS[name].output
 
-    def make(self, names: Sequence[str] = tuple(COMMANDS)) -> None:
-        """Run the commands, each in a child. Raises RuntimeError where one fails."""
-        for name in names:
+    def make(self) -> None:
+        """Run all commands in this process, which is to be a child, and note what it has imported in the end."""
+        for name, command in COMMANDS.items():
             if name == "import":
-                _checked(name, children.run(self._make_inputs, Setting(timeout=600)))
+                self._make_inputs()
             self.of(name).parent.mkdir(parents=True)
-            ended = run(COMMANDS[name], self, self.of(name), Setting(timeout=600))
-            _checked(name, ended)
-            self.seconds[name], self.contents[name] = ended.seconds, content(self.of(name))
+            work(command, self, self.of(name))()
+        (self.folder / "modules.txt").write_text("\n".join(sys.modules))
 
     def _make_inputs(self) -> None:
         """Write the first trial as Stable-Baselines3 names its tensors, and a sketch of its rows."""
@@ -170,10 +168,10 @@ class Pipeline:
         for folder in (self.checkpoints, self.tensors):
             folder.mkdir(parents=True)
         for i, row in enumerate(weights):
-            state = {
-                key.replace("policy_net.", "mlp_extractor.policy_net."): torch.from_numpy(row[offset : offset + math.prod(shape)].reshape(shape).copy())
-                for key, (offset, shape) in store.policy.layout.items()
-            }
+            state = {}
+            for key, (offset, shape) in store.policy.layout.items():
+                tensor = torch.from_numpy(row[offset : offset + math.prod(shape)].reshape(shape).copy())
+                state[key.replace("policy_net.", "mlp_extractor.policy_net.")] = tensor
             torch.save(state, self.checkpoints / f"policy_{i}.pt")
             safetensors.torch.save_file(state, self.tensors / f"policy_{i}.safetensors")
         StreamingSVD(3, seed=self.seed).partial_fit(weights).save(self.sketch)
@@ -187,7 +185,7 @@ def run(
     command: Command,
     pipeline: Pipeline,
     output: Path,
-    setting: Setting = Setting(),
+    setting: Setting,
     *,
     more: Sequence[str] = (),
 ) -> Ended:
@@ -222,9 +220,15 @@ def _main(command: object) -> None:
     cli.main()
 
 
+_PARSE = tyro.cli  # which `_main` puts something else in the place of
+
+
+_PARSE = tyro.cli  # which `_main` puts something else in the place of
+
+
 @cache
 def _parsed(arguments: tuple[str, ...]) -> Any:
-    return tyro.cli(cli.Command, args=list(arguments))
+    return _PARSE(cli.Command, args=list(arguments))
 
 
 def make_small() -> None:
@@ -243,6 +247,30 @@ def make_small() -> None:
     Plot.svgs = lambda plot: [f"<svg><!-- {plot.name} --></svg>"]  # type: ignore[method-assign]
 
 
+def make_twins(cache: Path) -> tuple[Pipeline, Pipeline]:
+    """Return the pipeline, and one of other trials; made in the folder `cache`, unless they are there already.
+
+    Raises RuntimeError where a command fails, or gives another output the second time.
+    """
+    make_small()
+    folder = cache / _version()
+    pipeline, twin = Pipeline(folder / "pipeline"), Pipeline(folder / "twin", seed=1)
+    notes = folder / "notes.json"
+    if not notes.exists():
+        shutil.rmtree(cache, ignore_errors=True)
+        print("stress: runs every command undisturbed, twice", flush=True)
+        _checked("the pipeline", children.run(pipeline.make, Setting(timeout=600)))
+        import_all(pipeline.folder / "modules.txt")
+        pipeline.contents = {name: content(pipeline.of(name)) for name in COMMANDS}
+        making = children.start(twin.make, Setting())
+        _make_again(pipeline, folder / "again")
+        _checked("the twin", making.wait(Setting(timeout=600)))
+        notes.write_text(json.dumps([pipeline.seconds, pipeline.contents, pipeline.operations]))
+    import_all(pipeline.folder / "modules.txt")
+    pipeline.seconds, pipeline.contents, pipeline.operations = json.loads(notes.read_text())
+    return pipeline, twin
+
+
 def import_all(listing: Path) -> None:
     """Import here what `listing` says that commands import, so that children need not."""
     for name in listing.read_text().split():
@@ -255,47 +283,8 @@ def import_all(listing: Path) -> None:
         raise RuntimeError("stress: a thread runs in the process whose forks run commands; they would lack it")
 
 
-def note_imports(pipeline: Pipeline, listing: Path) -> None:
-    """Write what a child has imported that ran every command."""
-
-    def note() -> None:
-        for name in SIMPLE:
-            output = listing.with_suffix("") / name.replace(" ", "-")
-            output.mkdir(parents=True)
-            work(COMMANDS[name], pipeline, output / COMMANDS[name].output)()
-        listing.write_text("\n".join(sys.modules))
-
-    _checked("every command after another", children.run(note, Setting(timeout=600)))
-    shutil.rmtree(listing.with_suffix(""))
-
-
-def make_twins(cache: Path) -> tuple[Pipeline, Pipeline]:
-    """Return the pipeline, and one of other trials; made in the folder `cache`, unless they are there already.
-
-    Raises RuntimeError where a command fails, or gives another output the second time.
-    """
-    make_small()
-    folder = cache / _version()
-    pipeline, twin, listing = Pipeline(folder / "pipeline"), Pipeline(folder / "twin", seed=1), folder / "modules.txt"
-    notes = folder / "notes.json"
-    if not notes.exists():
-        shutil.rmtree(cache, ignore_errors=True)
-        print("stress: runs every command undisturbed", flush=True)
-        pipeline.make(SIMPLE)
-        note_imports(pipeline, listing)
-        import_all(listing)
-        pipeline.make(MADE_OF_OTHERS)
-        twin.make()
-        _make_again(pipeline, folder / "again")
-        notes.write_text(json.dumps([[it.seconds, it.contents, it.operations] for it in (pipeline, twin)]))
-    import_all(listing)
-    for it, kept in zip((pipeline, twin), json.loads(notes.read_text()), strict=True):
-        it.seconds, it.contents, it.operations = kept
-    return pipeline, twin
-
-
 def _make_again(pipeline: Pipeline, folder: Path) -> None:
-    """See that every command gives the same twice, how long it takes with all imports done, and count its operations."""
+    """See that commands give the same twice, how long each takes with all imports done, and count operations."""
     for name, command in COMMANDS.items():
         output = folder / name.replace(" ", "-") / command.output
         output.parent.mkdir(parents=True)
@@ -316,7 +305,8 @@ def _checked(name: str, ended: Ended) -> None:
 
 def _version() -> str:
     """Return a digest of all that decides what commands write."""
-    sources = [it for it in sorted(Path(cli.__file__).parent.rglob("*")) if it.suffix in (".py", ".json", ".safetensors")]
+    kinds = (".py", ".json", ".safetensors")
+    sources = [it for it in sorted(Path(cli.__file__).parent.rglob("*")) if it.suffix in kinds]
     native = Path(_core.__file__)
     state = hashlib.blake2b(digest_size=8)
     for file in (*sources, native, Path(__file__), Path(content_module.__file__)):

@@ -107,6 +107,9 @@ def as_text(rows: Sequence[dict[str, Any]]) -> str:
             lines.append((campaign, "all", *(str(sum(row[name] for row in of_campaign)) for name in COLUMNS)))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
-        "  ".join(f"{text:<{width}}" if i < 2 else f"{text:>{width}}" for i, (text, width) in enumerate(zip(line, widths, strict=True)))
+        "  ".join(
+            text.ljust(width) if i < 2 else text.rjust(width)
+            for i, (text, width) in enumerate(zip(line, widths, strict=True))
+        )
         for line in lines
-    )  # fmt: skip
+    )

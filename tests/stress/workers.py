@@ -35,7 +35,13 @@ class Workers:
     """
 
     def __init__(
-        self, table: Table, work: Callable[[int], Trial], name: Callable[[int], str], *, limit: float, processes: int = 2
+        self,
+        table: Table,
+        work: Callable[[int], Trial],
+        name: Callable[[int], str],
+        *,
+        limit: float,
+        processes: int = 2,
     ) -> None:
         self.table, self.work, self.name, self.limit, self.processes = table, work, name, limit, processes
         self.num_done, self.num_failed = 0, 0
