@@ -4,6 +4,7 @@ import os
 import random
 import shutil
 import socket
+import time
 from typing import ClassVar
 
 from . import children
@@ -33,14 +34,14 @@ class Pairs(Campaign):
         more = rng.choice(((), command.resume))
         late = rng.choice((0.0, 0.0, 0.01, 0.1, 0.3)) * self.pipeline.seconds[command.name]
         trial.story = f"{' '.join(more)} the second {late:.3f} s later".strip()
-        ends, pids = self._both(command, output, more, late)
+        ends, pids, began = self._both(command, output, more, late)
         for ended in ends:
             if ended.status:
                 judge_ending(trial, ended, output)
         won = [ended.status == 0 for ended in ends]
         difference = self.pipeline.difference(command.name, output)
-        if won == [True, True] and not more:
-            trial.add("silent", f"both have made it; {difference or 'the output is whole'}")
+        if won == [True, True] and began < min(ended.at for ended in ends):
+            trial.add("silent", f"both have made it at once; {difference or 'the output is whole'}")
         elif True not in won:
             trial.add("blocked_rerun", f"neither has made it: {ends[0].message} / {ends[1].message}")
         elif difference:
@@ -56,8 +57,8 @@ class Pairs(Campaign):
 
     def _both(
         self, command: Command, output: os.PathLike[str], more: tuple[str, ...], late: float
-    ) -> tuple[list[Ended], list[int]]:
-        """Run it twice from the same moment, or one so many seconds later."""
+    ) -> tuple[list[Ended], list[int], float]:
+        """Run it twice from the same moment, or one so many seconds later; return also when the second began."""
         gate = os.pipe()
         both = [
             children.start(work(command, self.pipeline, output, more), Setting(gate=gate, delay=seconds))
@@ -65,7 +66,8 @@ class Pairs(Campaign):
         ]
         for end in gate:
             os.close(end)
-        return [child.wait(Setting(timeout=240)) for child in both], [child.pid for child in both]
+        began = time.monotonic() + late
+        return [child.wait(Setting(timeout=240)) for child in both], [child.pid for child in both], began
 
     def _judge_refusal(self, trial: Trial, loser: Ended, winner: Ended, pid: int) -> None:
         """Count a refusal that does not say who is at it; one after the winner's end need not."""

@@ -223,9 +223,6 @@ def _main(command: object) -> None:
 _PARSE = tyro.cli  # which `_main` puts something else in the place of
 
 
-_PARSE = tyro.cli  # which `_main` puts something else in the place of
-
-
 @cache
 def _parsed(arguments: tuple[str, ...]) -> Any:
     return _PARSE(cli.Command, args=list(arguments))
