@@ -6,10 +6,10 @@ BIN := $(VENV)/bin
 ENGINE := CMakeLists.txt pyproject.toml constraints.txt $(wildcard csrc/*) tipl tipl/report  # a folder: when files come or go
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test sanitize bench lint format wheel clean
+.PHONY: help demo test sanitize stress stress-smoke bench lint format wheel clean
 
 help:  ## Show what there is
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 demo: $(VENV)/.runtime  ## Collect, train, forecast and judge on InvertedPendulum, in minutes; goes on where it was stopped
 	$(BIN)/tipl demo --output runs/demo --resume
@@ -20,6 +20,12 @@ test: $(VENV)/.develop  ## Run the tests
 sanitize: $(VENV)/.develop  ## Run the engine's tests under ASan and UBSan, and those of its threads under TSan
 	.ci/sanitize address
 	.ci/sanitize thread
+
+stress: $(VENV)/.develop  ## Kills, disk faults, damage, races, hostile input: thousands, hours, into tests/stress/latest.json
+	$(BIN)/python -m tests.stress
+
+stress-smoke: $(VENV)/.develop  ## Some of them, in two minutes
+	$(BIN)/python -m tests.stress --scale smoke
 
 bench: $(VENV)/.bench  ## Time the engine beside its peers, half an hour; ratios must not fall below bench/baseline.json's
 	$(BIN)/python -m pytest bench
