@@ -92,8 +92,8 @@ class Confidence:
         return cls(mean, deviation, theta[1:], theta[:1])
 
     def __call__(self, features: FloatArray) -> FloatArray:
-        """Return the probability (n,) that forecasts with such features (n, F) beat the last policy seen."""
-        odds = self.intercept + (_standardised(features, self.mean, self.deviation) * self.coefficients).sum(1)
+        """Return the probability (...) that forecasts with such features (..., F) beat the last policy seen."""
+        odds = self.intercept + (_standardised(features, self.mean, self.deviation) * self.coefficients).sum(-1)
         return np.asarray(1.0 / (1.0 + np.exp(-odds)))
 
     def save(self, path: Path) -> None:
