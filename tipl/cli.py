@@ -23,7 +23,7 @@ from tipl.evaluate import EvaluateConfig, evaluate
 from tipl.exporter import export_checkpoint, layout_record
 from tipl.importer import import_checkpoints
 from tipl.locations import location
-from tipl.manifest import read_listed
+from tipl.manifest import read_listed, write_manifest
 from tipl.policy import Activation
 from tipl.ppo import PPOConfig
 from tipl.publishing import claimed, published, remove, remove_left_behind
@@ -553,6 +553,7 @@ class Run:
             training=model / "training.json",
             overwrite=True,
         )
+        write_manifest(self.output)
         print(f"report     {page}")
 
     def _complete_store(self, path: Path, expected: int) -> Store:

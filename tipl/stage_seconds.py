@@ -6,17 +6,25 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from tipl.manifest import NAME as MANIFEST
+from tipl.manifest import read_listed
+from tipl.publishing import remove
 from tipl.sealed import load_json, save_json
 
 
 class StageSeconds:
-    """A JSON file of stage -> seconds; a stage that fails leaves nothing in it."""
+    """A JSON file of stage -> seconds, in a folder that gets a manifest when it is finished.
+
+    A stage that fails leaves nothing in it.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def read(self) -> dict[str, float]:
         """Return stage -> seconds. Raises RuntimeError where the file is damaged."""
+        if (self.path.parent / MANIFEST).exists():
+            read_listed(self.path)
         if not self.path.exists():
             return {}
         seconds = load_json(self.path, "seconds")
@@ -30,4 +38,5 @@ class StageSeconds:
         started = time.perf_counter()
         yield
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        remove(self.path.parent / MANIFEST)  # until the folder is finished again
         save_json(self.path, {**self.read(), stage: time.perf_counter() - started})

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from tipl import verify
 from tipl.cli import end_of_path_table
 from tipl.collect import collect
 from tipl.exporter import export_checkpoint
@@ -24,6 +23,7 @@ from tipl.rollout import Forecaster
 from tipl.stage_seconds import StageSeconds
 from tipl.store import Store
 from tipl.svd import StreamingSVD
+from tipl.verify import verify
 
 from . import pipeline as commands
 from .campaign import Campaign
@@ -89,9 +89,7 @@ def _sketch(path: Path) -> Any:
 
 def _problems(path: Path) -> list[str]:
     """Return the problems that tipl finds, by the general check where it has one."""
-    general = getattr(verify, "verify", None)
-    problems: list[str] = (verify.verify_store if general is None else general)(path).problems
-    return problems
+    return verify(path).problems
 
 
 STORE, MODEL, EVALUATION = "collect/store.zarr", "train/model", "evaluate/evaluation"
@@ -124,8 +122,6 @@ SUBJECTS = (
     Subject("sketch", "sketch.safetensors", "", _sketch),
     Subject("report", "report/report", "*.*", lambda path: None),
 )
-VERIFIED_TODAY = ("store", "resume")
-"""Of the rows that the check of stores alone can judge."""
 
 
 # ---- the damage
@@ -199,9 +195,9 @@ class Damage(Campaign):
 
     def _chosen(self, rng: random.Random) -> tuple[Subject, bool, str]:
         """Return what is damaged, whether it is `tipl verify` that judges, and the row."""
-        verifies, general = rng.random() < 0.3, hasattr(verify, "verify")
+        verifies = rng.random() < 0.3
         if verifies:
-            subjects = [it for it in SUBJECTS if general or it.row.startswith(VERIFIED_TODAY)]
+            subjects = list(SUBJECTS)
         else:
             subjects = [it for it in SUBJECTS if it.row != "report"]  # which nothing loads
         subject = rng.choices(subjects, [0.1 if it.load is _gone_on else 1.0 for it in subjects])[0]
