@@ -196,10 +196,7 @@ class Damage(Campaign):
     def _chosen(self, rng: random.Random) -> tuple[Subject, bool, str]:
         """Return what is damaged, whether it is `tipl verify` that judges, and the row."""
         verifies = rng.random() < 0.3
-        if verifies:
-            subjects = list(SUBJECTS)
-        else:
-            subjects = [it for it in SUBJECTS if it.row != "report"]  # which nothing loads
+        subjects = [it for it in SUBJECTS if verifies or it.row != "report"]  # which nothing else loads
         subject = rng.choices(subjects, [0.1 if it.load is _gone_on else 1.0 for it in subjects])[0]
         return subject, verifies, f"verify {subject.row}" if verifies else subject.row
 
