@@ -1,11 +1,9 @@
 """The recorder: what it appends, where it goes on, and what it refuses."""
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
-import safetensors.numpy
 import torch
 from foreign_checkpoints import CleanRL
 from torch import nn
@@ -14,6 +12,7 @@ import tipl
 import tipl.exporter
 from tipl.collect import is_complete, num_checkpoints_asked
 from tipl.policy import ParameterLayout, PolicySpec
+from tipl.sealed import save_arrays
 from tipl.store import Store
 
 
@@ -141,8 +140,7 @@ def test_a_recording_of_a_part_is_written_back_into_the_whole(tmp_path: Path) ->
         recorder.log(part, env_steps=0)
     torch.save(agent.state_dict(), tmp_path / "agent.pt")
     forecast = {"weights": np.array([[1, 2, 3], [4, 5, 6]], np.float32), "checkpoint": np.array([7, 8])}
-    record = {"tipl": json.dumps(tipl.exporter.layout_record(Store.open(tmp_path / "run")))}
-    (tmp_path / "f.safetensors").write_bytes(safetensors.numpy.save(forecast, record))
+    save_arrays(tmp_path / "f.safetensors", forecast, tipl.exporter.layout_record(Store.open(tmp_path / "run")))
     for checkpoint, expected in ((7, [1, 2, 3]), (8, [4, 5, 6]), (None, [4, 5, 6])):
         out = tmp_path / f"out{checkpoint}.pt"
         tipl.export_checkpoint(tmp_path / "f.safetensors", tmp_path / "agent.pt", out, checkpoint=checkpoint)
