@@ -129,6 +129,18 @@ def test_half_written_files_of_dead_processes_are_removed(tmp_path: Path) -> Non
     assert names_in(tmp_path) == [".model.partial", "kept.partial"]
 
 
+def test_an_output_that_is_made_again_leaves_nothing_of_a_dead_process(tmp_path: Path) -> None:
+    for name in (".out.1.partial", "..out.partial.1.partial", ".other.1.partial", ".out.partial", ".out.claim"):
+        (tmp_path / name).write_text("")
+    with published(tmp_path / "out", "rollout") as aside:
+        aside.write_text("x")
+    assert names_in(tmp_path) == [".other.1.partial", "out"]
+    (tmp_path / ".out.claim").write_text("")
+    with pytest.raises(FileExistsError):
+        make(tmp_path / "out")
+    assert names_in(tmp_path) == [".other.1.partial", "out"]
+
+
 def test_a_file_url_is_a_path(tmp_path: Path) -> None:
     assert location(f"file://{tmp_path}/x") == tmp_path / "x"
 

@@ -23,7 +23,7 @@ from tipl.locations import Location, make_folder
 from tipl.manifest import write_manifest
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EBADF)  # EBADF: a folder on NFS
-_LEFT_BEHIND = re.compile(r"\..+\.\d+\.partial")  # by `locations.written_aside`
+_LEFT_BEHIND = re.compile(r"\.(?P<name>.+)\.\d+\.partial")  # by `locations.written_aside`
 
 
 class OutputInUse(RuntimeError):
@@ -44,7 +44,9 @@ def published(output: Path, command: str, *, manifest: bool = True, resumable: b
     with claimed(output, command):
         refuse_existing(output, command)  # another process may have been faster
         aside = output.with_name(f".{output.name}.partial")
-        if not resumable:
+        if resumable:
+            remove_left_behind(aside)
+        else:
             remove(aside)
         try:
             yield aside
@@ -59,8 +61,11 @@ def published(output: Path, command: str, *, manifest: bool = True, resumable: b
 
 
 def refuse_existing(output: Location, command: str) -> None:
-    """Raise FileExistsError where `output` exists."""
+    """Raise FileExistsError where `output` exists; the claim of a process that died just then is removed."""
     if output.exists():
+        if isinstance(output, Path) and _claim_of(output).exists():
+            with contextlib.suppress(OSError, OutputInUse), claimed(output, command):
+                pass
         raise FileExistsError(f"{command}: output {output} exists already; choose another one or remove it")
 
 
@@ -74,12 +79,13 @@ def claimed(output: Location, command: str) -> Iterator[None]:
         yield
         return
     make_folder(output.parent)
-    path = output.with_name(f".{output.name}.claim")
+    path = _claim_of(output)
     file = _locked_file(path, output, command)
     try:
         with contextlib.suppress(OSError):  # on a full disk a claim names nobody, and is one all the same
             os.ftruncate(file, 0)
             os.write(file, json.dumps({"pid": os.getpid(), "host": platform.node(), "command": command}).encode())
+            remove_left_behind(output.parent, output.name)
         yield
     finally:
         with contextlib.suppress(OSError):
@@ -146,8 +152,16 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def remove_left_behind(folder: Path) -> None:
-    """Remove the half-written files that dead processes left in a folder, whose claim this process has."""
+def remove_left_behind(folder: Path, name: str | None = None) -> None:
+    """Remove half-written files that dead processes left in a folder, all or those of the output `name`.
+
+    This process must have claimed what they were to become.
+    """
     for path in folder.glob(".*.partial"):
-        if _LEFT_BEHIND.fullmatch(path.name):
+        found = _LEFT_BEHIND.fullmatch(path.name)
+        if found and name in (None, found["name"], found["name"].removeprefix(".").removesuffix(".partial")):
             path.unlink(missing_ok=True)
+
+
+def _claim_of(output: Path) -> Path:
+    return output.with_name(f".{output.name}.claim")
