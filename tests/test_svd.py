@@ -758,7 +758,7 @@ def assert_one_run(merged: StreamingSVD, whole: StreamingSVD, rows: np.ndarray) 
     assert np.isclose(merged.optimum_bound_, whole.optimum_bound_, rtol=0.02, atol=ROUNDING * largest)
     assert np.isclose(merged.residual_, whole.residual_, rtol=0.05)
     assert merged.coordinates_.shape == whole.coordinates_.shape
-    assert np.abs(merged.coordinates_ - whole.coordinates_).max() <= 128 * EPS * largest
+    assert np.abs(merged.coordinates_ - whole.coordinates_).max() <= 256 * EPS * largest  # origins differ too
     theirs = coordinates(rows, merged.components_, merged.mean_)
     own = coordinates(rows, whole.components_, whole.mean_)
     missing = np.abs(whole.coordinates_ - own).max()  # by the directions, not by merging
