@@ -395,7 +395,7 @@ def test_entries_too_small_for_float32_sums_count_as_zero_with_a_warning_and_a_t
 @pytest.mark.parametrize(("n", "p"), [(200, 100), (600, 15)])
 def test_entries_of_any_size_are_exact_where_float64_sums_them(n, p, scale):
     rows = (random_rows(n, p) * scale).astype(np.float32)
-    exact = reference.singular_values(rows.astype(np.float64) / scale)[:3] * scale
+    exact = reference.singular_values(rows.astype(np.float64) / scale, center=False)[:3] * scale
     assert np.allclose(StreamingSVD(3).fit(rows).singular_values_, exact, rtol=1e-5, atol=0)
 
 
@@ -758,7 +758,7 @@ def assert_one_run(merged: StreamingSVD, whole: StreamingSVD, rows: np.ndarray) 
     assert np.isclose(merged.optimum_bound_, whole.optimum_bound_, rtol=0.02, atol=ROUNDING * largest)
     assert np.isclose(merged.residual_, whole.residual_, rtol=0.05)
     assert merged.coordinates_.shape == whole.coordinates_.shape
-    assert np.abs(merged.coordinates_ - whole.coordinates_).max() <= 128 * EPS * largest
+    assert np.abs(merged.coordinates_ - whole.coordinates_).max() <= 256 * EPS * largest  # origins differ too
     theirs = coordinates(rows, merged.components_, merged.mean_)
     own = coordinates(rows, whole.components_, whole.mean_)
     missing = np.abs(whole.coordinates_ - own).max()  # by the directions, not by merging

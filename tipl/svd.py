@@ -408,6 +408,8 @@ class StreamingSVD:
 
     def _merged(self, other: "StreamingSVD") -> _Fitted:
         """Return what `merge` makes of the two, which both stay as they are."""
+        if other is self:
+            raise ValueError("merge: other must be another estimator, with rows of its own")
         theirs = other._seen_rows("merge")
         for name in ("n_components", "center"):
             ours_is, theirs_is = getattr(self, name), getattr(other, name)
