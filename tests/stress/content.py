@@ -13,10 +13,13 @@ from typing import Any
 NOTES = {"seconds", "machine", "tipl_version"}
 """Keys of JSON objects that say when, how long or on what."""
 
+_STAGE = rb"(?:[\w.-]+/)*(?:collect|train|evaluate|report)"
 TIMES = re.compile(
-    rb"\d+(\.\d+)?(e[+-]?\d+)?(\xc2\xa0| )(s|min|h)\b|<th>(collect|train|evaluate|report)</th><td>[\d.e+-]+</td>"
+    rb"(?:" + _STAGE + rb" )?(?:\d[\d.e+-]*(?:\xc2\xa0| )(?:s|min|h)\b(?:\xc2\xa0| )?)+(?:, )?"
+    rb"|(?:<tr>)?<th>" + _STAGE + rb"</th><td>[\d.e+-]+</td>(?:</tr>)?"
 )
-"""In a report: durations in words, and those in its table of seconds."""
+"""In a report: durations, with the stage that took them, which a killed command may not have noted."""
+
 SEALS = re.compile(r"\.?(tipl[-_.])?(manifest|checksums?)([-_.].*)?", re.IGNORECASE)
 """Names of files that hold checksums of the others."""
 
@@ -60,7 +63,7 @@ def _digest(file: Path) -> str:
         if file.suffix == ".json":
             data = json.dumps(_without_notes(file.name, json.loads(data)), sort_keys=True).encode()
         elif file.suffix == ".html":
-            data = TIMES.sub(b"TIME", data)
+            data = TIMES.sub(b"", data)
         elif file.suffix == ".safetensors":
             data = _in_order(data)
     except ValueError:
@@ -69,8 +72,8 @@ def _digest(file: Path) -> str:
 
 
 def _without_notes(name: str, document: Any) -> Any:
-    if name == "seconds.json" and isinstance(document, dict):
-        return sorted(document)
+    if name == "seconds.json":
+        return {}
     if isinstance(document, dict):
         return {key: _without_notes("", value) for key, value in document.items() if key not in NOTES}
     if isinstance(document, list):

@@ -254,7 +254,7 @@ def make_twins(cache: Path) -> tuple[Pipeline, Pipeline]:
     pipeline, twin = Pipeline(folder / "pipeline"), Pipeline(folder / "twin", seed=1)
     notes = folder / "notes.json"
     if not notes.exists():
-        shutil.rmtree(cache, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
         print("stress: runs every command undisturbed, twice", flush=True)
         _checked("the pipeline", children.run(pipeline.make, Setting(timeout=600)))
         import_all(pipeline.folder / "modules.txt")
