@@ -46,7 +46,7 @@ def read_file(path: Location, *, max_bytes: int | None = MAX_BYTES) -> bytes:
     if not isinstance(path, Path):
         return bytes(path.read_bytes())
     file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # of a pipe, opening would wait for a writer
-    with open(file, "rb") as stream:
+    with naming(path), open(file, "rb") as stream:
         found = os.fstat(file)
         if not stat.S_ISREG(found.st_mode):
             raise OSError(f"{path} must be a regular file")

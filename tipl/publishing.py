@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from tipl.locations import Location, make_folder
+from tipl.locations import Location, make_folder, naming
 from tipl.manifest import write_manifest
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EBADF)  # EBADF: a folder on NFS
@@ -90,7 +90,8 @@ def claimed(output: Location, command: str) -> Iterator[None]:
     finally:
         with contextlib.suppress(OSError):
             path.unlink()  # before the lock is given up: nobody can have the file
-        os.close(file)
+        with contextlib.suppress(OSError):
+            os.close(file)
 
 
 def _locked_file(path: Path, output: Path, command: str) -> int:
@@ -101,7 +102,9 @@ def _locked_file(path: Path, output: Path, command: str) -> int:
         except OSError as error:
             raise OSError(error.errno, f"{command}: cannot write here: {error.strerror}", str(output)) from error
         try:
-            if not lock(file, fcntl.LOCK_EX, output):
+            with naming(output):
+                has_locks = lock(file, fcntl.LOCK_EX, output)
+            if not has_locks:
                 return file
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(file), os.stat(path)):

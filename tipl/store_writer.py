@@ -73,7 +73,8 @@ class Writer:
 
     def _unlock(self) -> None:
         while self.locks:
-            os.close(self.locks.pop())
+            with contextlib.suppress(OSError):
+                os.close(self.locks.pop())
 
     def create_trials(self) -> None:
         """Make trials without checkpoints, in place of what a killed process left."""

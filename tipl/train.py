@@ -29,7 +29,7 @@ from tipl.curves import EventFile
 from tipl.locations import write_atomically
 from tipl.model import ModelConfig, TrajectoryTransformer
 from tipl.progress import progress_bar
-from tipl.publishing import published
+from tipl.publishing import published, remove
 from tipl.rollout import Forecaster
 from tipl.store import Store
 from tipl.train_refiner import train_refiner
@@ -220,6 +220,9 @@ def _trained(
     # A GPU's random numbers and sums do not repeat, and it needs less time.
     settings, states = _settings(sources, config), folder if config.device == "cpu" else None
     folder.mkdir(exist_ok=True)
+    for path in folder.iterdir():  # of a call that was cut off, perhaps with other settings
+        if path.name != "tb" and not SavedState.is_one(path):
+            remove(path)
     transformer, refining = (SavedState(states, part, settings) for part in ("transformer", "refiner"))
     with torch.random.fork_rng():  # the caller's random numbers go on as if nothing had been trained
         torch.manual_seed(config.seed)
@@ -288,7 +291,9 @@ def fit(trainer: Trainer, events: Path, progress: bool, saved: SavedState | None
     every = max(1, steps // Trainer.VALIDATIONS)
     since_validation: list[float] = []
     state = None if saved is None else saved.load()
-    if state is not None:
+    if state is None:
+        remove(events)  # of other settings
+    else:
         trainer.set_state(*state)
         curve, since_validation = state[1]["curve"], state[1]["since_validation"]
     file: EventFile | None = EventFile(events, trainer.step_count + 1)

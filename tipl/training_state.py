@@ -34,6 +34,11 @@ class SavedState:
         self._settings = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
         self._saved_at = time.monotonic()
 
+    @staticmethod
+    def is_one(path: Path) -> bool:
+        """Return whether the file is a saved state."""
+        return path.name.startswith(".state_") and path.suffix == ".safetensors"
+
     def load(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]] | None:
         """Return the arrays and the record that were saved; None where there are none of these settings."""
         if self._path is None or not self._path.exists():
