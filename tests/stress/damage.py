@@ -25,12 +25,10 @@ from tipl.store import Store
 from tipl.svd import StreamingSVD
 from tipl.verify import verify
 
-from . import pipeline as commands
 from .campaign import Campaign
-from .children import GIB, Setting, data_bytes
+from .children import GIB, data_bytes
 from .digest import digest
-from .faults import Fault
-from .pipeline import COMMANDS, ENV_ID, PPO, RUN, Pipeline
+from .pipeline import ENV_ID, PPO, RUN, Pipeline
 from .rows import Trial
 
 CLEAR = (ValueError, RuntimeError, OSError, FloatingPointError)
@@ -92,7 +90,12 @@ def _problems(path: Path) -> list[str]:
     return verify(path).problems
 
 
-STORE, MODEL, EVALUATION = "collect/store.zarr", "train/model", "evaluate/evaluation"
+UNFINISHED, STORE, MODEL, EVALUATION = (
+    "unfinished/store.zarr",
+    "collect/store.zarr",
+    "train/model",
+    "evaluate/evaluation",
+)
 SUBJECTS = (
     Subject("store: group", STORE, "zarr.json", _store),
     Subject("store: trial", STORE, "trial_*/zarr.json", _store),
@@ -100,8 +103,8 @@ SUBJECTS = (
     Subject("store: weights", STORE, "trial_*/weights/c.*", _store),
     Subject("store: env_steps", STORE, "trial_*/env_steps/c.*", _store),
     Subject("store: returns", STORE, "trial_*/episodic_return/c.*", _store),
-    Subject("resume: group", "unfinished.zarr", "resume/zarr.json", _gone_on),
-    Subject("resume: state", "unfinished.zarr", "resume/trial_*/state_*", _gone_on),
+    Subject("resume: group", UNFINISHED, "resume/zarr.json", _gone_on),
+    Subject("resume: state", UNFINISHED, "resume/trial_*/state_*", _gone_on),
     Subject("model: config", MODEL, "config.json", Forecaster.load),
     Subject("model: model", MODEL, "model.safetensors", Forecaster.load),
     Subject("model: centre", MODEL, "centre.safetensors", Forecaster.load),
@@ -185,10 +188,6 @@ class Damage(Campaign):
     name = "damage"
     counts: ClassVar = {"smoke": 3000, "full": 100_000}
     limit = 30.0
-
-    def prepare(self) -> None:
-        for pipeline in (self.pipeline, self.twin):
-            make_unfinished(pipeline)
 
     def row(self, number: int) -> str:
         return self._chosen(self.rng(number))[2]
@@ -274,17 +273,6 @@ class _Copies:
         shutil.copytree(pipeline.folder, folder)
         self.folder = folder
         self.digests = {subject.row: digest(subject.load(folder / subject.path)) for subject in SUBJECTS}
-
-
-def make_unfinished(pipeline: Pipeline) -> None:
-    """Leave a collection in the pipeline's folder that was killed at two thirds of its way."""
-    command, output = COMMANDS["collect"], pipeline.folder / "unfinished.zarr"
-    whole = commands.run(command, pipeline, output, Setting(fault=Fault("n", str(output), 0, "trace")))
-    shutil.rmtree(output)
-    nth = 2 * len(whole.hit.splitlines()) // 3
-    ended = commands.run(command, pipeline, output, Setting(fault=Fault("n", str(output), nth, "kill")))
-    if not ended.killed:
-        raise RuntimeError(f"stress: no unfinished collection: status {ended.status}, {ended.err}")
 
 
 def _loaded(subject: Subject, target: Path) -> tuple[Exception | None, str, list[Any]]:

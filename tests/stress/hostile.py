@@ -77,7 +77,12 @@ class Box:
         names = [it.partition("=")[2] for it in arguments if it.startswith(("--output=", "--plot="))]
         paths = [os.path.normpath(os.path.join(self.work, name)) for name in names if "://" not in name]
         new = [path for path in paths if os.path.islink(path) or not os.path.exists(path)]
-        return tuple(start for path in new for start in (path, os.path.join(os.path.dirname(path), ".")))
+        starts = []
+        for path in new:
+            while not os.path.lexists(os.path.dirname(path)):  # folders that are made for it
+                path = os.path.dirname(path)
+            starts += [path, os.path.join(os.path.dirname(path), ".")]
+        return tuple(starts)
 
     def listing(self, left_out: tuple[str, ...] = ()) -> dict[str, tuple[int, int, int]]:
         """Return what lies outside the output: path -> (mode, size, time of the last change)."""
@@ -174,7 +179,7 @@ def all_cases() -> Iterator[Case]:
 
 
 STORE, MODEL, EVALUATION = "collect/store.zarr", "train/model", "evaluate/evaluation"
-UNFINISHED, RUN, FORECAST = "unfinished.zarr", "run/run", "rollout/forecast.safetensors"
+UNFINISHED, RUN, FORECAST = "unfinished/store.zarr", "run/run", "rollout/forecast.safetensors"
 
 
 def arguments_of(command: str, box: Box, output: str | None = None) -> list[str]:

@@ -143,6 +143,7 @@ class Pipeline:
         self.folder, self.seed = folder, seed
         self.checkpoints, self.tensors = folder / "checkpoints", folder / "tensors"
         self.sketch = folder / "sketch.safetensors"
+        self.unfinished = folder / "unfinished" / "store.zarr"
         self.seconds: dict[str, float] = {}
         self.contents: dict[str, dict[str, str]] = {}
         self.operations: dict[str, dict[str, int]] = {}
@@ -262,6 +263,8 @@ def make_twins(cache: Path) -> tuple[Pipeline, Pipeline]:
         making = children.start(twin.make, Setting())
         _make_again(pipeline, folder / "again")
         _checked("the twin", making.wait(Setting(timeout=600)))
+        for it in (pipeline, twin):
+            _leave_unfinished(it, nth=2 * pipeline.operations["collect"]["n"] // 3)
         notes.write_text(json.dumps([pipeline.seconds, pipeline.contents, pipeline.operations]))
     import_all(pipeline.folder / "modules.txt")
     pipeline.seconds, pipeline.contents, pipeline.operations = json.loads(notes.read_text())
@@ -293,6 +296,16 @@ def _make_again(pipeline: Pipeline, folder: Path) -> None:
         if difference := pipeline.difference(name, output):
             raise RuntimeError(f"stress: {name} gives another output the second time: {difference}")
     shutil.rmtree(folder)
+
+
+def _leave_unfinished(pipeline: Pipeline, nth: int) -> None:
+    """Leave a collection in the pipeline's folder that was killed at its `nth` rename."""
+    output = pipeline.unfinished
+    output.parent.mkdir()
+    fault = Fault("n", str(output.parent), nth, "kill")
+    ended = run(COMMANDS["collect"], pipeline, output, Setting(fault=fault, timeout=600))
+    if not ended.killed or not output.exists():
+        raise RuntimeError(f"stress: no unfinished collection: status {ended.status}, {ended.err}")
 
 
 def _checked(name: str, ended: Ended) -> None:
