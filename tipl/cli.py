@@ -30,6 +30,7 @@ from tipl.publishing import claimed, published, remove, remove_left_behind
 from tipl.report import plot_store, write_report
 from tipl.reproduce import experiments, reproduce
 from tipl.rollout import Forecaster, check_and_forecast, load_pretrained
+from tipl.schema import parse_json
 from tipl.sealed import load_json, save_arrays, save_json
 from tipl.stage_seconds import StageSeconds
 from tipl.store import Store
@@ -691,7 +692,7 @@ def _print_verification(path: str, found: Verification) -> None:
 
 def end_of_path_table(results: Path) -> str:
     """Return the mean relative weight error at the end of the path, a line a predictor and a column a prefix."""
-    document = json.loads(read_listed(results))
+    document = parse_json(read_listed(results), results)
     rows, train = document["rows"], document["settings"]["train"]
     judged = "trials that it was trained on" if train.get("in_sample") else "held-out trials"
     prefixes = sorted({row["prefix"] for row in rows})
@@ -715,7 +716,7 @@ def end_of_path_table(results: Path) -> str:
 
 
 def _training_line(model: Path) -> str:
-    training = json.loads(read_listed(model / "training.json"))
+    training = parse_json(read_listed(model / "training.json"), model / "training.json")
     return (
         f"{training['num_parameters'] / 1e6:.2f} M parameters, validation error {training['best_error']:.3f} at step "
         f"{training['best_step']}, {training['seconds']:.0f} s"

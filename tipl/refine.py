@@ -213,6 +213,8 @@ class Refiner(nn.Module):
             raise FileNotFoundError(f"Refiner.load: there is no file {path}")
         arrays, record = load_arrays(path, "Refiner.load")
         try:
+            if not {"hidden", "max_len"} <= record.keys() or "middle.weight" not in arrays:
+                raise ValueError("expected a record of hidden and max_len, and the array middle.weight")
             hidden, max_len = int(record["hidden"]), int(record["max_len"])
             if hidden < 1 or max_len < 1 or arrays["middle.weight"].shape != (hidden, hidden):
                 raise ValueError(f"hidden = {hidden} and max_len = {max_len} do not fit its arrays")

@@ -28,6 +28,7 @@ from tipl.report import write_report
 from tipl.report.reproduction import Part, write_reproduction
 from tipl.report.results import read_results
 from tipl.rollout import Forecaster
+from tipl.schema import parse_json
 from tipl.stage_seconds import StageSeconds
 from tipl.store import Store
 from tipl.train import train
@@ -313,7 +314,7 @@ def _write_joint(output: Path, runs: list[Experiment], seconds: dict[str, float]
 
     The manifest comes last: where it is there and results.json holds what it should, the page is of it.
     """
-    documents = {it.name: json.loads(read_listed(it.results)) for it in runs}
+    documents = {it.name: parse_json(read_listed(it.results), it.results) for it in runs}
     first = documents[runs[0].name]
     joint: dict[str, Any] = {
         "format": "tipl-reproduction",

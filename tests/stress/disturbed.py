@@ -47,8 +47,11 @@ def judge_ending(trial: Trial, ended: Ended, folder: Path) -> None:
 
 
 def unclear(ended: Ended, *named: Path | str) -> str:
-    """Return what is wrong with an error's text, "" if nothing: it must be one line that has one of `named` in it."""
-    lines = [line for line in ended.err.splitlines() if line.startswith("tipl: ")]
+    """Return what is wrong with an error's text, "" if nothing: it must be one line that has one of `named` in it.
+
+    Warnings may stand before it.
+    """
+    lines = [line for line in ended.err.splitlines() if line.startswith("tipl: ") and "tipl: warning:" not in line]
     after = ended.err[ended.err.find("tipl: error:") :].strip()
     if len(lines) != 1 or "\n" in after:
         return "not one line"

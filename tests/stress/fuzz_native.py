@@ -340,9 +340,11 @@ class Fuzzer:
     def call_mean_actions_values_num_params(self) -> None:
         ppo, N, R = self.random.choice(self.ppo), self.random.randint(0, 3), self.random.randint(0, 9)
         P = ppo.num_params + self.random.randint(0, 2)
-        actions = self.call("mean_actions", ppo.mean_actions, self.array(N, P), self.array(N, R, 3))
+        sizes = {"act_dim": self.scalar(2), "activation": self.random.choice(["tanh", "relu", "elu", "no"])}
+        sizes["hidden_sizes"] = self.random.choice([[4], [], [5, 1], [0], [2**40], [3] * 2000])
+        actions = self.call("mean_actions", _core.mean_actions, self.array(N, P), self.array(N, R, 3), **sizes)
         values = self.call("values", ppo.values, self.array(N, P), self.array(N, R, 3))
-        right(actions.ndim == 3 and actions.shape[2] == 2 and values.ndim == 2)
+        right(actions.ndim == 3 and actions.shape[2] == sizes["act_dim"] and values.ndim == 2)
 
     def call_update(self) -> None:
         ppo, N, T = self.random.choice(self.ppo), self.random.randint(0, 3), 4 * self.random.randint(0, 3)

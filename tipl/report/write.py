@@ -99,7 +99,7 @@ def write_report(
     html = page.document(f"tipl: {results.env_id}", body)
     if output.exists() and not any(output.iterdir()):
         output.rmdir()
-    if not output.exists():
+    if not overwrite or not output.exists():
         with published(output, "report") as aside:
             _write_files(aside, files, html)
         return output / "report.html"
