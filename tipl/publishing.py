@@ -15,6 +15,7 @@ import os
 import platform
 import re
 import shutil
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -140,11 +141,13 @@ def lock(file: int, kind: int, output: Path) -> bool:
 
 
 def _holder(file: int) -> str:
-    try:
-        owner = json.loads(os.pread(file, 4096, 0))
-        return f"process {owner['pid']} on {owner['host']} (tipl {owner['command']})"
-    except (OSError, ValueError, LookupError, TypeError):
-        return "another process"
+    """Return who has the claim; it says so some moments after it was locked."""
+    for _ in range(50):
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+            owner = json.loads(os.pread(file, 4096, 0))
+            return f"process {owner['pid']} on {owner['host']} (tipl {owner['command']})"
+        time.sleep(0.01)
+    return "another process"
 
 
 def remove(path: Path) -> None:
