@@ -21,7 +21,7 @@ sanitize: $(VENV)/.develop  ## Run the engine's tests under ASan and UBSan, and 
 	.ci/sanitize address
 	.ci/sanitize thread
 
-stress: $(VENV)/.develop  ## Kills, disk faults, damage, races, hostile input: thousands, hours, into tests/stress/latest.json
+stress: $(VENV)/.develop  ## Kills, disk faults, damage, races, hostile input: thousands in an hour, into tests/stress/latest.json
 	$(BIN)/python -m tests.stress
 
 stress-smoke: $(VENV)/.develop  ## Some of them, in two minutes
