@@ -17,7 +17,7 @@ from tipl.actors import Actor, differences, shown
 from tipl.checkpoint_files import SUFFIXES, VEC_NORMALIZE_NOTE, CheckpointFile, find_actor_in, read_checkpoint_file
 from tipl.checkpoint_steps import chosen_steps, in_order
 from tipl.policy import Layout, PolicySpec
-from tipl.publishing import published
+from tipl.publishing import published, refuse_existing
 from tipl.store import Store, Trial
 
 BLOCK_BYTES = 2**26  # of weights, read before they are appended together
@@ -68,8 +68,7 @@ def import_checkpoints(
         In every case nothing is left at `output`.
     """
     output = Path(output)
-    if output.exists():
-        raise FileExistsError(f"import: output {output} exists already; choose another folder or remove it")
+    refuse_existing(output, "import")
     reading = _Reading(activation, actor, step_pattern, num_checkpoints, max_bytes)
     runs = _runs([Path(source) for source in sources], pattern, reading)
     env_ids = {run.env_id for run in runs} - {"unknown"} if env_id == "unknown" else {env_id}

@@ -62,12 +62,17 @@ def published(output: Path, command: str, *, manifest: bool = True, resumable: b
 
 
 def refuse_existing(output: Location, command: str) -> None:
-    """Raise FileExistsError where `output` exists; the claim of a process that died just then is removed."""
+    """Raise FileExistsError where `output` exists."""
     if output.exists():
-        if isinstance(output, Path) and _claim_of(output).exists():
-            with contextlib.suppress(OSError, OutputInUse), claimed(output, command):
-                pass
+        remove_dead_claim(output)
         raise FileExistsError(f"{command}: output {output} exists already; choose another one or remove it")
+
+
+def remove_dead_claim(output: Location) -> None:
+    """Remove the claim of a process that died when it had published `output`."""
+    if isinstance(output, Path) and _claim_of(output).exists():
+        with contextlib.suppress(OSError, OutputInUse), claimed(output, "this one"):
+            pass
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from tipl.locations import write_atomically
 from tipl.progress import progress_bar
-from tipl.publishing import claimed
+from tipl.publishing import claimed, remove_dead_claim
 from tipl.report.plots import NBSP, THEME, Mark, Panel, Plot, short_count
 from tipl.report.results import FloatArray
 from tipl.report.run_plots import MAX_CURVES
@@ -100,6 +100,7 @@ def plot_store(store: Store, path: str | Path, *, overwrite: bool = False, progr
     if path.suffix not in (".svg", ".png"):
         raise ValueError(f"plot_store: path must end in .svg or .png, got {path}")
     if path.exists() and not overwrite:
+        remove_dead_claim(path)
         raise FileExistsError(f"plot_store: {path} exists; choose another file, or overwrite it")
     trials = [trial for i in range(store.num_trials) if (trial := store.trial(i)).num_checkpoints]
     with progress_bar(progress) as bar:

@@ -19,7 +19,7 @@ import numpy as np
 from tipl.locations import write_atomically
 from tipl.manifest import NAME as MANIFEST
 from tipl.manifest import check_folder, write_manifest
-from tipl.publishing import claimed, published, remove
+from tipl.publishing import claimed, published, remove, remove_dead_claim
 from tipl.report import page, plots, run_plots, verdict
 from tipl.report.dynamics import dynamics_section
 from tipl.report.estimates import (
@@ -84,6 +84,7 @@ def write_report(
     if output.exists() and not output.is_dir():
         raise FileExistsError(f"write_report: output must be a folder, but {output} is a file")
     if output.exists() and any(output.iterdir()) and not overwrite:
+        remove_dead_claim(output)
         raise FileExistsError(f"write_report: {output} exists and is not empty; pass overwrite=True to write there")
 
     results = read_results(evaluation / "results.json")
