@@ -194,7 +194,7 @@ def test_returns_and_the_shared_basis_are_those_of_one_process(tmp_path, cluster
 
 def test_training_and_evaluation_are_those_of_one_process(tmp_path, address):
     store = collect(tmp_path / "store", **{**ARGUMENTS, "num_trials": 6, "total_timesteps": 32 * 20})
-    config = TrainConfig(basis="shared", steps=20, n_components=4)
+    config = TrainConfig(basis="shared", steps=20, n_components=4, refine_steps=20)
     judged = EvaluateConfig(num_episodes=2, prefixes=(0.4,))
     for name, where in (("alone", None), ("cluster", address)):
         train(store, tmp_path / name / "model", config, ray=where, progress=False)

@@ -194,7 +194,7 @@ def test_an_unfinished_collection_is_not_overwritten_by_another(url: str) -> Non
 
 def test_a_model_is_trained_from_there(url: str, tmp_path: Path) -> None:
     store = collect(url, **{**ARGUMENTS, "num_trials": 6})
-    train(Store.open(url), tmp_path / "model", TrainConfig(steps=2), progress=False)
+    train(Store.open(url), tmp_path / "model", TrainConfig(steps=2, refine_steps=2), progress=False)
     assert (tmp_path / "model" / "model.safetensors").exists()
     assert repr(store) == f"Store('{url}': 6 trials of InvertedPendulum-v5, p = 4546)"
 
