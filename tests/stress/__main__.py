@@ -50,8 +50,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--only", type=int, help="make this trial of one campaign alone, and tell all of it")
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)), help="trials at once")
     parser.add_argument("--output", type=Path, default=FOLDER / "latest.json", help="where the rows go")
-    memory = Path("/dev/shm")
-    parser.add_argument("--work", type=Path, default=memory if memory.is_dir() else Path("runs"), help="scratch folder")
+    parser.add_argument("--work", type=Path, default=_scratch(), help="scratch folder")
     parser.add_argument("--keep", action="store_true", help="leave the scratch folder")
     options = parser.parse_args()
     unknown = set(options.campaigns) - {*IN_FORKS, *ALONE}
@@ -61,6 +60,12 @@ def _options() -> argparse.Namespace:
         parser.error("--only takes one campaign")
     options.work = options.work.resolve()
     return options
+
+
+def _scratch() -> Path:
+    """Return a folder in memory, where there is a gigabyte of it."""
+    memory = Path("/dev/shm")
+    return memory if memory.is_dir() and shutil.disk_usage(memory).free >= 2**30 else Path("runs")
 
 
 def _run(options: argparse.Namespace, work: Path, rows: list[dict[str, Any]]) -> None:
