@@ -75,5 +75,5 @@ def action_variance(
 
 def _mean_actions(policy: PolicySpec, weights: NDArray[np.float32], states: NDArray[np.float32]) -> FloatArray:
     """Return the mean actions (N, S, A), not clipped."""
-    each = torch.from_numpy(states).expand(len(weights), -1, -1)
+    each = torch.from_numpy(states.copy()).expand(len(weights), -1, -1)  # what came through Ray cannot be written
     return mean_action(policy, torch.from_numpy(weights), each).numpy().astype(np.float64)
