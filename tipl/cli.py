@@ -42,10 +42,8 @@ from tipl.verify import Verification, verify, verify_store
 
 def _local_path(texts: list[str]) -> Path:
     """Return the path that was given, perhaps as a file:// URL."""
-    scheme, is_url, _ = texts[0].partition("://")
-    path = location(texts[0]) if scheme == "file" or not is_url else None
-    if not isinstance(path, Path):
-        raise ValueError(f"must be a local path, and {texts[0]} is a URL")
+    path = location(texts[0]) if texts[0].startswith("file://") else Path(texts[0])
+    assert isinstance(path, Path)
     return path
 
 
@@ -657,6 +655,9 @@ def main() -> None:
             prog="tipl",
             description="Forecast where PPO takes a policy's weights. Start with `tipl demo`.",
         )
+        for name, value in vars(command).items():
+            if isinstance(value, Path) and value.parts and value.parts[0].endswith(":"):
+                raise ValueError(f"{name} must be a local path, and {value.parts[0]}//... is a URL")
         command.run()
     except KeyboardInterrupt as interrupt:
         print(f"tipl: interrupted. {interrupt}".rstrip(), file=sys.stderr)
