@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tipl.locations import read_file, write_atomically
-from tipl.sealed import UncheckedWarning
+from tipl.sealed import UncheckedWarning, json_digest
 
 NAME = "manifest.json"
 FORMAT, VERSION = "tipl-manifest", 1
@@ -28,9 +28,8 @@ def write_manifest(folder: Path) -> None:
     files = {}
     for path in sorted(folder.iterdir()):
         if _is_covered(path):
-            data = read_file(path, max_bytes=None)
-            files[path.name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    document = {"format": FORMAT, "version": VERSION, "files": files, "sha256": _digest(files)}
+            files[path.name] = _entry(read_file(path, max_bytes=None))
+    document = {"format": FORMAT, "version": VERSION, "files": files, "sha256": json_digest(files)}
     write_atomically(folder / NAME, (json.dumps(document, indent=1) + "\n").encode())
 
 
@@ -40,8 +39,11 @@ def read_listed(path: Path) -> bytes:
     Raises FileNotFoundError where there is no such file, and RuntimeError where it is not the one listed.
     """
     files = _read_manifest(path.parent)
-    if files is None:
-        return read_file(path, max_bytes=None)
+    return read_file(path, max_bytes=None) if files is None else _read_listed(path, files)
+
+
+def _read_listed(path: Path, files: dict[str, Any]) -> bytes:
+    """Return what is in a file of the folder that holds these `files`."""
     if path.name not in files:
         if not path.exists():
             raise FileNotFoundError(f"{path} does not exist")
@@ -49,7 +51,7 @@ def read_listed(path: Path) -> bytes:
     if not path.exists():
         raise RuntimeError(f"{path} is missing: {NAME} lists it")
     data = read_file(path, max_bytes=None)
-    expected, found = files[path.name], {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    expected, found = files[path.name], _entry(data)
     if found != expected:
         raise RuntimeError(f"{path} is damaged or of another folder: {_difference(expected, found)}, as {NAME} says")
     return data
@@ -78,7 +80,7 @@ def problems_in(folder: Path) -> list[str]:
     problems = []
     for name in sorted(unlisted | set(files)):
         try:
-            read_listed(folder / name)
+            _read_listed(folder / name, files)
         except (OSError, RuntimeError) as error:
             problems.append(str(error))
     return problems
@@ -95,15 +97,16 @@ def _read_manifest(folder: Path) -> dict[str, Any] | None:
         files = document["files"]
         if (document["format"], document["version"]) != (FORMAT, VERSION):
             raise ValueError(f"format must be {FORMAT!r}, version {VERSION}")
-        if document["sha256"] != _digest(files) or len(document) != 4:
+        if document["sha256"] != json_digest(files) or len(document) != 4:
             raise ValueError("it fails its checksum")
         return dict(files)
     except (ValueError, TypeError, LookupError, RecursionError) as error:
         raise RuntimeError(f"{path} is damaged: {error}") from error
 
 
-def _digest(files: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+def _entry(data: bytes) -> dict[str, Any]:
+    """Return what a manifest says of a file with this content."""
+    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 def _difference(expected: dict[str, Any], found: dict[str, Any]) -> str:

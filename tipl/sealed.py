@@ -78,7 +78,7 @@ def sorted_metadata(data: bytes) -> bytes:
 
 def save_json(path: Path, document: Mapping[str, Any]) -> None:
     """Write a JSON object with its checksum as the last entry."""
-    write_atomically(path, (json.dumps({**document, "sha256": _json_digest(document)}, indent=1) + "\n").encode())
+    write_atomically(path, (json.dumps({**document, "sha256": json_digest(document)}, indent=1) + "\n").encode())
 
 
 def load_json(path: Path, owner: str) -> dict[str, Any]:
@@ -93,7 +93,7 @@ def load_json(path: Path, owner: str) -> dict[str, Any]:
             raise ValueError("it must hold a JSON object")
         if "sha256" not in document:
             warnings.warn(UncheckedWarning(path), stacklevel=1)
-        elif document.pop("sha256") != _json_digest(document):
+        elif document.pop("sha256") != json_digest(document):
             raise ValueError("it fails its checksum")
     except (ValueError, RecursionError) as error:
         raise RuntimeError(f"{owner}: {path} is damaged: {error}") from error
@@ -109,5 +109,6 @@ def _digest(text: str, arrays: Mapping[str, NDArray[Any]]) -> str:
     return digest.hexdigest()
 
 
-def _json_digest(document: Mapping[str, Any]) -> str:
+def json_digest(document: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of plain JSON, whatever the order of its entries."""
     return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()

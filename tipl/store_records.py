@@ -12,8 +12,6 @@ found, although it is whole by itself. Stores of equal settings have equal diges
 
 import base64
 import binascii
-import hashlib
-import json
 import warnings
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -23,7 +21,7 @@ from pydantic import Field
 from tipl.locations import Location
 from tipl.policy import Layout, layout_from_dict
 from tipl.schema import parse
-from tipl.sealed import UncheckedWarning
+from tipl.sealed import UncheckedWarning, json_digest
 from tipl.zarr_files import MAX_ROWS, ZarrArray, read_group, write_group
 
 FORMAT, VERSION = "tipl-store", 1
@@ -93,7 +91,7 @@ def read_store_record(path: Location) -> tuple[StoreRecord, str]:
 
 def store_digest(attributes: dict[str, Any]) -> str:
     """Return what the trials and states of a store have of it: a digest of its root's attributes."""
-    return hashlib.sha256(json.dumps(attributes, sort_keys=True).encode()).hexdigest()[:DIGEST_LETTERS]
+    return json_digest(attributes)[:DIGEST_LETTERS]
 
 
 @dataclass(frozen=True)

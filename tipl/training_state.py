@@ -6,8 +6,6 @@
 A state goes with one set of settings, stores and versions, of which it holds a hash; another call's is not used.
 """
 
-import hashlib
-import json
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tipl.model import arrays_of, set_arrays
-from tipl.sealed import load_arrays, save_arrays
+from tipl.sealed import json_digest, load_arrays, save_arrays
 
 SAVE_SECONDS = 5.0
 """Between two saved states, at least."""
@@ -31,7 +29,7 @@ class SavedState:
 
     def __init__(self, folder: Path | None, part: str, settings: Mapping[str, Any]) -> None:
         self._path = None if folder is None else folder / f".state_{part}.safetensors"
-        self._settings = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+        self._settings = json_digest(settings)
         self._saved_at = time.monotonic()
 
     @staticmethod
