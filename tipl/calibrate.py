@@ -102,7 +102,7 @@ def recalibrate(
     output, folder = Path(output), PRETRAINED if model is None else Path(model)
     if num_trials < 1:
         raise ValueError(f"calibrate: num_trials must be at least 1, got {num_trials}")
-    with published(output, "calibrate") as aside:
+    with published(output, "calibrate", manifest=False) as aside:
         forecaster = Forecaster.load(folder)
         aside.mkdir()
         if (folder / "training.json").exists():

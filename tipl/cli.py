@@ -26,7 +26,7 @@ from tipl.locations import location
 from tipl.manifest import read_listed, write_manifest
 from tipl.policy import Activation
 from tipl.ppo import PPOConfig
-from tipl.publishing import claimed, published, remove, remove_left_behind
+from tipl.publishing import claimed, made_aside, published, remove_left_behind
 from tipl.report import plot_store, write_report
 from tipl.reproduce import experiments, reproduce
 from tipl.rollout import Forecaster, check_and_forecast, load_pretrained
@@ -485,11 +485,9 @@ class Run:
         settings = json.loads(json.dumps(settings))
         record = self.output / "run.json"
         if not self.output.exists():
-            aside = self.output.with_name(f".{self.output.name}.partial")
-            remove(aside)
-            aside.mkdir()
-            save_json(aside / record.name, settings)
-            aside.rename(self.output)
+            with made_aside(self.output) as aside:
+                aside.mkdir()
+                save_json(aside / record.name, settings)
             return
         is_finished = (self.output / "report" / "report.html").exists()
         if not self.resume and (is_finished or not record.exists()):

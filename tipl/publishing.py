@@ -35,8 +35,8 @@ class OutputInUse(RuntimeError):
 def published(output: Path, command: str, *, manifest: bool = True, resumable: bool = False) -> Iterator[Path]:
     """Give the name under which `command` makes `output`, a file or a folder, and publish that when all is well.
 
-    A folder gets a manifest, unless it has checksums of its own. What a failure leaves is removed or, if `resumable`,
-    kept, and given to the next call.
+    A folder gets a manifest, unless the caller sees to its checksums. What a failure leaves is removed or, if
+    `resumable`, kept, and given to the next call.
 
     Raises FileExistsError where `output` exists, OutputInUse where another process is making it.
     """
@@ -44,21 +44,28 @@ def published(output: Path, command: str, *, manifest: bool = True, resumable: b
     make_folder(output.parent)
     with claimed(output, command):
         refuse_existing(output, command)  # another process may have been faster
-        aside = output.with_name(f".{output.name}.partial")
-        if resumable:
-            remove_left_behind(aside)
-        else:
-            remove(aside)
-        try:
+        with made_aside(output, resumable=resumable) as aside:
             yield aside
             if manifest and aside.is_dir():
                 write_manifest(aside)
-            aside.rename(output)
-        except BaseException:
-            if not resumable:
-                with contextlib.suppress(OSError):
-                    remove(aside)
-            raise
+
+
+@contextlib.contextmanager
+def made_aside(output: Path, *, resumable: bool = False) -> Iterator[Path]:
+    """Give the name under which to make `output`, which this process has claimed, and rename it when all is well."""
+    aside = output.with_name(f".{output.name}.partial")
+    if resumable:
+        remove_left_behind(aside)
+    else:
+        remove(aside)
+    try:
+        yield aside
+        aside.rename(output)
+    except BaseException:
+        if not resumable:
+            with contextlib.suppress(OSError):
+                remove(aside)
+        raise
 
 
 def refuse_existing(output: Location, command: str) -> None:

@@ -194,7 +194,7 @@ def train(
     output = Path(output)
     if ray is not None and config.basis != "shared":
         raise ValueError(f"train: ray is for fitting a shared basis, but basis is {config.basis!r}")
-    with published(output, "train", resumable=True) as aside:
+    with published(output, "train", manifest=False, resumable=True) as aside:
         sources = [Source.of(it, config) for it in ([store] if isinstance(store, Store) else store)]
         if not sources:
             raise ValueError("train: store must be a store or several, got none")
