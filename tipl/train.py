@@ -34,7 +34,7 @@ from tipl.rollout import Forecaster
 from tipl.store import Store
 from tipl.train_refiner import train_refiner
 from tipl.training_data import Batch, Source, TrainConfig, TrainingData, load_training_data
-from tipl.training_state import SavedState, pack, part_of, unpack
+from tipl.training_state import SavedState, pack, part_of, take_step, unpack
 
 
 def loss_of(model: TrajectoryTransformer, batch: Batch, noise: Tensor, *, teacher_forced: bool) -> Tensor:
@@ -108,16 +108,10 @@ class Trainer:
         self.model.train()
         with torch.autocast(config.device, torch.bfloat16, enabled=config.precision == "bfloat16"):
             loss = self.loss(batch.to(config.device), noise.to(config.device), teacher_forced=teacher_forced)
-        self.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.schedule.step()
         self.step_count += 1
-        with torch.no_grad():
-            decay = min(config.ema_decay, self.step_count / (self.step_count + 10))  # soon forget the first weights
-            for averaged, current in zip(self.average.parameters(), self.model.parameters(), strict=True):
-                averaged.lerp_(current, 1.0 - decay)
+        take_step(
+            loss, self.model, self.average, self.optimizer, self.schedule, self.step_count, ema_decay=config.ema_decay
+        )
         return math.sqrt(loss.item()) if teacher_forced else loss.item()
 
     def loss(self, batch: Batch, noise: Tensor, *, teacher_forced: bool) -> Tensor:
@@ -144,9 +138,9 @@ class Trainer:
 
     def set_state(self, arrays: Mapping[str, NDArray[Any]], record: Mapping[str, Any]) -> None:
         """Go on from a state of an equal trainer."""
-        unpack(arrays, record, {"model": self.model, "average": self.average}, self.optimizer, [self.generator])
+        modules: dict[str, nn.Module] = {"model": self.model, "average": self.average}
         self.step_count = record["step"]
-        self.schedule.last_epoch, self.schedule._step_count = self.step_count, self.step_count + 1
+        unpack(arrays, record, modules, self.optimizer, self.schedule, [self.generator])
         best = {name: torch.from_numpy(array.copy()) for name, array in part_of(arrays, "best").items()}
         error = math.inf if record["best_error"] is None else record["best_error"]
         self.best = Best(record["best_step"], error, best)

@@ -22,7 +22,7 @@ from tipl.progress import progress_bar
 from tipl.refine import Observed, Refiner
 from tipl.rollout import Forecaster
 from tipl.training_data import Source, TrainConfig
-from tipl.training_state import SavedState, pack, unpack
+from tipl.training_state import SavedState, pack, take_step, unpack
 
 SAMPLE = 1024
 """Weights of a trial that are learned from, about."""
@@ -35,6 +35,7 @@ BATCH_SIZE = 16
 BATCH_WEIGHTS = 256
 """Weights of each trial in a batch."""
 LEARNING_RATE = 3e-3
+EMA_DECAY = 0.995
 
 
 def sample_weights(layout: Layout, rng: np.random.Generator) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
@@ -207,16 +208,8 @@ class _RefinerTraining:
             self._draw(len(HORIZONS), BATCH_SIZE),
             self._draw(num_weights, min(BATCH_WEIGHTS, num_weights)),
         ).mean()
-        self.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(self.refiner.parameters(), 1.0)
-        self.optimizer.step()
-        self.schedule.step()
         self.step_count += 1
-        with torch.no_grad():
-            decay = min(0.995, self.step_count / (self.step_count + 10))
-            for averaged, current in zip(self.average.parameters(), self.refiner.parameters(), strict=True):
-                averaged.lerp_(current, 1.0 - decay)
+        take_step(loss, self.refiner, self.average, self.optimizer, self.schedule, self.step_count, ema_decay=EMA_DECAY)
         if self.step_count % max(1, self.num_steps // 20) and self.step_count != self.num_steps:
             return None
         error = _validation_error(self.average, self.validation)
@@ -234,9 +227,8 @@ class _RefinerTraining:
 
     def set_state(self, arrays: Mapping[str, NDArray[Any]], record: Mapping[str, Any]) -> None:
         """Go on from a state of an equal training."""
-        unpack(arrays, record, self._modules(), self.optimizer, [self.generator])
         self.step_count = record["step"]
-        self.schedule.last_epoch, self.schedule._step_count = self.step_count, self.step_count + 1
+        unpack(arrays, record, self._modules(), self.optimizer, self.schedule, [self.generator])
         self.best = dataclasses.replace(self.best, error=record["best_error"])
 
     def _modules(self) -> dict[str, nn.Module]:

@@ -1,9 +1,10 @@
-"""Where training stands, saved every few seconds: a cut-off `train` goes on, and ends as if nothing had happened.
+"""The step that each part of the training takes, and where it stands: a cut-off `train` goes on from there.
 
     .NAME.partial/.state_transformer.safetensors    in the model folder while it is made: the last state of each part
     .NAME.partial/.state_refiner.safetensors
 
-A state goes with one set of settings, stores and versions, of which it holds a hash; another call's is not used.
+A state is saved every few seconds, and training ends as if nothing had happened. It goes with one set of settings,
+stores and versions, of which it holds a hash; another call's is not used.
 """
 
 import time
@@ -15,7 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from tipl.model import arrays_of, set_arrays
 from tipl.sealed import json_digest, load_arrays, save_arrays
@@ -61,8 +63,30 @@ class SavedState:
             self._path.unlink(missing_ok=True)
 
 
+def take_step(
+    loss: Tensor,
+    model: nn.Module,
+    average: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    schedule: LRScheduler,
+    step_count: int,
+    *,
+    ema_decay: float,
+) -> None:
+    """Take the step with this number, from 1 on: `model` descends the loss, `average` follows its parameters."""
+    optimizer.zero_grad()
+    loss.backward()  # type: ignore[no-untyped-call]
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    schedule.step()
+    with torch.no_grad():
+        decay = min(ema_decay, step_count / (step_count + 10))  # soon forget the first weights
+        for averaged, current in zip(average.parameters(), model.parameters(), strict=True):
+            averaged.lerp_(current, 1.0 - decay)
+
+
 def pack(
-    modules: Mapping[str, torch.nn.Module | Mapping[str, Tensor]],
+    modules: Mapping[str, nn.Module | Mapping[str, Tensor]],
     optimizer: torch.optim.Optimizer,
     generators: Sequence[torch.Generator],
 ) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
@@ -72,7 +96,7 @@ def pack(
     """
     arrays: dict[str, NDArray[Any]] = {}
     for part, module in modules.items():
-        named = arrays_of(module) if isinstance(module, torch.nn.Module) else {k: v.numpy() for k, v in module.items()}
+        named = arrays_of(module) if isinstance(module, nn.Module) else {k: v.numpy() for k, v in module.items()}
         arrays |= {f"{part}.{name}": array for name, array in named.items()}
     state = optimizer.state_dict()
     for index, moments in state["state"].items():
@@ -85,11 +109,12 @@ def pack(
 def unpack(
     arrays: Mapping[str, NDArray[Any]],
     record: Mapping[str, Any],
-    modules: Mapping[str, torch.nn.Module],
+    modules: Mapping[str, nn.Module],
     optimizer: torch.optim.Optimizer,
+    schedule: LRScheduler,
     generators: Sequence[torch.Generator],
 ) -> None:
-    """Give everything the state that `pack` returned."""
+    """Give everything the state that `pack` returned, and the schedule the record's `step`."""
     for part, module in modules.items():
         set_arrays(module, part_of(arrays, part))
     moments: dict[int, dict[str, Tensor]] = {}
@@ -100,6 +125,7 @@ def unpack(
     for i, generator in enumerate(generators):
         generator.set_state(torch.from_numpy(arrays[f"generator.{i}"].copy()))
     torch.set_rng_state(torch.from_numpy(arrays["generator.global"].copy()))
+    schedule.last_epoch, schedule._step_count = record["step"], record["step"] + 1
 
 
 def part_of(arrays: Mapping[str, NDArray[Any]], part: str) -> dict[str, NDArray[Any]]:
