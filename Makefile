@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-ENGINE := CMakeLists.txt pyproject.toml constraints.txt $(wildcard csrc/*) tipl tipl/report  # a folder: when files come or go
+ENGINE := CMakeLists.txt pyproject.toml constraints.txt $(wildcard csrc/*) tipl $(wildcard tipl/*/)  # a folder: when files come or go
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test sanitize stress stress-smoke bench lint format wheel clean
@@ -30,10 +30,11 @@ stress-smoke: $(VENV)/.develop  ## Some of them, in two minutes
 bench: $(VENV)/.bench  ## Time the engine beside its peers, half an hour; ratios must not fall below bench/baseline.json's
 	$(BIN)/python -m pytest bench
 
-lint: $(VENV)/.develop  ## ruff, ruff format, mypy --strict, clang-format: all only check
+lint: $(VENV)/.develop  ## ruff, ruff format, mypy --strict, import-linter, clang-format: all only check
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*.cpp bench/*.cpp
 
 format: $(VENV)/.develop  ## Apply ruff and clang-format

@@ -27,12 +27,12 @@ from record import Record
 
 import tipl
 from tipl import PPOConfig, Store, StreamingSVD, _core
-from tipl.basis import SKETCH_TRIALS, _sketch
 from tipl.cluster import connected
-from tipl.envs import MujocoVectorEnv, make_vec
-from tipl.mujoco_tasks import TASKS
+from tipl.collecting.envs import MujocoVectorEnv, make_vec
+from tipl.collecting.mujoco_tasks import TASKS
+from tipl.collecting.population import Population
 from tipl.policy import PolicySpec
-from tipl.ppo import Population
+from tipl.subspace.basis import SKETCH_TRIALS, _sketch
 
 ENV_IDS = ("HalfCheetah-v5", "InvertedPendulum-v5", "Hopper-v5")
 NUM_TRIALS, SB3_STEPS, SIMULATED_STEPS, RESTORED_EVERY = 64, 4096, 512, 16
@@ -122,7 +122,7 @@ def bench_population(env_id: str, record: Record) -> None:
 COLLECTED_ALONE = """
 import sys, tempfile, time
 import tipl
-from tipl.envs import make_vec
+from tipl.collecting.envs import make_vec
 
 def peak_mb():
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) / 1024
@@ -142,7 +142,7 @@ print((seconds[1] - seconds[0]) / 2, peak_mb() - before)
 
 
 def bench_trials(record: Record) -> None:
-    """Seconds and memory against the number of trials, into docs/collect_trials.svg."""
+    """Seconds and memory against the number of trials, into docs/figures/collect_trials.svg."""
     trials = (16, 32, 64, 128, 256)
     needed = [n * 2048 * (4 * (17 + 6 + 6) + 2) / 2**20 for n in trials]  # what `Transitions` and the update keep
     said = [

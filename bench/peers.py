@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tipl import TrajectoryTransformer, _core
-from tipl.model import Block
+from tipl.forecasting.transformer import Block
 
 Floats = NDArray[np.float32]
 

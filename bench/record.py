@@ -17,7 +17,7 @@ import pytest
 from measure import Row
 
 from tipl import _core
-from tipl.locations import write_atomically
+from tipl.files.locations import write_atomically
 
 LATEST, BASELINE = (Path(__file__).with_name(f"{name}.json") for name in ("latest", "baseline"))
 TOLERATED = 0.85

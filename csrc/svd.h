@@ -1,5 +1,5 @@
 // Temporal SVD of a matrix A whose rows come in blocks and are never all kept: a sketch of the rows seen, and products
-// of rows that are in memory. tipl/svd.py solves the small problems that are left.
+// of rows that are in memory. tipl/subspace/streaming_svd.py solves the small problems that are left.
 //
 // Shapes  n rows seen, p columns, l range and q test directions, b = 256 rows of a block.
 // Method  Each row d = x - origin gives y = [d Omega, d Omega', 1] with Omega (p, l) and Omega' (p, q), and the sketch
@@ -14,7 +14,7 @@
 //         2013, arXiv:1211.1002); dense signs in Omega'; the identity where l = p. Or given, orthonormal directions of
 //         an earlier pass: subspace iteration, a pass a step.
 // Numbers float32 rows; C is summed in float32 over 128 rows, then in float64. C holds squares of singular values:
-//         those below some 3e-4 of the largest drown in rounding (tipl/svd.py cuts them off), a later pass resolves
+//         those below some 3e-4 of the largest drown in rounding (tipl/subspace/streaming_svd.py cuts them off), a later pass resolves
 //         them.
 // Cost    2 p (l + q + 1) + (kNonzeros + q) p flops a row (4 p (l + q + 1) where the directions are given), and A is
 //         read twice a block, from where it lies and then from cache or memory; C (16 p (l + q + 1) bytes a block).

@@ -6,10 +6,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tipl.model import ModelConfig
-from tipl.ppo import PPOConfig
+from tipl.collecting.population import PPOConfig
+from tipl.forecasting.transformer import ModelConfig
 
-# ---- the forecaster (tipl/model.py, csrc/decode.cpp)
+# ---- the forecaster (tipl/forecasting/transformer.py, csrc/decode.cpp)
 
 
 def random_forecaster(config: ModelConfig, seed: int) -> dict[str, NDArray[np.float32]]:
@@ -83,7 +83,7 @@ def stored(state: dict[str, NDArray[np.float32]], dtype: str) -> dict[str, NDArr
     return result
 
 
-# ---- streaming SVD (tipl/svd.py, csrc/svd.cpp)
+# ---- streaming SVD (tipl/subspace/streaming_svd.py, csrc/svd.cpp)
 
 
 @functools.cache
@@ -117,7 +117,8 @@ def gram(rows: NDArray[np.float32], origin: NDArray[np.float32] | None) -> NDArr
     return exact @ exact.T
 
 
-# ---- PPO (tipl/ppo.py): one trial as ordinary torch modules, with autograd and torch's own clipping and optimizers
+# ---- PPO (tipl/collecting/population.py): one trial as ordinary torch modules, with autograd and torch's own clipping
+# and optimizers
 
 
 class Agent(torch.nn.Module):

@@ -9,11 +9,11 @@ import numpy as np
 import safetensors.numpy
 from numpy.typing import NDArray
 
-from tipl.manifest import write_manifest
+from tipl.files.manifest import write_manifest
 from tipl.policy import PolicySpec
 from tipl.report import write_report
 from tipl.report.results import Results, read_results
-from tipl.store import Store
+from tipl.storing.store import Store
 
 SPEC = PolicySpec(obs_dim=4, act_dim=1, hidden_sizes=(16, 16))
 PREFIXES = (0.2, 0.4, 0.6, 0.8)

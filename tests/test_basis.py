@@ -8,7 +8,7 @@ import pytest
 from numpy.typing import NDArray
 from synthetic_run import make_store
 
-from tipl.basis import MIN_PREFIX_END, Basis, Centre, prefix_coordinates, trajectory_gram
+from tipl.subspace.basis import MIN_PREFIX_END, Basis, Centre, prefix_coordinates, trajectory_gram
 
 EPS = np.finfo(np.float32).eps
 

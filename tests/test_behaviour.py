@@ -8,7 +8,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from tipl.behaviour import action_bounds, action_differences, action_variance, kl_divergences, unit_actions
+from tipl.judging.action_metrics import action_bounds, action_differences, action_variance, kl_divergences, unit_actions
 from tipl.policy import PolicySpec, mean_action
 
 LINE = PolicySpec(obs_dim=1, act_dim=1, hidden_sizes=())  # weights: log_std, slope, intercept

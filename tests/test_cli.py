@@ -16,9 +16,9 @@ import safetensors.numpy
 
 from tipl import cli
 from tipl.cli import main
-from tipl.publishing import claimed, published
-from tipl.sealed import load_json
-from tipl.store import Store
+from tipl.files.publishing import claimed, published
+from tipl.files.sealed import load_json
+from tipl.storing.store import Store
 
 SHORT = ["--total-timesteps", "640"]
 PPO = ["--ppo.num-steps", "64", "--ppo.num-minibatches", "2", "--ppo.update-epochs", "1"]

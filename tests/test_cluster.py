@@ -17,18 +17,18 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster as LocalCluster
 
-from tipl.basis import Basis
 from tipl.cluster import Cluster, connected
-from tipl.collect import collect, is_complete
-from tipl.evaluate import EvaluateConfig, evaluate
+from tipl.collecting.collection import collect, is_complete
+from tipl.collecting.episodes import run_episodes
+from tipl.collecting.population import PPOConfig
+from tipl.collecting.resume import Unfinished
+from tipl.forecasting.forecaster import Forecaster
+from tipl.forecasting.train_config import TrainConfig
+from tipl.forecasting.training import train
+from tipl.judging.evaluation import EvaluateConfig, evaluate
 from tipl.policy import PolicySpec
-from tipl.ppo import PPOConfig
-from tipl.resume import Unfinished
-from tipl.returns import run_episodes
-from tipl.rollout import Forecaster
-from tipl.store import Store
-from tipl.train import train
-from tipl.training_data import TrainConfig
+from tipl.storing.store import Store
+from tipl.subspace.basis import Basis
 
 # Of Ray's own making: it leaves files and sockets to the garbage collector.
 pytestmark = [

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import tipl.zarr_files
-from tipl.collect import collect, trial_seeds
-from tipl.ppo import Population, PPOConfig
-from tipl.store import Store
+import tipl.storing.zarr_files
+from tipl.collecting.collection import collect, trial_seeds
+from tipl.collecting.population import Population, PPOConfig
+from tipl.storing.store import Store
 
 ENV_ID = "InvertedPendulum-v5"
 TINY = PPOConfig(num_steps=32, num_minibatches=2, update_epochs=1, hidden_sizes=(16, 16))
@@ -122,8 +122,8 @@ def test_a_terminal_shows_a_bar(tmp_path, capfd, monkeypatch):
 
 INTERRUPTED = """
 import sys
-from tipl.collect import collect
-from tipl.ppo import PPOConfig
+from tipl.collecting.collection import collect
+from tipl.collecting.population import PPOConfig
 
 ppo = PPOConfig(num_steps=32, num_minibatches=2, update_epochs=1, hidden_sizes=(16, 16))
 collect(sys.argv[1], env_id=sys.argv[2], num_trials=3, total_timesteps=10**8, ppo=ppo, progress=False)
@@ -182,14 +182,14 @@ def test_a_failing_iteration_keeps_what_was_committed(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("num_files", [40, 95])  # in the second append, in the last
 def test_a_full_disk_keeps_what_was_committed(tmp_path, monkeypatch, num_files):
-    write, count = tipl.zarr_files.write_atomically, iter(range(1000))
+    write, count = tipl.storing.zarr_files.write_atomically, iter(range(1000))
 
     def failing(path: Path, data: bytes) -> None:
         if next(count) >= num_files:
             raise OSError(errno.ENOSPC, "No space left on device")
         write(path, data)
 
-    monkeypatch.setattr(tipl.zarr_files, "write_atomically", failing)
+    monkeypatch.setattr(tipl.storing.zarr_files, "write_atomically", failing)
     with pytest.raises(RuntimeError, match=r"collect: failed: OSError: .*No space left on device; \d of 5") as caught:
         collect_tiny(tmp_path / "store")
     store = Store.open(tmp_path / "store")
@@ -219,7 +219,7 @@ def test_collect_refuses_and_writes_nothing(tmp_path, arguments, error, message)
 
 
 def test_an_existing_output_is_refused_before_any_work(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys.modules["tipl.collect"], "make_vec", None)  # work would fail
+    monkeypatch.setattr(sys.modules["tipl.collecting.collection"], "make_vec", None)  # work would fail
     (tmp_path / "store").mkdir()
     with pytest.raises(
         FileExistsError, match=r"collect: .*store exists and is no store; choose another output or remove it"

@@ -11,14 +11,14 @@ from synthetic_run import make_store
 from test_basis import random_path
 from test_refine import bare_forecaster
 
-from tipl.calibrate import NUM_EPISODES, calibrate, recalibrate
-from tipl.confidence import FEATURES, STRIDES, Confidence, Strides, expected_calibration_error, features_of
-from tipl.evaluate import source_to_judge
+from tipl.collecting.episodes import can_run, episodic_returns
+from tipl.forecasting.calibration import NUM_EPISODES, calibrate, recalibrate
+from tipl.forecasting.confidence import FEATURES, STRIDES, Confidence, Strides, expected_calibration_error, features_of
+from tipl.forecasting.forecaster import PRETRAINED, Forecaster, source_to_judge
+from tipl.forecasting.sources import Source
+from tipl.forecasting.train_config import TrainConfig
+from tipl.forecasting.training import train
 from tipl.policy import ParameterLayout, PolicySpec
-from tipl.returns import can_run, episodic_returns
-from tipl.rollout import PRETRAINED, Forecaster
-from tipl.train import train
-from tipl.training_data import Source, TrainConfig
 
 TINY = TrainConfig(
     n_components=6, n_layer=1, n_head=2, d_model=16, steps=10, max_prefixes=4, refine_steps=5, d_refine=4,

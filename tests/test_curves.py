@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
 
-from tipl.collect import collect
-from tipl.curves import LOSSES, TAGS, Curves
-from tipl.ppo import IterationStats, Population, PPOConfig
-from tipl.store import Store
+from tipl.collecting.collection import collect
+from tipl.collecting.curves import LOSSES, TAGS, Curves
+from tipl.collecting.population import IterationStats, Population, PPOConfig
+from tipl.storing.store import Store
 
 PPO = PPOConfig(num_steps=32, num_minibatches=2, update_epochs=1, hidden_sizes=(16, 16), learning_rate=1e-3)
 
@@ -163,7 +163,7 @@ def test_without_the_option_nothing_is_written_and_the_store_is_the_same(tmp_pat
 
 
 def test_tensorboard_is_not_imported_before_curves_are_written():
-    code = "import sys, tipl.collect, tipl.curves; sys.exit('tensorboard' in sys.modules)"
+    code = "import sys, tipl.collecting.collection, tipl.collecting.curves; sys.exit('tensorboard' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from test_engine import IMPORT_CORE, ISAS, run_python
 
 from tipl import _core
-from tipl.decoder import Decoder
-from tipl.model import ModelConfig, TrajectoryTransformer
+from tipl.forecasting.decoder import Decoder
+from tipl.forecasting.transformer import ModelConfig, TrajectoryTransformer
 
 SMALL = ModelConfig(n_components=5, n_layer=2, n_head=3, d_model=39, d_ff=50, max_len=90, out_scale=0.05)
 HALVED = dataclasses.replace(SMALL, n_head=2, d_model=192, d_ff=384)  # two threads split its blocks in halves
@@ -569,7 +569,7 @@ def test_generate_runs_without_the_gil_and_refuses_a_second_caller():
 SCRIPT = """
 import dataclasses, os, signal, threading
 import numpy as np, reference, test_decode
-from tipl.decoder import Decoder
+from tipl.forecasting.decoder import Decoder
 
 def decoder_for(max_len, batch=1, **arguments):
     config = dataclasses.replace(test_decode.SMALL, max_len=max_len)

@@ -11,14 +11,14 @@ import torch
 from synthetic_run import SPEC, Run, at_end, make_store
 from torch import Tensor, nn
 
-from tipl.dynamics import future_leak, nearest_distances, training_futures
-from tipl.model import ModelConfig, TrajectoryTransformer
-from tipl.predictors import NearestPath
-from tipl.report.dynamics import dynamics_section
-from tipl.report.estimates import Bootstrap
+from tipl.forecasting.transformer import ModelConfig, TrajectoryTransformer
+from tipl.judging.memorisation import future_leak, nearest_distances, training_futures
+from tipl.judging.predictors import NearestPath
+from tipl.judging.training_path import TrainingPath
+from tipl.report.intervals import Bootstrap
+from tipl.report.memorisation import dynamics_section
 from tipl.report.page import Html, fmt
 from tipl.report.plots import NBSP
-from tipl.training_path import TrainingPath
 
 
 def words_of(run: Run) -> str:

@@ -8,17 +8,17 @@ import pytest
 import safetensors.numpy
 from synthetic_run import SPEC, make_store
 
-from tipl.basis import Basis
-from tipl.behaviour import action_bounds, action_differences, action_variance, kl_divergences
-from tipl.evaluate import NUM_STATES, EvaluateConfig, episode_seeds, evaluate, weight_errors
-from tipl.predictors import fit_baselines
+from tipl.collecting.episodes import episodic_returns, run_episodes
+from tipl.forecasting.forecaster import Forecaster
+from tipl.forecasting.train_config import TrainConfig
+from tipl.forecasting.training import train
+from tipl.judging.action_metrics import action_bounds, action_differences, action_variance, kl_divergences
+from tipl.judging.evaluation import NUM_STATES, EvaluateConfig, episode_seeds, evaluate, weight_errors
+from tipl.judging.predictors import fit_baselines
+from tipl.judging.training_path import TrainingPath
 from tipl.report import write_report
 from tipl.report.results import read_results
-from tipl.returns import episodic_returns, run_episodes
-from tipl.rollout import Forecaster
-from tipl.train import train
-from tipl.training_data import TrainConfig
-from tipl.training_path import TrainingPath
+from tipl.subspace.basis import Basis
 
 TINY = TrainConfig(
     n_components=6,

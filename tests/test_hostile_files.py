@@ -13,9 +13,9 @@ import torch
 from hostile_files import HOSTILE, make
 from test_cli import tipl
 
-from tipl.checkpoint_files import read_checkpoint_file
-from tipl.importer import import_checkpoints
-from tipl.sealed import _digest
+from tipl.files.sealed import _digest
+from tipl.storing.foreign_files import read_checkpoint_file
+from tipl.storing.importer import import_checkpoints
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
@@ -145,7 +145,7 @@ def test_a_file_that_is_replaced_between_two_readings_is_refused(
         return read_checkpoint_file(path)
 
     torch.save({"w": torch.zeros(2)}, path)
-    monkeypatch.setattr("tipl.importer.read_checkpoint_file", replacing)
+    monkeypatch.setattr("tipl.storing.importer.read_checkpoint_file", replacing)
     with pytest.raises(RuntimeError, match=r"model_1\.pt changed while it was read"):
         import_checkpoints([path], tmp_path / "store")
     assert not (tmp_path / "store").exists()

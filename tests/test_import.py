@@ -17,13 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from tipl.actors import Actor, find_actor
-from tipl.checkpoint_files import read_checkpoint_file
-from tipl.exporter import export_checkpoint
-from tipl.importer import import_checkpoints
+from tipl.files.sealed import save_arrays
 from tipl.policy import ParameterLayout, PolicySpec, mean_action
-from tipl.sealed import save_arrays
-from tipl.store import Store
+from tipl.storing.exporter import export_checkpoint
+from tipl.storing.foreign_actors import Actor, find_actor
+from tipl.storing.foreign_files import read_checkpoint_file
+from tipl.storing.importer import import_checkpoints
+from tipl.storing.store import Store
 
 OBS = torch.randn(50, OBS_DIM, generator=torch.Generator().manual_seed(0))
 FORMATS: dict[str, tuple[str, Callable[[int], Any]]] = {
@@ -196,7 +196,7 @@ def test_folders_are_trials_and_stores_join(tmp_path: Path) -> None:
 
 
 def test_long_runs_are_read_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tipl.importer.BLOCK_BYTES", 1)
+    monkeypatch.setattr("tipl.storing.importer.BLOCK_BYTES", 1)
     folder = save_run(tmp_path / "run", lambda i: {"w": torch.full((3,), float(i))}, count=7)
     store = import_checkpoints([folder, folder], tmp_path / "store", num_checkpoints=5)
     assert store.trial(1).weights()[:, 0].tolist() == [0, 1, 2, 3, 4]

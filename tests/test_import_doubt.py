@@ -12,13 +12,13 @@ import torch
 from foreign_checkpoints import ACT_DIM, OBS_DIM, CleanRL, RslRl, prefixed
 from torch import Tensor, nn
 
-from tipl.actors import find_actor
-from tipl.checkpoint_files import find_actor_in, read_checkpoint_file
-from tipl.exporter import export_checkpoint
-from tipl.importer import import_checkpoints
 from tipl.policy import ParameterLayout, PolicySpec
-from tipl.recorder import Recorder
-from tipl.store import Store
+from tipl.storing.exporter import export_checkpoint
+from tipl.storing.foreign_actors import find_actor
+from tipl.storing.foreign_files import find_actor_in, read_checkpoint_file
+from tipl.storing.importer import import_checkpoints
+from tipl.storing.recorder import Recorder
+from tipl.storing.store import Store
 
 
 def mlp(prefix: str, *sizes: int, seed: int = 0) -> dict[str, Tensor]:

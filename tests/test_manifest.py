@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tipl.manifest import check_folder, problems_in, read_listed, write_manifest
-from tipl.sealed import (
+from tipl.files.manifest import check_folder, problems_in, read_listed, write_manifest
+from tipl.files.sealed import (
     UncheckedWarning,
     load_arrays,
     load_json,
@@ -17,7 +17,7 @@ from tipl.sealed import (
     save_json,
     sorted_metadata,
 )
-from tipl.verify import verify
+from tipl.verification import verify
 
 ARRAYS = {"b": np.arange(6, dtype=np.float32).reshape(2, 3), "a": np.array([2**40]), "empty": np.empty((0, 3))}
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from reference import forecaster, random_forecaster
 
-from tipl.model import ModelConfig, TrajectoryTransformer, load_model, save_model
+from tipl.forecasting.transformer import ModelConfig, TrajectoryTransformer, load_model, save_model
 
 CONFIG = ModelConfig(n_components=5, n_layer=2, n_head=2, d_model=16, d_ff=40, max_len=24, dropout=0.1)
 

@@ -7,9 +7,9 @@ from numpy.typing import NDArray
 from test_basis import random_path
 from test_predictors import paths_of, relative_error
 
-from tipl.nowcaster import Nowcaster
-from tipl.predictors import Persistence
-from tipl.regression import Ridge
+from tipl.judging.nowcaster import Nowcaster
+from tipl.judging.predictors import Persistence
+from tipl.judging.regression import Ridge
 
 H, HORIZON = 10, np.array([10])
 

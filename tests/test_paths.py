@@ -11,7 +11,7 @@ from synthetic_run import SPEC, make_store
 
 import tipl.report.paths
 from tipl.report.paths import PathSpectrum, path_spectrum, plot_store, quartiles
-from tipl.store import Store
+from tipl.storing.store import Store
 
 TURNS = np.linspace(0, 2 * np.pi, 41)  # a closed circle: the last angle is the first
 

@@ -13,9 +13,8 @@ from test_engine import ISAS, run_on
 
 from tests import reference
 from tipl import _core
-from tipl.envs import VectorEnv
-from tipl.policy import PolicySpec, layer_views, mean_action
-from tipl.ppo import (
+from tipl.collecting.envs import VectorEnv
+from tipl.collecting.population import (
     ENGINE_SETTINGS,
     FinalStep,
     ObservationScaler,
@@ -27,6 +26,7 @@ from tipl.ppo import (
     gae,
     log_prob,
 )
+from tipl.policy import PolicySpec, layer_views, mean_action
 
 SMALL = PPOConfig(num_steps=64, num_minibatches=4, update_epochs=3)
 
@@ -627,7 +627,7 @@ def test_trial_does_not_depend_on_the_others_nor_on_threads(settings: dict[str, 
 
 def test_updates_of_some_trials_at_once_are_those_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
     together = path(range(9), SMALL, num_threads=1)
-    monkeypatch.setattr(sys.modules["tipl.ppo"], "MIN_TRIALS_AT_ONCE", 1)
+    monkeypatch.setattr(sys.modules["tipl.collecting.population"], "MIN_TRIALS_AT_ONCE", 1)
     np.testing.assert_array_equal(path(range(9), SMALL, num_threads=1), together)  # 4, 4 and 1
 
 

@@ -5,9 +5,7 @@ import pytest
 from numpy.typing import NDArray
 from test_basis import random_path
 
-from tipl.basis import prefix_coordinates, trajectory_gram
-from tipl.policy import ParameterLayout
-from tipl.predictors import (
+from tipl.judging.predictors import (
     Linear,
     MeanPath,
     NearestPath,
@@ -17,7 +15,9 @@ from tipl.predictors import (
     RankOne,
     fit_baselines,
 )
-from tipl.training_path import SAMPLED_WEIGHTS, TrainingPath
+from tipl.judging.training_path import SAMPLED_WEIGHTS, TrainingPath
+from tipl.policy import ParameterLayout
+from tipl.subspace.basis import prefix_coordinates, trajectory_gram
 
 HORIZONS = np.array([1, 4, 10])
 LAYOUT = ParameterLayout((("log_std", (4,)), ("net.weight", (5, 6)), ("net.bias", (6,))))

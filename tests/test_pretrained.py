@@ -13,7 +13,7 @@ from tipl.cli import main
 from tipl.policy import PolicySpec
 from tipl.report.results import read_results
 
-FOLDER = Path(tipl.__file__).with_name("pretrained")
+FOLDER = Path(tipl.__file__).parent / "forecasting" / "pretrained"
 
 
 def test_it_is_small_and_cannot_run_code() -> None:

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from tipl.locations import location, naming, read_file
-from tipl.manifest import check_folder
-from tipl.publishing import OutputInUse, claimed, published, remove_left_behind
+from tipl.files.locations import location, naming, read_file
+from tipl.files.manifest import check_folder
+from tipl.files.publishing import OutputInUse, claimed, published, remove_left_behind
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from tipl.publishing import published
+from tipl.files.publishing import published
 with published(Path(sys.argv[1]), "train") as aside:
     aside.mkdir()
     (aside / "half.json").write_text("{}")

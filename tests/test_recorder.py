@@ -9,11 +9,11 @@ from foreign_checkpoints import CleanRL
 from torch import nn
 
 import tipl
-import tipl.exporter
-from tipl.collect import is_complete, num_checkpoints_asked
+import tipl.storing.exporter
+from tipl.collecting.collection import is_complete, num_checkpoints_asked
+from tipl.files.sealed import save_arrays
 from tipl.policy import ParameterLayout, PolicySpec
-from tipl.sealed import save_arrays
-from tipl.store import Store
+from tipl.storing.store import Store
 
 
 def step(model: nn.Module) -> None:
@@ -140,7 +140,7 @@ def test_a_recording_of_a_part_is_written_back_into_the_whole(tmp_path: Path) ->
         recorder.log(part, env_steps=0)
     torch.save(agent.state_dict(), tmp_path / "agent.pt")
     forecast = {"weights": np.array([[1, 2, 3], [4, 5, 6]], np.float32), "checkpoint": np.array([7, 8])}
-    save_arrays(tmp_path / "f.safetensors", forecast, tipl.exporter.layout_record(Store.open(tmp_path / "run")))
+    save_arrays(tmp_path / "f.safetensors", forecast, tipl.storing.exporter.layout_record(Store.open(tmp_path / "run")))
     for checkpoint, expected in ((7, [1, 2, 3]), (8, [4, 5, 6]), (None, [4, 5, 6])):
         out = tmp_path / f"out{checkpoint}.pt"
         tipl.export_checkpoint(tmp_path / "f.safetensors", tmp_path / "agent.pt", out, checkpoint=checkpoint)

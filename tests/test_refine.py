@@ -10,14 +10,15 @@ from numpy.typing import NDArray
 from synthetic_run import make_store
 from test_basis import random_path
 
-from tipl.basis import Basis
-from tipl.model import ModelConfig, TrajectoryTransformer
+from tipl.forecasting.forecaster import Forecaster, rollout
+from tipl.forecasting.refiner import KINDS, LAGS, Observed, Refiner, kinds_of
+from tipl.forecasting.refiner_training import SAMPLE, load_examples, sample_weights, train_refiner
+from tipl.forecasting.sources import Source
+from tipl.forecasting.train_config import TrainConfig
+from tipl.forecasting.transformer import ModelConfig, TrajectoryTransformer
 from tipl.policy import ParameterLayout, PolicySpec
-from tipl.refine import KINDS, LAGS, Observed, Refiner, kinds_of
-from tipl.rollout import Forecaster, rollout
-from tipl.store import Store
-from tipl.train_refiner import SAMPLE, load_examples, sample_weights, train_refiner
-from tipl.training_data import Source, TrainConfig
+from tipl.storing.store import Store
+from tipl.subspace.basis import Basis
 
 SPEC = PolicySpec(3, 2, (5, 4))
 H = 10

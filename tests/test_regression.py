@@ -6,10 +6,10 @@ from numpy.typing import NDArray
 from test_basis import random_path
 from test_predictors import LAYOUT, paths_of, relative_error
 
-from tipl import regression
-from tipl.predictors import Persistence
-from tipl.regression import Autoregression, Ridge
-from tipl.training_path import tensor_slices
+from tipl.judging import regression
+from tipl.judging.predictors import Persistence
+from tipl.judging.regression import Autoregression, Ridge
+from tipl.judging.training_path import tensor_slices
 
 
 def autoregressive_path(num_checkpoints: int, seed: int) -> NDArray[np.float32]:

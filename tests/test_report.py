@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from synthetic_run import PREFIXES, Run, at_end, make_store
 
-from tipl.report.estimates import Estimate
+from tipl.report.document import FIGURES
+from tipl.report.intervals import Estimate
 from tipl.report.page import MINUS, TIMES, fmt, fmt_interval, fmt_percent, fmt_seconds
 from tipl.report.plots import NBSP, THEME
 from tipl.report.results import predictor_info
-from tipl.report.write import FIGURES
 
 
 class Page(html.parser.HTMLParser):

@@ -11,17 +11,18 @@ from synthetic_run import make_store
 from test_report import text_of
 
 from tipl.cli import main
-from tipl.collect import collect
-from tipl.evaluate import EvaluateConfig, evaluate, source_to_judge
-from tipl.ppo import PPOConfig
+from tipl.collecting.collection import collect
+from tipl.collecting.population import PPOConfig
+from tipl.forecasting.forecaster import Forecaster, source_to_judge
+from tipl.forecasting.sources import split_trials
+from tipl.forecasting.train_config import TrainConfig
+from tipl.forecasting.training import train
+from tipl.judging.evaluation import EvaluateConfig, evaluate
 from tipl.report import write_report
-from tipl.reproduce import REGIMES, TASKS, Task, experiments, reproduce
-from tipl.rollout import Forecaster
-from tipl.store import Store
-from tipl.train import train
-from tipl.training_data import TrainConfig, split_trials
+from tipl.reproduction import REGIMES, TASKS, Task, experiments, reproduce
+from tipl.storing.store import Store
 
-MODULE = sys.modules["tipl.reproduce"]  # tipl.reproduce itself is the function
+MODULE = sys.modules["tipl.reproduction"]  # tipl.reproduce itself is the function
 ENV = "InvertedPendulum-v4"
 TINY = TrainConfig(
     n_components=4,

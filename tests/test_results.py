@@ -10,8 +10,8 @@ import pytest
 import safetensors.numpy
 from synthetic_run import Run, make_training
 
-from tipl.manifest import write_manifest
-from tipl.report.estimates import ranking
+from tipl.files.manifest import write_manifest
+from tipl.report.intervals import ranking
 from tipl.report.results import read_coordinates, read_results, read_training
 
 

@@ -16,19 +16,19 @@ import numpy as np
 import pytest
 
 import tipl.cli
-import tipl.locations
-import tipl.resume
-import tipl.zarr_files
+import tipl.collecting.resume
+import tipl.files.locations
+import tipl.storing.zarr_files
 from tipl.cli import Run
-from tipl.collect import collect, is_complete, trial_seeds
-from tipl.envs import make_vec
-from tipl.evaluate import EvaluateConfig
-from tipl.ppo import Population, PPOConfig
-from tipl.resume import read_state
-from tipl.sealed import UncheckedWarning
-from tipl.store import Store
-from tipl.store_records import store_digest
-from tipl.verify import verify_store
+from tipl.collecting.collection import collect, is_complete, trial_seeds
+from tipl.collecting.envs import make_vec
+from tipl.collecting.population import Population, PPOConfig
+from tipl.collecting.resume import read_state
+from tipl.files.sealed import UncheckedWarning
+from tipl.judging.evaluation import EvaluateConfig
+from tipl.storing.store import Store
+from tipl.storing.store_records import store_digest
+from tipl.verification import verify_store
 
 TINY = PPOConfig(num_steps=32, num_minibatches=2, update_epochs=1, hidden_sizes=(16, 16))
 NUM_ITERATIONS = 8
@@ -45,7 +45,7 @@ def files(path: Path) -> dict[str, bytes]:
 
 @pytest.fixture(autouse=True)
 def save_every_state(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["tipl.collect"], "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(sys.modules["tipl.collecting.collection"], "SAVE_SECONDS", 0.0)
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ def cut_off(output: Path, after: int = 5, **arguments) -> Path:
 
 
 def test_killed_at_random_moments():
-    script = Path(__file__).parent.parent / "bench" / "kill_collection.py"
+    script = Path(__file__).parent / "stress" / "kill_collection.py"
     command = [sys.executable, script, "--kills", "6", "--num-iterations", "60", "--seed", "2"]
     ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=120, check=False)
     assert ended.returncode == 0
@@ -219,7 +219,7 @@ def test_any_flipped_bit_of_a_state_is_found(tmp_path):
 
 def test_a_state_of_another_version_is_not_used(tmp_path, monkeypatch):
     path = cut_off(tmp_path / "store")
-    monkeypatch.setattr(tipl.resume, "VERSION", 3)
+    monkeypatch.setattr(tipl.collecting.resume, "VERSION", 3)
     with pytest.raises(RuntimeError, match="is no state that this tipl reads"):
         read_state(max(path.glob("resume/*/state_*")), Store.open(path), range(3))
 
@@ -258,7 +258,7 @@ def test_a_state_of_another_collection_is_not_used(tmp_path, whole):
 def test_a_state_of_another_shard_is_not_used(tmp_path, whole, iterations):
     path, other = cut_off(tmp_path / "store"), tmp_path / "other"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tipl.resume.Unfinished, "remove", lambda states: (_ for _ in ()).throw(SystemExit()))
+        patch.setattr(tipl.collecting.resume.Unfinished, "remove", lambda states: (_ for _ in ()).throw(SystemExit()))
         with pytest.raises(SystemExit):
             run(other, trials_per_shard=1)
     for state in (path / "resume/trial_0000").iterdir():
@@ -293,7 +293,7 @@ def test_states_that_cannot_be_used_do_not_displace_others(tmp_path, whole, iter
     for name in ("state_99999999.safetensors", "state_notes.safetensors"):
         (path / "resume/trial_0000" / name).write_bytes(b"")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tipl.resume.Unfinished, "remove", lambda states: (_ for _ in ()).throw(SystemExit()))
+        patch.setattr(tipl.collecting.resume.Unfinished, "remove", lambda states: (_ for _ in ()).throw(SystemExit()))
         with pytest.raises(SystemExit):
             run(path)
     names = sorted(state.name for state in path.glob("resume/*/*"))
@@ -313,7 +313,7 @@ def test_other_versions_give_a_warning(tmp_path, whole):
     path = cut_off(tmp_path / "store")
     record = json.loads((path / "resume/zarr.json").read_text())["attributes"]["versions"]
     assert set(record) == {"tipl", "torch", "numpy", "mujoco", "gymnasium", "cpu"}
-    tipl.zarr_files.write_group(path / "resume", {"versions": record | {"mujoco": "4.0.0rc1"}})
+    tipl.storing.zarr_files.write_group(path / "resume", {"versions": record | {"mujoco": "4.0.0rc1"}})
     with pytest.warns(UserWarning, match=r"was begun with mujoco 4.0.0rc1 and goes on with mujoco \S+: the rest may"):
         run(path)
     assert files(path) == whole
@@ -351,14 +351,14 @@ def test_other_arguments_are_refused(tmp_path_factory, tmp_path, arguments, mess
 
 def test_settings_of_ppo_that_an_older_store_lacks_have_their_defaults(tmp_path, whole, iterations):
     path = cut_off(tmp_path / "store")
-    group = tipl.zarr_files.read_group(path, "store")
+    group = tipl.storing.zarr_files.read_group(path, "store")
     for name in ("optimizer", "log_std_init", "learn_log_std"):
         del group["config"]["ppo"][name]
-    tipl.zarr_files.write_group(path, group)
+    tipl.storing.zarr_files.write_group(path, group)
     for i in range(3):
-        record = tipl.zarr_files.read_group(path / f"trial_000{i}", "trial")
+        record = tipl.storing.zarr_files.read_group(path / f"trial_000{i}", "trial")
         del record["store"], record["chunks"]
-        tipl.zarr_files.write_group(path / f"trial_000{i}", record)
+        tipl.storing.zarr_files.write_group(path / f"trial_000{i}", record)
     shutil.rmtree(path / "resume")
     with (
         pytest.warns(UncheckedWarning),
@@ -369,7 +369,7 @@ def test_settings_of_ppo_that_an_older_store_lacks_have_their_defaults(tmp_path,
     with pytest.warns(UncheckedWarning, match=r"store .*store: an older tipl wrote it, without a record of its chunks"):
         run(path)
     assert iterations == list(range(8))
-    trials = [tipl.zarr_files.read_group(path / f"trial_000{i}", "trial") for i in range(3)]
+    trials = [tipl.storing.zarr_files.read_group(path / f"trial_000{i}", "trial") for i in range(3)]
     assert [trial["store"] for trial in trials] == [store_digest(group)] * 3
     assert_equal_but_for_groups(files(path), whole)
 
@@ -393,9 +393,9 @@ def test_cut_off_after_the_last_checkpoint(tmp_path, whole, iterations, monkeypa
     path = tmp_path / "store"
     with monkeypatch.context() as patch:
         patch.setattr(
-            sys.modules["tipl.store_writer"].Writer, "trim", lambda writer: None
+            sys.modules["tipl.storing.store_writer"].Writer, "trim", lambda writer: None
         )  # documents keep too many rows
-        patch.setattr(tipl.resume.Unfinished, "remove", lambda states: (_ for _ in ()).throw(SystemExit()))
+        patch.setattr(tipl.collecting.resume.Unfinished, "remove", lambda states: (_ for _ in ()).throw(SystemExit()))
         with pytest.raises(SystemExit):
             run(path)
     assert files(path) != whole
@@ -408,9 +408,9 @@ def test_cut_off_after_the_last_checkpoint(tmp_path, whole, iterations, monkeypa
 def test_cut_off_while_the_store_is_created(tmp_path, whole, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(
-            sys.modules["tipl.store_writer"].shutil, "rmtree", lambda *_, **__: None
+            sys.modules["tipl.storing.store_writer"].shutil, "rmtree", lambda *_, **__: None
         )  # killed: nothing is tidied
-        patch.setattr(sys.modules["tipl.store"], "write_group", lambda *_: (_ for _ in ()).throw(SystemExit()))
+        patch.setattr(sys.modules["tipl.storing.store"], "write_group", lambda *_: (_ for _ in ()).throw(SystemExit()))
         with pytest.raises(SystemExit):
             run(tmp_path / "store")
     assert [path.name for path in tmp_path.iterdir()] == [".store.partial"]
@@ -449,7 +449,7 @@ def test_two_at_once_are_refused(tmp_path):
 @pytest.mark.parametrize("num_files", range(35, 100, 13))
 def test_a_full_disk_then_space(tmp_path, monkeypatch, whole, num_files):
     with monkeypatch.context() as patch:
-        written_aside, count = tipl.locations.written_aside, itertools.count()
+        written_aside, count = tipl.files.locations.written_aside, itertools.count()
 
         @contextlib.contextmanager
         def failing(path: Path) -> Iterator[Path]:
@@ -458,7 +458,7 @@ def test_a_full_disk_then_space(tmp_path, monkeypatch, whole, num_files):
                     raise OSError(errno.ENOSPC, "No space left on device")
                 yield aside
 
-        for module in (tipl.locations, tipl.resume):
+        for module in (tipl.files.locations, tipl.collecting.resume):
             patch.setattr(module, "written_aside", failing)
         with pytest.raises(RuntimeError, match=r"No space left on device: '.*'; \d of 9 .* the same command goes on"):
             run(tmp_path / "store")

@@ -7,9 +7,9 @@ import torch
 from numpy.typing import NDArray
 from synthetic_run import SPEC
 
-from tipl import returns
+from tipl.collecting import episodes
+from tipl.collecting.episodes import _StateSample, episodic_returns, run_episodes
 from tipl.policy import ACTIVATIONS, Activation, PolicySpec, mean_action
-from tipl.returns import _StateSample, episodic_returns, run_episodes
 
 ENV_ID = "InvertedPendulum-v5"
 
@@ -19,7 +19,7 @@ def some_policies(number: int) -> NDArray[np.float32]:
 
 
 def test_returns_equal_those_of_one_gymnasium_env_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(returns, "ENVS_AT_ONCE", 8)  # two groups, the second not full
+    monkeypatch.setattr(episodes, "ENVS_AT_ONCE", 8)  # two groups, the second not full
     rng = np.random.default_rng(0)
     weights = (0.5 * rng.standard_normal((5, SPEC.num_params))).astype(np.float32)
     seeds = np.array([11, 12, 13])
@@ -77,7 +77,7 @@ def test_states_do_not_depend_on_threads_nor_on_the_policies_beside(monkeypatch:
     weights, seeds = some_policies(5), np.array([11, 12])
     together = run_episodes(ENV_ID, SPEC, weights, seeds, num_states=9, num_threads=2)
     alone = [run_episodes(ENV_ID, SPEC, row[None], seeds, num_states=9, num_threads=1).states[0] for row in weights]
-    monkeypatch.setattr(returns, "ENVS_AT_ONCE", 4)  # groups of two
+    monkeypatch.setattr(episodes, "ENVS_AT_ONCE", 4)  # groups of two
     grouped = run_episodes(ENV_ID, SPEC, weights, seeds, num_states=9)
     for one, two, three in zip(together.states, alone, grouped.states, strict=True):
         np.testing.assert_array_equal(one, two)
@@ -125,7 +125,7 @@ def test_a_policy_gets_the_same_returns_alone_as_in_any_company(activation: Acti
 def test_policies_may_have_episodes_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     weights, seeds = some_policies(5), np.array([[11, 12], [13, 14], [11, 12], [15, 16], [13, 14]])
     together = run_episodes(ENV_ID, SPEC, weights, seeds, num_states=9)
-    monkeypatch.setattr(returns, "ENVS_AT_ONCE", 4)  # groups of two
+    monkeypatch.setattr(episodes, "ENVS_AT_ONCE", 4)  # groups of two
     grouped = run_episodes(ENV_ID, SPEC, weights, seeds, num_states=9)
     for row, own, of_one, states, in_group in zip(
         weights, seeds, together.returns, together.states, grouped.states, strict=True

@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 from test_basis import random_path
 from test_model import CONFIG, random_model
 
-from tipl.basis import Basis, Centre
-from tipl.model import TrajectoryTransformer, save_model
-from tipl.rollout import Forecaster, rollout
+from tipl.forecasting.forecaster import Forecaster, rollout
+from tipl.forecasting.transformer import TrajectoryTransformer, save_model
+from tipl.subspace.basis import Basis, Centre
 
 
 def prefixes(count: int, length: int = 8) -> NDArray[np.float32]:

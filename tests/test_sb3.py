@@ -14,9 +14,9 @@ import torch
 
 import tipl
 from tipl.cli import main
+from tipl.collecting.episodes import episodic_returns
 from tipl.policy import ParameterLayout, PolicySpec
-from tipl.returns import episodic_returns
-from tipl.store import Store
+from tipl.storing.store import Store
 
 sb3 = pytest.importorskip("stable_baselines3", reason="runs stable-baselines3, which is not installed")
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, CheckpointCallback  # noqa: E402

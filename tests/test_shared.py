@@ -22,8 +22,8 @@ from test_svd import random_rows, results, stream
 from test_svd_estimator import stopped
 
 from tipl import _core
-from tipl.decoder import Decoder
-from tipl.svd import GroupedSVD, RunningGram, StreamingSVD, gram
+from tipl.forecasting.decoder import Decoder
+from tipl.subspace.streaming_svd import GroupedSVD, RunningGram, StreamingSVD, gram
 
 GROUPS = {"a": (0, 4), "b": (3, 30)}
 ENDLESS = np.lib.stride_tricks.as_strided(np.ones((1, 400), np.float32), (2**40, 400), (0, 4))
@@ -213,8 +213,8 @@ def test_interrupted_groups_have_taken_equally_many_rows():
 SCRIPT = """
 import os, signal, threading, time
 import numpy as np, reference, test_decode
-from tipl.svd import StreamingSVD
-from tipl.decoder import Decoder
+from tipl.subspace.streaming_svd import StreamingSVD
+from tipl.forecasting.decoder import Decoder
 rows = np.lib.stride_tricks.as_strided(np.ones((1, 400), np.float32), (2**40, 400), (0, 4))
 svd = StreamingSVD(3, num_threads=2).fit(rows[:300])
 
@@ -292,8 +292,8 @@ def test_a_daemon_thread_in_the_engine_does_not_abort_the_end_of_the_interpreter
         f"""
 import threading, time
 import numpy as np, reference, test_decode
-from tipl.decoder import Decoder
-from tipl.svd import StreamingSVD, gram
+from tipl.forecasting.decoder import Decoder
+from tipl.subspace.streaming_svd import StreamingSVD, gram
 rows, prefix = np.ones((4000, 400), np.float32), np.ones((8, 4, 5), np.float32)
 decoder = Decoder(test_decode.SMALL, reference.random_forecaster(test_decode.SMALL, 0), 8, num_threads=2)
 begun = threading.Event()

@@ -25,14 +25,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import tipl.locations
-import tipl.store
-import tipl.store_writer
-import tipl.zarr_files
+import tipl.files.locations
+import tipl.storing.store
+import tipl.storing.store_writer
+import tipl.storing.zarr_files
+from tipl.files.sealed import UncheckedWarning
 from tipl.policy import PolicySpec
-from tipl.sealed import UncheckedWarning
-from tipl.store import Store
-from tipl.store_writer import StoreInUse
+from tipl.storing.store import Store
+from tipl.storing.store_writer import StoreInUse
 
 SPEC = PolicySpec(obs_dim=2, act_dim=1, hidden_sizes=(3,))
 P = SPEC.num_params
@@ -43,7 +43,7 @@ Columns = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(tipl.store, "CHUNK_BYTES", CHUNK_ROWS * 4 * P)
+    monkeypatch.setattr(tipl.storing.store, "CHUNK_BYTES", CHUNK_ROWS * 4 * P)
 
 
 def rows(start: int, stop: int, num_trials: int = N, num_params: int = P) -> Columns:
@@ -79,14 +79,14 @@ def files(path: Path) -> dict[str, bytes]:
 
 def fail_after(monkeypatch, num_writes: int, error: BaseException) -> None:
     """Let `num_writes` more files be written, and every write after them raise."""
-    write, count = tipl.zarr_files.write_atomically, itertools.count()
+    write, count = tipl.storing.zarr_files.write_atomically, itertools.count()
 
     def failing(path: Path, data: bytes) -> None:
         if next(count) >= num_writes:
             raise error
         write(path, data)
 
-    monkeypatch.setattr(tipl.zarr_files, "write_atomically", failing)
+    monkeypatch.setattr(tipl.storing.zarr_files, "write_atomically", failing)
 
 
 def test_what_was_appended_reads_back(tmp_path):
@@ -122,7 +122,7 @@ def test_append_in_any_blocks_gives_the_files_of_one_append(tmp_path, block):
 
 
 def test_env_steps_and_returns_span_chunks(tmp_path, monkeypatch):
-    monkeypatch.setattr(tipl.store, "CHUNK_BYTES", 2**18)
+    monkeypatch.setattr(tipl.storing.store, "CHUNK_BYTES", 2**18)
     with create(tmp_path / "store") as store:
         for start in range(0, 2500, 700):
             store.append(*rows(start, min(start + 700, 2500)))
@@ -139,16 +139,16 @@ def test_blocks_are_the_rows_in_order(tmp_path, block):
 
 def test_blocks_read_each_chunk_once(tmp_path, monkeypatch):
     trial = create(tmp_path / "store", num_rows=12).trial(0)
-    read, calls = tipl.zarr_files.ZarrArray.read_chunk, []
+    read, calls = tipl.storing.zarr_files.ZarrArray.read_chunk, []
     monkeypatch.setattr(
-        tipl.zarr_files.ZarrArray, "read_chunk", lambda *args, **kw: calls.append(args[3]) or read(*args, **kw)
+        tipl.storing.zarr_files.ZarrArray, "read_chunk", lambda *args, **kw: calls.append(args[3]) or read(*args, **kw)
     )
     assert sum(len(block) for block in trial.blocks(2)) == 12
     assert calls == [0, 1, 2]
 
 
 def test_blocks_stream(tmp_path, monkeypatch):
-    monkeypatch.setattr(tipl.store, "CHUNK_BYTES", 2**18)
+    monkeypatch.setattr(tipl.storing.store, "CHUNK_BYTES", 2**18)
     policy = PolicySpec(4, 1)
     p, num_rows = policy.num_params, 1000
     with Store.create(tmp_path / "store", env_id="Env-v0", policy=policy, seeds=[0], config={}) as store:
@@ -240,13 +240,13 @@ def test_a_failed_create_leaves_nothing(tmp_path, monkeypatch):
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    tipl.locations.write_atomically(tmp_path / "file", b"old")
+    tipl.files.locations.write_atomically(tmp_path / "file", b"old")
     with monkeypatch.context() as patch:
-        patch.setattr(tipl.locations.os, "fsync", lambda file: (_ for _ in ()).throw(OSError("disk on fire")))
+        patch.setattr(tipl.files.locations.os, "fsync", lambda file: (_ for _ in ()).throw(OSError("disk on fire")))
         with pytest.raises(OSError, match="disk on fire"):
-            tipl.locations.write_atomically(tmp_path / "file", b"new")
+            tipl.files.locations.write_atomically(tmp_path / "file", b"new")
     assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("file", b"old")]
-    tipl.locations.write_atomically(tmp_path / "file", b"new")
+    tipl.files.locations.write_atomically(tmp_path / "file", b"new")
     assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("file", b"new")]
 
 
@@ -255,7 +255,7 @@ import os, random, signal, struct, sys, time
 sys.path[:0] = sys.argv[2:]
 from pathlib import Path
 import test_store
-from tipl.store import Store
+from tipl.storing.store import Store
 
 path = Path(sys.argv[1])
 random.seed(3)
@@ -294,7 +294,7 @@ assert not list(path.rglob("*.partial"))
 
 
 def test_killed_writers_lose_nothing_that_append_returned_for(tmp_path):
-    folders = [str(Path(__file__).parent), str(Path(tipl.store.__file__).parent.parent)]
+    folders = [str(Path(__file__).parent), str(Path(tipl.storing.store.__file__).parent.parent)]
     subprocess.run([sys.executable, "-c", KILLED_WRITER, str(tmp_path / "store"), *folders], check=True, timeout=120)
 
 
@@ -480,7 +480,7 @@ def test_a_trial_of_another_run_is_found(intact, tmp_path):
 
 
 def test_a_commit_record_has_the_checksums_that_zarr_stores(intact):
-    chunks = tipl.zarr_files.read_group(intact / "trial_0001", "")["chunks"]
+    chunks = tipl.storing.zarr_files.read_group(intact / "trial_0001", "")["chunks"]
     sums = np.frombuffer(base64.b64decode(chunks["weights"]), "<u4")
     full = (intact / "trial_0001/weights/c.0.0").read_bytes()
     assert sums[0] == int.from_bytes(full[-4:], "little") == google_crc32c.value(full[:-4])
@@ -498,9 +498,9 @@ def test_a_commit_record_has_the_checksums_that_zarr_stores(intact):
 def as_older(path: Path, *trials: int) -> None:
     """Take from the commit records what an older tipl did not write."""
     for i in trials:
-        record = tipl.zarr_files.read_group(path / f"trial_{i:04d}", "")
+        record = tipl.storing.zarr_files.read_group(path / f"trial_{i:04d}", "")
         del record["store"], record["chunks"]
-        tipl.zarr_files.write_group(path / f"trial_{i:04d}", record)
+        tipl.storing.zarr_files.write_group(path / f"trial_{i:04d}", record)
 
 
 def test_an_older_store_is_read_with_one_warning(intact):
@@ -577,8 +577,8 @@ def test_damage_of_an_older_store_is_found(intact):
     ],
 )
 def test_a_root_that_cannot_be_is_refused(intact, changes, message):
-    attributes = tipl.zarr_files.read_group(intact, "") | changes
-    tipl.zarr_files.write_group(intact, {name: value for name, value in attributes.items() if value is not ...})
+    attributes = tipl.storing.zarr_files.read_group(intact, "") | changes
+    tipl.storing.zarr_files.write_group(intact, {name: value for name, value in attributes.items() if value is not ...})
     with pytest.raises(RuntimeError, match=rf"^{re.escape(str(intact))}/zarr\.json: .*{message}"):
         Store.open(intact)
 
@@ -602,9 +602,9 @@ def test_a_root_that_cannot_be_is_refused(intact, changes, message):
     ],
 )
 def test_a_commit_record_that_cannot_be_is_refused(intact, changes, message):
-    attributes = tipl.zarr_files.read_group(intact / "trial_0001", "") | changes
+    attributes = tipl.storing.zarr_files.read_group(intact / "trial_0001", "") | changes
     attributes = {name: value for name, value in attributes.items() if value is not ...}
-    tipl.zarr_files.write_group(intact / "trial_0001", attributes)
+    tipl.storing.zarr_files.write_group(intact / "trial_0001", attributes)
     for writable in (False, True):
         with pytest.raises(RuntimeError, match=rf"trial_0001/zarr\.json: {message}"):
             Store.open(intact, writable=writable).trial(1)
@@ -613,8 +613,8 @@ def test_a_commit_record_that_cannot_be_is_refused(intact, changes, message):
 
 def test_more_rows_than_an_older_store_can_have_are_refused(intact):
     as_older(intact, 0, 1)
-    record = tipl.zarr_files.read_group(intact / "trial_0001", "")
-    tipl.zarr_files.write_group(intact / "trial_0001", record | {"num_checkpoints": 2**40})
+    record = tipl.storing.zarr_files.read_group(intact / "trial_0001", "")
+    tipl.storing.zarr_files.write_group(intact / "trial_0001", record | {"num_checkpoints": 2**40})
     with pytest.raises(RuntimeError, match="trial 1: 1099511627776 checkpoints are committed but not on disk"):
         Store.open(intact).trial(1)
 
@@ -666,7 +666,7 @@ def test_a_chunk_that_changes_while_it_is_read_is_an_error(intact, monkeypatch, 
         return readv(file, buffers)
 
     trial = Store.open(intact).trial(1)
-    monkeypatch.setattr(tipl.locations.os, "readv", changing)
+    monkeypatch.setattr(tipl.files.locations.os, "readv", changing)
     message = "changed while it was read" if change is not None else "Input/output error: .*c.0.0"
     with pytest.raises(OSError, match=message):
         trial.weights(0, 5)
@@ -676,7 +676,9 @@ def test_a_chunk_is_read_in_several_calls(intact, monkeypatch):
     """As the system does for one of more than 2 GiB."""
     readv = os.readv
     monkeypatch.setattr(
-        tipl.locations.os, "readv", lambda file, buffers: readv(file, [memoryview(buffers[0])[:100], *buffers[1:]][:1])
+        tipl.files.locations.os,
+        "readv",
+        lambda file, buffers: readv(file, [memoryview(buffers[0])[:100], *buffers[1:]][:1]),
     )
     read_all(intact)
 
@@ -684,7 +686,9 @@ def test_a_chunk_is_read_in_several_calls(intact, monkeypatch):
 def test_an_error_of_the_system_names_the_file(tmp_path, monkeypatch):
     store = create(tmp_path / "store", num_rows=4)
     with monkeypatch.context() as patch:
-        patch.setattr(tipl.locations.os, "fsync", lambda file: (_ for _ in ()).throw(OSError(errno.EIO, "I/O error")))
+        patch.setattr(
+            tipl.files.locations.os, "fsync", lambda file: (_ for _ in ()).throw(OSError(errno.EIO, "I/O error"))
+        )
         with pytest.raises(OSError, match=r"I/O error: '.*store/trial_000\d/weights/zarr\.json'"):
             store.append(*rows(4, 5))
     with Store.open(tmp_path / "store", writable=True) as store:
@@ -739,20 +743,20 @@ def test_the_next_writer_removes_what_killed_ones_left(intact):
 KILLED_CREATE = """
 import os, signal, sys
 sys.path[:0] = sys.argv[2:]
-import test_store, tipl.zarr_files
-write, count = tipl.zarr_files.write_atomically, iter(range(1000))
+import test_store, tipl.storing.zarr_files
+write, count = tipl.storing.zarr_files.write_atomically, iter(range(1000))
 def killing(path, data):
     if next(count) == int(sys.argv[1]):
         os.kill(os.getpid(), signal.SIGKILL)
     write(path, data)
-tipl.zarr_files.write_atomically = killing
+tipl.storing.zarr_files.write_atomically = killing
 test_store.create("store")
 """
 
 
 @pytest.mark.parametrize("num_writes", [0, 3, 8])
 def test_a_killed_create_blocks_nothing(tmp_path, num_writes):
-    folders = [str(Path(__file__).parent), str(Path(tipl.store.__file__).parent.parent)]
+    folders = [str(Path(__file__).parent), str(Path(tipl.storing.store.__file__).parent.parent)]
     command = [sys.executable, "-c", KILLED_CREATE, str(num_writes), *folders]
     assert subprocess.run(command, cwd=tmp_path, timeout=60, check=False).returncode == -signal.SIGKILL
     assert [path.name for path in tmp_path.iterdir()] == [".store.partial"]
@@ -783,12 +787,12 @@ def test_what_is_no_store_is_refused(tmp_path, intact):
     (tmp_path / "folder").mkdir()
     with pytest.raises(FileNotFoundError, match=r"open: there is no trajectory store at .*folder"):
         Store.open(tmp_path / "folder")
-    tipl.zarr_files.write_group(tmp_path / "folder", {"some": "group"})
+    tipl.storing.zarr_files.write_group(tmp_path / "folder", {"some": "group"})
     with pytest.raises(RuntimeError, match="this Zarr group is no trajectory store of tipl"):
         Store.open(tmp_path / "folder")
     attributes = json.loads((intact / "zarr.json").read_text())["attributes"]
     del attributes["crc32c"]
-    tipl.zarr_files.write_group(intact, attributes | {"version": 2})
+    tipl.storing.zarr_files.write_group(intact, attributes | {"version": 2})
     with pytest.raises(RuntimeError, match="has version 2, this tipl reads version 1"):
         Store.open(intact)
     (intact / "zarr.json").unlink()
@@ -907,9 +911,9 @@ def test_reading_refuses(tmp_path):
 )
 def test_a_store_is_a_list_of_rows(operations):
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tipl.locations.os, "fsync", lambda file: None)
-        patch.setattr(tipl.store, "CHUNK_BYTES", CHUNK_ROWS * 4 * P)
-        patch.setattr(tipl.store_writer, "WRITE_THREADS", 1)  # the same writes at each run
+        patch.setattr(tipl.files.locations.os, "fsync", lambda file: None)
+        patch.setattr(tipl.storing.store, "CHUNK_BYTES", CHUNK_ROWS * 4 * P)
+        patch.setattr(tipl.storing.store_writer, "WRITE_THREADS", 1)  # the same writes at each run
         path = Path(folder, "store")
         store, length = create(path), 0
         for operation, argument in operations:

@@ -1,4 +1,4 @@
-"""The studies in bench/: what they write checkpoints in, that it leaks no future, and that they run."""
+"""The studies in studies/: what they write checkpoints in, that it leaks no future, and that they run."""
 
 import dataclasses
 import json
@@ -11,17 +11,19 @@ import torch
 from synthetic_run import SPEC, make_results, make_rows, make_store
 from test_train import TINY
 
-from tipl.basis import Basis
-from tipl.confidence import expected_calibration_error
-from tipl.manifest import write_manifest
-from tipl.model import ModelConfig
+from tipl.files.manifest import write_manifest
+from tipl.forecasting.confidence import expected_calibration_error
+from tipl.forecasting.forecaster import Forecaster
+from tipl.forecasting.sources import Source, Split, split_trials
+from tipl.forecasting.train_config import TrainConfig
+from tipl.forecasting.training import train
+from tipl.forecasting.training_data import load_training_data
+from tipl.forecasting.transformer import ModelConfig
 from tipl.report.results import read_results
-from tipl.rollout import Forecaster
-from tipl.store import Store
-from tipl.train import train
-from tipl.training_data import Source, Split, TrainConfig, load_training_data, split_trials
+from tipl.storing.store import Store
+from tipl.subspace.basis import Basis
 
-sys.path.append(str(Path(__file__).parent.parent / "bench"))
+sys.path.append(str(Path(__file__).parent.parent / "studies"))
 import autoencoder
 import calibration
 import choose_d

@@ -26,8 +26,10 @@ from sklearn.utils.validation import check_is_fitted
 from test_engine import run_python
 from test_svd import EPS, assert_orthonormal, largest_angle, random_rows, results, stream
 
-from tipl import _core, locations, svd
-from tipl.svd import GroupedSVD, NotFittedError, StreamingSVD
+from tipl import _core
+from tipl.files import locations
+from tipl.subspace import streaming_svd as svd
+from tipl.subspace.streaming_svd import GroupedSVD, NotFittedError, StreamingSVD
 
 LEARNED = (
     "components_",
@@ -154,9 +156,9 @@ def test_a_mapped_file_is_read_ahead_in_steps_and_gives_the_same_bits(dtype, pas
     mapped = memmap(rows.astype(dtype), tmp_path)
     whole = results(StreamingSVD(3, passes=passes).fit(rows))
     part = results(StreamingSVD(3, passes=passes).fit(rows[3:]))
-    monkeypatch.setattr("tipl.svd._BLOCK_BYTES", 4 * 60 * 300)
+    monkeypatch.setattr("tipl.subspace.streaming_svd._BLOCK_BYTES", 4 * 60 * 300)
     for ahead in (0, 1, 10**9):
-        monkeypatch.setattr("tipl.svd._AHEAD_BYTES", ahead)
+        monkeypatch.setattr("tipl.subspace.streaming_svd._AHEAD_BYTES", ahead)
         assert results(StreamingSVD(3, passes=passes).fit(mapped)) == whole
         assert results(StreamingSVD(3, passes=passes).fit(mapped[3:])) == part  # begins within a page
 
@@ -642,7 +644,7 @@ def test_a_file_with_more_pending_rows_than_a_block_is_refused(tmp_path):
     arrays["pending"] = np.ones((5000, 60), np.float32)
     reseal(tmp_path / "svd", metadata, arrays)
     done = run_python(
-        "from tipl.svd import StreamingSVD\n"
+        "from tipl.subspace.streaming_svd import StreamingSVD\n"
         "try:\n"
         f"    StreamingSVD.load({str(tmp_path / 'svd')!r})\n"
         "except RuntimeError as error:\n"

@@ -13,25 +13,15 @@ import torch
 from synthetic_run import make_store
 from test_model import random_model
 
-import tipl.curves
-import tipl.training_state
-from tipl.basis import Basis, Centre, prefix_coordinates, trajectory_gram
-from tipl.rollout import Forecaster, rollout
-from tipl.train import Trainer, loss_of, train
-from tipl.train_refiner import _RefinerTraining
-from tipl.training_data import (
-    Batch,
-    Case,
-    Examples,
-    Source,
-    TrainConfig,
-    TrainingData,
-    Validation,
-    Written,
-    load_training_data,
-    split_trials,
-    thin,
-)
+import tipl.collecting.curves
+import tipl.forecasting.training_state
+from tipl.forecasting.forecaster import Forecaster, rollout
+from tipl.forecasting.refiner_training import _RefinerTraining
+from tipl.forecasting.sources import Source, split_trials, thin
+from tipl.forecasting.train_config import TrainConfig
+from tipl.forecasting.training import Trainer, loss_of, train
+from tipl.forecasting.training_data import Batch, Case, Examples, TrainingData, Validation, Written, load_training_data
+from tipl.subspace.basis import Basis, Centre, prefix_coordinates, trajectory_gram
 
 TINY = TrainConfig(
     n_components=6,
@@ -308,7 +298,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 def test_a_training_that_is_cut_off_goes_on_and_ends_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut_off: tuple[str, int]
 ) -> None:
-    monkeypatch.setattr(tipl.training_state, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(tipl.forecasting.training_state, "SAVE_SECONDS", 0.0)
     store = make_store(tmp_path / "store.zarr", 8, 16)
     whole = train(store, tmp_path / "whole", TINY, progress=False)
     part, last = cut_off
@@ -337,11 +327,11 @@ def test_a_training_that_is_cut_off_goes_on_and_ends_the_same(
 def test_a_saved_state_of_other_settings_or_a_damaged_one_is_not_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tipl.training_state, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(tipl.forecasting.training_state, "SAVE_SECONDS", 0.0)
     store, other = make_store(tmp_path / "store.zarr", 8, 16), dataclasses.replace(TINY, seed=1)
     whole = train(store, tmp_path / "whole", TINY, progress=False)
     with monkeypatch.context() as patch:
-        patch.setattr(sys.modules["tipl.train"], "train_refiner", lambda *args, **kwargs: 1 / 0)
+        patch.setattr(sys.modules["tipl.forecasting.training"], "train_refiner", lambda *args, **kwargs: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             train(store, tmp_path / "model", other, progress=False)
         kept = tmp_path / ".model.partial" / ".state_transformer.safetensors"
@@ -360,7 +350,7 @@ def test_a_full_disk_stops_tensorboard_and_not_the_training(tmp_path: Path, monk
     def full(path: Path, events: list[Any]) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(tipl.curves, "_append", full)
+    monkeypatch.setattr(tipl.collecting.curves, "_append", full)
     with pytest.warns(UserWarning, match=r"no more curves are written to .*tb: No space left on device"):
         folder = train(make_store(tmp_path / "store.zarr", 8, 16), tmp_path / "model", TINY, progress=False)
     assert Forecaster.load(folder).refiner is not None

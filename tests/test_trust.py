@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from synthetic_run import Run, cell_of
 
-from tipl.confidence import expected_calibration_error
-from tipl.report.estimates import Bootstrap
+from tipl.forecasting.confidence import expected_calibration_error
+from tipl.report.confidence import confidence_section, reliability
+from tipl.report.intervals import Bootstrap
 from tipl.report.page import Html, fmt
 from tipl.report.plots import NBSP
-from tipl.report.trust import confidence_section, reliability
 
 
 def words_of(run: Run) -> str:

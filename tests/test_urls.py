@@ -19,16 +19,16 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 import tipl.cli
-from tipl.collect import collect, is_complete
-from tipl.locations import location
+from tipl.collecting.collection import collect, is_complete
+from tipl.collecting.description import describe_store
+from tipl.collecting.population import Population, PPOConfig
+from tipl.collecting.resume import Unfinished
+from tipl.files.locations import location
+from tipl.forecasting.train_config import TrainConfig
+from tipl.forecasting.training import train
 from tipl.policy import PolicySpec
-from tipl.ppo import Population, PPOConfig
-from tipl.resume import Unfinished
-from tipl.store import Store
-from tipl.store_info import describe_store
-from tipl.train import train
-from tipl.training_data import TrainConfig
-from tipl.verify import verify_store
+from tipl.storing.store import Store
+from tipl.verification import verify_store
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning")  # of aiohttp and moto
 
@@ -116,7 +116,7 @@ def cut_off(url: str, after: int = 20) -> None:
                 raise KeyboardInterrupt
             return iterate(population)
 
-        patch.setattr(sys.modules["tipl.collect"], "SAVE_SECONDS", 0.0)
+        patch.setattr(sys.modules["tipl.collecting.collection"], "SAVE_SECONDS", 0.0)
         patch.setattr(Population, "iterate", interrupted)
         with pytest.raises(KeyboardInterrupt, match=f"{after + 1} of 31 checkpoints .* in s3://bucket/.*store.zarr; "):
             collect(url, **ARGUMENTS)

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from synthetic_run import Run, at_end, cell_of
 
-from tipl.report.estimates import Bootstrap, Estimate, captured_gain, iqm, leaders, standings, tipl_leads
+from tipl.report.intervals import Bootstrap, Estimate, captured_gain, iqm, leaders, standings, tipl_leads
 from tipl.report.page import fmt
 from tipl.report.plots import NBSP
 from tipl.report.verdict import verdict

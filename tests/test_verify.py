@@ -13,15 +13,15 @@ import numpy as np
 import pytest
 
 from tipl.cli import main
-from tipl.collect import collect
+from tipl.collecting.collection import collect
+from tipl.collecting.description import describe_store
+from tipl.collecting.population import PPOConfig
+from tipl.files.sealed import UncheckedWarning
 from tipl.policy import ParameterLayout
-from tipl.ppo import PPOConfig
-from tipl.sealed import UncheckedWarning
-from tipl.store import Store
-from tipl.store_info import describe_store
-from tipl.store_records import Commit
-from tipl.verify import verify_store
-from tipl.zarr_files import crc32c, read_group, write_group
+from tipl.storing.store import Store
+from tipl.storing.store_records import Commit
+from tipl.storing.zarr_files import crc32c, read_group, write_group
+from tipl.verification import verify_store
 
 TINY = PPOConfig(num_steps=32, num_minibatches=2, update_epochs=1, hidden_sizes=(16, 16))
 
@@ -29,7 +29,7 @@ TINY = PPOConfig(num_steps=32, num_minibatches=2, update_epochs=1, hidden_sizes=
 @pytest.fixture(scope="module")
 def collected(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys.modules["tipl.store"], "CHUNK_BYTES", 3 * 370 * 4)  # three rows a chunk
+        patch.setattr(sys.modules["tipl.storing.store"], "CHUNK_BYTES", 3 * 370 * 4)  # three rows a chunk
         path = tmp_path_factory.mktemp("verify") / "store"
         collect(path, env_id="InvertedPendulum-v5", num_trials=3, total_timesteps=6 * 32, ppo=TINY, progress=False)
     return path
@@ -168,7 +168,7 @@ def swap(one: Path, other: Path) -> None:
 def another(tmp_path_factory: pytest.TempPathFactory, collected: Path) -> Path:
     """A run with the seeds and the layout of `collected`, and another learning rate."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys.modules["tipl.store"], "CHUNK_BYTES", 3 * 370 * 4)
+        patch.setattr(sys.modules["tipl.storing.store"], "CHUNK_BYTES", 3 * 370 * 4)
         path = tmp_path_factory.mktemp("another") / "store"
         ppo = dataclasses.replace(TINY, learning_rate=1e-3)
         collect(path, env_id="InvertedPendulum-v5", num_trials=3, total_timesteps=6 * 32, ppo=ppo, progress=False)
@@ -317,7 +317,7 @@ def test_a_bar_if_it_takes_long(store, monkeypatch, capfd):
     monkeypatch.setenv("COLUMNS", "100")
     verify_store(store, progress=True)
     assert capfd.readouterr().err == ""
-    monkeypatch.setattr(sys.modules["tipl.verify"], "BAR_SECONDS", 0.0)
+    monkeypatch.setattr(sys.modules["tipl.verification"], "BAR_SECONDS", 0.0)
     verify_store(store, progress=True)
     assert "verify" in capfd.readouterr().err
 

@@ -17,27 +17,28 @@ from numpy.typing import NDArray
 from tyro.conf import OmitArgPrefixes, arg
 from tyro.constructors import PrimitiveConstructorSpec
 
-from tipl.calibrate import recalibrate
-from tipl.collect import collect, flat_config, is_complete
-from tipl.evaluate import EvaluateConfig, evaluate
-from tipl.exporter import export_checkpoint, layout_record
-from tipl.importer import import_checkpoints
-from tipl.locations import location
-from tipl.manifest import read_listed, write_manifest
+from tipl.collecting.collection import collect, flat_config, is_complete
+from tipl.collecting.description import describe_store
+from tipl.collecting.population import PPOConfig
+from tipl.files.locations import location
+from tipl.files.manifest import read_listed, write_manifest
+from tipl.files.publishing import claimed, made_aside, published, remove_left_behind
+from tipl.files.schema import parse_json
+from tipl.files.sealed import load_json, save_arrays, save_json
+from tipl.forecasting.calibration import recalibrate
+from tipl.forecasting.forecaster import Forecaster, check_and_forecast, load_pretrained
+from tipl.forecasting.sources import prefix_end_of
+from tipl.forecasting.train_config import TrainConfig
+from tipl.forecasting.training import train
+from tipl.judging.evaluation import EvaluateConfig, evaluate
 from tipl.policy import Activation
-from tipl.ppo import PPOConfig
-from tipl.publishing import claimed, made_aside, published, remove_left_behind
 from tipl.report import plot_store, write_report
-from tipl.reproduce import experiments, reproduce
-from tipl.rollout import Forecaster, check_and_forecast, load_pretrained
-from tipl.schema import parse_json
-from tipl.sealed import load_json, save_arrays, save_json
+from tipl.reproduction import experiments, reproduce
 from tipl.stage_seconds import StageSeconds
-from tipl.store import Store
-from tipl.store_info import describe_store
-from tipl.train import train
-from tipl.training_data import TrainConfig, prefix_end_of
-from tipl.verify import Verification, verify, verify_store
+from tipl.storing.exporter import export_checkpoint, layout_record
+from tipl.storing.importer import import_checkpoints
+from tipl.storing.store import Store
+from tipl.verification import Verification, verify, verify_store
 
 
 def _local_path(texts: list[str]) -> Path:

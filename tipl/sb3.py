@@ -8,8 +8,8 @@ import gymnasium
 import numpy as np
 import torch
 
-from tipl.actors import shown
-from tipl.recorder import Recorder
+from tipl.storing.foreign_actors import shown
+from tipl.storing.recorder import Recorder
 
 try:
     from stable_baselines3.common.callbacks import BaseCallback

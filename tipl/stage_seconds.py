@@ -6,10 +6,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from tipl.manifest import NAME as MANIFEST
-from tipl.manifest import read_listed
-from tipl.publishing import remove
-from tipl.sealed import load_json, save_json
+from tipl.files.manifest import NAME as MANIFEST
+from tipl.files.manifest import read_listed
+from tipl.files.publishing import remove
+from tipl.files.sealed import load_json, save_json
 
 
 class StageSeconds:

@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from tipl.cli import end_of_path_table
-from tipl.collect import collect
-from tipl.exporter import export_checkpoint
+from tipl.collecting.collection import collect
+from tipl.forecasting.forecaster import Forecaster
 from tipl.report.results import read_coordinates, read_results, read_training
-from tipl.rollout import Forecaster
 from tipl.stage_seconds import StageSeconds
-from tipl.store import Store
-from tipl.svd import StreamingSVD
-from tipl.verify import verify
+from tipl.storing.exporter import export_checkpoint
+from tipl.storing.store import Store
+from tipl.subspace.streaming_svd import StreamingSVD
+from tipl.verification import verify
 
 from .campaign import Campaign
 from .children import GIB, data_bytes

@@ -5,10 +5,10 @@ import re
 import shutil
 from pathlib import Path
 
-from tipl.collect import is_complete
-from tipl.rollout import Forecaster
-from tipl.store import Store
-from tipl.verify import verify_store
+from tipl.collecting.collection import is_complete
+from tipl.forecasting.forecaster import Forecaster
+from tipl.storing.store import Store
+from tipl.verification import verify_store
 
 from .children import Ended, Setting
 from .content import leftovers

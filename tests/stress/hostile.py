@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
-from tipl.zarr_files import write_group
+from tipl.storing.zarr_files import write_group
 
 from . import children
 from .campaign import Campaign
@@ -255,7 +255,7 @@ HUGE = (
 def _sealed(file: Path) -> None:
     """Let the manifest of a file's folder say what the file is now, so that its content is what is judged."""
     if (file.parent / "manifest.json").exists():
-        importlib.import_module("tipl.manifest").write_manifest(file.parent)
+        importlib.import_module("tipl.files.manifest").write_manifest(file.parent)
 
 
 def _rewrite(path: Path, change: Callable[[Any], Any]) -> None:

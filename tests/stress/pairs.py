@@ -70,7 +70,7 @@ class Pairs(Campaign):
         return [child.wait(Setting(timeout=240)) for child in both], [child.pid for child in both], began
 
     def _judge_refusal(self, trial: Trial, loser: Ended, winner: Ended, pid: int) -> None:
-        """Count a refusal that does not say who is at it; one after the winner's end need not."""
+        """Count a refusal that says neither who is at it nor that the output, which appears whole, is there already."""
         says_who = str(pid) in loser.message and socket.gethostname() in loser.message
-        if loser.at < winner.at and not says_who:
+        if loser.at < winner.at and not says_who and "exists already" not in loser.message:
             trial.add("unclear", f"does not say who holds it: {loser.message}")

@@ -26,13 +26,13 @@ import torch
 import tyro
 
 from tipl import _core, cli
-from tipl.evaluate import EvaluateConfig
-from tipl.ppo import PPOConfig
+from tipl.collecting.population import PPOConfig
+from tipl.forecasting.train_config import TrainConfig
+from tipl.judging.evaluation import EvaluateConfig
 from tipl.report.plots import Plot
-from tipl.reproduce import Task
-from tipl.store import Store
-from tipl.svd import StreamingSVD
-from tipl.training_data import TrainConfig
+from tipl.reproduction import Task
+from tipl.storing.store import Store
+from tipl.subspace.streaming_svd import StreamingSVD
 
 from . import children
 from . import content as content_module
@@ -232,8 +232,8 @@ def _parsed(arguments: tuple[str, ...]) -> Any:
 def make_small() -> None:
     """Let this process and its forks run commands as said above."""
     tasks = {ENV_ID: Task(**RUN, ppo=PPO, train=TRAIN, evaluate=EVALUATE, shared_components=6)}
-    sys.modules["tipl.reproduce"].TASKS = tasks  # type: ignore[attr-defined]
-    sys.modules["tipl.collect"].SAVE_SECONDS = 0.0  # type: ignore[attr-defined]
+    sys.modules["tipl.reproduction"].TASKS = tasks  # type: ignore[attr-defined]
+    sys.modules["tipl.collecting.collection"].SAVE_SECONDS = 0.0  # type: ignore[attr-defined]
     whole_run = cli.Run
 
     def small_run(output: Path, *, resume: bool = False, **_: Any) -> cli.Run:

@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Iterable
 
-from tipl.report.estimates import Estimate
+from tipl.report.intervals import Estimate
 from tipl.report.plots import NBSP, THEME, Mark, Plot
 from tipl.report.results import predictor_info
 

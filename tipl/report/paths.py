@@ -17,14 +17,14 @@ from matplotlib.collections import LineCollection
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from numpy.typing import NDArray
 
-from tipl.locations import write_atomically
+from tipl.files.locations import write_atomically
+from tipl.files.publishing import claimed, remove_dead_claim
 from tipl.progress import progress_bar
-from tipl.publishing import claimed, remove_dead_claim
 from tipl.report.plots import NBSP, THEME, Mark, Panel, Plot, short_count
 from tipl.report.results import FloatArray
 from tipl.report.run_plots import MAX_CURVES
-from tipl.store import Store, Trial
-from tipl.svd import gram
+from tipl.storing.store import Store, Trial
+from tipl.subspace.streaming_svd import gram
 
 SHARES = (0.9, 0.95, 0.99)
 """Of a path's energy; the figure shows how many directions explain each."""

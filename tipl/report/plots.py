@@ -23,7 +23,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from numpy.typing import NDArray
 from PIL import Image
 
-from tipl.report.estimates import Bootstrap, Estimate, Gain, Statistic, mean
+from tipl.report.intervals import Bootstrap, Estimate, Gain, Statistic, mean
 from tipl.report.results import BASIS_FLOORS, PREDICTORS, FloatArray, Results, predictor_info
 
 # Name -> colour on a light page, colour on a dark page. Predictors are told apart with any common colour blindness

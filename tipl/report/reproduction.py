@@ -8,9 +8,9 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from tipl.locations import write_atomically
+from tipl.files.locations import write_atomically
 from tipl.report import page, plots
-from tipl.report.estimates import Bootstrap, Estimate, mean, ranking, tipl_leads
+from tipl.report.intervals import Bootstrap, Estimate, mean, ranking, tipl_leads
 from tipl.report.page import Html, element, escape, fmt, fmt_percent, fmt_seconds, listed
 from tipl.report.plots import Plot, percent
 from tipl.report.results import BASIS_FLOORS, FloatArray, Results, predictor_info

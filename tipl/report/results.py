@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tipl.manifest import read_listed
-from tipl.sealed import parse_safetensors
+from tipl.files.manifest import read_listed
+from tipl.files.sealed import parse_safetensors
 
 FloatArray = NDArray[np.float64]
 

@@ -8,7 +8,7 @@ from matplotlib.collections import LineCollection
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
-from tipl.report.estimates import Bootstrap
+from tipl.report.intervals import Bootstrap
 from tipl.report.plots import NBSP, THEME, Mark, Panel, Plot, note, short_count
 from tipl.report.results import CoordinatePath, FloatArray, Training
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from tipl.report import page
-from tipl.report.estimates import Bootstrap, Statistic, leaders, ranking
+from tipl.report.intervals import Bootstrap, Statistic, leaders, ranking
 from tipl.report.page import Html, element, fmt, fmt_interval
 from tipl.report.plots import percent
 from tipl.report.results import Results, predictor_info

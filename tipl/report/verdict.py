@@ -7,7 +7,7 @@ difference is within the noise.
 import math
 from collections.abc import Mapping
 
-from tipl.report.estimates import OWN, Bootstrap, Estimate, Gain, ranking, tipl_leads
+from tipl.report.intervals import OWN, Bootstrap, Estimate, Gain, ranking, tipl_leads
 from tipl.report.page import Html, element, fmt, fmt_interval, fmt_percent, join, listed, with_interval
 from tipl.report.plots import percent
 from tipl.report.results import Results, predictor_info

@@ -1,0 +1,121 @@
+"""The share of the gain in return that forecasts reach, over runs of several evaluations of one forecaster.
+
+    tipl collect --env-id HalfCheetah-v4 --seed 1 --init-seed 3757552657 ... --output more.zarr
+    tipl evaluate --store store.zarr --model model --fresh more.zarr --output evaluation1
+    python studies/pool_gains.py evaluation0 evaluation1 ... --horizons 0.1 0.2 --output docs/figures/gains.svg
+
+A gain is the return over that of the policy at the prefix's end, on the same episodes, of which every run has its own.
+A share is the sum over runs of a predictor's gains over that of the true policy's, with a 95 % bootstrap interval: for
+each evaluation in grey, for all runs in colour, a panel a horizon. So are the floors, the true weights projected on the
+basis of the forecasts and on that of the other kind; shaded is by how much two returns of one true policy differ, as a
+share of the gain. The table goes to standard output, and the return of every run and predictor, as JSON, beside the
+figure.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from tipl.files.locations import write_atomically
+from tipl.report.intervals import Bootstrap, Estimate
+from tipl.report.plots import THEME, Panel, Plot
+from tipl.report.results import BASIS_FLOORS, FloatArray, Results, predictor_info, read_results
+
+PREDICTORS = ("tipl", "tipl_gated", "tipl_tuned", "linear", "ridge", "another_run", *BASIS_FLOORS)
+
+
+def returns_of(results: Results, prefix: float, share: float) -> dict[str, FloatArray]:
+    """Return the runs' returns (n,) with each predictor, of the prefix's last policy and, twice, of the true one."""
+    horizon = max(1, round(share * (results.settings["num_checkpoints"] - 1)))
+    if prefix not in results.prefixes or horizon not in results.horizons[prefix]:
+        raise SystemExit(f"{results.path}: expected prefix {prefix:g} and horizon {share:g} of the path among its own")
+    names = (
+        "persistence",
+        "return_floor",
+        *(name for name in PREDICTORS if results.has_values("return_predicted", name)),
+    )
+    found = {name: results.at("return_predicted", prefix, name, horizon) for name in names}
+    return {"truth": results.at("return_true", prefix, "persistence", horizon), **found}
+
+
+def pooled(parts: Sequence[dict[str, FloatArray]]) -> dict[str, FloatArray]:
+    """Return the returns of all runs, of the predictors that every evaluation has."""
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0] if all(name in p for p in parts)}
+
+
+def shares(returns: dict[str, FloatArray]) -> dict[str, Estimate]:
+    """Return each predictor's share of the gain."""
+    start = returns["persistence"]
+    bootstrap = Bootstrap(len(start))
+    gain = returns["truth"] - start
+    return {name: bootstrap.ratio(values - start, gain) for name, values in returns.items() if name in PREDICTORS}
+
+
+def noise(returns: dict[str, FloatArray]) -> float:
+    """Return the mean difference of the true policies' returns on two sets of episodes, as a share of the mean gain."""
+    again = np.abs(returns["return_floor"] - returns["truth"]).mean()
+    return float(again / (returns["truth"] - returns["persistence"]).mean())
+
+
+def table(columns: Sequence[tuple[str, dict[str, Estimate]]]) -> str:
+    """Return shares, a column a horizon and set of runs, as a Markdown table of the predictors that all have."""
+    titles, found = zip(*columns, strict=True)
+    lines = [f"| | {' | '.join(titles)} |", "|---" * (len(columns) + 1) + "|"]
+    for name in (name for name in found[0] if all(name in it for it in found)):
+        cells = [f"{it[name].value:.2f} [{it[name].low:.2f}, {it[name].high:.2f}]" for it in found]
+        lines.append(f"| {predictor_info(name).label} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def draw(ax: Axes, parts: Sequence[dict[str, Estimate]], whole: dict[str, Estimate], noise: float) -> None:
+    """Draw a line a predictor: the interval of each evaluation, and that of all runs; and the `noise`."""
+    ax.axvspan(-noise, noise, color=THEME["grid"][0], zorder=0, linewidth=0)
+    for row, name in enumerate(whole):
+        places = np.linspace(-0.28, 0.16, len(parts) + 1)
+        for place, found in zip(places, (*parts, whole), strict=True):
+            color, width = (THEME["faint"][0], 1.2) if found is not whole else (THEME[name][0], 2.6)
+            ax.hlines(row - place, found[name].low, found[name].high, color=color, linewidth=width)
+            ax.plot(found[name].value, row - place, "o", color=color, markersize=2.5 + width)
+    ax.axvline(0, color=THEME["muted"][0], linewidth=0.8)
+    ax.axvline(1, color=THEME["muted"][0], linewidth=0.8, linestyle=":")
+    ax.set_yticks(range(len(whole)), [predictor_info(name).label for name in whole])
+    ax.set(ylim=(len(whole) - 0.5, -0.5), xlabel="share of the gain in return")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("evaluations", nargs="+", type=Path, metavar="FOLDER", help="what `tipl evaluate` wrote")
+    parser.add_argument("--prefix", type=float, default=0.2, help="share of the path that is seen")
+    parser.add_argument("--horizons", type=float, nargs="+", default=[0.1, 0.2], help="as shares of the path")
+    parser.add_argument("--output", type=Path, required=True, help="the figure, .svg; its .json goes beside it")
+    arguments = parser.parse_args()
+    evaluations = [read_results(folder / "results.json") for folder in arguments.evaluations]
+    if len({results.env_id for results in evaluations}) > 1:
+        parser.error(f"FOLDER: all must be of one task, got {', '.join(it.env_id for it in evaluations)}")
+    record: dict[str, Any] = {"env_id": evaluations[0].env_id, "prefix": arguments.prefix, "horizons": {}}
+    columns: list[tuple[str, dict[str, Estimate]]] = []
+    panels = []
+    for share in arguments.horizons:
+        parts = [returns_of(results, arguments.prefix, share) for results in evaluations]
+        found = [shares(part) for part in parts]
+        everything = pooled(parts)
+        whole = shares(everything)
+        sizes = [len(part["truth"]) for part in parts]
+        columns += [(f"{share:.0%} ahead, {n} runs", it) for n, it in zip(sizes, found, strict=True)]
+        columns.append((f"{share:.0%} ahead, all {sum(sizes)}", whole))
+        title, shown = f"{share:.0%} of the path ahead", (found, whole, noise(everything))
+        panels.append(Panel(title, lambda ax, shown=shown: draw(ax, *shown)))
+        rounded = [{name: values.round(2).tolist() for name, values in part.items()} for part in parts]
+        record["horizons"][f"{share:g}"] = rounded
+    write_atomically(arguments.output.with_suffix(".json"), (json.dumps(record) + "\n").encode())
+    write_atomically(arguments.output, Plot("gains", tuple(panels)).svg())
+    print(table(columns))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,32 @@
+from .collecting.collection import collect as collect
+from .collecting.description import describe_store as describe_store
+from .collecting.population import PPOConfig as PPOConfig
+from .forecasting.calibration import recalibrate as recalibrate
+from .forecasting.decoder import Decoder as Decoder
+from .forecasting.forecaster import Forecaster as Forecaster
+from .forecasting.forecaster import load_pretrained as load_pretrained
+from .forecasting.forecaster import rollout as rollout
+from .forecasting.train_config import TrainConfig as TrainConfig
+from .forecasting.training import train as train
+from .forecasting.transformer import ModelConfig as ModelConfig
+from .forecasting.transformer import TrajectoryTransformer as TrajectoryTransformer
+from .judging.evaluation import EvaluateConfig as EvaluateConfig
+from .judging.evaluation import evaluate as evaluate
+from .report import PathSpectrum as PathSpectrum
+from .report import path_spectrum as path_spectrum
+from .report import plot_store as plot_store
+from .report import write_report as write_report
+from .reproduction import reproduce as reproduce
+from .storing.exporter import export_checkpoint as export_checkpoint
+from .storing.importer import import_checkpoints as import_checkpoints
+from .storing.recorder import Recorder as Recorder
+from .storing.store import Store as Store
+from .subspace.basis import Basis as Basis
+from .subspace.streaming_svd import GroupedSVD as GroupedSVD
+from .subspace.streaming_svd import RunningGram as RunningGram
+from .subspace.streaming_svd import StreamingSVD as StreamingSVD
+from .subspace.streaming_svd import gram as gram
+from .verification import verify as verify
+from .verification import verify_store as verify_store
+
+__version__: str

@@ -1,0 +1,125 @@
+"""TensorBoard curves of a collection, under CleanRL's tags: one run (folder) a trial, and `mean`, their mean.
+
+    mean/events.out.tfevents.1763935848.204518          a file for each time that the collection was started
+    trial_0000/events.out.tfevents.1763935848.204518
+
+The horizontal axis is the trial's environment steps. A file is open only while a record is appended to it: a summary
+writer a trial would hold a thread and an open file for each.
+"""
+
+import os
+import time
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tipl.collecting.population import IterationStats
+from tipl.storing.store_records import trial_name
+
+LOSSES = ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac", "explained_variance")
+TAGS = ("charts/episodic_return", "charts/SPS", "charts/learning_rate", *(f"losses/{name}" for name in LOSSES))
+
+
+class Curves:
+    """Appends the figures of each iteration to the event files of all trials and of their mean."""
+
+    def __init__(self, folder: str | Path, trials: range, *, mean: bool = True, resumed: bool = False) -> None:
+        """Make the folder; files come with the first `write`. `mean` adds the mean of these trials.
+
+        A collection that is `resumed` goes on in the folders that are there: points which an earlier process wrote for
+        iterations that did not reach the store are not shown twice.
+
+        Raises FileExistsError where `folder` holds another collection's curves, other OSErrors where it is not a folder
+        that can be written.
+        """
+        self.folder = Path(folder)
+        self.runs = [*(self.folder / trial_name(i) for i in trials), *([self.folder / "mean"] if mean else [])]
+        if self.folder.exists() and not self.folder.is_dir():
+            raise NotADirectoryError(f"tensorboard: {self.folder} must be a folder, but it is a file")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(self.folder, os.W_OK | os.X_OK):
+            raise PermissionError(f"tensorboard: the folder {self.folder} cannot be written")
+        for run in self.runs:
+            if run.exists() and not resumed:
+                raise FileExistsError(f"tensorboard: {run} holds the curves of another collection; choose a new folder")
+        self._files: list[EventFile] | None = None  # until the first write; none after a failure
+
+    def write(self, env_steps: int, stats: IterationStats, num_steps: int) -> None:
+        """Append a point at `env_steps` to every curve: what the last `num_steps` gave. What is NaN has no point.
+
+        Where that fails, on a full disk say, a warning says so and no more is written: learning goes on.
+        """
+        values = _values(stats, num_steps)  # (tags, N)
+        known = np.isfinite(values)
+        sums, counts = values.sum(1, where=known), known.sum(1)
+        means = np.divide(sums, counts, out=np.full(len(sums), np.nan), where=counts > 0)
+        columns = np.column_stack([values, means])  # (tags, N + 1)
+        if self._files is None:
+            self._files = [EventFile(run, env_steps) for run in self.runs]
+        for file, column in zip(self._files, columns.T.tolist(), strict=False):  # the mean's, perhaps, is left over
+            if not file.write(env_steps, dict(zip(TAGS, column, strict=True))):
+                self._files = []
+                return
+
+
+class EventFile:
+    """A new TensorBoard event file in `folder`, whose points count instead of earlier files' from `first_step` on."""
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        self._folder, self._first_step = folder, first_step
+        self._path: Path | None = None  # until the first write
+
+    def write(self, step: int, values: Mapping[str, float]) -> bool:
+        """Append a point of every curve but those that are NaN; return whether that went well, and warn if not."""
+        try:
+            if self._path is None:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                now = time.time()  # TensorBoard reads files in the order of their names
+                self._path = self._folder / f"events.out.tfevents.{now:017.6f}"
+                _append(self._path, _opening(now, self._first_step))
+            _append(self._path, [_point(time.time(), step, values)])
+        except OSError as error:
+            warnings.warn(f"no more curves are written to {self._folder}: {error.strerror or error}", stacklevel=2)
+            return False
+        return True
+
+
+def _values(stats: IterationStats, num_steps: int) -> NDArray[np.float64]:
+    """Return the trials' figures, (tags, N). charts/SPS is of one trial: the population makes N times as many."""
+    steps_per_second = np.full_like(stats.episodic_return, num_steps / sum(stats.seconds.values()))
+    learning_rate = np.full_like(stats.episodic_return, stats.learning_rate)
+    losses = [getattr(stats, name) for name in LOSSES]
+    return np.stack([stats.episodic_return, steps_per_second, learning_rate, *losses])
+
+
+# tensorboard is imported only where curves are asked for: it takes half a second.
+
+
+def _opening(now: float, env_steps: int) -> list[Any]:
+    """Return the events that begin a file: the format, and that all earlier points from `env_steps` on do not count."""
+    from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+    start = SessionLog(status=SessionLog.START)
+    return [Event(wall_time=now, file_version="brain.Event:2"), Event(wall_time=now, step=env_steps, session_log=start)]
+
+
+def _point(now: float, step: int, values: Mapping[str, float]) -> Any:
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    scalars = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items() if np.isfinite(value)]
+    return Event(wall_time=now, step=step, summary=Summary(value=scalars))
+
+
+def _append(path: Path, events: list[Any]) -> None:
+    """Append events to a file in one write, so that a killed process leaves no half of a record."""
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    with open(path, "ab") as file:
+        writer = RecordWriter(file)
+        for event in events:
+            writer.write(event.SerializeToString())

@@ -1,0 +1,171 @@
+"""Run deterministic policies in the simulator: their episodic returns, and a sample of the states that they visit.
+
+A deterministic policy takes the mean action, clipped to the action space. What comes out depends on the policy and its
+episode seeds alone, to the bit: not on which policies step together, nor on threads, nor on which machine of a cluster
+runs them, as long as all have the same libraries and instruction set (`tipl._core.isa()`): another set may round an
+action otherwise, and a walking robot makes another return of it.
+
+Shapes  N policies, M of them in a group that steps together, E episodes a policy, S states kept of each, p weights.
+"""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import gymnasium
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.progress import Progress
+
+from tipl.cluster import Cluster
+from tipl.collecting.envs import make_vec
+from tipl.policy import PolicySpec, mean_action
+
+ENVS_AT_ONCE = 256
+"""Simulations stepped together: enough to hide Python's cost a step, few enough for their weights to stay in cache."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Episodes:
+    """What N policies did in E episodes each."""
+
+    returns: NDArray[np.float64]
+    """(N, E)"""
+    states: list[NDArray[np.float32]]
+    """N arrays (S or fewer, obs_dim): observations that the policy acted on, drawn uniformly from all its steps."""
+
+
+def run_episodes(
+    env_id: str,
+    policy: PolicySpec,
+    weights: NDArray[np.float32],
+    episode_seeds: NDArray[np.int64],
+    *,
+    num_states: int = 0,
+    num_threads: int | None = None,
+    cluster: Cluster | None = None,
+    bar: Progress | None = None,
+) -> Episodes:
+    """Run deterministic policies (N, p), E episodes each; keep `num_states` states of each.
+
+    `episode_seeds` are those of all policies, (E,), or of each its own, (N, E). Policies and episodes step together,
+    `ENVS_AT_ONCE` simulations at a time; one that has ended is stepped no more.
+    Workers of a cluster take these groups one by one, with `num_threads` (by default 1) each.
+    """
+    seeds = np.broadcast_to(episode_seeds, (len(weights), np.shape(episode_seeds)[-1]))
+    num_episodes = seeds.shape[1]
+    at_once = max(1, ENVS_AT_ONCE // num_episodes)
+    starts = range(0, len(weights), at_once)
+    groups = [(weights[first : first + at_once], seeds[first : first + at_once]) for first in starts]
+    tick, poll = _no_tick, None
+    if bar is not None:
+        task = bar.add_task(f"evaluate {len(weights)} policies", total=seeds.size, note="")
+        tick = functools.partial(bar.advance, task)
+
+        def poll(num_ended: int) -> None:
+            bar.update(task, completed=sum(len(group) for group, _ in groups[:num_ended]) * num_episodes)
+
+    if cluster is None:
+        parts = [_run_group(env_id, policy, *group, num_states, num_threads, tick) for group in groups]
+    else:
+        threads = 1 if num_threads is None else num_threads
+        calls = [(env_id, policy, *group, num_states, threads) for group in groups]
+        parts = cluster.map(_run_group, calls, num_cpus=threads, poll=poll)
+    return Episodes(np.concatenate([part.returns for part in parts]), [kept for part in parts for kept in part.states])
+
+
+def episodic_returns(
+    env_id: str, policy: PolicySpec, weights: NDArray[np.float32], episode_seeds: NDArray[np.int64], **kwargs: Any
+) -> NDArray[np.float64]:
+    """Return the episodic returns (N, E) of policies (N, p); keywords are those of `run_episodes`."""
+    return run_episodes(env_id, policy, weights, episode_seeds, **kwargs).returns
+
+
+def can_run(env_id: str, policy: PolicySpec) -> bool:
+    """Return whether there is such an environment here, and the policy has its observations and actions."""
+    try:
+        with contextlib.closing(make_vec(env_id, 1, seeds=[0], num_threads=1)) as env:
+            return (policy.obs_dim, policy.act_dim) == (env.obs_dim, env.act_dim)
+    except (ValueError, gymnasium.error.Error):
+        return False
+
+
+def _no_tick(num_ended: int) -> None:
+    pass
+
+
+def _run_group(
+    env_id: str,
+    policy: PolicySpec,
+    weights: NDArray[np.float32],
+    episode_seeds: NDArray[np.int64],
+    num_states: int,
+    num_threads: int | None,
+    tick: Callable[[int], None] = _no_tick,
+) -> Episodes:
+    """Run policies (M, p) on episodes (M, E) that step together; `tick` is told how many episodes have ended."""
+    shape, seeds = episode_seeds.shape, episode_seeds.ravel().tolist()
+    env = make_vec(env_id, len(seeds), seeds=seeds, num_threads=num_threads)
+    with contextlib.closing(env):
+        if (policy.obs_dim, policy.act_dim) != (env.obs_dim, env.act_dim):
+            raise ValueError(
+                f"evaluate: the policies of {env_id} must have {env.obs_dim} observations and {env.act_dim} actions, "
+                f"got {policy.obs_dim} and {policy.act_dim}"
+            )
+        # A copy: what came through Ray's object store cannot be written, which torch warns of.
+        group, total = torch.from_numpy(weights.copy()), np.zeros(env.num_envs)
+        sample = _StateSample(num_states, env.obs_dim, episode_seeds)
+        obs = env.reset(seeds)
+        running = np.ones(env.num_envs, bool)
+        while running.any():
+            # Only policies with a running episode think: (M, E, obs_dim) -> (M, E, act_dim)
+            busy = np.flatnonzero(running.reshape(shape).any(1))
+            seen = obs.reshape(*shape, -1).astype(np.float32)
+            sample.add(seen, running.reshape(shape))
+            actions = np.zeros((*shape, env.act_dim))
+            everybody = len(busy) == len(group)
+            chosen = group if everybody else group[torch.from_numpy(busy)]
+            actions[busy] = mean_action(policy, chosen, torch.from_numpy(seen if everybody else seen[busy])).numpy()
+            step = env.step(actions.reshape(env.num_envs, -1), running)
+            obs = step.obs
+            total += step.reward
+            ended = step.terminated | step.truncated  # nothing where it is not running
+            running &= ~ended
+            if ended.any():
+                tick(int(ended.sum()))
+    return Episodes(total.reshape(shape), sample.states())
+
+
+class _StateSample:
+    """Up to S observations of each of M policies, drawn uniformly from the steps of its episodes as they go by.
+
+    Every (step, episode) has a random priority, and those of lowest priority are kept. Priorities come from a policy's
+    episode seeds (M, E), so that its states do not depend on the policies beside it.
+    """
+
+    def __init__(self, num_states: int, obs_dim: int, episode_seeds: NDArray[np.int64]) -> None:
+        distinct, self._rng_of = np.unique(episode_seeds, axis=0, return_inverse=True)
+        self._rngs = [np.random.default_rng(seeds) for seeds in distinct]
+        self._num_episodes = episode_seeds.shape[1]
+        self._obs = np.empty((len(episode_seeds), num_states, obs_dim), np.float32)
+        self._priority = np.full((len(episode_seeds), num_states), np.inf)  # infinite: a place that is free
+
+    def add(self, obs: NDArray[np.float32], running: NDArray[np.bool_]) -> None:
+        """Consider the observations (M, E, obs_dim) of this step, where an episode is `running` (M, E)."""
+        if not self._priority.size:
+            return
+        # Also of episodes that have ended: a policy's draws do not tell when others' end.
+        drawn = np.stack([rng.random(self._num_episodes) for rng in self._rngs])[self._rng_of]  # (M, E)
+        for episode in np.flatnonzero((running & (drawn < self._priority.max(1, keepdims=True))).any(0)):
+            place = self._priority.argmax(1)  # (M,), of the state that gives way
+            rows = np.flatnonzero(running[:, episode])
+            rows = rows[drawn[rows, episode] < self._priority[rows, place[rows]]]
+            self._obs[rows, place[rows]] = obs[rows, episode]
+            self._priority[rows, place[rows]] = drawn[rows, episode]
+
+    def states(self) -> list[NDArray[np.float32]]:
+        """Return the kept observations of each policy."""
+        return [obs[np.isfinite(priority)] for obs, priority in zip(self._obs, self._priority, strict=True)]

@@ -1,0 +1,56 @@
+"""What is read from JSON is checked against the dataclass that describes it, before anything is made of it."""
+
+import dataclasses
+import functools
+import json
+from typing import Any, TypeVar
+
+import pydantic
+
+from tipl.files.locations import Location
+
+T = TypeVar("T")
+
+
+def parse_json(data: bytes, path: Location) -> dict[str, Any]:
+    """Return the JSON object in `data`. Raises RuntimeError where there is none."""
+    try:
+        document = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise RuntimeError(f"{path} is damaged: {error}") from error
+    if not isinstance(document, dict):
+        raise RuntimeError(f"{path} is damaged: expected a JSON object, got {_shown(document)}")
+    return document
+
+
+def parse(kind: type[T], document: dict[str, Any], path: Location, *, more: bool = False) -> T:
+    """Return the dataclass `kind` that `document`, of plain JSON, describes.
+
+    Fields that the dataclass lacks are refused; with `more` the document itself, but nothing in it, may have some.
+
+    Raises RuntimeError with the path, the first field that is wrong, what was expected and what was found.
+    """
+    try:
+        adapter: pydantic.TypeAdapter[T] = _adapter(kind)  # type: ignore[arg-type]
+        if more:
+            known = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+            document = {name: value for name, value in document.items() if name in known}
+        return adapter.validate_json(json.dumps(document), strict=True, extra="forbid")
+    except pydantic.ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join(map(str, first["loc"])) or "the document"
+        message = first["msg"].removeprefix("Value error, ")
+        found = "" if first["type"] in ("missing", "value_error") else f", got {_shown(first['input'])}"
+        raise RuntimeError(f"{path}: {field}: {message}{found}") from error
+    except (ValueError, RecursionError) as error:
+        raise RuntimeError(f"{path} is damaged: {error}") from error
+
+
+@functools.cache
+def _adapter(kind: Any) -> pydantic.TypeAdapter[Any]:
+    return pydantic.TypeAdapter(kind)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,188 @@
+"""Calibrate a forecaster: run its forecasts of validation trials, and learn which of them were worth it, and how far.
+
+Shapes  N trials, P prefixes, C forecasts a trial, F features; h = prefix_end.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tipl.collecting.episodes import can_run, episodic_returns
+from tipl.files.locations import read_file, write_atomically
+from tipl.files.publishing import published
+from tipl.forecasting.confidence import STRIDES, Confidence, FloatArray, Strides, features_of
+from tipl.forecasting.forecaster import PRETRAINED, Forecaster, source_to_judge
+from tipl.forecasting.sources import Source, prefix_end_of
+from tipl.forecasting.train_config import TrainConfig
+from tipl.policy import PolicySpec
+from tipl.progress import progress_bar
+from tipl.storing.store import Store
+from tipl.subspace.basis import MIN_PREFIX_END
+
+PREFIXES = (0.2, 0.4, 0.6, 0.8)
+HORIZONS = (0.1, 0.2, 0.4, 1.0)
+"""Shares of the path; what lies beyond its end is its end."""
+STRIDE_HORIZON = 0.2
+NUM_EPISODES = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """What the simulator taught."""
+
+    confidence: Confidence
+    strides: Strides | None
+    """Of one store; returns of several tasks have no common unit."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcomes:
+    """What forecasts of N trials say of themselves, and what became of them in the simulator.
+
+    C forecasts a trial, ordered by prefix and horizon.
+    """
+
+    features: FloatArray
+    """(N, C, F)"""
+    beats: NDArray[np.bool_]
+    """Whether a forecast's return exceeds that of the policy at its prefix's end, on the same episodes, (N, C)."""
+    prefix_ends: NDArray[np.int64]
+    """(P,)"""
+    gains: FloatArray
+    """Return over the prefix's end at each of STRIDES along the forecast STRIDE_HORIZON ahead, (N, P, strides)."""
+
+
+def calibrate(
+    forecaster: Forecaster,
+    sources: Sequence[Source],
+    config: TrainConfig,
+    *,
+    num_threads: int | None = None,
+    progress: bool = True,
+) -> Calibration | None:
+    """Return what `config.confidence_trials` of each source teach, or None where there are no policies to run."""
+    outcomes = []
+    for source in sources:
+        chosen = _trials_of(source, config)
+        if chosen and _can_run(source.store):
+            outcomes.append(
+                run_forecasts(forecaster, source, chosen, seed=config.seed, num_threads=num_threads, progress=progress)
+            )
+    if not outcomes:
+        return None
+    features = np.concatenate([it.features.reshape(-1, it.features.shape[2]) for it in outcomes])
+    confidence = Confidence.fit(features, np.concatenate([it.beats.ravel() for it in outcomes]))
+    seen = outcomes[0].prefix_ends / forecaster.model.config.max_len
+    strides = Strides.fit(seen, outcomes[0].gains.swapaxes(0, 1))
+    return Calibration(confidence, strides if len(sources) == 1 else None)
+
+
+def recalibrate(
+    stores: Sequence[Store],
+    output: str | Path,
+    model: str | Path | None = None,
+    *,
+    num_trials: int = 32,
+    num_threads: int | None = None,
+    progress: bool = True,
+) -> Path:
+    """Calibrate a forecaster anew on trials of `stores`, and write it to the model folder `output`; return that.
+
+    Of each store up to `num_trials` trials are run in the simulator, and none that `evaluate` judges. By default the
+    forecaster is the one that comes with tipl. A copy of the folder `model` with another confidence, of one store with
+    strides too, and a config.json that names the seeds under "calibrated_on".
+
+    Raises FileExistsError where `output` exists; OutputInUse where another process is making it; ValueError where
+    num_trials is less than 1, the simulator cannot run the policies, or the forecaster does not fit a store, as
+    `evaluate` says.
+    """
+    output, folder = Path(output), PRETRAINED if model is None else Path(model)
+    if num_trials < 1:
+        raise ValueError(f"calibrate: num_trials must be at least 1, got {num_trials}")
+    with published(output, "calibrate", manifest=False) as aside:
+        forecaster = Forecaster.load(folder)
+        aside.mkdir()
+        if (folder / "training.json").exists():
+            write_atomically(aside / "training.json", read_file(folder / "training.json"))  # checked by load
+        _recalibrated(forecaster, stores, num_trials, num_threads, progress).save(aside)
+    return output
+
+
+def _recalibrated(
+    forecaster: Forecaster, stores: Sequence[Store], num_trials: int, num_threads: int | None, progress: bool
+) -> Forecaster:
+    """Return the forecaster with another confidence, as `recalibrate` says."""
+    sources = [source_to_judge(store, forecaster) for store in stores]
+    for store in stores:
+        if not _can_run(store):
+            raise ValueError(f"calibrate: the simulator cannot run the policies of {store.path}")
+    config = TrainConfig(**{**forecaster.config["train"], "confidence_trials": num_trials})
+    calibration = calibrate(forecaster, sources, config, num_threads=num_threads, progress=progress)
+    if calibration is None:
+        raise ValueError("calibrate: stores must hold trials that are not held out")
+    seen = [
+        {"env_id": it.store.env_id, "seeds": [it.store.seeds[trial] for trial in _trials_of(it, config)]}
+        for it in sources
+    ]
+    changed = {**vars(calibration), "config": {**forecaster.config, "calibrated_on": seen}}
+    return dataclasses.replace(forecaster, **changed)
+
+
+def _can_run(store: Store) -> bool:
+    return isinstance(store.policy, PolicySpec) and can_run(store.env_id, store.policy)
+
+
+def _trials_of(source: Source, config: TrainConfig) -> list[int]:
+    """Return the trials that calibration runs: of validation first, then of training."""
+    return (source.split.validation + source.split.train)[: config.confidence_trials]
+
+
+def run_forecasts(
+    forecaster: Forecaster,
+    source: Source,
+    trials: Sequence[int],
+    *,
+    seed: int,
+    num_threads: int | None = None,
+    progress: bool = True,
+) -> Outcomes:
+    """Return what forecasts of some trials come to in the simulator, each trial's on NUM_EPISODES of its own.
+
+    With episodes that all trials share, an easy one would make all of them better or worse together.
+    """
+    policy, last = source.store.policy, source.num_checkpoints - 1
+    assert isinstance(policy, PolicySpec)
+    ends = sorted({max(MIN_PREFIX_END, prefix_end_of(share, source.num_checkpoints)) for share in PREFIXES})
+    max_len = forecaster.model.config.max_len
+    features, beats, gains = [], [], []
+    with progress_bar(progress) as bar:
+        task = bar.add_task("run forecasts", total=len(trials), note="")
+        for trial in trials:
+            path = source.path(trial)
+            seeds = np.random.default_rng((seed, trial)).integers(2**31, size=NUM_EPISODES)
+            forecasts = forecaster.forecast([path[: h + 1] for h in ends], [last - h for h in ends], layout=policy)
+            said, tried, ahead = [], [], []
+            for h, forecast in zip(ends, forecasts, strict=True):
+                horizons, step = _horizons(h, last)
+                refined = forecast.weights(horizons)
+                said.append(features_of(path[: h + 1], refined, forecast.in_basis(horizons), horizons, max_len))
+                tried.append(path[h] + np.array(STRIDES, np.float32)[:, None] * (refined[step] - path[h]))
+                ahead.append(refined)
+            weights = np.concatenate(tried + ahead)
+            returns = episodic_returns(source.store.env_id, policy, weights, seeds, num_threads=num_threads).mean(1)
+            along = returns[: len(ends) * len(STRIDES)].reshape(len(ends), -1)  # the first is the prefix's end
+            gains.append(along - along[:, :1])
+            beats.append(returns[along.size :] > np.repeat(along[:, 0], [len(it) for it in ahead]))
+            features.append(np.concatenate(said))
+            bar.advance(task)
+    return Outcomes(np.array(features), np.array(beats), np.array(ends), np.array(gains))
+
+
+def _horizons(prefix_end: int, last: int) -> tuple[NDArray[np.int64], int]:
+    """Return the horizons that are run (n,), and which of them the strides are tried at."""
+    ahead = [min(last - prefix_end, max(1, round(share * last))) for share in HORIZONS]
+    horizons = sorted(set(ahead))
+    return np.array(horizons, np.int64), horizons.index(ahead[HORIZONS.index(STRIDE_HORIZON)])

@@ -1,0 +1,82 @@
+"""Stores as the forecaster sees them: which trials teach, which choose, which judge, and how paths are thinned."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tipl.forecasting.train_config import TrainConfig
+from tipl.storing.store import Store
+
+
+@dataclass(frozen=True)
+class Split:
+    """Which trials teach, which choose, which judge: disjoint trial numbers, unless in-sample."""
+
+    train: list[int]
+    validation: list[int]
+    heldout: list[int]
+
+
+def split_trials(num_trials: int, config: TrainConfig) -> Split:
+    """Split whole trials at random by `config.seed`; at least one on each side. In-sample, all teach and all judge.
+
+    Raises ValueError where there are fewer than three trials.
+    """
+    if num_trials < 3:
+        raise ValueError(
+            f"train: the store must hold at least 3 trials (training, validation, held out), got {num_trials}"
+        )
+    order = np.random.default_rng(config.seed).permutation(num_trials)
+    num_heldout = min(max(1, round(num_trials * config.heldout_fraction)), num_trials - 2)
+    num_validation = min(max(1, round(num_trials * config.validation_fraction)), num_trials - num_heldout - 1)
+    heldout, validation, train = np.split(order, [num_heldout, num_heldout + num_validation])
+    if config.in_sample:
+        heldout = train = order
+    return Split(sorted(train.tolist()), sorted(validation.tolist()), sorted(heldout.tolist()))
+
+
+def prefix_end_of(fraction: float, num_checkpoints: int) -> int:
+    """Return the index h of the last checkpoint seen when `fraction` of a path 0..T-1 has been walked."""
+    return round(fraction * (num_checkpoints - 1))
+
+
+@dataclass(frozen=True)
+class Source:
+    """A store, how its trials are split, and how many checkpoints T of each path are looked at."""
+
+    store: Store
+    split: Split
+    num_checkpoints: int
+
+    @classmethod
+    def of(cls, store: Store, config: TrainConfig) -> "Source":
+        """Return the source that `config` makes of a store."""
+        split = split_trials(store.num_trials, config)
+        lengths = {trial: store.trial(trial).num_checkpoints for trial in split.train + split.validation}
+        first = lengths[split.train[0]]
+        for trial, length in lengths.items():
+            if length != first:
+                raise ValueError(
+                    f"train: all trials must hold the same number of checkpoints, trial {split.train[0]} has "
+                    f"{first}, trial {trial} has {length}"
+                )
+        if config.num_checkpoints is not None and config.num_checkpoints > first:
+            raise ValueError(
+                f"train: num_checkpoints must be at most {first}, as the paths in {store.path} are long, got "
+                f"{config.num_checkpoints}"
+            )
+        return cls(store, split, config.num_checkpoints or first)
+
+    def learned(self, config: TrainConfig) -> tuple[list[int], list[int]]:
+        """Return the training and the validation trials that are read."""
+        return self.split.train[: config.max_trials], self.split.validation[: max(1, config.max_trials // 4)]
+
+    def path(self, trial: int) -> NDArray[np.float32]:
+        """Return the weights (T, p) of a trial, thinned evenly."""
+        return thin(self.store.trial(trial).weights(), self.num_checkpoints)
+
+
+def thin(weights: NDArray[np.float32], num_checkpoints: int) -> NDArray[np.float32]:
+    """Return T = num_checkpoints rows of (T', p), evenly spaced from the first on, as far apart as T' allows."""
+    return weights[:: (len(weights) - 1) // (num_checkpoints - 1)][:num_checkpoints]

@@ -1,0 +1,94 @@
+"""How the forecaster is trained: the settings of `tipl train`."""
+
+import dataclasses
+import math
+from typing import Literal
+
+from tipl.subspace.basis import MIN_PREFIX_END
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """How the forecaster is trained."""
+
+    basis: Literal["prefix", "shared"] = "prefix"
+    """prefix: an SVD of each observed prefix, carries over to new runs. shared: one SVD of the training trials."""
+    n_components: int = 16
+    """Coordinates of a checkpoint, k."""
+    n_layer: int = 2
+    n_head: int = 4
+    d_model: int = 64
+    steps: int = 1200
+    """Optimiser steps at most."""
+    teacher_forced: float = 0.25
+    """Share of the steps that learn one-step predictions of true paths; the rest learn from the model's rollouts."""
+    batch_size: int = 32
+    """Trajectories a step, each cut at a random prefix of a random training trial."""
+    learning_rate: float = 1e-3
+    """Peak of a cosine schedule with 10 % warm-up."""
+    weight_decay: float = 0.5
+    dropout: float = 0.4
+    noise: float = 0.0
+    """Standard deviation of the noise on the inputs. It helps one-step training; trained on its own rollouts the model
+    did not need it on InvertedPendulum (0.03 made it worse)."""
+    flip_probability: float = 0.0
+    """Share of coordinates whose sign is flipped over a whole trajectory. With 0.5 the model can learn odd functions
+    only, which on InvertedPendulum left it at the mean path."""
+    mixing: float = 1.0
+    """Parameter of the Beta distribution by which two training paths are averaged into one example; 0 for none."""
+    ema_decay: float = 0.998
+    """The forecaster is the running average of the weights over the last 1 / (1 - ema_decay) steps."""
+    patience: int = 8
+    """Validations (of 20 in all) without an improvement after which training stops."""
+    validation_fraction: float = 0.15
+    """Share of the trials that choose when to stop."""
+    heldout_fraction: float = 0.2
+    """Share of the trials that training never reads."""
+    in_sample: bool = False
+    """Train on all trials and judge on them: how well paths can be fitted, which says nothing of new runs. Nothing is
+    held out then, and the validation trials are among those that teach."""
+    max_prefixes: int = 64
+    """Prefixes of a trial that are learned from, spread evenly over the path."""
+    max_trials: int = 1024
+    """Training trials of a store that are learned from, at most; of its validation trials a quarter as many choose."""
+    num_checkpoints: int | None = None
+    """Thin longer paths evenly to so many checkpoints, and cut what is left over; by default all are taken, and stores
+    must hold paths of one length."""
+    refine_steps: int = 4000
+    """Optimiser steps of the refiner, which corrects the Transformer's forecasts weight by weight; 0 for none."""
+    d_refine: int = 64
+    """Width of the refiner."""
+    trust: float = 1.0
+    """Share of the forecast displacement that is believed; below one for a forecaster that is to meet strange tasks."""
+    confidence_trials: int = 32
+    """Trials of a store whose forecasts are run in the simulator, to learn when a forecast is worth following and how
+    far: first the validation trials, then training ones; 0 for none."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16 runs matrix products under autocast, for GPUs: on two CPU cores it took 1.6 times as long a step as
+    float32 at d_model 64 and about as long at 256."""
+    device: str = "cpu"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        counts = ("n_components", "n_layer", "n_head", "d_model", "d_refine")
+        for name in (*counts, "steps", "batch_size", "patience", "max_prefixes", "max_trials"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"TrainConfig: {name} must be at least 1, got {getattr(self, name)}")
+        for name in ("refine_steps", "confidence_trials"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"TrainConfig: {name} must not be negative, got {getattr(self, name)}")
+        if self.num_checkpoints is not None and self.num_checkpoints < MIN_PREFIX_END + 2:
+            raise ValueError(
+                f"TrainConfig: num_checkpoints must be at least {MIN_PREFIX_END + 2}, got {self.num_checkpoints}"
+            )
+        for name in ("validation_fraction", "heldout_fraction", "flip_probability", "dropout", "ema_decay"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"TrainConfig: {name} must lie in [0, 1), got {getattr(self, name)}")
+        for name in ("teacher_forced", "trust"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"TrainConfig: {name} must lie in [0, 1], got {getattr(self, name)}")
+        if not 0.0 < self.learning_rate < math.inf:
+            raise ValueError(f"TrainConfig: learning_rate must be positive and finite, got {self.learning_rate}")
+        for name in ("weight_decay", "noise", "mixing"):
+            if not 0.0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"TrainConfig: {name} must be finite and not negative, got {getattr(self, name)}")

@@ -1,0 +1,320 @@
+"""Train the forecaster: the Transformer on canonical coordinates, then the refiner on what it forecasts.
+
+Shapes  B batch, T checkpoints, k = n_components, h = prefix_end.
+
+`training_data` says what is learned from and how trials are split; both parts stop where unseen trials say so.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import importlib.metadata
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tipl import _core
+from tipl.cluster import connected
+from tipl.collecting.curves import EventFile
+from tipl.files.locations import write_atomically
+from tipl.files.publishing import published, remove
+from tipl.forecasting.calibration import calibrate
+from tipl.forecasting.forecaster import Forecaster
+from tipl.forecasting.refiner_training import train_refiner
+from tipl.forecasting.sources import Source
+from tipl.forecasting.train_config import TrainConfig
+from tipl.forecasting.training_data import Batch, TrainingData, load_training_data
+from tipl.forecasting.training_state import SavedState, pack, part_of, take_step, unpack
+from tipl.forecasting.transformer import ModelConfig, TrajectoryTransformer
+from tipl.progress import progress_bar
+from tipl.storing.store import Store
+
+
+def loss_of(model: TrajectoryTransformer, batch: Batch, noise: Tensor, *, teacher_forced: bool) -> Tensor:
+    """Return the mean relative weight error of the model's rollouts, which is what `evaluate` reports.
+
+    noise (B, T, k) is added to what the model observes of the past. The model continues the prefix by its own
+    predictions to the end of the path, as it will be used, and gradients flow through all of it.
+
+    Teacher-forced: squared errors of one-step predictions from the true path, the future weighted ten times the past,
+    a milder lesson of the same kind. Coordinates that the prefix cannot span are padding and count nothing.
+    """
+    x, h = batch.x, batch.prefix_end
+    if teacher_forced:
+        observed = (x + noise) * batch.filled
+        prefix_end = torch.full((len(x),), h, device=x.device)
+        error: Tensor = (
+            (model(observed[:, :-1], prefix_end) - x[:, 1:]) * batch.filled / batch.distances[:, -1, None, None]
+        )
+        weight = torch.where(torch.arange(x.shape[1] - 1, device=x.device) >= h, 1.0, 0.1)
+        return (error.square() * weight[:, None]).sum() / (len(x) * weight.sum())
+    past = x[:, : h + 1] + F.pad(noise[:, :h], (0, 0, 0, 1))  # the forecast starts from the checkpoint h as it is
+    future = x[:, h + 1 :]
+    inside = ((model.unroll(past * batch.filled, future.shape[1]) - future) * batch.filled).square().sum(-1)  # (B, n)
+    outside, distances = (y[:, h + 1 :] for y in (batch.outside, batch.distances))  # (B, n)
+    errors: Tensor = (inside + outside.square() + 1e-12).sqrt() / distances  # a root's slope at 0 is infinite
+    return errors.mean()
+
+
+class Trainer:
+    """AdamW with a cosine schedule, an average of the weights, and the validation that chooses among them.
+
+    Initial weights and dropout come from torch's global generator, examples and noise from one of our own.
+    """
+
+    VALIDATIONS = 20
+
+    def __init__(
+        self,
+        data: TrainingData,
+        config: TrainConfig,
+        architecture: type[TrajectoryTransformer] = TrajectoryTransformer,
+    ) -> None:
+        self.config = config
+        self.data = data
+        self.generator = torch.Generator().manual_seed(config.seed)
+        self.model = architecture(
+            ModelConfig(
+                n_components=data.examples.coordinates.shape[3],
+                n_layer=config.n_layer,
+                n_head=config.n_head,
+                d_model=config.d_model,
+                d_ff=4 * config.d_model,
+                max_len=data.examples.coordinates.shape[2],
+                dropout=config.dropout,
+            )
+        ).to(config.device)
+        self.average = copy.deepcopy(self.model).eval()
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
+        )
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._share_of_peak)
+        self.best = Best(0, float("inf"), copy.deepcopy(self.average.state_dict()))
+        self.step_count = 0
+
+    def step(self) -> float:
+        """Take one optimiser step; return its relative error, one step ahead while teacher-forced, then of rollouts."""
+        config = self.config
+        batch = self.data.examples.sample(config, self.generator)
+        noise = config.noise * torch.randn(batch.x.shape, generator=self.generator)
+        teacher_forced = self.step_count < config.teacher_forced * config.steps
+        self.model.train()
+        with torch.autocast(config.device, torch.bfloat16, enabled=config.precision == "bfloat16"):
+            loss = self.loss(batch.to(config.device), noise.to(config.device), teacher_forced=teacher_forced)
+        self.step_count += 1
+        take_step(
+            loss, self.model, self.average, self.optimizer, self.schedule, self.step_count, ema_decay=config.ema_decay
+        )
+        return math.sqrt(loss.item()) if teacher_forced else loss.item()
+
+    def loss(self, batch: Batch, noise: Tensor, *, teacher_forced: bool) -> Tensor:
+        return loss_of(self.model, batch, noise, teacher_forced=teacher_forced)
+
+    def _share_of_peak(self, step: int) -> float:
+        """Return the learning rate of `step` as a share of its peak: 10 % warm-up, then half a cosine to zero."""
+        progress = step / self.config.steps
+        return min(1.0, (progress + 1 / self.config.steps) / 0.1) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+
+    def state(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+        """Return all that decides how training goes on, as arrays and plain JSON."""
+        modules: dict[str, nn.Module | Mapping[str, Tensor]] = {
+            "model": self.model,
+            "average": self.average,
+            "best": self.best.state,
+        }
+        arrays, record = pack(modules, self.optimizer, [self.generator])
+        return arrays, record | {
+            "step": self.step_count,
+            "best_step": self.best.step,
+            "best_error": self.best.error if math.isfinite(self.best.error) else None,
+        }
+
+    def set_state(self, arrays: Mapping[str, NDArray[Any]], record: Mapping[str, Any]) -> None:
+        """Go on from a state of an equal trainer."""
+        modules: dict[str, nn.Module] = {"model": self.model, "average": self.average}
+        self.step_count = record["step"]
+        unpack(arrays, record, modules, self.optimizer, self.schedule, [self.generator])
+        best = {name: torch.from_numpy(array.copy()) for name, array in part_of(arrays, "best").items()}
+        error = math.inf if record["best_error"] is None else record["best_error"]
+        self.best = Best(record["best_step"], error, best)
+
+    def validate(self) -> float:
+        """Return the validation error of the averaged weights, and remember them if none were better."""
+        error = self.data.validation.error(self.average)
+        if error < self.best.error:
+            self.best = Best(self.step_count, error, copy.deepcopy(self.average.state_dict()))
+        return error
+
+
+@dataclasses.dataclass(frozen=True)
+class Best:
+    """The weights that did best in validation."""
+
+    step: int
+    error: float
+    state: dict[str, Tensor]
+
+
+def train(
+    store: Store | Sequence[Store],
+    output: str | Path,
+    config: TrainConfig = TrainConfig(),
+    *,
+    num_threads: int | None = None,
+    ray: str | None = None,
+    progress: bool = True,
+) -> Path:
+    """Train a forecaster on a store, or on several of any tasks, and write it to the folder `output`; return `output`.
+
+    Writes model.safetensors, centre.safetensors, refiner.safetensors, confidence.safetensors and strides.safetensors
+    (where the simulator can run the policies, on `num_threads` cores), config.json (sizes, the splits, the training
+    settings), training.json (curves), TensorBoard events in tb/ and, for a shared basis, basis.safetensors, which with
+    `ray` is fitted on the Ray cluster at that address ("local": one that is started here). manifest.json has the
+    checksums of all.
+
+    What was cut off goes on with the same arguments, and comes out the same to the bit (on the CPU, where stores,
+    versions and torch's threads are the same; otherwise it starts again).
+
+    Raises FileExistsError where `output` exists, OutputInUse where another process is making it, ValueError where a
+    store has too few trials or checkpoints, or the paths of several have not one length.
+    """
+    output = Path(output)
+    if ray is not None and config.basis != "shared":
+        raise ValueError(f"train: ray is for fitting a shared basis, but basis is {config.basis!r}")
+    with published(output, "train", manifest=False, resumable=True) as aside:
+        sources = [Source.of(it, config) for it in ([store] if isinstance(store, Store) else store)]
+        if not sources:
+            raise ValueError("train: store must be a store or several, got none")
+        forecaster, summary = _trained(sources, config, aside, num_threads=num_threads, ray=ray, progress=progress)
+        write_atomically(aside / "training.json", (json.dumps(summary) + "\n").encode())
+        forecaster.save(aside)
+    return output
+
+
+def _trained(
+    sources: Sequence[Source],
+    config: TrainConfig,
+    folder: Path,
+    *,
+    num_threads: int | None,
+    ray: str | None,
+    progress: bool,
+) -> tuple[Forecaster, dict[str, Any]]:
+    """Return the forecaster and what training.json says of its training, whose states are saved in `folder`."""
+    with contextlib.nullcontext() if ray is None else connected(ray) as cluster:
+        data = load_training_data(sources, config, cluster)
+    started = time.perf_counter()
+    # A GPU's random numbers and sums do not repeat, and it needs less time.
+    settings, states = _settings(sources, config), folder if config.device == "cpu" else None
+    folder.mkdir(exist_ok=True)
+    for path in folder.iterdir():  # of a call that was cut off, perhaps with other settings
+        if path.name != "tb" and not SavedState.is_one(path):
+            remove(path)
+    transformer, refining = (SavedState(states, part, settings) for part in ("transformer", "refiner"))
+    with torch.random.fork_rng():  # the caller's random numbers go on as if nothing had been trained
+        torch.manual_seed(config.seed)
+        trainer = Trainer(data, config)
+        curve = fit(trainer, folder / "tb", progress, transformer)
+        model = trainer.average.cpu()
+        model.load_state_dict(trainer.best.state)
+        centre = data.examples.centre
+        judged = [case.prefix_end for case in data.validation.cases]
+        trust = np.interp(centre.ends, judged, data.validation.trust(model))
+        forecaster = Forecaster(model, data.shared_basis, dataclasses.replace(centre, trust=trust))
+        refined = train_refiner(forecaster, sources, judged, config, progress=progress, saved=refining)
+    parts: list[nn.Module] = [model]
+    if refined is not None:
+        forecaster = dataclasses.replace(forecaster, refiner=refined.refiner)
+        parts.append(refined.refiner)
+    calibration = calibrate(forecaster, sources, config, num_threads=num_threads, progress=progress)
+    if calibration is not None:
+        forecaster = dataclasses.replace(forecaster, **vars(calibration))
+    transformer.remove()
+    refining.remove()
+    summary: dict[str, Any] = {
+        **curve,
+        "seconds": time.perf_counter() - started,
+        "num_parameters": sum(parameter.numel() for part in parts for parameter in part.parameters()),
+        "best_step": trainer.best.step,
+        "best_error": trainer.best.error,
+    }
+    if refined is not None:
+        summary |= {"refined_error": refined.error, "unrefined_error": refined.unrefined_error}
+    stores = [
+        {
+            "env_id": source.store.env_id,
+            "policy": source.store.policy.to_dict(),
+            "seeds": source.store.seeds,
+            "split": dataclasses.asdict(source.split),
+        }
+        for source in sources
+    ]
+    config_json = {
+        "stores": stores,
+        "num_checkpoints": sources[0].num_checkpoints,
+        "train": dataclasses.asdict(config),
+    }
+    return dataclasses.replace(forecaster, config=config_json), summary
+
+
+def _settings(sources: Sequence[Source], config: TrainConfig) -> dict[str, Any]:
+    """Return what decides the bits of a training, as plain JSON."""
+    return {
+        "train": dataclasses.asdict(config),
+        "stores": [source.store.fingerprint() for source in sources],
+        "versions": {name: importlib.metadata.version(name) for name in ("tipl", "torch", "numpy")},
+        "cpu": [torch.backends.cpu.get_cpu_capability(), _core.isa(), torch.get_num_threads()],
+    }
+
+
+def fit(trainer: Trainer, events: Path, progress: bool, saved: SavedState | None = None) -> dict[str, list[float]]:
+    """Train until the last step or until validation has had enough; return the curves for training.json.
+
+    TensorBoard's events go to the folder `events`; what did best is in `trainer.best`. With `saved`, states are kept
+    there, and training goes on from the one that is there.
+    """
+    steps, patience = trainer.config.steps, trainer.config.patience
+    curve: dict[str, list[float]] = {"steps": [], "train_loss": [], "validation_error": []}
+    every = max(1, steps // Trainer.VALIDATIONS)
+    since_validation: list[float] = []
+    state = None if saved is None else saved.load()
+    if state is None:
+        remove(events)  # of other settings
+    else:
+        trainer.set_state(*state)
+        curve, since_validation = state[1]["curve"], state[1]["since_validation"]
+    file: EventFile | None = EventFile(events, trainer.step_count + 1)
+
+    def whole_state() -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+        arrays, record = trainer.state()
+        return arrays, record | {"curve": curve, "since_validation": since_validation}
+
+    with progress_bar(progress) as bar:
+        task = bar.add_task("train", total=steps, completed=trainer.step_count, note="")
+        for step in range(trainer.step_count + 1, steps + 1):
+            if step - 1 - trainer.best.step >= patience * every and (step - 1) % every == 0:
+                break
+            since_validation.append(trainer.step())
+            values = {"losses/train_relative_error": since_validation[-1]}
+            if step % every == 0 or step == steps:
+                error = trainer.validate()
+                values["losses/validation_relative_weight_error"] = error
+                for name, value in zip(curve, (step, float(np.mean(since_validation)), error), strict=True):
+                    curve[name].append(value)
+                since_validation.clear()
+                bar.update(task, note=f"validation error {error:.3f}, best {trainer.best.error:.3f}")
+            if file is not None and not file.write(step, values):
+                file = None
+            bar.update(task, advance=1)
+            if saved is not None:
+                saved.save_if_due(whole_state)
+    return curve

@@ -1,0 +1,79 @@
+"""How far two policies act apart, whatever their weights: functional metrics on states that the true policy visits.
+
+Shapes  N policies, S states, A = act_dim, p weights. Actions are those that the simulator gets, of `mean_action` in
+float32; all else is in float64.
+
+Actions are the deterministic policy's, the mean clipped to the action space, in units of half the action range, so that
+tasks compare: an action space is 2 wide. A dimension without bounds stays as it is.
+"""
+
+import contextlib
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from tipl.collecting.envs import make_vec
+from tipl.policy import PolicySpec, mean_action
+
+FloatArray = NDArray[np.float64]
+
+
+def action_bounds(env_id: str) -> FloatArray:
+    """Return the lowest and the highest action (2, A) of an environment."""
+    with contextlib.closing(make_vec(env_id, 1, seeds=[0])) as env:
+        return np.stack([env.action_low, env.action_high])
+
+
+def unit_actions(
+    policy: PolicySpec, weights: NDArray[np.float32], states: NDArray[np.float32], bounds: FloatArray
+) -> FloatArray:
+    """Return the deterministic actions (N, S, A) of policies (N, p) in states (S, obs_dim), in half action ranges."""
+    low, high = bounds
+    half_range = np.where(np.isfinite(high - low), (high - low) / 2, 1.0)
+    actions: FloatArray = np.clip(_mean_actions(policy, weights, states), low, high) / half_range
+    return actions
+
+
+def action_differences(
+    policy: PolicySpec,
+    true: NDArray[np.float32],
+    forecasts: NDArray[np.float32],
+    states: NDArray[np.float32],
+    bounds: FloatArray,
+) -> FloatArray:
+    """Return the root mean square difference (N,) in action of forecasts (N, p) from the true policy (p,)."""
+    actions = unit_actions(policy, np.concatenate([true[None], forecasts]), states, bounds)  # (1 + N, S, A)
+    differences: FloatArray = np.sqrt(((actions[1:] - actions[0]) ** 2).mean((1, 2)))
+    return differences
+
+
+def kl_divergences(
+    policy: PolicySpec, true: NDArray[np.float32], forecasts: NDArray[np.float32], states: NDArray[np.float32]
+) -> FloatArray:
+    """Return KL(true || forecast) (N,) of the Gaussian policies (p,) and (N, p), mean over states, in nats.
+
+    Not finite where a forecast's spread is so small that float64 overflows (log_std below about -350).
+    """
+    weights = np.concatenate([true[None], forecasts])
+    means = _mean_actions(policy, weights, states)  # (1 + N, S, A)
+    offset, (size,) = policy.layout["log_std"]
+    log_std = weights[:, None, offset : offset + size].astype(np.float64)  # (1 + N, 1, A)
+    log_ratio = log_std[1:] - log_std[0]
+    with np.errstate(over="ignore", invalid="ignore"):
+        shift = ((means[1:] - means[0]) * np.exp(-log_std[1:])) ** 2  # in standard deviations of the forecast
+        kl: FloatArray = (log_ratio + (np.expm1(-2 * log_ratio) + shift) / 2).sum(2).mean(1)
+    return np.maximum(kl, 0.0)  # rounding can take it below
+
+
+def action_variance(
+    policy: PolicySpec, weights: NDArray[np.float32], states: NDArray[np.float32], bounds: FloatArray
+) -> float:
+    """Return the variance of action between policies (N, p), mean over states and dimensions; 0 where all are one."""
+    return float(unit_actions(policy, weights, states, bounds).var(0, ddof=1).mean())
+
+
+def _mean_actions(policy: PolicySpec, weights: NDArray[np.float32], states: NDArray[np.float32]) -> FloatArray:
+    """Return the mean actions (N, S, A), not clipped."""
+    each = torch.from_numpy(states.copy()).expand(len(weights), -1, -1)  # what came through Ray cannot be written
+    return mean_action(policy, torch.from_numpy(weights), each).numpy().astype(np.float64)

@@ -1,0 +1,143 @@
+"""Export: flat weights, of a forecast or a store, back into a checkpoint file of the user's library."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tipl.files.locations import write_atomically
+from tipl.files.publishing import published
+from tipl.files.sealed import load_arrays
+from tipl.policy import Layout, PolicySpec, layout_from_dict
+from tipl.storing.foreign_actors import Actor, differences, shown
+from tipl.storing.foreign_files import CheckpointFile, find_actor_in, read_checkpoint_file
+from tipl.storing.store import Store
+
+
+def export_checkpoint(
+    weights: str | Path | NDArray[np.float32],
+    like: str | Path,
+    output: str | Path,
+    *,
+    checkpoint: int | None = None,
+    trial: int = 0,
+    actor: str | Sequence[str] | None = None,
+    max_bytes: int | None = None,
+) -> Path:
+    """Write flat weights as a checkpoint file of the same kind as the file `like`, and return its path, `output`.
+
+    The actor's tensors are replaced; all else is as in `like`: critics, target networks, optimiser, settings. A zip of
+    Stable-Baselines3 loads with `PPO.load` and so on.
+
+    Args:
+        weights: a forecast that `tipl rollout` wrote, a store, or weights (p,) float32, such as a row of
+            `tipl.rollout`'s.
+        like: a checkpoint file of a policy of the same layout, best one of the run that was forecast.
+        checkpoint: its index in the path, as in the forecast's `checkpoint`; by default the last one.
+        trial: of a store.
+        actor: the beginning of the actor's keys in `like`, or several, where it holds more networks and the weights do
+            not know their own.
+        max_bytes: of `like`, as in `import_checkpoints`.
+
+    Raises FileExistsError where `output` exists; OutputInUse where another process is making it; FileNotFoundError;
+    ValueError where the layouts differ, the checkpoint is not there or the weights are not finite; TypeError where they
+    are not float32; RuntimeError where a file is damaged.
+    """
+    output = Path(output)
+    with published(output, "export") as aside:
+        write_atomically(aside, _exported(weights, Path(like), checkpoint, trial, actor, max_bytes))
+    return output
+
+
+def _exported(
+    weights: str | Path | NDArray[np.float32],
+    like: Path,
+    checkpoint: int | None,
+    trial: int,
+    actor: str | Sequence[str] | None,
+    max_bytes: int | None,
+) -> bytes:
+    """Return the bytes of the file that `export_checkpoint` writes."""
+    source: dict[str, Any] = {}
+    if isinstance(weights, np.ndarray):
+        row = weights
+    elif Path(weights).is_dir():
+        store = Store.open(weights)
+        if not 0 <= trial < store.num_trials:
+            raise ValueError(f"export: trial must lie in [0, {store.num_trials}), got {trial}")
+        source, path = layout_record(store), store.trial(trial)
+        t = path.num_checkpoints - 1 if checkpoint is None else checkpoint
+        if not 0 <= t < path.num_checkpoints:
+            raise ValueError(f"export: checkpoint must lie in [0, {path.num_checkpoints}) of trial {trial}, got {t}")
+        row = path.weights(t, t + 1)[0]
+    else:
+        row, source = _forecast_row(Path(weights), checkpoint)
+    if row.dtype != np.float32:
+        raise TypeError(f"export: weights must be float32, got {row.dtype}")
+    if row.ndim != 1 or not np.isfinite(row).all():
+        raise ValueError(f"export: weights must be finite and of shape (p,), got {row.shape}")
+    template = read_checkpoint_file(like, max_bytes=max_bytes)
+    try:
+        _actor_of_template(template, like, source, len(row), actor).write(row, template.state)
+    except ValueError as error:
+        raise ValueError(f"export: {error}") from error
+    return template.to_bytes()
+
+
+def layout_record(store: Store) -> dict[str, Any]:
+    """Return what a forecast made from the store must say, so that it can be written back, plain JSON."""
+    return {"policy": store.policy.to_dict(), "source": store.config.get("source")}
+
+
+def _forecast_row(path: Path, checkpoint: int | None) -> tuple[NDArray[np.float32], dict[str, Any]]:
+    """Return a row of a forecast that `tipl rollout` wrote, and what it says of the layout."""
+    if not path.is_file():
+        raise FileNotFoundError(f"export: there is no forecast and no store {shown(path)}")
+    arrays, record = load_arrays(path, "export")
+    try:
+        _layout_and_actor(record)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise RuntimeError(f"export: {shown(path)} is damaged, or no forecast: {shown(error)}") from error
+    weights, steps = (arrays.get(name, np.empty(0)) for name in ("weights", "checkpoint"))
+    if weights.ndim != 2 or weights.dtype != np.float32 or not 0 < len(weights) == steps.size:
+        raise RuntimeError(f"export: {shown(path)} is no forecast: expected weights (n, p) float32 and checkpoint (n,)")
+    indices = steps.tolist()
+    if checkpoint is not None and checkpoint not in indices:
+        raise ValueError(f"export: checkpoint must lie in [{indices[0]}, {indices[-1]}], got {checkpoint}")
+    return weights[-1 if checkpoint is None else indices.index(checkpoint)], record
+
+
+def _layout_and_actor(record: dict[str, Any]) -> tuple[Layout | None, Actor | None]:
+    """Return what a forecast or a store says of the weights: their layout, and where they lay in the files imported."""
+    imported = (record.get("source") or {}).get("actor")
+    return (
+        layout_from_dict(record["policy"]) if "policy" in record else None,
+        None if imported is None else Actor.from_dict(imported),
+    )
+
+
+def _actor_of_template(
+    template: CheckpointFile, like: Path, record: dict[str, Any], num_params: int, keys: str | Sequence[str] | None
+) -> Actor:
+    """Return where the weights go in the template: as its own keys say, or as they lay in the files imported."""
+    policy, known = _layout_and_actor(record)
+    activation = policy.activation if isinstance(policy, PolicySpec) else None
+    fits = known is not None and known.fits(template.state) and template.activation in (None, activation)
+    try:
+        found = find_actor_in(like, template, activation, keys)
+    except ValueError:
+        if (
+            known is not None and fits and keys is None
+        ):  # the template holds more: which part it is was said at the import
+            return known
+        raise
+    if policy is None and found.policy.num_params != num_params:
+        raise ValueError(f"{shown(like)} holds an actor of {found.policy.num_params} parameters, got {num_params}")
+    difference = "" if policy is None else differences(policy, found.policy)
+    if not difference:
+        return found
+    if known is not None and fits and keys is None:  # the same, where a recorder was given a part of a policy
+        return known
+    raise ValueError(f"{shown(like)} does not fit the weights: {difference}")

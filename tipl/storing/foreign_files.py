@@ -1,0 +1,316 @@
+"""Checkpoint files of other libraries, read without running code, and written back as the same kind of file.
+
+    Stable-Baselines3   .zip with a member policy.pth; its member `data` holds pickles, which are never decoded
+    safetensors         key -> tensor
+    torch.save          of a state_dict (CleanRL, plain), of (actor's state_dict, ...) as CleanRL's SAC and TD3 save, or
+                        of a dict with one under model_state_dict, actor_state_dict (rsl_rl) or state_dict
+
+torch files are loaded with weights_only=True and nothing else: a file that needs more is refused. A file is read once,
+whole, into memory, and refused if it changes meanwhile. What it declares is bounded before anything is made of it
+(`torch_files.py`).
+"""
+
+import io
+import json
+import os
+import pickle
+import re
+import stat
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from tipl.files.sealed import sorted_metadata
+from tipl.storing.foreign_actors import Actor, find_actor, how_to_choose, shown
+from tipl.storing.torch_files import MAX_BYTES, NotReadableError, load_torch, open_zip
+
+SUFFIXES = (".zip", ".cleanrl_model", ".pt", ".pth", ".safetensors")
+
+_SECTIONS = ("actor_state_dict", "model_state_dict", "state_dict")
+_POLICY = "policy.pth"
+_BESIDE_THE_STATE = re.compile(r".*(optim|critic|sched|scaler|rng).*|rnd_.*|(privileged_)?obs_norm_state_dict|infos")
+"""What else the libraries save beside a state, none of it the actor's."""
+_JSON_BYTES = 2**25  # of a safetensors file's header or SB3's settings, whose objects take up to 25 times as much
+_LIBRARIES = ("stable_baselines3.", "sb3_contrib.")
+
+VEC_NORMALIZE_NOTE = (
+    "observations came through VecNormalize, whose statistics lie in pickles, which are not read: in the simulator "
+    "these policies do not reach the returns that they had"
+)
+
+
+@dataclass
+class CheckpointFile:
+    """A checkpoint file in memory. Writing to the tensors of `state` changes what `to_bytes` returns."""
+
+    format: Literal["sb3", "safetensors", "torch"]
+    state: dict[str, Tensor]
+    env_steps: int | None = None
+    """SB3's num_timesteps, or rsl_rl's iteration; None where the file does not say."""
+    activation: str | None = None
+    """Where the file says it."""
+    doubt: str = ""
+    """Why it is not clear which part of the file is the policy's state; `state` then holds all parts, as part.key."""
+    own_class: str = ""
+    """The module of an SB3 policy's class where that is not SB3's: its default activation may be any."""
+    note: str = ""
+    """What a reader of the weights must know."""
+    _content: Any = None
+    """What else it takes to write the file: the zip's bytes and policy.pth, the metadata, or what torch.load gave."""
+
+    def to_bytes(self) -> bytes:
+        """Return the file with the tensors as they are now and all else as it was read."""
+        if self.format == "safetensors":
+            return sorted_metadata(safetensors.torch.save(self.state, self._content))
+        if self.format == "torch":
+            return _torch_bytes(self._content)
+        archive, policy = self._content
+        written = io.BytesIO()
+        with zipfile.ZipFile(io.BytesIO(archive)) as source, zipfile.ZipFile(written, "w") as target:
+            for member in source.infolist():
+                target.writestr(member, _torch_bytes(policy) if member.filename == _POLICY else source.read(member))
+        return written.getvalue()
+
+
+def read_checkpoint_file(path: str | Path, *, max_bytes: int | None = None) -> CheckpointFile:
+    """Return the checkpoint file at `path`; its contents decide what it is, not its name.
+
+    `max_bytes` of the file, and of what a zip unpacks to, are read; by default 1 GiB, and less of a zip that unpacks to
+    many times its size.
+
+    Raises FileNotFoundError where there is none; RuntimeError where it is damaged, holds no state, asks for too much,
+    changes while it is read, or could be loaded only by running code from it. OSError where it cannot be read.
+    """
+    path = Path(path)
+    data = _read(path, MAX_BYTES if max_bytes is None else max_bytes)
+    try:
+        if path.suffix == ".safetensors" or data[8:9] == b"{":
+            return _read_safetensors(data)
+        if zipfile.is_zipfile(io.BytesIO(data)):
+            with open_zip(data, max_bytes) as archive:
+                if _POLICY in archive.namelist():
+                    return _read_sb3(archive, data, max_bytes)
+        return _read_torch(data, max_bytes, is_cleanrl=path.suffix == ".cleanrl_model")
+    except NotReadableError as error:
+        raise RuntimeError(f"{shown(path)} {shown(error)}") from error
+    except pickle.UnpicklingError as error:
+        raise RuntimeError(
+            f"{shown(path)} is damaged, or holds more than tensors and plain values and was not loaded, because "
+            f"loading it could run code: {_first_line(error)}"
+        ) from error
+    except Exception as error:  # what zipfile, torch and safetensors raise on damaged files is no closed set
+        raise RuntimeError(f"{shown(path)} is damaged: {type(error).__name__}: {_first_line(error)}") from error
+
+
+def find_actor_in(
+    path: str | Path,
+    file: CheckpointFile,
+    activation: str | None = None,
+    actor: str | Sequence[str] | None = None,
+) -> Actor:
+    """Return the actor in a checkpoint file, as `find_actor` does; `activation` counts where the file does not say it.
+
+    Raises ValueError, naming `path`, where there is none, or it is not clear which tensors or what activation it has.
+    """
+    try:
+        if file.doubt and actor is None:
+            raise ValueError(f"{file.doubt}: {how_to_choose(file.state)}")
+        found = find_actor(file.state, file.activation or activation, actor)
+        if found.kind == "sb3" and file.own_class and not (file.activation or activation):
+            raise ValueError(
+                f"its policy is of a class of its own, from {shown(file.own_class)}, and the file does not say the "
+                "activation: pass activation"
+            )
+        return found
+    except ValueError as error:
+        raise ValueError(f"{shown(path)}: {error}") from error
+
+
+def _read(path: Path, max_bytes: int) -> bytes:
+    """Return the whole file. Waits for no other process, and takes no more memory than the file has bytes."""
+    try:
+        kind = os.stat(path).st_mode
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"there is no checkpoint file {shown(path)}") from error
+    if not stat.S_ISREG(kind):
+        raise RuntimeError(f"{shown(path)} is no file but a {_kind(kind)}")
+    try:
+        # Not blocking: what was a file a moment ago may be a pipe now.
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            before = os.fstat(file.fileno())
+            if before.st_size > max_bytes:
+                raise RuntimeError(
+                    f"{shown(path)} has {before.st_size:,} bytes, and was not read; max_bytes, {max_bytes:,} now, "
+                    "allows more"
+                )
+            data = file.read(before.st_size + 1)  # one more, to see whether it grows
+            after = os.fstat(file.fileno())
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    if len(data) != before.st_size or before.st_mtime_ns != after.st_mtime_ns:
+        raise RuntimeError(
+            f"{shown(path)} changed while it was read: it had {before.st_size:,} bytes, then {len(data):,}"
+        )
+    return data
+
+
+def _kind(mode: int) -> str:
+    kinds = {stat.S_IFDIR: "folder", stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket"}
+    return kinds.get(stat.S_IFMT(mode), "device")
+
+
+def _read_safetensors(data: bytes) -> CheckpointFile:
+    length = int.from_bytes(data[:8], "little")
+    if length > _JSON_BYTES:
+        raise NotReadableError(
+            f"is damaged: its header says that it has {length:,} bytes, at most {_JSON_BYTES:,} are read"
+        )
+    state = dict(sorted(safetensors.torch.load(data).items()))  # they come in any order
+    return CheckpointFile("safetensors", state, _content=json.loads(data[8 : 8 + length]).get("__metadata__"))
+
+
+def _read_sb3(archive: zipfile.ZipFile, data: bytes, max_bytes: int | None) -> CheckpointFile:
+    policy = load_torch(archive.read(_POLICY), max_bytes)
+    settings = {}
+    if "data" in archive.namelist():
+        length = archive.getinfo("data").file_size
+        if length > _JSON_BYTES:
+            raise NotReadableError(
+                f"has {length:,} bytes of settings, its member data; at most {_JSON_BYTES:,} are read"
+            )
+        settings = json.loads(archive.read("data"))
+    if not isinstance(settings, dict):
+        raise NotReadableError("is damaged: its member data, the settings, is no JSON object")
+    state, doubt = _state(policy, is_cleanrl=False)
+    chosen = _named(settings.get("policy_kwargs"), "activation_fn")
+    module = _named(settings.get("policy_class"), "__module__")
+    own_class = "" if f"{module}.".startswith(_LIBRARIES) else module
+    return CheckpointFile(
+        "sb3",
+        state,
+        _steps(settings.get("num_timesteps"), "num_timesteps"),
+        _activation(chosen) if chosen else None if own_class else "tanh",
+        doubt,
+        own_class,
+        _sb3_note(settings),
+        (data, policy),
+    )
+
+
+def _named(setting: Any, name: str) -> str:
+    """Return an entry of one of SB3's settings as text, "" for none: it writes a class's name beside its pickle."""
+    value = setting.get(name) if isinstance(setting, dict) else None
+    return "" if value is None else str(value)
+
+
+def _activation(chosen: str) -> str:
+    """Return tanh for "<class 'torch.nn.modules.activation.Tanh'>" and so on; all else as it is, which never runs."""
+    match = re.fullmatch(r"<class 'torch\.nn\.modules\.activation\.(\w+)'>", chosen)
+    return match[1].lower() if match else chosen
+
+
+def _sb3_note(settings: Mapping[str, Any]) -> str:
+    notes = []
+    if settings.get("_last_original_obs") is not None:  # it is there for VecNormalize alone
+        notes.append(VEC_NORMALIZE_NOTE)
+    extractor = _named(settings.get("policy_kwargs"), "features_extractor_class")
+    if extractor and not extractor.startswith(tuple(f"<class '{library}" for library in _LIBRARIES)):
+        notes.append(
+            f"observations pass a features extractor of the run's own, {shown(extractor)}, which is not run here"
+        )
+    return "; ".join(notes)
+
+
+def _read_torch(data: bytes, max_bytes: int | None, *, is_cleanrl: bool) -> CheckpointFile:
+    content = load_torch(data, max_bytes)
+    iteration = content.get("iter") if isinstance(content, Mapping) else None
+    state, doubt = _state(content, is_cleanrl=is_cleanrl)
+    return CheckpointFile("torch", state, _steps(iteration, "iter"), doubt=doubt, _content=content)
+
+
+def _steps(value: Any, name: str) -> int | None:
+    """Return what a file says of its env steps or iteration, None where that is no int."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        return None
+    if not 0 <= value < 2**63:
+        raise NotReadableError(f"says {name} {value}, which must lie in [0, 2^63)")
+    return value
+
+
+def _state(content: Any, *, is_cleanrl: bool) -> tuple[dict[str, Tensor], str]:
+    """Return the policy's state in what torch.load gave, the very tensors, and why it is not clear which that is.
+
+    Where it is clear, keys are those of the state_dict; where not, all states' keys are there, as part.key.
+    """
+    if is_cleanrl and isinstance(content, tuple) and content:
+        content = content[0]  # CleanRL's SAC, TD3 and DDPG: (actor, critic, ...)
+    if not isinstance(content, Mapping | tuple):
+        raise NotReadableError(f"holds no state_dict but a {type(content).__name__}")
+    parts = dict(content) if isinstance(content, Mapping) else dict(enumerate(content))
+    loose = _tensors(parts)
+    seen: set[int] = set()
+    states = {
+        name: inside
+        for name, part in parts.items()
+        if not isinstance(part, Tensor) and not _BESIDE_THE_STATE.fullmatch(str(name))
+        if (inside := list(_nested(part, str(name), seen)))
+    }
+    sections = [name for name in _SECTIONS if name in states and isinstance(parts[name], Mapping)]
+    if not states and loose:
+        return loose, ""
+    weights = [name for name, tensor in loose.items() if tensor.is_floating_point() and tensor.ndim]
+    if len(sections) == 1 and not weights and states.keys() == set(sections):
+        state = _tensors(parts[sections[0]])
+        normaliser = parts.get("obs_norm_state_dict")  # rsl_rl 2 saves it beside model_state_dict
+        if sections == ["model_state_dict"] and isinstance(normaliser, Mapping):
+            state |= {f"obs_norm_state_dict.{key}": value for key, value in _tensors(normaliser).items()}
+        if state:
+            return state, ""
+    if not states:
+        names = ", ".join(_SECTIONS)
+        raise NotReadableError(f"holds no state_dict: neither tensors nor one of {names}, but {list(parts)[:8]}")
+    found = [f"{shown(name)} ({len(state)} tensors)" for name, state in states.items()]
+    found += [f"the loose tensor {shown(name)}" for name in loose]
+    everything = [*loose.items(), *(tensor for state in states.values() for tensor in state)]
+    return _by_name(everything), f"it holds {', '.join(found[:8])}, and it is not clear which is the policy's"
+
+
+def _nested(content: Any, name: str, seen: set[int], depth: int = 4) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors in dicts of dicts under name.key; a dict that comes again is not walked again."""
+    if isinstance(content, Tensor):
+        yield name, content
+    elif isinstance(content, Mapping) and depth and id(content) not in seen:
+        seen.add(id(content))
+        for key, part in content.items():
+            yield from _nested(part, f"{name}.{key}", seen, depth - 1)
+
+
+def _tensors(mapping: Mapping[Any, Any]) -> dict[str, Tensor]:
+    """Return the tensors that lie in a dict."""
+    return _by_name([(str(key), value) for key, value in mapping.items() if isinstance(value, Tensor)])
+
+
+def _by_name(tensors: Sequence[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Return name -> tensor. Raises NotReadableError where two have one name, such as 0 and "0"."""
+    named = dict(tensors)
+    if len(named) < len(tensors):
+        names = [name for name, _ in tensors]
+        raise NotReadableError(f"holds two tensors under one name, {next(it for it in named if names.count(it) > 1)}")
+    return named
+
+
+def _torch_bytes(content: Any) -> bytes:
+    file = io.BytesIO()
+    torch.save(content, file)
+    return file.getvalue()
+
+
+def _first_line(error: Exception) -> str:
+    return shown((str(error).strip().splitlines() or ["no reason given"])[0])

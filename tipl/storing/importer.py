@@ -1,0 +1,270 @@
+"""Import: the user's own runs, checkpoint files of other libraries, into a store.
+
+One folder of checkpoint files is one trial. What the files are and which tensor lies where in a row is kept in the
+store's config, under "source".
+"""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tipl.files.publishing import published, refuse_existing
+from tipl.policy import Layout, PolicySpec
+from tipl.storing.checkpoint_steps import chosen_steps, in_order
+from tipl.storing.foreign_actors import Actor, differences, shown
+from tipl.storing.foreign_files import SUFFIXES, VEC_NORMALIZE_NOTE, CheckpointFile, find_actor_in, read_checkpoint_file
+from tipl.storing.store import Store, Trial
+
+BLOCK_BYTES = 2**26  # of weights, read before they are appended together
+
+Rows = tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.float64]]  # (b, p), (b,), (b,)
+
+
+def import_checkpoints(
+    sources: Sequence[str | Path],
+    output: str | Path,
+    *,
+    env_id: str = "unknown",
+    pattern: str = "*",
+    activation: str | None = None,
+    actor: str | Sequence[str] | None = None,
+    step_pattern: str | None = None,
+    num_checkpoints: int | None = None,
+    max_bytes: int | None = None,
+) -> Store:
+    """Return a new store at `output` with the checkpoints of other libraries' runs, a trial a folder.
+
+    Reads Stable-Baselines3's .zip (PPO, A2C, SAC, TD3, ...), CleanRL's .cleanrl_model, rsl_rl's model_*.pt, and
+    state_dicts in .safetensors, .pt and .pth; never with pickle. Which tensors are the actor's: `foreign_actors`. The
+    files of a folder are taken in the order of the steps in their names, the one number in which they differ; names
+    without numbers in their own order. `env_steps` is what the files say (SB3's num_timesteps, rsl_rl's iteration) if
+    that grows, or else those numbers, or else the index. Returns are in no such file: `episodic_return` is NaN. What a
+    reader must know (statistics that no file holds, an activation that was assumed) is the config's source["note"].
+
+    Args:
+        sources: folders, one a trial; or files, together one trial; or stores (of `Recorder`, `tipl import`, ...), all
+            of whose trials are taken.
+        env_id: the Gymnasium id, which the files do not know; `tipl evaluate` needs it. By default that of the stores.
+        pattern: of the names to take in each folder, like "rl_model_*_steps.zip".
+        activation: between the layers, where the files do not say it: tanh, relu or elu. By default the library's own.
+        actor: the beginning of the actor's keys, or several, where files hold more networks; "" takes all but critics.
+        step_pattern: a regular expression whose group, or else the whole, is the step in a name; env_steps are these.
+        num_checkpoints: take the first so many of each trial; by default all, and all trials must hold equally many.
+        max_bytes: of each file and of what a zip unpacks to; by default 1 GiB, and for a zip less (`torch_files.py`).
+
+    Raises:
+        FileExistsError: `output` exists; nothing is touched.
+        FileNotFoundError: a source is not there or holds no checkpoint.
+        ValueError: trials differ in layout or length, weights are not finite, or it is not clear which tensors are the
+            actor's or which number is the step.
+        RuntimeError: a file is damaged, changes while it is read, asks for too much memory, or could be loaded only by
+            running code from it.
+        OSError: a file cannot be read.
+        In every case nothing is left at `output`.
+    """
+    output = Path(output)
+    refuse_existing(output, "import")
+    reading = _Reading(activation, actor, step_pattern, num_checkpoints, max_bytes)
+    runs = _runs([Path(source) for source in sources], pattern, reading)
+    env_ids = {run.env_id for run in runs} - {"unknown"} if env_id == "unknown" else {env_id}
+    if len(env_ids) > 1:
+        raise ValueError(f"import: the stores are of several env_ids, {sorted(env_ids)}; pass one if they are the same")
+    for run in runs[1:]:
+        _check_equal(runs[0], run)
+    lengths = [run.num_checkpoints for run in runs]
+    wanted = lengths[0] if num_checkpoints is None else num_checkpoints
+    for run in runs:
+        if wanted < 1 or (run.num_checkpoints != wanted if num_checkpoints is None else run.num_checkpoints < wanted):
+            raise ValueError(
+                f"import: all trials must hold equally many checkpoints, but {runs[0].name} holds {lengths[0]} and "
+                f"{run.name} {run.num_checkpoints}; num_checkpoints takes the first {min(lengths)} or fewer of each, "
+                f"got {num_checkpoints}"
+            )
+    source = {**runs[0].source, "trials": [run.name for run in runs]}
+    notes = dict.fromkeys(run.source["note"] for run in runs if "note" in run.source)
+    config = {"source": source | ({"note": "; ".join(notes)} if notes else {})}
+    policy = runs[0].policy
+    with published(output, "import", manifest=False) as aside:
+        store = Store.create(
+            aside, env_id="".join(env_ids) or "unknown", policy=policy, seeds=range(len(runs)), config=config
+        )
+        with store:
+            block = max(1, BLOCK_BYTES // (4 * policy.num_params * len(runs)))
+            for start in range(0, wanted, block):
+                parts = [run.read(start, min(start + block, wanted)) for run in runs]
+                store.append(*(np.stack(column) for column in zip(*parts, strict=True)))
+    return Store.open(output)
+
+
+def source_record(actor: Actor, file_format: str, *notes: str, activation_assumed: bool = False) -> dict[str, Any]:
+    """Return what a store's config keeps under "source", plain JSON: with a note of all that a reader must know."""
+    record: dict[str, Any] = {"format": file_format, "actor": actor.to_dict()}
+    all_notes = [note for note in notes if note]
+    if actor.kind == "cleanrl":
+        all_notes.append(
+            "CleanRL does not save the statistics with which it normalised observations: in the simulator these "
+            "policies do not reach the returns that they had"
+        )
+    elif actor.kind == "rsl_rl" and actor.normaliser:
+        all_notes.append("the observation normaliser of each checkpoint is folded into its first layer")
+    elif actor.kind == "other":
+        all_notes.append("the simulator cannot run these policies: train and rollout work, evaluate does not")
+    if activation_assumed and isinstance(actor.policy, PolicySpec):
+        all_notes.append(
+            f"nothing says the activation: {actor.policy.activation} was assumed, the library's default; pass "
+            "activation if it was another"
+        )
+    return record | ({"note": "; ".join(dict.fromkeys(all_notes))} if all_notes else {})
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reading:
+    """How files are read: what `import_checkpoints` was told."""
+
+    activation: str | None
+    actor: str | Sequence[str] | None
+    step_pattern: str | None
+    num_checkpoints: int | None
+    max_bytes: int | None
+
+    def read(self, path: Path) -> tuple[CheckpointFile, Actor]:
+        file = read_checkpoint_file(path, max_bytes=self.max_bytes)
+        return file, find_actor_in(path, file, self.activation, self.actor)
+
+
+class _Run(Protocol):
+    """The checkpoints of one trial, wherever they are."""
+
+    name: str
+    env_id: str
+    policy: Layout
+    source: dict[str, Any]
+    num_checkpoints: int
+
+    def read(self, start: int, stop: int) -> Rows: ...
+
+
+class _FileRun:
+    """A trial in checkpoint files: all are read for steps and layouts, and once more, block by block, for weights."""
+
+    env_id = "unknown"
+
+    def __init__(self, name: str, paths: Sequence[Path], reading: _Reading) -> None:
+        self.name, self.reading = shown(name), reading
+        ordered, named = in_order(self.name, paths, reading.step_pattern)
+        self.num_checkpoints = len(paths)
+        self.paths = ordered[: reading.num_checkpoints]
+        first, self.actor = reading.read(self.paths[0])
+        self.policy = self.actor.policy
+        self.said = [first.env_steps]
+        notes = {first.note: None}
+        for path in self.paths[1:]:
+            file = self._read_alike(path)
+            self.said.append(file.env_steps)
+            notes[file.note] = None
+        if first.format == "sb3" and _has_statistics({path.parent for path in self.paths}):
+            notes[VEC_NORMALIZE_NOTE] = None
+        if named is not None and reading.step_pattern is not None:
+            self.steps, note = named[: len(self.paths)], ""
+        else:
+            self.steps, note = chosen_steps(
+                self.paths,
+                None if named is None else named[: len(self.paths)],
+                self.said,
+                said_by="num_timesteps" if first.format == "sb3" else "iter",
+                is_unit=first.format == "sb3",
+            )
+        assumed = first.activation is None and reading.activation is None
+        self.source = source_record(self.actor, first.format, *notes, note, activation_assumed=assumed)
+
+    def read(self, start: int, stop: int) -> Rows:
+        weights = np.empty((stop - start, self.policy.num_params), np.float32)
+        for i, path in enumerate(self.paths[start:stop]):
+            file = self._read_alike(path)
+            if file.env_steps != self.said[start + i]:
+                raise RuntimeError(f"import: {shown(path)} changed while it was read")
+            try:
+                weights[i] = self.actor.flatten(file.state)
+            except ValueError as error:
+                raise ValueError(f"import: {shown(path)}: {error}") from error
+        return weights, np.array(self.steps[start:stop], np.int64), np.full(stop - start, np.nan)
+
+    def _read_alike(self, path: Path) -> CheckpointFile:
+        """Return the file, whose actor must be as in the first one."""
+        file, found = self.reading.read(path)
+        if found != self.actor:
+            difference = differences(self.policy, found.policy) or "its keys are others"
+            raise ValueError(f"import: {shown(path)} does not fit {shown(self.paths[0])}: {difference}")
+        return file
+
+
+class _StoredRun:
+    """A trial of another store."""
+
+    def __init__(self, store: Store, trial: Trial) -> None:
+        self.name = f"{shown(store.path)}, trial {trial.index}"
+        self.env_id = store.env_id
+        self.policy = store.policy
+        self.source = {name: value for name, value in store.config.get("source", {}).items() if name != "trials"}
+        self.num_checkpoints = trial.num_checkpoints
+        self.trial = trial
+
+    def read(self, start: int, stop: int) -> Rows:
+        part = slice(start, stop)
+        return self.trial.weights(start, stop), self.trial.env_steps[part], self.trial.episodic_return[part]
+
+
+def _runs(sources: list[Path], pattern: str, reading: _Reading) -> list[_Run]:
+    """Return the trials that the sources hold, in their order."""
+    if not sources:
+        raise ValueError("import: sources must be some folders or files, got none")
+    for source in sources:
+        try:
+            source.stat()
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"import: there is no {shown(source)}") from error
+    folders = [source for source in sources if source.is_dir()]
+    files = [source for source in sources if not source.is_dir()]
+    if files and folders:
+        raise ValueError(
+            f"import: sources must be folders, or files, not both, got {shown(folders[0])} and {shown(files[0])}"
+        )
+    if files:
+        return [_FileRun(f"the files from {files[0]} on", files, reading)]
+    runs: list[_Run] = []
+    for folder in folders:
+        if (folder / "zarr.json").exists():
+            store = Store.open(folder)
+            runs += [_StoredRun(store, store.trial(i)) for i in range(store.num_trials)]
+            continue
+        os.scandir(folder).close()  # glob passes over a folder that it may not read
+        # What is no file, like a link to nothing, is not passed over: reading it says what it is.
+        names = sorted(path for path in folder.glob(pattern) if not path.name.startswith("."))
+        paths = [path for path in names if path.suffix.lower() in SUFFIXES]
+        if not paths:
+            raise FileNotFoundError(
+                f"import: {shown(folder)} holds no checkpoint: no file {shown(pattern)} that ends in one of "
+                f"{', '.join(SUFFIXES)}"
+            )
+        runs.append(_FileRun(str(folder), paths, reading))
+    return runs
+
+
+def _has_statistics(folders: set[Path]) -> bool:
+    """Return whether VecNormalize's statistics lie in one of the folders, or a level deeper, as RL Zoo leaves them."""
+    names = ("*vecnormalize*.pkl", "*vec_normalize*.pkl")
+    return any(any(folder.glob(place + name)) for folder in folders for name in names for place in ("", "*/"))
+
+
+def _check_equal(first: _Run, other: _Run) -> None:
+    """Raise ValueError unless both trials may lie in one store."""
+    difference = differences(first.policy, other.policy)
+    if not difference and first.source.get("actor") != other.source.get("actor"):
+        difference = "the kind of its checkpoints is another"
+    if difference:
+        raise ValueError(f"import: {other.name} does not fit {first.name}: {difference}")

@@ -1,0 +1,153 @@
+"""Record the path of a policy's weights in any torch training loop."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tipl.storing.foreign_actors import Actor, differences, find_actor
+from tipl.storing.importer import source_record
+from tipl.storing.store import Store
+
+
+class Recorder:
+    """Appends checkpoints of one policy to a store of one trial; `tipl import` makes one store of several such.
+
+        with tipl.Recorder("runs/seed1.zarr", env_id="Hopper-v5") as recorder:
+            for update in range(num_updates):
+                ...
+                recorder.log(agent, env_steps=global_step, episodic_return=mean_return)
+
+    `log` copies the actor's parameters (`foreign_actors` says which those are) and appends them, and does nothing
+    else. What it has logged is on disk when it returns, and a killed process loses none of it.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        env_id: str = "unknown",
+        activation: str | None = None,
+        actor: str | Sequence[str] | None = None,
+        resume: bool = False,
+        config: Mapping[str, Any] | None = None,
+        note: str | None = None,
+    ) -> None:
+        """Record into a new store at `path`, which the first `log` creates.
+
+        Args:
+            env_id: the Gymnasium id; `tipl evaluate` needs it.
+            activation: between the policy's layers, tanh, relu or elu; by default that of the library that its
+                parameters' names are from. It counts only for policies that the simulator can run.
+            actor: the beginning of the actor's keys, or several, where the policy holds more networks; "" takes all
+                parameters but critics'.
+            resume: append to what an earlier recorder left at `path`, if that is there.
+            config: of the run, plain JSON, kept in the store.
+            note: what a reader of the store must know, kept in its config and shown by `tipl import`.
+
+        Raises FileExistsError where `path` exists and not `resume`; RuntimeError where it is damaged or another
+        recorder has it open; ValueError where it is no recording of this env_id.
+        """
+        self.path = Path(path)
+        self._env_id, self._activation, self._config = env_id, activation, dict(config or {})
+        self._keys, self._note = actor, note or ""
+        self._store: Store | None = None
+        self._actor: Actor | None = None
+        self.env_steps = -1
+        """Of the last checkpoint, -1 before the first."""
+        if self.path.exists():
+            if not resume:
+                raise FileExistsError(f"Recorder: {path} exists; choose another path, or pass resume=True to append")
+            self._store = self._resume()
+
+    def log(
+        self, policy: torch.nn.Module | Mapping[str, Tensor], *, env_steps: int, episodic_return: float | None = None
+    ) -> None:
+        """Append the policy's weights as they are now.
+
+        Args:
+            policy: a module or a state_dict, with equal parameters in every call.
+            env_steps: environment steps that it has learned from; each call's must be larger than the last one's.
+            episodic_return: mean of the last episodes' returns; None or NaN where none has ended.
+
+        Raises ValueError, and appends nothing, where the parameters differ from those before, hold NaN or Inf, or
+        env_steps does not grow. OSError (a full disk) leaves what was appended before; `resume` goes on from there.
+        """
+        state = _state(policy)
+        if env_steps <= self.env_steps:
+            raise ValueError(f"log: env_steps must grow: {self.env_steps} are recorded, got {env_steps}")
+        try:
+            if self._actor is None:
+                self._actor = self._first(state)
+            weights = self._actor.flatten(state)
+        except ValueError as error:
+            raise ValueError(f"log: policy: {error}") from error
+        if self._store is None:
+            self._store = self._create(self._actor)
+        returns = np.array([[np.nan if episodic_return is None else episodic_return]], np.float64)
+        self._store.append(weights[None, None], np.array([[env_steps]], np.int64), returns)
+        self.env_steps = env_steps
+
+    def holds(self, policy: torch.nn.Module | Mapping[str, Tensor]) -> bool:
+        """Return whether the last checkpoint on disk is the policy's weights as they are now.
+
+        Raises ValueError where the parameters differ from those recorded, or hold NaN or Inf.
+        """
+        if self._store is None or not self._store.num_checkpoints:
+            return False
+        try:
+            weights = self._first(_state(policy)).flatten(_state(policy))
+        except ValueError as error:
+            raise ValueError(f"Recorder: policy: {error}") from error
+        last = self._store.num_checkpoints - 1
+        return np.array_equal(self._store.trial(0).weights(last, last + 1)[0], weights)
+
+    def close(self) -> None:
+        """Let another writer in; `log` creates or appends no more."""
+        if self._store is not None:
+            self._store.close()
+
+    @property
+    def num_checkpoints(self) -> int:
+        """Checkpoints on disk."""
+        return 0 if self._store is None else self._store.num_checkpoints
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _first(self, state: Mapping[str, Tensor]) -> Actor:
+        """Return the actor in `state`: that of the recording, if one is resumed."""
+        found = find_actor(state, self._activation, self._keys)
+        if self._store is not None:
+            recorded = Actor.from_dict(self._store.config["source"]["actor"])
+            if found != recorded:
+                raise ValueError(f"it does not fit {self.path}: {differences(recorded.policy, found.policy)}")
+        return found
+
+    def _create(self, actor: Actor) -> Store:
+        source = source_record(actor, "recorder", self._note, activation_assumed=self._activation is None)
+        config = {**self._config, "source": source}
+        return Store.create(self.path, env_id=self._env_id, policy=actor.policy, seeds=[0], config=config)
+
+    def _resume(self) -> Store:
+        store = Store.open(self.path, writable=True)
+        if store.config.get("source", {}).get("format") != "recorder" or store.env_id != self._env_id:
+            store.close()
+            raise ValueError(f"Recorder: {self.path} must be a recording of {self._env_id} to append to, got {store!r}")
+        if store.num_checkpoints:
+            self.env_steps = int(store.trial(0).env_steps[-1])
+        return store
+
+
+def _state(policy: torch.nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
+    state = policy.state_dict() if isinstance(policy, torch.nn.Module) else policy
+    return {key: value for key, value in state.items() if isinstance(value, Tensor)}

@@ -1,0 +1,171 @@
+"""Whether what tipl wrote is whole: all checksums are computed, and every problem is named, not only the first."""
+
+import contextlib
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tipl.collecting.resume import Unfinished
+from tipl.files.locations import Location, location
+from tipl.files.manifest import NAME as MANIFEST
+from tipl.files.manifest import problems_in
+from tipl.files.sealed import UncheckedWarning, load_arrays, load_json
+from tipl.progress import progress_bar
+from tipl.storing.store import Store
+from tipl.storing.store_records import Commit, trial_name
+
+BAR_SECONDS = 2.0  # what takes longer shows a bar
+
+
+@dataclass
+class Verification:
+    """What `verify` found."""
+
+    problems: list[str] = field(default_factory=list)
+    """One line each, naming the file and the rows; empty where all is well."""
+    num_chunks: int = 0
+    """Chunks that are whole."""
+    num_bytes: int = 0
+    """Of these chunks."""
+    whole: list[str] = field(default_factory=list)
+    """What was looked at and is whole, one line each."""
+
+    def summary(self) -> str:
+        """Return one line on what is whole."""
+        return "; ".join(self.whole)
+
+
+def verify(path: str | Location, *, progress: bool = False) -> Verification:
+    """Check all that tipl wrote at `path`: a store, a folder with a manifest, a file of its own, or a folder of these.
+
+    Nothing is changed. Raises FileNotFoundError where there is nothing, ValueError where there is nothing of tipl's.
+    """
+    path = location(path)
+    if not isinstance(path, Path) or _is_store(path):
+        return verify_store(path, progress=progress)
+    found = Verification()
+    if not path.exists():
+        raise FileNotFoundError(f"verify: there is no {path}")
+    if path.is_file():
+        if path.suffix not in LOADERS:
+            raise ValueError(f"verify: {path} is no file that tipl writes with a checksum")
+        _verify_file(path, found)
+    else:
+        _verify_folder(path, found, progress)
+    if not found.problems and not found.whole:
+        raise ValueError(f"verify: there is nothing in {path} that tipl writes with a checksum")
+    return found
+
+
+LOADERS = {".json": load_json, ".safetensors": load_arrays}
+"""Of files that hold their own checksum."""
+
+
+def _verify_folder(folder: Path, found: Verification, progress: bool) -> None:
+    """Check a folder and those in it, whose names begin with a dot only before they are complete."""
+    if (folder / MANIFEST).exists():
+        problems = problems_in(folder)
+        found.problems += problems
+        if not problems:
+            found.whole.append(f"the files of {folder}")
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
+            continue
+        if _is_store(path):
+            store = verify_store(path, progress=progress)
+            found.problems += store.problems
+            found.whole += store.whole
+        elif path.is_dir() and not path.is_symlink():
+            _verify_folder(path, found, progress)
+        elif path.suffix in LOADERS and not (folder / MANIFEST).exists():
+            _verify_file(path, found)
+
+
+def _verify_file(path: Path, found: Verification) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UncheckedWarning)
+        try:
+            LOADERS[path.suffix](path, "verify")
+            found.whole.append(str(path))
+        except (OSError, RuntimeError, UncheckedWarning) as error:
+            found.problems.append(str(error))
+
+
+def _is_store(path: Path) -> bool:
+    return (path / "zarr.json").exists() or (path / trial_name(0)).exists()
+
+
+def verify_store(path: str | Location, *, progress: bool = False) -> Verification:
+    """Read all of the store at `path` and return what is wrong with it; nothing is changed.
+
+    The documents and the commit record of every trial must be whole and fit together; every chunk with committed rows
+    must be there, with the right size and checksum, and be the one that was committed in its place. An unfinished
+    collection's saved states must be whole and its own; otherwise all trials must have equally many checkpoints.
+    `progress` shows a bar on a terminal's stderr. Raises FileNotFoundError where there is no store.
+    """
+    path, found = location(path), Verification()
+    try:
+        store = Store.open(path)
+    except RuntimeError as error:  # without the root's document nobody knows what should be there
+        return Verification([str(error)])
+    commits: dict[int, Commit] = {}
+    started, bar = time.monotonic(), progress_bar(progress)
+    task = bar.add_task("verify", total=store.num_trials, note="")
+    with contextlib.ExitStack() as stack:
+        for i in range(store.num_trials):
+            with _noted(found):
+                commits[i] = store.trials.read_commit(i)
+                _verify_trial(store, i, commits[i], found)
+            bar.advance(task)
+            if not bar.live.is_started and time.monotonic() - started > BAR_SECONDS:
+                stack.enter_context(bar)
+    if Unfinished(store).exists():
+        found.problems += Unfinished(store).problems()
+    else:
+        found.problems += _differing(commits)
+    if not found.problems:
+        fewest = min(commit.num_checkpoints for commit in commits.values())
+        checkpoints = f"{store.num_trials} trials x {fewest} checkpoints"
+        found.whole.append(f"{checkpoints}, {found.num_chunks} chunks, {found.num_bytes / 1e6:.1f} MB")
+    return found
+
+
+def _differing(commits: dict[int, Commit]) -> list[str]:
+    """Return which trials of a complete store are not as the others are, a line for each."""
+    most = max((commit.num_checkpoints for commit in commits.values()), default=0)
+    checked = any(commit.checksums is not None for commit in commits.values())
+    problems = []
+    for i, commit in commits.items():
+        n = commit.num_checkpoints
+        if n < most:
+            problems.append(f"trial {i}: has {n} checkpoints, others have {most}: an append was cut off")
+        if checked and commit.checksums is None:
+            problems.append(f"trial {i}: has no record of its chunks, as others have: it may be of another store")
+    return problems
+
+
+def _verify_trial(store: Store, i: int, commit: Commit, found: Verification) -> None:
+    owner = f"trial {i}"
+    for array in store.trials.arrays:
+        folder = store.path / trial_name(i) / array.name
+        with _noted(found):
+            array.check_document(folder, owner, commit.num_checkpoints)
+        for chunk, in_chunk, in_trial in array.chunks(0, commit.num_checkpoints):
+            with _noted(found):
+                rows = array.read_chunk(folder, owner, chunk, committed=commit.of_chunk(array, chunk))
+                if commit.checksums is None and array.holds_fill(rows[in_chunk]):
+                    which = f"{array.name} rows {in_trial.start}:{in_trial.stop}"
+                    raise RuntimeError(f"{owner}: {which} are committed but not on disk")
+                found.num_chunks += 1
+                found.num_bytes += rows.nbytes
+
+
+@contextlib.contextmanager
+def _noted(found: Verification) -> Iterator[None]:
+    """Add a failure to the problems found, and go on."""
+    try:
+        yield
+    except (RuntimeError, OSError) as error:
+        found.problems.append(str(error))
