@@ -53,7 +53,7 @@ def test_run_leaves_every_stage(finished_run: Path) -> None:
     assert Store.open(finished_run / "store.zarr").num_checkpoints == 11
     for name in ("model/model.safetensors", "evaluation/results.json", "report/report.html", "seconds.json"):
         assert (finished_run / name).stat().st_size > 0
-    assert set(load_json(finished_run / "seconds.json", "test")) == {"collect", "train"}
+    assert set(load_json(finished_run / "seconds.json", "test")) == {"collect", "train", "evaluate", "report"}
 
 
 def test_stages_one_by_one_give_what_run_gives(

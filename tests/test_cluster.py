@@ -25,7 +25,8 @@ from tipl.collecting.resume import Unfinished
 from tipl.forecasting.forecaster import Forecaster
 from tipl.forecasting.train_config import TrainConfig
 from tipl.forecasting.training import train
-from tipl.judging.evaluation import EvaluateConfig, evaluate
+from tipl.judging.evaluate_config import EvaluateConfig
+from tipl.judging.evaluation import evaluate
 from tipl.policy import PolicySpec
 from tipl.storing.store import Store
 from tipl.subspace.basis import Basis

@@ -13,7 +13,8 @@ from tipl.forecasting.forecaster import Forecaster
 from tipl.forecasting.train_config import TrainConfig
 from tipl.forecasting.training import train
 from tipl.judging.action_metrics import action_bounds, action_differences, action_variance, kl_divergences
-from tipl.judging.evaluation import NUM_STATES, EvaluateConfig, episode_seeds, evaluate, weight_errors
+from tipl.judging.evaluate_config import EvaluateConfig
+from tipl.judging.evaluation import NUM_STATES, episode_seeds, evaluate, weight_errors
 from tipl.judging.predictors import fit_baselines
 from tipl.judging.training_path import TrainingPath
 from tipl.report import write_report

@@ -17,12 +17,13 @@ from tipl.forecasting.forecaster import Forecaster, source_to_judge
 from tipl.forecasting.sources import split_trials
 from tipl.forecasting.train_config import TrainConfig
 from tipl.forecasting.training import train
-from tipl.judging.evaluation import EvaluateConfig, evaluate
+from tipl.judging.evaluate_config import EvaluateConfig
+from tipl.judging.evaluation import evaluate
 from tipl.report import write_report
 from tipl.reproduction import REGIMES, TASKS, Task, experiments, reproduce
 from tipl.storing.store import Store
 
-MODULE = sys.modules["tipl.reproduction"]  # tipl.reproduce itself is the function
+MODULE, PIPELINE = (sys.modules[f"tipl.{name}"] for name in ("reproduction", "pipeline"))
 ENV = "InvertedPendulum-v4"
 TINY = TrainConfig(
     n_components=4,
@@ -76,7 +77,7 @@ def _draw_no_joint(page: Path, parts: object, **content: object) -> Path:
 
 @pytest.fixture
 def quick_pages(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(MODULE, "write_report", _draw_nothing)
+    monkeypatch.setattr(PIPELINE, "write_report", _draw_nothing)
     monkeypatch.setattr(MODULE, "write_reproduction", _draw_no_joint)
 
 
@@ -85,7 +86,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("reproduction") / "out"
     with pytest.MonkeyPatch.context() as monkeypatch:
         _make_tiny(monkeypatch)
-        monkeypatch.setattr(MODULE, "write_report", _draw_two)
+        monkeypatch.setattr(PIPELINE, "write_report", _draw_two)
         reproduce(output, progress=False)
     return output
 
@@ -114,7 +115,7 @@ def test_results_are_those_of_the_evaluations(finished: Path) -> None:
     assert joint["machine"]["cores"] >= 1
     own = []
     for it in experiments(finished):
-        document = json.loads(it.results.read_text())
+        document = json.loads(it.folder.results.read_text())
         assert joint["settings"][it.name] == document["settings"]
         own += [{"regime": it.regime.name, **row} for row in document["rows"]]
     assert joint["rows"] == own
@@ -172,7 +173,7 @@ def test_the_page_has_its_parts(finished: Path) -> None:
 
 def test_only_the_report_in_sample_says_so(finished: Path) -> None:
     for it in (experiments(finished)[0], experiments(finished)[2]):
-        text = text_of(it.report.read_text())
+        text = text_of(it.folder.report.read_text())
         assert ("In-sample: the forecaster" in text) == ("5, of which 5 judged" in text) == it.regime.in_sample
         assert ("held-out" in text) == ("never saw" in text) == ("5, of which 1 held out" in text)
         assert ("held-out" in text) != it.regime.in_sample
@@ -202,10 +203,10 @@ def test_a_cut_off_goes_on(finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished, output)
     before = written(output)
     first, _, last = experiments(output)
-    shutil.rmtree(first.evaluation)
-    for part in (last.model, last.evaluation):
+    shutil.rmtree(first.folder.evaluation)
+    for part in (last.folder.model, last.folder.evaluation):
         shutil.rmtree(part)
-    partial = last.folder / ".model.partial" / "tb" / "events"
+    partial = last.folder.path / ".model.partial" / "tb" / "events"
     partial.parent.mkdir(parents=True)
     partial.write_text("of a training that was cut off")
     said = []
@@ -216,9 +217,14 @@ def test_a_cut_off_goes_on(finished: Path, tmp_path: Path) -> None:
     after = written(output)
     names = [{path for path in it if "tfevents" not in path.name} for it in (before, after)]
     assert names[0] == names[1]
-    for path in (first.model / "config.json", experiments(output)[1].results, first.store / "zarr.json"):
+    for path in (first.folder.model / "config.json", experiments(output)[1].folder.results, first.store / "zarr.json"):
         assert after[path] == before[path]
-    for path in (first.results, first.report, last.model / "config.json", output / "reproduction.html"):
+    for path in (
+        first.folder.results,
+        first.folder.report,
+        last.folder.model / "config.json",
+        output / "reproduction.html",
+    ):
         assert after[path] > before[path]
     same = [json.loads((it / "results.json").read_text())["rows"] for it in (finished, output)]
     assert same[0] == same[1]
@@ -230,7 +236,7 @@ def test_ctrl_c_says_how_to_go_on(
     def interrupted(*arguments: object, **settings: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(MODULE, "train", interrupted)
+    monkeypatch.setattr(PIPELINE.training, "train", interrupted)
     assert tipl(monkeypatch, "--output", tmp_path / "out") == 130
     expected = f"tipl: interrupted. reproduce: what is finished is kept in {tmp_path / 'out'}; the same command goes on"
     assert capsys.readouterr().err.splitlines()[-1] == expected
@@ -267,7 +273,7 @@ def test_a_given_store_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     first, second, third = experiments(tmp_path / "out")
     assert not first.store.exists()
     for it, num_trials, seed in ((first, 4, 3), (second, 5, 0), (third, 4, 3)):
-        settings = json.loads(it.results.read_text())["settings"]
+        settings = json.loads(it.folder.results.read_text())["settings"]
         assert (settings["num_trials"], settings["collect"]["seed"]) == (num_trials, seed)
 
 

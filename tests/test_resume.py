@@ -25,7 +25,7 @@ from tipl.collecting.envs import make_vec
 from tipl.collecting.population import Population, PPOConfig
 from tipl.collecting.resume import read_state
 from tipl.files.sealed import UncheckedWarning
-from tipl.judging.evaluation import EvaluateConfig
+from tipl.judging.evaluate_config import EvaluateConfig
 from tipl.storing.store import Store
 from tipl.storing.store_records import store_digest
 from tipl.verification import verify_store

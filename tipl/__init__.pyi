@@ -1,3 +1,4 @@
+from . import pipeline as pipeline
 from .collecting.collection import collect as collect
 from .collecting.description import describe_store as describe_store
 from .collecting.population import PPOConfig as PPOConfig
@@ -10,7 +11,7 @@ from .forecasting.train_config import TrainConfig as TrainConfig
 from .forecasting.training import train as train
 from .forecasting.transformer import ModelConfig as ModelConfig
 from .forecasting.transformer import TrajectoryTransformer as TrajectoryTransformer
-from .judging.evaluation import EvaluateConfig as EvaluateConfig
+from .judging.evaluate_config import EvaluateConfig as EvaluateConfig
 from .judging.evaluation import evaluate as evaluate
 from .report import PathSpectrum as PathSpectrum
 from .report import path_spectrum as path_spectrum

@@ -11,7 +11,7 @@ Every stage writes whole or not at all, and is kept where its output is there: t
 import dataclasses
 import importlib.metadata
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,9 @@ from tipl.files.manifest import NAME as MANIFEST
 from tipl.files.manifest import read_listed, write_manifest
 from tipl.files.publishing import claimed, remove, remove_left_behind
 from tipl.files.schema import parse_json
-from tipl.forecasting.forecaster import Forecaster
 from tipl.forecasting.train_config import TrainConfig
-from tipl.forecasting.training import train
-from tipl.judging.evaluation import EvaluateConfig, evaluate
-from tipl.report import write_report
+from tipl.judging.evaluate_config import EvaluateConfig
+from tipl.pipeline import OnStage, RunFolder, run_stages
 from tipl.report.reproduction import Part, write_reproduction
 from tipl.report.results import read_results
 from tipl.stage_seconds import StageSeconds
@@ -131,29 +129,13 @@ class Experiment:
         return f"{self.env_id}/{self.regime.name}"
 
     @property
-    def folder(self) -> Path:
-        return self.output / self.env_id / self.regime.name
+    def folder(self) -> RunFolder:
+        return RunFolder(self.output / self.env_id / self.regime.name)
 
     @property
     def store(self) -> Path:
         """Where the trials are collected; regimes that start alike share them."""
         return self.output / self.env_id / ("shared-init.zarr" if self.regime.shared_init else "independent.zarr")
-
-    @property
-    def model(self) -> Path:
-        return self.folder / "model"
-
-    @property
-    def evaluation(self) -> Path:
-        return self.folder / "evaluation"
-
-    @property
-    def results(self) -> Path:
-        return self.evaluation / "results.json"
-
-    @property
-    def report(self) -> Path:
-        return self.folder / "report" / "report.html"
 
 
 def experiments(output: str | Path) -> list[Experiment]:
@@ -166,7 +148,7 @@ def reproduce(
     *,
     stores: Mapping[str, str | Path] | None = None,
     num_threads: int | None = None,
-    on_stage: Callable[[str, Path | str], object] = lambda kind, path: None,
+    on_stage: OnStage = lambda kind, path: None,
     progress: bool = True,
 ) -> Path:
     """Run all regimes on all TASKS and write one page of them; return the path of `output`/reproduction.html.
@@ -176,7 +158,7 @@ def reproduce(
 
     Args:
         stores: env_id -> a complete store of independently initialised trials, taken instead of collecting one.
-        on_stage: called with "store", "model", "results" or "report" and its path when that is there.
+        on_stage: as in `tipl.pipeline.run`, for each experiment.
 
     Raises:
         ValueError: a store is not what its task needs, or the folder's files are of other settings.
@@ -195,7 +177,12 @@ def reproduce(
                 if store is None:
                     store = _collected(it, runs, seconds, num_threads, progress)
                 on_stage("store", str(store.path))
-                _run(it, store, seconds, num_threads, on_stage, progress)
+                run_stages(
+                    "reproduce", it.folder, store, it.regime.train_config(it.task), it.regime.evaluate_config(it.task),
+                    seconds, names=f"{it.name}/{{}}", collected_as=f"{it.env_id}/{it.store.stem}/collect",
+                    num_threads=num_threads, on_stage=on_stage, progress=progress,
+                )  # fmt: skip
+                on_stage("report", it.folder.report)
         except KeyboardInterrupt:
             kept = f"reproduce: what is finished is kept in {output}; the same command goes on"
             raise KeyboardInterrupt(kept) from None
@@ -240,7 +227,7 @@ def _collected(
         if found != expected:
             raise ValueError(f"reproduce: expected {expected} in {it.store}, got {found}; choose another output")
         return store
-    orphans = [run.model for run in runs if run.store == it.store and run.model.exists()]
+    orphans = [run.folder.model for run in runs if run.store == it.store and run.folder.model.exists()]
     if orphans and not it.store.exists():
         raise ValueError(
             f"reproduce: {orphans[0]} was trained on a store that is not in {it.output}: give it again with "
@@ -259,62 +246,12 @@ def _collected(
         )
 
 
-def _run(
-    it: Experiment,
-    store: Store,
-    seconds: StageSeconds,
-    num_threads: int | None,
-    on_stage: Callable[[str, Path | str], object],
-    progress: bool,
-) -> None:
-    """Train, evaluate and report, each where it is not done."""
-    config = it.regime.train_config(it.task)
-    if not it.model.exists():
-        if it.evaluation.exists():
-            raise FileExistsError(f"reproduce: the model of {it.evaluation} is gone: remove that folder to train again")
-        with seconds.of(f"{it.name}/train"):
-            train(store, it.model, config, num_threads=num_threads, progress=progress)
-    forecaster = Forecaster.load(it.model)
-    if forecaster.config["train"] != json.loads(json.dumps(dataclasses.asdict(config))):
-        raise ValueError(f"reproduce: {it.model} was trained with other settings: choose another output, or remove it")
-    if forecaster.source_of(store) is None:
-        raise ValueError(f"reproduce: {it.model} was trained on another store than {store.path}: remove one of them")
-    on_stage("model", it.model)
-
-    if not it.evaluation.exists():
-        it.report.unlink(missing_ok=True)  # of an evaluation that is gone
-        known = seconds.read()
-        earlier = {"collect": f"{it.env_id}/{it.store.stem}/collect", "train": f"{it.name}/train"}
-        with seconds.of(f"{it.name}/evaluate"):
-            evaluate(
-                store,
-                forecaster,
-                it.evaluation,
-                it.regime.evaluate_config(it.task),
-                num_threads=num_threads,
-                seconds={stage: known[name] for stage, name in earlier.items() if name in known},
-                progress=progress,
-            )
-    on_stage("results", it.results)
-
-    if not it.report.exists():
-        with seconds.of(f"{it.name}/report"):
-            write_report(
-                it.report.parent,
-                evaluation=it.evaluation,
-                store=store,
-                training=it.model / "training.json",
-                overwrite=True,
-            )
-    on_stage("report", it.report)
-
-
 def _write_joint(output: Path, runs: list[Experiment], seconds: dict[str, float]) -> Path:
     """Write the page, its figures and results.json, unless they are there already; return the path of the page.
 
     The manifest comes last: where it is there and results.json holds what it should, the page is of it.
     """
-    documents = {it.name: parse_json(read_listed(it.results), it.results) for it in runs}
+    documents = {it.name: parse_json(read_listed(it.folder.results), it.folder.results) for it in runs}
     first = documents[runs[0].name]
     joint: dict[str, Any] = {
         "format": "tipl-reproduction",
@@ -334,7 +271,7 @@ def _write_joint(output: Path, runs: list[Experiment], seconds: dict[str, float]
             regime=it.regime.name,
             title=it.regime.title,
             description=it.regime.description,
-            results=read_results(it.results),
+            results=read_results(it.folder.results),
             report=f"{it.name}/report/report.html",
         )
         for it in runs

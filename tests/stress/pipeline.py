@@ -26,9 +26,10 @@ import torch
 import tyro
 
 from tipl import _core, cli
+from tipl.cli import run_commands
 from tipl.collecting.population import PPOConfig
 from tipl.forecasting.train_config import TrainConfig
-from tipl.judging.evaluation import EvaluateConfig
+from tipl.judging.evaluate_config import EvaluateConfig
 from tipl.report.plots import Plot
 from tipl.reproduction import Task
 from tipl.storing.store import Store
@@ -234,12 +235,12 @@ def make_small() -> None:
     tasks = {ENV_ID: Task(**RUN, ppo=PPO, train=TRAIN, evaluate=EVALUATE, shared_components=6)}
     sys.modules["tipl.reproduction"].TASKS = tasks  # type: ignore[attr-defined]
     sys.modules["tipl.collecting.collection"].SAVE_SECONDS = 0.0  # type: ignore[attr-defined]
-    whole_run = cli.Run
+    whole_run = run_commands.Run
 
-    def small_run(output: Path, *, resume: bool = False, **_: Any) -> cli.Run:
+    def small_run(output: Path, *, resume: bool = False, **_: Any) -> run_commands.Run:
         return whole_run(output, env_id=ENV_ID, **RUN, resume=resume, ppo=PPO, train=TRAIN, evaluate=EVALUATE)
 
-    cli.Run = small_run  # type: ignore[misc, assignment]  # for `demo`; the parser has the class already
+    run_commands.Run = small_run  # type: ignore[misc, assignment]  # for `demo`; the parser has the class already
     Plot.png = lambda plot, *_: f"a picture of {plot.name}".encode()  # type: ignore[method-assign]
     Plot.svg = Plot.png  # type: ignore[method-assign, assignment]
     Plot.svgs = lambda plot: [f"<svg><!-- {plot.name} --></svg>"]  # type: ignore[method-assign]
@@ -316,7 +317,7 @@ def _checked(name: str, ended: Ended) -> None:
 def _version() -> str:
     """Return a digest of all that decides what commands write."""
     kinds = (".py", ".json", ".safetensors")
-    sources = [it for it in sorted(Path(cli.__file__).parent.rglob("*")) if it.suffix in kinds]
+    sources = [it for it in sorted(Path(cli.__file__).parent.parent.rglob("*")) if it.suffix in kinds]
     native = Path(_core.__file__)
     state = hashlib.blake2b(digest_size=8)
     for file in (*sources, native, Path(__file__), Path(content_module.__file__)):

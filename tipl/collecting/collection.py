@@ -44,6 +44,7 @@ Columns = tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.float64]]  # 
 
 Row = tuple[int, Columns, IterationStats | None]  # checkpoint, what is appended, what the iteration before it gave
 
+MAX_TRIALS = 1_000_000  # that a collection may be asked for
 WORKER_TRIALS = 16  # in the shard of a worker, at most: full speed, and little to do again for one that dies
 LOCK_SECONDS = 30.0  # that a worker waits for another one to give up its trials, who may have been killed
 M_MMAP_THRESHOLD = -3  # of malloc.h
@@ -111,6 +112,8 @@ def collect(
     ):
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ValueError(f"collect: {name} must be an int of at least {least}, got {value!r}")
+    if num_trials > MAX_TRIALS:
+        raise ValueError(f"collect: num_trials must be at most {MAX_TRIALS:,}, got {num_trials:,}")
     if init_seed is not None and init_seed >= 2**32:
         raise ValueError(f"collect: init_seed must lie below 2**32, as trial seeds do, got {init_seed}")
     config = {

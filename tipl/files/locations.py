@@ -64,7 +64,7 @@ def naming(path: Location) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno is None or error.filename is not None:
+        if error.errno is None or not (error.filename is None or isinstance(error.filename, int)):  # a file's number
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error
 

@@ -41,15 +41,16 @@ from tipl.files.locations import write_atomically
 from tipl.files.publishing import published
 from tipl.files.sealed import save_arrays
 from tipl.forecasting.forecaster import Forecast, Forecaster, source_to_judge
-from tipl.forecasting.sources import Source, Split, prefix_end_of
+from tipl.forecasting.sources import Source, Split
 from tipl.judging.action_metrics import FloatArray, action_bounds, action_differences, action_variance, kl_divergences
+from tipl.judging.evaluate_config import EvaluateConfig
 from tipl.judging.memorisation import future_leak, nearest_distances, training_futures
 from tipl.judging.predictors import NearestPath, Predictor, fit_baselines
 from tipl.judging.training_path import TrainingPath
 from tipl.policy import PolicySpec
 from tipl.progress import progress_bar
 from tipl.storing.store import Store
-from tipl.subspace.basis import MIN_PREFIX_END, Basis
+from tipl.subspace.basis import Basis
 
 COORDINATE_TRIALS = 4
 """Held-out trials whose coordinates are kept for the report."""
@@ -59,53 +60,6 @@ FOLLOW = 0.5
 
 NUM_STATES = 256
 """States on which actions are compared, at most: an error in a mean over them of some percent, for a few MB."""
-
-
-@dataclasses.dataclass(frozen=True)
-class EvaluateConfig:
-    """What forecasts are judged on."""
-
-    prefixes: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8)
-    """Shares of the path that are observed."""
-    horizons: tuple[float, ...] = (0.1, 0.2, 0.4, 0.6)
-    """How far ahead, as shares of the path; those that fit, and always the end of the path."""
-    num_episodes: int = 5
-    """Episodes a policy, the same for all policies of a trial."""
-    max_trials: int | None = None
-    """Held-out trials that are judged, at most; by default all."""
-    seed: int = 0
-    """Of the episodes."""
-
-    def __post_init__(self) -> None:
-        for name in ("prefixes", "horizons"):
-            shares = getattr(self, name)
-            if not shares or not all(0.0 < share < 1.0 for share in shares):
-                raise ValueError(f"EvaluateConfig: {name} must be shares of the path in (0, 1), got {shares}")
-        if self.num_episodes < 1:
-            raise ValueError(f"EvaluateConfig: num_episodes must be at least 1, got {self.num_episodes}")
-        if self.max_trials is not None and self.max_trials < 1:
-            raise ValueError(f"EvaluateConfig: max_trials must be at least 1, got {self.max_trials}")
-
-    def prefix_ends(self, num_checkpoints: int) -> list[int]:
-        """Return the index h at which each prefix ends.
-
-        Raises ValueError where a prefix is too short for a basis, or leaves nothing to forecast.
-        """
-        ends = [prefix_end_of(share, num_checkpoints) for share in self.prefixes]
-        for share, end in zip(self.prefixes, ends, strict=True):
-            if not MIN_PREFIX_END <= end < num_checkpoints - 1:
-                raise ValueError(
-                    f"evaluate: prefix {share:g} of a path of {num_checkpoints} checkpoints ends at checkpoint {end}, "
-                    f"which must lie in [{MIN_PREFIX_END}, {num_checkpoints - 2}]: collect longer paths (a larger "
-                    "total_timesteps) or choose other prefixes"
-                )
-        return ends
-
-    def horizon_grid(self, prefix_end: int, num_checkpoints: int) -> NDArray[np.int64]:
-        """Return the horizons (n,) after `prefix_end`, ascending; the last reaches the end of the path."""
-        to_end = num_checkpoints - 1 - prefix_end
-        steps = {max(1, round(share * (num_checkpoints - 1))) for share in self.horizons}
-        return np.array(sorted({step for step in steps if step < to_end} | {to_end}), dtype=np.int64)
 
 
 def weight_errors(

@@ -69,6 +69,8 @@ def import_checkpoints(
     """
     output = Path(output)
     refuse_existing(output, "import")
+    if num_checkpoints is not None and num_checkpoints < 1:
+        raise ValueError(f"import: num_checkpoints must be at least 1, got {num_checkpoints}")
     reading = _Reading(activation, actor, step_pattern, num_checkpoints, max_bytes)
     runs = _runs([Path(source) for source in sources], pattern, reading)
     env_ids = {run.env_id for run in runs} - {"unknown"} if env_id == "unknown" else {env_id}

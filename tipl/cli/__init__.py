@@ -1,0 +1,63 @@
+"""The command line: one command a stage, `run` for all of them, `demo` for a first look.
+
+Every command prints one line a result on stdout. A user's mistake ends in one line on stderr and exit status 2; Ctrl-C
+in one line and 130.
+"""
+
+import dataclasses
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from tipl.cli.forecast_commands import Calibrate, Evaluate, Report, Rollout, Train
+from tipl.cli.printing import one_line, print_warning
+from tipl.cli.run_commands import Demo, Reproduce, Run
+from tipl.cli.store_commands import Collect, Export, Import, StoreCommands, Verify
+
+Command = (
+    Annotated[Collect, tyro.conf.subcommand("collect")]
+    | Annotated[Verify, tyro.conf.subcommand("verify")]
+    | Annotated[StoreCommands, tyro.conf.subcommand("store")]
+    | Annotated[Train, tyro.conf.subcommand("train")]
+    | Annotated[Calibrate, tyro.conf.subcommand("calibrate")]
+    | Annotated[Rollout, tyro.conf.subcommand("rollout")]
+    | Annotated[Import, tyro.conf.subcommand("import")]
+    | Annotated[Export, tyro.conf.subcommand("export")]
+    | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+    | Annotated[Report, tyro.conf.subcommand("report")]
+    | Annotated[Run, tyro.conf.subcommand("run")]
+    | Annotated[Demo, tyro.conf.subcommand("demo")]
+    | Annotated[Reproduce, tyro.conf.subcommand("reproduce")]
+)
+
+
+def main() -> None:
+    """Parse the command line and run the command; the exit status is 0, 2 for a user's mistake, 130 for Ctrl-C."""
+    warnings.showwarning = print_warning  # type: ignore[assignment]
+    try:
+        command = tyro.cli(
+            Command,
+            prog="tipl",
+            description="Forecast where PPO takes a policy's weights. Start with `tipl demo`.",
+        )
+        _refuse_urls(command)
+        command.run()
+    except KeyboardInterrupt as interrupt:
+        print(f"tipl: interrupted. {interrupt}".rstrip(), file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, RuntimeError, OSError, FloatingPointError, MemoryError) as error:
+        print(f"tipl: error: {one_line(error)}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _refuse_urls(command: object) -> None:
+    """Raise ValueError where a URL was given for an argument that is a local path."""
+    for name, value in vars(command).items():
+        if dataclasses.is_dataclass(value):
+            _refuse_urls(value)
+        for path in value if isinstance(value, tuple) else (value,):
+            if isinstance(path, Path) and path.parts and path.parts[0].endswith(":"):
+                raise ValueError(f"{name} must be a local path, and {path.parts[0]}//... is a URL")

@@ -1,0 +1,200 @@
+"""Commands that train, calibrate, use and judge a forecaster."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tyro.conf import OmitArgPrefixes
+
+from tipl.cli.arguments import FreshArg, PathArg, RayArg, StoreArg
+from tipl.cli.printing import end_of_path_table, training_line
+from tipl.files.publishing import published
+from tipl.files.sealed import save_arrays
+from tipl.forecasting.calibration import recalibrate
+from tipl.forecasting.forecaster import Forecaster, check_and_forecast, load_pretrained
+from tipl.forecasting.sources import prefix_end_of
+from tipl.forecasting.train_config import TrainConfig
+from tipl.forecasting.training import train
+from tipl.judging.evaluate_config import EvaluateConfig
+from tipl.judging.evaluation import evaluate
+from tipl.report import write_report
+from tipl.storing.exporter import layout_record
+from tipl.storing.store import Store
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    """Train the forecaster on a store's trials, or on several stores'; a share of them is held out and never read.
+
+    Example: tipl train --store runs/cheetah/store.zarr --output runs/cheetah/model
+    """
+
+    store: tuple[StoreArg, ...]
+    """A store written by `tipl collect`, or several, of any tasks: --num-checkpoints brings their paths to one
+    length."""
+    output: PathArg
+    """The model folder; must not exist."""
+    num_threads: int | None = None
+    """Cores on which policies are run to calibrate the confidence; by default all."""
+    ray: RayArg = None
+    """Fit a shared basis on the Ray cluster at this address; local: on one started here."""
+    train: OmitArgPrefixes[TrainConfig] = dataclasses.field(default_factory=TrainConfig)
+
+    def run(self) -> None:
+        train(
+            [Store.open(path) for path in self.store],
+            self.output,
+            self.train,
+            num_threads=self.num_threads,
+            ray=self.ray,
+        )
+        print(f"model      {self.output}: {training_line(self.output)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibrate:
+    """Learn anew from runs of yours when a forecaster can be trusted, and how far to go along its forecasts.
+
+    Forecasts of up to --num-trials runs of each store are run in the simulator, never of those that `tipl evaluate`
+    judges. The confidence of a forecaster that learnt it elsewhere, such as the one that comes with tipl, says little
+    of another task.
+
+    Example: tipl calibrate --store runs/own/store.zarr --output runs/own/model
+    """
+
+    store: tuple[StoreArg, ...]
+    """Runs of your task; of several tasks the confidence serves all, and there is no `tuned` forecast."""
+    output: PathArg
+    """The new model folder; must not exist."""
+    model: PathArg | None = None
+    """A model folder written by `tipl train`; by default the forecaster that comes with tipl."""
+    num_trials: int = 32
+    num_threads: int | None = None
+    """Cores on which policies are run; by default all."""
+
+    def run(self) -> None:
+        recalibrate(
+            [Store.open(path) for path in self.store],
+            self.output,
+            self.model,
+            num_trials=self.num_trials,
+            num_threads=self.num_threads,
+        )
+        print(f"model      {self.output}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rollout:
+    """Forecast the weights that follow the observed part of one trial, and write them as safetensors.
+
+    Example: tipl rollout --model runs/demo/model --store runs/demo/store.zarr --trial 3 --output f.safetensors
+
+    Example: tipl rollout --store runs/own/store.zarr --output f.safetensors
+    """
+
+    store: StoreArg
+    output: PathArg
+    """A .safetensors file: `weights` (horizon, p) float32, `checkpoint` (horizon,), the index of each row, and, where
+    the model knows, `confidence` (horizon,): the probability that the policy beats the last one observed."""
+    model: PathArg | None = None
+    """A model folder written by `tipl train`; by default the forecaster that comes with tipl."""
+    trial: int = 0
+    prefix: float = 0.4
+    """Share of the trial's path that is observed."""
+    every: int | None = None
+    """Take every so-many-th checkpoint; by default as many as fit the model."""
+    horizon: int | None = None
+    """Checkpoints to forecast; to the end of the path by default."""
+
+    def run(self) -> None:
+        if not 0.0 < self.prefix <= 1.0:
+            raise ValueError(f"rollout: prefix must be a share of the path in (0, 1], got {self.prefix}")
+        with published(self.output, "rollout") as aside:
+            said = self._forecast(aside)
+        print(f"forecast   {self.output}: {said}")
+
+    def _forecast(self, path: Path) -> str:
+        """Write the forecast to `path`; return what is to be said of it."""
+        store = Store.open(self.store)
+        if not 0 <= self.trial < store.num_trials:
+            raise ValueError(f"rollout: trial must lie in [0, {store.num_trials}), got {self.trial}")
+        forecaster = load_pretrained() if self.model is None else Forecaster.load(self.model)
+        trial, max_len = store.trial(self.trial), forecaster.model.config.max_len
+        every = -(-(trial.num_checkpoints - 1) // (max_len - 1)) if self.every is None else self.every
+        if every < 1:
+            raise ValueError(f"rollout: every must be at least 1, got {every}")
+        weights = trial.weights()[::every]
+        prefix_end = prefix_end_of(self.prefix, len(weights))
+        horizon = len(weights) - 1 - prefix_end if self.horizon is None else self.horizon
+        forecast = check_and_forecast(forecaster, weights[: prefix_end + 1], horizon, layout=store.policy)[0]
+        checkpoint = every * np.arange(prefix_end + 1, prefix_end + 1 + horizon)
+        arrays: dict[str, NDArray[Any]] = {"weights": forecast.weights(), "checkpoint": checkpoint}
+        trusted = ""
+        if forecast.calibrated is not None:
+            arrays["confidence"] = forecast.confidence()
+            trusted = f"; the last beats the policy at {every * prefix_end} with p = {arrays['confidence'][-1]:.2f}"
+        save_arrays(path, arrays, layout_record(store))
+        thinned = f", every {every}," if every > 1 else ""
+        return f"checkpoints {checkpoint[0]} to {checkpoint[-1]}{thinned} of trial {self.trial}{trusted}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluate:
+    """Judge the forecasts of held-out trials in weight space and in the simulator, beside baselines and floors.
+
+    Example: tipl evaluate --store runs/demo/store.zarr --model runs/demo/model --output runs/demo/evaluation
+    """
+
+    store: StoreArg
+    model: PathArg
+    output: PathArg
+    """The folder of results.json; must not exist."""
+    fresh: FreshArg = None
+    """Judge all trials of this store instead, collected like --store under another --seed."""
+    num_threads: int | None = None
+    """Cores to use, of a worker with --ray; by default all, of a worker one."""
+    ray: RayArg = None
+    """Run the policies on the Ray cluster at this address; local: on one started here."""
+    evaluate: OmitArgPrefixes[EvaluateConfig] = dataclasses.field(default_factory=EvaluateConfig)
+
+    def run(self) -> None:
+        forecaster = Forecaster.load(self.model)
+        target = evaluate(
+            Store.open(self.store),
+            forecaster,
+            self.output,
+            self.evaluate,
+            fresh=None if self.fresh is None else Store.open(self.fresh),
+            num_threads=self.num_threads,
+            ray=self.ray,
+        )
+        print(f"results    {target}")
+        print(end_of_path_table(target))
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Draw the report: one HTML page that needs no network, and its plots as PNG files.
+
+    Example: tipl report --store runs/demo/store.zarr --evaluation runs/demo/evaluation --output report
+    """
+
+    store: StoreArg
+    evaluation: PathArg
+    output: PathArg
+    model: PathArg | None = None
+    """Adds the training curve."""
+    overwrite: bool = False
+    """Replace a report that is there."""
+
+    def run(self) -> None:
+        page = write_report(
+            self.output,
+            evaluation=self.evaluation,
+            store=Store.open(self.store),
+            training=None if self.model is None else self.model / "training.json",
+            overwrite=self.overwrite,
+        )
+        print(f"report     {page}")

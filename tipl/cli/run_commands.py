@@ -1,0 +1,103 @@
+"""Commands that run every stage."""
+
+import dataclasses
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import arg
+
+from tipl import pipeline
+from tipl.cli.arguments import PathArg, RayArg
+from tipl.cli.printing import end_of_path_table, print_stage
+from tipl.collecting.population import PPOConfig
+from tipl.forecasting.train_config import TrainConfig
+from tipl.judging.evaluate_config import EvaluateConfig
+from tipl.reproduction import experiments, reproduce
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Run every stage: collect, train, evaluate, report. Each writes into its own folder under `output`.
+
+    Example: tipl run --env-id HalfCheetah-v4 --num-trials 32 --total-timesteps 300000 --output runs/cheetah
+    """
+
+    output: PathArg
+    """The run folder; must not exist, or be of this very run cut off, which then goes on."""
+    env_id: str = "InvertedPendulum-v5"
+    """A Gymnasium id with continuous actions."""
+    num_trials: int = 48
+    """PPO runs, each with its own initial weights and seeds."""
+    total_timesteps: int = 100_000
+    """Env steps a trial."""
+    seed: int = 0
+    """All trials' seeds derive from it; --train.seed chooses the split, --evaluate.seed the episodes."""
+    shared_init: bool = False
+    """Start all trials from the same weights (the paper's setting)."""
+    num_threads: int | None = None
+    """Cores to use, of a worker with --ray; by default all, of a worker one."""
+    ray: RayArg = None
+    """Spread the work over the Ray cluster at this address; local: over one started here."""
+    resume: bool = False
+    """Go on in the folder of a finished run too, or of an older tipl's, and make what is missing there."""
+    ppo: PPOConfig = dataclasses.field(default_factory=PPOConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
+
+    def run(self) -> None:
+        settings = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        pipeline.run(**settings, on_stage=partial(print_stage, tables=True))
+
+
+@dataclasses.dataclass(frozen=True)
+class Demo:
+    """See the whole thing in minutes: `run` on InvertedPendulum-v5 with settings that fit two cores."""
+
+    output: PathArg = Path("runs/demo")
+    resume: bool = False
+    """Keep the stages that an interrupted demo has finished."""
+
+    def run(self) -> None:
+        Run(
+            self.output,
+            env_id="InvertedPendulum-v5",
+            num_trials=256,
+            total_timesteps=50 * 512,
+            resume=self.resume,
+            ppo=PPOConfig(num_steps=512, num_minibatches=8),
+            train=TrainConfig(heldout_fraction=0.15),
+            evaluate=EvaluateConfig(num_episodes=2),
+        ).run()
+
+
+@dataclasses.dataclass(frozen=True)
+class Reproduce:
+    """Repeat the paper's experiment and go past it: InvertedPendulum-v4 and HalfCheetah-v4, three regimes, one page.
+
+    Independent initialisations, one shared initialisation, and the in-sample fit; arXiv 2503.04074. Cut off at whatever
+    moment, it goes on with the same command.
+
+    Example: tipl reproduce --output runs/reproduction
+
+    Example: tipl reproduce --stores HalfCheetah-v4=runs/cheetah/store.zarr --output runs/reproduction
+    """
+
+    output: PathArg = Path("runs/reproduction")
+    stores: Annotated[tuple[str, ...], arg(metavar="ENV=PATH")] = ()
+    """Complete stores of independently initialised trials to take instead of collecting."""
+    num_threads: int | None = None
+    """Cores to use; by default all."""
+
+    def run(self) -> None:
+        stores = {}
+        for given in self.stores:
+            env_id, _, path = given.partition("=")
+            if not (env_id and path):
+                raise ValueError(f"reproduce: --stores expects ENV=PATH, such as HalfCheetah-v4=c.zarr, got {given!r}")
+            stores[env_id] = path
+
+        page = reproduce(self.output, stores=stores, num_threads=self.num_threads, on_stage=print_stage)
+        for it in experiments(self.output):
+            print(f"\n{it.env_id}, {it.regime.name}: {end_of_path_table(it.folder.results)}")
+        print(f"\nreport     {page}")

@@ -1,0 +1,222 @@
+"""Commands that make stores, look into them, and bring weights in and out of them."""
+
+import dataclasses
+from typing import Annotated
+
+import tyro
+
+from tipl.cli.arguments import PathArg, RayArg, StoreArg
+from tipl.cli.printing import print_verification
+from tipl.collecting.collection import collect
+from tipl.collecting.description import describe_store
+from tipl.collecting.population import PPOConfig
+from tipl.policy import Activation
+from tipl.report import plot_store
+from tipl.storing.exporter import export_checkpoint
+from tipl.storing.importer import import_checkpoints
+from tipl.storing.store import Store
+from tipl.verification import verify, verify_store
+
+
+@dataclasses.dataclass(frozen=True)
+class Collect:
+    """Train many PPO trials at once on a MuJoCo task and store a checkpoint of each after every iteration.
+
+    Cut off at whatever moment, it goes on with the same command, and the store comes out as if nothing had happened.
+
+    Example: tipl collect --env-id HalfCheetah-v5 --num-trials 32 --total-timesteps 300000 --output cheetah.zarr
+
+    Example: tipl collect --num-trials 1000 --ray 10.0.0.1:6379 --output s3://bucket/pendulum.zarr
+    """
+
+    output: StoreArg
+    """Where the store goes; must not exist, or be cut off in the middle of this very collection, which then goes on."""
+    env_id: str = "InvertedPendulum-v5"
+    """A Gymnasium id with continuous actions."""
+    num_trials: int = 48
+    """PPO runs, each with its own initial weights and seeds."""
+    total_timesteps: int = 100_000
+    """Env steps a trial."""
+    seed: int = 0
+    """All trials' seeds derive from it."""
+    shared_init: bool = False
+    """Start all trials from the same weights (the paper's setting)."""
+    init_seed: int | None = None
+    """Start all from the initial weights of this trial seed: of another store with a shared start, the first that
+    `tipl store info` shows."""
+    num_threads: int | None = None
+    """Cores to use, of a worker with --ray; by default all, of a worker one."""
+    ray: RayArg = None
+    """Collect on the Ray cluster at this address, whose workers must all reach `output`; local: on one started here."""
+    trials_per_shard: int | None = None
+    """Trials that learn together, in one process; by default all, with --ray at most 16."""
+    tensorboard: PathArg | None = None
+    """A folder for TensorBoard curves of every trial and their mean, under CleanRL's tags; none by default."""
+    ppo: PPOConfig = dataclasses.field(default_factory=PPOConfig)
+
+    def run(self) -> None:
+        self.collect()
+        print(f"store      {self.output}")
+
+    def collect(self) -> Store:
+        return collect(
+            self.output,
+            env_id=self.env_id,
+            num_trials=self.num_trials,
+            total_timesteps=self.total_timesteps,
+            seed=self.seed,
+            ppo=self.ppo,
+            shared_init=self.shared_init,
+            init_seed=self.init_seed,
+            num_threads=self.num_threads,
+            ray=self.ray,
+            trials_per_shard=self.trials_per_shard,
+            tensorboard=self.tensorboard,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class StoreVerify:
+    """Check every checksum of every file of a store: prints ok, or what is wrong where, with exit status 1.
+
+    Example: tipl store verify runs/cheetah/store.zarr
+    """
+
+    store: tyro.conf.Positional[StoreArg]
+    """The store's folder or URL."""
+
+    def run(self) -> None:
+        print_verification(self.store, verify_store(self.store, progress=True))
+
+
+@dataclasses.dataclass(frozen=True)
+class StoreInfo:
+    """Show what is inside a store: trials, checkpoints, layout, hyperparameters, returns, how far it is.
+
+    Example: tipl store info runs/cheetah/store.zarr --plot cheetah.svg
+    """
+
+    store: tyro.conf.Positional[StoreArg]
+    """The store's folder or URL."""
+    plot: PathArg | None = None
+    """Draw learning curves, dimensionality and detour ratios of the trials' paths into this .svg or .png file."""
+    overwrite: bool = False
+    """Replace a plot that is there."""
+
+    def run(self) -> None:
+        for label, text in describe_store(Store.open(self.store)).items():
+            for i, line in enumerate(text.splitlines()):
+                print(f"{label if i == 0 else '':<11} {line}")
+        if self.plot is not None:
+            plot_store(Store.open(self.store), self.plot, overwrite=self.overwrite)
+            print(f"{'plot':<11} {self.plot}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Verify:
+    """Check every checksum of whatever tipl wrote: a store, a model, an evaluation, a report, a forecast, a whole run.
+
+    Prints ok, or what is wrong where, with exit status 1.
+
+    Example: tipl verify runs/cheetah
+    """
+
+    path: tyro.conf.Positional[StoreArg]
+    """A folder, a file, or the URL of a store."""
+
+    def run(self) -> None:
+        print_verification(self.path, verify(self.path, progress=True))
+
+
+@dataclasses.dataclass(frozen=True)
+class StoreCommands:
+    """Look into a store, or check that it is whole."""
+
+    command: tyro.conf.OmitSubcommandPrefixes[
+        Annotated[StoreVerify, tyro.conf.subcommand("verify")] | Annotated[StoreInfo, tyro.conf.subcommand("info")]
+    ]
+
+    def run(self) -> None:
+        self.command.run()
+
+
+@dataclasses.dataclass(frozen=True)
+class Import:
+    """Make a store of your own runs: checkpoints of Stable-Baselines3, CleanRL, rsl_rl, or any state_dict.
+
+    Example: tipl import logs/seed0 logs/seed1 --output store.zarr --env-id Hopper-v5 --pattern 'rl_model_*.zip'
+    """
+
+    sources: tyro.conf.Positional[tuple[PathArg, ...]]
+    """Folders of checkpoint files (.zip .cleanrl_model .pt .pth .safetensors), one a trial; or files, together one
+    trial; or stores, whose trials are put together."""
+    output: PathArg
+    """Where the store goes; must not exist."""
+    env_id: str = "unknown"
+    """The Gymnasium id, which checkpoint files do not know; `tipl evaluate` needs it."""
+    pattern: str = "*"
+    """Of the names to take in each folder. Files are ordered by the steps in their names."""
+    activation: Activation | None = None
+    """Of the policy, where the files do not say it; by default the library's own."""
+    actor: tuple[str, ...] | None = None
+    """The beginnings of the actor's keys, where a file holds more networks, such as "policy.", or "" for all but the
+    critics'."""
+    step_pattern: str | None = None
+    """A regular expression that finds the step in each name, such as 'iter_([0-9]+)', where there are more numbers."""
+    num_checkpoints: int | None = None
+    """Take the first so many of each trial; by default all, and all trials must hold equally many."""
+    max_bytes: int | None = None
+    """Of each file, and of what a zip unpacks to; by default 1 GiB, and less of a zip that unpacks to many times its
+    size."""
+
+    def run(self) -> None:
+        store = import_checkpoints(
+            self.sources,
+            self.output,
+            env_id=self.env_id,
+            pattern=self.pattern,
+            activation=self.activation,
+            actor=self.actor,
+            step_pattern=self.step_pattern,
+            num_checkpoints=self.num_checkpoints,
+            max_bytes=self.max_bytes,
+        )
+        print(f"store      {self.output}: {store.summary()}")
+        note = store.config["source"].get("note")
+        if note:
+            print(f"note       {note}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """Write weights, of a forecast or a store, as a checkpoint file that your own library loads.
+
+    Example: tipl export forecast.safetensors --like logs/seed0/rl_model_100000_steps.zip --output forecast.zip
+    """
+
+    weights: tyro.conf.Positional[PathArg]
+    """A forecast written by `tipl rollout`, or a store."""
+    like: PathArg
+    """A checkpoint file of the same policy; the actor's weights are replaced, all else is kept."""
+    output: PathArg
+    """The new file; must not exist."""
+    checkpoint: int | None = None
+    """Its index in the path; the last one by default."""
+    trial: int = 0
+    """Of a store."""
+    actor: tuple[str, ...] | None = None
+    """The beginnings of the actor's keys in --like, where it holds more networks and the weights do not know theirs."""
+    max_bytes: int | None = None
+    """Of --like, and of what a zip unpacks to, as in `tipl import`."""
+
+    def run(self) -> None:
+        export_checkpoint(
+            self.weights,
+            self.like,
+            self.output,
+            checkpoint=self.checkpoint,
+            trial=self.trial,
+            actor=self.actor,
+            max_bytes=self.max_bytes,
+        )
+        print(f"checkpoint {self.output}")
