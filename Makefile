@@ -3,7 +3,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-ENGINE := CMakeLists.txt pyproject.toml constraints.txt $(wildcard csrc/*) tipl $(wildcard tipl/*/)  # a folder: when files come or go
+CXX_FILES := $(wildcard $(foreach room,csrc csrc/* csrc/*/* bench,$(room)/*.h $(room)/*.cpp $(room)/*.cu))
+ENGINE := CMakeLists.txt pyproject.toml constraints.txt $(CXX_FILES) tipl $(wildcard tipl/*/)  # a folder: when files come or go
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test sanitize stress stress-smoke bench lint format wheel clean
@@ -35,12 +36,12 @@ lint: $(VENV)/.develop  ## ruff, ruff format, mypy --strict, import-linter, clan
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
-	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*.cpp bench/*.cpp
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 
 format: $(VENV)/.develop  ## Apply ruff and clang-format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i csrc/*.h csrc/*.cpp bench/*.cpp
+	$(BIN)/clang-format -i $(CXX_FILES)
 
 wheel: $(VENV)/.runtime  ## Build the wheel into dist/
 	PIP_CONSTRAINT=constraints.txt $(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .

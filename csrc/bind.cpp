@@ -18,9 +18,9 @@
 #include <utility>
 #include <vector>
 
+#include "cpu/isa.h"
+#include "cpu/parallel.h"
 #include "decode.h"
-#include "isa.h"
-#include "parallel.h"
 #include "policy.h"
 #include "ppo.h"
 #include "rng.h"
@@ -395,7 +395,8 @@ void bind_ppo(py::module_ &m) {
   m.def("mean_actions", &bound_mean_actions, py::arg("params"), py::arg("obs"), py::kw_only(), py::arg("act_dim"),
         py::arg("hidden_sizes"), py::arg("activation"),
         "Mean actions (N, R, A); tipl.policy.mean_action documents it.");
-  py::class_<PpoUpdate>(m, "PpoUpdate", "PPO's update of many trials; tipl.collecting.population.Population documents it.")
+  py::class_<PpoUpdate>(m, "PpoUpdate",
+                        "PPO's update of many trials; tipl.collecting.population.Population documents it.")
       .def(py::init(&make_ppo_update), py::kw_only(), py::arg("obs_dim"), py::arg("act_dim"), py::arg("hidden_sizes"),
            py::arg("activation"), py::arg("minibatch_size"), py::arg("update_epochs"), py::arg("clip_coef"),
            py::arg("clip_coef_vf"), py::arg("vf_coef"), py::arg("ent_coef"), py::arg("max_grad_norm"),

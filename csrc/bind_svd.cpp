@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "bind.h"
-#include "read_ahead.h"
+#include "cpu/read_ahead.h"
 #include "svd.h"
 
 namespace tipl {

@@ -3,7 +3,7 @@
 #include <algorithm>
 
 #include "check.h"
-#include "isa.h"
+#include "cpu/isa.h"
 
 namespace tipl {
 namespace {

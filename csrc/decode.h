@@ -1,4 +1,5 @@
-// The forecaster (tipl/forecasting/transformer.py) over a KV cache: prefill, step, generate. Not a general Transformer runtime.
+// The forecaster (tipl/forecasting/transformer.py) over a KV cache: prefill, step, generate. Not a general Transformer
+// runtime.
 //
 // Shapes  L layers, B sequences, H heads, D head_dim, T slots, d = H * D, k coordinates, M rows; row-major float32.
 // Rows    One pass takes M tokens, each a (sequence, slot): a step is one row a sequence, a prefill many. Prefixes may
@@ -19,11 +20,11 @@
 #include <cstdint>
 #include <vector>
 
-#include "aligned.h"
 #include "call.h"
-#include "kernels.h"
-#include "parallel.h"
-#include "weights.h"
+#include "cpu/aligned.h"
+#include "cpu/kernels.h"
+#include "cpu/parallel.h"
+#include "cpu/weights.h"
 
 namespace tipl {
 

@@ -3,9 +3,9 @@
 #include <algorithm>
 #include <iterator>
 
-#include "aligned.h"
 #include "check.h"
-#include "isa.h"
+#include "cpu/aligned.h"
+#include "cpu/isa.h"
 
 namespace tipl {
 

@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "call.h"
-#include "kernels.h"
+#include "cpu/kernels.h"
 
 namespace tipl {
 

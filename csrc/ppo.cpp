@@ -4,7 +4,7 @@
 #include <cmath>
 
 #include "check.h"
-#include "isa.h"
+#include "cpu/isa.h"
 
 namespace tipl {
 namespace {

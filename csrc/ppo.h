@@ -17,10 +17,10 @@
 #include <limits>
 #include <vector>
 
-#include "aligned.h"
 #include "call.h"
-#include "kernels.h"
-#include "parallel.h"
+#include "cpu/aligned.h"
+#include "cpu/kernels.h"
+#include "cpu/parallel.h"
 #include "policy.h"
 
 namespace tipl {

@@ -10,7 +10,7 @@
 #include <utility>
 
 #include "check.h"
-#include "isa.h"
+#include "cpu/isa.h"
 #include "rng.h"
 
 namespace tipl {

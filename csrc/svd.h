@@ -14,8 +14,8 @@
 //         2013, arXiv:1211.1002); dense signs in Omega'; the identity where l = p. Or given, orthonormal directions of
 //         an earlier pass: subspace iteration, a pass a step.
 // Numbers float32 rows; C is summed in float32 over 128 rows, then in float64. C holds squares of singular values:
-//         those below some 3e-4 of the largest drown in rounding (tipl/subspace/streaming_svd.py cuts them off), a later pass resolves
-//         them.
+//         those below some 3e-4 of the largest drown in rounding (tipl/subspace/streaming_svd.py cuts them off), a
+//         later pass resolves them.
 // Cost    2 p (l + q + 1) + (kNonzeros + q) p flops a row (4 p (l + q + 1) where the directions are given), and A is
 //         read twice a block, from where it lies and then from cache or memory; C (16 p (l + q + 1) bytes a block).
 // Memory  8 p (l + q + 1) bytes and 4 l a row; where rows come in fewer than b at a time also two blocks of rows (8 b
@@ -33,10 +33,10 @@
 #include <memory>
 #include <vector>
 
-#include "aligned.h"
 #include "call.h"
-#include "kernels.h"
-#include "parallel.h"
+#include "cpu/aligned.h"
+#include "cpu/kernels.h"
+#include "cpu/parallel.h"
 
 namespace tipl {
 

@@ -1,8 +1,8 @@
 // The kernels of the sketch and of the products of rows (svd.cpp). A part of kernels.cpp, under its rules.
 #pragma once
 
-#include "kernels.h"
-#include "vec.h"
+#include "cpu/kernels.h"
+#include "cpu/simd/vec.h"
 
 namespace {
 

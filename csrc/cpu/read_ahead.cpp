@@ -1,4 +1,4 @@
-#include "read_ahead.h"
+#include "cpu/read_ahead.h"
 
 #include <algorithm>
 #include <cstdint>

@@ -1,9 +1,9 @@
 // Attention over a KV cache. A part of kernels.cpp, under its rules.
 #pragma once
 
-#include "kernels.h"
-#include "kernels_math.h"
-#include "vec.h"
+#include "cpu/kernels.h"
+#include "cpu/simd/math.h"
+#include "cpu/simd/vec.h"
 
 namespace {
 

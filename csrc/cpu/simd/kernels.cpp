@@ -1,13 +1,13 @@
 // Compiled once per instruction set, with TIPL_ISA_NAME = baseline, avx2, avx512 or avx512bf16 (CMakeLists.txt).
 // Includes only what style allows here: vec.h, kernels*.h and C headers; all but the table is in an anonymous
 // namespace.
-#include "kernels.h"
+#include "cpu/kernels.h"
 
-#include "kernels_attention.h"
-#include "kernels_linear.h"
-#include "kernels_math.h"
-#include "kernels_ppo.h"
-#include "kernels_svd.h"
+#include "cpu/simd/attention.h"
+#include "cpu/simd/linear.h"
+#include "cpu/simd/math.h"
+#include "cpu/simd/ppo.h"
+#include "cpu/simd/sketch.h"
 
 #define TIPL_JOIN_(a, b) a##b
 #define TIPL_JOIN(a, b) TIPL_JOIN_(a, b)

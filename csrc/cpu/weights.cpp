@@ -1,4 +1,4 @@
-#include "weights.h"
+#include "cpu/weights.h"
 
 #include <algorithm>
 #include <bit>
@@ -7,7 +7,7 @@
 #include <utility>
 
 #include "check.h"
-#include "isa.h"
+#include "cpu/isa.h"
 
 namespace tipl {
 namespace {

@@ -5,9 +5,9 @@
 #include <string>
 #include <vector>
 
-#include "aligned.h"
 #include "call.h"
-#include "kernels.h"
+#include "cpu/aligned.h"
+#include "cpu/kernels.h"
 
 namespace tipl {
 

@@ -3,7 +3,7 @@
 
 #include <stddef.h>
 
-#include "vec.h"
+#include "cpu/simd/vec.h"
 
 namespace {
 

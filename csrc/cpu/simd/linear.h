@@ -2,9 +2,9 @@
 // under its rules.
 #pragma once
 
-#include "kernels.h"
-#include "kernels_math.h"
-#include "vec.h"
+#include "cpu/kernels.h"
+#include "cpu/simd/math.h"
+#include "cpu/simd/vec.h"
 
 namespace {
 
