@@ -1,6 +1,7 @@
 """Oracles in float64, slow and obvious; one section a concept."""
 
 import functools
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,6 +11,9 @@ from tipl.collecting.population import PPOConfig
 from tipl.forecasting.transformer import ModelConfig
 
 # ---- the forecaster (tipl/forecasting/transformer.py, csrc/decode.cpp)
+
+SMALL_MODEL = ModelConfig(n_components=5, n_layer=2, n_head=3, d_model=39, d_ff=50, max_len=90, out_scale=0.05)
+"""Sizes none of which a vector register divides."""
 
 
 def random_forecaster(config: ModelConfig, seed: int) -> dict[str, NDArray[np.float32]]:
@@ -115,6 +119,16 @@ def gram(rows: NDArray[np.float32], origin: NDArray[np.float32] | None) -> NDArr
     """Return the products of all pairs of rows less the origin."""
     exact = rows.astype(np.float64) - (0.0 if origin is None else origin.astype(np.float64))
     return exact @ exact.T
+
+
+# ---- baselines (tipl/judging/predictors.py, tipl/judging/regression.py, tipl/judging/nowcaster.py)
+
+
+def relative_error(predictor: Any, path: NDArray[np.float32], prefix_end: int, horizon: int) -> float:
+    """Return how far a forecast is from the truth, in lengths of the way that the path has gone by then."""
+    forecast = predictor.forecast(path[: prefix_end + 1], np.array([horizon]))[0]
+    truth = path[prefix_end + horizon].astype(np.float64)
+    return float(np.linalg.norm(forecast - truth) / np.linalg.norm(truth - path[0]))
 
 
 # ---- PPO (tipl/collecting/population.py): one trial as ordinary torch modules, with autograd and torch's own clipping

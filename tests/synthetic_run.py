@@ -7,43 +7,16 @@ from typing import Any
 
 import numpy as np
 import safetensors.numpy
+from factories import make_store, policy_return
 from numpy.typing import NDArray
 
 from tipl.files.manifest import write_manifest
-from tipl.policy import PolicySpec
 from tipl.report import write_report
 from tipl.report.results import Results, read_results
 from tipl.storing.store import Store
 
-SPEC = PolicySpec(obs_dim=4, act_dim=1, hidden_sizes=(16, 16))
 PREFIXES = (0.2, 0.4, 0.6, 0.8)
 NUM_COMPONENTS = 8
-
-
-def make_store(
-    path: Path, num_trials: int, num_checkpoints: int, env_id: str = "InvertedPendulum-v5", *, seed: int = 0
-) -> Store:
-    """A store of paths that settle along a few directions, jittered, with returns that rise to about 1000."""
-    rng = np.random.default_rng(seed + 1)
-    t = np.linspace(0, 1, num_checkpoints)
-    shapes = np.stack([1 - np.exp(-3 * t), t**1.5, np.sin(2 * t), t * (1 - t)], 1)  # (T, 4)
-    seeds = range(seed, seed + num_trials)
-    store = Store.create(path, env_id=env_id, policy=SPEC, seeds=seeds, config={"total_timesteps": 100_000})
-    weights, returns = [], []
-    for _ in range(num_trials):
-        directions = rng.normal(size=(4, SPEC.num_params)) * np.array([1.0, 0.6, 0.4, 0.2])[:, None]
-        jitter = np.cumsum(rng.normal(size=(num_checkpoints, SPEC.num_params)), 0) * 0.01
-        weights.append(rng.normal(size=SPEC.num_params) + shapes @ directions + jitter - jitter[0])
-        returns.append(policy_return(t, rng.uniform(0.25, 0.75)) + rng.normal(size=num_checkpoints) * 20)
-    steps = np.tile(2048 * np.arange(num_checkpoints, dtype=np.int64), (num_trials, 1))
-    episodic_return = np.stack(returns)
-    episodic_return[:, 0] = np.nan  # no episode has ended yet
-    store.append(np.stack(weights).astype(np.float32), steps, episodic_return)
-    return store
-
-
-def policy_return(t: Any, middle: float) -> Any:
-    return 1000 / (1 + np.exp(-12 * (np.asarray(t) - middle)))
 
 
 def make_rows(store: Store, heldout: list[int], prefixes: tuple[float, ...] = PREFIXES) -> list[dict[str, Any]]:

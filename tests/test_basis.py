@@ -5,21 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
-from synthetic_run import make_store
+from factories import make_store, random_path
 
 from tipl.subspace.basis import MIN_PREFIX_END, Basis, Centre, prefix_coordinates, trajectory_gram
 
 EPS = np.finfo(np.float32).eps
-
-
-def random_path(num_checkpoints: int, num_params: int, seed: int) -> NDArray[np.float32]:
-    """A path that bends through a few directions, with noise in all."""
-    rng = np.random.default_rng(seed)
-    t = np.linspace(0, 1, num_checkpoints)[:, None]
-    shapes = np.concatenate([t, t**2, np.sin(3 * t), t**0.5], 1)
-    noise = np.cumsum(rng.standard_normal((num_checkpoints, num_params)), 0) * 0.02
-    return (rng.standard_normal(num_params) + shapes @ rng.standard_normal((4, num_params)) + noise).astype(np.float32)
 
 
 @pytest.mark.parametrize("prefix_end", [MIN_PREFIX_END, 6, 12, 28])

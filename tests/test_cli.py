@@ -8,44 +8,28 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import safetensors.numpy
+from factories import TINY_EVALUATE, TINY_PPO, TINY_TRAIN, flags
 
 from tipl import cli
-from tipl.cli import main
 from tipl.files.publishing import claimed, published
 from tipl.files.sealed import load_json
 from tipl.storing.store import Store
 
-SHORT = ["--total-timesteps", "640"]
-PPO = ["--ppo.num-steps", "64", "--ppo.num-minibatches", "2", "--ppo.update-epochs", "1"]
-MODEL = ["--n-components", "4", "--n-layer", "1", "--n-head", "2", "--d-model", "16", "--steps", "10"]
-MODEL += ["--refine-steps", "20", "--confidence-trials", "2"]
-JUDGE = ["--prefixes", "0.5", "--horizons", "0.2", "--num-episodes", "1"]
-
-
-def tipl(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    """Run the command in this process and return its exit status."""
-    monkeypatch.setattr(sys, "argv", ["tipl", *map(str, arguments)])
-    try:
-        main()
-    except SystemExit as ending:
-        return int(ending.code or 0)
-    return 0
+COLLECT = ["--total-timesteps", str(10 * TINY_PPO.num_steps), *flags(TINY_PPO, "ppo.")]
+TRAIN, EVALUATE = flags(TINY_TRAIN), flags(TINY_EVALUATE)
+RUN = ["--num-trials", "4", *COLLECT, *flags(TINY_TRAIN, "train."), *flags(TINY_EVALUATE, "evaluate.")]
 
 
 @pytest.fixture(scope="module")
-def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished_run(run_tipl: Callable[..., int], tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("cli") / "run"
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        status = tipl(
-            monkeypatch, "run", "--output", output, "--num-trials", 4, "--total-timesteps", 640, *PPO,
-            *[x.replace("--", "--train.") for x in MODEL], *[x.replace("--", "--evaluate.") for x in JUDGE],
-        )  # fmt: skip
-    assert status == 0
+    assert run_tipl("run", "--output", output, *RUN) == 0
     return output
 
 
@@ -57,78 +41,75 @@ def test_run_leaves_every_stage(finished_run: Path) -> None:
 
 
 def test_stages_one_by_one_give_what_run_gives(
-    finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    finished_run: Path, tmp_path: Path, run_tipl: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     store, model, evaluation = tmp_path / "s.zarr", tmp_path / "model", tmp_path / "evaluation"
-    assert tipl(monkeypatch, "collect", "--output", store, "--num-trials", 4, *SHORT, *PPO) == 0
-    assert tipl(monkeypatch, "train", "--store", store, "--output", model, *MODEL) == 0
+    assert run_tipl("collect", "--output", store, "--num-trials", 4, *COLLECT) == 0
+    assert run_tipl("train", "--store", store, "--output", model, *TRAIN) == 0
     judged = ["--store", store, "--model", model]
-    assert tipl(monkeypatch, "evaluate", *judged, "--output", evaluation, *JUDGE) == 0
+    assert run_tipl("evaluate", *judged, "--output", evaluation, *EVALUATE) == 0
     one, other = (json.loads((run / "evaluation/results.json").read_text()) for run in (finished_run, tmp_path))
     assert one["rows"] == other["rows"]
     assert "relative weight error at the end of the path" in capsys.readouterr().out
 
     report = ["report", "--store", store, "--evaluation", evaluation, "--output", tmp_path / "report"]
-    assert tipl(monkeypatch, *report) == 0
-    assert tipl(monkeypatch, *report) == 2
+    assert run_tipl(*report) == 0
+    assert run_tipl(*report) == 2
     assert "exists" in capsys.readouterr().err
-    assert tipl(monkeypatch, *report, "--overwrite") == 0
+    assert run_tipl(*report, "--overwrite") == 0
 
     fresh = ["--fresh", tmp_path / "fresh.zarr", "--output", tmp_path / "fresh"]
-    assert tipl(monkeypatch, "evaluate", *judged, *fresh, *JUDGE) == 2
+    assert run_tipl("evaluate", *judged, *fresh, *EVALUATE) == 2
     assert "there is no trajectory store" in capsys.readouterr().err
-    assert tipl(monkeypatch, "collect", "--output", fresh[1], "--seed", 1, "--num-trials", 2, *SHORT, *PPO) == 0
-    assert tipl(monkeypatch, "evaluate", *judged, *fresh, *JUDGE) == 0
+    assert run_tipl("collect", "--output", fresh[1], "--seed", 1, "--num-trials", 2, *COLLECT) == 0
+    assert run_tipl("evaluate", *judged, *fresh, *EVALUATE) == 0
     assert {row["trial"] for row in json.loads((tmp_path / "fresh/results.json").read_text())["rows"]} == {0, 1}
 
     again = ["calibrate", *judged, "--output", tmp_path / "calibrated", "--num-trials", 2]
-    assert tipl(monkeypatch, *again) == 0
+    assert run_tipl(*again) == 0
     assert (tmp_path / "calibrated/strides.safetensors").is_file()
-    assert tipl(monkeypatch, *again) == 2
+    assert run_tipl(*again) == 2
     assert "exists already" in capsys.readouterr().err
 
     forecast = tmp_path / "forecast.safetensors"
     command = ["rollout", *judged, "--trial", 1, "--prefix", 0.5, "--output", forecast]
-    assert tipl(monkeypatch, *command) == 0
+    assert run_tipl(*command) == 0
     arrays = safetensors.numpy.load_file(forecast)
     assert arrays["checkpoint"].tolist() == [6, 7, 8, 9, 10]
     assert arrays["weights"].shape == (5, Store.open(store).policy.num_params)
-    assert tipl(monkeypatch, *command) == 2
+    assert run_tipl(*command) == 2
     assert "exists already" in capsys.readouterr().err
 
 
 def test_resume_keeps_finished_stages(
-    finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    finished_run: Path, tmp_path: Path, run_tipl: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "run"
     shutil.copytree(finished_run, output)
     shutil.rmtree(output / "evaluation")
     (output / "report" / "report.html").unlink()
     model = (output / "model" / "model.safetensors").stat().st_mtime_ns
-    command = [
-        "run", "--output", output, "--num-trials", 4, "--total-timesteps", 640, *PPO,
-        *[x.replace("--", "--train.") for x in MODEL], *[x.replace("--", "--evaluate.") for x in JUDGE],
-    ]  # fmt: skip
-    assert tipl(monkeypatch, *command) == 0  # what was cut off goes on
+    command = ["run", "--output", output, *RUN]
+    assert run_tipl(*command) == 0  # what was cut off goes on
     assert (output / "model" / "model.safetensors").stat().st_mtime_ns == model
     assert (output / "report" / "report.html").exists()
-    assert tipl(monkeypatch, *command) == 2
+    assert run_tipl(*command) == 2
     assert "choose another folder or pass --resume" in capsys.readouterr().err
-    assert tipl(monkeypatch, *command, "--resume") == 0
+    assert run_tipl(*command, "--resume") == 0
     for name, value in (("--num-trials", 5), ("--train.steps", 11)):
         other = command.copy()
         other[other.index(name) + 1] = value
-        assert tipl(monkeypatch, *other, "--resume") == 2
+        assert run_tipl(*other, "--resume") == 2
         began = f"was begun with {name[2:].replace('-', '_')} = {command[command.index(name) + 1]}, got {value}"
         assert began in capsys.readouterr().err
     (output / "run.json").unlink()  # of an older tipl, whose settings nobody knows but the store's
     command[command.index("--num-trials") + 1] = 5
-    assert tipl(monkeypatch, *command, "--resume") == 2
+    assert run_tipl(*command, "--resume") == 2
     assert "--resume expects 11 checkpoints of 5 trials" in capsys.readouterr().err
 
 
 def test_resume_goes_on_after_a_training_that_was_cut_off(
-    finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished_run: Path, tmp_path: Path, run_tipl: Callable[..., int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = tmp_path / "run"
     shutil.copytree(finished_run, output)
@@ -141,15 +122,12 @@ def test_resume_goes_on_after_a_training_that_was_cut_off(
             (aside / "tb").mkdir(parents=True)
             raise KeyboardInterrupt
 
-    command = [
-        "run", "--output", output, "--num-trials", 4, "--total-timesteps", 640, *PPO,
-        *[x.replace("--", "--train.") for x in MODEL], *[x.replace("--", "--evaluate.") for x in JUDGE],
-    ]  # fmt: skip
+    command = ["run", "--output", output, *RUN]
     monkeypatch.setattr(cli, "train", cut_off)
-    assert tipl(monkeypatch, *command) == 130
+    assert run_tipl(*command) == 130
     assert not (output / "model").exists()
     monkeypatch.setattr(cli, "train", whole)
-    assert tipl(monkeypatch, *command) == 0
+    assert run_tipl(*command) == 0
     assert (output / "report" / "report.html").exists()
 
 
@@ -174,14 +152,14 @@ def test_resume_goes_on_after_a_training_that_was_cut_off(
     ],
 )
 def test_a_mistake_is_one_line_and_leaves_nothing(
-    arguments: list[str], message: str, finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str], message: str, finished_run: Path, tmp_path: Path, run_tipl: Callable[..., int],
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     places = {
         "OUT": tmp_path / "out", "NONE": tmp_path / "none", "STORE": finished_run / "store.zarr",
         "MODEL": finished_run / "model",
     }  # fmt: skip
-    assert tipl(monkeypatch, *[places.get(argument, argument) for argument in arguments]) == 2
+    assert run_tipl(*[places.get(argument, argument) for argument in arguments]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1
     assert lines[0].startswith("tipl: error: ")
@@ -192,7 +170,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(
 def test_ctrl_c_in_the_middle_of_a_collection_keeps_what_was_committed(tmp_path: Path) -> None:
     output = tmp_path / "store.zarr"
     command = [sys.executable, "-c", "from tipl.cli import main; main()", "collect", "--output", str(output)]
-    command += ["--num-trials", "3", "--total-timesteps", "64000000", *PPO]
+    command += ["--num-trials", "3", "--total-timesteps", "64000000", *flags(TINY_PPO, "ppo.")]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline and not (
@@ -210,8 +188,8 @@ def test_ctrl_c_in_the_middle_of_a_collection_keeps_what_was_committed(tmp_path:
         assert store.trial(i).weights().shape[0] == store.trial(i).num_checkpoints
 
 
-def test_help_teaches(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert tipl(monkeypatch, "--help") == 0
+def test_help_teaches(run_tipl: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_tipl("--help") == 0
     text = capsys.readouterr().out
     for name in (
         "collect",
@@ -231,39 +209,39 @@ def test_help_teaches(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
 
 
 def test_a_store_is_drawn_and_its_curves_go_where_they_are_asked_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, run_tipl: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     store, curves, plot = tmp_path / "s.zarr", tmp_path / "curves", tmp_path / "plot.svg"
-    collect = ["collect", "--output", store, "--num-trials", 2, "--total-timesteps", 192, *PPO]
+    collect = ["collect", "--output", store, "--num-trials", 2, *COLLECT]
     collect += ["--ppo.optimizer", "sgd", "--ppo.no-learn-log-std", "--ppo.log-std-init", "-0.5"]
-    assert tipl(monkeypatch, *collect, "--tensorboard", curves) == 0
+    assert run_tipl(*collect, "--tensorboard", curves) == 0
     assert {path.name for path in curves.iterdir()} == {"trial_0000", "trial_0001", "mean"}
-    assert tipl(monkeypatch, "store", "info", store, "--plot", plot) == 0
+    assert run_tipl("store", "info", store, "--plot", plot) == 0
     lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
     assert lines[-1].split() == ["plot", str(plot)]
     assert {"ppo.optimizer = sgd", "ppo.learn_log_std = False", "ppo.log_std_init = -0.5"} <= set(lines)
     assert plot.read_bytes().startswith(b"<?xml")
-    assert tipl(monkeypatch, "store", "info", store, "--plot", plot) == 2
+    assert run_tipl("store", "info", store, "--plot", plot) == 2
     assert f"plot_store: {plot} exists" in capsys.readouterr().err
-    assert tipl(monkeypatch, "store", "info", store, "--plot", plot, "--overwrite") == 0
+    assert run_tipl("store", "info", store, "--plot", plot, "--overwrite") == 0
     collect[2] = tmp_path / "other.zarr"
-    assert tipl(monkeypatch, *collect, "--tensorboard", curves) == 2
+    assert run_tipl(*collect, "--tensorboard", curves) == 2
     assert "holds the curves of another collection" in capsys.readouterr().err
     assert not (tmp_path / "other.zarr").exists()
 
 
 def test_verify_finds_what_is_damaged_anywhere_in_a_run(
-    finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    finished_run: Path, tmp_path: Path, run_tipl: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = Path(shutil.copytree(finished_run, tmp_path / "run"))
-    assert tipl(monkeypatch, "verify", run) == 0
+    assert run_tipl("verify", run) == 0
     assert capsys.readouterr().out.startswith(f"ok         {run}: ")
     damaged = ["model/centre.safetensors", "evaluation/results.json", "report/report.html", "seconds.json", "run.json"]
     for name in damaged:
         data = bytearray((run / name).read_bytes())
         data[len(data) // 2] ^= 1
         (run / name).write_bytes(data)
-    assert tipl(monkeypatch, "verify", run) == 1
+    assert run_tipl("verify", run) == 1
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1] == f"damaged    {run}: {len(damaged)} problems"
     for name in damaged:
@@ -272,45 +250,45 @@ def test_verify_finds_what_is_damaged_anywhere_in_a_run(
         ["evaluate", "--store", run / "store.zarr", "--model", run / "model", "--output", tmp_path / "e"],
         ["report", "--store", run / "store.zarr", "--evaluation", run / "evaluation", "--output", tmp_path / "r"],
     ):
-        assert tipl(monkeypatch, *command) == 2
+        assert run_tipl(*command) == 2
         assert "is damaged or of another folder" in capsys.readouterr().err
 
 
 def test_a_folder_of_an_older_tipl_is_read_with_one_line_of_warning(
-    finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    finished_run: Path, tmp_path: Path, run_tipl: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = Path(shutil.copytree(finished_run / "model", tmp_path / "model"))
     (model / "manifest.json").unlink()
     for path in model.glob("*.safetensors"):
         arrays = safetensors.numpy.load_file(path)
-        sizes = {"hidden": "64", "max_len": "11"} if path.stem == "refiner" else None
+        sizes = {"hidden": str(TINY_TRAIN.d_refine), "max_len": "11"} if path.stem == "refiner" else None
         safetensors.numpy.save_file(arrays, path, sizes)
     command = ["rollout", "--store", finished_run / "store.zarr", "--model", model, "--output", tmp_path / "f"]
     with warnings.catch_warnings():
         warnings.simplefilter("default")
-        assert tipl(monkeypatch, *command) == 0
+        assert run_tipl(*command) == 0
     lines = capsys.readouterr().err.splitlines()
     assert lines == [f"tipl: warning: {model} has no checksum (an older tipl wrote it): damage in it cannot be found"]
 
 
 def test_two_commands_that_make_one_output_do_not_meet(
-    finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    finished_run: Path, tmp_path: Path, run_tipl: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["rollout", "--store", finished_run / "store.zarr", "--output", tmp_path / "f"]
     with claimed(tmp_path / "f", "train"):
-        assert tipl(monkeypatch, *command) == 2
+        assert run_tipl(*command) == 2
     assert f"is being written by process {os.getpid()} on" in capsys.readouterr().err
 
 
 def test_urls_and_odd_names(
-    finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    finished_run: Path, tmp_path: Path, run_tipl: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["rollout", "--store", f"file://{finished_run}/store.zarr", "--output"]
-    assert tipl(monkeypatch, *command, f"file://{tmp_path}/f.safetensors") == 0
+    assert run_tipl(*command, f"file://{tmp_path}/f.safetensors") == 0
     assert (tmp_path / "f.safetensors").is_file()
-    assert tipl(monkeypatch, *command, "s3://bucket/f") == 2
+    assert run_tipl(*command, "s3://bucket/f") == 2
     assert "must be a local path" in capsys.readouterr().err
-    assert tipl(monkeypatch, "verify", tmp_path / "no\n\x1b[31mname") == 2
+    assert run_tipl("verify", tmp_path / "no\n\x1b[31mname") == 2
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1
     assert "\\x1b[31mname" in error

@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import ray
+from factories import ENV_ID, TINY_PPO
 from ray.cluster_utils import Cluster as LocalCluster
 
 from tipl.cluster import Cluster, connected
 from tipl.collecting.collection import collect, is_complete
 from tipl.collecting.episodes import run_episodes
-from tipl.collecting.population import PPOConfig
 from tipl.collecting.resume import Unfinished
 from tipl.forecasting.forecaster import Forecaster
 from tipl.forecasting.train_config import TrainConfig
@@ -37,9 +37,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
 
-TINY = PPOConfig(num_steps=32, num_minibatches=2, update_epochs=1, hidden_sizes=(16, 16))
-ENV_ID = "InvertedPendulum-v5"
-ARGUMENTS = {"env_id": ENV_ID, "num_trials": 5, "total_timesteps": 32 * 8, "ppo": TINY, "progress": False}
+ARGUMENTS = {"env_id": ENV_ID, "num_trials": 5, "total_timesteps": 32 * 8, "ppo": TINY_PPO, "progress": False}
 
 
 def files(path: Path) -> dict[str, bytes]:
@@ -83,7 +81,7 @@ def test_an_exception_of_a_call_is_raised_here(cluster: Cluster) -> None:
 
 @pytest.mark.parametrize("trials_per_shard", [None, 1, 4])
 def test_a_collection_is_that_of_one_process(tmp_path, address, trials_per_shard):
-    ppo = dataclasses.replace(TINY, num_envs=2, normalize_observations=True, anneal_lr=True)
+    ppo = dataclasses.replace(TINY_PPO, num_envs=2, normalize_observations=True, anneal_lr=True)
     arguments = {**ARGUMENTS, "ppo": ppo, "total_timesteps": 64 * 8, "shared_init": True}
     collect(tmp_path / "alone", **arguments)
     store = collect(tmp_path / "store", **arguments, ray=address, trials_per_shard=trials_per_shard)
@@ -114,7 +112,7 @@ def workers(name: str) -> list[int]:
 
 
 def test_a_killed_worker_loses_and_doubles_nothing(tmp_path, address):
-    ppo = dataclasses.replace(TINY, num_steps=512, update_epochs=10, num_minibatches=8, hidden_sizes=(64, 64))
+    ppo = dataclasses.replace(TINY_PPO, num_steps=512, update_epochs=10, num_minibatches=8, hidden_sizes=(64, 64))
     arguments = {**ARGUMENTS, "num_trials": 2, "ppo": ppo, "total_timesteps": 512 * 600}
     collect(tmp_path / "alone", **arguments)
     killed: list[int] = []

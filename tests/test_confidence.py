@@ -6,24 +6,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors
+from factories import TINY_TRAIN, bare_forecaster, make_store, random_path
 from numpy.typing import NDArray
-from synthetic_run import make_store
-from test_basis import random_path
-from test_refine import bare_forecaster
 
 from tipl.collecting.episodes import can_run, episodic_returns
 from tipl.forecasting.calibration import NUM_EPISODES, calibrate, recalibrate
 from tipl.forecasting.confidence import FEATURES, STRIDES, Confidence, Strides, expected_calibration_error, features_of
 from tipl.forecasting.forecaster import PRETRAINED, Forecaster, source_to_judge
 from tipl.forecasting.sources import Source
-from tipl.forecasting.train_config import TrainConfig
 from tipl.forecasting.training import train
 from tipl.policy import ParameterLayout, PolicySpec
 
-TINY = TrainConfig(
-    n_components=6, n_layer=1, n_head=2, d_model=16, steps=10, max_prefixes=4, refine_steps=5, d_refine=4,
-    confidence_trials=3,
-)  # fmt: skip
+TINY = dataclasses.replace(TINY_TRAIN, n_components=6, steps=10, batch_size=32, d_refine=4, confidence_trials=3)
 
 
 def outcomes(num: int, seed: int) -> tuple[NDArray[np.float64], NDArray[np.bool_], NDArray[np.float64]]:

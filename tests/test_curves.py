@@ -1,5 +1,6 @@
 """TensorBoard curves: read back with TensorBoard's own reader, they are what the iterations gave."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -8,14 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from factories import TINY_PPO
 from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
 
 from tipl.collecting.collection import collect
 from tipl.collecting.curves import LOSSES, TAGS, Curves
-from tipl.collecting.population import IterationStats, Population, PPOConfig
+from tipl.collecting.population import IterationStats, Population
 from tipl.storing.store import Store
 
-PPO = PPOConfig(num_steps=32, num_minibatches=2, update_epochs=1, hidden_sizes=(16, 16), learning_rate=1e-3)
+PPO = dataclasses.replace(TINY_PPO, learning_rate=1e-3)
 
 
 def stats(seed: int, num_trials: int = 3) -> IterationStats:

@@ -1,45 +1,12 @@
 """The engine's ground: instruction set, random numbers, threads."""
 
 import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
+from processes import IMPORT_CORE, ISAS, LANES, run_python
 
 from tipl import _core
-
-LANES = {"baseline": 4, "avx2": 8, "avx512": 16, "avx512bf16": 16}
-ISAS = tuple(LANES)
-
-# Imports the engine alone: the package would import torch, and take seconds.
-IMPORT_CORE = f"""
-import importlib.util, os
-spec = importlib.util.spec_from_file_location("_core", {_core.__file__!r})
-_core = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(_core)
-"""
-
-
-def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run `code` in a new interpreter that finds the same modules, warnings being errors there too."""
-    return subprocess.run(
-        [sys.executable, "-W", "error", "-c", code],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-
-
-def run_on(isa: str, code: str) -> None:
-    """Run `code`, which must succeed, on this instruction set; skip the test where the CPU lacks it."""
-    done = run_python(code, TIPL_ISA=isa)
-    if f"this CPU lacks {isa}" in done.stderr:
-        pytest.skip(f"this CPU lacks {isa}")
-    assert done.returncode == 0, done.stderr
-
 
 # ---- instruction set
 

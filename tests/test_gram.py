@@ -7,7 +7,7 @@ import pytest
 import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_svd import EPS, EPS64, SIZES, random_rows
+from svd_checks import EPS, EPS64, SIZES, random_rows
 
 from tipl import _core
 from tipl.subspace.streaming_svd import RunningGram, gram

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,6 @@ import pytest
 import safetensors.numpy
 import torch
 from hostile_files import HOSTILE, make
-from test_cli import tipl
 
 from tipl.files.sealed import _digest
 from tipl.storing.foreign_files import read_checkpoint_file
@@ -20,12 +20,12 @@ from tipl.storing.importer import import_checkpoints
 
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_a_hostile_file_is_refused_in_one_line(
-    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    kind: str, tmp_path: Path, run_tipl: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "run").mkdir()
     source = make(kind, tmp_path / "run")
     before = sorted(os.listdir(tmp_path / "run"))
-    assert tipl(monkeypatch, "import", source, "--output", tmp_path / "store") == 2
+    assert run_tipl("import", source, "--output", tmp_path / "store") == 2
     error = capsys.readouterr().err
     assert error.startswith("tipl: error: ")
     assert error.endswith("\n")
@@ -108,14 +108,14 @@ def test_a_file_that_changes_while_it_is_read_is_refused(
     ],
 )
 def test_a_forecast_that_lies_about_itself_is_refused(
-    record: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    record: bytes, tmp_path: Path, run_tipl: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     arrays = {"weights": np.ones((2, 3), np.float32), "checkpoint": np.array([7, 8])}
     metadata = {"tipl": record.decode(), "sha256": _digest(record.decode(), arrays)}
     safetensors.numpy.save_file(arrays, tmp_path / "f\n.safetensors", metadata)
     torch.save({"w": torch.ones(3)}, tmp_path / "like.pt")
     forecast, like, output = tmp_path / "f\n.safetensors", tmp_path / "like.pt", tmp_path / "out.pt"
-    assert tipl(monkeypatch, "export", forecast, "--like", like, "--output", output) == 2
+    assert run_tipl("export", forecast, "--like", like, "--output", output) == 2
     error = capsys.readouterr().err
     assert re.fullmatch(r"tipl: error: export: .*/f\\n\.safetensors is damaged.*\n", error)
     assert error[:-1].isprintable()

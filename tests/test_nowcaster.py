@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from factories import paths_of, random_path
 from numpy.typing import NDArray
-from test_basis import random_path
-from test_predictors import paths_of, relative_error
+from reference import relative_error
 
 from tipl.judging.nowcaster import Nowcaster
 from tipl.judging.predictors import Persistence

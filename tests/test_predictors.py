@@ -2,15 +2,15 @@
 
 import numpy as np
 import pytest
+from factories import LAYOUT, paths_of, random_path
 from numpy.typing import NDArray
-from test_basis import random_path
+from reference import relative_error
 
 from tipl.judging.predictors import (
     Linear,
     MeanPath,
     NearestPath,
     Persistence,
-    Predictor,
     Quadratic,
     RankOne,
     fit_baselines,
@@ -20,7 +20,6 @@ from tipl.policy import ParameterLayout
 from tipl.subspace.basis import prefix_coordinates, trajectory_gram
 
 HORIZONS = np.array([1, 4, 10])
-LAYOUT = ParameterLayout((("log_std", (4,)), ("net.weight", (5, 6)), ("net.bias", (6,))))
 NAMES = [
     "persistence", "linear", "quadratic", "rank1", "autoregression", "mean_path", "nearest_path", "ridge", "nowcaster",
     "another_run",
@@ -33,22 +32,12 @@ def line(num_checkpoints: int, seed: int) -> NDArray[np.float32]:
     return (start + np.arange(num_checkpoints)[:, None] * speed).astype(np.float32)
 
 
-def paths_of(*weights: NDArray[np.floating]) -> list[TrainingPath]:
-    return [TrainingPath.of(path.astype(np.float32), LAYOUT, seed) for seed, path in enumerate(weights)]
-
-
 def rotated_copies(path: NDArray[np.floating], num_copies: int, seed: int) -> list[NDArray[np.float32]]:
     """The path in other directions from other points: the same in canonical coordinates."""
     rng, p = np.random.default_rng(seed), path.shape[1]
     displacements = path.astype(np.float64) - path[0]
     rotations = [np.linalg.qr(rng.standard_normal((p, p)))[0] for _ in range(num_copies)]
     return [(displacements @ rotation + rng.standard_normal(p)).astype(np.float32) for rotation in rotations]
-
-
-def relative_error(predictor: Predictor, path: NDArray[np.float32], prefix_end: int, horizon: int) -> float:
-    forecast = predictor.forecast(path[: prefix_end + 1], np.array([horizon]))[0]
-    truth = path[prefix_end + horizon].astype(np.float64)
-    return float(np.linalg.norm(forecast - truth) / np.linalg.norm(truth - path[0]))
 
 
 # ---------------------------------------------------------------- what is learned of a trial

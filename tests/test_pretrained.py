@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import torch
-from test_basis import random_path
+from factories import random_path
 
 import tipl
 from tipl.cli import main

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
+from factories import LAYOUT, paths_of, random_path
 from numpy.typing import NDArray
-from test_basis import random_path
-from test_predictors import LAYOUT, paths_of, relative_error
+from reference import relative_error
 
 from tipl.judging import regression
 from tipl.judging.predictors import Persistence

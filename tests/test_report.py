@@ -1,6 +1,5 @@
 """The report: its figures, its numbers against slow ones, what it refuses, and that it needs nothing but itself."""
 
-import html.parser
 import math
 import re
 from pathlib import Path
@@ -9,58 +8,17 @@ import matplotlib
 import numpy as np
 import pytest
 import scipy.stats
+from factories import make_store
 from hypothesis import given
 from hypothesis import strategies as st
-from synthetic_run import PREFIXES, Run, at_end, make_store
+from pages import Page
+from synthetic_run import PREFIXES, Run, at_end
 
 from tipl.report.document import FIGURES
 from tipl.report.intervals import Estimate
 from tipl.report.page import MINUS, TIMES, fmt, fmt_interval, fmt_percent, fmt_seconds
 from tipl.report.plots import NBSP, THEME
 from tipl.report.results import predictor_info
-
-
-class Page(html.parser.HTMLParser):
-    """What a page holds: its elements with their attributes, its tables, its text; checks that elements nest."""
-
-    VOID = ("meta", "br", "hr", "img", "link", "input")
-
-    def __init__(self, source: str) -> None:
-        super().__init__()
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.tables: list[list[list[str]]] = []
-        self.text = ""
-        self.open: list[str] = []
-        self.feed(source)
-        self.close()
-        assert not self.open, f"never closed: {self.open}"
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-        if tag not in self.VOID:
-            self.open.append(tag)
-        if tag == "table":
-            self.tables.append([])
-        elif tag == "tr":
-            self.tables[-1].append([])
-        elif tag in ("td", "th"):
-            self.tables[-1][-1].append("")
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if "style" not in self.open:
-            self.text += data
-        if {"td", "th"} & set(self.open):
-            self.tables[-1][-1][-1] += ("|" if "small" in self.open else "") + data
-
-
-def text_of(source: str) -> str:
-    return Page(source).text.replace(NBSP, " ")
 
 
 def numbers(text: str) -> list[float]:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from factories import TINY_PPO
 
 import tipl.cli
 import tipl.collecting.resume
@@ -22,7 +23,7 @@ import tipl.storing.zarr_files
 from tipl.cli import Run
 from tipl.collecting.collection import collect, is_complete, trial_seeds
 from tipl.collecting.envs import make_vec
-from tipl.collecting.population import Population, PPOConfig
+from tipl.collecting.population import Population
 from tipl.collecting.resume import read_state
 from tipl.files.sealed import UncheckedWarning
 from tipl.judging.evaluate_config import EvaluateConfig
@@ -30,12 +31,11 @@ from tipl.storing.store import Store
 from tipl.storing.store_records import store_digest
 from tipl.verification import verify_store
 
-TINY = PPOConfig(num_steps=32, num_minibatches=2, update_epochs=1, hidden_sizes=(16, 16))
 NUM_ITERATIONS = 8
 
 
 def run(output: Path, **arguments) -> Store:
-    defaults = {"env_id": "InvertedPendulum-v5", "num_trials": 3, "ppo": TINY, "progress": False}
+    defaults = {"env_id": "InvertedPendulum-v5", "num_trials": 3, "ppo": TINY_PPO, "progress": False}
     return collect(output, **defaults | {"total_timesteps": 32 * NUM_ITERATIONS} | arguments)
 
 
@@ -119,7 +119,7 @@ OPTIONS = {
 
 
 def test_every_option_goes_on(tmp_path, iterations):
-    arguments = {"env_id": "Hopper-v5", "ppo": dataclasses.replace(TINY, **OPTIONS), "total_timesteps": 64 * 8 - 5}
+    arguments = {"env_id": "Hopper-v5", "ppo": dataclasses.replace(TINY_PPO, **OPTIONS), "total_timesteps": 64 * 8 - 5}
     expected = files(run(tmp_path / "whole", **arguments).path)
     path = cut_off(tmp_path / "store", **arguments)
     iterations.clear()
@@ -336,9 +336,9 @@ def test_a_damaged_record_of_the_versions_is_no_obstacle(tmp_path, whole):
         ({"shared_init": True}, "shared_init = False, got True"),
         ({"init_seed": 7}, "shared_init = False, got True"),
         ({"env_id": "InvertedPendulum-v4"}, "env_id = InvertedPendulum-v5, got InvertedPendulum-v4"),
-        ({"ppo": dataclasses.replace(TINY, gamma=0.9)}, "ppo.gamma = 0.99, got 0.9"),
-        ({"ppo": dataclasses.replace(TINY, optimizer="sgd")}, "ppo.optimizer = adam, got sgd"),
-        ({"ppo": dataclasses.replace(TINY, hidden_sizes=(16,))}, "ppo.hidden_sizes = [16, 16], got [16]"),
+        ({"ppo": dataclasses.replace(TINY_PPO, gamma=0.9)}, "ppo.gamma = 0.99, got 0.9"),
+        ({"ppo": dataclasses.replace(TINY_PPO, optimizer="sgd")}, "ppo.optimizer = adam, got sgd"),
+        ({"ppo": dataclasses.replace(TINY_PPO, hidden_sizes=(16,))}, "ppo.hidden_sizes = [16, 16], got [16]"),
     ],
 )
 def test_other_arguments_are_refused(tmp_path_factory, tmp_path, arguments, message):
@@ -364,7 +364,7 @@ def test_settings_of_ppo_that_an_older_store_lacks_have_their_defaults(tmp_path,
         pytest.warns(UncheckedWarning),
         pytest.raises(ValueError, match=r"with ppo\.optimizer = adam, got sgd; give its arguments"),
     ):
-        run(path, ppo=dataclasses.replace(TINY, optimizer="sgd"))
+        run(path, ppo=dataclasses.replace(TINY_PPO, optimizer="sgd"))
     iterations.clear()
     with pytest.warns(UncheckedWarning, match=r"store .*store: an older tipl wrote it, without a record of its chunks"):
         run(path)
@@ -428,7 +428,7 @@ def test_run_goes_on_with_its_collection(tmp_path, whole, monkeypatch):
             num_trials=3,
             total_timesteps=32 * NUM_ITERATIONS,
             resume=True,
-            ppo=TINY,
+            ppo=TINY_PPO,
             evaluate=EvaluateConfig(prefixes=(0.5,)),
         ).run()
     assert files(tmp_path / "run" / "store.zarr") == whole
@@ -519,7 +519,7 @@ def filling(iterate: Callable, fill: Callable[[], None]) -> Callable:
 
 def population(num_trials: int = 2, env_id: str = "Hopper-v5", num_threads: int = 1) -> Population:
     seeds = trial_seeds(0, num_trials)
-    return Population(make_vec(env_id, num_trials, seeds=seeds), TINY, seeds, num_threads=num_threads)
+    return Population(make_vec(env_id, num_trials, seeds=seeds), TINY_PPO, seeds, num_threads=num_threads)
 
 
 def test_a_population_goes_on_from_a_state():

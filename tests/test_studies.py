@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from synthetic_run import SPEC, make_results, make_rows, make_store
-from test_train import TINY
+from factories import SPEC, TINY_TRAIN, make_store
+from synthetic_run import make_results, make_rows
 
 from tipl.files.manifest import write_manifest
 from tipl.forecasting.confidence import expected_calibration_error
@@ -182,7 +182,7 @@ def test_ridge_finds_a_law_that_tokens_share():
 
 
 def test_all_representations_run(store):
-    config = dataclasses.replace(TINY, n_components=study.WIDTH, steps=4, refine_steps=2)
+    config = dataclasses.replace(TINY_TRAIN, n_components=study.WIDTH, steps=4, refine_steps=2)
     it = study.Study(store, config)
     persistence = np.array(it.errors(lambda path, end: path[end]))
     results = {name: make() for name, make in it.representations().items()}
@@ -208,7 +208,7 @@ def test_all_representations_run(store):
 
 def test_k_is_chosen_by_validation_trials(store, tmp_path, monkeypatch):
     monkeypatch.setattr(choose_d, "COMPONENTS", (2, 16))
-    config = dataclasses.replace(TINY, steps=4, refine_steps=2, confidence_trials=0)
+    config = dataclasses.replace(TINY_TRAIN, steps=4, refine_steps=2, confidence_trials=0)
     task = choose_d.study(store, config, tmp_path)
     assert task == choose_d.study(store, config, tmp_path)  # from the forecasters that it kept
     best = min(task["results"], key=lambda it: it["validation"])
@@ -231,7 +231,7 @@ def test_k_is_chosen_by_validation_trials(store, tmp_path, monkeypatch):
 
 
 def test_calibration_judges_every_run_of_another_store_alone(store, tmp_path):
-    config = dataclasses.replace(TINY, steps=4, refine_steps=2, confidence_trials=2)
+    config = dataclasses.replace(TINY_TRAIN, steps=4, refine_steps=2, confidence_trials=2)
     forecaster = Forecaster.load(train(store, tmp_path / "model", config, progress=False))
     with pytest.raises(SystemExit, match="not trained on"):
         calibration.judge(forecaster, store, 1)

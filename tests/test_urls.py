@@ -1,5 +1,6 @@
 """Stores behind a URL, on a real server of the S3 protocol: what is there, and what a crash or damage does."""
 
+import dataclasses
 import gc
 import itertools
 import logging
@@ -16,12 +17,13 @@ from pathlib import Path
 import fsspec
 import numpy as np
 import pytest
+from factories import TINY_PPO
 from moto.server import ThreadedMotoServer
 
 import tipl.cli
 from tipl.collecting.collection import collect, is_complete
 from tipl.collecting.description import describe_store
-from tipl.collecting.population import Population, PPOConfig
+from tipl.collecting.population import Population
 from tipl.collecting.resume import Unfinished
 from tipl.files.locations import location
 from tipl.forecasting.train_config import TrainConfig
@@ -32,7 +34,7 @@ from tipl.verification import verify_store
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning")  # of aiohttp and moto
 
-TINY = PPOConfig(num_steps=32, num_minibatches=2, update_epochs=1)  # 14 checkpoints a chunk
+TINY = dataclasses.replace(TINY_PPO, hidden_sizes=(64, 64))  # 14 checkpoints a chunk
 NUM_ITERATIONS = 30
 ARGUMENTS = {
     "env_id": "InvertedPendulum-v5",

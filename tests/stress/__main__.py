@@ -70,7 +70,7 @@ def _scratch() -> Path:
 
 def _run(options: argparse.Namespace, work: Path, rows: list[dict[str, Any]]) -> None:
     """Run the campaigns that were asked for; `rows` grows as they end."""
-    sys.path.append(str(FOLDER.parent))  # for tests/hostile_files.py
+    sys.path.append(str(FOLDER.parent))  # for tests/factories.py and tests/hostile_files.py
     from . import alone
     from .damage import Damage
     from .hostile import Hostile

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from factories import ENV_ID, TINY_PPO
+
 from tipl.cli import end_of_path_table
 from tipl.collecting.collection import collect
 from tipl.forecasting.forecaster import Forecaster
@@ -28,7 +30,7 @@ from tipl.verification import verify
 from .campaign import Campaign
 from .children import GIB, data_bytes
 from .digest import digest
-from .pipeline import ENV_ID, PPO, RUN, Pipeline
+from .pipeline import RUN, Pipeline
 from .rows import Trial
 
 CLEAR = (ValueError, RuntimeError, OSError, FloatingPointError)
@@ -64,7 +66,7 @@ def _gone_on(path: Path) -> Any:
     copy = path.with_name("gone_on.zarr")
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(path, copy)
-    return _store(collect(copy, env_id=ENV_ID, **RUN, ppo=PPO, progress=False).path)
+    return _store(collect(copy, env_id=ENV_ID, **RUN, ppo=TINY_PPO, progress=False).path)
 
 
 def _results(path: Path) -> Any:

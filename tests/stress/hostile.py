@@ -14,6 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
+from factories import ENV_ID
+
 from tipl.storing.zarr_files import write_group
 
 from . import children
@@ -30,7 +32,7 @@ from .hostile_values import (
     with_value,
     without_key,
 )
-from .pipeline import COMMANDS, ENV_ID, as_typed
+from .pipeline import COMMANDS, as_typed
 from .rows import Trial
 
 CPU_SECONDS = 5.0

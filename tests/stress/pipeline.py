@@ -24,12 +24,10 @@ from typing import Any
 import safetensors.torch
 import torch
 import tyro
+from factories import ENV_ID, TINY_EVALUATE, TINY_PPO, TINY_TRAIN, flags
 
 from tipl import _core, cli
 from tipl.cli import run_commands
-from tipl.collecting.population import PPOConfig
-from tipl.forecasting.train_config import TrainConfig
-from tipl.judging.evaluate_config import EvaluateConfig
 from tipl.report.plots import Plot
 from tipl.reproduction import Task
 from tipl.storing.store import Store
@@ -41,23 +39,8 @@ from .children import Ended, Setting
 from .content import content, differences
 from .faults import KINDS, Fault
 
-ENV_ID = "InvertedPendulum-v5"
-PPO = PPOConfig(num_steps=32, num_minibatches=2, update_epochs=1, hidden_sizes=(8, 8))
-TRAIN = TrainConfig(
-    n_components=4,
-    n_layer=1,
-    n_head=2,
-    d_model=16,
-    steps=5,
-    batch_size=8,
-    max_prefixes=4,
-    refine_steps=5,
-    d_refine=8,
-    confidence_trials=2,
-)
-EVALUATE = EvaluateConfig(prefixes=(0.5,), horizons=(0.2,), num_episodes=1)
 NUM_TRIALS, NUM_CHECKPOINTS = 5, 13
-RUN: dict[str, Any] = {"num_trials": NUM_TRIALS, "total_timesteps": 32 * (NUM_CHECKPOINTS - 1)}
+RUN: dict[str, Any] = {"num_trials": NUM_TRIALS, "total_timesteps": TINY_PPO.num_steps * (NUM_CHECKPOINTS - 1)}
 
 
 @dataclass(frozen=True)
@@ -74,22 +57,10 @@ class Command:
     """Whether the same command goes on where it was cut off, with or without such an argument."""
 
 
-def _flags(prefix: str, config: Any, default: Any) -> list[object]:
-    """Return the arguments that make `default` into `config`."""
-    words: list[object] = []
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if value != getattr(default, field.name):
-            words.append(f"--{prefix}{field.name.replace('_', '-')}")
-            words += value if isinstance(value, tuple) else [value]
-    return words
-
-
 _SIZES: list[object] = ["--num-trials", RUN["num_trials"], "--total-timesteps", RUN["total_timesteps"]]
-_COLLECT = [*_SIZES, *_flags("ppo.", PPO, PPOConfig())]
-_TRAIN = _flags("", TRAIN, TrainConfig())
-_EVALUATE = _flags("", EVALUATE, EvaluateConfig())
-_RUN = [*_COLLECT, *_flags("train.", TRAIN, TrainConfig()), *_flags("evaluate.", EVALUATE, EvaluateConfig())]
+_COLLECT = [*_SIZES, *flags(TINY_PPO, "ppo.")]
+_TRAIN, _EVALUATE = flags(TINY_TRAIN), flags(TINY_EVALUATE)
+_RUN = [*_COLLECT, *flags(TINY_TRAIN, "train."), *flags(TINY_EVALUATE, "evaluate.")]
 
 COMMANDS = {
     it.name: it
@@ -232,13 +203,15 @@ def _parsed(arguments: tuple[str, ...]) -> Any:
 
 def make_small() -> None:
     """Let this process and its forks run commands as said above."""
-    tasks = {ENV_ID: Task(**RUN, ppo=PPO, train=TRAIN, evaluate=EVALUATE, shared_components=6)}
+    tasks = {ENV_ID: Task(**RUN, ppo=TINY_PPO, train=TINY_TRAIN, evaluate=TINY_EVALUATE, shared_components=6)}
     sys.modules["tipl.reproduction"].TASKS = tasks  # type: ignore[attr-defined]
     sys.modules["tipl.collecting.collection"].SAVE_SECONDS = 0.0  # type: ignore[attr-defined]
     whole_run = run_commands.Run
 
     def small_run(output: Path, *, resume: bool = False, **_: Any) -> run_commands.Run:
-        return whole_run(output, env_id=ENV_ID, **RUN, resume=resume, ppo=PPO, train=TRAIN, evaluate=EVALUATE)
+        return whole_run(
+            output, env_id=ENV_ID, **RUN, resume=resume, ppo=TINY_PPO, train=TINY_TRAIN, evaluate=TINY_EVALUATE
+        )
 
     run_commands.Run = small_run  # type: ignore[misc, assignment]  # for `demo`; the parser has the class already
     Plot.png = lambda plot, *_: f"a picture of {plot.name}".encode()  # type: ignore[method-assign]

@@ -1,16 +1,16 @@
 """Evaluation: errors by hand, rows against slow ones, and what may not be judged."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import safetensors.numpy
-from synthetic_run import SPEC, make_store
+from factories import SPEC, TINY_TRAIN, make_store
 
 from tipl.collecting.episodes import episodic_returns, run_episodes
 from tipl.forecasting.forecaster import Forecaster
-from tipl.forecasting.train_config import TrainConfig
 from tipl.forecasting.training import train
 from tipl.judging.action_metrics import action_bounds, action_differences, action_variance, kl_divergences
 from tipl.judging.evaluate_config import EvaluateConfig
@@ -21,18 +21,7 @@ from tipl.report import write_report
 from tipl.report.results import read_results
 from tipl.subspace.basis import Basis
 
-TINY = TrainConfig(
-    n_components=6,
-    n_layer=1,
-    n_head=2,
-    d_model=16,
-    steps=10,
-    batch_size=8,
-    max_prefixes=6,
-    refine_steps=10,
-    d_refine=8,
-    confidence_trials=2,
-)
+TINY = dataclasses.replace(TINY_TRAIN, n_components=6, steps=10, max_prefixes=6, refine_steps=10)
 QUICK = EvaluateConfig(prefixes=(0.4, 0.6), horizons=(0.2,), num_episodes=2)
 
 

@@ -13,13 +13,12 @@ import joblib
 import numpy as np
 import pytest
 import reference
+from processes import run_python, stopped
+from reference import SMALL_MODEL
 from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import check_estimators_pickle
-from test_decode import SMALL
-from test_engine import run_python
-from test_svd import random_rows, results, stream
-from test_svd_estimator import stopped
+from svd_checks import random_rows, results, stream
 
 from tipl import _core
 from tipl.forecasting.decoder import Decoder
@@ -30,7 +29,7 @@ ENDLESS = np.lib.stride_tricks.as_strided(np.ones((1, 400), np.float32), (2**40,
 
 
 def decoder(batch: int = 1, **params: Any) -> Decoder:
-    return Decoder(SMALL, reference.random_forecaster(SMALL, 0), batch, **params)
+    return Decoder(SMALL_MODEL, reference.random_forecaster(SMALL_MODEL, 0), batch, **params)
 
 
 def ppo(num_threads: int = 1, **params: Any) -> _core.PpoUpdate:
@@ -212,7 +211,7 @@ def test_interrupted_groups_have_taken_equally_many_rows():
 
 SCRIPT = """
 import os, signal, threading, time
-import numpy as np, reference, test_decode
+import numpy as np, reference
 from tipl.subspace.streaming_svd import StreamingSVD
 from tipl.forecasting.decoder import Decoder
 rows = np.lib.stride_tricks.as_strided(np.ones((1, 400), np.float32), (2**40, 400), (0, 4))
@@ -260,7 +259,7 @@ if children == [0]:
 assert not forked and exit_code(children[0]) == 0
 assert svd.n_samples_seen_ == 300_300
 
-decoder = Decoder(test_decode.SMALL, reference.random_forecaster(test_decode.SMALL, 0), 64, num_threads=2)
+decoder = Decoder(reference.SMALL_MODEL, reference.random_forecaster(reference.SMALL_MODEL, 0), 64, num_threads=2)
 decoder.prefill(np.ones((64, 4, 5), np.float32))
 children.clear()
 signal.setitimer(signal.ITIMER_REAL, 0.05)
@@ -291,11 +290,11 @@ def test_a_daemon_thread_in_the_engine_does_not_abort_the_end_of_the_interpreter
     done = run_python(
         f"""
 import threading, time
-import numpy as np, reference, test_decode
+import numpy as np, reference
 from tipl.forecasting.decoder import Decoder
 from tipl.subspace.streaming_svd import StreamingSVD, gram
 rows, prefix = np.ones((4000, 400), np.float32), np.ones((8, 4, 5), np.float32)
-decoder = Decoder(test_decode.SMALL, reference.random_forecaster(test_decode.SMALL, 0), 8, num_threads=2)
+decoder = Decoder(reference.SMALL_MODEL, reference.random_forecaster(reference.SMALL_MODEL, 0), 8, num_threads=2)
 begun = threading.Event()
 def work():
     while True:

@@ -6,12 +6,12 @@ from typing import Literal
 
 import numpy as np
 import pytest
+import reference
 import torch
 from gymnasium.spaces import Box
 from numpy.typing import NDArray
-from test_engine import ISAS, run_on
+from processes import ISAS, run_on
 
-from tests import reference
 from tipl import _core
 from tipl.collecting.envs import VectorEnv
 from tipl.collecting.population import (
@@ -397,7 +397,7 @@ def test_every_instruction_set_updates_as_autograd(isa: str) -> None:
     run_on(
         isa,
         "import dataclasses\n"
-        "from test_ppo import SMALL, UPDATES, assert_updates_as_autograd, random_update, updated\n"
+        "from test_population import SMALL, UPDATES, assert_updates_as_autograd, random_update, updated\n"
         "for sizes, steps in (((64, 64), 64), ((5, 18), 60)):\n"
         "    sized = dataclasses.replace(SMALL, hidden_sizes=sizes, learning_rate=3e-3, num_steps=steps)\n"
         "    for settings in ('as by default', 'SGD', 'fixed log_std'):\n"

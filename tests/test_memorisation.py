@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from synthetic_run import SPEC, Run, at_end, make_store
+from factories import SPEC, make_store
+from synthetic_run import Run, at_end
 from torch import Tensor, nn
 
 from tipl.forecasting.transformer import ModelConfig, TrajectoryTransformer

@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from synthetic_run import make_store
-from test_model import random_model
+from factories import TINY_TRAIN, make_store, random_model
 
 import tipl.collecting.curves
 import tipl.forecasting.training_state
@@ -23,18 +22,7 @@ from tipl.forecasting.training import Trainer, loss_of, train
 from tipl.forecasting.training_data import Batch, Case, Examples, TrainingData, Validation, Written, load_training_data
 from tipl.subspace.basis import Basis, Centre, prefix_coordinates, trajectory_gram
 
-TINY = TrainConfig(
-    n_components=6,
-    n_layer=1,
-    n_head=2,
-    d_model=16,
-    steps=40,
-    batch_size=8,
-    max_prefixes=6,
-    refine_steps=20,
-    d_refine=8,
-    confidence_trials=1,
-)
+TINY = dataclasses.replace(TINY_TRAIN, n_components=6, steps=40, max_prefixes=6, refine_steps=20, confidence_trials=1)
 
 
 def test_split_is_by_whole_trials_and_by_seed() -> None:

@@ -13,14 +13,14 @@ import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_engine import IMPORT_CORE, ISAS, run_python
+from processes import IMPORT_CORE, ISAS, run_python
+from reference import SMALL_MODEL
 
 from tipl import _core
 from tipl.forecasting.decoder import Decoder
 from tipl.forecasting.transformer import ModelConfig, TrajectoryTransformer
 
-SMALL = ModelConfig(n_components=5, n_layer=2, n_head=3, d_model=39, d_ff=50, max_len=90, out_scale=0.05)
-HALVED = dataclasses.replace(SMALL, n_head=2, d_model=192, d_ff=384)  # two threads split its blocks in halves
+HALVED = dataclasses.replace(SMALL_MODEL, n_head=2, d_model=192, d_ff=384)  # two threads split its blocks in halves
 EPS = np.finfo(np.float32).eps
 
 # What weights and cache are stored in.
@@ -76,7 +76,7 @@ def feed(decoder: Decoder, x: np.ndarray, prefix: int) -> np.ndarray:
 
 
 def test_the_oracle_is_the_torch_model_in_float64():
-    config = dataclasses.replace(SMALL, max_len=64)  # a power of two: torch's float32 (t - h) / max_len is exact
+    config = dataclasses.replace(SMALL_MODEL, max_len=64)  # a power of two: torch's float32 (t - h) / max_len is exact
     x, prefix_end = make_paths(config, 3, 64), np.array([3, 40, 63])
     with torch.inference_mode():
         theirs = make_model(config).double()(torch.from_numpy(x).double(), torch.from_numpy(prefix_end)).numpy()
@@ -85,11 +85,11 @@ def test_the_oracle_is_the_torch_model_in_float64():
 
 
 def test_the_bound_notices_a_small_mistake():
-    model, x = make_model(SMALL), make_paths(SMALL, 2, 40)
-    exact = oracle(SMALL, x, 19)[:, 19:]
+    model, x = make_model(SMALL_MODEL), make_paths(SMALL_MODEL, 2, 40)
+    exact = oracle(SMALL_MODEL, x, 19)[:, 19:]
     with torch.inference_mode():
         torch_float32 = model(torch.from_numpy(x), torch.full((2,), 19)).numpy()[:, 19:]
-    model.config = dataclasses.replace(SMALL, diff_scale=SMALL.diff_scale * 1.0001)
+    model.config = dataclasses.replace(SMALL_MODEL, diff_scale=SMALL_MODEL.diff_scale * 1.0001)
     with pytest.raises(AssertionError):
         assert_as_exact_as_torch(feed(Decoder.from_model(model, 2), x, 20), torch_float32, exact)
 
@@ -118,7 +118,7 @@ def test_a_rollout_of_512_steps_is_as_exact_as_torch(config, batch):
     assert np.abs(ours - exact).max() < 2 * np.abs(torch_float32 - exact).max()
 
 
-@pytest.mark.parametrize("config", [SMALL, HALVED], ids=["small", "halved"])
+@pytest.mark.parametrize("config", [SMALL_MODEL, HALVED], ids=["small", "halved"])
 @pytest.mark.parametrize("prefix", [1, 2, 40, 80])
 def test_every_step_equals_the_full_recompute(prefix, config):
     model, x = make_model(config), make_paths(config, 2, 80)
@@ -154,7 +154,7 @@ def test_a_path_of_8192_tokens(dtype, cache_dtype):
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("which", ["n_components", "head_dim", "d_ff"])
 def test_sizes_around_the_vector_width(which, size):
-    config = dataclasses.replace(SMALL, max_len=20)
+    config = dataclasses.replace(SMALL_MODEL, max_len=20)
     if which == "head_dim":
         config = dataclasses.replace(config, n_head=2, d_model=2 * size)
     else:
@@ -192,7 +192,7 @@ def relative_error(ours: np.ndarray, exact: np.ndarray, x: np.ndarray) -> float:
 
 @pytest.mark.parametrize(
     "config",
-    [HALVED, *(dataclasses.replace(SMALL, d_model=d, d_ff=2 * d + 1) for d in (39, 96, 264))],
+    [HALVED, *(dataclasses.replace(SMALL_MODEL, d_model=d, d_ff=2 * d + 1) for d in (39, 96, 264))],
     ids=["halved", "39", "96", "264"],
 )
 @pytest.mark.parametrize("batch", [1, 9])
@@ -217,7 +217,7 @@ def test_stored_weights_are_those_of_the_reference(dtype, stated, batch, config)
 
 @pytest.mark.parametrize("head_dim", [1, 13, 32])
 def test_stored_keys_and_values_are_rounded_to_bfloat16(head_dim):
-    config = dataclasses.replace(SMALL, d_model=3 * head_dim, out_scale=0.5)
+    config = dataclasses.replace(SMALL_MODEL, d_model=3 * head_dim, out_scale=0.5)
     weights, x = reference.random_forecaster(config, 0), make_paths(config, 3, 80)
     exact = reference.forecaster(config, weights, x, np.full(3, 19))[:, 19:]
     ours = feed(Decoder(config, weights, 3, cache_dtype="bfloat16"), x, 20)
@@ -240,18 +240,18 @@ def test_a_stored_rollout_is_as_exact_as_torch_in_the_same_precision(dtype, cach
 
 
 def test_weights_near_the_largest_float_stay_finite_in_bfloat16():
-    weights = reference.random_forecaster(SMALL, 0)
+    weights = reference.random_forecaster(SMALL_MODEL, 0)
     for name in ("norm1.weight", "norm1.bias", "qkv.bias"):
         weights[f"blocks.0.{name}"][:] = 0  # what proj multiplies is zero, and zero times infinity would be NaN
     weights["blocks.0.proj.weight"][0, 0] = np.finfo(np.float32).max
-    assert np.isfinite(Decoder(SMALL, weights, 1, dtype="bfloat16").prefill(make_paths(SMALL, 1, 1))).all()
+    assert np.isfinite(Decoder(SMALL_MODEL, weights, 1, dtype="bfloat16").prefill(make_paths(SMALL_MODEL, 1, 1))).all()
 
 
 def test_rows_of_zeros_stay_zero_in_int8():
-    weights, x = reference.random_forecaster(SMALL, 0), make_paths(SMALL, 1, 12)
+    weights, x = reference.random_forecaster(SMALL_MODEL, 0), make_paths(SMALL_MODEL, 1, 12)
     weights["blocks.0.fc1.weight"][::2] = 0
-    exact = reference.forecaster(SMALL, reference.stored(weights, "int8"), x, np.array([5]))[:, 5:]
-    assert relative_error(feed(Decoder(SMALL, weights, 1, dtype="int8"), x, 6), exact, x[:, 5:]) < 1e-5
+    exact = reference.forecaster(SMALL_MODEL, reference.stored(weights, "int8"), x, np.array([5]))[:, 5:]
+    assert relative_error(feed(Decoder(SMALL_MODEL, weights, 1, dtype="int8"), x, 6), exact, x[:, 5:]) < 1e-5
 
 
 # ---- the same bits
@@ -260,7 +260,7 @@ def test_rows_of_zeros_stay_zero_in_int8():
 @modes
 @pytest.mark.parametrize("batch", [1, 3, 12])
 def test_a_prefill_equals_the_same_tokens_one_by_one(batch, dtype, cache_dtype):
-    model, x = make_model(SMALL), make_paths(SMALL, batch, 75)
+    model, x = make_model(SMALL_MODEL), make_paths(SMALL_MODEL, batch, 75)
     with torch.no_grad():
         model.embed.weight[:, -1] = 0  # the prefix's end is not seen, and prefixes of other lengths are comparable
     stored = {"dtype": dtype, "cache_dtype": cache_dtype}
@@ -271,7 +271,7 @@ def test_a_prefill_equals_the_same_tokens_one_by_one(batch, dtype, cache_dtype):
 
 
 def test_generate_is_step_on_its_own_predictions():
-    model, x = make_model(SMALL), make_paths(SMALL, 3, 10)
+    model, x = make_model(SMALL_MODEL), make_paths(SMALL_MODEL, 3, 10)
     stepped, generated = Decoder.from_model(model, 3), Decoder.from_model(model, 3)
     prediction, path = stepped.prefill(x), []
     for _ in range(70):
@@ -289,7 +289,7 @@ def test_generate_is_step_on_its_own_predictions():
     num_threads=st.sampled_from([1, 3]),
 )
 def test_a_sequence_alone_equals_itself_in_a_ragged_batch(trajectories, mode, num_threads):
-    model, x = make_model(SMALL), make_paths(SMALL, len(trajectories), 40)
+    model, x = make_model(SMALL_MODEL), make_paths(SMALL_MODEL, len(trajectories), 40)
     lengths, n = np.array(trajectories).T
     for b, length in enumerate(lengths):
         x[b, length:] = np.nan  # never read
@@ -299,7 +299,7 @@ def test_a_sequence_alone_equals_itself_in_a_ragged_batch(trajectories, mode, nu
     first = together.prefill(x, lengths)
     assert np.array_equal(together.position, lengths)
     path = together.generate(n)
-    assert path.shape == (len(lengths), n.max(), SMALL.n_components)
+    assert path.shape == (len(lengths), n.max(), SMALL_MODEL.n_components)
     assert np.array_equal(together.position, lengths + n)
     for b, length in enumerate(lengths):
         alone.reset()
@@ -330,7 +330,7 @@ def test_threads_do_not_change_a_bit(n_head, batch, dtype, cache_dtype):
 
 @modes
 def test_a_reset_decoder_forgets(dtype, cache_dtype):
-    model, x = make_model(SMALL), make_paths(SMALL, 2, 30)
+    model, x = make_model(SMALL_MODEL), make_paths(SMALL_MODEL, 2, 30)
     decoder = Decoder.from_model(model, 2, dtype=dtype, cache_dtype=cache_dtype)
     decoder.prefill(x)
     path = decoder.generate(50)
@@ -345,7 +345,7 @@ def test_a_reset_decoder_forgets(dtype, cache_dtype):
 
 @modes
 def test_a_diverging_path_is_returned_as_it_is_and_forgotten(dtype, cache_dtype):
-    config = dataclasses.replace(SMALL, diff_scale=1e30, out_scale=1e30)
+    config = dataclasses.replace(SMALL_MODEL, diff_scale=1e30, out_scale=1e30)
     stored = {"dtype": dtype, "cache_dtype": cache_dtype}
     decoder, fresh = (Decoder.from_model(make_model(config), 1, **stored) for _ in range(2))
     decoder.prefill(make_paths(config, 1, 5))
@@ -363,7 +363,7 @@ def test_a_diverging_path_is_returned_as_it_is_and_forgotten(dtype, cache_dtype)
 
 
 def test_a_full_cache_raises_and_keeps_what_it_holds():
-    model, x = make_model(SMALL), make_paths(SMALL, 2, 8)
+    model, x = make_model(SMALL_MODEL), make_paths(SMALL_MODEL, 2, 8)
     decoder = Decoder.from_model(model, 2, max_len=12)
     decoder.prefill(x, np.array([8, 6]))
     with pytest.raises(
@@ -503,19 +503,19 @@ def test_calls_out_of_order_are_refused():
 )
 def test_senseless_settings_are_refused(arguments, message):
     with pytest.raises(ValueError, match=r".*") as raised:
-        Decoder.from_model(make_model(SMALL), **({"batch_size": 1} | arguments))
+        Decoder.from_model(make_model(SMALL_MODEL), **({"batch_size": 1} | arguments))
     assert str(raised.value) == message
 
 
 @pytest.mark.parametrize("name", ["batch_size", "max_len", "num_threads"])
 def test_settings_that_are_no_ints_are_refused(name):
     with pytest.raises(TypeError, match=rf"^Decoder: {name} must be an int, got 2\.5$"):
-        Decoder.from_model(make_model(SMALL), **({"batch_size": 1} | {name: 2.5}))
+        Decoder.from_model(make_model(SMALL_MODEL), **({"batch_size": 1} | {name: 2.5}))
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_weights_that_are_not_finite_are_refused(value):
-    model = make_model(SMALL)
+    model = make_model(SMALL_MODEL)
     with torch.no_grad():
         model.blocks[1].fc1.weight[3, 4] = value
     with pytest.raises(ValueError, match=rf"^Decoder: blocks\.1\.fc1\.weight must be finite, got {value} at \(3, 4\)$"):
@@ -523,38 +523,38 @@ def test_weights_that_are_not_finite_are_refused(value):
 
 
 def test_weights_that_do_not_fit_the_config_are_refused():
-    weights = reference.random_forecaster(SMALL, 0)
+    weights = reference.random_forecaster(SMALL_MODEL, 0)
     with pytest.raises(
         ValueError, match=r"^Decoder: head\.weight must have shape \(out, in\) = \(5, 39\), got \(39, 5\)$"
     ):
-        Decoder(SMALL, weights | {"head.weight": np.ascontiguousarray(weights["head.weight"].T)}, 1)
+        Decoder(SMALL_MODEL, weights | {"head.weight": np.ascontiguousarray(weights["head.weight"].T)}, 1)
     with pytest.raises(ValueError, match=r"^Decoder: norm\.bias must have shape \(out,\) = \(39,\), got \(38,\)$"):
-        Decoder(SMALL, weights | {"norm.bias": zeros(38)}, 1)
+        Decoder(SMALL_MODEL, weights | {"norm.bias": zeros(38)}, 1)
     with pytest.raises(TypeError, match=r"^Decoder: pos\.weight must be a NumPy array of float32, got float64$"):
-        Decoder(SMALL, weights | {"pos.weight": weights["pos.weight"].astype(np.float64)}, 1)
+        Decoder(SMALL_MODEL, weights | {"pos.weight": weights["pos.weight"].astype(np.float64)}, 1)
     with pytest.raises(ValueError, match=r"^Decoder: weights must be 31 tensors, got 32$"):
-        Decoder(SMALL, weights | {"blocks.2.qkv.weight": zeros(1)}, 1)
+        Decoder(SMALL_MODEL, weights | {"blocks.2.qkv.weight": zeros(1)}, 1)
     with pytest.raises(ValueError, match=r"^Decoder: weights lack 'norm\.weight'$"):
-        Decoder(SMALL, {name: w for name, w in weights.items() if name != "norm.weight"}, 1)
+        Decoder(SMALL_MODEL, {name: w for name, w in weights.items() if name != "norm.weight"}, 1)
 
 
 def test_a_model_of_another_precision_is_refused():
     with pytest.raises(
         TypeError, match=r"^from_model: model's embed\.weight must be torch\.float32, got torch\.float64$"
     ):
-        Decoder.from_model(make_model(SMALL).double(), 1)
+        Decoder.from_model(make_model(SMALL_MODEL).double(), 1)
 
 
 def test_a_cache_that_does_not_fit_into_memory_is_refused():
     with pytest.raises(MemoryError):
-        Decoder.from_model(make_model(SMALL), 2**24, max_len=90)
+        Decoder.from_model(make_model(SMALL_MODEL), 2**24, max_len=90)
 
 
 # ---- threads, signals, forks
 
 
 def test_generate_runs_without_the_gil_and_refuses_a_second_caller():
-    config = dataclasses.replace(SMALL, max_len=8_000)
+    config = dataclasses.replace(SMALL_MODEL, max_len=8_000)
     decoder = Decoder.from_model(make_model(config), 1, num_threads=1)
     decoder.prefill(make_paths(config, 1, 1))
     worker = threading.Thread(target=decoder.generate, args=(7_000,))
@@ -568,11 +568,11 @@ def test_generate_runs_without_the_gil_and_refuses_a_second_caller():
 
 SCRIPT = """
 import dataclasses, os, signal, threading
-import numpy as np, reference, test_decode
+import numpy as np, reference
 from tipl.forecasting.decoder import Decoder
 
 def decoder_for(max_len, batch=1, **arguments):
-    config = dataclasses.replace(test_decode.SMALL, max_len=max_len)
+    config = dataclasses.replace(reference.SMALL_MODEL, max_len=max_len)
     return Decoder(config, reference.random_forecaster(config, 0), batch, **arguments)
 """
 
@@ -613,7 +613,7 @@ def test_ctrl_c_stops_a_pass_between_its_layers():
     done = run_python(
         SCRIPT
         + """
-config = test_decode.ModelConfig(n_components=5, n_layer=100, n_head=2, d_model=64, d_ff=512, max_len=8)
+config = reference.ModelConfig(n_components=5, n_layer=100, n_head=2, d_model=64, d_ff=512, max_len=8)
 weights = reference.random_forecaster(dataclasses.replace(config, n_layer=1), 0)
 for i in range(config.n_layer):
     weights |= {name.replace("blocks.0", f"blocks.{i}"): w for name, w in weights.items() if "blocks.0" in name}

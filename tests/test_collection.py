@@ -10,18 +10,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from factories import ENV_ID, TINY_PPO
 
 import tipl.storing.zarr_files
 from tipl.collecting.collection import collect, trial_seeds
-from tipl.collecting.population import Population, PPOConfig
+from tipl.collecting.population import Population
 from tipl.storing.store import Store
-
-ENV_ID = "InvertedPendulum-v5"
-TINY = PPOConfig(num_steps=32, num_minibatches=2, update_epochs=1, hidden_sizes=(16, 16))
 
 
 def collect_tiny(output: Path, **arguments) -> Store:
-    defaults = {"env_id": ENV_ID, "num_trials": 3, "total_timesteps": 4 * 32, "ppo": TINY, "progress": False}
+    defaults = {"env_id": ENV_ID, "num_trials": 3, "total_timesteps": 4 * 32, "ppo": TINY_PPO, "progress": False}
     return collect(output, **defaults | arguments)
 
 

@@ -4,8 +4,8 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
+from factories import SPEC
 from numpy.typing import NDArray
-from synthetic_run import SPEC
 
 from tipl.collecting import episodes
 from tipl.collecting.episodes import _StateSample, episodic_returns, run_episodes

@@ -11,11 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from factories import TINY_PPO
 
-from tipl.cli import main
 from tipl.collecting.collection import collect
 from tipl.collecting.description import describe_store
-from tipl.collecting.population import PPOConfig
 from tipl.files.sealed import UncheckedWarning
 from tipl.policy import ParameterLayout
 from tipl.storing.store import Store
@@ -23,30 +22,19 @@ from tipl.storing.store_records import Commit
 from tipl.storing.zarr_files import crc32c, read_group, write_group
 from tipl.verification import verify_store
 
-TINY = PPOConfig(num_steps=32, num_minibatches=2, update_epochs=1, hidden_sizes=(16, 16))
-
 
 @pytest.fixture(scope="module")
 def collected(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys.modules["tipl.storing.store"], "CHUNK_BYTES", 3 * 370 * 4)  # three rows a chunk
         path = tmp_path_factory.mktemp("verify") / "store"
-        collect(path, env_id="InvertedPendulum-v5", num_trials=3, total_timesteps=6 * 32, ppo=TINY, progress=False)
+        collect(path, env_id="InvertedPendulum-v5", num_trials=3, total_timesteps=6 * 32, ppo=TINY_PPO, progress=False)
     return path
 
 
 @pytest.fixture
 def store(collected: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(collected, tmp_path / "store"))
-
-
-def tipl_store(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["tipl", "store", *map(str, arguments)])
-    try:
-        main()
-    except SystemExit as ending:
-        return int(ending.code or 0)
-    return 0
 
 
 def flip(path: Path, position: int = 40) -> None:
@@ -72,12 +60,12 @@ def commit_wrongly(trial: Path, num_checkpoints: int) -> None:
     write_group(trial, read_group(trial, "trial") | {"num_checkpoints": num_checkpoints})
 
 
-def test_a_whole_store_is_ok(store, monkeypatch, capsys):
+def test_a_whole_store_is_ok(store, run_tipl, capsys):
     found = verify_store(store)
     assert found.problems == []
     assert found.num_chunks == 3 * (3 + 1 + 1)
     assert found.num_bytes == 3 * (9 * 370 * 4 + 2 * 1024 * 8)
-    assert tipl_store(monkeypatch, "verify", store) == 0
+    assert run_tipl("store", "verify", store) == 0
     assert capsys.readouterr() == (f"ok         {store}: 3 trials x 7 checkpoints, 15 chunks, 0.1 MB\n", "")
 
 
@@ -143,14 +131,14 @@ def test_a_whole_store_is_ok(store, monkeypatch, capsys):
         ),
     ],
 )  # fmt: skip
-def test_damage_is_named(store: Path, damage: Callable[[Path], object], problems: list[str], monkeypatch, capsys):
+def test_damage_is_named(store: Path, damage: Callable[[Path], object], problems: list[str], run_tipl, capsys):
     damage(store)
     before = {file: file.read_bytes() for file in store.rglob("*") if file.is_file()}
     found = verify_store(store).problems
     assert len(found) == len(problems)
     for problem, expected in zip(found, problems, strict=True):
         assert re.fullmatch(expected, problem)
-    assert tipl_store(monkeypatch, "verify", store) == 1
+    assert run_tipl("store", "verify", store) == 1
     out, err = capsys.readouterr()
     assert out.splitlines() == [*found, f"damaged    {store}: {len(found)} problem{'s' * (len(found) > 1)}"]
     assert err == ""
@@ -170,7 +158,7 @@ def another(tmp_path_factory: pytest.TempPathFactory, collected: Path) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys.modules["tipl.storing.store"], "CHUNK_BYTES", 3 * 370 * 4)
         path = tmp_path_factory.mktemp("another") / "store"
-        ppo = dataclasses.replace(TINY, learning_rate=1e-3)
+        ppo = dataclasses.replace(TINY_PPO, learning_rate=1e-3)
         collect(path, env_id="InvertedPendulum-v5", num_trials=3, total_timesteps=6 * 32, ppo=ppo, progress=False)
     assert Store.open(path).seeds == Store.open(collected).seeds
     return path
@@ -259,12 +247,12 @@ def as_older(trial: Path) -> None:
     write_group(trial, record)
 
 
-def test_a_store_of_an_older_tipl_is_ok_with_a_warning(store, monkeypatch, capsys):
+def test_a_store_of_an_older_tipl_is_ok_with_a_warning(store, run_tipl, capsys):
     for i in range(3):
         as_older(store / f"trial_000{i}")
     with warnings.catch_warnings():
         warnings.simplefilter("default")
-        assert tipl_store(monkeypatch, "verify", store) == 0
+        assert run_tipl("store", "verify", store) == 0
     out, err = capsys.readouterr()
     assert out == f"ok         {store}: 3 trials x 7 checkpoints, 15 chunks, 0.1 MB\n"
     assert err == (
@@ -322,14 +310,14 @@ def test_a_bar_if_it_takes_long(store, monkeypatch, capfd):
     assert "verify" in capfd.readouterr().err
 
 
-def test_what_is_no_store(tmp_path, monkeypatch, capsys):
+def test_what_is_no_store(tmp_path, run_tipl, capsys):
     for command in ("verify", "info"):
-        assert tipl_store(monkeypatch, command, tmp_path) == 2
+        assert run_tipl("store", command, tmp_path) == 2
         assert capsys.readouterr().err == f"tipl: error: open: there is no trajectory store at {tmp_path}\n"
 
 
-def test_info_of_a_complete_store(store, monkeypatch, capsys):
-    assert tipl_store(monkeypatch, "info", store) == 0
+def test_info_of_a_complete_store(store, run_tipl, capsys):
+    assert run_tipl("store", "info", store) == 0
     lines = capsys.readouterr().out.splitlines()
     opened = Store.open(store)
     last = [opened.trial(i).episodic_return[-1] for i in range(3)]

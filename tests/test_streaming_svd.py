@@ -2,27 +2,22 @@
 
 import functools
 import re
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import reference
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from test_engine import ISAS, run_on
+from processes import ISAS, run_on
+from svd_checks import EPS, EPS64, SIZES, assert_orthonormal, chunks, largest_angle, random_rows, results, stream
 
 from tipl import _core
 from tipl.subspace.streaming_svd import NotFittedError, StreamingSVD, gram
 
-EPS = float(np.finfo(np.float32).eps)
-EPS64 = float(np.finfo(np.float64).eps)
 N, P, K = 1000, 1500, 32  # of the matrices on which the error is measured
 EXACT_ROWS = 256  # that are kept as they are
 ROUNDING = 1e-6  # of |A|_F: what float32 sums may add to an error or take off it
-
-# Sizes around the vector width, and around the register tiles and blocks of the kernels.
-SIZES = sorted({1, 3, 7, *(_core.lanes() * i + j for i in (1, 2, 8) for j in (-1, 0, 1, 2))})
 
 
 def low_rank() -> np.ndarray:
@@ -50,57 +45,6 @@ def matrix(make: Callable[[], np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     matter here they are 1e-9 of it at least."""
     rows = make()
     return rows, np.sqrt(np.maximum(np.linalg.eigvalsh(reference.gram(rows, None))[::-1], 0.0))
-
-
-def chunks(rows: np.ndarray, sizes: list[int]) -> Iterator[np.ndarray]:
-    """The rows in chunks of these sizes, again and again."""
-    start, i = 0, 0
-    while start < len(rows):
-        yield rows[start : start + sizes[i % len(sizes)]]
-        start, i = start + sizes[i % len(sizes)], i + 1
-
-
-def stream(estimator: StreamingSVD, rows: np.ndarray, *sizes: int) -> StreamingSVD:
-    for chunk in chunks(rows, list(sizes)):
-        estimator.partial_fit(chunk)
-    return estimator
-
-
-def random_rows(n: int, p: int, seed: int = 0) -> np.ndarray:
-    """Rows with singular values that decay, far from zero."""
-    rng = np.random.default_rng(seed)
-    scales = 1.0 / np.arange(1, min(n, p) + 1)
-    return (rng.standard_normal((n, min(n, p))) * scales @ rng.standard_normal((min(n, p), p)) + 5).astype(np.float32)
-
-
-def results(estimator: StreamingSVD) -> tuple[Any, ...]:
-    """All that an estimator says, to be compared to the bit."""
-    return (
-        estimator.n_samples_seen_,
-        estimator.n_features_in_,
-        estimator.n_components_,
-        estimator.components_.tobytes(),
-        estimator.singular_values_.tobytes(),
-        estimator.explained_variance_ratio_.tobytes(),
-        estimator.coordinates_.tobytes(),
-        estimator.mean_.tobytes(),
-        estimator.residual_,
-        estimator.residual_interval_,
-        estimator.residual_bound_,
-        estimator.optimum_bound_,
-    )
-
-
-def largest_angle(a: np.ndarray, b: np.ndarray) -> float:
-    """The sine of the largest angle between the spans of a and b, both with orthonormal rows."""
-    a, b = a.astype(np.float64), b.astype(np.float64)
-    return float(np.linalg.norm(a - (a @ b.T) @ b, 2))
-
-
-def assert_orthonormal(components: np.ndarray) -> None:
-    """Each product of two rows is off by their rounding to float32 alone: eps / 2 of every entry of either."""
-    v = components.astype(np.float64)
-    assert np.abs(v @ v.T - np.eye(len(v))).max() <= 2 * EPS
 
 
 def coordinates(rows: np.ndarray, components: np.ndarray, mean: np.ndarray) -> np.ndarray:
@@ -629,11 +573,11 @@ def test_rows_one_by_one_can_be_read_merged_and_saved_while_a_block_is_on_its_wa
     run_on(
         isa,
         f"path = {str(tmp_path / 'svd')!r}\n"
-        "from test_svd import STAGES, StreamingSVD, random_rows, results, stream\n"
+        "from svd_checks import StreamingSVD, random_rows, results, stream\n"
         "rows = random_rows(700, 2600)\n"
         "few = stream(StreamingSVD(5), rows[:300], 300)\n"
         "all_rows = results(StreamingSVD(5).fit(rows))\n"
-        "for n in STAGES:\n"
+        f"for n in {STAGES}:\n"
         "    at_once = [stream(StreamingSVD(5), rows[:n], n) for _ in range(3)]\n"
         "    one_by_one = [stream(StreamingSVD(5), rows[:n], 1) for _ in range(6)]\n"
         "    assert one_by_one[0].n_samples_seen_ == n\n"

@@ -4,15 +4,14 @@ import json
 import re
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from synthetic_run import make_store
-from test_report import text_of
+from factories import TINY_PPO, TINY_TRAIN, make_store
+from pages import text_of
 
-from tipl.cli import main
 from tipl.collecting.collection import collect
-from tipl.collecting.population import PPOConfig
 from tipl.forecasting.forecaster import Forecaster, source_to_judge
 from tipl.forecasting.sources import split_trials
 from tipl.forecasting.train_config import TrainConfig
@@ -25,24 +24,11 @@ from tipl.storing.store import Store
 
 MODULE, PIPELINE = (sys.modules[f"tipl.{name}"] for name in ("reproduction", "pipeline"))
 ENV = "InvertedPendulum-v4"
-TINY = TrainConfig(
-    n_components=4,
-    n_layer=1,
-    n_head=2,
-    d_model=16,
-    steps=5,
-    batch_size=8,
-    max_prefixes=4,
-    refine_steps=5,
-    d_refine=8,
-    confidence_trials=2,
-)
-PPO = PPOConfig(num_steps=64, num_minibatches=2, update_epochs=1, hidden_sizes=(8, 8))
 TASK = Task(
     num_trials=5,
-    total_timesteps=15 * 64,
-    ppo=PPO,
-    train=TINY,
+    total_timesteps=15 * TINY_PPO.num_steps,
+    ppo=TINY_PPO,
+    train=TINY_TRAIN,
     evaluate=EvaluateConfig(num_episodes=1),
     shared_components=6,
 )
@@ -89,16 +75,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         monkeypatch.setattr(PIPELINE, "write_report", _draw_two)
         reproduce(output, progress=False)
     return output
-
-
-def tipl(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    """Run `tipl reproduce` in this process and return its exit status."""
-    monkeypatch.setattr(sys, "argv", ["tipl", "reproduce", *map(str, arguments)])
-    try:
-        main()
-    except SystemExit as ending:
-        return int(ending.code or 0)
-    return 0
 
 
 def written(output: Path) -> dict[Path, int]:
@@ -183,10 +159,10 @@ def test_only_the_report_in_sample_says_so(finished: Path) -> None:
 
 
 def test_a_second_call_does_nothing(
-    finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    finished: Path, run_tipl: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = written(finished)
-    assert tipl(monkeypatch, "--output", finished) == 0
+    assert run_tipl("reproduce", "--output", finished) == 0
     assert written(finished) == before
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1] == f"report     {finished / 'reproduction.html'}"
@@ -231,13 +207,13 @@ def test_a_cut_off_goes_on(finished: Path, tmp_path: Path) -> None:
 
 
 def test_ctrl_c_says_how_to_go_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, run_tipl: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupted(*arguments: object, **settings: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(PIPELINE.training, "train", interrupted)
-    assert tipl(monkeypatch, "--output", tmp_path / "out") == 130
+    assert run_tipl("reproduce", "--output", tmp_path / "out") == 130
     expected = f"tipl: interrupted. reproduce: what is finished is kept in {tmp_path / 'out'}; the same command goes on"
     assert capsys.readouterr().err.splitlines()[-1] == expected
     assert (tmp_path / "out" / ENV / "independent.zarr").exists()
@@ -246,7 +222,7 @@ def test_ctrl_c_says_how_to_go_on(
 def test_what_is_of_other_settings_is_refused(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = tmp_path / "out"
     shutil.copytree(finished, output)
-    other = Task(**{**vars(TASK), "train": TrainConfig(**{**vars(TINY), "steps": 6})})
+    other = Task(**{**vars(TASK), "train": TrainConfig(**{**vars(TINY_TRAIN), "steps": 6})})
     monkeypatch.setattr(MODULE, "TASKS", {ENV: other})
     with pytest.raises(ValueError, match=r"independent/model was trained with other settings"):
         reproduce(output, progress=False)
@@ -266,10 +242,10 @@ def test_what_is_of_other_settings_is_refused(finished: Path, tmp_path: Path, mo
 
 
 @pytest.mark.usefixtures("quick_pages")
-def test_a_given_store_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_given_store_is_taken(tmp_path: Path, run_tipl: Callable[..., int]) -> None:
     given = tmp_path / "given.zarr"
-    collect(given, env_id=ENV, num_trials=4, total_timesteps=15 * 64, seed=3, ppo=PPO, progress=False)
-    assert tipl(monkeypatch, "--output", tmp_path / "out", "--stores", f"{ENV}={given}") == 0
+    collect(given, env_id=ENV, num_trials=4, total_timesteps=15 * 64, seed=3, ppo=TINY_PPO, progress=False)
+    assert run_tipl("reproduce", "--output", tmp_path / "out", "--stores", f"{ENV}={given}") == 0
     first, second, third = experiments(tmp_path / "out")
     assert not first.store.exists()
     for it, num_trials, seed in ((first, 4, 3), (second, 5, 0), (third, 4, 3)):
@@ -288,7 +264,7 @@ def test_a_given_store_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     ],
 )
 def test_a_wrong_store_is_refused(
-    name: str, message: str, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    name: str, message: str, finished: Path, tmp_path: Path, run_tipl: Callable[..., int],
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     path = tmp_path / "store.zarr"
@@ -298,7 +274,7 @@ def test_a_wrong_store_is_refused(
         make_store(
             path, 2 if name == "few" else 5, 8 if name == "short" else 16, "Hopper-v4" if name == "hopper" else ENV
         )
-    assert tipl(monkeypatch, "--output", tmp_path / "out", "--stores", f"{ENV}={path}") == 2
+    assert run_tipl("reproduce", "--output", tmp_path / "out", "--stores", f"{ENV}={path}") == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1
     assert message in lines[0]
@@ -310,9 +286,9 @@ def test_a_wrong_store_is_refused(
     [("store.zarr", "expects ENV=PATH"), ("Hopper-v4=store.zarr", f"must be of {ENV}, got 'Hopper-v4'")],
 )
 def test_a_wrong_option_is_refused(
-    given: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    given: str, message: str, tmp_path: Path, run_tipl: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert tipl(monkeypatch, "--output", tmp_path / "out", "--stores", given) == 2
+    assert run_tipl("reproduce", "--output", tmp_path / "out", "--stores", given) == 2
     assert message in capsys.readouterr().err
 
 
@@ -329,7 +305,7 @@ def test_in_sample_all_trials_teach_and_judge() -> None:
 
 def test_max_trials_bounds_what_is_judged(tmp_path: Path) -> None:
     store = make_store(tmp_path / "store.zarr", 6, 16)
-    config = TrainConfig(**{**vars(TINY), "in_sample": True, "basis": "shared"})
+    config = TrainConfig(**{**vars(TINY_TRAIN), "in_sample": True, "basis": "shared"})
     forecaster = Forecaster.load(train(store, tmp_path / "model", config, progress=False))
     judge = EvaluateConfig(prefixes=(0.4,), horizons=(0.2,), num_episodes=1, max_trials=2)
     target = evaluate(store, forecaster, tmp_path / "evaluation", judge, progress=False)
@@ -344,7 +320,7 @@ def test_max_trials_bounds_what_is_judged(tmp_path: Path) -> None:
 def test_a_model_of_an_in_sample_fit_judges_other_stores_on_held_out_trials(tmp_path: Path) -> None:
     forecaster = Forecaster.load(
         train(make_store(tmp_path / "a.zarr", 6, 16), tmp_path / "model",
-              TrainConfig(**{**vars(TINY), "in_sample": True}), progress=False)
+              TrainConfig(**{**vars(TINY_TRAIN), "in_sample": True}), progress=False)
     )  # fmt: skip
     other = make_store(tmp_path / "b.zarr", 6, 16, "Hopper-v4")
     split = source_to_judge(other, forecaster).split

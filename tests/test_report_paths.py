@@ -4,10 +4,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from factories import SPEC, make_store
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from synthetic_run import SPEC, make_store
 
 import tipl.report.paths
 from tipl.report.paths import PathSpectrum, path_spectrum, plot_store, quartiles

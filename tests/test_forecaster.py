@@ -5,9 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from factories import MODEL_CONFIG, random_model, random_path
 from numpy.typing import NDArray
-from test_basis import random_path
-from test_model import CONFIG, random_model
 
 from tipl.forecasting.forecaster import Forecaster, rollout
 from tipl.forecasting.transformer import TrajectoryTransformer, save_model
@@ -24,7 +23,7 @@ def test_rollout_is_the_torch_recursion_between_encode_and_decode(count: int) ->
     forecast = rollout(observed, 12, model)
     assert forecast.shape == (count, 12, 60)
     for weights, prefix in zip(forecast, observed, strict=True):
-        basis = Basis.from_prefix(prefix, CONFIG.n_components)
+        basis = Basis.from_prefix(prefix, MODEL_CONFIG.n_components)
         expected = basis.decode(model.rollout(torch.from_numpy(basis.encode(prefix)[None]), 12)[0].numpy())
         np.testing.assert_allclose(weights, expected, atol=1e-4 * np.abs(expected).max())
 
@@ -39,10 +38,10 @@ def test_model_may_be_a_folder_and_a_prefix_may_stand_alone(tmp_path: Path) -> N
 
 def test_a_centred_forecaster_that_learned_nothing_follows_the_mean_path() -> None:
     rng = np.random.default_rng(0)
-    paths = rng.standard_normal((2, CONFIG.max_len, CONFIG.n_components)).astype(np.float32)
+    paths = rng.standard_normal((2, MODEL_CONFIG.max_len, MODEL_CONFIG.n_components)).astype(np.float32)
     centre = Centre(np.array([5, 9]), paths, np.ones(2))
-    untrained = Forecaster(TrajectoryTransformer(CONFIG).eval(), None, centre)
-    observed = rng.standard_normal((2, 8, CONFIG.n_components)).astype(np.float32)  # ends at 7, between 5 and 9
+    untrained = Forecaster(TrajectoryTransformer(MODEL_CONFIG).eval(), None, centre)
+    observed = rng.standard_normal((2, 8, MODEL_CONFIG.n_components)).astype(np.float32)  # ends at 7, between 5 and 9
     mean = centre.paths.mean(0)
     expected = observed[:, -1:] + mean[8:14] - mean[7]
     np.testing.assert_allclose(untrained.continue_coordinates(observed, [6, 6]), expected, atol=1e-5)
@@ -52,7 +51,7 @@ def test_prefixes_of_all_lengths_are_continued_together() -> None:
     rng = np.random.default_rng(0)
     centre = Centre(
         np.array([3, 19]),
-        rng.standard_normal((2, CONFIG.max_len, CONFIG.n_components)).astype(np.float32),
+        rng.standard_normal((2, MODEL_CONFIG.max_len, MODEL_CONFIG.n_components)).astype(np.float32),
         np.array([0.5, 1.0]),
     )
     for forecaster in (Forecaster(random_model()), Forecaster(random_model(), None, centre)):
@@ -78,6 +77,6 @@ def test_rejections() -> None:
         rollout(observed, 17, model)
     with pytest.raises(ValueError, match="a prefix must hold at least 4 checkpoints"):
         rollout(observed[:, :3], 3, model)
-    shared = Forecaster(model, Basis.from_prefix(prefixes(1)[0][:, :50], CONFIG.n_components))
+    shared = Forecaster(model, Basis.from_prefix(prefixes(1)[0][:, :50], MODEL_CONFIG.n_components))
     with pytest.raises(ValueError, match=r"must hold p = 50 weights a checkpoint, .* got 60"):
         rollout(observed, 3, shared)

@@ -6,16 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from factories import bare_forecaster, make_store, random_path
 from numpy.typing import NDArray
-from synthetic_run import make_store
-from test_basis import random_path
 
-from tipl.forecasting.forecaster import Forecaster, rollout
+from tipl.forecasting.forecaster import rollout
 from tipl.forecasting.refiner import KINDS, LAGS, Observed, Refiner, kinds_of
 from tipl.forecasting.refiner_training import SAMPLE, load_examples, sample_weights, train_refiner
 from tipl.forecasting.sources import Source
 from tipl.forecasting.train_config import TrainConfig
-from tipl.forecasting.transformer import ModelConfig, TrajectoryTransformer
 from tipl.policy import ParameterLayout, PolicySpec
 from tipl.storing.store import Store
 from tipl.subspace.basis import Basis
@@ -151,15 +149,6 @@ def store_of(path: Path, weights: NDArray[np.float64], spec: PolicySpec) -> Stor
     steps = np.tile(np.arange(num_checkpoints), (num_trials, 1))
     store.append(weights.astype(np.float32), steps, np.zeros((num_trials, num_checkpoints)))
     return store
-
-
-def bare_forecaster(num_checkpoints: int) -> Forecaster:
-    """A Transformer that has learned nothing: its forecast is persistence."""
-    return Forecaster(
-        TrajectoryTransformer(
-            ModelConfig(n_components=6, n_layer=1, d_model=16, d_ff=32, max_len=num_checkpoints)
-        ).eval()
-    )
 
 
 CONFIG = TrainConfig(refine_steps=400, d_refine=16)

@@ -7,17 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from factories import MODEL_CONFIG, random_model
 from reference import forecaster, random_forecaster
 
-from tipl.forecasting.transformer import ModelConfig, TrajectoryTransformer, load_model, save_model
-
-CONFIG = ModelConfig(n_components=5, n_layer=2, n_head=2, d_model=16, d_ff=40, max_len=24, dropout=0.1)
-
-
-def random_model(config: ModelConfig = CONFIG, seed: int = 0) -> TrajectoryTransformer:
-    model = TrajectoryTransformer(config)
-    model.load_state_dict({name: torch.from_numpy(w) for name, w in random_forecaster(config, seed).items()})
-    return model.eval()
+from tipl.forecasting.transformer import TrajectoryTransformer, load_model, save_model
 
 
 def test_no_output_depends_on_a_later_input() -> None:
@@ -35,7 +28,7 @@ def test_no_output_depends_on_a_later_input() -> None:
 def test_forward_equals_the_float64_oracle() -> None:
     x, prefix_end = np.random.default_rng(0).standard_normal((3, 12, 5)).astype(np.float32), np.array([3, 6, 11])
     got = random_model()(torch.from_numpy(x), torch.from_numpy(prefix_end)).detach().numpy()
-    expected = forecaster(CONFIG, random_forecaster(CONFIG, 0), x, prefix_end)
+    expected = forecaster(MODEL_CONFIG, random_forecaster(MODEL_CONFIG, 0), x, prefix_end)
     np.testing.assert_allclose(got, expected, atol=100 * np.finfo(np.float32).eps)
 
 
@@ -50,7 +43,7 @@ def test_unroll_equals_recomputation_and_lets_gradients_through() -> None:
 
 def test_an_untrained_model_is_persistence() -> None:
     x = torch.randn(2, 6, 5)
-    path = TrajectoryTransformer(CONFIG).eval().rollout(x, 5)
+    path = TrajectoryTransformer(MODEL_CONFIG).eval().rollout(x, 5)
     torch.testing.assert_close(path, x[:, -1:].expand(2, 5, 5), rtol=0, atol=0)
 
 
@@ -110,7 +103,7 @@ def test_config_rejections(change: dict[str, float], message: str) -> None:
     import dataclasses
 
     with pytest.raises(ValueError, match=message):
-        dataclasses.replace(CONFIG, **change)  # type: ignore[arg-type]
+        dataclasses.replace(MODEL_CONFIG, **change)  # type: ignore[arg-type]
 
 
 def test_forward_rejections() -> None:

@@ -3,7 +3,6 @@
 import copy
 import json
 import re
-import signal
 import threading
 import tracemalloc
 from collections.abc import Callable
@@ -19,12 +18,12 @@ import safetensors.numpy
 import sklearn.base
 import torch
 import zarr
+from processes import run_python, stopped
 from sklearn.decomposition import PCA, TruncatedSVD
 from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.validation import check_is_fitted
-from test_engine import run_python
-from test_svd import EPS, assert_orthonormal, largest_angle, random_rows, results, stream
+from svd_checks import EPS, assert_orthonormal, largest_angle, random_rows, results, stream
 
 from tipl import _core
 from tipl.files import locations
@@ -888,26 +887,6 @@ def test_threads_that_share_an_estimator_wait_for_one_another():
     assert np.allclose(estimator.mean_, all_rows.astype(np.float64).mean(0), rtol=0, atol=16 * EPS)
     assert reference.residual(all_rows, estimator.components_, center=True) <= 1.05 * np.linalg.norm(exact[5:])
     assert len(estimator.coordinates_) == 1201
-
-
-class Stopped(Exception):
-    pass
-
-
-def stopped(work: Callable[[], Any], seconds: float) -> None:
-    """Raise Stopped in the middle of the work, as Ctrl-C would raise KeyboardInterrupt."""
-
-    def stop(*_: Any) -> None:
-        raise Stopped
-
-    previous = signal.signal(signal.SIGALRM, stop)
-    try:
-        signal.setitimer(signal.ITIMER_REAL, seconds)
-        with pytest.raises(Stopped):
-            work()
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, previous)
 
 
 def test_a_signal_stops_between_blocks_and_the_rest_can_follow():
