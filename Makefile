@@ -7,7 +7,7 @@ CXX_FILES := $(wildcard $(foreach room,csrc csrc/* csrc/*/* bench,$(room)/*.h $(
 ENGINE := CMakeLists.txt pyproject.toml constraints.txt $(CXX_FILES) tipl $(wildcard tipl/*/)  # a folder: when files come or go
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test sanitize stress stress-smoke bench lint format wheel clean
+.PHONY: help demo test docs sanitize stress stress-smoke bench lint format wheel wheels clean
 
 help:  ## Show what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -17,6 +17,9 @@ demo: $(VENV)/.runtime  ## Collect, train, forecast and judge on InvertedPendulu
 
 test: $(VENV)/.develop  ## Run the tests
 	$(BIN)/python -m pytest tests
+
+docs: $(VENV)/.docs  ## Build the site into site/: a broken link or a reference that is not there fails
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 sanitize: $(VENV)/.develop  ## Run the engine's tests under ASan and UBSan, and those of its threads under TSan
 	.ci/sanitize address
@@ -46,8 +49,11 @@ format: $(VENV)/.develop  ## Apply ruff and clang-format
 wheel: $(VENV)/.runtime  ## Build the wheel into dist/
 	PIP_CONSTRAINT=constraints.txt $(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
 
+wheels: $(VENV)/.develop  ## Build and test wheels for Python 3.11 to 3.14 into dist/, in Docker
+	$(BIN)/cibuildwheel --output-dir dist
+
 clean:  ## Remove what was built, but not runs/
-	rm -rf $(VENV) build dist
+	rm -rf $(VENV) build dist site
 
 # PIP_CONSTRAINT, not -c: it holds in the isolated build environment too.
 $(VENV)/.runtime: $(ENGINE)
@@ -57,6 +63,11 @@ $(VENV)/.runtime: $(ENGINE)
 
 $(VENV)/.develop: $(VENV)/.runtime
 	PIP_CONSTRAINT=constraints.txt $(BIN)/pip install --quiet --config-settings=cmake.define.TIPL_WERROR=ON --editable '.[dev]'
+	touch $@
+
+# Apart from .develop: the site's tools need Python >= 3.11.5.
+$(VENV)/.docs: $(VENV)/.develop
+	PIP_CONSTRAINT=constraints.txt $(BIN)/pip install --quiet --config-settings=cmake.define.TIPL_WERROR=ON --editable '.[dev,docs]'
 	touch $@
 
 # llama.cpp is built from source for this machine's instruction set, in minutes, once.

@@ -1,7 +1,8 @@
-"""Print the README's tables, Markdown, from bench/latest.json: decode steps, fitting a basis, and collecting.
+"""Print the tables of speed, Markdown, from bench/latest.json: decode steps, fitting a basis, collecting, a summary.
 
-python bench/table.py                     # prints what the last run measured
-python bench/table.py --write README.md   # puts each between its markers, such as <!-- bench:svd -->
+python bench/table.py           # prints what the last run measured
+python bench/table.py --write   # puts each between its markers in docs/speed.md, such as <!-- bench:svd -->, and the
+                                # summary into README.md, where the run measured all of it
 """
 
 import argparse
@@ -43,6 +44,16 @@ TARGETS: dict[tuple[str, str], float] = {
 """(case, peer) -> the ratio that is wanted."""
 ROOF_TARGETS = {"d256 b1 fp32": 60, "d512 b1 fp32": 80}
 """case -> percent of the roof that is wanted."""
+SUMMARY: dict[tuple[str, str], str] = {
+    ("d256 b1 fp32", "torch eager"): "rollout, one path: a step of d256",
+    ("d256 b1 fp32", "llama.cpp f32"): "",
+    ("d256 b32 bf16+cache", "torch eager"): "rollout, 32 paths, bfloat16: a step of d256",
+    ("d256 b32 bf16+cache", "llama.cpp f16"): "",
+    ("8192x73484 one-pass", "torch.svd_lowrank niter=2"): "Temporal SVD, 8192 x 73484, one pass",
+    ("8192x73484 one-pass", "sklearn IncrementalPCA"): "",
+    ("HalfCheetah-v5 64", "Stable-Baselines3"): "PPO, 64 runs of HalfCheetah-v5",
+}
+"""(case, peer) -> what is measured, for the README; "": the same as in the line above."""
 LIKE = {"fp32": "llama.cpp f32", "bf16": "llama.cpp f16", "bf16+cache": "llama.cpp f16", "int8": "llama.cpp q8_0"}
 """Our mode -> llama.cpp's weights of about the same size."""
 
@@ -121,6 +132,18 @@ def plain_table(record: dict[str, Any], suite: str, what: str) -> list[str]:
     return ["Medians of one run; (≥ target).", "", header, "|---|---|---|---|---|---|", *lines, ""]
 
 
+def summary_table(record: dict[str, Any]) -> list[str]:
+    """A few lines of all suites, for the README."""
+    rows = {(row["case"], row["peer"]): row for row in record["rows"]}
+    lines = []
+    for (case, peer), what in SUMMARY.items():
+        row = rows[case, peer]
+        unit = "µs" if row["suite"] == "decode" else row["unit"]
+        ours = f"{number(row['ours'])} {unit}" if what else ""
+        lines.append(f"| {what} | {ours} | {peer} | {number(row['peer_value'])} {unit} | {number(row['ratio'])} |")
+    return ["Medians of one run.", "", "| | tipl | peer | | x |", "|---|---|---|---|---|", *lines, ""]
+
+
 def machine_line(record: dict[str, Any]) -> str:
     machine, roofs = record["machine"], record["roofs"]
     versions = ", ".join(f"{name} {machine['versions'][name]}" for name in machine["versions"] if name != "tipl")
@@ -142,23 +165,32 @@ TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
 }
 
 
+def put(text: str, file: Path, name: str) -> None:
+    """Put `text` between the markers of `name` in the page `file`."""
+    begin, end = f"<!-- bench:{name} -->", f"<!-- /bench:{name} -->"
+    before, found, rest = file.read_text().partition(begin)
+    _, closed, after = rest.partition(end)
+    if not (found and closed):
+        raise SystemExit(f"table: {file} has no {begin} ... {end}")
+    file.write_text(f"{before}{begin}\n{text}\n{end}{after}")
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Print the README's tables from bench/latest.json.")
-    parser.add_argument("--write", type=Path, metavar="FILE", help="put them between their markers in FILE")
-    file: Path | None = parser.parse_args().write
+    parser = argparse.ArgumentParser(description="Print the tables of speed from bench/latest.json.")
+    parser.add_argument("--write", action="store_true", help="put them into docs/speed.md and README.md")
+    write: bool = parser.parse_args().write
     record = json.loads(Path(__file__).with_name("latest.json").read_text())
+    root = Path(__file__).parents[1]
     measured = {row["suite"] for row in record["rows"]}
-    for suite in [suite for suite in TABLES if suite in measured]:
-        text = "\n".join([*TABLES[suite](record), machine_line(record)])
-        if file is None:
+    tables = {suite: (root / "docs" / "speed.md", table) for suite, table in TABLES.items() if suite in measured}
+    if SUMMARY.keys() <= {(row["case"], row["peer"]) for row in record["rows"]}:
+        tables["summary"] = root / "README.md", summary_table
+    for name, (page, table) in tables.items():
+        text = "\n".join([*table(record), machine_line(record)])
+        if write:
+            put(text, page, name)
+        else:
             print(text, end="\n\n")
-            continue
-        begin, end = f"<!-- bench:{suite} -->", f"<!-- /bench:{suite} -->"
-        before, found, rest = file.read_text().partition(begin)
-        _, closed, after = rest.partition(end)
-        if not (found and closed):
-            raise SystemExit(f"table: {file} has no {begin} ... {end}")
-        file.write_text(f"{before}{begin}\n{text}\n{end}{after}")
 
 
 if __name__ == "__main__":

@@ -65,7 +65,8 @@ def import_checkpoints(
         RuntimeError: a file is damaged, changes while it is read, asks for too much memory, or could be loaded only by
             running code from it.
         OSError: a file cannot be read.
-        In every case nothing is left at `output`.
+
+    In every case nothing is left at `output`.
     """
     output = Path(output)
     refuse_existing(output, "import")
