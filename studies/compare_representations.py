@@ -66,6 +66,7 @@ from tipl.judging.training_path import TrainingPath
 from tipl.report.intervals import Bootstrap
 from tipl.report.plots import THEME, Mark, Panel, Plot, percent
 from tipl.storing.store import Store
+from tipl.subspace.prefix import Prefix
 from tipl.subspace.streaming_svd import StreamingSVD
 
 PREFIXES = (0.2, 0.4, 0.6, 0.8)
@@ -228,7 +229,7 @@ class Study:
             written = [cut_coordinates(path.grams, end, WIDTH, float(path.walked(end))) for path in heldout]
             result.add(self.heldout, end, written, [x[-1] for x in written])
             result.forecast[-1] = [
-                relative_error(ridge.forecast(path[: end + 1], horizon)[0], path) for path in self.heldout
+                relative_error(ridge.forecast(Prefix(path[: end + 1]), horizon)[0], path) for path in self.heldout
             ]
         return dataclasses.replace(result, numbers=max(x.shape[1] for x in written))
 

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from tipl.collecting.population import PPOConfig
 from tipl.forecasting.transformer import ModelConfig
+from tipl.subspace.prefix import Prefix
 
 # ---- the forecaster (tipl/forecasting/transformer.py, csrc/decode.cpp)
 
@@ -126,7 +127,7 @@ def gram(rows: NDArray[np.float32], origin: NDArray[np.float32] | None) -> NDArr
 
 def relative_error(predictor: Any, path: NDArray[np.float32], prefix_end: int, horizon: int) -> float:
     """Return how far a forecast is from the truth, in lengths of the way that the path has gone by then."""
-    forecast = predictor.forecast(path[: prefix_end + 1], np.array([horizon]))[0]
+    forecast = predictor.forecast(Prefix(path[: prefix_end + 1]), np.array([horizon]))[0]
     truth = path[prefix_end + horizon].astype(np.float64)
     return float(np.linalg.norm(forecast - truth) / np.linalg.norm(truth - path[0]))
 

@@ -14,12 +14,15 @@ from tipl.forecasting.forecaster import Forecaster
 from tipl.forecasting.training import train
 from tipl.judging.action_metrics import action_bounds, action_differences, action_variance, kl_divergences
 from tipl.judging.evaluate_config import EvaluateConfig
-from tipl.judging.evaluation import NUM_STATES, episode_seeds, evaluate, weight_errors
+from tipl.judging.evaluation import evaluate
 from tipl.judging.predictors import fit_baselines
+from tipl.judging.return_judgement import NUM_STATES, episode_seeds
 from tipl.judging.training_path import TrainingPath
+from tipl.judging.weight_judgement import weight_errors
 from tipl.report import write_report
 from tipl.report.results import read_results
 from tipl.subspace.basis import Basis
+from tipl.subspace.prefix import Prefix
 
 TINY = dataclasses.replace(TINY_TRAIN, n_components=6, steps=10, max_prefixes=6, refine_steps=10)
 QUICK = EvaluateConfig(prefixes=(0.4, 0.6), horizons=(0.2,), num_episodes=2)
@@ -163,7 +166,7 @@ def test_fresh_trials_are_judged_beside_what_the_store_taught(tmp_path: Path) ->
         if row["predictor"] == "persistence":
             expected = path[h]
         elif h == 6 and row["predictor"] in ("mean_path", "ridge", "another_run"):
-            expected = baselines[row["predictor"]].forecast(path[:7], np.array([row["horizon"]]))[0]
+            expected = baselines[row["predictor"]].forecast(Prefix(path[:7]), np.array([row["horizon"]]))[0]
         if expected is not None:
             assert row["wpe"] == pytest.approx(weight_errors(expected[None], truth[None], path[0])[0][0], rel=1e-5)
     report = write_report(tmp_path / "report", evaluation=target.parent, store=fresh)

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from tipl.forecasting.transformer import ModelConfig, TrajectoryTransformer
 from tipl.judging.memorisation import future_leak, nearest_distances, training_futures
-from tipl.judging.predictors import NearestPath
+from tipl.judging.predictors import NearestPath, canonical_coordinates
 from tipl.judging.training_path import TrainingPath
 from tipl.report.intervals import Bootstrap
 from tipl.report.memorisation import dynamics_section
 from tipl.report.page import Html, fmt
 from tipl.report.plots import NBSP
+from tipl.subspace.prefix import Prefix
 
 
 def words_of(run: Run) -> str:
@@ -41,7 +42,7 @@ def test_distances_equal_a_slow_computation() -> None:
     rng = np.random.default_rng(0)
     prefix = np.cumsum(rng.normal(size=(6, 30)), 0).astype(np.float32)
     ends, futures = prefix[-1] + rng.normal(size=(2, 30)).astype(np.float32), rng.normal(size=(5, 3))
-    found, average = nearest_distances(prefix, ends, futures)
+    found, average = nearest_distances(Prefix(prefix), ends, futures)
     seen = prefix.astype(np.float64) - prefix[0]
     directions = np.linalg.svd(seen, full_matrices=False)[2][:3]
     directions *= np.where(directions @ seen[-1] < 0, -1, 1)[:, None]
@@ -55,12 +56,12 @@ def test_a_forecaster_that_copies_a_training_path_is_found_out(tmp_path: Path) -
     """The nearest path predictor copies what follows: no distance is left, whatever trial it continues."""
     store, h, k = make_store(tmp_path / "store.zarr", 6, 16), 6, 4
     training = [TrainingPath.of(store.trial(i).weights(), SPEC, seed=i) for i in range(4)]
-    copier = NearestPath.fit(training, h, k)
+    copier = NearestPath(canonical_coordinates(training, h, k))
     futures = training_futures(copier.coordinates, h)
     for i in (4, 5):
         path = store.trial(i).weights()
-        copied = copier.forecast(path[: h + 1], np.array([15 - h]))[0]
-        (forecast, true), _ = nearest_distances(path[: h + 1], np.stack([copied, path[-1]]), futures)
+        copied = copier.forecast(Prefix(path[: h + 1]), np.array([15 - h]))[0]
+        (forecast, true), _ = nearest_distances(Prefix(path[: h + 1]), np.stack([copied, path[-1]]), futures)
         assert forecast < 1e-4
         assert true > 0.01
 

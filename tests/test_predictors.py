@@ -13,11 +13,13 @@ from tipl.judging.predictors import (
     Persistence,
     Quadratic,
     RankOne,
+    canonical_coordinates,
     fit_baselines,
 )
 from tipl.judging.training_path import SAMPLED_WEIGHTS, TrainingPath
 from tipl.policy import ParameterLayout
 from tipl.subspace.basis import prefix_coordinates, trajectory_gram
+from tipl.subspace.prefix import Prefix
 
 HORIZONS = np.array([1, 4, 10])
 NAMES = [
@@ -73,21 +75,21 @@ def test_sample_of_large_tensors_leaves_room_for_small_ones() -> None:
 
 def test_persistence_repeats_the_last_checkpoint() -> None:
     path = random_path(20, 40, 0)
-    forecast = Persistence().forecast(path[:8], HORIZONS)
+    forecast = Persistence().forecast(Prefix(path[:8]), HORIZONS)
     np.testing.assert_array_equal(forecast, np.stack([path[7]] * 3))
 
 
 def test_lines_and_parabolas_are_continued() -> None:
     path = line(20, 1)
     for predictor in (Linear(3), Quadratic(3), RankOne()):
-        forecast = predictor.forecast(path[:9], HORIZONS)
+        forecast = predictor.forecast(Prefix(path[:9]), HORIZONS)
         np.testing.assert_allclose(forecast, path[8 + HORIZONS], rtol=0, atol=1e-3)
     bend = np.random.default_rng(0).standard_normal(40)
     parabola = (path + 0.1 * np.arange(20)[:, None] ** 2 * bend).astype(np.float32)
     for window in (2, 5, 8):
-        forecast = Quadratic(window).forecast(parabola[:9], HORIZONS)
+        forecast = Quadratic(window).forecast(Prefix(parabola[:9]), HORIZONS)
         np.testing.assert_allclose(forecast, parabola[8 + HORIZONS], rtol=0, atol=2e-3)
-    np.testing.assert_array_equal(Quadratic(5).forecast(parabola[:9], np.array([0])), parabola[8:9])
+    np.testing.assert_array_equal(Quadratic(5).forecast(Prefix(parabola[:9]), np.array([0])), parabola[8:9])
 
 
 def test_windows_are_the_best_on_training_trials() -> None:
@@ -115,23 +117,23 @@ def test_mean_and_nearest_path_of_rotated_copies_are_exact() -> None:
     v = np.linalg.svd(displacement[:13], full_matrices=False)[2][:12]
     expected = heldout[12] + (displacement[[15, 19]] - displacement[12]) @ v.T @ v  # what the prefix's span can hold
     for predictor in (
-        MeanPath.fit(paths_of(*training), 12, 12),
-        NearestPath.fit(paths_of(*others, training[0]), 12, 12),
+        MeanPath.fit(canonical_coordinates(paths_of(*training), 12, 12)),
+        NearestPath(canonical_coordinates(paths_of(*others, training[0]), 12, 12)),
     ):
-        forecast = predictor.forecast(heldout[:13], np.array([3, 7]))
+        forecast = predictor.forecast(Prefix(heldout[:13]), np.array([3, 7]))
         np.testing.assert_allclose(forecast, expected, atol=2e-2 * np.abs(displacement).max())
 
 
 def test_nearest_path_repeats_a_training_trial_and_no_mean() -> None:
     trials = [random_path(20, 40, seed) for seed in range(4)]
-    predictor = NearestPath.fit(paths_of(*trials), 10, 8)
+    predictor = NearestPath(canonical_coordinates(paths_of(*trials), 10, 8))
     for trial in trials:
         coordinates = prefix_coordinates(trajectory_gram(trial), 10, 8)
         v = np.linalg.svd((trial - trial[0])[:11].astype(np.float64), full_matrices=False)[2][:8]
         v *= np.where(v @ (trial[10] - trial[0]) < 0, -1, 1)[:, None]
         scale = np.linalg.norm(trial[10] - trial[0])
         expected = trial[10] + scale * (coordinates[10 + HORIZONS[:2]] - coordinates[10]) @ v
-        forecast = predictor.forecast(trial[:11], HORIZONS[:2])
+        forecast = predictor.forecast(Prefix(trial[:11]), HORIZONS[:2])
         np.testing.assert_allclose(forecast, expected, atol=1e-3 * scale)
 
 
@@ -145,19 +147,19 @@ def test_every_baseline_is_float32_of_the_right_shape_and_reproducible() -> None
     assert list(baselines) == NAMES
     prefix = random_path(20, 40, 9)[:9]
     for name, predictor in baselines.items():
-        forecast = predictor.forecast(prefix, HORIZONS)
+        forecast = predictor.forecast(Prefix(prefix), HORIZONS)
         assert forecast.shape == (3, 40)
         assert forecast.dtype == np.float32
         assert np.isfinite(forecast).all()
-        np.testing.assert_array_equal(forecast, again[name].forecast(prefix, HORIZONS))
-        np.testing.assert_allclose(predictor.forecast(prefix, HORIZONS[1:]), forecast[1:], rtol=0, atol=1e-5)
+        np.testing.assert_array_equal(forecast, again[name].forecast(Prefix(prefix), HORIZONS))
+        np.testing.assert_allclose(predictor.forecast(Prefix(prefix), HORIZONS[1:]), forecast[1:], rtol=0, atol=1e-5)
 
 
 def test_another_run_is_the_training_trial_with_the_nearest_prefix() -> None:
     trials = [random_path(20, 40, seed) for seed in range(3)]
     alike = rotated_copies(trials[1], 1, 7)[0]  # the same prefix in canonical coordinates, other weights throughout
     another = fit_baselines(paths_of(*trials), 8, HORIZONS, 6, path=trials.__getitem__)["another_run"]
-    np.testing.assert_array_equal(another.forecast(alike[:9], HORIZONS), trials[1][8 + HORIZONS])
+    np.testing.assert_array_equal(another.forecast(Prefix(alike[:9]), HORIZONS), trials[1][8 + HORIZONS])
 
 
 @pytest.mark.parametrize("num_trials", [1, 2])
@@ -167,6 +169,6 @@ def test_few_trials_a_short_prefix_and_a_tensor_that_never_moves(num_trials: int
         path[:, :4] = 0.5  # log_std
     *training, heldout = trials
     for predictor in fit_baselines(paths_of(*training), 3, HORIZONS, 6, path=training.__getitem__).values():
-        forecast = predictor.forecast(heldout[:4], HORIZONS)
+        forecast = predictor.forecast(Prefix(heldout[:4]), HORIZONS)
         np.testing.assert_allclose(forecast[:, :4], 0.5, rtol=0, atol=1e-5)
         assert np.isfinite(forecast).all()

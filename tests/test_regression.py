@@ -7,9 +7,10 @@ from numpy.typing import NDArray
 from reference import relative_error
 
 from tipl.judging import regression
-from tipl.judging.predictors import Persistence
+from tipl.judging.predictors import Persistence, canonical_coordinates
 from tipl.judging.regression import Autoregression, Ridge
 from tipl.judging.training_path import tensor_slices
+from tipl.subspace.prefix import Prefix
 
 
 def autoregressive_path(num_checkpoints: int, seed: int) -> NDArray[np.float32]:
@@ -37,7 +38,7 @@ def ridge_family(num_trials: int, seed: int, noise: float = 0.0) -> list[NDArray
 
 def test_autoregression_continues_an_autoregressive_process() -> None:
     *training, heldout = (autoregressive_path(20, seed) for seed in range(6))
-    predictor = Autoregression.fit(paths_of(*training), 6, 2)
+    predictor = Autoregression.fit(paths_of(*training), 6, canonical_coordinates(paths_of(*training), 6, 2))
     assert len(predictor.coefficients) >= 2  # one difference does not tell where it turns
     for horizon in (1, 3, 13):
         assert relative_error(predictor, heldout, 6, horizon) < 1e-3
@@ -48,7 +49,7 @@ def test_autoregression_of_a_random_walk_stays_where_it_is() -> None:
     """Nothing in the past tells: the penalty that training trials choose is the strongest."""
     rng = np.random.default_rng(0)
     *training, heldout = (np.cumsum(rng.standard_normal((40, 40)), 0).astype(np.float32) for _ in range(17))
-    predictor = Autoregression.fit(paths_of(*training), 20, 8)
+    predictor = Autoregression.fit(paths_of(*training), 20, canonical_coordinates(paths_of(*training), 20, 8))
     assert relative_error(predictor, heldout, 20, 19) < 1.05 * relative_error(Persistence(), heldout, 20, 19)
 
 
@@ -57,7 +58,7 @@ def test_ridge_equals_a_regression_on_the_weights_themselves() -> None:
     training = [random_path(20, 40, seed) for seed in range(5)]
     heldout, h, horizons = random_path(20, 40, 9), 8, np.array([3, 11])
     predictor = Ridge.fit(paths_of(*training), h, horizons)
-    forecast = predictor.forecast(heldout[: h + 1], horizons)
+    forecast = predictor.forecast(Prefix(heldout[: h + 1]), horizons)
     for j, horizon in enumerate(horizons):
         for columns in tensor_slices(LAYOUT):
             rows, targets = [], []
@@ -112,4 +113,4 @@ def test_ridge_continues_curves_that_all_trials_share_and_no_others() -> None:
 def test_a_horizon_that_was_not_fitted_is_refused() -> None:
     predictor = Ridge.fit(paths_of(random_path(20, 40, 0)), 8, np.array([2, 5]))
     with pytest.raises(ValueError, match=r"Ridge.forecast: horizons must be among those fitted, \[2, 5\], got \[3\]"):
-        predictor.forecast(random_path(20, 40, 1)[:9], np.array([2, 3]))
+        predictor.forecast(Prefix(random_path(20, 40, 1)[:9]), np.array([2, 3]))

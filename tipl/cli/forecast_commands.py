@@ -130,10 +130,11 @@ class Rollout:
         horizon = len(weights) - 1 - prefix_end if self.horizon is None else self.horizon
         forecast = check_and_forecast(forecaster, weights[: prefix_end + 1], horizon, layout=store.policy)[0]
         checkpoint = every * np.arange(prefix_end + 1, prefix_end + 1 + horizon)
-        arrays: dict[str, NDArray[Any]] = {"weights": forecast.weights(), "checkpoint": checkpoint}
+        ahead = forecast.at()
+        arrays: dict[str, NDArray[Any]] = {"weights": ahead.weights, "checkpoint": checkpoint}
         trusted = ""
-        if forecast.calibrated is not None:
-            arrays["confidence"] = forecast.confidence()
+        if ahead.confidence is not None:
+            arrays["confidence"] = ahead.confidence
             trusted = f"; the last beats the policy at {every * prefix_end} with p = {arrays['confidence'][-1]:.2f}"
         save_arrays(path, arrays, layout_record(store))
         thinned = f", every {every}," if every > 1 else ""

@@ -30,6 +30,24 @@ PRETRAINED = Path(__file__).with_name("pretrained")
 
 
 @dataclasses.dataclass(frozen=True)
+class Ahead:
+    """What is forecast of one run at n horizons."""
+
+    weights: NDArray[np.float32]
+    """The forecast, refined, (n, p)."""
+    unrefined: NDArray[np.float32]
+    """What the Transformer forecasts in its basis, (n, p)."""
+    confidence: NDArray[np.float64] | None
+    """The predicted probability (n,) that the policy at each horizon beats the last one observed; None where the
+    forecaster's confidence was not calibrated."""
+    tuned: NDArray[np.float32] | None
+    """Weights as far along the forecast's displacement as brought most return in calibration, (n, p), or None.
+
+    The forecast of least weight error is shorter than the truth where much of the truth cannot be known, and what is
+    known of it may be worth going farther."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Forecast:
     """One run continued."""
 
@@ -48,36 +66,41 @@ class Forecast:
     trust: float = 1.0
     """Share of the displacement that is believed."""
 
-    def weights(self, horizons: Sequence[int] | NDArray[np.int64] | None = None) -> NDArray[np.float32]:
-        """Return the forecast weights, refined, at some `horizons` (n,) in checkpoints after the prefix, or at all."""
+    def at(self, horizons: Sequence[int] | NDArray[np.int64] | None = None) -> "Ahead":
+        """Return all that is forecast at some `horizons` (n,) in checkpoints after the prefix, or at all of them."""
         chosen = np.arange(1, len(self.future) + 1) if horizons is None else np.asarray(horizons, np.int64)
-        weights = self.in_basis(chosen)
+        last, unrefined = self.prefix[-1], self.in_basis(chosen)
+        weights = unrefined
         if self.refiner is not None and self.layout is not None:
             weights = self.refiner.refine(self.prefix, self.layout, weights, chosen)
-        return weights if self.trust == 1.0 else _along(self.prefix[-1], weights, self.trust)
+        if self.trust != 1.0:
+            weights = _along(last, weights, self.trust)
+        confidence = tuned = None
+        if self.calibrated is not None:
+            confidence = self.calibrated(features_of(self.prefix, weights, unrefined, chosen, self.max_len))
+        if self.strides is not None:
+            tuned = _along(last, weights, self.strides.at((len(self.prefix) - 1) / self.max_len))
+        return Ahead(weights, unrefined, confidence, tuned)
+
+    def weights(self, horizons: Sequence[int] | NDArray[np.int64] | None = None) -> NDArray[np.float32]:
+        """Return the forecast weights (n, p), refined; `horizons` as in `at`."""
+        return self.at(horizons).weights
 
     def tuned(self, horizons: Sequence[int] | NDArray[np.int64] | None = None) -> NDArray[np.float32]:
-        """Return weights as far along the forecast's displacement as brought most return in calibration, (n, p).
-
-        The forecast of least weight error is shorter than the truth where much of the truth cannot be known, and what
-        is known of it may be worth going farther. Raises ValueError where the forecaster was not calibrated.
-        """
-        if self.strides is None:
+        """Return `Ahead.tuned`. Raises ValueError where the forecaster was not calibrated."""
+        tuned = self.at(horizons).tuned
+        if tuned is None:
             raise ValueError(
                 "forecast.tuned: the forecaster was trained without confidence_trials, or on several stores"
             )
-        return _along(self.prefix[-1], self.weights(horizons), self.strides.at((len(self.prefix) - 1) / self.max_len))
+        return tuned
 
     def confidence(self, horizons: Sequence[int] | NDArray[np.int64] | None = None) -> NDArray[np.float64]:
-        """Return the predicted probability (n,) that the forecast policy at each horizon beats the prefix's last one.
-
-        Raises ValueError where the forecaster's confidence was not calibrated.
-        """
-        if self.calibrated is None:
+        """Return `Ahead.confidence`. Raises ValueError where the forecaster's confidence was not calibrated."""
+        confidence = self.at(horizons).confidence
+        if confidence is None:
             raise ValueError("forecast.confidence: the forecaster was trained without confidence_trials")
-        chosen = np.arange(1, len(self.future) + 1) if horizons is None else np.asarray(horizons, np.int64)
-        forecast, unrefined = self.weights(chosen), self.in_basis(chosen)
-        return self.calibrated(features_of(self.prefix, forecast, unrefined, chosen, self.max_len))
+        return confidence
 
     def in_basis(self, horizons: NDArray[np.int64]) -> NDArray[np.float32]:
         """Return the weights (n, p) that the Transformer forecasts, before they are refined."""
@@ -226,14 +249,15 @@ class Forecaster:
         horizons: Sequence[int],
         *,
         layout: Layout | None = None,
+        bases: Sequence[Basis] | None = None,
         num_threads: int | None = None,
     ) -> list[Forecast]:
         """Return each run continued, from prefixes (h+1, p) of any lengths by horizons n of their own, in one batch.
 
         All are of one kind of policy: `layout` says which tensors the p weights are; by default it is that of the
-        training trials with as many.
+        training trials with as many. `bases` are what `basis_of` gives each prefix, where that is known already.
         """
-        bases = [self.basis_of(prefix) for prefix in prefixes]
+        bases = [self.basis_of(prefix) for prefix in prefixes] if bases is None else bases
         observed = [basis.encode(prefix) for basis, prefix in zip(bases, prefixes, strict=True)]
         futures = self.continue_coordinates(observed, horizons, num_threads=num_threads)
         if self.refiner is not None and layout is None:

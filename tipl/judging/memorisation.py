@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from tipl.forecasting.transformer import TrajectoryTransformer
-from tipl.subspace.basis import Basis
+from tipl.subspace.prefix import Prefix
 
 FloatArray = NDArray[np.float64]
 
@@ -18,18 +18,16 @@ def training_futures(coordinates: NDArray[np.float32], prefix_end: int) -> Float
     return coordinates[:, -1].astype(np.float64) - coordinates[:, prefix_end]
 
 
-def nearest_distances(
-    prefix: NDArray[np.float32], ends: NDArray[np.float32], futures: FloatArray
-) -> tuple[FloatArray, float]:
+def nearest_distances(prefix: Prefix, ends: NDArray[np.float32], futures: FloatArray) -> tuple[FloatArray, float]:
     """Return how far each of some futures (m,) lies from the nearest training path's, and how far their mean does.
 
     A future is what a path does after the prefix's end, in the canonical coordinates of its own prefix: forecasts
     start at their own trial's prefix, so that a copy is one of what follows. Those of `ends` (m, p), weights at
-    the path's end after `prefix` (h+1, p), are projected on the prefix's span, where the training trials' `futures`
+    the path's end after `prefix`, are projected on the prefix's span, where the training trials' `futures`
     (N, k) live too; all in units of |theta_h - theta_0|.
     """
-    basis = Basis.from_prefix(prefix, futures.shape[1])
-    own = basis.encode(ends).astype(np.float64) - basis.encode(prefix[-1:])  # (m, k)
+    basis = prefix.basis(futures.shape[1])
+    own = basis.encode(ends).astype(np.float64) - basis.encode(prefix.weights[-1:])  # (m, k)
     both = np.concatenate([own, futures.mean(0, keepdims=True)])
     distances = np.linalg.norm(both[:, None] - futures, axis=2).min(1)  # (m + 1,)
     return distances[:-1], float(distances[-1])

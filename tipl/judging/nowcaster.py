@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tipl.judging.regression import fitted_rows
 from tipl.judging.training_path import TrainingPath, tensor_slices
 from tipl.policy import Layout
+from tipl.subspace.prefix import Prefix
 
 NUM_LAGS = 5
 NUM_KINDS = 3
@@ -78,16 +79,16 @@ class Nowcaster:
             _train(network, x, y, share)
         return cls(layout, horizons, network.eval())
 
-    def forecast(self, prefix: NDArray[np.float32], horizons: NDArray[np.int64]) -> NDArray[np.float32]:
+    def forecast(self, prefix: Prefix, horizons: NDArray[np.int64]) -> NDArray[np.float32]:
         rows = fitted_rows("Nowcaster", self.horizons, horizons)
-        displacements = prefix - prefix[0]  # (h+1, p)
-        unit = np.empty(prefix.shape[1])
+        displacements = prefix.weights - prefix.weights[0]  # (h+1, p)
+        unit = np.empty(displacements.shape[1])
         for columns in tensor_slices(self.layout):
             unit[columns] = np.sqrt(np.mean(displacements[-1, columns].astype(np.float64) ** 2))
-        x = _inputs(self.layout, np.arange(prefix.shape[1]), displacements, unit)
+        x = _inputs(self.layout, np.arange(len(unit)), displacements, unit)
         with torch.no_grad():
             moved = self.network(torch.from_numpy(x)).numpy()[:, rows].T  # (n, p)
-        return np.asarray(prefix[-1] + unit * moved, dtype=np.float32)
+        return np.asarray(prefix.weights[-1] + unit * moved, dtype=np.float32)
 
 
 def _train(network: nn.Module, x: Tensor, y: Tensor, share: Tensor) -> None:

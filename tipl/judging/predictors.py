@@ -2,7 +2,7 @@
 
 Shapes  p weights, k = n_components, h = prefix_end, n horizons; a horizon counts checkpoints ahead of h.
 
-Each predictor is a frozen object whose `forecast(prefix (h+1, p), horizons (n,))` returns weights (n, p), fitted for
+Each predictor is a frozen object whose `forecast(prefix, horizons (n,))` returns weights (n, p), fitted for
 one prefix_end on the paths of the *training* trials alone: of the trial that it continues it knows nothing but the
 prefix. `Ridge` and `Nowcaster` forecast only the horizons that they were fitted for.
 """
@@ -18,14 +18,15 @@ from numpy.typing import NDArray
 from tipl.judging.nowcaster import Nowcaster
 from tipl.judging.regression import Autoregression, Ridge
 from tipl.judging.training_path import TrainingPath
-from tipl.subspace.basis import Basis, prefix_coordinates
+from tipl.subspace.basis import prefix_coordinates
+from tipl.subspace.prefix import Prefix
 
 
 class Predictor(Protocol):
     """Anything that continues a prefix."""
 
-    def forecast(self, prefix: NDArray[np.float32], horizons: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Return the forecast weights (n, p) at `horizons` (n,) checkpoints after the prefix (h+1, p)."""
+    def forecast(self, prefix: Prefix, horizons: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Return the forecast weights (n, p) at `horizons` (n,) checkpoints after the prefix."""
         ...
 
 
@@ -33,8 +34,8 @@ class Predictor(Protocol):
 class Persistence:
     """Nothing changes: every future checkpoint is the last one seen."""
 
-    def forecast(self, prefix: NDArray[np.float32], horizons: NDArray[np.int64]) -> NDArray[np.float32]:
-        return np.repeat(prefix[-1:], len(horizons), axis=0)
+    def forecast(self, prefix: Prefix, horizons: NDArray[np.int64]) -> NDArray[np.float32]:
+        return np.repeat(prefix.weights[-1:], len(horizons), axis=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,9 +73,10 @@ class _Extrapolation(ABC):
         squared = np.einsum("ni,ij,nj->n", mixing, gram, mixing, optimize=True)
         return np.asarray(np.sqrt(np.maximum(squared, 0.0) / gram[future, future]))
 
-    def forecast(self, prefix: NDArray[np.float32], horizons: NDArray[np.int64]) -> NDArray[np.float32]:
-        before = prefix[-1 - self.window : -1] - prefix[-1]  # (window, p)
-        return np.asarray(prefix[-1] + self.mixing(horizons) @ before, dtype=np.float32)
+    def forecast(self, prefix: Prefix, horizons: NDArray[np.int64]) -> NDArray[np.float32]:
+        last = prefix.weights[-1]
+        before = prefix.weights[-1 - self.window : -1] - last  # (window, p)
+        return np.asarray(last + self.mixing(horizons) @ before, dtype=np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,10 +106,11 @@ class Quadratic(_Extrapolation):
 class RankOne:
     """The prefix's first singular direction, its coordinate continued by regression (RELEX, arXiv 2605.21468)."""
 
-    def forecast(self, prefix: NDArray[np.float32], horizons: NDArray[np.int64]) -> NDArray[np.float32]:
-        basis = Basis.from_prefix(prefix, 1).through(prefix[0])  # RELEX's line starts from theta_0
-        slope, intercept = np.polyfit(np.arange(len(prefix)), basis.encode(prefix)[:, 0], 1)
-        coordinate = intercept + slope * (len(prefix) - 1 + horizons)  # (n,)
+    def forecast(self, prefix: Prefix, horizons: NDArray[np.int64]) -> NDArray[np.float32]:
+        weights = prefix.weights
+        basis = prefix.basis(1).through(weights[0])  # RELEX's line starts from theta_0
+        slope, intercept = np.polyfit(np.arange(len(weights)), basis.encode(weights)[:, 0], 1)
+        coordinate = intercept + slope * (prefix.end + horizons)  # (n,)
         return basis.decode(coordinate[:, None].astype(np.float32))
 
 
@@ -119,13 +122,12 @@ class MeanPath:
     """Mean canonical coordinates of whole training trials whose prefix ends at the same checkpoint, (T, k)."""
 
     @classmethod
-    def fit(cls, training: Sequence[TrainingPath], prefix_end: int, n_components: int) -> "MeanPath":
-        paths = [prefix_coordinates(path.gram, prefix_end, n_components) for path in training]
-        return cls(np.asarray(np.mean(paths, axis=0, dtype=np.float64), dtype=np.float32))
+    def fit(cls, coordinates: NDArray[np.float32]) -> "MeanPath":
+        """Average the training trials' canonical coordinates (N, T, k)."""
+        return cls(np.asarray(np.mean(coordinates, axis=0, dtype=np.float64), dtype=np.float32))
 
-    def forecast(self, prefix: NDArray[np.float32], horizons: NDArray[np.int64]) -> NDArray[np.float32]:
-        basis = Basis.from_prefix(prefix, self.coordinates.shape[1])
-        return _follow(self.coordinates, basis, prefix, horizons)
+    def forecast(self, prefix: Prefix, horizons: NDArray[np.int64]) -> NDArray[np.float32]:
+        return _follow(self.coordinates, prefix, horizons)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,18 +140,14 @@ class NearestPath:
     coordinates: NDArray[np.float32]
     """Canonical coordinates of N whole training trials whose prefix ends at the same checkpoint, (N, T, k)."""
 
-    @classmethod
-    def fit(cls, training: Sequence[TrainingPath], prefix_end: int, n_components: int) -> "NearestPath":
-        return cls(np.stack([prefix_coordinates(path.gram, prefix_end, n_components) for path in training]))
-
-    def nearest(self, prefix: NDArray[np.float32], basis: Basis) -> int:
+    def nearest(self, prefix: Prefix) -> int:
         """Return which of the N trials it is."""
-        away = self.coordinates[:, : len(prefix)] - basis.encode(prefix)  # (N, h+1, k)
+        observed = prefix.basis(self.coordinates.shape[2]).encode(prefix.weights)
+        away = self.coordinates[:, : len(observed)] - observed  # (N, h+1, k)
         return int(np.argmin((away**2).sum((1, 2))))
 
-    def forecast(self, prefix: NDArray[np.float32], horizons: NDArray[np.int64]) -> NDArray[np.float32]:
-        basis = Basis.from_prefix(prefix, self.coordinates.shape[2])
-        return _follow(self.coordinates[self.nearest(prefix, basis)], basis, prefix, horizons)
+    def forecast(self, prefix: Prefix, horizons: NDArray[np.int64]) -> NDArray[np.float32]:
+        return _follow(self.coordinates[self.nearest(prefix)], prefix, horizons)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,18 +163,20 @@ class AnotherRun:
     path: Callable[[int], NDArray[np.float32]]
     """The weights (T, p) of one of its N trials."""
 
-    def forecast(self, prefix: NDArray[np.float32], horizons: NDArray[np.int64]) -> NDArray[np.float32]:
-        basis = Basis.from_prefix(prefix, self.nearest.coordinates.shape[2])
-        return self.path(self.nearest.nearest(prefix, basis))[len(prefix) - 1 + horizons]
+    def forecast(self, prefix: Prefix, horizons: NDArray[np.int64]) -> NDArray[np.float32]:
+        return self.path(self.nearest.nearest(prefix))[prefix.end + horizons]
 
 
-def _follow(
-    coordinates: NDArray[np.float32], basis: Basis, prefix: NDArray[np.float32], horizons: NDArray[np.int64]
-) -> NDArray[np.float32]:
+def _follow(coordinates: NDArray[np.float32], prefix: Prefix, horizons: NDArray[np.int64]) -> NDArray[np.float32]:
     """Return weights (n, p) that go from the prefix's end as the path `coordinates` (T, k) goes from there."""
-    prefix_end = len(prefix) - 1
-    shift = coordinates[prefix_end + horizons] - coordinates[prefix_end]  # (n, k)
-    return basis.decode(basis.encode(prefix[-1:]) + shift)
+    basis = prefix.basis(coordinates.shape[1])
+    shift = coordinates[prefix.end + horizons] - coordinates[prefix.end]  # (n, k)
+    return basis.decode(basis.encode(prefix.weights[-1:]) + shift)
+
+
+def canonical_coordinates(training: Sequence[TrainingPath], prefix_end: int, n_components: int) -> NDArray[np.float32]:
+    """Return whole training paths, each in the basis of its own prefix 0..`prefix_end`, (N, T, k)."""
+    return np.stack([prefix_coordinates(path.gram, prefix_end, n_components) for path in training])
 
 
 def fit_baselines(
@@ -193,14 +193,15 @@ def fit_baselines(
     `horizons` (n,) are those that will be asked for, `path(i)` the weights (T, p) of training trial i of N; `seed` is
     the nowcaster's.
     """
-    nearest = NearestPath.fit(training, prefix_end, n_components)
+    coordinates = canonical_coordinates(training, prefix_end, n_components)
+    nearest = NearestPath(coordinates)
     return {
         "persistence": Persistence(),
         "linear": Linear.fit(training, prefix_end),
         "quadratic": Quadratic.fit(training, prefix_end),
         "rank1": RankOne(),
-        "autoregression": Autoregression.fit(training, prefix_end, n_components),
-        "mean_path": MeanPath.fit(training, prefix_end, n_components),
+        "autoregression": Autoregression.fit(training, prefix_end, coordinates),
+        "mean_path": MeanPath.fit(coordinates),
         "nearest_path": nearest,
         "ridge": Ridge.fit(training, prefix_end, horizons),
         "nowcaster": Nowcaster.fit(training, prefix_end, horizons, seed),

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from tipl.judging.training_path import TrainingPath, tensor_slices
 from tipl.policy import Layout
-from tipl.subspace.basis import Basis, prefix_coordinates
+from tipl.subspace.prefix import Prefix
 
 PENALTIES = 10.0 ** np.arange(2, -6, -1)
 """Candidates (L,), as shares of a regressor's own square; the strongest first, which wins where nothing tells."""
@@ -33,10 +33,16 @@ class Autoregression:
     """What each of the last q differences, the latest first, adds to the next one, (q, k)."""
 
     @classmethod
-    def fit(cls, training: Sequence[TrainingPath], prefix_end: int, n_components: int) -> "Autoregression":
-        """Regress differences after the prefix on those before them; order and penalty by the rollouts' mean error."""
-        paths = np.stack([prefix_coordinates(path.gram, prefix_end, n_components) for path in training])
-        differences = np.diff(paths.astype(np.float64), axis=1)  # (N, T-1, k); what leads to checkpoint t is at t-1
+    def fit(
+        cls, training: Sequence[TrainingPath], prefix_end: int, coordinates: NDArray[np.float32]
+    ) -> "Autoregression":
+        """Regress differences after the prefix on those before them; order and penalty by the rollouts' mean error.
+
+        `coordinates` (N, T, k) are the training paths' own, each in the basis of its prefix 0..`prefix_end`.
+        """
+        differences = np.diff(
+            coordinates.astype(np.float64), axis=1
+        )  # (N, T-1, k); what leads to checkpoint t is at t-1
         orders = [order for order in ORDERS if order <= prefix_end]
         last = differences.shape[1]
         target = differences[:, prefix_end:]  # (N, T-1-h, k)
@@ -61,10 +67,10 @@ class Autoregression:
         order, penalty = orders[best // len(PENALTIES)], best % len(PENALTIES)
         return cls(fitted(np.arange(len(training)), order)[penalty])
 
-    def forecast(self, prefix: NDArray[np.float32], horizons: NDArray[np.int64]) -> NDArray[np.float32]:
+    def forecast(self, prefix: Prefix, horizons: NDArray[np.int64]) -> NDArray[np.float32]:
         order, n_components = self.coefficients.shape
-        basis = Basis.from_prefix(prefix, n_components)
-        observed = basis.encode(prefix[-1 - order :])  # (q+1, k)
+        basis = prefix.basis(n_components)
+        observed = basis.encode(prefix.weights[-1 - order :])  # (q+1, k)
         history = np.diff(observed.astype(np.float64), axis=0)[::-1]
         moved = _roll_out(self.coefficients[None], history[None], int(horizons.max()))[0, 0]
         return basis.decode((observed[-1] + moved[horizons - 1]).astype(np.float32))
@@ -108,12 +114,13 @@ class Ridge:
         mixing, penalties = zip(*fits, strict=True)
         return cls(training[0].layout, horizons, np.stack(mixing), np.array(penalties))
 
-    def forecast(self, prefix: NDArray[np.float32], horizons: NDArray[np.int64]) -> NDArray[np.float32]:
+    def forecast(self, prefix: Prefix, horizons: NDArray[np.int64]) -> NDArray[np.float32]:
         chosen = self.mixing[fitted_rows("Ridge", self.horizons, horizons)]  # (n, G, h)
-        displacements = prefix[1:] - prefix[0]  # (h, p)
-        forecast = np.empty((len(horizons), prefix.shape[1]), np.float32)
+        weights = prefix.weights
+        displacements = weights[1:] - weights[0]  # (h, p)
+        forecast = np.empty((len(horizons), weights.shape[1]), np.float32)
         for i, columns in enumerate(tensor_slices(self.layout)):
-            forecast[:, columns] = prefix[-1, columns] + chosen[:, i] @ displacements[:, columns]
+            forecast[:, columns] = weights[-1, columns] + chosen[:, i] @ displacements[:, columns]
         return forecast
 
 

@@ -101,12 +101,16 @@ class Basis:
     """|theta_h - theta_0| (prefix basis) or the training rows' deviation along the first direction (shared basis)."""
 
     @classmethod
-    def from_prefix(cls, prefix: NDArray[np.float32], n_components: int) -> "Basis":
+    def from_prefix(
+        cls, prefix: NDArray[np.float32], n_components: int, *, gram: NDArray[np.float64] | None = None
+    ) -> "Basis":
         """Return the basis of the observed prefix theta_0..theta_h, (h+1, p) float32, through theta_h.
+
+        `gram` is the prefix's `trajectory_gram`, where that is known already.
 
         Raises ValueError where the prefix is too short, does not move, or holds NaN or Inf.
         """
-        mixing, scale = _prefix_svd(trajectory_gram(prefix), n_components)
+        mixing, scale = _prefix_svd(trajectory_gram(prefix) if gram is None else gram, n_components)
         displacements = prefix.astype(np.float64) - prefix[0]  # (h+1, p)
         return cls(prefix[0], (mixing.T @ displacements).astype(np.float32), scale).through(prefix[-1])
 
