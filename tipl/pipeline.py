@@ -88,8 +88,7 @@ def run(
         OutputInUse: another process is at work on `output`.
         RuntimeError: a file of an earlier stage is damaged.
     """
-    folder = RunFolder(Path(output))
-    ppo = PPOConfig() if ppo is None else ppo
+    folder, ppo = RunFolder(Path(output)), ppo or PPOConfig()
     num_checkpoints = -(-total_timesteps // ppo.batch_size) + 1
     evaluate.prefix_ends(num_checkpoints)  # refuses now what could not be judged after an hour
     collected: dict[str, Any] = {
@@ -143,25 +142,7 @@ def run_stages(
     Raises ValueError where the model is of other settings or of another store; FileExistsError where the evaluation of
     a model is there and the model is gone.
     """
-    if not folder.model.exists():
-        if folder.evaluation.exists():
-            raise FileExistsError(
-                f"{command}: the model of {folder.evaluation} is gone: remove that folder to train again"
-            )
-        with seconds.of(names.format("train")):
-            training.train(
-                store, folder.model, train, num_threads=num_threads, progress=progress,
-                ray=ray if train.basis == "shared" else None,
-            )  # fmt: skip
-    forecaster = Forecaster.load(folder.model)
-    if changed := changed_settings(forecaster.config["train"], dataclasses.asdict(train)):
-        raise ValueError(
-            f"{command}: {folder.model} was trained with other settings: {changed}; choose another output, or remove it"
-        )
-    if forecaster.source_of(store) is None:
-        raise ValueError(
-            f"{command}: {folder.model} was trained on another store than {store.path}: remove one of them"
-        )
+    forecaster = _trained(command, folder, store, train, seconds, names, num_threads, ray, progress)
     on_stage("model", folder.model)
 
     if not folder.results.exists():
@@ -182,6 +163,40 @@ def run_stages(
                 training=folder.model / "training.json",
             )  # fmt: skip
     return folder.report
+
+
+def _trained(
+    command: str,
+    folder: RunFolder,
+    store: Store,
+    train: TrainConfig,
+    seconds: StageSeconds,
+    names: str,
+    num_threads: int | None,
+    ray: str | None,
+    progress: bool,
+) -> Forecaster:
+    """Return the forecaster in the run's model folder, trained where it is missing."""
+    if not folder.model.exists():
+        if folder.evaluation.exists():
+            raise FileExistsError(
+                f"{command}: the model of {folder.evaluation} is gone: remove that folder to train again"
+            )
+        with seconds.of(names.format("train")):
+            training.train(
+                store, folder.model, train, num_threads=num_threads, progress=progress,
+                ray=ray if train.basis == "shared" else None,
+            )  # fmt: skip
+    forecaster = Forecaster.load(folder.model)
+    if changed := changed_settings(forecaster.config["train"], dataclasses.asdict(train)):
+        raise ValueError(
+            f"{command}: {folder.model} was trained with other settings: {changed}; choose another output, or remove it"
+        )
+    if forecaster.source_of(store) is None:
+        raise ValueError(
+            f"{command}: {folder.model} was trained on another store than {store.path}: remove one of them"
+        )
+    return forecaster
 
 
 def changed_settings(began: dict[str, Any], asked: dict[str, Any]) -> str:

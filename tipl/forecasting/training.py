@@ -249,6 +249,11 @@ def _trained(
     }
     if refined is not None:
         summary |= {"refined_error": refined.error, "unrefined_error": refined.unrefined_error}
+    return dataclasses.replace(forecaster, config=_record_of(sources, config)), summary
+
+
+def _record_of(sources: Sequence[Source], config: TrainConfig) -> dict[str, Any]:
+    """Return what a model folder's config.json says of its training."""
     stores = [
         {
             "env_id": source.store.env_id,
@@ -258,12 +263,7 @@ def _trained(
         }
         for source in sources
     ]
-    config_json = {
-        "stores": stores,
-        "num_checkpoints": sources[0].num_checkpoints,
-        "train": dataclasses.asdict(config),
-    }
-    return dataclasses.replace(forecaster, config=config_json), summary
+    return {"stores": stores, "num_checkpoints": sources[0].num_checkpoints, "train": dataclasses.asdict(config)}
 
 
 def _settings(sources: Sequence[Source], config: TrainConfig) -> dict[str, Any]:

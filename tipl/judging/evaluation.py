@@ -125,16 +125,7 @@ def _judged_results(
         "env_id": store.env_id,
         "tipl_version": importlib.metadata.version("tipl"),
         "settings": {
-            "num_trials": judges.store.num_trials,
-            "train_trials": source.split.train,
-            "validation_trials": source.split.validation,
-            "trained_on": [it["env_id"] for it in forecaster.config["stores"]],
-            "is_zero_shot": forecaster.source_of(store) is None,
-            "is_fresh": fresh is not None,
-            "heldout_trials": heldout,
-            "num_checkpoints": source.num_checkpoints,
-            "num_params": policy.num_params,
-            "n_components": forecaster.model.config.n_components,
+            **_who_judges(source, judges, heldout, forecaster),
             "episode_seeds": {trial: judged_on.tolist() for trial, (judged_on, _) in seeds.items()},
             "num_states": NUM_STATES,
             "follow": FOLLOW,
@@ -150,6 +141,22 @@ def _judged_results(
         "causality": max(in_weights.leaks),
     }
     return results, in_weights.coordinates
+
+
+def _who_judges(source: Source, judges: Source, heldout: list[int], forecaster: Forecaster) -> dict[str, Any]:
+    """Return what results.json says of the trials that taught and of those that judge."""
+    return {
+        "num_trials": judges.store.num_trials,
+        "train_trials": source.split.train,
+        "validation_trials": source.split.validation,
+        "trained_on": [it["env_id"] for it in forecaster.config["stores"]],
+        "is_zero_shot": forecaster.source_of(source.store) is None,
+        "is_fresh": judges is not source,
+        "heldout_trials": heldout,
+        "num_checkpoints": source.num_checkpoints,
+        "num_params": source.store.policy.num_params,
+        "n_components": forecaster.model.config.n_components,
+    }
 
 
 def _row(env_id: str, case: Case, judgement: ReturnJudgement) -> dict[str, Any]:

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tipl.forecasting.forecaster import Ahead, Forecast, Forecaster
+from tipl.forecasting.forecast import Ahead, Forecast
+from tipl.forecasting.forecaster import Forecaster
 from tipl.forecasting.sources import Source
 from tipl.judging.evaluate_config import EvaluateConfig
 from tipl.judging.memorisation import future_leak, nearest_distances, training_futures
@@ -140,10 +141,8 @@ def judge_weights(
             judgement.cases += _cases(judgement.policies, trial, share, end, horizons, path, predictions, ahead)
             reached = np.stack([predictions["tipl"][-1], future[-1]])
             (forecast_nearest, true_nearest), mean_nearest = nearest_distances(prefix, reached, futures)
-            judgement.memorisation.append({
-                "trial": trial, "prefix": share, "forecast_nearest": float(forecast_nearest),
-                "true_nearest": float(true_nearest), "mean_nearest": mean_nearest,
-            })  # fmt: skip
+            distances = {"forecast_nearest": float(forecast_nearest), "true_nearest": float(true_nearest)}
+            judgement.memorisation.append({"trial": trial, "prefix": share, **distances, "mean_nearest": mean_nearest})
             if number == 0:
                 judgement.leaks.append(future_leak(forecaster.model, forecast.basis.encode(path), end))
             if number < COORDINATE_TRIALS:
