@@ -19,7 +19,8 @@ VARY = {"seconds", "machine", "tipl_version", "versions"}
 SKIPPED = {"manifest.json", "seconds.json"}
 SKIPPED_KINDS = {".html", ".png", ".svg"}
 
-PROGRAM = """
+PROGRAM =
+"""
 import importlib, sys
 import numpy as np
 import tipl
@@ -48,8 +49,9 @@ rows = np.random.default_rng(0).standard_normal((500, 300), dtype=np.float32).cu
 tipl.StreamingSVD(n_components=8, seed=1).fit(rows).save("sketch.safetensors")
 np.save("gram.npy", tipl.gram(rows))
 reproduction = module("tipl.reproduction", "tipl.reproduce")
+Task = getattr(reproduction, "TaskSettings", None) or reproduction.Task
 sizes = {"num_trials": 5, "total_timesteps": 20 * 64, "shared_components": 6}
-reproduction.TASKS = {"InvertedPendulum-v4": reproduction.Task(**sizes, ppo=ppo, train=learn, evaluate=judge)}
+reproduction.TASKS = {"InvertedPendulum-v4": Task(**sizes, ppo=ppo, train=learn, evaluate=judge)}
 tipl.reproduce("reproduction", progress=False)
 sys.argv = "tipl run --output run --num-trials 5 --total-timesteps 1280 --ppo.num-steps 64".split()
 sys.argv += "--ppo.num-minibatches 2 --train.steps 10 --train.refine-steps 10 --evaluate.num-episodes 1".split()

@@ -19,12 +19,12 @@ from tipl.forecasting.training import train
 from tipl.judging.evaluate_config import EvaluateConfig
 from tipl.judging.evaluation import evaluate
 from tipl.report import write_report
-from tipl.reproduction import REGIMES, TASKS, Task, experiments, reproduce
+from tipl.reproduction import REGIMES, TASKS, TaskSettings, experiments, reproduce
 from tipl.storing.store import Store
 
 MODULE, PIPELINE = (sys.modules[f"tipl.{name}"] for name in ("reproduction", "pipeline"))
 ENV = "InvertedPendulum-v4"
-TASK = Task(
+TASK = TaskSettings(
     num_trials=5,
     total_timesteps=15 * TINY_PPO.num_steps,
     ppo=TINY_PPO,
@@ -222,11 +222,11 @@ def test_ctrl_c_says_how_to_go_on(
 def test_what_is_of_other_settings_is_refused(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = tmp_path / "out"
     shutil.copytree(finished, output)
-    other = Task(**{**vars(TASK), "train": TrainConfig(**{**vars(TINY_TRAIN), "steps": 6})})
+    other = TaskSettings(**{**vars(TASK), "train": TrainConfig(**{**vars(TINY_TRAIN), "steps": 6})})
     monkeypatch.setattr(MODULE, "TASKS", {ENV: other})
     with pytest.raises(ValueError, match=r"independent/model was trained with other settings"):
         reproduce(output, progress=False)
-    monkeypatch.setattr(MODULE, "TASKS", {ENV: Task(**{**vars(TASK), "num_trials": 6})})
+    monkeypatch.setattr(MODULE, "TASKS", {ENV: TaskSettings(**{**vars(TASK), "num_trials": 6})})
     with pytest.raises(ValueError, match=r"expected .*'num_trials': 6.* got .*'num_trials': 5"):
         reproduce(output, progress=False)
     _make_tiny(monkeypatch)

@@ -3,9 +3,9 @@
 *independent*  Trials from initial weights of their own, judged on trials held out whole: the question that matters.
 *shared-init*  All trials start from the same weights, and one basis serves them all; judged on held-out trials.
 *in-sample*    One basis over all trials, trained on all, judged on the same. That is all that the claim "fits the
-               implicit dynamics" needs, and it says nothing of new runs.
+               implicit dynamics" needs, and it says nothing about new runs.
 
-Every stage writes whole or not at all, and is kept where its output is there: the same call goes on after a cut-off.
+A stage whose output is there is kept, so that the same call goes on after an interruption.
 """
 
 import dataclasses
@@ -33,12 +33,12 @@ from tipl.stage_seconds import StageSeconds
 from tipl.storing.store import Store
 
 IN_SAMPLE_TRIALS = 12
-"""Trials that are judged in-sample, of which all would be: enough for what a fit is, and a quarter of the time."""
+"""How many trials are judged in-sample, where all could be: enough to show a fit, in a quarter of the time."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Task:
-    """How many trials of a task are collected, and how they are learned from and judged."""
+class TaskSettings:
+    """How many trials of a task are collected, and how they are trained on and judged."""
 
     num_trials: int
     total_timesteps: int
@@ -46,14 +46,14 @@ class Task:
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
     shared_components: int = 128
-    """Coordinates in a shared basis. Of 64 InvertedPendulums 16 leave as much outside as persistence errs, even of the
-    trials that the basis was fitted on (0.56 of the path after a fifth of it); 128 leave 0.13."""
+    """Coordinates in a shared basis. With 64 trials of InvertedPendulum 16 leave as large an error as persistence has,
+    even for the trials that the basis was fitted on (0.56 of the path after a fifth of it); 128 leave 0.13."""
 
 
-TASKS: dict[str, Task] = {
-    "InvertedPendulum-v4": Task(num_trials=64, total_timesteps=50 * 2048),
+TASKS: dict[str, TaskSettings] = {
+    "InvertedPendulum-v4": TaskSettings(num_trials=64, total_timesteps=50 * 2048),
     # Every 4th of 246 checkpoints: training goes through rollouts of the whole path.
-    "HalfCheetah-v4": Task(
+    "HalfCheetah-v4": TaskSettings(
         num_trials=48,
         total_timesteps=500_000,
         train=TrainConfig(num_checkpoints=62),
@@ -63,7 +63,7 @@ TASKS: dict[str, Task] = {
 
 @dataclasses.dataclass(frozen=True)
 class Regime:
-    """Where trials start, which basis they are written in, and which of them judge."""
+    """Where trials start, which basis they are written in, and which trials judge."""
 
     name: str
     title: str
@@ -72,7 +72,7 @@ class Regime:
     shared_basis: bool = False
     in_sample: bool = False
 
-    def train_config(self, task: Task) -> TrainConfig:
+    def train_config(self, task: TaskSettings) -> TrainConfig:
         if not self.shared_basis:
             return task.train
         shared = dataclasses.replace(task.train, basis="shared", n_components=task.shared_components)
@@ -80,7 +80,7 @@ class Regime:
             return shared
         return dataclasses.replace(shared, in_sample=True, confidence_trials=0)  # a confidence is for new runs
 
-    def evaluate_config(self, task: Task) -> EvaluateConfig:
+    def evaluate_config(self, task: TaskSettings) -> EvaluateConfig:
         return dataclasses.replace(task.evaluate, max_trials=IN_SAMPLE_TRIALS) if self.in_sample else task.evaluate
 
 
@@ -120,7 +120,7 @@ class Experiment:
     output: Path
 
     @property
-    def task(self) -> Task:
+    def task(self) -> TaskSettings:
         return TASKS[self.env_id]
 
     @property

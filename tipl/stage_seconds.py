@@ -1,4 +1,4 @@
-"""What each stage of a run took, kept in a file so that a resumed run still knows."""
+"""How long each stage of a run took, kept in a file so that a resumed run still knows it."""
 
 import contextlib
 import math

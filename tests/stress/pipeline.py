@@ -29,7 +29,7 @@ from factories import ENV_ID, TINY_EVALUATE, TINY_PPO, TINY_TRAIN, flags
 from tipl import _core, cli
 from tipl.cli import run_commands
 from tipl.report.plots import Plot
-from tipl.reproduction import Task
+from tipl.reproduction import TaskSettings
 from tipl.storing.store import Store
 from tipl.subspace.streaming_svd import StreamingSVD
 
@@ -203,7 +203,7 @@ def _parsed(arguments: tuple[str, ...]) -> Any:
 
 def make_small() -> None:
     """Let this process and its forks run commands as said above."""
-    tasks = {ENV_ID: Task(**RUN, ppo=TINY_PPO, train=TINY_TRAIN, evaluate=TINY_EVALUATE, shared_components=6)}
+    tasks = {ENV_ID: TaskSettings(**RUN, ppo=TINY_PPO, train=TINY_TRAIN, evaluate=TINY_EVALUATE, shared_components=6)}
     sys.modules["tipl.reproduction"].TASKS = tasks  # type: ignore[attr-defined]
     sys.modules["tipl.collecting.collection"].SAVE_SECONDS = 0.0  # type: ignore[attr-defined]
     whole_run = run_commands.Run

@@ -1,7 +1,7 @@
-"""The command line: one command a stage, `run` for all of them, `demo` for a first look.
+"""The command line: one command for each stage, `run` for all of them, `demo` for a first look.
 
-Every command prints one line a result on stdout. A user's mistake ends in one line on stderr and exit status 2; Ctrl-C
-in one line and 130.
+Every command prints one line for each result on stdout. A user's mistake ends in one line on stderr and exit status 2,
+Ctrl-C in one line and 130.
 """
 
 import dataclasses

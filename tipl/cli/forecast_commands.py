@@ -26,20 +26,20 @@ from tipl.storing.store import Store
 
 @dataclasses.dataclass(frozen=True)
 class Train:
-    """Train the forecaster on a store's trials, or on several stores'; a share of them is held out and never read.
+    """Train the forecaster on the trials of one store or several; a share of the trials is held out and never read.
 
     Example: tipl train --store runs/cheetah/store.zarr --output runs/cheetah/model
     """
 
     store: tuple[StoreArg, ...]
-    """A store written by `tipl collect`, or several, of any tasks: --num-checkpoints brings their paths to one
-    length."""
+    """A store written by `tipl collect`, or several, of any tasks. --num-checkpoints brings paths of different lengths
+    to one."""
     output: PathArg
     """The model folder; must not exist."""
     num_threads: int | None = None
-    """Cores on which policies are run to calibrate the confidence; by default all."""
+    """Cores that run policies to calibrate the confidence; by default all."""
     ray: RayArg = None
-    """Fit a shared basis on the Ray cluster at this address; local: on one started here."""
+    """Fit a shared basis on the Ray cluster at this address; "local" starts a cluster on this machine."""
     train: OmitArgPrefixes[TrainConfig] = dataclasses.field(default_factory=TrainConfig)
 
     def run(self) -> None:
@@ -55,24 +55,25 @@ class Train:
 
 @dataclasses.dataclass(frozen=True)
 class Calibrate:
-    """Learn anew from runs of yours when a forecaster can be trusted, and how far to go along its forecasts.
+    """Learn from your own runs when to trust a forecaster, and how far to go along its forecasts.
 
-    Forecasts of up to --num-trials runs of each store are run in the simulator, never of those that `tipl evaluate`
-    judges. The confidence of a forecaster that learnt it elsewhere, such as the one that comes with tipl, says little
-    of another task.
+    Runs forecasts for up to --num-trials trials of each store in the simulator, never for the trials that `tipl
+    evaluate` judges. A confidence that was learnt on other tasks, such as that of the forecaster that comes with tipl,
+    says little about yours.
 
     Example: tipl calibrate --store runs/own/store.zarr --output runs/own/model
     """
 
     store: tuple[StoreArg, ...]
-    """Runs of your task; of several tasks the confidence serves all, and there is no `tuned` forecast."""
+    """Runs of your task. With stores of several tasks one confidence serves all, and there is no `tuned` forecast."""
     output: PathArg
     """The new model folder; must not exist."""
     model: PathArg | None = None
     """A model folder written by `tipl train`; by default the forecaster that comes with tipl."""
     num_trials: int = 32
+    """Trials of each store whose forecasts are run, at most."""
     num_threads: int | None = None
-    """Cores on which policies are run; by default all."""
+    """Cores that run policies; by default all."""
 
     def run(self) -> None:
         recalibrate(
@@ -96,17 +97,18 @@ class Rollout:
 
     store: StoreArg
     output: PathArg
-    """A .safetensors file: `weights` (horizon, p) float32, `checkpoint` (horizon,), the index of each row, and, where
-    the model knows, `confidence` (horizon,): the probability that the policy beats the last one observed."""
+    """A .safetensors file: `weights` (horizon, p) float32; `checkpoint` (horizon,), the index of each row in the path;
+    and, where the model was calibrated, `confidence` (horizon,), the probability that a row's policy beats the last one
+    observed."""
     model: PathArg | None = None
     """A model folder written by `tipl train`; by default the forecaster that comes with tipl."""
     trial: int = 0
     prefix: float = 0.4
     """Share of the trial's path that is observed."""
     every: int | None = None
-    """Take every so-many-th checkpoint; by default as many as fit the model."""
+    """Take every n-th checkpoint; by default the smallest n with which the path fits the model."""
     horizon: int | None = None
-    """Checkpoints to forecast; to the end of the path by default."""
+    """How many checkpoints to forecast; by default to the end of the path."""
 
     def run(self) -> None:
         if not 0.0 < self.prefix <= 1.0:
@@ -153,11 +155,12 @@ class Evaluate:
     output: PathArg
     """The folder of results.json; must not exist."""
     fresh: FreshArg = None
-    """Judge all trials of this store instead, collected like --store under another --seed."""
+    """Judge all trials of this store instead of the held-out ones; it must be collected like --store, under another
+    --seed."""
     num_threads: int | None = None
-    """Cores to use, of a worker with --ray; by default all, of a worker one."""
+    """Cores to use, by default all; with --ray the cores of each worker, by default one."""
     ray: RayArg = None
-    """Run the policies on the Ray cluster at this address; local: on one started here."""
+    """Run the policies on the Ray cluster at this address; "local" starts a cluster on this machine."""
     evaluate: OmitArgPrefixes[EvaluateConfig] = dataclasses.field(default_factory=EvaluateConfig)
 
     def run(self) -> None:

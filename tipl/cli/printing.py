@@ -37,7 +37,8 @@ def print_verification(path: str, found: Verification) -> None:
 
 
 def end_of_path_table(results: Path) -> str:
-    """Return the mean relative weight error at the end of the path, a line a predictor and a column a prefix."""
+    """Return the mean relative weight error at the end of the path, a line for each predictor and a column for each
+    prefix."""
     document = parse_json(read_listed(results), results)
     rows, train = document["rows"], document["settings"]["train"]
     judged = "trials that it was trained on" if train.get("in_sample") else "held-out trials"

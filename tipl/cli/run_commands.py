@@ -24,23 +24,23 @@ class Run:
     """
 
     output: PathArg
-    """The run folder; must not exist, or be of this very run cut off, which then goes on."""
+    """The run's folder. It must not exist yet, or hold this same run unfinished, which then goes on."""
     env_id: str = "InvertedPendulum-v5"
     """A Gymnasium id with continuous actions."""
     num_trials: int = 48
     """PPO runs, each with its own initial weights and seeds."""
     total_timesteps: int = 100_000
-    """Env steps a trial."""
+    """Env steps for each trial."""
     seed: int = 0
-    """All trials' seeds derive from it; --train.seed chooses the split, --evaluate.seed the episodes."""
+    """The seeds of all trials derive from it; --train.seed chooses the split, --evaluate.seed the episodes."""
     shared_init: bool = False
     """Start all trials from the same weights (the paper's setting)."""
     num_threads: int | None = None
-    """Cores to use, of a worker with --ray; by default all, of a worker one."""
+    """Cores to use, by default all; with --ray the cores of each worker, by default one."""
     ray: RayArg = None
-    """Spread the work over the Ray cluster at this address; local: over one started here."""
+    """Spread the work over the Ray cluster at this address; "local" starts a cluster on this machine."""
     resume: bool = False
-    """Go on in the folder of a finished run too, or of an older tipl's, and make what is missing there."""
+    """Go on in the folder of a finished run too, or of one by an older tipl, and make what is missing there."""
     ppo: PPOConfig = dataclasses.field(default_factory=PPOConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
@@ -56,7 +56,7 @@ class Demo:
 
     output: PathArg = Path("runs/demo")
     resume: bool = False
-    """Keep the stages that an interrupted demo has finished."""
+    """Keep the stages that an earlier demo has finished."""
 
     def run(self) -> None:
         Run(
@@ -75,8 +75,8 @@ class Demo:
 class Reproduce:
     """Repeat the paper's experiment and go past it: InvertedPendulum-v4 and HalfCheetah-v4, three regimes, one page.
 
-    Independent initialisations, one shared initialisation, and the in-sample fit; arXiv 2503.04074. Cut off at whatever
-    moment, it goes on with the same command.
+    The regimes are independent initialisations, one shared initialisation, and the in-sample fit (arXiv 2503.04074). If
+    it is interrupted, the same command goes on.
 
     Example: tipl reproduce --output runs/reproduction
 

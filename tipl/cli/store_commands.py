@@ -22,7 +22,7 @@ from tipl.verification import verify, verify_store
 class Collect:
     """Train many PPO trials at once on a MuJoCo task and store a checkpoint of each after every iteration.
 
-    Cut off at whatever moment, it goes on with the same command, and the store comes out as if nothing had happened.
+    If it is interrupted, at any moment, the same command goes on from there, and the store ends up the same.
 
     Example: tipl collect --env-id HalfCheetah-v5 --num-trials 32 --total-timesteps 300000 --output cheetah.zarr
 
@@ -30,26 +30,27 @@ class Collect:
     """
 
     output: StoreArg
-    """Where the store goes; must not exist, or be cut off in the middle of this very collection, which then goes on."""
+    """Where the store goes. It must not exist yet, or hold this same collection unfinished, which then goes on."""
     env_id: str = "InvertedPendulum-v5"
     """A Gymnasium id with continuous actions."""
     num_trials: int = 48
     """PPO runs, each with its own initial weights and seeds."""
     total_timesteps: int = 100_000
-    """Env steps a trial."""
+    """Env steps for each trial."""
     seed: int = 0
-    """All trials' seeds derive from it."""
+    """The seeds of all trials derive from it."""
     shared_init: bool = False
     """Start all trials from the same weights (the paper's setting)."""
     init_seed: int | None = None
-    """Start all from the initial weights of this trial seed: of another store with a shared start, the first that
-    `tipl store info` shows."""
+    """Start all trials from the initial weights that this trial seed gives. To start as another store with a shared
+    start did, give the first seed that `tipl store info` shows of it."""
     num_threads: int | None = None
-    """Cores to use, of a worker with --ray; by default all, of a worker one."""
+    """Cores to use, by default all; with --ray the cores of each worker, by default one."""
     ray: RayArg = None
-    """Collect on the Ray cluster at this address, whose workers must all reach `output`; local: on one started here."""
+    """Collect on the Ray cluster at this address, all of whose workers must reach `output`; "local" starts a cluster
+    on this machine."""
     trials_per_shard: int | None = None
-    """Trials that learn together, in one process; by default all, with --ray at most 16."""
+    """Trials that train together in one process; by default all, with --ray at most 16."""
     tensorboard: PathArg | None = None
     """A folder for TensorBoard curves of every trial and their mean, under CleanRL's tags; none by default."""
     ppo: PPOConfig = dataclasses.field(default_factory=PPOConfig)
@@ -77,7 +78,7 @@ class Collect:
 
 @dataclasses.dataclass(frozen=True)
 class StoreVerify:
-    """Check every checksum of every file of a store: prints ok, or what is wrong where, with exit status 1.
+    """Check the checksums of all files of a store: prints ok, or says what is wrong with which file and exits with 1.
 
     Example: tipl store verify runs/cheetah/store.zarr
     """
@@ -114,9 +115,9 @@ class StoreInfo:
 
 @dataclasses.dataclass(frozen=True)
 class Verify:
-    """Check every checksum of whatever tipl wrote: a store, a model, an evaluation, a report, a forecast, a whole run.
+    """Check the checksums of anything that tipl wrote: a store, a model, an evaluation, a report, a forecast, a run.
 
-    Prints ok, or what is wrong where, with exit status 1.
+    Prints ok, or says what is wrong with which file and exits with status 1.
 
     Example: tipl verify runs/cheetah
     """
@@ -148,26 +149,28 @@ class Import:
     """
 
     sources: tyro.conf.Positional[tuple[PathArg, ...]]
-    """Folders of checkpoint files (.zip .cleanrl_model .pt .pth .safetensors), one a trial; or files, together one
-    trial; or stores, whose trials are put together."""
+    """Folders of checkpoint files (.zip .cleanrl_model .pt .pth .safetensors), one folder for each trial; or files that
+    together are one trial; or stores, whose trials are joined."""
     output: PathArg
     """Where the store goes; must not exist."""
     env_id: str = "unknown"
-    """The Gymnasium id, which checkpoint files do not know; `tipl evaluate` needs it."""
+    """The Gymnasium id, which checkpoint files do not hold and `tipl evaluate` needs."""
     pattern: str = "*"
-    """Of the names to take in each folder. Files are ordered by the steps in their names."""
+    """Which file names to take in each folder. Files are ordered by the steps in their names."""
     activation: Activation | None = None
-    """Of the policy, where the files do not say it; by default the library's own."""
+    """The policy's activation, where the files do not say it; by default the library's default."""
     actor: tuple[str, ...] | None = None
-    """The beginnings of the actor's keys, where a file holds more networks, such as "policy.", or "" for all but the
+    """How the actor's keys begin, such as "policy.", where a file holds several networks; "" takes all keys but the
     critics'."""
     step_pattern: str | None = None
-    """A regular expression that finds the step in each name, such as 'iter_([0-9]+)', where there are more numbers."""
+    """A regular expression that finds the step in each file name, such as 'iter_([0-9]+)', where names hold several
+    numbers."""
     num_checkpoints: int | None = None
-    """Take the first so many of each trial; by default all, and all trials must hold equally many."""
+    """Take this many checkpoints of each trial, from its first on; by default all, and all trials must hold equally
+    many."""
     max_bytes: int | None = None
-    """Of each file, and of what a zip unpacks to; by default 1 GiB, and less of a zip that unpacks to many times its
-    size."""
+    """The largest size of a file, and of what a zip unpacks to. By default 1 GiB, and less for a zip that unpacks to
+    many times its size."""
 
     def run(self) -> None:
         store = import_checkpoints(
@@ -189,7 +192,7 @@ class Import:
 
 @dataclasses.dataclass(frozen=True)
 class Export:
-    """Write weights, of a forecast or a store, as a checkpoint file that your own library loads.
+    """Write the weights of a forecast or a store as a checkpoint file that your own library loads.
 
     Example: tipl export forecast.safetensors --like logs/seed0/rl_model_100000_steps.zip --output forecast.zip
     """
@@ -197,17 +200,17 @@ class Export:
     weights: tyro.conf.Positional[PathArg]
     """A forecast written by `tipl rollout`, or a store."""
     like: PathArg
-    """A checkpoint file of the same policy; the actor's weights are replaced, all else is kept."""
+    """A checkpoint file of the same policy. The new file is a copy of it with other weights in the actor."""
     output: PathArg
     """The new file; must not exist."""
     checkpoint: int | None = None
-    """Its index in the path; the last one by default."""
+    """Which checkpoint to write, as its index in the path; by default the last."""
     trial: int = 0
-    """Of a store."""
+    """Which trial to take, where the weights are a store's."""
     actor: tuple[str, ...] | None = None
-    """The beginnings of the actor's keys in --like, where it holds more networks and the weights do not know theirs."""
+    """How the actor's keys in --like begin, where that file holds several networks and the weights do not say which."""
     max_bytes: int | None = None
-    """Of --like, and of what a zip unpacks to, as in `tipl import`."""
+    """The largest size of --like, and of what it unpacks to, as in `tipl import`."""
 
     def run(self) -> None:
         export_checkpoint(

@@ -1,6 +1,6 @@
-"""Calibrate a forecaster: run its forecasts of validation trials, and learn which of them were worth it, and how far.
+"""Calibrate a forecaster: run forecasts in the simulator, and learn which are worth following, and how far.
 
-Shapes  N trials, P prefixes, C forecasts a trial, F features; h = prefix_end.
+Shapes  N trials, P prefixes, C forecasts for each trial, F features; h = prefix_end.
 """
 
 import dataclasses
@@ -22,27 +22,28 @@ from tipl.progress import progress_bar
 from tipl.storing.store import Store
 from tipl.subspace.basis import MIN_PREFIX_END
 
-PREFIXES = (0.2, 0.4, 0.6, 0.8)
-HORIZONS = (0.1, 0.2, 0.4, 1.0)
-"""Shares of the path; what lies beyond its end is its end."""
+CALIBRATION_PREFIXES = (0.2, 0.4, 0.6, 0.8)
+CALIBRATION_HORIZONS = (0.1, 0.2, 0.4, 1.0)
+"""Shares of the path; a horizon beyond its end becomes its end."""
 STRIDE_HORIZON = 0.2
+"""The horizon at which strides are tried."""
 NUM_EPISODES = 5
 
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-    """What the simulator taught."""
+    """What was learned in the simulator."""
 
     confidence: Confidence
     strides: Strides | None
-    """Of one store; returns of several tasks have no common unit."""
+    """None where there are several stores: returns of different tasks have no common unit."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcomes:
-    """What forecasts of N trials say of themselves, and what became of them in the simulator.
+    """The features of forecasts for N trials, and how those forecasts did in the simulator.
 
-    C forecasts a trial, ordered by prefix and horizon.
+    There are C forecasts for each trial, ordered by prefix and horizon.
     """
 
     features: FloatArray
@@ -52,7 +53,8 @@ class Outcomes:
     prefix_ends: NDArray[np.int64]
     """(P,)"""
     gains: FloatArray
-    """Return over the prefix's end at each of STRIDES along the forecast STRIDE_HORIZON ahead, (N, P, strides)."""
+    """By how much the return exceeds that at the prefix's end, at each of STRIDES along the forecast that reaches
+    STRIDE_HORIZON ahead, (N, P, strides)."""
 
 
 def calibrate(
@@ -63,7 +65,7 @@ def calibrate(
     num_threads: int | None = None,
     progress: bool = True,
 ) -> Calibration | None:
-    """Return what `config.confidence_trials` of each source teach, or None where there are no policies to run."""
+    """Return what `config.confidence_trials` trials of each source teach; None where no policies can be run."""
     outcomes = []
     for source in sources:
         chosen = _trials_of(source, config)
@@ -89,11 +91,11 @@ def recalibrate(
     num_threads: int | None = None,
     progress: bool = True,
 ) -> Path:
-    """Calibrate a forecaster anew on trials of `stores`, and write it to the model folder `output`; return that.
+    """Calibrate a forecaster anew on trials of `stores`, write it to the model folder `output`, and return `output`.
 
-    Of each store up to `num_trials` trials are run in the simulator, and none that `evaluate` judges. By default the
-    forecaster is the one that comes with tipl. A copy of the folder `model` with another confidence, of one store with
-    strides too, and a config.json that names the seeds under "calibrated_on".
+    Runs forecasts for up to `num_trials` trials of each store in the simulator, and for none that `evaluate` judges. By
+    default the forecaster is the one that comes with tipl. The new folder is a copy of `model` with another confidence
+    and, for a single store, other strides; its config.json names the seeds under "calibrated_on".
 
     Raises FileExistsError where `output` exists; OutputInUse where another process is making it; ValueError where
     num_trials is less than 1, the simulator cannot run the policies, or the forecaster does not fit a store, as
@@ -114,7 +116,7 @@ def recalibrate(
 def _recalibrated(
     forecaster: Forecaster, stores: Sequence[Store], num_trials: int, num_threads: int | None, progress: bool
 ) -> Forecaster:
-    """Return the forecaster with another confidence, as `recalibrate` says."""
+    """Return the forecaster with the confidence that the stores teach."""
     sources = [source_to_judge(store, forecaster) for store in stores]
     for store in stores:
         if not _can_run(store):
@@ -136,7 +138,7 @@ def _can_run(store: Store) -> bool:
 
 
 def _trials_of(source: Source, config: TrainConfig) -> list[int]:
-    """Return the trials that calibration runs: of validation first, then of training."""
+    """Return the trials that calibration uses: validation trials first, then training trials."""
     return (source.split.validation + source.split.train)[: config.confidence_trials]
 
 
@@ -149,13 +151,13 @@ def run_forecasts(
     num_threads: int | None = None,
     progress: bool = True,
 ) -> Outcomes:
-    """Return what forecasts of some trials come to in the simulator, each trial's on NUM_EPISODES of its own.
+    """Return how forecasts for some trials do in the simulator; each trial has its own NUM_EPISODES episodes.
 
-    With episodes that all trials share, an easy one would make all of them better or worse together.
+    If all trials shared their episodes, an easy one would move all returns together.
     """
     policy, last = source.store.policy, source.num_checkpoints - 1
     assert isinstance(policy, PolicySpec)
-    ends = sorted({max(MIN_PREFIX_END, prefix_end_of(share, source.num_checkpoints)) for share in PREFIXES})
+    ends = sorted({max(MIN_PREFIX_END, prefix_end_of(share, source.num_checkpoints)) for share in CALIBRATION_PREFIXES})
     max_len = forecaster.model.config.max_len
     features, beats, gains = [], [], []
     with progress_bar(progress) as bar:
@@ -183,6 +185,6 @@ def run_forecasts(
 
 def _horizons(prefix_end: int, last: int) -> tuple[NDArray[np.int64], int]:
     """Return the horizons that are run (n,), and which of them the strides are tried at."""
-    ahead = [min(last - prefix_end, max(1, round(share * last))) for share in HORIZONS]
+    ahead = [min(last - prefix_end, max(1, round(share * last))) for share in CALIBRATION_HORIZONS]
     horizons = sorted(set(ahead))
-    return np.array(horizons, np.int64), horizons.index(ahead[HORIZONS.index(STRIDE_HORIZON)])
+    return np.array(horizons, np.int64), horizons.index(ahead[CALIBRATION_HORIZONS.index(STRIDE_HORIZON)])

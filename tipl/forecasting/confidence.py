@@ -1,9 +1,9 @@
-"""How far a forecast policy can be trusted: the probability that it beats the last policy seen, before anybody runs it.
+"""How far to trust a forecast policy: the probability that it beats the last policy seen, known before it is run.
 
 Shapes  n horizons, h = prefix_end, F features, S samples, p weights.
 
-A logistic regression on what a forecast says of itself, fitted where the answer is known: forecasts of trials that the
-forecaster did not learn from are run in the simulator beside the policy at their prefix's end, on the same episodes.
+A logistic regression on features of the forecast. It is fitted where the answer is known: forecasts for trials that the
+forecaster did not learn from are run in the simulator, on the same episodes as the policy at their prefix's end.
 """
 
 import dataclasses
@@ -19,9 +19,10 @@ FloatArray = NDArray[np.float64]
 
 FEATURES = ("seen", "ahead", "ratio", "step", "bend", "pace", "straightness", "refinement")
 _PENALTY = 1.0
-"""Of the squared coefficients of standardised features: as a prior that each moves the odds by e to either side."""
+"""Weight of the squared coefficients of standardised features: a prior that each feature moves the odds by a factor of
+about e."""
 _BOUND = 4.0
-"""Standard deviations beyond which a feature says no more."""
+"""Features are cut off at this many standard deviations."""
 
 
 def features_of(
@@ -31,10 +32,10 @@ def features_of(
     horizons: NDArray[np.int64],
     max_len: int,
 ) -> FloatArray:
-    """Return features (n, F) of a forecast (n, p) of a prefix (h+1, p): its place, size, shape and refinement.
+    """Return features (n, F) of the forecast (n, p) for a prefix (h+1, p): its place, size, shape and refinement.
 
-    The run's own scale and the number of its weights drop out. A horizon's features have the same bits whatever
-    horizons are beside it: no BLAS, which sums in another order for another n.
+    They do not depend on the run's own scale or on the number of its weights. The features of one horizon have the same
+    bits whichever other horizons are asked for: BLAS, whose order of sums depends on n, is not used.
     """
     h = len(prefix) - 1
     last = prefix[-1].astype(np.float64)
@@ -60,9 +61,9 @@ class Confidence:
     """P(beats) = 1 / (1 + exp(-(intercept + coefficients . standardised features)))."""
 
     mean: FloatArray
-    """Of the features in calibration, (F,)."""
+    """Mean of the features in calibration, (F,)."""
     deviation: FloatArray
-    """(F,)"""
+    """Their standard deviation, (F,)."""
     coefficients: FloatArray
     """(F,)"""
     intercept: FloatArray
@@ -70,9 +71,10 @@ class Confidence:
 
     @classmethod
     def fit(cls, features: FloatArray, beats: NDArray[np.bool_]) -> "Confidence":
-        """Fit by Newton's method: the penalised likelihood of outcomes (S,) with features (S, F) is concave.
+        """Fit to outcomes (S,) of forecasts with features (S, F), by Newton's method on the penalised likelihood.
 
-        One outcome of each kind is added at the mean features (Laplace's rule), so that certainty is never claimed.
+        The likelihood is concave. One outcome of each kind is added at the mean features (Laplace's rule), so that
+        certainty is never claimed.
         """
         mean, deviation = features.mean(0), features.std(0)
         deviation = np.where(deviation > 1e-9, deviation, 1.0)
@@ -122,11 +124,11 @@ class Strides:
     seen: FloatArray
     """Prefix ends as shares of the path, ascending, (P,)."""
     factor: FloatArray
-    """(P,); zero where no step was better than none, by the standard error of its mean gain."""
+    """The stride for each, (P,); zero where no stride's mean gain exceeded its standard error."""
 
     @classmethod
     def fit(cls, seen: FloatArray, gains: FloatArray) -> "Strides":
-        """Choose for each prefix the stride of largest mean gain in return, of gains (P, trials, len(STRIDES))."""
+        """Choose the stride with the largest mean gain in return for each prefix; gains (P, trials, len(STRIDES))."""
         factor = []
         for gain in gains:
             mean = gain.mean(0)
@@ -163,7 +165,7 @@ def _standardised(features: FloatArray, mean: FloatArray, deviation: FloatArray)
 
 
 def expected_calibration_error(probability: Sequence[float], beats: Sequence[bool], num_bins: int = 10) -> float:
-    """Return the mean over samples of |share that came true - mean probability| of the sample's bin.
+    """Return the mean over samples of |share that came true - mean probability| in the sample's bin.
 
     Guo et al. 2017, arXiv:1706.04599, with bins of equal width.
     """

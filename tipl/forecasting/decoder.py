@@ -46,12 +46,12 @@ class Decoder:
 
         `max_len` is the tokens that a sequence can hold, at most and by default config.max_len; `num_threads` defaults
         to the cores that this process may use. `dtype` is what the blocks' matrices are stored in: bfloat16, or int8
-        with a scale a row; `cache_dtype` the same of keys and values. Sums are float32 throughout. On random models the
-        error of one predicted change is 0.4 % with bfloat16 weights, 0.1 % with a bfloat16 cache, 1.4 % with int8 ones.
+        with a scale for each row; `cache_dtype` the same of keys and values. Sums are float32 throughout. On random
+        models the error of one predicted change is 0.4 % with bfloat16 weights, 0.1 % with a bfloat16 cache, 1.4 % with
+        int8 ones.
 
-        Raises ValueError for sizes that make no decoder, a dtype that it lacks, a weight of another shape, a missing or
-        an unknown one, NaN or Inf; TypeError for a weight that is not float32, a size that is no int.
-        """
+        Raises ValueError for sizes that make no decoder, an unknown dtype, a weight that is missing, unknown or of
+        another shape, NaN or Inf; TypeError for a weight that is not float32 or a size that is no int."""
         for name, value, known in (("dtype", dtype, Dtype), ("cache_dtype", cache_dtype, CacheDtype)):
             if value not in get_args(known):
                 names = ", ".join(map(repr, get_args(known)))
@@ -179,7 +179,7 @@ def continue_paths(
     *,
     num_threads: int | None = None,
 ) -> list[NDArray[np.float32]]:
-    """Return what the model itself says follows paths (h+1, k) of any lengths, (n, k) each: native, in one batch."""
+    """Return the model's own continuation (n, k) of each path (h+1, k), of any lengths: native, in one batch."""
     lengths = np.array([len(path) for path in observed])
     steps = np.array(horizons)
     x = np.zeros((len(observed), lengths.max(), model.config.n_components), np.float32)

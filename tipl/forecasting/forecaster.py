@@ -142,7 +142,7 @@ class Forecaster:
         return None
 
     def layout_of(self, num_params: int) -> Layout:
-        """Return the layout of the policies of so many weights that the forecaster was trained on.
+        """Return the layout of those policies with `num_params` weights that the forecaster was trained on.
 
         Raises ValueError where there is none, or more than one.
         """
@@ -261,8 +261,8 @@ def check_and_forecast(
         )
     if model.shared_basis is not None and model.shared_basis.directions.shape[1] != prefixes.shape[2]:
         raise ValueError(
-            f"rollout: prefix_weights must hold p = {model.shared_basis.directions.shape[1]} weights a checkpoint, as "
-            f"the model's shared basis, got {prefixes.shape[2]}"
+            f"rollout: prefix_weights must hold p = {model.shared_basis.directions.shape[1]} weights for each "
+            f"checkpoint, as the model's shared basis, got {prefixes.shape[2]}"
         )
     if layout is not None and layout.num_params != prefixes.shape[2]:
         raise ValueError(

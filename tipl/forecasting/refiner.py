@@ -2,17 +2,16 @@
 
 Shapes  m weights of a run (all p or a sample), h = prefix_end, n horizon in checkpoints; leading axes are runs.
 
-A forecast in a prefix basis moves within the span of what was seen, and most of its error lies outside (0.27 of 0.36 on
-InvertedPendulum at a 20 % prefix). One small network, the same for every weight of every run, sees of a weight
-its own past, where the Transformer takes it, and what the two neurons that it joins have done, and answers with the
-weight's displacement. That is no longer a linear function of the prefix, so that it can leave its span; the idea is
-that of weight nowcasting (Jang et al. 2023, ICML, "Learning to Boost Training by Periodic Nowcasting Near Future
-Weights"), which looks at a weight alone.
+A forecast in a prefix basis stays within the span of what was seen, and most of its error lies outside that span (0.27
+of 0.36 on InvertedPendulum at a 20 % prefix). One small network, the same for every weight of every run, sees a
+weight's own past, the Transformer's forecast for it, and what the two neurons that it joins have done, and predicts the
+weight's displacement. That is not a linear function of the prefix, so it can leave the prefix's span. The idea is that
+of weight nowcasting (Jang et al. 2023, ICML, "Learning to Boost Training by Periodic Nowcasting Near Future Weights"),
+which looks at each weight alone.
 
-All that goes in is divided by the root mean square displacement of the weight's tensor, so that runs, layers and tasks
-look alike. Negate a hidden tanh unit with all its weights, and the policy is the same; hence the network is odd: with
-every signed input negated it gives the negated answer.
-"""
+All inputs are divided by the root mean square displacement of the weight's tensor, so that runs, layers and tasks look
+alike. A policy stays the same if a hidden tanh unit and all its weights are negated; hence the network is odd: with
+every signed input negated it gives the negated answer."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -30,16 +29,20 @@ from tipl.forecasting.transformer import arrays_of, set_arrays
 from tipl.policy import Layout
 
 LAGS = tuple(0.1 * i for i in range(10))
-"""Where a weight's past is looked at, as shares of the prefix; then the last checkpoint but one."""
+"""At which shares of the prefix a weight's past is looked at; the last checkpoint but one is added."""
 RANK = 2
-"""Of the approximation of a matrix's displacement that tells what moved together from what moved alone."""
+"""Rank of the approximation to a matrix's displacement, which tells what moved together from what moved alone."""
 KINDS = ("log_std", "first weight", "first bias", "weight", "bias", "last weight", "last bias", "other")
 
 _SIGNED = len(LAGS) + 5  # lags, last step, start, whole, recent, forecast
 _UNSIGNED = 5  # spread, row, column, bend, pace
 _PLACE = 3
-_BOUND = 5.0  # of what enters the network: outliers go through the linear part alone
-_BLOCK = 2048  # weights refined at once, whose activations stay in the cache: twice as fast as all at once
+_BOUND = 5.0  # the network's inputs are clipped to this; outliers count in the linear part alone
+_BLOCK = 2048  # weights refined at once: their activations stay in the cache, twice as fast as all weights at once
+_LAST_STEP_GAIN = 3.0  # a single step is small beside the displacements at the lags
+_LINEAR_GAIN = 0.3  # keeps the linear part's first steps as small as the network's
+_MAX_GROWTH = 2.0  # of a displacement beyond the prefix: about the root of how much longer the path gets
+_SMALL = 1e-3  # added to an RMS of initial weights, which can be zero
 
 
 def kinds_of(layout: Layout) -> NDArray[np.int64]:
@@ -63,7 +66,8 @@ class Observed:
     """What a prefix shows of m weights, all float32."""
 
     past: Tensor
-    """(..., m, len(LAGS) + 1): displacements from theta_h at the lags, and three times the last step, over `scale`."""
+    """(..., m, len(LAGS) + 1): displacements from theta_h at the lags, and _LAST_STEP_GAIN times the last step, over
+    `scale`."""
     signed: Tensor
     """(..., m, 3): theta_0 over its tensor's RMS; rank-2 approximations of all that the tensor has moved, and of the
     second half of it, over `scale`."""
@@ -94,7 +98,7 @@ class Observed:
             torch.log((end - x).norm() / end.norm().clamp(min=1e-30) + 1e-6).expand_as(scale) for x in (middle, last)
         )
         return cls(
-            past=torch.stack([*((x - end) / unit for x in past), 3.0 * (end - last) / unit], -1),
+            past=torch.stack([*((x - end) / unit for x in past), _LAST_STEP_GAIN * (end - last) / unit], -1),
             signed=torch.stack([first, whole / unit, recent / unit], -1),
             unsigned=torch.stack([spread, row, column, bend, pace], -1),
             scale=scale,
@@ -124,10 +128,10 @@ def _of_tensor(start: Tensor, end: Tensor, recent: Tensor, shape: tuple[int, ...
     return torch.stack(
         [
             scale.expand_as(end),
-            start / (first + 1e-3),
+            start / (first + _SMALL),
             whole,
             recent,
-            (0.5 * torch.log(scale / (first + 1e-3) + 1e-6)).expand_as(end),
+            (0.5 * torch.log(scale / (first + _SMALL) + 1e-6)).expand_as(end),
             torch.log(row / unit + 1e-2),
             torch.log(column / unit + 1e-2),
         ]
@@ -158,7 +162,7 @@ class Refiner(nn.Module):
     def forward(self, seen: Observed, forecast: Tensor, prefix_end: int, horizon: Tensor) -> Tensor:
         """Return displacements from theta_h (..., m), refined from those that the Transformer forecasts (..., m).
 
-        `horizon` (...) counts checkpoints after `prefix_end`, one value a run.
+        `horizon` (...) counts checkpoints after `prefix_end`, one value for each run.
         """
         unit = torch.where(seen.scale > 0, seen.scale, 1.0)
         x = torch.cat([seen.past, seen.signed, (forecast / unit)[..., None]], -1)  # (..., m, X)
@@ -168,8 +172,10 @@ class Refiner(nn.Module):
         )
         where = torch.cat([F.one_hot(seen.kind, len(KINDS)).to(x.dtype), place], -1)
         odd, even = self.signed(x.clamp(-_BOUND, _BOUND)), self.unsigned(torch.cat([seen.unsigned, where], -1))
-        answer = 0.5 * (self._answer(even + odd) - self._answer(even - odd)) + 0.3 * (self.linear(where) * x).sum(-1)
-        growth = (n[..., 0] / prefix_end).sqrt().clamp(max=2.0)  # a path's displacement grows about as its root
+        answer = 0.5 * (self._answer(even + odd) - self._answer(even - odd)) + _LINEAR_GAIN * (
+            self.linear(where) * x
+        ).sum(-1)
+        growth = (n[..., 0] / prefix_end).sqrt().clamp(max=_MAX_GROWTH)  # about how a path's displacement grows
         refined: Tensor = forecast + seen.scale * growth * answer
         return refined
 
@@ -183,10 +189,10 @@ class Refiner(nn.Module):
     ) -> NDArray[np.float32]:
         """Return forecast weights (n, p) at `horizons` (n,) after a prefix (h+1, p), refined.
 
-        A horizon's have the same bits whatever horizons are beside it, and however many threads torch has.
-        """
+        The weights of one horizon have the same bits whichever other horizons are asked for, with any number of
+        threads."""
         num_threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # a matrix product has other last bits on other numbers
+        torch.set_num_threads(1)  # the last bits of a matrix product depend on their number
         try:
             seen, last = Observed.of(prefix, layout), torch.from_numpy(prefix[-1].copy())
             parts = [slice(start, start + _BLOCK) for start in range(0, len(last), _BLOCK)]

@@ -1,9 +1,9 @@
 """Train the refiner: the same trials, prefixes and error as the Transformer's, on a sample of each run's weights.
 
-Shapes  N trials, P prefixes a trial, J horizons a prefix, m sampled weights; k, h, p, T as in `train`.
+Shapes  N trials, P prefixes for each trial, J horizons for each prefix, m sampled weights; k, h, p, T as in `train`.
 
-The sample is the same in all trials of a store, every tensor has its share, and each weight counts for as many as it
-stands for, so that the sums over the sample are without bias those over all weights.
+All trials of a store share one sample of weights. Every tensor has its share of it, and each sampled weight counts for
+as many weights as it stands for, so that sums over the sample are unbiased estimates of sums over all weights.
 """
 
 import copy
@@ -26,12 +26,13 @@ from tipl.progress import progress_bar
 from tipl.subspace.basis import MIN_PREFIX_END
 
 SAMPLE = 1024
-"""Weights of a trial that are learned from, about."""
-PREFIXES = 10
+"""About how many weights of a trial are learned from."""
+NUM_PREFIXES = 10
+"""Prefixes of a trial that are learned from."""
 HORIZONS = (0.1, 0.2, 0.35, 0.5, 0.7, 1.0)
-"""Shares of what is left of the path."""
+"""Shares of what is left of the path after the prefix."""
 MAX_TRIALS = 256
-"""Trials of a store that are learned from: 2 MB each."""
+"""Trials of a store that are learned from, at most: 2 MB each."""
 BATCH_SIZE = 16
 BATCH_WEIGHTS = 256
 """Weights of each trial in a batch."""
@@ -54,27 +55,27 @@ def sample_weights(layout: Layout, rng: np.random.Generator) -> tuple[NDArray[np
 
 
 @dataclasses.dataclass(frozen=True)
-class Examples:
-    """Prefixes of N trials of one store, all that end at one checkpoint, and where their weights went."""
+class RefinerExamples:
+    """Prefixes of N trials of one store that end at the same checkpoint, and where their weights went from there."""
 
     prefix_end: int
     horizons: Tensor
     """(J,) float32"""
     seen: Observed
-    """of (N, m) weights"""
+    """What the prefixes show of (N, m) weights."""
     forecast: Tensor
-    """(N, J, m), displacements from theta_h that the Transformer forecasts"""
+    """Displacements from theta_h that the Transformer forecasts, (N, J, m)."""
     truth: Tensor
-    """(N, J, m), those that came"""
+    """The true ones, (N, J, m)."""
     distance: Tensor
-    """(N, J), |theta_{h+n} - theta_0|"""
+    """|theta_{h+n} - theta_0|, (N, J)."""
     count: Tensor
-    """(m,)"""
+    """How many weights each sampled one stands for, (m,)."""
 
     def errors(
         self, refiner: Refiner, trials: Tensor, horizon: Tensor, columns: Tensor | slice = slice(None)
     ) -> Tensor:
-        """Return |refined - truth| / |truth - theta_0| (B,) of trials (B,) at the horizons of index (B,)."""
+        """Return |refined - truth| / |truth - theta_0| (B,) for trials (B,) at horizons (B,), both given as indices."""
         seen = self.seen.take(trials).take((slice(None), columns))
         forecast, truth = (x[trials, horizon][:, columns] for x in (self.forecast, self.truth))
         error = (refiner(seen, forecast, self.prefix_end, self.horizons[horizon]) - truth).square()
@@ -86,8 +87,8 @@ class Examples:
 
 def load_examples(
     source: Source, trials: Sequence[int], forecaster: Forecaster, prefix_ends: Sequence[int], seed: int
-) -> list[Examples]:
-    """Return the examples of some trials of a store, a list entry a prefix end."""
+) -> list[RefinerExamples]:
+    """Return the examples of some trials of a store, one list entry for each prefix end."""
     layout = source.store.policy
     sampled, counts = sample_weights(layout, np.random.default_rng(seed))
     columns = torch.from_numpy(sampled)
@@ -108,7 +109,7 @@ def load_examples(
                 )
             )
     return [
-        Examples(
+        RefinerExamples(
             prefix_end=end,
             horizons=torch.from_numpy(horizons[i]).float(),
             seen=Observed.stack([row[0] for row in rows[i]]),
@@ -134,7 +135,7 @@ class Refined:
     error: float
     """Mean relative weight error at the end of the validation trials' paths, over prefixes."""
     unrefined_error: float
-    """The same of the Transformer alone."""
+    """The same error for the Transformer alone."""
 
 
 def train_refiner(
@@ -146,16 +147,16 @@ def train_refiner(
     progress: bool = True,
     saved: SavedState | None = None,
 ) -> Refined | None:
-    """Return a refiner of what `forecaster` forecasts, judged at the prefix ends `judged`; None for refine_steps = 0.
+    """Return a refiner for the forecasts of `forecaster`, validated at the prefix ends `judged`; None for no steps.
 
-    Each step learns from random trials of one store at one prefix end, at random horizons. With `saved`, states are
-    kept there, and training goes on from the one that is there.
+    Each step learns from random trials of one store at one prefix end, at random horizons. With `saved`, training saves
+    its state there, and goes on from a state that is already there.
     """
     if config.refine_steps == 0:
         return None
     num_checkpoints = sources[0].num_checkpoints
     last = num_checkpoints - 2
-    spread = np.linspace(max(MIN_PREFIX_END, num_checkpoints // 10), last, PREFIXES).round().astype(int)
+    spread = np.linspace(max(MIN_PREFIX_END, num_checkpoints // 10), last, NUM_PREFIXES).round().astype(int)
     ends = sorted({*spread.tolist(), *judged})
     training, validation = [], []
     trials_of = [source.learned(config) for source in sources]
@@ -185,7 +186,11 @@ class _RefinerTraining:
     """AdamW with one cycle of the learning rate, an average of the weights, and the validation that chooses."""
 
     def __init__(
-        self, training: Sequence[Examples], validation: Sequence[Examples], config: TrainConfig, num_checkpoints: int
+        self,
+        training: Sequence[RefinerExamples],
+        validation: Sequence[RefinerExamples],
+        config: TrainConfig,
+        num_checkpoints: int,
     ) -> None:
         self.training, self.validation, self.num_steps = training, validation, config.refine_steps
         self.generator = torch.Generator().manual_seed(config.seed)
@@ -200,7 +205,7 @@ class _RefinerTraining:
         self.step_count = 0
 
     def step(self) -> str | None:
-        """Take one optimiser step; return, after each twentieth of them, what validation says."""
+        """Take one optimiser step; after each twentieth of all steps return what validation says, else None."""
         examples = self.training[int(self._draw(len(self.training)))]
         num_trials, num_weights = len(examples.distance), len(examples.count)
         loss = examples.errors(
@@ -222,12 +227,12 @@ class _RefinerTraining:
         return torch.randint(high, size, generator=self.generator)
 
     def state(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
-        """Return all that decides how training goes on, as arrays and plain JSON."""
+        """Return everything that training needs to go on from here, as arrays and plain JSON."""
         arrays, record = pack(self._modules(), self.optimizer, [self.generator])
         return arrays, record | {"step": self.step_count, "best_error": self.best.error}
 
     def set_state(self, arrays: Mapping[str, NDArray[Any]], record: Mapping[str, Any]) -> None:
-        """Go on from a state of an equal training."""
+        """Go on from a state of a training with the same settings."""
         self.step_count = record["step"]
         unpack(arrays, record, self._modules(), self.optimizer, self.schedule, [self.generator])
         self.best = dataclasses.replace(self.best, error=record["best_error"])
@@ -237,7 +242,7 @@ class _RefinerTraining:
 
 
 @torch.inference_mode()
-def _validation_error(refiner: Refiner, validation: Sequence[Examples]) -> float:
+def _validation_error(refiner: Refiner, validation: Sequence[RefinerExamples]) -> float:
     errors = []
     for examples in validation:
         trials = torch.arange(len(examples.distance))

@@ -12,18 +12,19 @@ class TrainConfig:
     """How the forecaster is trained."""
 
     basis: Literal["prefix", "shared"] = "prefix"
-    """prefix: an SVD of each observed prefix, carries over to new runs. shared: one SVD of the training trials."""
+    """prefix: an SVD of each observed prefix, which carries over to new runs. shared: one SVD of all training
+    trials."""
     n_components: int = 16
-    """Coordinates of a checkpoint, k."""
+    """k, the number of coordinates that stand for a checkpoint."""
     n_layer: int = 2
     n_head: int = 4
     d_model: int = 64
     steps: int = 1200
-    """Optimiser steps at most."""
+    """Optimiser steps, at most."""
     teacher_forced: float = 0.25
     """Share of the steps that learn one-step predictions of true paths; the rest learn from the model's rollouts."""
     batch_size: int = 32
-    """Trajectories a step, each cut at a random prefix of a random training trial."""
+    """Examples in each optimiser step, each a random training trial cut at a random prefix."""
     learning_rate: float = 1e-3
     """Peak of a cosine schedule with 10 % warm-up."""
     weight_decay: float = 0.5
@@ -35,37 +36,38 @@ class TrainConfig:
     """Share of coordinates whose sign is flipped over a whole trajectory. With 0.5 the model can learn odd functions
     only, which on InvertedPendulum left it at the mean path."""
     mixing: float = 1.0
-    """Parameter of the Beta distribution by which two training paths are averaged into one example; 0 for none."""
+    """Two training paths are averaged into one example, with shares from Beta(mixing, mixing); 0 for no averaging."""
     ema_decay: float = 0.998
     """The forecaster is the running average of the weights over the last 1 / (1 - ema_decay) steps."""
     patience: int = 8
-    """Validations (of 20 in all) without an improvement after which training stops."""
+    """Training stops after this many validations (of 20 in all) without an improvement."""
     validation_fraction: float = 0.15
     """Share of the trials that choose when to stop."""
     heldout_fraction: float = 0.2
     """Share of the trials that training never reads."""
     in_sample: bool = False
-    """Train on all trials and judge on them: how well paths can be fitted, which says nothing of new runs. Nothing is
-    held out then, and the validation trials are among those that teach."""
+    """Train on all trials and judge on the same: how well paths can be fitted, which says nothing about new runs.
+    Nothing is held out then, and validation trials are training trials too."""
     max_prefixes: int = 64
-    """Prefixes of a trial that are learned from, spread evenly over the path."""
+    """How many prefixes of each trial are learned from, spread evenly over the path."""
     max_trials: int = 1024
-    """Training trials of a store that are learned from, at most; of its validation trials a quarter as many choose."""
+    """How many training trials of each store are learned from, at most; of validation trials a quarter as many."""
     num_checkpoints: int | None = None
-    """Thin longer paths evenly to so many checkpoints, and cut what is left over; by default all are taken, and stores
-    must hold paths of one length."""
+    """Thin longer paths evenly to this many checkpoints and cut the rest; by default all are taken, and all paths must
+    have one length."""
     refine_steps: int = 4000
-    """Optimiser steps of the refiner, which corrects the Transformer's forecasts weight by weight; 0 for none."""
+    """Optimiser steps of the refiner, which corrects the Transformer's forecasts weight by weight; 0 for no refiner."""
     d_refine: int = 64
     """Width of the refiner."""
     trust: float = 1.0
-    """Share of the forecast displacement that is believed; below one for a forecaster that is to meet strange tasks."""
+    """Forecasts go this share of the displacement that the networks predict; below one for a forecaster that will be
+    used on tasks it was not trained on."""
     confidence_trials: int = 32
-    """Trials of a store whose forecasts are run in the simulator, to learn when a forecast is worth following and how
-    far: first the validation trials, then training ones; 0 for none."""
+    """How many trials of each store have their forecasts run in the simulator, to learn which forecasts are worth
+    following and how far: first validation trials, then training trials; 0 for no confidence."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16 runs matrix products under autocast, for GPUs: on two CPU cores it took 1.6 times as long a step as
-    float32 at d_model 64 and about as long at 256."""
+    """bfloat16 runs matrix products under autocast, for GPUs. On two CPU cores a step took 1.6 times as long as in
+    float32 at d_model 64, and about as long at 256."""
     device: str = "cpu"
     seed: int = 0
 

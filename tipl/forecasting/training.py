@@ -2,7 +2,8 @@
 
 Shapes  B batch, T checkpoints, k = n_components, h = prefix_end.
 
-`training_data` says what is learned from and how trials are split; both parts stop where unseen trials say so.
+`training_data` says what the networks learn from, `sources` how trials are split. Validation trials choose when both
+networks stop.
 """
 
 import contextlib
@@ -43,10 +44,11 @@ def loss_of(model: TrajectoryTransformer, batch: Batch, noise: Tensor, *, teache
     """Return the mean relative weight error of the model's rollouts, which is what `evaluate` reports.
 
     noise (B, T, k) is added to what the model observes of the past. The model continues the prefix by its own
-    predictions to the end of the path, as it will be used, and gradients flow through all of it.
+    predictions to the end of the path, as it will be used, and gradients flow through the whole rollout.
 
-    Teacher-forced: squared errors of one-step predictions from the true path, the future weighted ten times the past,
-    a milder lesson of the same kind. Coordinates that the prefix cannot span are padding and count nothing.
+    If teacher-forced, the loss is the squared error of one-step predictions from the true path, with ten times the
+    weight on the future: an easier lesson to begin with. Coordinates that the prefix cannot span are padding and count
+    nothing.
     """
     x, h = batch.x, batch.prefix_end
     if teacher_forced:
@@ -68,7 +70,7 @@ def loss_of(model: TrajectoryTransformer, batch: Batch, noise: Tensor, *, teache
 class Trainer:
     """AdamW with a cosine schedule, an average of the weights, and the validation that chooses among them.
 
-    Initial weights and dropout come from torch's global generator, examples and noise from one of our own.
+    Initial weights and dropout come from torch's global generator, examples and noise from the trainer's own.
     """
 
     VALIDATIONS = 20
@@ -102,7 +104,8 @@ class Trainer:
         self.step_count = 0
 
     def step(self) -> float:
-        """Take one optimiser step; return its relative error, one step ahead while teacher-forced, then of rollouts."""
+        """Take one optimiser step; return its relative error: one step ahead while teacher-forced, later of
+        rollouts."""
         config = self.config
         batch = self.data.examples.sample(config, self.generator)
         noise = config.noise * torch.randn(batch.x.shape, generator=self.generator)
@@ -125,7 +128,7 @@ class Trainer:
         return min(1.0, (progress + 1 / self.config.steps) / 0.1) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
 
     def state(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
-        """Return all that decides how training goes on, as arrays and plain JSON."""
+        """Return everything that training needs to go on from here, as arrays and plain JSON."""
         modules: dict[str, nn.Module | Mapping[str, Tensor]] = {
             "model": self.model,
             "average": self.average,
@@ -139,7 +142,7 @@ class Trainer:
         }
 
     def set_state(self, arrays: Mapping[str, NDArray[Any]], record: Mapping[str, Any]) -> None:
-        """Go on from a state of an equal trainer."""
+        """Go on from a state of a trainer with the same settings."""
         modules: dict[str, nn.Module] = {"model": self.model, "average": self.average}
         self.step_count = record["step"]
         unpack(arrays, record, modules, self.optimizer, self.schedule, [self.generator])
@@ -148,7 +151,7 @@ class Trainer:
         self.best = Best(record["best_step"], error, best)
 
     def validate(self) -> float:
-        """Return the validation error of the averaged weights, and remember them if none were better."""
+        """Return the validation error of the averaged weights, and keep them if they are the best so far."""
         error = self.data.validation.error(self.average)
         if error < self.best.error:
             self.best = Best(self.step_count, error, copy.deepcopy(self.average.state_dict()))
@@ -173,19 +176,18 @@ def train(
     ray: str | None = None,
     progress: bool = True,
 ) -> Path:
-    """Train a forecaster on a store, or on several of any tasks, and write it to the folder `output`; return `output`.
+    """Train a forecaster on a store, or on several of any tasks, write it to the folder `output`, and return `output`.
 
-    Writes model.safetensors, centre.safetensors, refiner.safetensors, confidence.safetensors and strides.safetensors
-    (where the simulator can run the policies, on `num_threads` cores), config.json (sizes, the splits, the training
-    settings), training.json (curves), TensorBoard events in tb/ and, for a shared basis, basis.safetensors, which with
-    `ray` is fitted on the Ray cluster at that address ("local": one that is started here). manifest.json has the
-    checksums of all.
+    The folder holds model.safetensors, centre.safetensors, refiner.safetensors, config.json (sizes, splits, training
+    settings), training.json (curves), TensorBoard events in tb/ and manifest.json (checksums of all files); where the
+    simulator can run the policies, on `num_threads` cores, confidence.safetensors and strides.safetensors; and for a
+    shared basis basis.safetensors, which with `ray` is fitted on the Ray cluster at that address ("local" starts one).
 
-    What was cut off goes on with the same arguments, and comes out the same to the bit (on the CPU, where stores,
-    versions and torch's threads are the same; otherwise it starts again).
+    After an interruption the same call goes on and gives the same bits, on the CPU and with the same stores, versions
+    and number of torch's threads; otherwise it starts again.
 
-    Raises FileExistsError where `output` exists, OutputInUse where another process is making it, ValueError where a
-    store has too few trials or checkpoints, or the paths of several have not one length.
+    Raises FileExistsError where `output` exists; OutputInUse where another process is making it; ValueError where a
+    store has too few trials or checkpoints, or paths have different lengths.
     """
     output = Path(output)
     if ray is not None and config.basis != "shared":
@@ -209,18 +211,18 @@ def _trained(
     ray: str | None,
     progress: bool,
 ) -> tuple[Forecaster, dict[str, Any]]:
-    """Return the forecaster and what training.json says of its training, whose states are saved in `folder`."""
+    """Return the forecaster and the content of training.json; the states of training are saved in `folder`."""
     with contextlib.nullcontext() if ray is None else connected(ray) as cluster:
         data = load_training_data(sources, config, cluster)
     started = time.perf_counter()
-    # A GPU's random numbers and sums do not repeat, and it needs less time.
+    # A GPU's random numbers and sums do not repeat, and training there is quicker: no states are saved.
     settings, states = _settings(sources, config), folder if config.device == "cpu" else None
     folder.mkdir(exist_ok=True)
-    for path in folder.iterdir():  # of a call that was cut off, perhaps with other settings
+    for path in folder.iterdir():  # left by a call that was interrupted, perhaps with other settings
         if path.name != "tb" and not SavedState.is_one(path):
             remove(path)
     transformer, refining = (SavedState(states, part, settings) for part in ("transformer", "refiner"))
-    with torch.random.fork_rng():  # the caller's random numbers go on as if nothing had been trained
+    with torch.random.fork_rng():  # training does not change the caller's random numbers
         torch.manual_seed(config.seed)
         trainer = Trainer(data, config)
         curve = fit(trainer, folder / "tb", progress, transformer)

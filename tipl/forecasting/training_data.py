@@ -1,6 +1,6 @@
 """What the forecaster learns from: trials of one store or several, split whole, each written in its prefixes' bases.
 
-Shapes  N trials, P prefixes a trial, B batch, T checkpoints, k = n_components, h = prefix_end.
+Shapes  N trials, P prefixes for each trial, B batch, T checkpoints, k = n_components, h = prefix_end.
 
 *Training* trials teach, *validation* trials choose when to stop, *held-out* trials are never read here at all:
 `evaluate` judges on them (`TrainConfig.in_sample` is the exception). In prefix bases trials of other tasks and network
@@ -24,7 +24,8 @@ from tipl.forecasting.transformer import TrajectoryTransformer
 from tipl.subspace.basis import MIN_PREFIX_END, Basis, Centre, prefix_coordinates, prefix_rank, trajectory_gram
 
 Written = tuple[NDArray[np.float32], NDArray[np.float64], NDArray[np.float64]]
-"""A trial in a basis: coordinates (T, k) and, in their unit, |theta_t - theta_0| and how far theta_t lies outside."""
+"""A trial in a basis: its coordinates (T, k) and, in their unit, |theta_t - theta_0| and the distance of theta_t from
+the basis, both (T,)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,9 +162,9 @@ class Validation:
         return float(np.mean([case.error(forecast) for case, forecast in cases]))
 
     def trust(self, model: TrajectoryTransformer) -> list[float]:
-        """Return, a case, the share in [0, 1] of the model's departure from the mean path that errs least.
+        """Return for each case the share in [0, 1] of the model's departure from the mean path that errs least.
 
-        Near one where the model knows how these trials go on, zero where it only guesses.
+        It is near one where the model knows how these trials go on, and zero where it only guesses.
         """
         shares = np.linspace(0.0, 1.0, 11)
         best = []

@@ -1,10 +1,10 @@
-"""The step that each part of the training takes, and where it stands: a cut-off `train` goes on from there.
+"""The optimiser step of both networks, and the saved state from which an interrupted `train` goes on.
 
-    .NAME.partial/.state_transformer.safetensors    in the model folder while it is made: the last state of each part
+    .NAME.partial/.state_transformer.safetensors    the last state of each network, in the unfinished model folder
     .NAME.partial/.state_refiner.safetensors
 
-A state is saved every few seconds, and training ends as if nothing had happened. It goes with one set of settings,
-stores and versions, of which it holds a hash; another call's is not used.
+A state is saved every few seconds, and the trained model has the same bits as without the interruption. A state holds a
+hash of the settings, stores and versions that it belongs to, and a call with others does not use it.
 """
 
 import time
@@ -23,11 +23,11 @@ from tipl.files.sealed import json_digest, load_arrays, save_arrays
 from tipl.forecasting.transformer import arrays_of, set_arrays
 
 SAVE_SECONDS = 5.0
-"""Between two saved states, at least."""
+"""The least time between two saved states."""
 
 
 class SavedState:
-    """The last saved state of one part of the training; one that is `None` saves nothing and finds nothing."""
+    """The last saved state of one network's training. Without a folder nothing is saved and nothing found."""
 
     def __init__(self, folder: Path | None, part: str, settings: Mapping[str, Any]) -> None:
         self._path = None if folder is None else folder / f".state_{part}.safetensors"
@@ -40,7 +40,7 @@ class SavedState:
         return path.name.startswith(".state_") and path.suffix == ".safetensors"
 
     def load(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]] | None:
-        """Return the arrays and the record that were saved; None where there are none of these settings."""
+        """Return the arrays and the record that were saved with these settings, or None."""
         if self._path is None or not self._path.exists():
             return None
         try:
@@ -51,7 +51,7 @@ class SavedState:
         return (arrays, record["state"]) if record.get("settings") == self._settings else None
 
     def save_if_due(self, state: Callable[[], tuple[dict[str, NDArray[Any]], dict[str, Any]]]) -> None:
-        """Save what `state` returns, some seconds after the last time."""
+        """Save what `state` returns, if the last time was SAVE_SECONDS ago."""
         if self._path is not None and time.monotonic() - self._saved_at >= SAVE_SECONDS:
             arrays, record = state()
             save_arrays(self._path, arrays, {"settings": self._settings, "state": record})
@@ -73,7 +73,7 @@ def take_step(
     *,
     ema_decay: float,
 ) -> None:
-    """Take the step with this number, from 1 on: `model` descends the loss, `average` follows its parameters."""
+    """Take step number `step_count`, counted from 1: `model` descends the loss, `average` follows its parameters."""
     optimizer.zero_grad()
     loss.backward()  # type: ignore[no-untyped-call]
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -92,7 +92,7 @@ def pack(
 ) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
     """Return arrays and a record of plain JSON that hold modules (or their state_dicts), optimiser and generators.
 
-    torch's global generator is among them.
+    torch's global generator is included.
     """
     arrays: dict[str, NDArray[Any]] = {}
     for part, module in modules.items():
@@ -114,7 +114,7 @@ def unpack(
     schedule: LRScheduler,
     generators: Sequence[torch.Generator],
 ) -> None:
-    """Give everything the state that `pack` returned, and the schedule the record's `step`."""
+    """Restore the state that `pack` returned, and set the schedule to the record's `step`."""
     for part, module in modules.items():
         set_arrays(module, part_of(arrays, part))
     moments: dict[int, dict[str, Tensor]] = {}
@@ -129,5 +129,5 @@ def unpack(
 
 
 def part_of(arrays: Mapping[str, NDArray[Any]], part: str) -> dict[str, NDArray[Any]]:
-    """Return the arrays of one part, by their names in it."""
+    """Return the arrays whose names begin with `part`, without that beginning."""
     return {name.removeprefix(f"{part}."): x for name, x in arrays.items() if name.startswith(f"{part}.")}

@@ -1,10 +1,10 @@
-"""How far two policies act apart, whatever their weights: functional metrics on states that the true policy visits.
+"""How differently two policies act, whatever their weights: metrics on states that the true policy visits.
 
-Shapes  N policies, S states, A = act_dim, p weights. Actions are those that the simulator gets, of `mean_action` in
-float32; all else is in float64.
+Shapes  N policies, S states, A = act_dim, p weights. Actions are computed in float32 as the simulator gets them; all
+else is in float64.
 
-Actions are the deterministic policy's, the mean clipped to the action space, in units of half the action range, so that
-tasks compare: an action space is 2 wide. A dimension without bounds stays as it is.
+An action is the policy's mean, clipped to the action space, in units of half the action range: every action space is 2
+wide, so that tasks can be compared. A dimension without bounds keeps its unit.
 """
 
 import contextlib
@@ -69,7 +69,7 @@ def kl_divergences(
 def action_variance(
     policy: PolicySpec, weights: NDArray[np.float32], states: NDArray[np.float32], bounds: FloatArray
 ) -> float:
-    """Return the variance of action between policies (N, p), mean over states and dimensions; 0 where all are one."""
+    """Return the variance of action between policies (N, p), mean over states and dimensions; 0 where all are equal."""
     return float(unit_actions(policy, weights, states, bounds).var(0, ddof=1).mean())
 
 

@@ -16,13 +16,13 @@ class EvaluateConfig:
     prefixes: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8)
     """Shares of the path that are observed."""
     horizons: tuple[float, ...] = (0.1, 0.2, 0.4, 0.6)
-    """How far ahead, as shares of the path; those that fit, and always the end of the path."""
+    """How far ahead to judge, as shares of the path: the horizons that fit, and always the end of the path."""
     num_episodes: int = 5
-    """Episodes a policy, the same for all policies of a trial."""
+    """Episodes for each policy, the same for all policies of one trial."""
     max_trials: int | None = None
-    """Held-out trials that are judged, at most; by default all."""
+    """How many held-out trials are judged, at most; by default all."""
     seed: int = 0
-    """Of the episodes."""
+    """The seed of the episodes."""
 
     def __post_init__(self) -> None:
         for name in ("prefixes", "horizons"):

@@ -1,12 +1,12 @@
 """Judge forecasts on held-out trials: in weight space (WPE) and in the simulator (REPW), beside baselines and floors.
 
-Shapes  E episodes a policy, T checkpoints, p weights, n horizons; h = prefix_end.
+Shapes  E episodes for each policy, T checkpoints, p weights, n horizons; h = prefix_end.
 
 WPE   mean squared error over the weights; relative: |forecast - truth| / |truth - theta_0|.
 REPW  |return of the true policy - return of the forecast one|, mean over the same E episodes (same seeds) of both.
 Both as in Tang 2025, arXiv 2503.04074. Policies act deterministically: the mean action, clipped to the action space.
-All policies of a held-out trial run on the same episodes, and every trial on its own: with episodes that all trials
-share, an easy one would move them all together, and an interval over trials would not know.
+All policies of one held-out trial run on the same episodes, and each trial has its own: if all trials shared their
+episodes, an easy one would move all returns together, and an interval over trials would not show it.
 
 action_difference, kl   how far the forecast policy acts from the true one, on states that the true one visits
 action_variance         between the held-out trials' policies at one checkpoint, on one set of states: do they collapse?
@@ -62,12 +62,12 @@ def evaluate(
 ) -> Path:
     """Judge `forecaster` and every baseline on the held-out trials of `store`; return the path of results.json.
 
-    With `fresh`, a store of the same task under other seeds, all its trials are judged instead: as many as one cares to
-    collect. What the baselines learn they learn from the training trials of `store` as ever.
+    With `fresh`, a store of the same task under other seeds, all of its trials are judged instead, however many were
+    collected. Baselines still learn from the training trials of `store` alone.
 
-    Writes results.json (tidy rows, one a trial, prefix, horizon and predictor) and coordinates.safetensors (some
+    Writes results.json (tidy rows, one for each trial, prefix, horizon and predictor) and coordinates.safetensors (some
     held-out paths, true and forecast) into the folder `output`. With `ray`, policies run on the Ray cluster at that
-    address ("local": one that is started here). `seconds` is what earlier stages took, for the report.
+    address ("local" starts one). `seconds` is how long earlier stages took, for the report.
 
     Raises FileExistsError where `output` exists; OutputInUse where another process is making it; ValueError where the
     model was not trained on this store, `fresh` is not of its kind, a prefix is too short for a basis, or the policies
@@ -176,9 +176,8 @@ def _row(env_id: str, case: Case, judgement: ReturnJudgement) -> dict[str, Any]:
 
 
 def _all_of(fresh: Store, source: Source, forecaster: Forecaster) -> Source:
-    """Return `fresh` as a source whose trials all judge. Raises ValueError unless it is of the kind of `source`'s store
-    and none of its seeds was there, nor in any store of this task that the forecaster was trained on.
-    """
+    """Return `fresh` as a source all of whose trials judge. Raises ValueError unless it is of the same kind as
+    `source`'s store and shares no seed with it, nor with any store of this task that the forecaster was trained on."""
     store = source.store
     for name in ("env_id", "policy", "num_checkpoints"):
         found, expected = getattr(fresh, name), getattr(store, name)
@@ -194,7 +193,7 @@ def _all_of(fresh: Store, source: Source, forecaster: Forecaster) -> Source:
 
 
 def machine_record() -> dict[str, Any]:
-    """Return what the figures were measured on, as plain JSON."""
+    """Return what machine and which versions the figures were measured with, as plain JSON."""
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():

@@ -1,4 +1,4 @@
-"""What tells a forecaster that learned dynamics from one that remembers training paths, or that peeks at the future.
+"""Measures that tell a forecaster that learned dynamics from one that remembers training paths or sees the future.
 
 Shapes  N training trials, T checkpoints, p weights, k = n_components, h = prefix_end.
 """
@@ -19,12 +19,11 @@ def training_futures(coordinates: NDArray[np.float32], prefix_end: int) -> Float
 
 
 def nearest_distances(prefix: Prefix, ends: NDArray[np.float32], futures: FloatArray) -> tuple[FloatArray, float]:
-    """Return how far each of some futures (m,) lies from the nearest training path's, and how far their mean does.
+    """Return the distance of m futures (m,) from the nearest training path's future, and that of the training mean.
 
-    A future is what a path does after the prefix's end, in the canonical coordinates of its own prefix: forecasts
-    start at their own trial's prefix, so that a copy is one of what follows. Those of `ends` (m, p), weights at
-    the path's end after `prefix`, are projected on the prefix's span, where the training trials' `futures`
-    (N, k) live too; all in units of |theta_h - theta_0|.
+    A future is the displacement of a path after the prefix's end, in the canonical coordinates of its own prefix, so
+    that a forecast that copies a training path has the same future. The m futures end at the weights `ends` (m, p) and
+    are projected on the span of `prefix`; `futures` (N, k) are those of training. The unit is |theta_h - theta_0|.
     """
     basis = prefix.basis(futures.shape[1])
     own = basis.encode(ends).astype(np.float64) - basis.encode(prefix.weights[-1:])  # (m, k)

@@ -49,7 +49,8 @@ class _Network(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Nowcaster:
-    """Every weight moves on as a network says that sees this weight's path so far, and what kind of weight it is."""
+    """A network predicts each weight's displacement from that weight's path so far and from what kind of weight it
+    is."""
 
     layout: Layout
     horizons: NDArray[np.int64]
@@ -128,5 +129,5 @@ def _tensor_of(layout: Layout, columns: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def _divisor(unit: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return units to divide by; a tensor that has not moved has the unit zero, and is forecast not to move."""
+    """Return units to divide by. A tensor that has not moved has the unit zero, and is forecast to stay."""
     return np.where(unit > 0.0, unit, 1.0)

@@ -2,10 +2,9 @@
 
 Shapes  p weights, k = n_components, h = prefix_end, n horizons; a horizon counts checkpoints ahead of h.
 
-Each predictor is a frozen object whose `forecast(prefix, horizons (n,))` returns weights (n, p), fitted for
-one prefix_end on the paths of the *training* trials alone: of the trial that it continues it knows nothing but the
-prefix. `Ridge` and `Nowcaster` forecast only the horizons that they were fitted for.
-"""
+Each predictor is a frozen object whose `forecast(prefix, horizons (n,))` returns weights (n, p). It is fitted for one
+prefix_end on the paths of *training* trials alone, and knows nothing of the trial that it continues but the prefix.
+`Ridge` and `Nowcaster` forecast only the horizons that they were fitted for."""
 
 import dataclasses
 from abc import ABC, abstractmethod
@@ -49,8 +48,8 @@ class _Extrapolation(ABC):
     def fit(cls, training: Sequence[TrainingPath], prefix_end: int) -> Self:
         """Choose the window, up to the whole prefix, with the least mean relative error over all futures in training.
 
-        The forecast is a fixed mixture of the prefix's checkpoints, so that its squared error is a quadratic form in
-        the trial's Gram matrix: no p-sized work.
+        The forecast is a fixed linear combination of the prefix's checkpoints, so its squared error is a quadratic form
+        in the trial's Gram matrix, and no work on p weights is needed.
         """
         shares = (0.0, 0.125, 0.25, 0.5, 0.75, 1.0)
         windows = sorted({max(cls.min_window, round(prefix_end * share)) for share in shares})
@@ -134,7 +133,7 @@ class MeanPath:
 class NearestPath:
     """The future of the training trial whose prefix is nearest in canonical coordinates, from the last checkpoint on.
 
-    What a forecaster that memorises its training trials would say.
+    It is what a forecaster that memorises its training trials would predict.
     """
 
     coordinates: NDArray[np.float32]
@@ -154,10 +153,8 @@ class NearestPath:
 class AnotherRun:
     """The weights of another run: those that the training trial with the nearest prefix had so far into its training.
 
-    In weight space they are nowhere near, and of this run's weights they know nothing. But they act as well as this
-    run's future does, on average: to return more than them, a forecast must know more than that training helps. Of a
-    training trial it is the run itself.
-    """
+    In weight space they are nowhere near this run's. But on average they act as well as this run will: to return more,
+    a forecast must know more than that training helps. For a training trial the other run is the run itself."""
 
     nearest: NearestPath
     path: Callable[[int], NDArray[np.float32]]
@@ -190,9 +187,8 @@ def fit_baselines(
 ) -> dict[str, Predictor]:
     """Return every baseline by its name in results.json, fitted for prefixes that end at `prefix_end`.
 
-    `horizons` (n,) are those that will be asked for, `path(i)` the weights (T, p) of training trial i of N; `seed` is
-    the nowcaster's.
-    """
+    `horizons` (n,) are those that will be asked for; `path(i)` gives the weights (T, p) of training trial i of N;
+    `seed` is the nowcaster's."""
     coordinates = canonical_coordinates(training, prefix_end, n_components)
     nearest = NearestPath(coordinates)
     return {

@@ -3,7 +3,7 @@
 Shapes  N training trials, T checkpoints, p weights, G parameter tensors, k = n_components, h = prefix_end, n horizons,
         q the order of an autoregression, L penalties.
 
-Penalties are chosen on training trials alone, each fold of them judged by what the others taught.
+Penalties are chosen by cross-validation on training trials alone.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from tipl.policy import Layout
 from tipl.subspace.prefix import Prefix
 
 PENALTIES = 10.0 ** np.arange(2, -6, -1)
-"""Candidates (L,), as shares of a regressor's own square; the strongest first, which wins where nothing tells."""
+"""Candidate penalties (L,), as shares of a regressor's own square. The strongest comes first, so that it wins ties."""
 
 ORDERS = (1, 2, 4, 8, 16)
 """Candidate numbers of past differences that an autoregression sees."""
@@ -30,7 +30,7 @@ class Autoregression:
     """Each canonical coordinate's next difference is a fixed mixture of its last `q`, rolled out from the prefix."""
 
     coefficients: NDArray[np.float64]
-    """What each of the last q differences, the latest first, adds to the next one, (q, k)."""
+    """The coefficient of each of the last q differences, the latest first, (q, k)."""
 
     @classmethod
     def fit(
@@ -89,11 +89,11 @@ def _roll_out(coefficients: NDArray[np.float64], history: NDArray[np.float64], n
 
 @dataclasses.dataclass(frozen=True)
 class Ridge:
-    """Every weight moves on by a fixed mixture of its own displacements so far, one mixture a parameter tensor.
+    """Every weight moves on by a fixed mixture of its own displacements so far, one mixture for each parameter tensor.
 
     theta_{h+j} - theta_h = sum_i c_i (theta_i - theta_0), i = 1..h: the same c for all weights of a tensor and for all
-    trials, another one for each horizon j. A trial counts by 1 / |theta_{h+j} - theta_0|^2, so that what is small is
-    the relative error.
+    trials, and other coefficients for each horizon j. A trial has the weight 1 / |theta_{h+j} - theta_0|^2, so that the
+    relative error is what is minimised.
     """
 
     layout: Layout
@@ -106,7 +106,7 @@ class Ridge:
 
     @classmethod
     def fit(cls, training: Sequence[TrainingPath], prefix_end: int, horizons: NDArray[np.int64]) -> "Ridge":
-        """Solve the normal equations, which the trials' Gram matrices hold: no p-sized work.
+        """Solve the normal equations, which follow from the trials' Gram matrices without work on p weights.
 
         Each horizon's penalty has the least mean relative error at that horizon.
         """
@@ -160,7 +160,7 @@ def _solve(squares: NDArray[np.float64], products: NDArray[np.float64]) -> NDArr
 
 
 def _folds(num_trials: int) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-    """Return (other trials, trials of the fold) for each fold; a single trial has no others, who then teach nothing."""
+    """Return (other trials, trials of the fold) for each fold; with a single trial there are no others."""
     folds = [np.arange(first, num_trials, NUM_FOLDS) for first in range(min(NUM_FOLDS, num_trials))]
     return [(np.setdiff1d(np.arange(num_trials), fold), fold) for fold in folds]
 

@@ -1,4 +1,4 @@
-"""What the baselines learn of one training trial, read once and small enough to hold for all trials.
+"""What baselines need to know of a training trial, read once and small enough to be held for all trials.
 
 Shapes  T checkpoints, p weights, G parameter tensors of the layout, s sampled weights.
 """
@@ -26,9 +26,9 @@ class TrainingPath:
 
     layout: Layout
     grams: NDArray[np.float64]
-    """Gram matrices of theta_t - theta_0, one a parameter tensor, (G, T, T)."""
+    """Gram matrices of theta_t - theta_0, one for each parameter tensor, (G, T, T)."""
     columns: NDArray[np.int64]
-    """Which weights were sampled, ascending (s,): as many of each tensor in every trial of this layout."""
+    """Which weights were sampled, ascending (s,): equally many of each tensor in every trial of this layout."""
     sample: NDArray[np.float32]
     """theta_t - theta_0 of the sampled weights, (T, s)."""
 
@@ -65,7 +65,7 @@ def tensor_slices(layout: Layout) -> list[slice]:
 
 
 def _sample_sizes(sizes: list[int]) -> list[int]:
-    """Return how many weights to sample of tensors of such sizes: equally many, and all of those too small for it."""
+    """Return how many weights to sample of tensors with these sizes: equally many, and all of a smaller tensor."""
     counts, left = [0] * len(sizes), SAMPLED_WEIGHTS
     for rank, i in enumerate(sorted(range(len(sizes)), key=sizes.__getitem__)):
         counts[i] = min(sizes[i], max(1, left // (len(sizes) - rank)))
