@@ -55,7 +55,7 @@ void check_squares(const char *where, RowView x, int64_t first, ptrdiff_t p, con
 std::vector<double> checked_squares(ThreadPool &pool, Poll &poll, const char *where, const char *name, RowView x,
                                     int64_t first, const float *origin, ptrdiff_t p) {
   std::vector<double> squares(x.count);
-  const Kernels &kernels = tipl::kernels();
+  const SketchKernels &kernels = sketch_kernels();
   const auto sum = [&](ptrdiff_t begin, ptrdiff_t end) {
     for (ptrdiff_t i = begin; i < end; ++i) squares[i] = kernels.sum_squares(x.row(i), origin, p);
   };
@@ -106,7 +106,7 @@ void products_of(ThreadPool &pool, Poll &poll, RowView x, RowView y, const float
   for (ptrdiff_t i = 0; i < blocks(x.count); ++i) {
     for (ptrdiff_t j = 0; j < (same ? i + 1 : blocks(y.count)); ++j) tasks.emplace_back(i, j);
   }
-  const Kernels &kernels = tipl::kernels();
+  const SketchKernels &kernels = sketch_kernels();
   for_each_item(pool, poll, std::ssize(tasks), [&](int, ptrdiff_t task) {
     const auto [i, j] = tasks[task];
     kernels.products(block_of(left, i), block_of(right, j), origin, p, same && i == j, out + (i * y.count + j) * side,
@@ -133,7 +133,7 @@ void combine_rows(ThreadPool &pool, Poll &poll, const std::vector<const T *> &ro
       std::copy_n(weights + i * r + piece * kCombineOutputs, outputs, padded[piece].data() + i * stride);
     }
   }
-  const Kernels &kernels = tipl::kernels();
+  const SketchKernels &kernels = sketch_kernels();
   const auto kernel = [&] {
     if constexpr (std::is_same_v<T, float>)
       return kernels.combine_floats;
@@ -183,8 +183,8 @@ void combine(RowView x, ptrdiff_t p, const double *weights, ptrdiff_t r, float *
 
 // What takes a row d (p) to its first l + q outputs.
 struct RowSketch::Omega {
-  // As Kernels::sketch takes them, for each kSketchColumns columns: (chunks, l + q + 1) and all chunks' codes. Empty
-  // where directions are given.
+  // As SketchKernels::sketch takes them, for each kSketchColumns columns: (chunks, l + q + 1) and all chunks' codes.
+  // Empty where directions are given.
   std::vector<uint32_t> starts;
   std::vector<std::vector<uint16_t>> codes;
   AlignedWords directions;  // for each kDirectionColumns columns, as PackedLinear wants them, zero beyond l
@@ -248,7 +248,7 @@ std::shared_ptr<const RowSketch::Omega> RowSketch::Omega::of_signs(ThreadPool &p
 std::shared_ptr<const RowSketch::Omega> RowSketch::Omega::of_directions(ThreadPool &pool, Poll &poll,
                                                                         const SketchConfig &config,
                                                                         const float *directions) {
-  const ptrdiff_t p = config.num_features, l = config.range_size, padded = round_up(l, kernels().lanes);
+  const ptrdiff_t p = config.num_features, l = config.range_size, padded = round_up(l, sketch_kernels().lanes);
   auto omega = std::make_shared<Omega>();
   omega->directions = AlignedWords({padded, p});
   omega->bias = AlignedFloats({padded});
@@ -256,7 +256,7 @@ std::shared_ptr<const RowSketch::Omega> RowSketch::Omega::of_directions(ThreadPo
     const ptrdiff_t begin = chunk * kDirectionColumns, columns = std::min(kDirectionColumns, p - begin);
     uint32_t *const packed = omega->directions.data() + begin * padded;
     for (ptrdiff_t j = 0; j < l; ++j) {
-      const auto [first, stride] = packed_output(j, padded, columns, kernels().group);
+      const auto [first, stride] = packed_output(j, padded, columns, sketch_kernels().group);
       for (ptrdiff_t c = 0; c < columns; ++c) {
         packed[first + c * stride] = std::bit_cast<uint32_t>(directions[j * p + begin + c]);
       }
@@ -270,7 +270,7 @@ RowSketch::RowSketch(const SketchConfig &config, const float *origin, const floa
     : config_(checked_config(config)),
       outputs_(config.range_size + config.test_size + 1),
       y_stride_(round_up(outputs_, 16)),
-      kernels_(kernels()),
+      kernels_(sketch_kernels()),
       origin_(origin == nullptr ? std::vector<float>() : std::vector<float>(origin, origin + config.num_features)),
       pool_(num_threads),
       sums_(empty_sums()) {
@@ -453,7 +453,7 @@ struct RowSketch::Block {
   RowView x;
   AlignedFloats y;                     // (rows, y_stride): [d Omega, d Omega', 1] of each row
   std::vector<double> squares;         // of each d
-  AlignedFloats packed;                // y as Kernels::update takes it, kUpdateRows rows at a time
+  AlignedFloats packed;                // y as SketchKernels::update takes it, kUpdateRows rows at a time
   std::vector<AlignedFloats> scratch;  // of each thread
   ptrdiff_t steps_done = 0;
 };

@@ -35,8 +35,8 @@
 
 #include "call.h"
 #include "cpu/aligned.h"
-#include "cpu/kernels.h"
 #include "cpu/parallel.h"
+#include "cpu/sketch_kernels.h"
 
 namespace tipl {
 
@@ -178,7 +178,7 @@ class RowSketch {
 
   const SketchConfig config_;
   const ptrdiff_t outputs_, y_stride_;
-  const Kernels &kernels_;
+  const SketchKernels &kernels_;
   std::vector<float> origin_;
   mutable ThreadPool pool_;
   mutable InUse in_use_;
