@@ -18,6 +18,7 @@
 #include <utility>
 #include <vector>
 
+#include "cpu/decode_kernels.h"
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
 #include "decode.h"
@@ -162,9 +163,9 @@ bool pool_barriers_hold(BoundPool &pool, int rounds) {
 
 void bind_engine(py::module_ &m) {
   m.def(
-      "isa", [] { return kernels().isa; },
+      "isa", [] { return chosen_isa(); },
       "Instruction set of the kernels in use: baseline, avx2, avx512 or avx512bf16.");
-  m.def("lanes", [] { return kernels().lanes; }, "Floats in one register of that instruction set.");
+  m.def("lanes", [] { return decode_kernels().lanes; }, "Floats in one register of that instruction set.");
   m.def("choose_isa", &choose_isa, py::arg("name"), py::arg("supported"),
         "The instruction set that TIPL_ISA=name (None: unset) picks on a CPU that supports these, worst first.");
   m.def("available_cpus", &available_cpus, "Cores that this process may use.");

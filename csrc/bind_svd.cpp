@@ -10,6 +10,8 @@
 
 #include "bind.h"
 #include "cpu/read_ahead.h"
+#include "cpu/sketch_sums.h"
+#include "rows.h"
 #include "svd.h"
 
 namespace tipl {
@@ -111,14 +113,15 @@ void bound_partial_fit_together(const std::vector<RowSketch *> &sketches, const 
 
 py::array_t<float> sketch_apply(const RowSketch &sketch, const py::object &x) {
   const RowView rows = row_view("apply", "X", x, sketch.config().num_features);
-  py::array_t<float> out = new_array<float>({rows.count, sketch.outputs() - 1});
+  py::array_t<float> out = new_array<float>({rows.count, sketch.config().outputs() - 1});
   float *const out_data = out.mutable_data();
   without_gil([&](Poll &poll) { sketch.apply(rows, out_data, poll); });
   return out;
 }
 
 py::array_t<float> sketch_combine(const RowSketch &sketch, const py::object &weights) {
-  const auto array = checked_array<double>("combine", "weights", weights, {{"l + q + 1", sketch.outputs()}, {"r"}});
+  const auto array =
+      checked_array<double>("combine", "weights", weights, {{"l + q + 1", sketch.config().outputs()}, {"r"}});
   const py::ssize_t r = array.shape(1);
   py::array_t<float> out = new_array<float>({r, sketch.config().num_features});
   const double *weight_data = array.data();
@@ -129,19 +132,19 @@ py::array_t<float> sketch_combine(const RowSketch &sketch, const py::object &wei
 
 py::array_t<double> sketch_gram(const RowSketch &sketch) {
   const auto sums = sketch.sums();
-  return copy_of(sums->gram.data(), sketch.outputs(), sketch.outputs());
+  return copy_of(sums->gram.data(), sketch.config().outputs(), sketch.config().outputs());
 }
 
 py::array_t<double> sketch_co_range(const RowSketch &sketch) {
   const auto sums = sketch.sums();
-  return copy_of(sums->co_range.data(), sketch.outputs(), sketch.config().num_features);
+  return copy_of(sums->co_range.data(), sketch.config().outputs(), sketch.config().num_features);
 }
 
 // Of d, over all rows that are not pending (p).
 py::array_t<double> sketch_row_sum(const RowSketch &sketch) {
   const ptrdiff_t p = sketch.config().num_features;
   const auto sums = sketch.sums();
-  return copy_of(sums->co_range.data() + (sketch.outputs() - 1) * p, 1, p).reshape({p});
+  return copy_of(sums->co_range.data() + (sketch.config().outputs() - 1) * p, 1, p).reshape({p});
 }
 
 py::array_t<float> sketch_origin(const RowSketch &sketch) {
@@ -156,7 +159,7 @@ py::array_t<float> sketch_exact_origin(const RowSketch &sketch) {
 
 void sketch_restore(RowSketch &sketch, const py::object &co_range, const py::object &gram, double squares,
                     const py::object &range_rows, const py::object &pending) {
-  const py::ssize_t p = sketch.config().num_features, l = sketch.config().range_size, L = sketch.outputs();
+  const py::ssize_t p = sketch.config().num_features, l = sketch.config().range_size, L = sketch.config().outputs();
   const auto c = checked_array<double>("restore", "co_range", co_range, {{"l + q + 1", L}, {"p", p}});
   const auto g = checked_array<double>("restore", "gram", gram, {{"l + q + 1", L}, {"l + q + 1", L}});
   const auto y = checked_array<float>("restore", "range_rows", range_rows, {{"n"}, {"l", l}});
@@ -165,13 +168,11 @@ void sketch_restore(RowSketch &sketch, const py::object &co_range, const py::obj
   const float *const y_data = y.data();
   const py::ssize_t count = y.shape(0);
   without_gil([&](Poll &poll) {
-    RowSketch::Sums sums;
-    sums.co_range = AlignedArray<double>({L, p});
+    SketchSums sums(sketch.config());
     for (ptrdiff_t i = 0; i < L; ++i) {
       poll(0);
       std::copy_n(c_data + i * p, p, sums.co_range.data() + i * p);
     }
-    sums.gram = AlignedArray<double>({L, L});
     std::copy_n(g_data, L * L, sums.gram.data());
     sums.squares = squares;
     sums.rows = count;

@@ -38,7 +38,7 @@ KvCache::KvCache(const DecoderConfig &config, Precision precision, int batch_siz
 Decoder::Decoder(const DecoderConfig &config, const std::vector<const float *> &tensors, const DecoderOptions &options,
                  Poll &poll)
     : config_(config),
-      kernels_(kernels()),
+      kernels_(decode_kernels()),
       weights_(tensors, config, options.weights, poll),
       cache_(config, options.cache, checked_size("batch_size", options.batch_size, 1 << 24),
              checked_size("max_len", options.max_len, config.max_len), kernels_.lanes),

@@ -22,7 +22,7 @@
 
 #include "call.h"
 #include "cpu/aligned.h"
-#include "cpu/kernels.h"
+#include "cpu/decode_kernels.h"
 #include "cpu/parallel.h"
 #include "cpu/weights.h"
 
@@ -111,7 +111,7 @@ class Decoder {
   ptrdiff_t first_head(int rank) const noexcept;
 
   const DecoderConfig config_;
-  const Kernels &kernels_;
+  const DecodeKernels &kernels_;
   const Weights weights_;
   KvCache cache_;
   ThreadPool pool_;

@@ -6,6 +6,7 @@
 #include "check.h"
 #include "cpu/aligned.h"
 #include "cpu/isa.h"
+#include "cpu/policy_kernels.h"
 
 namespace tipl {
 
@@ -41,10 +42,10 @@ void check_sizes(const char *where, const PolicySizes &sizes) {
 void mean_actions(const PolicySizes &sizes, const float *params, ptrdiff_t stride, ptrdiff_t policies, const float *obs,
                   ptrdiff_t rows, float *out, Poll &poll) {
   constexpr ptrdiff_t kRowsBetweenPolls = 64;
-  const Kernels &kernel = kernels();
+  const PolicyKernels &kernels = policy_kernels();
   const Network actor = network(sizes, sizes.act_dim, sizes.act_dim);  // behind log_std
   ptrdiff_t widest = 0;
-  for (const ptrdiff_t width : sizes.hidden) widest = std::max(widest, round_up(width, kernel.lanes));
+  for (const ptrdiff_t width : sizes.hidden) widest = std::max(widest, round_up(width, kernels.lanes));
   AlignedFloats hidden({2, widest});  // activations of one observation: of a layer and of the next
   for (ptrdiff_t row = 0; row < policies * rows; ++row) {
     if (row % kRowsBetweenPolls == kRowsBetweenPolls - 1) poll(0);
@@ -53,8 +54,8 @@ void mean_actions(const PolicySizes &sizes, const float *params, ptrdiff_t strid
       const Network::Layer &layer = actor.layers[i];
       const bool last = i + 1 == actor.layers.size();
       float *const y = last ? out + row * sizes.act_dim : hidden.data() + i % 2 * widest;
-      kernel.multiply_vector(param + layer.weight, layer.out, layer.in, x, param + layer.bias, y);
-      if (!last) kernel.activate(sizes.activation, y, layer.out);
+      kernels.multiply_vector(param + layer.weight, layer.out, layer.in, x, param + layer.bias, y);
+      if (!last) kernels.activate(sizes.activation, y, layer.out);
       x = y;
     }
   }

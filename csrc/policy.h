@@ -9,8 +9,8 @@
 #include <cstddef>
 #include <vector>
 
+#include "activation.h"
 #include "call.h"
-#include "cpu/kernels.h"
 
 namespace tipl {
 

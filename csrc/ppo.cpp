@@ -56,7 +56,7 @@ struct PpoUpdate::Workspace {
 PpoUpdate::PpoUpdate(PolicySizes sizes, const PpoSettings &settings, int num_threads)
     : sizes_(checked(sizes)),
       settings_(checked(settings)),
-      kernels_(kernels()),
+      kernels_(policy_kernels()),
       actor_(network(sizes_, sizes_.act_dim, sizes_.act_dim)),
       critic_(network(sizes_, actor_.end, 1)),
       stride_(round_up(settings.minibatch_size, kernels_.lanes)),
@@ -203,7 +203,7 @@ void PpoUpdate::update_trial(const TrialParams &params, const Steps &steps, ptrd
       stopped = loss.kl / static_cast<double>(B) > 1.5 * settings_.target_kl;
       if (stopped) break;
       const float *const grad = work.grads.data();
-      const double norm = std::sqrt(kernels_.sum_squares(grad + learned, nullptr, P - learned));
+      const double norm = std::sqrt(kernels_.squared_norm(grad + learned, P - learned));
       const double limit = settings_.max_grad_norm / (norm + 1e-6);
       const double scale = limit > 1.0 ? 1.0 : limit;  // NaN stays NaN
       const double t = static_cast<double>(++params.steps[trial]);

@@ -19,8 +19,8 @@
 
 #include "call.h"
 #include "cpu/aligned.h"
-#include "cpu/kernels.h"
 #include "cpu/parallel.h"
+#include "cpu/policy_kernels.h"
 #include "policy.h"
 
 namespace tipl {
@@ -92,7 +92,7 @@ class PpoUpdate {
 
   const PolicySizes sizes_;
   const PpoSettings settings_;
-  const Kernels &kernels_;
+  const PolicyKernels &kernels_;
   const Network actor_, critic_;
   const ptrdiff_t stride_;  // B padded to whole registers
   ThreadPool pool_;

@@ -29,40 +29,26 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <iterator>
 #include <memory>
 #include <vector>
 
 #include "call.h"
-#include "cpu/aligned.h"
-#include "cpu/kernels.h"
-#include "cpu/parallel.h"
+#include "rows.h"
 
 namespace tipl {
 
-// Rows of p floats, `stride` floats apart.
-struct RowView {
-  const float *data;
-  ptrdiff_t count, stride;
-  const float *row(ptrdiff_t i) const noexcept { return data + i * stride; }
-};
-
-// Throws std::invalid_argument where a value of X (count, p) is NaN or Inf; the message counts rows from first_row on.
-void check_finite_rows(const char *where, RowView x, int64_t first_row, ptrdiff_t p, int num_threads, Poll &poll);
-
-// out (x.count, y.count) <- (x - origin)(y - origin)^T over p columns, in float64; `same`: x and y are the same rows.
-// Throws std::invalid_argument for NaN or Inf in x, which the message calls X with rows from first_row on, or in the
-// origin.
-void products(const char *where, RowView x, int64_t first_row, RowView y, const float *origin, ptrdiff_t p, bool same,
-              double *out, int num_threads, Poll &poll);
-
-// out (r, p) <- weights^T x with weights (x.count, r), summed in float64.
-void combine(RowView x, ptrdiff_t p, const double *weights, ptrdiff_t r, float *out, int num_threads, Poll &poll);
+class HeldRows;
+class Projection;
+class SketchBlock;
+struct SketchSums;
+class ThreadPool;
 
 struct SketchConfig {
   ptrdiff_t num_features, range_size, test_size;  // p, l, q
   uint64_t seed;                                  // of Omega and Omega'
   bool choose_origin = false;                     // one of the first block's rows, in their midst; none may be given
+
+  ptrdiff_t outputs() const noexcept { return range_size + test_size + 1; }  // numbers in y: l + q + 1
 };
 
 // One call at a time: another is refused with std::runtime_error.
@@ -110,85 +96,47 @@ class RowSketch {
   // d Omega (num_rows, l) of all rows in order, pending ones too.
   std::vector<float> range_rows(Poll &poll);
 
-  // All that was seen, of the rows that are neither pending nor held.
-  struct Sums {
-    AlignedArray<double> co_range;  // C (l + q + 1, p)
-    AlignedArray<double> gram;      // G (l + q + 1, l + q + 1)
-    double squares = 0.0;           // of the Frobenius norm of all d
-    int64_t rows = 0;
-    std::vector<std::shared_ptr<const std::vector<float>>> range_rows;  // d Omega (rows, l) of each block
-  };
-  std::shared_ptr<const Sums> sums() const;  // which nothing changes any more
+  // All that was seen, of the rows that were added to the sums already. Nothing changes what is returned.
+  std::shared_ptr<const SketchSums> sums() const;
   std::vector<float> pending(Poll &poll) const;
   std::vector<float> directions(Poll &poll) const;  // (l, p) as they were given, or empty
   std::vector<float> origin() const;                // empty for zero, and while it is not chosen
 
   // Replaces all that was seen, for a sketch that was saved. The sizes in `sums` are the caller's to check.
-  void restore(Sums sums, RowView pending, Poll &poll);
+  void restore(SketchSums sums, RowView pending, Poll &poll);
 
   const SketchConfig &config() const noexcept { return config_; }
-  bool exact() const;                                      // whether no row is more than pending
-  bool directed() const noexcept;                          // whether directions were given
-  ptrdiff_t outputs() const noexcept { return outputs_; }  // l + q + 1
+  bool exact() const;              // whether no row is more than pending
+  bool directed() const noexcept;  // whether directions were given
   int64_t num_rows() const;
 
  private:
-  struct Omega;
-  struct Block;
-
-  RowSketch(const RowSketch &other, std::shared_ptr<Sums> sums);
+  RowSketch(const RowSketch &other, std::shared_ptr<SketchSums> sums);
 
   const float *origin_or_null() const noexcept { return origin_.empty() ? nullptr : origin_.data(); }
-  std::vector<float> central_row(RowView x, Poll &poll) const;
   std::vector<float> origin_of_pending(Poll &poll) const;
   std::unique_ptr<RowSketch> copy() const;
-  std::shared_ptr<Sums> empty_sums() const;
   void own_sums(Poll &poll);
-  void apply_to(RowView x, const float *origin, float *y, double *squares, Poll &poll) const;
-  ptrdiff_t group_rows() const noexcept;
-  ptrdiff_t groups(ptrdiff_t rows) const noexcept;
-  void apply_to_group(RowView x, ptrdiff_t group, const float *origin, float *y, double *squares, int rank,
-                      Poll &poll) const;
-  void sketch_group(RowView x, const float *origin, float *y, double *squares, int rank, Poll &poll) const;
-  void multiply_group(RowView x, const float *origin, float *y, double *squares, int rank, Poll &poll) const;
-  Block begin_block(RowView x, Poll &poll);
-  ptrdiff_t steps(const Block &block) const noexcept;
-  ptrdiff_t steps_due(const Block &block, ptrdiff_t rows) const noexcept;
-  void advance(Block &block, ptrdiff_t until, bool threaded, Poll &poll);
-  void pack(Block &block) const;
-  ptrdiff_t column_runs() const noexcept;
-  void add_co_range(Block &block, ptrdiff_t run, int rank);
-  void add_rest(const Block &block, Poll &poll);
+  std::unique_ptr<SketchBlock> begin_block(RowView x, Poll &poll);
   void take(RowView x, int64_t first_row, bool all_or_none, Poll &poll);
   void take_block(RowView x, int64_t first_row, Poll &poll);
-  void check_sum(const char *where, double more) const;
-  double check_all(RowView x, int64_t first, double before, Poll &poll) const;
-  std::vector<double> checked(RowView x, int64_t first, Poll &poll) const;
-  RowView pending_view() const noexcept { return {pending_.data(), num_pending(), config_.num_features}; }
-  ptrdiff_t num_pending() const noexcept { return std::ssize(pending_squares_); }
-  double unsettled_squares() const noexcept;
-  bool none_beyond_pending() const noexcept;
-  void keep(RowView x, const double *squares);
-  void hold_pending(Poll &poll);
-  void release_held(Poll &poll);
   void take_pending(Poll &poll);
+  void hold_pending(Poll &poll);
+  bool nothing_summed() const noexcept;
+  void check_sum(const char *where, double more) const;
+  std::vector<double> checked(RowView x, int64_t first, Poll &poll) const;
+  double check_all(RowView x, int64_t first, double before, Poll &poll) const;
   void check_mergeable(const RowSketch &other) const;
   void add_sums(const RowSketch &other, Poll &poll);
   void add_pending(const RowSketch &other, Poll &poll);
 
   const SketchConfig config_;
-  const ptrdiff_t outputs_, y_stride_;
-  const Kernels &kernels_;
   std::vector<float> origin_;
-  mutable ThreadPool pool_;
+  const std::unique_ptr<ThreadPool> pool_;
   mutable InUse in_use_;
-  std::shared_ptr<const Omega> omega_;
-  std::shared_ptr<Sums> sums_;           // shared with snapshots until it changes
-  AlignedFloats pending_;                // (b, p), rows that do not fill a block yet; nothing until the first
-  std::vector<double> pending_squares_;  // of each pending row
-  AlignedFloats held_;                   // (b, p), the rows before the pending ones while they are on their way
-  std::unique_ptr<Block> held_block_;    // into the sums: null unless some are
-  double held_squares_ = 0.0;
+  std::shared_ptr<const Projection> projection_;
+  std::shared_ptr<SketchSums> sums_;  // shared with snapshots until it changes
+  std::unique_ptr<HeldRows> held_;
 };
 
 }  // namespace tipl

@@ -3,15 +3,16 @@
 #include <algorithm>
 
 #include "check.h"
+#include "cpu/isa_kernels.h"
 
 namespace tipl {
 namespace {
 
-const Kernels *chosen = &kernels_baseline;
+const IsaKernels *chosen = &kernels_baseline;
 
 // The kernels that this build has and this CPU can run, worst first.
-std::vector<const Kernels *> supported_kernels() {
-  std::vector<const Kernels *> supported = {&kernels_baseline};
+std::vector<const IsaKernels *> supported_kernels() {
+  std::vector<const IsaKernels *> supported = {&kernels_baseline};
 #if defined(TIPL_X86)
   __builtin_cpu_init();
   const bool fma = __builtin_cpu_supports("fma");
@@ -39,13 +40,16 @@ std::string choose_isa(const std::optional<std::string> &name, const std::vector
 }
 
 void select_isa(const char *name) {
-  const std::vector<const Kernels *> candidates = supported_kernels();
+  const std::vector<const IsaKernels *> candidates = supported_kernels();
   std::vector<std::string> names;
-  for (const Kernels *candidate : candidates) names.push_back(candidate->isa);
+  for (const IsaKernels *candidate : candidates) names.push_back(candidate->isa);
   const std::string isa = choose_isa(name == nullptr ? std::nullopt : std::optional<std::string>(name), names);
   chosen = candidates[std::find(names.begin(), names.end(), isa) - names.begin()];
 }
 
-const Kernels &kernels() noexcept { return *chosen; }
+const char *chosen_isa() noexcept { return chosen->isa; }
+const DecodeKernels &decode_kernels() noexcept { return chosen->decode; }
+const SketchKernels &sketch_kernels() noexcept { return chosen->sketch; }
+const PolicyKernels &policy_kernels() noexcept { return chosen->policy; }
 
 }  // namespace tipl

@@ -5,9 +5,11 @@
 #include <string>
 #include <vector>
 
-#include "cpu/kernels.h"
-
 namespace tipl {
+
+struct DecodeKernels;
+struct SketchKernels;
+struct PolicyKernels;
 
 // `name` where it is among `supported` (worst first), or the last of these where there is no name.
 // Throws std::runtime_error where the name is unknown, or known but not supported.
@@ -16,7 +18,10 @@ std::string choose_isa(const std::optional<std::string> &name, const std::vector
 // Chooses the kernels for TIPL_ISA=name (nullptr: unset) on this CPU; throws as choose_isa does.
 void select_isa(const char *name);
 
-// The kernels chosen; those of the baseline before select_isa.
-const Kernels &kernels() noexcept;
+// The name of the instruction set chosen, and its kernels; those of the baseline before select_isa.
+const char *chosen_isa() noexcept;
+const DecodeKernels &decode_kernels() noexcept;
+const SketchKernels &sketch_kernels() noexcept;
+const PolicyKernels &policy_kernels() noexcept;
 
 }  // namespace tipl

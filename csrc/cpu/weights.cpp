@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "check.h"
+#include "cpu/decode_kernels.h"
 #include "cpu/isa.h"
 
 namespace tipl {
@@ -107,7 +108,8 @@ Weights::Linear::Linear(Tensors &tensors, int all_inputs, int out, Precision pre
   const float *from_weight = *tensors++, *from_bias = *tensors++;
   const int begin = all_inputs * layout.part / layout.parts, end = all_inputs * (layout.part + 1) / layout.parts;
   const int in = end - begin, D = layout.heads > 0 ? out / (3 * layout.heads) : 0;
-  const int lanes = kernels().lanes, per_word = values_per_word(precision), bits = 32 / per_word;
+  const DecodeKernels &kernels = decode_kernels();
+  const int lanes = kernels.lanes, per_word = values_per_word(precision), bits = 32 / per_word;
   const ptrdiff_t padded = round_up(out, lanes), words = words_of(in, precision);
   weight = AlignedWords({padded, words});
   bias = AlignedFloats({padded});
@@ -117,7 +119,7 @@ Weights::Linear::Linear(Tensors &tensors, int all_inputs, int out, Precision pre
     const ptrdiff_t from_row =
         layout.heads > 0 ? (row / D % 3 * layout.heads + row / (3 * D)) * D + row % D : row;  // (3, H, D) <- (H, 3, D)
     const float *from_all = from_weight + from_row * all_inputs, *from = from_all + begin;
-    const auto [first, stride] = packed_output(row, padded, words, kernels().group);
+    const auto [first, stride] = packed_output(row, padded, words, kernels.group);
     uint32_t *column = weight.data() + first;
     float step = 0.0f;  // of the row's int8 weights
     if (precision == Precision::kInt8) {

@@ -7,7 +7,7 @@
 
 #include "call.h"
 #include "cpu/aligned.h"
-#include "cpu/kernels.h"
+#include "cpu/packed_linear.h"
 
 namespace tipl {
 

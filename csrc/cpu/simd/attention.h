@@ -1,7 +1,7 @@
 // Attention over a KV cache. A part of kernels.cpp, under its rules.
 #pragma once
 
-#include "cpu/kernels.h"
+#include "cpu/decode_kernels.h"
 #include "cpu/simd/math.h"
 #include "cpu/simd/vec.h"
 

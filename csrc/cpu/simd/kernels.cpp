@@ -1,8 +1,9 @@
-// Compiled once per instruction set, with TIPL_ISA_NAME = baseline, avx2, avx512 or avx512bf16 (CMakeLists.txt).
-// Includes only what style allows here: vec.h, kernels*.h and C headers; all but the table is in an anonymous
-// namespace.
-#include "cpu/kernels.h"
-
+// Compiled once for each instruction set, with TIPL_ISA_NAME = baseline, avx2, avx512 or avx512bf16 (CMakeLists.txt).
+//
+// An inline function that this shared with the rest of the module could be the copy that the linker keeps for all of
+// it, and crash an older CPU. So everything but the table is in an anonymous namespace, and the files in this folder
+// include only each other, the tables of kernels with what those include, and C headers.
+#include "cpu/isa_kernels.h"
 #include "cpu/simd/attention.h"
 #include "cpu/simd/linear.h"
 #include "cpu/simd/math.h"
@@ -16,29 +17,43 @@
 
 namespace tipl {
 
-extern const Kernels TIPL_JOIN(kernels_, TIPL_ISA_NAME) = {
+extern const IsaKernels TIPL_JOIN(kernels_, TIPL_ISA_NAME) = {
     .isa = TIPL_TEXT(TIPL_ISA_NAME),
-    .lanes = kLanes,
-    .group = kGroupWords,
-    .linear = linear,
-    .layer_norm = layer_norm,
-    .append = append,
-    .attend = attend,
-    .sketch = sketch,
-    .update = update,
-    .subtract = subtract,
-    .products = products,
-    .combine_floats = combine<float>,
-    .combine_doubles = combine<double>,
-    .sum_squares = sum_squares,
-    .multiply = multiply,
-    .multiply_vector = multiply_vector,
-    .transpose_matrix = transpose_matrix,
-    .sum_rows = sum_rows,
-    .activate = activate,
-    .activate_backward = activate_backward,
-    .policy_loss = policy_loss,
-    .adam = adam,
+    .decode =
+        {
+            .lanes = kLanes,
+            .group = kGroupWords,
+            .linear = linear,
+            .layer_norm = layer_norm,
+            .append = append,
+            .attend = attend,
+        },
+    .sketch =
+        {
+            .lanes = kLanes,
+            .group = kGroupWords,
+            .sketch = sketch,
+            .linear = linear,
+            .subtract = subtract,
+            .update = update,
+            .products = products,
+            .combine_floats = combine<float>,
+            .combine_doubles = combine<double>,
+            .sum_squares = sum_squares,
+        },
+    .policy =
+        {
+            .lanes = kLanes,
+            .multiply_vector = multiply_vector,
+            .multiply = multiply,
+            .transpose_matrix = transpose_matrix,
+            .sum_rows = sum_rows,
+            .activate = activate,
+            .activate_backward = activate_backward,
+            .policy_loss = policy_loss,
+            .squared_norm = squared_norm,
+            .adam = adam,
+        },
 };
 
 }  // namespace tipl

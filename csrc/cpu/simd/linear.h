@@ -2,7 +2,7 @@
 // under its rules.
 #pragma once
 
-#include "cpu/kernels.h"
+#include "cpu/packed_linear.h"
 #include "cpu/simd/math.h"
 #include "cpu/simd/vec.h"
 

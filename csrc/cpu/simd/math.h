@@ -54,4 +54,25 @@ void layer_norm(const float *x, ptrdiff_t x_stride, ptrdiff_t rows, ptrdiff_t d,
   }
 }
 
+double sum_squares(const float *x, const float *origin, ptrdiff_t n) noexcept {
+  constexpr int kSums = 4;
+  Doubles acc[kSums];
+  for (Doubles &a : acc) a = Doubles::zero();
+  const auto add = [&](Doubles &a, Doubles value) { a = fma(value, value, a); };
+  ptrdiff_t i = 0;
+  for (; i + kSums * kDoubleLanes <= n; i += kSums * kDoubleLanes) {
+    for (int s = 0; s < kSums; ++s) {
+      const ptrdiff_t at = i + s * kDoubleLanes;
+      const Doubles value = Doubles::load(x + at);
+      add(acc[s], origin == nullptr ? value : value - Doubles::load(origin + at));
+    }
+  }
+  for (; i < n; i += kDoubleLanes) {
+    const ptrdiff_t count = n - i < kDoubleLanes ? n - i : kDoubleLanes;
+    const Doubles value = load_first_doubles(x + i, count);
+    add(acc[0], origin == nullptr ? value : value - load_first_doubles(origin + i, count));
+  }
+  return sum((acc[0] + acc[1]) + (acc[2] + acc[3]));
+}
+
 }  // namespace

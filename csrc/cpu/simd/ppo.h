@@ -1,7 +1,7 @@
 // The kernels of PPO's update (ppo.cpp). A part of kernels.cpp, under its rules.
 #pragma once
 
-#include "cpu/kernels.h"
+#include "cpu/policy_kernels.h"
 #include "cpu/simd/math.h"
 #include "cpu/simd/vec.h"
 
@@ -231,7 +231,9 @@ tipl::PolicyLoss policy_loss(const tipl::PolicyBatch &batch, const float *mean, 
   return loss;
 }
 
-// ---- Adam
+// ---- the optimizer
+
+double squared_norm(const float *x, ptrdiff_t n) noexcept { return sum_squares(x, nullptr, n); }
 
 void adam(const tipl::AdamStep &step, float *param, const float *grad, float *first, float *second,
           ptrdiff_t n) noexcept {

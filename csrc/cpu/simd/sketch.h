@@ -1,8 +1,9 @@
 // The kernels of the sketch and of the products of rows (svd.cpp). A part of kernels.cpp, under its rules.
 #pragma once
 
-#include "cpu/kernels.h"
+#include "cpu/simd/math.h"
 #include "cpu/simd/vec.h"
+#include "cpu/sketch_kernels.h"
 
 namespace {
 
@@ -263,27 +264,6 @@ void combine(const T *const *row, ptrdiff_t rows, ptrdiff_t begin, ptrdiff_t col
       step.template operator()<1>([count](const T *at) { return load_first_doubles(at, count); });
     }
   }
-}
-
-double sum_squares(const float *x, const float *origin, ptrdiff_t n) noexcept {
-  constexpr int kSums = 4;
-  Doubles acc[kSums];
-  for (Doubles &a : acc) a = Doubles::zero();
-  const auto add = [&](Doubles &a, Doubles value) { a = fma(value, value, a); };
-  ptrdiff_t i = 0;
-  for (; i + kSums * kDoubleLanes <= n; i += kSums * kDoubleLanes) {
-    for (int s = 0; s < kSums; ++s) {
-      const ptrdiff_t at = i + s * kDoubleLanes;
-      const Doubles value = Doubles::load(x + at);
-      add(acc[s], origin == nullptr ? value : value - Doubles::load(origin + at));
-    }
-  }
-  for (; i < n; i += kDoubleLanes) {
-    const ptrdiff_t count = n - i < kDoubleLanes ? n - i : kDoubleLanes;
-    const Doubles value = load_first_doubles(x + i, count);
-    add(acc[0], origin == nullptr ? value : value - load_first_doubles(origin + i, count));
-  }
-  return sum((acc[0] + acc[1]) + (acc[2] + acc[3]));
 }
 
 }  // namespace
