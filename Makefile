@@ -3,10 +3,12 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# A file's tests share their fixtures and so one process; torch's threads would only get in the way of the others.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 ENGINE := CMakeLists.txt pyproject.toml constraints.txt $(wildcard csrc/*) tipl $(wildcard tipl/*/)  # a folder: when files come or go
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test sanitize stress stress-smoke bench lint format wheel clean
+.PHONY: help demo test test-fast sanitize stress stress-smoke bench lint format wheel clean
 
 help:  ## Show what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -14,8 +16,11 @@ help:  ## Show what there is
 demo: $(VENV)/.runtime  ## Collect, train, forecast and judge on InvertedPendulum, in minutes; goes on where it was stopped
 	$(BIN)/tipl demo --output runs/demo --resume
 
-test: $(VENV)/.develop  ## Run the tests
-	$(BIN)/python -m pytest tests
+test: $(VENV)/.develop  ## Run the tests, in a process for each core
+	$(PYTEST) tests
+
+test-fast: $(VENV)/.develop  ## Run those that take less than a second each, for daily work
+	$(PYTEST) tests -m 'not slow'
 
 sanitize: $(VENV)/.develop  ## Run the engine's tests under ASan and UBSan, and those of its threads under TSan
 	.ci/sanitize address

@@ -19,6 +19,8 @@ from tipl.judging.training_path import SAMPLED_WEIGHTS, TrainingPath
 from tipl.policy import ParameterLayout
 from tipl.subspace.basis import prefix_coordinates, trajectory_gram
 
+pytestmark = pytest.mark.usefixtures("hasty_nowcaster")
+
 HORIZONS = np.array([1, 4, 10])
 NAMES = [
     "persistence", "linear", "quadratic", "rank1", "autoregression", "mean_path", "nearest_path", "ridge", "nowcaster",
