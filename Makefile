@@ -3,11 +3,13 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# The tests of a file share their fixtures, and so a process; torch's threads would only slow the other processes.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 CXX_FILES := $(wildcard $(foreach room,csrc csrc/* csrc/*/* bench,$(room)/*.h $(room)/*.cpp $(room)/*.cu))
 ENGINE := CMakeLists.txt pyproject.toml constraints.txt $(CXX_FILES) tipl $(wildcard tipl/*/)  # a folder: when files come or go
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test docs sanitize stress stress-smoke bench lint format wheel wheels clean
+.PHONY: help demo test test-fast docs sanitize stress stress-smoke bench lint format wheel wheels clean
 
 help:  ## Show what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -15,8 +17,11 @@ help:  ## Show what there is
 demo: $(VENV)/.runtime  ## Collect, train, forecast and judge on InvertedPendulum, in minutes; goes on where it was stopped
 	$(BIN)/tipl demo --output runs/demo --resume
 
-test: $(VENV)/.develop  ## Run the tests
-	$(BIN)/python -m pytest tests
+test: $(VENV)/.develop  ## Run the tests, in a process for each core
+	$(PYTEST) tests
+
+test-fast: $(VENV)/.develop  ## Run those that take less than a second each, for daily work
+	$(PYTEST) tests -m 'not slow'
 
 docs: $(VENV)/.docs  ## Build the site into site/: a broken link or a reference that is not there fails
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

@@ -1,15 +1,30 @@
-"""Fixtures of several files."""
+"""Fixtures of several files. What they need of tipl is imported in them: all of it takes seconds."""
 
+import gc
+import io
+import logging
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from tipl.storing.store import Store
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put files with slow tests first: of several processes none is left alone with one in the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(scope="session")
 def run_tipl() -> Callable[..., int]:
     """Run the command line in this process, and return its exit status."""
-    from tipl.cli import main  # not above: it imports all of tipl, torch and MuJoCo
+    from tipl.cli import main
 
     def run(*arguments: object) -> int:
         with pytest.MonkeyPatch.context() as patch:
@@ -21,3 +36,87 @@ def run_tipl() -> Callable[..., int]:
         return 0
 
     return run
+
+
+@pytest.fixture(scope="session")
+def render_nothing() -> Callable[[pytest.MonkeyPatch], None]:
+    """Let figures be drawn but not rendered, which takes most of a report's ten seconds: pictures are empty."""
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+    def savefig(figure: Figure, file: io.IOBase, *, format: str, **_: Any) -> None:
+        if format == "png":
+            Image.new("RGB", (1, 1)).save(file, "png")
+        else:
+            file.write("<svg></svg>" if isinstance(file, io.TextIOBase) else b"<svg></svg>")
+
+    return lambda patch: patch.setattr(Figure, "savefig", savefig)
+
+
+@pytest.fixture
+def unrendered(render_nothing: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are drawn but not rendered."""
+    render_nothing(monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def tiny_store(tmp_path_factory: pytest.TempPathFactory) -> "Store":
+    """Six trials of 16 checkpoints, of which TINY_TRAIN holds out one; to be read alone."""
+    from factories import make_store
+
+    return make_store(tmp_path_factory.mktemp("tiny") / "store.zarr", 6, 16)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_store: "Store") -> Path:
+    """The folder of a model that TINY_TRAIN has trained on `tiny_store`; to be read alone."""
+    from factories import TINY_TRAIN
+
+    from tipl.forecasting.training import train
+
+    return train(tiny_store, tiny_store.path.with_name("model"), TINY_TRAIN, progress=False)
+
+
+@pytest.fixture(scope="module")
+def hasty_nowcaster() -> Iterator[None]:
+    """Let the weight nowcaster learn for few steps: its 400 take most of a tiny evaluation's seconds."""
+    import tipl.judging.nowcaster
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tipl.judging.nowcaster, "STEPS", 4)
+        yield
+
+
+@pytest.fixture(scope="session")
+def forget_connections() -> Callable[[], None]:
+    """Let go of s3fs's sessions, which it leaves to the garbage collector, now."""
+    import fsspec
+
+    def forget() -> None:
+        type(fsspec.filesystem("s3")).clear_instance_cache()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            gc.collect()
+
+    return forget
+
+
+@pytest.fixture(scope="module")
+def bucket(forget_connections: Callable[[], None]) -> Iterator[str]:
+    """The URL of an empty bucket on a server of the S3 protocol, where all of this process's s3:// URLs lead."""
+    import fsspec
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        patch.setenv("AWS_ACCESS_KEY_ID", "user")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        fsspec.filesystem("s3").mkdir("bucket")
+        yield "s3://bucket"
+    server.stop()
+    forget_connections()

@@ -19,8 +19,7 @@ VARY = {"seconds", "machine", "tipl_version", "versions"}
 SKIPPED = {"manifest.json", "seconds.json"}
 SKIPPED_KINDS = {".html", ".png", ".svg"}
 
-PROGRAM =
-"""
+PROGRAM = """
 import importlib, sys
 import numpy as np
 import tipl

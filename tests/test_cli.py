@@ -27,9 +27,16 @@ RUN = ["--num-trials", "4", *COLLECT, *flags(TINY_TRAIN, "train."), *flags(TINY_
 
 
 @pytest.fixture(scope="module")
-def finished_run(run_tipl: Callable[..., int], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished_run(
+    hasty_nowcaster: None,
+    render_nothing: Callable[[pytest.MonkeyPatch], None],
+    run_tipl: Callable[..., int],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
     output = tmp_path_factory.mktemp("cli") / "run"
-    assert run_tipl("run", "--output", output, *RUN) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        render_nothing(patch)
+        assert run_tipl("run", "--output", output, *RUN) == 0
     return output
 
 
@@ -40,6 +47,8 @@ def test_run_leaves_every_stage(finished_run: Path) -> None:
     assert set(load_json(finished_run / "seconds.json", "test")) == {"collect", "train", "evaluate", "report"}
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("unrendered")
 def test_stages_one_by_one_give_what_run_gives(
     finished_run: Path, tmp_path: Path, run_tipl: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -81,6 +90,8 @@ def test_stages_one_by_one_give_what_run_gives(
     assert "exists already" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("unrendered")
 def test_resume_keeps_finished_stages(
     finished_run: Path, tmp_path: Path, run_tipl: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -108,6 +119,8 @@ def test_resume_keeps_finished_stages(
     assert "--resume expects 11 checkpoints of 5 trials" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("unrendered")
 def test_resume_goes_on_after_a_training_that_was_cut_off(
     finished_run: Path, tmp_path: Path, run_tipl: Callable[..., int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -167,6 +180,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_the_middle_of_a_collection_keeps_what_was_committed(tmp_path: Path) -> None:
     output = tmp_path / "store.zarr"
     command = [sys.executable, "-c", "from tipl.cli import main; main()", "collect", "--output", str(output)]
@@ -208,6 +222,7 @@ def test_help_teaches(run_tipl: Callable[..., int], capsys: pytest.CaptureFixtur
         assert name in text
 
 
+@pytest.mark.slow
 def test_a_store_is_drawn_and_its_curves_go_where_they_are_asked_for(
     tmp_path: Path, run_tipl: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import ray
-from factories import ENV_ID, TINY_PPO
+from factories import ENV_ID, TINY_EVALUATE, TINY_PPO, TINY_TRAIN
 from ray.cluster_utils import Cluster as LocalCluster
 
 from tipl.cluster import Cluster, connected
@@ -25,16 +25,15 @@ from tipl.collecting.resume import Unfinished
 from tipl.forecasting.forecaster import Forecaster
 from tipl.forecasting.train_config import TrainConfig
 from tipl.forecasting.training import train
-from tipl.judging.evaluate_config import EvaluateConfig
 from tipl.judging.evaluation import evaluate
 from tipl.policy import PolicySpec
 from tipl.storing.store import Store
 from tipl.subspace.basis import Basis
 
-# Of Ray's own making: it leaves files and sockets to the garbage collector.
+# Of Ray's own making, which leaves files and sockets to the garbage collector, and of the S3 server's.
 pytestmark = [
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::FutureWarning", "ignore::DeprecationWarning"),
 ]
 
 ARGUMENTS = {"env_id": ENV_ID, "num_trials": 5, "total_timesteps": 32 * 8, "ppo": TINY_PPO, "progress": False}
@@ -45,7 +44,8 @@ def files(path: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def address() -> Iterator[str]:
+def address(bucket: str) -> Iterator[str]:
+    """The cluster's; its workers know the bucket, since they have the environment in which their node was started."""
     node = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
     nodes = LocalCluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
     nodes.add_node(**node)
@@ -79,15 +79,23 @@ def test_an_exception_of_a_call_is_raised_here(cluster: Cluster) -> None:
         cluster.map(lambda: 1, [()], num_cpus=2)
 
 
-@pytest.mark.parametrize("trials_per_shard", [None, 1, 4])
-def test_a_collection_is_that_of_one_process(tmp_path, address, trials_per_shard):
+def test_a_collection_is_that_of_one_process(tmp_path, address):
     ppo = dataclasses.replace(TINY_PPO, num_envs=2, normalize_observations=True, anneal_lr=True)
     arguments = {**ARGUMENTS, "ppo": ppo, "total_timesteps": 64 * 8, "shared_init": True}
     collect(tmp_path / "alone", **arguments)
-    store = collect(tmp_path / "store", **arguments, ray=address, trials_per_shard=trials_per_shard)
-    assert files(tmp_path / "store") == files(tmp_path / "alone")
-    assert is_complete(store)
-    assert store.num_checkpoints == 9
+    for trials_per_shard in (None, 1, 4):
+        store = collect(tmp_path / f"{trials_per_shard}", **arguments, ray=address, trials_per_shard=trials_per_shard)
+        assert files(store.path) == files(tmp_path / "alone")
+        assert is_complete(store)
+        assert store.num_checkpoints == 9
+
+
+def test_workers_write_to_a_url(tmp_path, address, bucket):
+    collect(tmp_path / "alone", **ARGUMENTS)
+    store = collect(f"{bucket}/cluster/store.zarr", **ARGUMENTS, ray=address)
+    start = len(f"{store.path}/")
+    written = {str(it)[start:]: it.read_bytes() for it in store.path.rglob("*") if it.is_file()}
+    assert written == {name: data for name, data in files(tmp_path / "alone").items() if data}
 
 
 def test_shards_in_one_process_are_no_different_either(tmp_path):
@@ -145,12 +153,16 @@ def test_a_failure_in_a_worker_is_raised_here(tmp_path, address):
         collect(path, **ARGUMENTS, ray=address)
 
 
-def test_ctrl_c_then_the_same_command_without_ray(tmp_path):
-    arguments = ["--num-trials", "4", "--total-timesteps", str(512 * 80), "--ppo.num-steps", "512"]
-    tipl = [sys.executable, "-c", "from tipl.cli import main; main()", "collect", *arguments]
-    subprocess.run([*tipl, "--output", tmp_path / "alone"], check=True, capture_output=True)
+def test_ctrl_c_then_the_same_command_without_ray(tmp_path, run_tipl):
+    arguments = ["collect", "--num-trials", "4", "--total-timesteps", str(512 * 80), "--ppo.num-steps", "512"]
+    assert run_tipl(*arguments, "--output", tmp_path / "alone") == 0
     with subprocess.Popen(
-        [*tipl, "--output", tmp_path / "store", "--ray", "local"], stderr=subprocess.PIPE, text=True
+        [
+            *(sys.executable, "-c", "from tipl.cli import main; main()", *arguments),
+            *("--output", tmp_path / "store", "--ray", "local"),
+        ],
+        stderr=subprocess.PIPE,
+        text=True,
     ) as command:
         begun = False
         while not begun:
@@ -165,7 +177,7 @@ def test_ctrl_c_then_the_same_command_without_ray(tmp_path):
     assert "of 81 checkpoints of each of 4 trials are kept in" in error
     assert "Traceback" not in error
     assert not is_complete(Store.open(tmp_path / "store"))
-    subprocess.run([*tipl, "--output", tmp_path / "store"], check=True, capture_output=True)
+    assert run_tipl(*arguments, "--output", tmp_path / "store") == 0
     assert files(tmp_path / "store") == files(tmp_path / "alone")
 
 
@@ -191,10 +203,10 @@ def test_returns_and_the_shared_basis_are_those_of_one_process(tmp_path, cluster
         np.testing.assert_array_equal(getattr(many, field), getattr(one, field))
 
 
-def test_training_and_evaluation_are_those_of_one_process(tmp_path, address):
+def test_training_and_evaluation_are_those_of_one_process(tmp_path, address, hasty_nowcaster):
     store = collect(tmp_path / "store", **{**ARGUMENTS, "num_trials": 6, "total_timesteps": 32 * 20})
-    config = TrainConfig(basis="shared", steps=20, n_components=4, refine_steps=20)
-    judged = EvaluateConfig(num_episodes=2, prefixes=(0.4,))
+    config = dataclasses.replace(TINY_TRAIN, basis="shared")
+    judged = dataclasses.replace(TINY_EVALUATE, num_episodes=2)
     for name, where in (("alone", None), ("cluster", address)):
         train(store, tmp_path / name / "model", config, ray=where, progress=False)
         forecaster = Forecaster.load(tmp_path / name / "model")

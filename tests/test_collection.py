@@ -128,6 +128,7 @@ collect(sys.argv[1], env_id=sys.argv[2], num_trials=3, total_timesteps=10**8, pp
 """
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_what_was_committed(tmp_path):
     path = tmp_path / "store"
     process = subprocess.Popen(

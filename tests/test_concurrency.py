@@ -229,6 +229,7 @@ def exit_code(child):
 """
 
 
+@pytest.mark.slow
 def test_what_another_thread_used_during_a_fork_is_refused_in_the_child():
     done = run_python(
         SCRIPT
@@ -246,6 +247,7 @@ assert exit_code(child) == 0
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_a_signal_handler_that_forks_ends_the_call_in_the_child_alone():
     done = run_python(
         SCRIPT
@@ -278,6 +280,7 @@ assert not forked and exit_code(children[0]) == 0
 # ---- the interpreter's end
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "work",
     [

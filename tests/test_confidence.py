@@ -16,8 +16,9 @@ from tipl.forecasting.forecaster import PRETRAINED, Forecaster, source_to_judge
 from tipl.forecasting.sources import Source
 from tipl.forecasting.training import train
 from tipl.policy import ParameterLayout, PolicySpec
+from tipl.storing.store import Store
 
-TINY = dataclasses.replace(TINY_TRAIN, n_components=6, steps=10, batch_size=32, d_refine=4, confidence_trials=3)
+TINY = dataclasses.replace(TINY_TRAIN, n_components=6, steps=10, confidence_trials=3)
 
 
 def outcomes(num: int, seed: int) -> tuple[NDArray[np.float64], NDArray[np.bool_], NDArray[np.float64]]:
@@ -120,6 +121,7 @@ def everything(path: Path) -> tuple[dict[str, str] | None, dict[str, tuple[str, 
         return file.metadata(), {name: (str(it.dtype), it.shape, it.tobytes()) for name, it in arrays.items()}
 
 
+@pytest.mark.slow
 def test_recalibrate_is_what_training_does_on_the_same_trials(tmp_path: Path) -> None:
     store = make_store(tmp_path / "store.zarr", 6, 16)
     model = train(store, tmp_path / "model", TINY, progress=False)
@@ -134,6 +136,7 @@ def test_recalibrate_is_what_training_does_on_the_same_trials(tmp_path: Path) ->
     assert (again / "training.json").is_file()
 
 
+@pytest.mark.slow
 def test_a_forecaster_from_elsewhere_is_calibrated_on_runs_that_are_not_judged(tmp_path: Path) -> None:
     store = make_store(tmp_path / "store.zarr", 6, 16, seed=50)
     one = Forecaster.load(recalibrate([store], tmp_path / "one", num_trials=9, progress=False))
@@ -185,17 +188,16 @@ def test_tuned_forecasts_go_a_stride_along_the_forecast() -> None:
         dataclasses.replace(forecast, strides=None).tuned()
 
 
-def test_a_trained_forecaster_carries_it(tmp_path: Path) -> None:
-    store = make_store(tmp_path / "store.zarr", 6, 16)
-    forecaster = Forecaster.load(train(store, tmp_path / "model", TINY, progress=False))
-    prefix = store.trial(0).weights(0, 7)
+def test_a_trained_forecaster_carries_it(tiny_store: Store, tiny_model: Path, tmp_path: Path) -> None:
+    forecaster = Forecaster.load(tiny_model)
+    prefix = tiny_store.trial(0).weights(0, 7)
     forecast = forecaster.forecast([prefix], [9])[0]
     probability = forecast.confidence([1, 9])
     assert probability.shape == (2,)
     assert ((probability > 0) & (probability < 1)).all()
     np.testing.assert_allclose(forecast.confidence()[[0, 8]], probability, rtol=1e-9)
     none = dataclasses.replace(TINY, confidence_trials=0)
-    without = Forecaster.load(train(store, tmp_path / "without", none, progress=False))
+    without = Forecaster.load(train(tiny_store, tmp_path / "without", none, progress=False))
     with pytest.raises(ValueError, match="trained without confidence_trials"):
         without.forecast([prefix], [9])[0].confidence()
 

@@ -164,6 +164,7 @@ def test_without_the_option_nothing_is_written_and_the_store_is_the_same(tmp_pat
     np.testing.assert_array_equal(without, with_curves)
 
 
+@pytest.mark.slow
 def test_tensorboard_is_not_imported_before_curves_are_written():
     code = "import sys, tipl.collecting.collection, tipl.collecting.curves; sys.exit('tensorboard' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -166,6 +166,7 @@ def test_sizes_around_the_vector_width(which, size):
     assert_as_exact_as_torch(feed(Decoder.from_model(model, 3), x, 12), torch_float32, exact)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("isa", [isa for isa in ISAS if isa != _core.isa()])
 def test_each_other_instruction_set_is_exact(isa):
     if run_python(IMPORT_CORE, TIPL_ISA=isa).returncode != 0:
@@ -577,6 +578,7 @@ def decoder_for(max_len, batch=1, **arguments):
 """
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_the_decoder_and_leaves_it_usable():
     done = run_python(
         SCRIPT
@@ -608,6 +610,7 @@ assert np.array_equal(decoder.generate(10), (other.reset(), other.prefill(prefix
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_a_pass_between_its_layers():
     """One pass of this decoder takes many times as long as a signal may wait."""
     done = run_python(
@@ -634,6 +637,7 @@ assert set(decoder.position.tolist()) == {held.pop() + 1}
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_a_decoder_works_in_a_forked_child_and_in_its_parent():
     done = run_python(
         SCRIPT

@@ -1,6 +1,5 @@
 """Evaluation: errors by hand, rows against slow ones, and what may not be judged."""
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -21,10 +20,12 @@ from tipl.judging.training_path import TrainingPath
 from tipl.judging.weight_judgement import weight_errors
 from tipl.report import write_report
 from tipl.report.results import read_results
+from tipl.storing.store import Store
 from tipl.subspace.basis import Basis
 from tipl.subspace.prefix import Prefix
 
-TINY = dataclasses.replace(TINY_TRAIN, n_components=6, steps=10, max_prefixes=6, refine_steps=10)
+pytestmark = pytest.mark.usefixtures("hasty_nowcaster", "unrendered")
+
 QUICK = EvaluateConfig(prefixes=(0.4, 0.6), horizons=(0.2,), num_episodes=2)
 
 
@@ -37,9 +38,13 @@ def test_weight_errors_by_hand() -> None:
     np.testing.assert_allclose(relative, [0.2, 0.0])  # |(0, 1)| / |(3, 4)|
 
 
-def test_rows_floors_and_report(tmp_path: Path) -> None:
-    store = make_store(tmp_path / "store.zarr", 6, 16)
-    forecaster = Forecaster.load(train(store, tmp_path / "model", TINY, progress=False))
+@pytest.fixture
+def forecaster(tiny_model: Path) -> Forecaster:
+    return Forecaster.load(tiny_model)
+
+
+def test_rows_floors_and_report(tiny_store: Store, tiny_model: Path, forecaster: Forecaster, tmp_path: Path) -> None:
+    store = tiny_store
     target = evaluate(store, forecaster, tmp_path / "evaluation", QUICK, progress=False)
     results = json.loads(target.read_text())
     rows = results["rows"]
@@ -52,6 +57,8 @@ def test_rows_floors_and_report(tmp_path: Path) -> None:
     # prefix 0.4 of 16 checkpoints ends at 6: horizons 3 and 9; prefix 0.6 at 9: 3 and 6
     assert {(row["prefix"], row["horizon"]) for row in rows} == {(0.4, 3), (0.4, 9), (0.6, 3), (0.6, 6)}
     assert {row["trial"] for row in rows} == set(heldout)
+    assert len(heldout) == 1  # which has no diversity
+    assert {(it["action_variance"], it["return_std"]) for it in results["diversity"]} == {(None, None)}
     assert {row["predictor"] for row in rows} == predictors
     assert len(rows) == len(heldout) * 4 * len(predictors)
 
@@ -66,7 +73,7 @@ def test_rows_floors_and_report(tmp_path: Path) -> None:
         assert of["persistence"]["wpe_relative"] == pytest.approx(expected, rel=1e-5)
         assert of["return_floor"]["wpe"] == 0.0
         training = [store.trial(i) for i in forecaster.config["stores"][0]["split"]["train"]]
-        shared = Basis.from_trials(training, TINY.n_components).through(path[h].astype(np.float32))
+        shared = Basis.from_trials(training, TINY_TRAIN.n_components).through(path[h].astype(np.float32))
         outside = shared.residual(path[h + horizon][None].astype(np.float32))
         assert of["shared_floor"]["wpe"] == pytest.approx(outside[0] ** 2 / path.shape[1], rel=1e-4)
         assert of["basis_floor"]["wpe"] <= min(of[name]["wpe"] for name in ("tipl", "rank1", "mean_path")) * 1.001
@@ -96,16 +103,17 @@ def test_rows_floors_and_report(tmp_path: Path) -> None:
     np.testing.assert_array_equal(paths[f"{stem}_true"][:7], paths[f"{stem}_tipl"][:7])
     assert paths[f"{stem}_h"].tolist() == [6]
     page = write_report(
-        tmp_path / "report", evaluation=target.parent, store=store, training=tmp_path / "model" / "training.json"
+        tmp_path / "report", evaluation=target.parent, store=store, training=tiny_model / "training.json"
     )
     assert page.stat().st_size > 10_000
     with pytest.raises(FileExistsError, match=r"output .* exists already"):
         evaluate(store, forecaster, tmp_path / "evaluation", QUICK, progress=False)
 
 
+@pytest.mark.slow
 def test_actions_are_compared_on_states_of_the_true_policies(tmp_path: Path) -> None:
     store = make_store(tmp_path / "store.zarr", 8, 16)
-    forecaster = Forecaster.load(train(store, tmp_path / "model", TINY, progress=False))
+    forecaster = Forecaster.load(train(store, tmp_path / "model", TINY_TRAIN, progress=False))
     target = evaluate(store, forecaster, tmp_path / "evaluation", QUICK, progress=False)
     results = json.loads(target.read_text())
     heldout, bounds = forecaster.config["stores"][0]["split"]["heldout"], action_bounds(store.env_id)
@@ -146,17 +154,18 @@ def test_actions_are_compared_on_states_of_the_true_policies(tmp_path: Path) -> 
     assert np.isnan(read.values("kl", 0.4, "return_floor")).all()
 
 
-def test_fresh_trials_are_judged_beside_what_the_store_taught(tmp_path: Path) -> None:
-    store = make_store(tmp_path / "store.zarr", 6, 16)
-    fresh = make_store(tmp_path / "fresh.zarr", 4, 16, seed=100)
-    forecaster = Forecaster.load(train(store, tmp_path / "model", TINY, progress=False))
+@pytest.mark.slow
+def test_fresh_trials_are_judged_beside_what_the_store_taught(
+    tiny_store: Store, forecaster: Forecaster, tmp_path: Path
+) -> None:
+    store, fresh = tiny_store, make_store(tmp_path / "fresh.zarr", 4, 16, seed=100)
     target = evaluate(store, forecaster, tmp_path / "evaluation", QUICK, fresh=fresh, progress=False)
     results = json.loads(target.read_text())
     assert results["settings"]["heldout_trials"] == [0, 1, 2, 3]
     assert results["settings"]["train_trials"] == forecaster.config["stores"][0]["split"]["train"]
     training = [TrainingPath.of(store.trial(i).weights(), SPEC, seed=i) for i in results["settings"]["train_trials"]]
     baselines = fit_baselines(
-        training, 6, np.array([3, 9]), TINY.n_components,
+        training, 6, np.array([3, 9]), TINY_TRAIN.n_components,
         path=lambda i: store.trial(results["settings"]["train_trials"][i]).weights(),
     )  # fmt: skip
     for row in results["rows"]:
@@ -173,35 +182,26 @@ def test_fresh_trials_are_judged_beside_what_the_store_taught(tmp_path: Path) ->
     assert "4 held out, beside 5 that taught" in report.read_text()
 
 
-def test_fresh_trials_must_be_of_the_same_kind_and_unknown(tmp_path: Path) -> None:
-    store = make_store(tmp_path / "store.zarr", 4, 16)
-    forecaster = Forecaster.load(train(store, tmp_path / "model", TINY, progress=False))
+def test_fresh_trials_must_be_of_the_same_kind_and_unknown(
+    tiny_store: Store, forecaster: Forecaster, tmp_path: Path
+) -> None:
     for seed, length, env_id, expected in (
-        (3, 16, "InvertedPendulum-v5", "fresh must hold trials under other seeds .* got 1 that were there, such as 3"),
+        (3, 16, "InvertedPendulum-v5", "fresh must hold trials under other seeds .* got 3 that were there, such as 3"),
         (100, 17, "InvertedPendulum-v5", "fresh must have num_checkpoints = 16, .* got 17"),
         (100, 16, "Reacher-v5", "fresh must have env_id = InvertedPendulum-v5, .* got Reacher-v5"),
     ):
         fresh = make_store(tmp_path / f"{seed} {length} {env_id}.zarr", 4, length, env_id, seed=seed)
         with pytest.raises(ValueError, match=expected):
-            evaluate(store, forecaster, tmp_path / "evaluation", QUICK, fresh=fresh, progress=False)
+            evaluate(tiny_store, forecaster, tmp_path / "evaluation", QUICK, fresh=fresh, progress=False)
     assert not (tmp_path / "evaluation").exists()
 
 
-def test_one_held_out_trial_has_no_diversity(tmp_path: Path) -> None:
-    store = make_store(tmp_path / "store.zarr", 4, 16)
-    forecaster = Forecaster.load(train(store, tmp_path / "model", TINY, progress=False))
-    assert len(forecaster.config["stores"][0]["split"]["heldout"]) == 1
-    results = json.loads(evaluate(store, forecaster, tmp_path / "evaluation", QUICK, progress=False).read_text())
-    assert {(it["action_variance"], it["return_std"]) for it in results["diversity"]} == {(None, None)}
-
-
-def test_rejections(tmp_path: Path) -> None:
-    store = make_store(tmp_path / "store.zarr", 4, 12)
-    forecaster = Forecaster.load(train(store, tmp_path / "model", TINY, progress=False))
-    with pytest.raises(ValueError, match=r"prefix 0.2 of a path of 12 checkpoints ends at checkpoint 2, .*\[3, 10\]"):
-        evaluate(store, forecaster, tmp_path / "evaluation", EvaluateConfig(), progress=False)
-    other = make_store(tmp_path / "other.zarr", 4, 14)
-    with pytest.raises(ValueError, match="does not fit the store .* num_checkpoints = 12, the store has 14"):  # noqa: RUF043
+def test_rejections(tiny_store: Store, forecaster: Forecaster, tmp_path: Path) -> None:
+    store = tiny_store
+    with pytest.raises(ValueError, match=r"prefix 0.1 of a path of 16 checkpoints ends at checkpoint 2, .*\[3, 14\]"):
+        evaluate(store, forecaster, tmp_path / "evaluation", EvaluateConfig(prefixes=(0.1,)), progress=False)
+    other = make_store(tmp_path / "other.zarr", 6, 14)
+    with pytest.raises(ValueError, match="does not fit the store .* num_checkpoints = 16, the store has 14"):  # noqa: RUF043
         evaluate(other, forecaster, tmp_path / "evaluation", QUICK, progress=False)
     with pytest.raises(ValueError, match="the model is not from `tipl train`"):
         evaluate(store, Forecaster(forecaster.model), tmp_path / "evaluation", QUICK, progress=False)

@@ -54,6 +54,7 @@ for kind in HOSTILE:
 """
 
 
+@pytest.mark.slow
 def test_no_hostile_file_takes_more_than_a_gigabyte() -> None:
     """Not even of addresses: every kind, from another seed, in a process that cannot have more."""
     if sys.platform != "linux":

@@ -392,6 +392,7 @@ def test_update_equals_autograd_with_torch_clipping_and_optimizers(settings: str
         assert all(np.array_equal(again[name], ours[name]) for name in ours)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("isa", ISAS)
 def test_every_instruction_set_updates_as_autograd(isa: str) -> None:
     run_on(

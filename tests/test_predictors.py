@@ -21,6 +21,8 @@ from tipl.policy import ParameterLayout
 from tipl.subspace.basis import prefix_coordinates, trajectory_gram
 from tipl.subspace.prefix import Prefix
 
+pytestmark = pytest.mark.usefixtures("hasty_nowcaster")
+
 HORIZONS = np.array([1, 4, 10])
 NAMES = [
     "persistence", "linear", "quadratic", "rank1", "autoregression", "mean_path", "nearest_path", "ridge", "nowcaster",

@@ -1,5 +1,6 @@
 """The forecaster that comes with tipl: small, safe, and better than persistence on runs that it never saw."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,6 @@ import torch
 from factories import random_path
 
 import tipl
-from tipl.cli import main
 from tipl.policy import PolicySpec
 from tipl.report.results import read_results
 
@@ -60,8 +60,10 @@ def test_a_forecast_has_the_same_bits_alone_as_among_others_and_for_any_number_o
         torch.set_num_threads(num_threads)
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("hasty_nowcaster")
 def test_a_newcomer_forecasts_and_judges_a_run_of_their_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, run_tipl: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """An unseen run of other sizes and settings, of more checkpoints than the forecaster knows: thinned and judged."""
     store, forecast = tmp_path / "store.zarr", tmp_path / "forecast.safetensors"
@@ -69,8 +71,7 @@ def test_a_newcomer_forecasts_and_judges_a_run_of_their_own(
     made = tipl.collect(
         store, env_id="InvertedPendulum-v5", num_trials=6, total_timesteps=100 * 128, seed=5, ppo=ppo, progress=False
     )
-    monkeypatch.setattr("sys.argv", ["tipl", "rollout", "--store", str(store), "--output", str(forecast)])
-    main()
+    assert run_tipl("rollout", "--store", store, "--output", forecast) == 0
     assert (
         "checkpoints 42 to 100, every 2, of trial 0; the last beats the policy at 40 with p = 0."
         in capsys.readouterr().out

@@ -17,7 +17,7 @@ from synthetic_run import PREFIXES, Run, at_end
 from tipl.report.document import FIGURES
 from tipl.report.intervals import Estimate
 from tipl.report.page import MINUS, TIMES, fmt, fmt_interval, fmt_percent, fmt_seconds
-from tipl.report.plots import NBSP, THEME
+from tipl.report.plots import NBSP, THEME, Plot
 from tipl.report.results import predictor_info
 
 
@@ -37,12 +37,23 @@ def page(run: Run) -> Page:
     return Page((run.output / "report.html").read_text())
 
 
-@pytest.fixture
-def tiny(tmp_path: Path) -> Run:
-    """A run that is quickly drawn, to change and damage."""
-    run = Run(tmp_path, prefixes=(0.4,))
+def tiny_run(folder: Path) -> Run:
+    """A run of few figures, to change and damage."""
+    run = Run(folder, prefixes=(0.4,))
     run.leave_out("coordinates.safetensors")
     return run
+
+
+@pytest.fixture
+def tiny(tmp_path: Path, unrendered: None) -> Run:
+    return tiny_run(tmp_path)
+
+
+@pytest.fixture
+def rendered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """A tiny run whose page has its figures; the files beside it are empty."""
+    monkeypatch.setattr(Plot, "png", lambda *_: b"")
+    return tiny_run(tmp_path)
 
 
 # ---------------------------------------------------------------- the page and its figures
@@ -86,10 +97,11 @@ def test_figures_take_all_their_colours_from_the_theme(run: Run) -> None:
     assert len(set(light_colors)) == len(light_colors)
 
 
-def test_the_same_results_give_the_same_page(tiny: Run) -> None:
+@pytest.mark.slow
+def test_the_same_results_give_the_same_page(rendered: Run) -> None:
     rc_params = dict(matplotlib.rcParams)
-    first = tiny.report().read_bytes()
-    assert tiny.report(overwrite=True).read_bytes() == first
+    first = rendered.report().read_bytes()
+    assert rendered.report(overwrite=True).read_bytes() == first
     assert dict(matplotlib.rcParams) == rc_params
 
 
@@ -220,7 +232,7 @@ def test_best_predictor_is_marked_and_a_floor_never(run: Run, page: Page) -> Non
 # ---------------------------------------------------------------- what else may come
 
 
-def test_one_trial_no_coordinates_no_training_and_a_name_that_is_markup(tmp_path: Path) -> None:
+def test_one_trial_no_coordinates_no_training_and_a_name_that_is_markup(tmp_path: Path, unrendered: None) -> None:
     env_id = "<script>alert('$x_1$')</script>"
     run = Run(tmp_path, num_trials=2, num_heldout=1, prefixes=(0.4,), env_id=env_id)
     run.leave_out("coordinates.safetensors")
@@ -235,13 +247,14 @@ def test_one_trial_no_coordinates_no_training_and_a_name_that_is_markup(tmp_path
     assert "[" not in "".join(cell for row in page.tables[0] for cell in row)
 
 
-def test_missing_returns_and_unknown_predictors(tiny: Run) -> None:
-    for row in list(tiny.rows):
+@pytest.mark.slow
+def test_missing_returns_and_unknown_predictors(rendered: Run) -> None:
+    for row in list(rendered.rows):
         row["return_true"] = row["return_predicted"] = row["repw"] = None if row["trial"] % 2 else math.nan
         if row["predictor"] == "linear":
-            tiny.rows.append(row | {"predictor": "kalman <b> $x_1$", "wpe_relative": 50 * row["wpe_relative"]})
-    tiny.write()
-    page = Page(tiny.report().read_text())
+            rendered.rows.append(row | {"predictor": "kalman <b> $x_1$", "wpe_relative": 50 * row["wpe_relative"]})
+    rendered.write()
+    page = Page(rendered.report().read_text())
     assert "These results hold no returns." in page.text
     assert "Nothing can be said about the return" in page.text
     assert "kalman <b> $x_1$" in page.tables[0][0]
@@ -249,7 +262,7 @@ def test_missing_returns_and_unknown_predictors(tiny: Run) -> None:
     assert "off the scale" in page.text
 
 
-def test_returns_of_some_predictors_only(tmp_path: Path) -> None:
+def test_returns_of_some_predictors_only(tmp_path: Path, unrendered: None) -> None:
     run = Run(tmp_path, prefixes=(0.2, 0.6))
     for row in run.rows:
         if row["predictor"] == "tipl" or row["prefix"] == 0.6:

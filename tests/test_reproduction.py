@@ -22,6 +22,8 @@ from tipl.report import write_report
 from tipl.reproduction import REGIMES, TASKS, TaskSettings, experiments, reproduce
 from tipl.storing.store import Store
 
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("hasty_nowcaster")]
+
 MODULE, PIPELINE = (sys.modules[f"tipl.{name}"] for name in ("reproduction", "pipeline"))
 ENV = "InvertedPendulum-v4"
 TASK = TaskSettings(
@@ -51,11 +53,6 @@ def _draw_nothing(folder: Path, **content: object) -> Path:
     return page
 
 
-def _draw_two(folder: Path, **content: object) -> Path:
-    """Draw the reports that are looked at."""
-    return (_draw_nothing if "shared-init" in folder.parts else write_report)(folder, **content)
-
-
 def _draw_no_joint(page: Path, parts: object, **content: object) -> Path:
     page.write_text("drawn")
     return page
@@ -68,11 +65,23 @@ def quick_pages(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(
+    hasty_nowcaster: None,
+    render_nothing: Callable[[pytest.MonkeyPatch], None],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    def draw_two(folder: Path, **content: object) -> Path:
+        """Draw the reports whose words are looked at."""
+        if "shared-init" in folder.parts:
+            return _draw_nothing(folder)
+        with pytest.MonkeyPatch.context() as patch:
+            render_nothing(patch)
+            return write_report(folder, **content)
+
     output = tmp_path_factory.mktemp("reproduction") / "out"
     with pytest.MonkeyPatch.context() as monkeypatch:
         _make_tiny(monkeypatch)
-        monkeypatch.setattr(PIPELINE, "write_report", _draw_two)
+        monkeypatch.setattr(PIPELINE, "write_report", draw_two)
         reproduce(output, progress=False)
     return output
 
@@ -303,12 +312,11 @@ def test_in_sample_all_trials_teach_and_judge() -> None:
     assert len(split.validation) == len(split_trials(20, TrainConfig()).validation)
 
 
-def test_max_trials_bounds_what_is_judged(tmp_path: Path) -> None:
-    store = make_store(tmp_path / "store.zarr", 6, 16)
+def test_max_trials_bounds_what_is_judged(tiny_store: Store, tmp_path: Path) -> None:
     config = TrainConfig(**{**vars(TINY_TRAIN), "in_sample": True, "basis": "shared"})
-    forecaster = Forecaster.load(train(store, tmp_path / "model", config, progress=False))
+    forecaster = Forecaster.load(train(tiny_store, tmp_path / "model", config, progress=False))
     judge = EvaluateConfig(prefixes=(0.4,), horizons=(0.2,), num_episodes=1, max_trials=2)
-    target = evaluate(store, forecaster, tmp_path / "evaluation", judge, progress=False)
+    target = evaluate(tiny_store, forecaster, tmp_path / "evaluation", judge, progress=False)
     results = json.loads(target.read_text())
     assert results["settings"]["heldout_trials"] == [0, 1]
     assert results["settings"]["train_trials"] == list(range(6))
@@ -317,11 +325,9 @@ def test_max_trials_bounds_what_is_judged(tmp_path: Path) -> None:
         EvaluateConfig(max_trials=0)
 
 
-def test_a_model_of_an_in_sample_fit_judges_other_stores_on_held_out_trials(tmp_path: Path) -> None:
-    forecaster = Forecaster.load(
-        train(make_store(tmp_path / "a.zarr", 6, 16), tmp_path / "model",
-              TrainConfig(**{**vars(TINY_TRAIN), "in_sample": True}), progress=False)
-    )  # fmt: skip
+def test_a_model_of_an_in_sample_fit_judges_other_stores_on_held_out_trials(tiny_store: Store, tmp_path: Path) -> None:
+    config = TrainConfig(**{**vars(TINY_TRAIN), "in_sample": True})
+    forecaster = Forecaster.load(train(tiny_store, tmp_path / "model", config, progress=False))
     other = make_store(tmp_path / "b.zarr", 6, 16, "Hopper-v4")
     split = source_to_judge(other, forecaster).split
     assert len(split.heldout) == 1

@@ -69,6 +69,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 def cut_off(output: Path, after: int = 5, **arguments) -> Path:
     """Collect until Ctrl-C comes in the iteration that follows `after` others."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules["tipl.collecting.collection"], "SAVE_SECONDS", 0.0)
         iterate, count = Population.iterate, itertools.count()
 
         def interrupted(population: Population):
@@ -84,6 +85,18 @@ def cut_off(output: Path, after: int = 5, **arguments) -> Path:
     return output
 
 
+@pytest.fixture(scope="module")
+def _unfinished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return cut_off(tmp_path_factory.mktemp("unfinished") / "store")
+
+
+@pytest.fixture
+def unfinished(_unfinished: Path, tmp_path: Path) -> Path:
+    """A collection that was cut off with six of nine checkpoints, to go on with and to damage."""
+    return Path(shutil.copytree(_unfinished, tmp_path / "store"))
+
+
+@pytest.mark.slow
 def test_killed_at_random_moments():
     script = Path(__file__).parent / "stress" / "kill_collection.py"
     command = [sys.executable, script, "--kills", "6", "--num-iterations", "60", "--seed", "2"]
@@ -92,6 +105,7 @@ def test_killed_at_random_moments():
     assert re.search(r"6 kills .*; 45 files, [\d,]+ bytes: identical\n$", ended.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("env_id", ["InvertedPendulum-v5", "HalfCheetah-v5", "Humanoid-v5"])
 def test_ctrl_c_then_other_threads(tmp_path, env_id, iterations):
     expected = files(run(tmp_path / "whole", env_id=env_id, num_threads=2).path)
@@ -140,8 +154,8 @@ def test_every_row_and_the_running_episodes_go_on(tmp_path):
         np.testing.assert_array_equal(store.trial(i).weights(), expected.trial(i).weights())
 
 
-def test_without_a_state_all_is_computed_again(tmp_path, whole, iterations, capfd):
-    path = cut_off(tmp_path / "store")
+def test_without_a_state_all_is_computed_again(unfinished, whole, iterations, capfd):
+    path = unfinished
     shutil.rmtree(path / "resume")  # as an older version leaves it
     iterations.clear()
     run(path, progress=True)
@@ -161,8 +175,8 @@ def test_environments_that_cannot_be_saved_are_computed_again(tmp_path, iteratio
     assert files(path) == expected
 
 
-def test_what_comes_out_otherwise_is_refused(tmp_path):
-    path = cut_off(tmp_path / "store")
+def test_what_comes_out_otherwise_is_refused(unfinished):
+    path = unfinished
     store = Store.open(path)
     trials = [store.trial(i) for i in range(3)]
     weights = np.stack([trial.weights() for trial in trials])
@@ -181,8 +195,8 @@ def test_what_comes_out_otherwise_is_refused(tmp_path):
 
 @pytest.mark.parametrize("num_damaged", [1, 2])
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty"])
-def test_a_damaged_state_is_not_used(tmp_path, whole, iterations, num_damaged, damage):
-    path = cut_off(tmp_path / "store")
+def test_a_damaged_state_is_not_used(unfinished, whole, iterations, num_damaged, damage):
+    path = unfinished
     states = sorted(path.glob("resume/*/state_*"), reverse=True)
     assert [state.name for state in states] == ["state_00000006.safetensors", "state_00000005.safetensors"]
     for state in states[:num_damaged]:
@@ -200,8 +214,8 @@ def test_a_damaged_state_is_not_used(tmp_path, whole, iterations, num_damaged, d
     assert files(path) == whole
 
 
-def test_any_flipped_bit_of_a_state_is_found(tmp_path):
-    store = Store.open(cut_off(tmp_path / "store"))
+def test_any_flipped_bit_of_a_state_is_found(unfinished):
+    store = Store.open(unfinished)
     state = max(store.path.glob("resume/*/state_*"))
     data = state.read_bytes()
     for position in [*range(0, 1500, 7), *range(1500, len(data), 997)]:
@@ -217,8 +231,8 @@ def test_any_flipped_bit_of_a_state_is_found(tmp_path):
     assert read_state(state, store, None).env_steps == 5 * 32
 
 
-def test_a_state_of_another_version_is_not_used(tmp_path, monkeypatch):
-    path = cut_off(tmp_path / "store")
+def test_a_state_of_another_version_is_not_used(unfinished, monkeypatch):
+    path = unfinished
     monkeypatch.setattr(tipl.collecting.resume, "VERSION", 3)
     with pytest.raises(RuntimeError, match="is no state that this tipl reads"):
         read_state(max(path.glob("resume/*/state_*")), Store.open(path), range(3))
@@ -235,8 +249,8 @@ def test_a_state_ahead_of_the_store_is_not_used(tmp_path, whole, iterations):
     assert files(path) == whole
 
 
-def test_a_state_of_another_collection_is_not_used(tmp_path, whole):
-    path, other = cut_off(tmp_path / "store"), cut_off(tmp_path / "other_store", seed=1)
+def test_a_state_of_another_collection_is_not_used(unfinished, tmp_path, whole):
+    path, other = unfinished, cut_off(tmp_path / "other_store", seed=1)
     shutil.rmtree(path / "resume")
     shutil.copytree(other / "resume", path / "resume")
     found = verify_store(path).problems
@@ -255,8 +269,8 @@ def test_a_state_of_another_collection_is_not_used(tmp_path, whole):
     assert files(path) == whole
 
 
-def test_a_state_of_another_shard_is_not_used(tmp_path, whole, iterations):
-    path, other = cut_off(tmp_path / "store"), tmp_path / "other"
+def test_a_state_of_another_shard_is_not_used(unfinished, tmp_path, whole, iterations):
+    path, other = unfinished, tmp_path / "other"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tipl.collecting.resume.Unfinished, "remove", lambda states: (_ for _ in ()).throw(SystemExit()))
         with pytest.raises(SystemExit):
@@ -275,8 +289,8 @@ def test_a_state_of_another_shard_is_not_used(tmp_path, whole, iterations):
     assert files(path) == whole
 
 
-def test_a_state_under_the_name_of_another_is_not_used(tmp_path, whole, iterations):
-    path = cut_off(tmp_path / "store")
+def test_a_state_under_the_name_of_another_is_not_used(unfinished, whole, iterations):
+    path = unfinished
     older, newer = sorted(path.glob("resume/*/state_*"))
     newer.write_bytes(older.read_bytes())
     message = r"state_00000006.safetensors is a state of other num_checkpoints: expected 6, got 5"
@@ -309,8 +323,8 @@ def test_equal_collections_have_equal_states(tmp_path):
     assert states[0] == states[1]
 
 
-def test_other_versions_give_a_warning(tmp_path, whole):
-    path = cut_off(tmp_path / "store")
+def test_other_versions_give_a_warning(unfinished, whole):
+    path = unfinished
     record = json.loads((path / "resume/zarr.json").read_text())["attributes"]["versions"]
     assert set(record) == {"tipl", "torch", "numpy", "mujoco", "gymnasium", "cpu"}
     tipl.storing.zarr_files.write_group(path / "resume", {"versions": record | {"mujoco": "4.0.0rc1"}})
@@ -319,8 +333,8 @@ def test_other_versions_give_a_warning(tmp_path, whole):
     assert files(path) == whole
 
 
-def test_a_damaged_record_of_the_versions_is_no_obstacle(tmp_path, whole):
-    path = cut_off(tmp_path / "store")
+def test_a_damaged_record_of_the_versions_is_no_obstacle(unfinished, whole):
+    path = unfinished
     (path / "resume/zarr.json").write_text("{")
     with pytest.warns(UserWarning, match=r"resume/zarr.json is damaged: .*; whether versions have changed is not"):
         run(path)
@@ -341,16 +355,16 @@ def test_a_damaged_record_of_the_versions_is_no_obstacle(tmp_path, whole):
         ({"ppo": dataclasses.replace(TINY_PPO, hidden_sizes=(16,))}, "ppo.hidden_sizes = [16, 16], got [16]"),
     ],
 )
-def test_other_arguments_are_refused(tmp_path_factory, tmp_path, arguments, message):
-    path = cut_off(tmp_path / "store")
+def test_other_arguments_are_refused(unfinished, arguments, message):
+    path = unfinished
     before = files(path)
     with pytest.raises(ValueError, match=re.escape(f"store holds an unfinished collection with {message}; give its")):
         run(path, **arguments)
     assert files(path) == before
 
 
-def test_settings_of_ppo_that_an_older_store_lacks_have_their_defaults(tmp_path, whole, iterations):
-    path = cut_off(tmp_path / "store")
+def test_settings_of_ppo_that_an_older_store_lacks_have_their_defaults(unfinished, whole, iterations):
+    path = unfinished
     group = tipl.storing.zarr_files.read_group(path, "store")
     for name in ("optimizer", "log_std_init", "learn_log_std"):
         del group["config"]["ppo"][name]
@@ -434,8 +448,8 @@ def test_run_goes_on_with_its_collection(tmp_path, whole, monkeypatch):
     assert files(tmp_path / "run" / "store.zarr") == whole
 
 
-def test_two_at_once_are_refused(tmp_path):
-    path = cut_off(tmp_path / "store")
+def test_two_at_once_are_refused(unfinished):
+    path = unfinished
     with (
         Store.open(path, writable=True),
         pytest.raises(RuntimeError, match=r"store .*store: another writer has it open"),

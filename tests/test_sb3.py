@@ -1,8 +1,7 @@
 """Runs of Stable-Baselines3: recorded, imported, forecast, exported, loaded again and judged."""
 
-import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,9 @@ import gymnasium.wrappers as wrappers
 import numpy as np
 import pytest
 import torch
+from factories import TINY_EVALUATE, TINY_TRAIN, flags
 
 import tipl
-from tipl.cli import main
 from tipl.collecting.episodes import episodic_returns
 from tipl.policy import ParameterLayout, PolicySpec
 from tipl.storing.store import Store
@@ -26,6 +25,8 @@ from stable_baselines3.common.policies import ActorCriticPolicy  # noqa: E402
 from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecMonitor, VecNormalize  # noqa: E402
 
 from tipl.sb3 import RecorderCallback  # noqa: E402
+
+pytestmark = pytest.mark.slow
 
 ENV_ID = "InvertedPendulum-v5"
 NUM_STEPS, NUM_UPDATES, NUM_RUNS = 128, 12, 4
@@ -42,15 +43,8 @@ def one_thread() -> Iterator[None]:
 
 
 def ppo(seed: int = 0, **arguments: Any) -> Any:
-    arguments = {"n_steps": NUM_STEPS, "batch_size": 64, "n_epochs": 3, "seed": seed, "device": "cpu"} | arguments
+    arguments = {"n_steps": NUM_STEPS, "batch_size": 64, "n_epochs": 1, "seed": seed, "device": "cpu"} | arguments
     return sb3.PPO("MlpPolicy", ENV_ID, **arguments)
-
-
-def run(*arguments: object) -> None:
-    """Run the command line in this process; it must succeed."""
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(sys, "argv", ["tipl", *map(str, arguments)])
-        main()
 
 
 class Spy(BaseCallback):
@@ -124,12 +118,15 @@ def test_sb3s_own_checkpoints_hold_what_was_recorded(runs: Path, tmp_path: Path)
         np.testing.assert_array_equal(imported.weights(), recorded.weights(0, NUM_UPDATES))
 
 
-def test_round_trip(runs: Path, tmp_path: Path) -> None:
+def test_round_trip(runs: Path, hasty_nowcaster: None, run_tipl: Callable[..., int], tmp_path: Path) -> None:
     """SB3 -> import -> train -> rollout -> export -> PPO.load -> evaluate."""
+
+    def run(*arguments: object) -> None:
+        assert run_tipl(*arguments) == 0
+
     store, model, forecast, output = (tmp_path / name for name in ("store", "model", "f.safetensors", "forecast.zip"))
     run("import", *(runs / f"seed{i}" for i in range(NUM_RUNS)), "--output", store, "--env-id", ENV_ID)
-    run("train", "--store", store, "--output", model, "--n-components", 4, "--n-layer", 1, "--n-head", 2,
-        "--d-model", 16, "--steps", 20)  # fmt: skip
+    run("train", "--store", store, "--output", model, *flags(TINY_TRAIN))
     run("rollout", "--model", model, "--store", store, "--trial", 1, "--prefix", 0.5, "--output", forecast)
     template = runs / "seed1" / f"rl_model_{NUM_STEPS * 6}_steps.zip"
     run("export", forecast, "--like", template, "--output", output)
@@ -147,8 +144,7 @@ def test_round_trip(runs: Path, tmp_path: Path) -> None:
     loaded.set_env(DummyVecEnv([lambda: gymnasium.make(ENV_ID)]))
     loaded.learn(NUM_STEPS)
     # And the whole evaluation runs on imported stores.
-    run("evaluate", "--store", store, "--model", model, "--output", tmp_path / "evaluation", "--prefixes", 0.5,
-        "--horizons", 0.2, "--num-episodes", 1)  # fmt: skip
+    run("evaluate", "--store", store, "--model", model, "--output", tmp_path / "evaluation", *flags(TINY_EVALUATE))
 
 
 def sb3_return(model: Any, seed: int) -> float:

@@ -293,6 +293,7 @@ assert not list(path.rglob("*.partial"))
 """
 
 
+@pytest.mark.slow
 def test_killed_writers_lose_nothing_that_append_returned_for(tmp_path):
     folders = [str(Path(__file__).parent), str(Path(tipl.storing.store.__file__).parent.parent)]
     subprocess.run([sys.executable, "-c", KILLED_WRITER, str(tmp_path / "store"), *folders], check=True, timeout=120)
@@ -754,6 +755,7 @@ test_store.create("store")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_writes", [0, 3, 8])
 def test_a_killed_create_blocks_nothing(tmp_path, num_writes):
     folders = [str(Path(__file__).parent), str(Path(tipl.storing.store.__file__).parent.parent)]

@@ -889,6 +889,7 @@ def test_threads_that_share_an_estimator_wait_for_one_another():
     assert len(estimator.coordinates_) == 1201
 
 
+@pytest.mark.slow
 def test_a_signal_stops_between_blocks_and_the_rest_can_follow():
     numbers = np.random.default_rng(0).standard_normal(2_000_000, dtype=np.float32)
     rows = np.lib.stride_tricks.sliding_window_view(numbers, 500)  # 4 GB, had each row memory of its own

@@ -14,6 +14,8 @@ from stress.disturbed import unclear
 from stress.faults import build_library
 from stress.rows import Table, Trial, as_text, failures
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).parent
 
 

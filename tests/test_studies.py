@@ -34,6 +34,8 @@ from average_checkpoints import running_mean
 from compare_forecasters import NUM_SAMPLES, Heads, Spread, with_returns
 from update_directions import share
 
+pytestmark = pytest.mark.slow
+
 END = 8
 
 

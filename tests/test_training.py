@@ -20,6 +20,7 @@ from tipl.forecasting.sources import Source, split_trials, thin
 from tipl.forecasting.train_config import TrainConfig
 from tipl.forecasting.training import Trainer, loss_of, train
 from tipl.forecasting.training_data import Batch, Case, Examples, TrainingData, Validation, Written, load_training_data
+from tipl.storing.store import Store
 from tipl.subspace.basis import Basis, Centre, prefix_coordinates, trajectory_gram
 
 TINY = dataclasses.replace(TINY_TRAIN, n_components=6, steps=40, max_prefixes=6, refine_steps=20, confidence_trials=1)
@@ -86,6 +87,7 @@ def test_no_constant_path_errs_less_than_the_centre(tmp_path: Path) -> None:
     assert error(plain_mean) > least
 
 
+@pytest.mark.slow
 def test_validation_errs_as_evaluate_does(tmp_path: Path) -> None:
     store = make_store(tmp_path / "store.zarr", 6, 16)
     for basis in ("prefix", "shared"):
@@ -159,6 +161,7 @@ def lines_about_a_mean_path(num_trials: int) -> list[list[Written]]:
     return [[(path, np.ones(12), np.zeros(12))] * 3 for path in paths]
 
 
+@pytest.mark.slow
 def test_training_learns_what_the_prefix_tells() -> None:
     trials = lines_about_a_mean_path(24)
     examples = Examples.of(trials[:16], [4, 6, 8], torch.ones(3, 2))
@@ -213,12 +216,11 @@ def test_what_only_guesses_is_not_trusted() -> None:
     assert validation.cases[0].error(trust * forecast) < validation.cases[0].error(forecast)
 
 
-def test_forecasts_depart_from_the_mean_path_as_far_as_they_are_trusted(tmp_path: Path) -> None:
-    store = make_store(tmp_path / "store.zarr", 6, 16)
-    forecaster = Forecaster.load(train(store, tmp_path / "model", TINY, progress=False))
+def test_forecasts_depart_from_the_mean_path_as_far_as_they_are_trusted(tiny_model: Path) -> None:
+    forecaster = Forecaster.load(tiny_model)
     with torch.no_grad():
         forecaster.model.head.weight.normal_()
-    coordinates = np.random.default_rng(0).standard_normal((2, 9, 6)).astype(np.float32)
+    coordinates = np.random.default_rng(0).standard_normal((2, 9, TINY_TRAIN.n_components)).astype(np.float32)
 
     def forecast(*shares: float) -> np.ndarray:
         trust = np.interp(forecaster.centre.ends, [6, 10], shares)
@@ -233,21 +235,21 @@ def test_forecasts_depart_from_the_mean_path_as_far_as_they_are_trusted(tmp_path
     assert abs(half - of_mean_path).max() > 0.01
 
 
-def test_a_model_folder_reads_back(tmp_path: Path) -> None:
-    store = make_store(tmp_path / "store.zarr", 10, 16)
-    folder = train(store, tmp_path / "model", TINY, progress=False)
+def test_a_model_folder_reads_back(whole: Path) -> None:
+    store, folder = Store.open(whole.with_name("store.zarr")), whole
     curves = json.loads((folder / "training.json").read_text())
     assert curves["best_error"] == min(curves["validation_error"])
     assert len(curves["steps"]) == len(curves["train_loss"]) == len(curves["validation_error"])
     assert list((folder / "tb").glob("events.*"))
 
     forecaster = Forecaster.load(folder)
-    assert forecaster.config["stores"][0]["split"] == vars(split_trials(10, TINY))
+    assert forecaster.config["stores"][0]["split"] == vars(split_trials(8, TINY))
     assert rollout(store.trial(0).weights(0, 8), 8, forecaster).shape == (1, 8, store.policy.num_params)
     with pytest.raises(FileExistsError, match=r"output .* exists already"):
         train(store, folder, TINY, progress=False)
 
 
+@pytest.mark.slow
 def test_the_training_curve_is_the_mean_error_between_validations(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -265,6 +267,7 @@ def test_the_training_curve_is_the_mean_error_between_validations(
     np.testing.assert_allclose(curve["train_loss"], np.reshape(errors, (20, 2)).mean(1))
 
 
+@pytest.mark.slow
 def test_same_seed_same_model(tmp_path: Path) -> None:
     store = make_store(tmp_path / "store.zarr", 6, 14)
     weights = []
@@ -280,15 +283,22 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.name not in times}
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a model of TINY that nothing disturbed; its store is beside it."""
+    folder = tmp_path_factory.mktemp("whole")
+    return train(make_store(folder / "store.zarr", 8, 16), folder / "model", TINY, progress=False)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "cut_off", [("Trainer", 1), ("Trainer", 33), ("_RefinerTraining", 1), ("_RefinerTraining", 17)]
 )
 def test_a_training_that_is_cut_off_goes_on_and_ends_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut_off: tuple[str, int]
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut_off: tuple[str, int]
 ) -> None:
     monkeypatch.setattr(tipl.forecasting.training_state, "SAVE_SECONDS", 0.0)
-    store = make_store(tmp_path / "store.zarr", 8, 16)
-    whole = train(store, tmp_path / "whole", TINY, progress=False)
+    store = Store.open(whole.with_name("store.zarr"))
     part, last = cut_off
     kind = {"Trainer": Trainer, "_RefinerTraining": _RefinerTraining}[part]
     step, steps_taken = kind.step, []
@@ -309,15 +319,15 @@ def test_a_training_that_is_cut_off_goes_on_and_ends_the_same(
     assert files_of(tmp_path / "model") == files_of(whole)
     curves = [json.loads((it / "training.json").read_text()) | {"seconds": 0} for it in (whole, tmp_path / "model")]
     assert curves[0] == curves[1]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "store.zarr", "whole"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 
 
+@pytest.mark.slow
 def test_a_saved_state_of_other_settings_or_a_damaged_one_is_not_used(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tipl.forecasting.training_state, "SAVE_SECONDS", 0.0)
-    store, other = make_store(tmp_path / "store.zarr", 8, 16), dataclasses.replace(TINY, seed=1)
-    whole = train(store, tmp_path / "whole", TINY, progress=False)
+    store, other = Store.open(whole.with_name("store.zarr")), dataclasses.replace(TINY, seed=1)
     with monkeypatch.context() as patch:
         patch.setattr(sys.modules["tipl.forecasting.training"], "train_refiner", lambda *args, **kwargs: 1 / 0)
         with pytest.raises(ZeroDivisionError):
@@ -334,13 +344,15 @@ def test_a_saved_state_of_other_settings_or_a_damaged_one_is_not_used(
     assert files_of(tmp_path / "again") == files_of(whole)
 
 
-def test_a_full_disk_stops_tensorboard_and_not_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_stops_tensorboard_and_not_the_training(
+    tiny_store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(path: Path, events: list[Any]) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(tipl.collecting.curves, "_append", full)
     with pytest.warns(UserWarning, match=r"no more curves are written to .*tb: No space left on device"):
-        folder = train(make_store(tmp_path / "store.zarr", 8, 16), tmp_path / "model", TINY, progress=False)
+        folder = train(tiny_store, tmp_path / "model", TINY_TRAIN, progress=False)
     assert Forecaster.load(folder).refiner is not None
 
 
@@ -370,6 +382,7 @@ def test_rejections(tmp_path: Path) -> None:
             TrainConfig(**{name: value})
 
 
+@pytest.mark.slow
 def test_several_stores_teach_one_forecaster(tmp_path: Path) -> None:
     """Stores of other lengths are thinned to one; what each was split into is known afterwards."""
     short, long = make_store(tmp_path / "short.zarr", 5, 16), make_store(tmp_path / "long.zarr", 6, 31, "Hopper-v5")
