@@ -117,6 +117,7 @@ def decode_table(record: dict[str, Any]) -> list[str]:
         *(decoded.line(group) for group in groups),
         "",
         *([f"Speed beside our own: {'; '.join(others)}.", ""] if others else []),
+        machine_line(record),
     ]
 
 
@@ -129,7 +130,7 @@ def plain_table(record: dict[str, Any], suite: str, what: str) -> list[str]:
         ours, theirs = (f"{number(row[name])} {row['unit']}" for name in ("ours", "peer_value"))
         lines.append(f"| {row['case']} | {ours} | {row['peer']} | {theirs} | {ratio} | {roof} |")
     header = f"| {what} | tipl | peer | | x | % of the roof that binds |"
-    return ["Medians of one run; (≥ target).", "", header, "|---|---|---|---|---|---|", *lines, ""]
+    return ["Medians of one run; (≥ target).", "", header, "|---|---|---|---|---|---|", *lines, "", machine_line(record)]
 
 
 def summary_table(record: dict[str, Any]) -> list[str]:
@@ -141,7 +142,9 @@ def summary_table(record: dict[str, Any]) -> list[str]:
         unit = "µs" if row["suite"] == "decode" else row["unit"]
         ours = f"{number(row['ours'])} {unit}" if what else ""
         lines.append(f"| {what} | {ours} | {peer} | {number(row['peer_value'])} {unit} | {number(row['ratio'])} |")
-    return ["Medians of one run.", "", "| | tipl | peer | | x |", "|---|---|---|---|---|", *lines, ""]
+    machine = record["machine"]
+    where = f"Medians of one run on {machine['cores']} cores of an {machine['cpu']} ({machine['isa']})."
+    return ["| | tipl | peer | | x |", "|---|---|---|---|---|", *lines, "", where]
 
 
 def machine_line(record: dict[str, Any]) -> str:
@@ -186,7 +189,7 @@ def main() -> None:
     if SUMMARY.keys() <= {(row["case"], row["peer"]) for row in record["rows"]}:
         tables["summary"] = root / "README.md", summary_table
     for name, (page, table) in tables.items():
-        text = "\n".join([*table(record), machine_line(record)])
+        text = "\n".join(table(record))
         if write:
             put(text, page, name)
         else:
