@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 from tyro.conf import OmitArgPrefixes, arg
 from tyro.constructors import PrimitiveConstructorSpec
 
-from tipl.collecting.collection import collect, flat_config, is_complete
+from tipl.collecting.collection import collect
 from tipl.collecting.description import describe_store
-from tipl.collecting.population import PPOConfig
+from tipl.collecting.ppo_config import PPOConfig
+from tipl.collecting.settings import flat_config, is_complete
 from tipl.files.locations import location
 from tipl.files.manifest import read_listed, write_manifest
 from tipl.files.publishing import claimed, made_aside, published, remove_left_behind
