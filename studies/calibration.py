@@ -25,8 +25,8 @@ from tipl.files.locations import write_atomically
 from tipl.forecasting.calibration import run_forecasts
 from tipl.forecasting.forecaster import Forecaster, source_to_judge
 from tipl.report.confidence import RELIABILITY_MARKS, Reliability, draw_reliability, reliability_of
+from tipl.report.drawing import Panel, Plot
 from tipl.report.intervals import Bootstrap, Estimate
-from tipl.report.plots import Panel, Plot
 from tipl.report.results import FloatArray
 from tipl.storing.store import Store
 

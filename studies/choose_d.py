@@ -28,8 +28,9 @@ from tipl.forecasting.forecaster import Forecaster
 from tipl.forecasting.sources import Source, prefix_end_of
 from tipl.forecasting.train_config import TrainConfig
 from tipl.forecasting.training import train
+from tipl.report.drawing import Panel, Plot, percent
 from tipl.report.intervals import Bootstrap, Estimate
-from tipl.report.plots import Panel, Plot, percent, predictor_marks
+from tipl.report.plots import predictor_marks
 from tipl.storing.store import Store
 from tipl.subspace.basis import Basis
 

@@ -63,8 +63,8 @@ from tipl.forecasting.train_config import TrainConfig
 from tipl.forecasting.training_data import Validation, Written
 from tipl.judging.regression import Ridge
 from tipl.judging.training_path import TrainingPath
+from tipl.report.drawing import THEME, Mark, Panel, Plot, percent
 from tipl.report.intervals import Bootstrap
-from tipl.report.plots import THEME, Mark, Panel, Plot, percent
 from tipl.storing.store import Store
 from tipl.subspace.prefix import Prefix
 from tipl.subspace.streaming_svd import StreamingSVD

@@ -27,7 +27,8 @@ import tyro
 from numpy.typing import NDArray
 
 from tipl.collecting.envs import make_vec
-from tipl.collecting.population import Population, PPOConfig
+from tipl.collecting.population import Population
+from tipl.collecting.ppo_config import PPOConfig
 from tipl.files.locations import write_atomically
 from tipl.progress import progress_bar
 from tipl.report.intervals import Bootstrap

@@ -22,9 +22,10 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from tipl.files.locations import write_atomically
+from tipl.report.drawing import THEME, Panel, Plot
 from tipl.report.intervals import Bootstrap, Estimate
-from tipl.report.plots import THEME, Panel, Plot
-from tipl.report.results import BASIS_FLOORS, FloatArray, Results, predictor_info, read_results
+from tipl.report.predictor_info import BASIS_FLOORS, predictor_info
+from tipl.report.results import FloatArray, Results, read_results
 
 PREDICTORS = ("tipl", "tipl_gated", "tipl_tuned", "linear", "ridge", "another_run", *BASIS_FLOORS)
 

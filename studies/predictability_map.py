@@ -21,8 +21,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from tipl.files.locations import write_atomically
+from tipl.report.drawing import THEME
 from tipl.report.intervals import Bootstrap, Estimate, captured_gain
-from tipl.report.plots import THEME
 from tipl.report.results import Results, read_results
 
 HORIZON = 0.2

@@ -20,7 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tipl.collecting.envs import make_vec
-from tipl.collecting.population import Population, PPOConfig, environment_seeds
+from tipl.collecting.population import Population, environment_seeds
+from tipl.collecting.ppo_config import PPOConfig
 from tipl.files.locations import write_atomically
 from tipl.forecasting.sources import prefix_end_of
 from tipl.policy import PolicySpec

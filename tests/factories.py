@@ -9,11 +9,11 @@ import torch
 from numpy.typing import NDArray
 from reference import random_forecaster
 
-from tipl.collecting.population import PPOConfig
+from tipl.collecting.ppo_config import PPOConfig
 from tipl.forecasting.forecaster import Forecaster
 from tipl.forecasting.train_config import TrainConfig
 from tipl.forecasting.transformer import ModelConfig, TrajectoryTransformer
-from tipl.judging.evaluation import EvaluateConfig
+from tipl.judging.evaluate_config import EvaluateConfig
 from tipl.judging.training_path import TrainingPath
 from tipl.policy import ParameterLayout, PolicySpec
 from tipl.storing.store import Store

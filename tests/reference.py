@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tipl.collecting.population import PPOConfig
+from tipl.collecting.ppo_config import PPOConfig
 from tipl.forecasting.transformer import ModelConfig
 from tipl.subspace.prefix import Prefix
 

@@ -19,9 +19,10 @@ from factories import ENV_ID, TINY_EVALUATE, TINY_PPO, TINY_TRAIN
 from ray.cluster_utils import Cluster as LocalCluster
 
 from tipl.cluster import Cluster, connected
-from tipl.collecting.collection import collect, is_complete
+from tipl.collecting.collection import collect
 from tipl.collecting.episodes import run_episodes
 from tipl.collecting.resume import Unfinished
+from tipl.collecting.settings import is_complete
 from tipl.forecasting.forecaster import Forecaster
 from tipl.forecasting.train_config import TrainConfig
 from tipl.forecasting.training import train

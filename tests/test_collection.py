@@ -121,7 +121,7 @@ def test_a_terminal_shows_a_bar(tmp_path, capfd, monkeypatch):
 INTERRUPTED = """
 import sys
 from tipl.collecting.collection import collect
-from tipl.collecting.population import PPOConfig
+from tipl.collecting.ppo_config import PPOConfig
 
 ppo = PPOConfig(num_steps=32, num_minibatches=2, update_epochs=1, hidden_sizes=(16, 16))
 collect(sys.argv[1], env_id=sys.argv[2], num_trials=3, total_timesteps=10**8, ppo=ppo, progress=False)

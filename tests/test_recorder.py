@@ -10,7 +10,7 @@ from torch import nn
 
 import tipl
 import tipl.storing.exporter
-from tipl.collecting.collection import is_complete, num_checkpoints_asked
+from tipl.collecting.settings import is_complete, num_checkpoints_asked
 from tipl.files.sealed import save_arrays
 from tipl.policy import ParameterLayout, PolicySpec
 from tipl.storing.store import Store

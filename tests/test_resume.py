@@ -21,10 +21,11 @@ import tipl.collecting.resume
 import tipl.files.locations
 import tipl.storing.zarr_files
 from tipl.cli import Run
-from tipl.collecting.collection import collect, is_complete, trial_seeds
+from tipl.collecting.collection import collect, trial_seeds
 from tipl.collecting.envs import make_vec
 from tipl.collecting.population import Population
 from tipl.collecting.resume import read_state
+from tipl.collecting.settings import is_complete
 from tipl.files.sealed import UncheckedWarning
 from tipl.judging.evaluate_config import EvaluateConfig
 from tipl.storing.store import Store

@@ -15,10 +15,11 @@ import pytest
 from factories import TINY_PPO
 
 import tipl.cli
-from tipl.collecting.collection import collect, is_complete
+from tipl.collecting.collection import collect
 from tipl.collecting.description import describe_store
 from tipl.collecting.population import Population
 from tipl.collecting.resume import Unfinished
+from tipl.collecting.settings import is_complete
 from tipl.files.locations import location
 from tipl.forecasting.train_config import TrainConfig
 from tipl.forecasting.training import train

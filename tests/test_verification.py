@@ -329,7 +329,7 @@ def test_info_of_a_complete_store(store, run_tipl, capsys):
         "policy      p = 370 float32 weights, layers 4 -> 16 -> 16 -> 1, tanh",
         "layout              0 log_std (1,)",
         "                    1 policy_net.0.weight (16, 4)",
-        "env steps   192 a trial, 576 in all",
+        "env steps   192 per trial, 576 in all",
         f"            last known:  {spread}",
         "            ppo.num_steps = 32",
         "            seed = 0",

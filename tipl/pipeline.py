@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from tipl.collecting import collection
-from tipl.collecting.collection import flat_config, is_complete
-from tipl.collecting.population import PPOConfig
+from tipl.collecting.ppo_config import PPOConfig
+from tipl.collecting.settings import NOTHING, changed_settings, is_complete
 from tipl.files.manifest import write_manifest
 from tipl.files.publishing import claimed, made_aside, remove_left_behind
 from tipl.files.sealed import load_json, save_json
@@ -188,7 +188,7 @@ def _trained(
                 ray=ray if train.basis == "shared" else None,
             )  # fmt: skip
     forecaster = Forecaster.load(folder.model)
-    if changed := changed_settings(forecaster.config["train"], dataclasses.asdict(train)):
+    if changed := _changed(forecaster.config["train"], dataclasses.asdict(train)):
         raise ValueError(
             f"{command}: {folder.model} was trained with other settings: {changed}; choose another output, or remove it"
         )
@@ -199,14 +199,13 @@ def _trained(
     return forecaster
 
 
-def changed_settings(began: dict[str, Any], asked: dict[str, Any]) -> str:
-    """Return which settings, nested as JSON has them, are others than those that something was begun with; "" for none.
+def _changed(began: dict[str, Any], asked: dict[str, Any]) -> str:
+    """Return which settings differ from those that something was begun with, in words; "" where none does.
 
     A setting that an older version of tipl did not have is not compared.
     """
-    before, now = flat_config(began), flat_config(asked)
-    changed = [name for name in now if name in before and before[name] != now[name]]
-    return ", ".join(f"{name} = {before[name]}, got {now[name]}" for name in changed)
+    changed = [it for it in changed_settings(began, asked) if NOTHING not in it[1:]]
+    return ", ".join(f"{name} = {before}, got {now}" for name, before, now in changed)
 
 
 def _begin(folder: RunFolder, settings: dict[str, Any], *, resume: bool) -> None:
@@ -221,7 +220,7 @@ def _begin(folder: RunFolder, settings: dict[str, Any], *, resume: bool) -> None
         raise FileExistsError(f"run: output {folder.path} exists already; choose another folder or pass --resume")
     remove_left_behind(folder.path)
     began = load_json(record, "run") if record.exists() else {}
-    if changed := changed_settings(began, settings):
+    if changed := _changed(began, settings):
         raise ValueError(
             f"run: {folder.path} was begun with {changed}: give its settings to go on, or choose another output"
         )

@@ -17,8 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from tipl.collecting.collection import collect, is_complete
-from tipl.collecting.population import PPOConfig
+from tipl.collecting.collection import collect
+from tipl.collecting.ppo_config import PPOConfig
+from tipl.collecting.settings import is_complete
 from tipl.files.locations import write_atomically
 from tipl.files.manifest import NAME as MANIFEST
 from tipl.files.manifest import read_listed, write_manifest

@@ -5,7 +5,7 @@ import re
 import shutil
 from pathlib import Path
 
-from tipl.collecting.collection import is_complete
+from tipl.collecting.settings import is_complete
 from tipl.forecasting.forecaster import Forecaster
 from tipl.storing.store import Store
 from tipl.verification import verify_store

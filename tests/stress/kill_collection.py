@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tipl.collecting.collection import collect
-from tipl.collecting.population import PPOConfig
+from tipl.collecting.ppo_config import PPOConfig
 from tipl.storing.store import Store
 
 STEPS = 64

@@ -23,7 +23,7 @@ from typing import Any
 from ray.cluster_utils import Cluster
 
 from tipl.collecting.collection import collect
-from tipl.collecting.population import PPOConfig
+from tipl.collecting.ppo_config import PPOConfig
 
 NODE = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
 ARGUMENTS: dict[str, Any] = {

@@ -10,7 +10,7 @@ from tyro.conf import arg
 from tipl import pipeline
 from tipl.cli.arguments import PathArg, RayArg
 from tipl.cli.printing import end_of_path_table, print_stage
-from tipl.collecting.population import PPOConfig
+from tipl.collecting.ppo_config import PPOConfig
 from tipl.forecasting.train_config import TrainConfig
 from tipl.judging.evaluate_config import EvaluateConfig
 from tipl.reproduction import experiments, reproduce

@@ -9,7 +9,7 @@ from tipl.cli.arguments import PathArg, RayArg, StoreArg
 from tipl.cli.printing import print_verification
 from tipl.collecting.collection import collect
 from tipl.collecting.description import describe_store
-from tipl.collecting.population import PPOConfig
+from tipl.collecting.ppo_config import PPOConfig
 from tipl.policy import Activation
 from tipl.report import plot_store
 from tipl.storing.exporter import export_checkpoint

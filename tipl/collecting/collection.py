@@ -1,54 +1,49 @@
-"""Collection: populations of PPO trials learn, and every iteration leaves a checkpoint of each trial in a store.
+"""Collection: populations of PPO trials learn, and every iteration adds a checkpoint of each trial to a store.
 
-Row 0 of a trial is its initial policy, row k its policy after k iterations. Checkpoints are appended on a thread of
-their own while the next iteration runs.
+Row 0 of a trial is its initial policy, row k its policy after k iterations. Checkpoints are appended on a separate
+thread while the next iteration runs.
 
-Trials that learn in lockstep (`ppo.Population`), in one process, are a shard: all of them, or as many as one worker of
-a Ray cluster takes. A trial depends on its seed alone, and so does not show how it was sharded.
+A shard is a set of trials that learn in lockstep in one process (`population.Population`): all trials, or on a Ray
+cluster as many as one worker takes. A trial depends on its seed alone, so it is the same however trials are sharded.
 
-A collection that was cut off, at whatever moment, goes on with the same arguments, and its store comes out as if
-nothing had happened, to the bit: every few seconds a population's state is saved (`resume.py`), later iterations are
-run once more, and what they give is compared with the checkpoints that are there. Without a saved state (Gymnasium's
-own environments have none) that means all iterations. A worker that dies on a cluster is nothing but that.
+An interrupted collection continues when `collect` is called again with the same arguments, and its store comes out
+bit for bit as if it had not been interrupted. For this, each population's state is saved every few seconds
+(`resume.py`). On continuing, the iterations after the saved state run again, and those whose checkpoints are already in
+the store are compared with them. Where no state could be saved, as with Gymnasium's own environments, all iterations
+run again. On a cluster, the trials of a worker that dies continue in the same way.
 """
 
 import contextlib
 import ctypes
 import dataclasses
-import json
 import math
 import time
 import warnings
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from tipl.cluster import Cluster, connected
+from tipl.collecting.checkpoint_appender import CheckpointAppender
+from tipl.collecting.collection_display import CollectionDisplay
 from tipl.collecting.curves import Curves
 from tipl.collecting.envs import make_vec
-from tipl.collecting.population import IterationStats, Population, PopulationState, PPOConfig, environment_seeds
+from tipl.collecting.population import Population, environment_seeds
+from tipl.collecting.ppo_config import PPOConfig
 from tipl.collecting.resume import Unfinished
+from tipl.collecting.settings import changed_settings, is_complete, num_checkpoints_asked
 from tipl.files.locations import Location, location
 from tipl.files.publishing import claimed
 from tipl.policy import PolicySpec
 from tipl.storing.store import Store
 from tipl.storing.store_writer import StoreInUse
 
-Columns = tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.float64]]  # weights, env_steps, episodic_return
-
-Row = tuple[int, Columns, IterationStats | None]  # checkpoint, what is appended, what the iteration before it gave
-
-MAX_TRIALS = 1_000_000  # that a collection may be asked for
-WORKER_TRIALS = 16  # in the shard of a worker, at most: full speed, and little to do again for one that dies
-LOCK_SECONDS = 30.0  # that a worker waits for another one to give up its trials, who may have been killed
-M_MMAP_THRESHOLD = -3  # of malloc.h
-SAVE_SECONDS = 5.0  # between two saved states, at least; being cut off costs that and an iteration, at most
+MAX_TRIALS = 1_000_000  # most trials that a collection may be asked for
+WORKER_TRIALS = 16  # most trials in a cluster worker's shard: enough for full speed, and little to repeat if it dies
+LOCK_SECONDS = 30.0  # how long a worker waits for the previous one, perhaps just killed, to release its trials
+M_MMAP_THRESHOLD = -3  # from malloc.h
+SAVE_SECONDS = 5.0  # least time between two saved states; an interruption costs at most this and one iteration
 
 
 def collect(
@@ -69,49 +64,47 @@ def collect(
 ) -> Store:
     """Run PPO on `num_trials` independent trials and return the store of their checkpoints, written to `output`.
 
-    An unfinished collection at `output` goes on from where it was cut off. Its store is then the same, to the bit, as
-    that of an uninterrupted one, where library versions and the processor's instruction sets are the same; a warning
-    names those that are not.
+    An unfinished collection at `output` continues where it was interrupted. Its store then equals, bit for bit, that of
+    an uninterrupted collection, provided that library versions and the processor's instruction sets are the same; a
+    warning names those that are not.
 
     Args:
-        output: a folder, or a URL that fsspec knows (s3://bucket/name). Two collections into one URL at the same time
-            do not notice each other.
+        output: a folder, or a URL that fsspec knows (s3://bucket/name). Behind a URL nothing stops two collections from
+            writing to the same place at once.
         total_timesteps: environment steps of each trial, rounded up to whole iterations of ppo.batch_size.
         seed: trial i's seed is `trial_seeds(seed, num_trials)[i]`.
         ppo: by default PPOConfig(), Stable-Baselines3's hyperparameters.
         shared_init: start all trials from the initial weights of trial 0.
-        init_seed: start all trials from the initial weights of a trial under this seed. With `seeds[0]` of another
-            store of shared_init, more runs from its start.
-        num_threads: by default one a core, of a worker one; may change when an unfinished collection goes on.
-        ray: collect on the Ray cluster at this address, whose workers must all reach `output`; "local": on one that is
-            started here.
-        trials_per_shard: trials that learn together and that one worker takes; by default all, on a cluster at most
-            16. An unfinished collection goes on with what it was begun with.
-        tensorboard: a folder for curves of every trial and, of a single shard, their mean, under CleanRL's tags (see
-            `curves`).
-        progress: show a bar on a terminal's stderr, and one line at the end.
+        init_seed: start all trials from the initial weights that a trial with this seed has. `seeds[0]` of a store
+            collected with shared_init gives more trials with the same start.
+        num_threads: by default one per core, or one per worker on a cluster; may change when a collection continues.
+        ray: collect on the Ray cluster at this address, whose workers must all be able to write `output`; "local"
+            starts a cluster on this machine.
+        trials_per_shard: trials that learn together in one process or worker; by default all, on a cluster at most 16.
+            A collection that continues keeps the number that it was begun with.
+        tensorboard: a folder for curves of every trial and, where there is a single shard, of their mean, under
+            CleanRL's tags (see `curves`).
+        progress: show a bar on stderr if that is a terminal, and one line at the end.
 
     Raises:
-        FileExistsError: `output` is a complete collection or something else, or `tensorboard` holds another's curves;
-            nothing is touched.
-        ValueError, TypeError: a wrong argument, one that is not that of the unfinished collection at `output`, or an
-            environment that cannot be used; nothing is written.
-        ConnectionError: there is no Ray cluster at `ray`; nothing is written.
+        FileExistsError: `output` is a complete collection or no store at all, or `tensorboard` holds the curves of
+            another collection; nothing is touched.
+        ValueError, TypeError: an argument is wrong or differs from that of the unfinished collection at `output`, or
+            the environment cannot be used; nothing is written.
+        ConnectionError: no Ray cluster answers at `ray`; nothing is written.
         OutputInUse: another process is collecting into `output`.
-        RuntimeError: an iteration or its append failed, and the text says what was kept in the store; or the
-            unfinished store is damaged, open in another process, or not what these arguments give here.
-        KeyboardInterrupt: on Ctrl-C, with such a text too.
+        RuntimeError: an iteration or its append failed; the text says how many checkpoints the store has. Or the
+            unfinished store is damaged, open in another process, or differs from what these arguments compute here.
+        KeyboardInterrupt: on Ctrl-C; the text says how many checkpoints the store has.
     """
     output, ppo = location(output), PPOConfig() if ppo is None else ppo
-    for name, value, least in (
-        ("num_trials", num_trials, 1),
-        ("total_timesteps", total_timesteps, 1),
-        ("seed", seed, 0),
-        ("init_seed", 0 if init_seed is None else init_seed, 0),
-        ("trials_per_shard", 1 if trials_per_shard is None else trials_per_shard, 1),
-    ):
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ValueError(f"collect: {name} must be an int of at least {least}, got {value!r}")
+    _check_ints(
+        num_trials=(num_trials, 1),
+        total_timesteps=(total_timesteps, 1),
+        seed=(seed, 0),
+        init_seed=(0 if init_seed is None else init_seed, 0),
+        trials_per_shard=(1 if trials_per_shard is None else trials_per_shard, 1),
+    )
     if num_trials > MAX_TRIALS:
         raise ValueError(f"collect: num_trials must be at most {MAX_TRIALS:,}, got {num_trials:,}")
     if init_seed is not None and init_seed >= 2**32:
@@ -128,10 +121,6 @@ def collect(
     with claimed(output, "collect"):
         store = _reopen(output, env_id, config) if output.exists() else None
         with contextlib.nullcontext() if ray is None else connected(ray) as cluster:
-            if trials_per_shard is None:
-                trials_per_shard = num_trials
-                if cluster is not None:
-                    trials_per_shard = min(WORKER_TRIALS, -(-num_trials // max(1, cluster.num_cpus)))
             if cluster is not None:
                 cluster.check(_worker_threads(num_threads))
             policy = _policy(env_id, ppo, num_threads)
@@ -143,8 +132,10 @@ def collect(
                 store.close()
             else:
                 _warn_of_versions(store)
+            if trials_per_shard is None:
+                trials_per_shard = _default_trials_per_shard(num_trials, cluster)
             shards = _shards(num_trials, Unfinished(store).begin(trials_per_shard))
-            display = _Display(env_id, store, shards, num_iterations, ppo.batch_size, shown=progress)
+            display = CollectionDisplay(env_id, store, shards, num_iterations, ppo.batch_size, shown=progress)
             with display:
                 if cluster is None:
                     for shard in shards:
@@ -162,17 +153,18 @@ def collect_shard(
     trials: range,
     num_threads: int | None = None,
     tensorboard: str | Path | None = None,
-    display: "_Display | None" = None,
+    display: CollectionDisplay | None = None,
 ) -> None:
-    """Collect the missing checkpoints of some trials of the unfinished collection at `path`, as `collect` says.
+    """Collect the missing checkpoints of one shard, `trials`, of the unfinished collection at `path`.
 
-    The display is that of the process which collects all shards; a worker has none, and is patient with a predecessor.
+    Raises what `collect` raises for a failed iteration or a damaged store. A cluster worker has no `display`, and waits
+    `LOCK_SECONDS` for its predecessor to release the trials.
     """
     _give_memory_back()
     store = _open_shard(location(path), trials, LOCK_SECONDS if display is None else 0.0)
     with store:
         config, seeds = store.config, [store.seeds[i] for i in trials]
-        ppo = PPOConfig(**{**config["ppo"], "hidden_sizes": tuple(config["ppo"]["hidden_sizes"])})
+        ppo = PPOConfig.from_dict(config["ppo"])
         num_iterations = math.ceil(config["total_timesteps"] / ppo.batch_size)
         num_checkpoints = min(store.commits(trials))
         if num_checkpoints > num_iterations:
@@ -197,58 +189,43 @@ def collect_shard(
             _run(population, store, trials, num_iterations, display, curves)
 
 
-def num_checkpoints_asked(store: Store) -> int | None:
-    """Return how many checkpoints of a trial the store has when its collection is complete; None if not collected."""
-    steps, ppo = store.config.get("total_timesteps"), store.config.get("ppo")
-    if not isinstance(steps, int) or not isinstance(ppo, dict):  # a recorder's config may hold anything
-        return None
-    batch_size = ppo.get("num_steps"), ppo.get("num_envs", 1)  # older stores know of one environment alone
-    if not all(isinstance(size, int) and size > 0 for size in batch_size):
-        return None
-    return 1 - (-steps // math.prod(batch_size))
-
-
-def is_complete(store: Store) -> bool:
-    """Return whether the store is no unfinished collection: there is nothing more to come."""
-    asked = num_checkpoints_asked(store)
-    return not Unfinished(store).exists() and (asked is None or store.num_checkpoints >= asked)
-
-
 def trial_seeds(seed: int, num_trials: int) -> list[int]:
-    """Return the trials' seeds, ints below 2**32.
+    """Return the seeds of all trials, ints below 2**32.
 
-    Trial i's is the first 32-bit word of `np.random.SeedSequence(seed, spawn_key=(i,))`: it depends on neither the
-    number of trials nor the other trials, so that a trial comes out the same in any part of a larger collection.
+    Trial i's seed is the first 32-bit word of `np.random.SeedSequence(seed, spawn_key=(i,))`. It depends neither on the
+    number of trials nor on the other trials, so trial i is the same in a larger or smaller collection.
     """
     return [int(np.random.SeedSequence(seed, spawn_key=(i,)).generate_state(1)[0]) for i in range(num_trials)]
 
 
-def flat_config(config: dict[str, Any]) -> dict[str, Any]:
-    """Return dotted name -> value of a store's config, both as JSON has them."""
-    flat: dict[str, Any] = {}
-    for name, value in json.loads(json.dumps(config)).items():
-        if isinstance(value, dict):
-            flat |= {f"{name}.{inner}": x for inner, x in flat_config(value).items()}
-        else:
-            flat[name] = value
-    return flat
+def _check_ints(**arguments: tuple[Any, int]) -> None:
+    """Raise ValueError unless each argument, given with the least value allowed, is an int of at least that."""
+    for name, (value, least) in arguments.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ValueError(f"collect: {name} must be an int of at least {least}, got {value!r}")
 
 
 def _give_memory_back() -> None:
-    """Let glibc map every array of a megabyte or more, so that a freed one goes back to the system at once.
+    """Make glibc allocate arrays of 1 MiB or more with mmap, so that freed ones return to the system at once.
 
-    By default it would learn from the first that are freed to keep the like in its heap: a quarter of what 256
-    HalfCheetahs take. Holds for the process.
+    By default glibc raises this threshold as such arrays are freed and keeps them in its heap, which held a quarter of
+    the memory of a collection with 256 HalfCheetah trials. This setting holds for the whole process.
     """
     with contextlib.suppress(AttributeError, OSError):  # another C library
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
 
 
 def _policy(env_id: str, ppo: PPOConfig, num_threads: int | None) -> PolicySpec:
-    """Return the trials' policy. Raises what a population would for such an environment and such arguments."""
+    """Return the trials' policy. Raises what `make_vec` and `Population` raise for these arguments."""
     env = make_vec(env_id, ppo.num_envs, seeds=range(ppo.num_envs), num_threads=num_threads)
     with contextlib.closing(env):
         return Population(env, ppo, [0], num_iterations=1, num_threads=num_threads).spec
+
+
+def _default_trials_per_shard(num_trials: int, cluster: Cluster | None) -> int:
+    if cluster is None:
+        return num_trials
+    return min(WORKER_TRIALS, -(-num_trials // max(1, cluster.num_cpus)))
 
 
 def _shards(num_trials: int, trials_per_shard: int) -> list[range]:
@@ -266,7 +243,7 @@ def _collect_on(
     shards: list[range],
     num_threads: int | None,
     tensorboard: str | Path | None,
-    display: "_Display",
+    display: CollectionDisplay,
 ) -> None:
     """Collect the shards on a cluster."""
     threads = _worker_threads(num_threads)
@@ -278,7 +255,7 @@ def _collect_on(
 
 
 def _open_shard(path: Location, trials: range, patience: float) -> Store:
-    """Return the store, open for appending to `trials`; wait some seconds for another writer to give them up."""
+    """Return the store, open for appending to `trials`; wait up to `patience` seconds for another writer to end."""
     given_up = time.monotonic() + patience
     while True:
         try:
@@ -290,28 +267,25 @@ def _open_shard(path: Location, trials: range, patience: float) -> Store:
 
 
 def _reopen(output: Location, env_id: str, config: dict[str, Any]) -> Store:
-    """Return the unfinished collection at `output`, which must be of these arguments, open for appending."""
+    """Return the unfinished collection at `output`, which must have been begun with these arguments."""
     try:
         store = Store.open(output)
     except FileNotFoundError:
         raise FileExistsError(f"collect: {output} exists and is no store; choose another output or remove it") from None
     if is_complete(store):
         raise FileExistsError(f"collect: {output} exists and is complete; choose another output or remove it")
-    ppo = dataclasses.asdict(PPOConfig()) | store.config["ppo"]  # settings that an older store lacks were the defaults
-    began = {**store.config, "ppo": ppo}
-    found, given = (flat_config({"env_id": id, **c}) for id, c in ((store.env_id, began), (env_id, config)))
-    for name in [*given, *(found.keys() - given.keys())]:
-        if found.get(name, "nothing") != given.get(name, "nothing"):
-            was, now = (x.get(name, "nothing") for x in (found, given))
-            raise ValueError(
-                f"collect: {output} holds an unfinished collection with {name} = {was}, got {now}; "
-                "give its arguments to go on with it, or choose another output"
-            )
+    ppo = dataclasses.asdict(PPOConfig()) | store.config["ppo"]  # an older store lacks settings that had no other value
+    began = {"env_id": store.env_id, **store.config, "ppo": ppo}
+    for name, was, now in changed_settings(began, {"env_id": env_id, **config}):
+        raise ValueError(
+            f"collect: {output} holds an unfinished collection with {name} = {was}, got {now}; "
+            "give its arguments to go on with it, or choose another output"
+        )
     return store
 
 
 def _warn_of_versions(store: Store) -> None:
-    """Warn of what could change the last bits of the rest of an unfinished collection."""
+    """Warn of changed versions, which may change the last bits of the checkpoints still to come."""
     try:
         changed = Unfinished(store).changed_versions()
     except RuntimeError as error:
@@ -326,11 +300,11 @@ def _warn_of_versions(store: Store) -> None:
 
 
 def _restore(population: Population, store: Store, trials: range, num_checkpoints: int) -> None:
-    """Set the population to the latest state whose checkpoint is in the store; without any, leave it at its start."""
+    """Set the population to the latest saved state whose checkpoint is in the store; if there is none, to its start."""
     start = population.get_state()
     for state in Unfinished(store).states(trials).load(num_checkpoints):
         k = state.env_steps // population.config.batch_size
-        with contextlib.suppress(ValueError):  # it is of another population altogether
+        with contextlib.suppress(ValueError):  # a state with arrays of other shapes, from a different population
             population.set_state(state)
             there = [store.trial(i).weights(k, k + 1)[0] for i in trials]
             if np.array_equal(population.weights(), there):
@@ -345,12 +319,12 @@ def _run(
     store: Store,
     trials: range,
     num_iterations: int,
-    display: "_Display | None",
+    display: CollectionDisplay | None,
     curves: Curves | None,
 ) -> None:
-    """Append the initial checkpoints and those after each iteration, and close the store, whatever happens."""
+    """Append the initial checkpoints and those after each iteration; close the store, also on a failure."""
     try:
-        with _Appender(store, trials, population.config.batch_size, curves) as appender:
+        with CheckpointAppender(store, trials, population.config.batch_size, curves, SAVE_SECONDS) as appender:
             if population.env_steps == 0:
                 appender.append(population, None)
             for _ in range(population.env_steps // population.config.batch_size, num_iterations):
@@ -366,7 +340,7 @@ def _run(
 
 
 def _kept(store: Store, shards: list[range]) -> str:
-    """Say what of these trials is in the store."""
+    """Return, for the end of a message, how many checkpoints of these trials are in the store."""
     counts = [min(store.commits(shard)) for shard in shards]
     low, high = min(counts), max(counts)
     number = f"{low}" if low == high else f"{low} to {high}"
@@ -375,166 +349,3 @@ def _kept(store: Store, shards: list[range]) -> str:
         which = f"the trials {shards[0].start} to {shards[-1].stop - 1}"
     kept = f"{number} of {num_checkpoints_asked(store)} checkpoints of each of {which} are kept"
     return f"{kept} in {store.path}; the same command goes on from there"
-
-
-class _Appender:
-    """Appends a population's checkpoints on a thread of its own; a failure is raised by the next append, or on exit.
-
-    Checkpoints that are there already, because they came after the last saved state, must be what they were. Behind a
-    URL, where every file is a request, chunks are written when they are full.
-    """
-
-    def __init__(self, store: Store, trials: range, batch_size: int, curves: Curves | None) -> None:
-        self._store, self._batch_size, self._curves = store, batch_size, curves
-        self._there = [store.trial(i) for i in trials]
-        self._states = Unfinished(store).states(trials)
-        self._saved_at = time.monotonic()
-        self._rows_at_once = 1 if isinstance(store.path, Path) else self._there[0].chunk_rows
-        self._rows: list[Row] = []  # not yet handed to the thread
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="tipl-append")
-        self._pending: Future[None] | None = None
-
-    def append(self, population: Population, stats: IterationStats | None) -> None:
-        """Append the population's checkpoint, and what the iteration before it gave, if there was one."""
-        self._finish()
-        weights = population.weights()[:, None]  # (N, 1, p), a copy: the population learns on
-        env_steps = np.full((len(weights), 1), population.env_steps, np.int64)
-        episodic_return = np.full(len(weights), np.nan) if stats is None else stats.episodic_return
-        k = population.env_steps // self._batch_size
-        self._rows.append((k, (weights, env_steps, episodic_return[:, None]), stats))
-        if (k + 1) % self._rows_at_once == 0:
-            state = None
-            # The start needs none: it follows from the seeds.
-            if k and time.monotonic() - self._saved_at >= SAVE_SECONDS:
-                state, self._saved_at = population.get_state(), time.monotonic()
-            self._hand_over(state)
-
-    def _hand_over(self, state: PopulationState | None) -> None:
-        rows, self._rows = self._rows, []
-        self._pending = self._thread.submit(self._append, rows, state)
-
-    def _append(self, rows: list["Row"], state: PopulationState | None) -> None:
-        """Append or compare the checkpoints; then save the state after the last of them, if any."""
-        new = []
-        for k, columns, _ in rows:
-            if k < self._there[0].num_checkpoints:
-                self._compare(k, columns)
-            else:
-                new.append(columns)
-        if new:
-            self._store.append(*(new[0] if len(new) == 1 else (np.concatenate(x, 1) for x in zip(*new, strict=True))))
-        for k, _, stats in rows:
-            if self._curves is not None and stats is not None:
-                self._curves.write(k * self._batch_size, stats, self._batch_size)
-        if state is not None:
-            self._states.save(state, rows[-1][0] + 1)
-
-    def _compare(self, k: int, columns: Columns) -> None:
-        for i, trial in enumerate(self._there):
-            weights, env_steps, episodic_return = (column[i, 0] for column in columns)
-            if not (
-                np.array_equal(weights, trial.weights(k, k + 1)[0])
-                and env_steps == trial.env_steps[k]
-                and np.array_equal(episodic_return, trial.episodic_return[k], equal_nan=True)
-            ):
-                raise RuntimeError(
-                    f"checkpoint {k} of trial {trial.index} comes out otherwise than it is in the store, which was "
-                    "made by other versions or on another kind of processor: finish it there, or choose another output"
-                )
-
-    def _finish(self) -> None:
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            pending.result()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        try:
-            self._finish()
-            if self._rows:
-                self._hand_over(None)
-                self._finish()
-        finally:
-            self._thread.shutdown()
-            self._store.close()
-
-
-class _Display:
-    """A bar on stderr, where that is a terminal, with the rate and the mean return; and one line at the end."""
-
-    def __init__(
-        self, title: str, store: Store, shards: list[range], num_iterations: int, batch_size: int, *, shown: bool
-    ) -> None:
-        self._console = Console(stderr=True, quiet=not shown)
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=10),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}"),
-            TimeRemainingColumn(),
-            console=self._console,
-            refresh_per_second=2,
-            transient=True,
-            disable=not (shown and self._console.is_terminal),
-        )
-        self._store, self._shards, self._batch_size = store, shards, batch_size
-        self._task = self._progress.add_task(title, total=num_iterations * len(shards), figures="")
-        self._num_iterations = num_iterations
-        self._num_steps, self._steps_there = 0, 0
-        self._start = time.perf_counter()
-
-    def begin(self, trials: range, num_checkpoints: int, num_iterations: int) -> None:
-        """Say where a shard goes on, if some of its checkpoints are there: after so many iterations."""
-        before = self._shards.index(trials) * self._num_iterations
-        self._progress.update(self._task, completed=before + num_iterations)
-        if num_checkpoints == 0:
-            return
-        which = "" if len(self._shards) == 1 else f" of the trials {trials.start} to {trials.stop - 1}"
-        line = (
-            f"{self._store.path}: {num_checkpoints} checkpoints{which} are there; goes on after iteration "
-            f"{num_iterations}"
-        )
-        if num_iterations == 0 and num_checkpoints > 1:
-            line += ", since no state was saved: what is there is computed once more and compared"
-        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-    def advance(self, trials: range, episodic_return: NDArray[np.float64]) -> None:
-        """Show that a shard in this process has made an iteration."""
-        self._num_steps += len(trials) * self._batch_size
-        known = episodic_return[~np.isnan(episodic_return)]
-        mean = f"{known.mean():,.1f}" if len(known) else "-"
-        self._progress.update(self._task, advance=1, figures=f"{self._rate()}, return {mean}")
-
-    def poll(self, num_ended: int) -> None:
-        """Show what shards in other processes have committed."""
-        if self._progress.disable:
-            return
-        iterations = [max(0, count - 1) for count in self._store.commits(shard.start for shard in self._shards)]
-        steps = sum(n * len(shard) for n, shard in zip(iterations, self._shards, strict=True)) * self._batch_size
-        if not self._steps_there:
-            self._steps_there = steps
-        self._num_steps = steps - self._steps_there
-        figures = f"{self._rate()}, {num_ended} of {len(self._shards)} shards"
-        self._progress.update(self._task, completed=sum(iterations), figures=figures)
-
-    def finish(self, store: Store) -> None:
-        seconds = time.perf_counter() - self._start
-        steps = f", {self._rate()}" if self._num_steps else ""
-        line = f"{store.path}: {store.summary()}; {seconds:,.0f} s{steps}"
-        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-    def _rate(self) -> str:
-        return f"{self._num_steps / (time.perf_counter() - self._start):,.0f} env steps/s"
-
-    def __enter__(self) -> Self:
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._progress.stop()

@@ -1,10 +1,10 @@
-"""TensorBoard curves of a collection, under CleanRL's tags: one run (folder) a trial, and `mean`, their mean.
+"""TensorBoard curves of a collection, under CleanRL's tags: one TensorBoard run (folder) per trial, and their mean.
 
-    mean/events.out.tfevents.1763935848.204518          a file for each time that the collection was started
+    mean/events.out.tfevents.1763935848.204518          one file for each time that the collection was started
     trial_0000/events.out.tfevents.1763935848.204518
 
-The horizontal axis is the trial's environment steps. A file is open only while a record is appended to it: a summary
-writer a trial would hold a thread and an open file for each.
+The horizontal axis is the trial's environment steps. A file is open only while a record is appended to it; torch's
+SummaryWriter would keep a thread and an open file for each trial.
 """
 
 import os
@@ -28,13 +28,13 @@ class Curves:
     """Appends the figures of each iteration to the event files of all trials and of their mean."""
 
     def __init__(self, folder: str | Path, trials: range, *, mean: bool = True, resumed: bool = False) -> None:
-        """Make the folder; files come with the first `write`. `mean` adds the mean of these trials.
+        """Make the folder; the first `write` makes the files. `mean` adds the mean of these trials.
 
-        A collection that is `resumed` goes on in the folders that are there: points which an earlier process wrote for
-        iterations that did not reach the store are not shown twice.
+        A `resumed` collection continues the curves in existing folders. Points that an earlier process wrote for
+        iterations which did not reach the store are superseded, so that no iteration is shown twice.
 
-        Raises FileExistsError where `folder` holds another collection's curves, other OSErrors where it is not a folder
-        that can be written.
+        Raises FileExistsError where `folder` holds another collection's curves, another OSError where it is not a
+        writable folder.
         """
         self.folder = Path(folder)
         self.runs = [*(self.folder / trial_name(i) for i in trials), *([self.folder / "mean"] if mean else [])]
@@ -46,12 +46,12 @@ class Curves:
         for run in self.runs:
             if run.exists() and not resumed:
                 raise FileExistsError(f"tensorboard: {run} holds the curves of another collection; choose a new folder")
-        self._files: list[EventFile] | None = None  # until the first write; none after a failure
+        self._files: list[EventFile] | None = None  # None until the first write, empty after a failure
 
     def write(self, env_steps: int, stats: IterationStats, num_steps: int) -> None:
-        """Append a point at `env_steps` to every curve: what the last `num_steps` gave. What is NaN has no point.
+        """Append a point at `env_steps` to every curve: figures of the last `num_steps` steps. NaN gets no point.
 
-        Where that fails, on a full disk say, a warning says so and no more is written: learning goes on.
+        If writing fails, for example on a full disk, it warns and writes nothing more, so that learning continues.
         """
         values = _values(stats, num_steps)  # (tags, N)
         known = np.isfinite(values)
@@ -60,21 +60,23 @@ class Curves:
         columns = np.column_stack([values, means])  # (tags, N + 1)
         if self._files is None:
             self._files = [EventFile(run, env_steps) for run in self.runs]
-        for file, column in zip(self._files, columns.T.tolist(), strict=False):  # the mean's, perhaps, is left over
+        for file, column in zip(
+            self._files, columns.T.tolist(), strict=False
+        ):  # without `mean`, the last one is unused
             if not file.write(env_steps, dict(zip(TAGS, column, strict=True))):
                 self._files = []
                 return
 
 
 class EventFile:
-    """A new TensorBoard event file in `folder`, whose points count instead of earlier files' from `first_step` on."""
+    """A new TensorBoard event file in `folder`, whose points supersede those of earlier files from `first_step` on."""
 
     def __init__(self, folder: Path, first_step: int) -> None:
         self._folder, self._first_step = folder, first_step
-        self._path: Path | None = None  # until the first write
+        self._path: Path | None = None  # None until the first write
 
     def write(self, step: int, values: Mapping[str, float]) -> bool:
-        """Append a point of every curve but those that are NaN; return whether that went well, and warn if not."""
+        """Append a point to every curve whose value is not NaN; return whether that succeeded, and warn if not."""
         try:
             if self._path is None:
                 self._folder.mkdir(parents=True, exist_ok=True)
@@ -89,18 +91,18 @@ class EventFile:
 
 
 def _values(stats: IterationStats, num_steps: int) -> NDArray[np.float64]:
-    """Return the trials' figures, (tags, N). charts/SPS is of one trial: the population makes N times as many."""
+    """Return the trials' figures, (tags, N). charts/SPS is one trial's rate; the whole population's is N times that."""
     steps_per_second = np.full_like(stats.episodic_return, num_steps / sum(stats.seconds.values()))
     learning_rate = np.full_like(stats.episodic_return, stats.learning_rate)
     losses = [getattr(stats, name) for name in LOSSES]
     return np.stack([stats.episodic_return, steps_per_second, learning_rate, *losses])
 
 
-# tensorboard is imported only where curves are asked for: it takes half a second.
+# tensorboard is imported only where curves are written, because importing it takes half a second.
 
 
 def _opening(now: float, env_steps: int) -> list[Any]:
-    """Return the events that begin a file: the format, and that all earlier points from `env_steps` on do not count."""
+    """Return the events that begin a file: the format, and that earlier files' points from `env_steps` on are void."""
     from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
     start = SessionLog(status=SessionLog.START)
@@ -116,7 +118,7 @@ def _point(now: float, step: int, values: Mapping[str, float]) -> Any:
 
 
 def _append(path: Path, events: list[Any]) -> None:
-    """Append events to a file in one write, so that a killed process leaves no half of a record."""
+    """Append events to a file in one write, so that a killed process leaves no partial record."""
     from tensorboard.summary.writer.record_writer import RecordWriter
 
     with open(path, "ab") as file:

@@ -1,17 +1,17 @@
-"""What is inside a store, for a person to read."""
+"""A description of a store, for a person to read."""
 
 import numpy as np
 
-from tipl.collecting.collection import flat_config, is_complete, num_checkpoints_asked
+from tipl.collecting.settings import flat_config, is_complete, num_checkpoints_asked
 from tipl.files.locations import num_bytes
 from tipl.policy import PolicySpec
 from tipl.storing.store import Store
 
 
 def describe_store(store: Store) -> dict[str, str]:
-    """Return label -> text of what is inside, a text with a line for each entry where there are several.
+    """Return label -> text about the store: env, trials, checkpoints, policy, layout, bytes, returns, config.
 
-    Raises RuntimeError where a trial is damaged.
+    A text has one line per entry. Raises RuntimeError where a trial is damaged.
     """
     trials, policy = [store.trial(i) for i in range(len(store))], store.policy
     n = min(trial.num_checkpoints for trial in trials)
@@ -25,13 +25,13 @@ def describe_store(store: Store) -> dict[str, str]:
         lines["policy"] += f", layers {' -> '.join(map(str, policy.layer_sizes))}, {policy.activation}"
     lines["layout"] = "\n".join(
         f"{offset:>9,} {name} {shape}" for name, (offset, shape) in policy.layout.items()
-    )  # where each parameter begins in the flat weights
+    )  # with the index of each parameter's first weight in the flat weights
     lines["bytes"] = f"{num_bytes(store.path):,} in files, {n * len(store) * policy.num_params * 4:,} of weights"
     if n:
         env_steps = [trial.env_steps[n - 1] for trial in trials]
         returns = [trial.episodic_return[:n] for trial in trials]
         known = [row[~np.isnan(row)] for row in returns if not np.isnan(row).all()]
-        lines["env steps"] = f"{min(env_steps):,} a trial, {sum(env_steps):,} in all"
+        lines["env steps"] = f"{min(env_steps):,} per trial, {sum(env_steps):,} in all"
         lines["return"] = (
             f"first known: {_spread([row[0] for row in known])}\nlast known:  {_spread([row[-1] for row in known])}"
         )

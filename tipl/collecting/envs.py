@@ -1,7 +1,7 @@
 """Vectorised environments: Gymnasium's MuJoCo tasks over `mujoco.batch.Batch`, any other Box environment one by one.
 
-`make_vec(env_id, num_envs, seeds=...)` gives a `VectorEnv`. Environment i's randomness depends on seeds[i] alone, and
-is Gymnasium's own: the first episode is that of `env.reset(seed=seeds[i])`, later ones continue its generator.
+`make_vec(env_id, num_envs, seeds=...)` returns a `VectorEnv`. Environment i's randomness depends on seeds[i] alone and
+equals Gymnasium's: its first episode is that of `env.reset(seed=seeds[i])`, later ones continue the same generator.
 
 Shapes  N = num_envs; observations (N, obs_dim) and actions (N, act_dim) are float64.
 """
@@ -30,18 +30,18 @@ Ids = NDArray[np.intp]
 
 @dataclass(frozen=True)
 class Step:
-    """What one step of N environments gave. Where an episode ended, the next one has begun (same-step autoreset)."""
+    """Results of one step of N environments. Where an episode ended, the next one has begun (same-step autoreset)."""
 
     obs: Floats
-    """(N, obs_dim): what the next action answers to; the new episode's first observation where one ended."""
+    """(N, obs_dim): the observation for the next action; where an episode ended, the new episode's first."""
     reward: Floats
     """(N,)"""
     terminated: Bools
-    """(N,): the task ended the episode; nothing follows."""
+    """(N,): the task ended the episode, in a state without a future."""
     truncated: Bools
-    """(N,): the time limit was reached. On its very step a task may end too: then both are true."""
+    """(N,): the time limit was reached. If the task ends the episode on that same step, both are true."""
     final_obs: Floats
-    """(N, obs_dim): what the action led to; equal to `obs` but where an episode ended."""
+    """(N, obs_dim): the observation that the action led to; differs from `obs` only where an episode ended."""
 
 
 class VectorEnv(ABC):
@@ -71,10 +71,10 @@ class VectorEnv(ABC):
         self._started = False
 
     def reset(self, seeds: Sequence[int] | None = None) -> Floats:
-        """Start a new episode everywhere and return the observations (N, obs_dim).
+        """Start a new episode in every environment and return the observations (N, obs_dim).
 
-        With seeds (N,) every environment's randomness starts again from its seed; without, it goes on from where it is,
-        at first from the seeds given to `make_vec`.
+        With seeds (N,), every environment's generator starts again from its seed. Without, the generators continue; at
+        first they start from the seeds given to `make_vec`. Raises TypeError and ValueError for wrong seeds.
         """
         if seeds is not None:
             self._seed(_checked_seeds("reset", seeds, self.num_envs))
@@ -85,8 +85,11 @@ class VectorEnv(ABC):
     def step(self, actions: Floats, active: Bools | None = None) -> Step:
         """Step the environments with actions (N, act_dim), clipped to the action space, and reset those that ended.
 
-        Where active (N,) is False an environment is not touched, costs nothing and its action is not looked at; its
-        outputs are its current observation, 0, False, False. The arrays returned are the caller's to keep.
+        Where active (N,) is False an environment is not stepped, costs nothing and its action is ignored; its outputs
+        are its current observation, reward 0, False, False. The arrays returned are not reused by later steps.
+
+        Raises RuntimeError before the first reset, TypeError for a wrong dtype, ValueError for a wrong shape or actions
+        that are not finite.
         """
         ids = self._checked_ids(actions, active)
         index = slice(None) if ids is self._all else ids
@@ -102,7 +105,7 @@ class VectorEnv(ABC):
         return Step(self._obs.copy(), reward, terminated, truncated, final_obs)
 
     def _checked_ids(self, actions: Floats, active: Bools | None) -> Ids:
-        """Return the environments to step, `self._all` for all of them, after checking step()'s arguments."""
+        """Check the arguments of `step`; return the indices of the environments to step, `self._all` for all."""
         if not self._started:
             raise RuntimeError("step: call reset() first")
         if not isinstance(actions, np.ndarray) or actions.dtype != np.float64:
@@ -127,7 +130,7 @@ class VectorEnv(ABC):
 
     @abstractmethod
     def _seed(self, seeds: list[int]) -> None:
-        """Let environment i's randomness begin at seeds[i]."""
+        """Start environment i's generator from seeds[i]."""
 
     @abstractmethod
     def _advance(self, actions: Floats, ids: Ids) -> tuple[Floats, Floats, Bools, Bools]:
@@ -139,12 +142,12 @@ class VectorEnv(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Release what the environments hold; they cannot be used afterwards."""
+        """Release the environments' resources; they cannot be used afterwards."""
 
 
 @dataclass(frozen=True)
 class MujocoState:
-    """Everything that decides how the environments of a `MujocoVectorEnv` go on."""
+    """Everything that the next steps of a `MujocoVectorEnv` depend on."""
 
     simulations: Floats
     """(N, nstate): MuJoCo's mjSTATE_INTEGRATION of each simulation."""
@@ -153,7 +156,7 @@ class MujocoState:
     obs: Floats
     """(N, obs_dim)"""
     before: Floats
-    """(N,): what the next reward compares with (see `Task.before`)."""
+    """(N,): the value before the next step that its reward needs (see `Task.before`)."""
     rngs: list[Any]
     """(N,): `np.random.Generator.bit_generator.state` of each environment, plain dicts."""
 
@@ -176,7 +179,8 @@ class MujocoVectorEnv(VectorEnv):
         self._task = task
         # Contact forces need each simulation's MjData, which a Batch keeps only when it is persistent.
         self._batch = Batch(model, num_envs, num_threads or 0, persistent=contact_forces)
-        # Live arrays, bound now: a field bound between two steps is zero until the second.
+        # These arrays are views. They are bound before the first step, because a field bound later is zero until the
+        # step after.
         self._qpos, self._qvel, self._ctrl = (self._batch.bind(name) for name in ("qpos", "qvel", "ctrl"))
         fields = {name: self._batch.bind(name) for name in task.derived if name != "cfrc_ext"}
         self._num_contacts = self._batch.bind("ncon")
@@ -191,7 +195,7 @@ class MujocoVectorEnv(VectorEnv):
         self._elapsed = np.zeros(num_envs, np.int64)
         self._before = np.zeros(num_envs)
         self._limit = max_episode_steps
-        low, high = model.actuator_ctrlrange.astype(np.float32).T  # Gymnasium's spaces are float32: 0.4 is rounded so
+        low, high = model.actuator_ctrlrange.astype(np.float32).T  # rounded to float32, as in Gymnasium's spaces
         obs_dim = task.observe(self._rows).shape[1]
         super().__init__(env_id, num_envs, obs_dim, Box(low, high, dtype=np.float32), max_episode_steps)
         self._seed(seeds)
@@ -218,7 +222,7 @@ class MujocoVectorEnv(VectorEnv):
             self._qpos[i], self._qvel[i] = self._task.reset(self._rngs[i], self._qpos0, self._qvel.shape[1])
         self._batch.forward(ids)
         if self._cfrc_ext is not None:
-            self._cfrc_ext[ids] = 0.0  # as mj_resetData leaves them: mj_forward does not compute them
+            self._cfrc_ext[ids] = 0.0  # as mj_resetData sets them; mj_forward does not compute them
         if self._task.before is not None:
             self._before[ids] = self._task.before(rows)
         self._elapsed[ids] = 0
@@ -230,21 +234,21 @@ class MujocoVectorEnv(VectorEnv):
         return Rows(self._rows.model, self._rows.dt, self._rows.fields, ids)
 
     def _compute_contact_forces(self, ids: Ids, cfrc_ext: Floats) -> None:
-        """Write cfrc_ext (N, nbody, 6) as mj_rnePostConstraint gives it, which Gymnasium calls after mj_step."""
+        """Compute cfrc_ext (N, nbody, 6) with mj_rnePostConstraint, which Gymnasium too calls after mj_step."""
         cfrc_ext[ids] = 0.0
-        # Only contacts exert it: these models have no equality constraints, and nobody applies forces.
+        # Without contacts it is zero: these models have no equality constraints, and no external forces are applied.
         for i in ids[self._num_contacts[ids] > 0].tolist():
             self._batch.get_data(i, self._data)
             mujoco.mj_rnePostConstraint(self._rows.model, self._data)
             cfrc_ext[i] = self._data.cfrc_ext
 
     def get_state(self) -> MujocoState:
-        """Return a copy of the state, from which any environment made alike goes on as this one does."""
+        """Return a copy of the state. Any environment made with the same arguments can continue from it."""
         rngs = [rng.bit_generator.state for rng in self._rngs]
         return MujocoState(self._batch.state.copy(), self._elapsed.copy(), self._obs.copy(), self._before.copy(), rngs)
 
     def set_state(self, state: MujocoState) -> None:
-        """Go on from `state`. Raises ValueError where it comes from another task or number of environments."""
+        """Continue from `state`. Raises ValueError where it comes from another task or number of environments."""
         if state.simulations.shape != self._batch.state.shape or state.obs.shape != self._obs.shape:
             expected, got = (self._batch.state.shape, self._obs.shape), (state.simulations.shape, state.obs.shape)
             raise ValueError(f"set_state: state must hold simulations and obs of shapes {expected}, got {got}")
@@ -255,7 +259,7 @@ class MujocoVectorEnv(VectorEnv):
         self._started = True
 
     def close(self) -> None:
-        """Do nothing: the simulations are memory and threads that go with this object."""
+        """Do nothing: memory and threads of the simulations are freed with this object."""
 
 
 class GymnasiumVectorEnv(VectorEnv):
@@ -264,7 +268,7 @@ class GymnasiumVectorEnv(VectorEnv):
     def __init__(self, env_id: str, num_envs: int, *, seeds: list[int], max_episode_steps: int | None) -> None:
         kwargs: dict[str, Any] = {} if max_episode_steps is None else {"max_episode_steps": max_episode_steps}
         try:
-            with warnings.catch_warnings():  # that a newer version exists: whoever names an older one has chosen it
+            with warnings.catch_warnings():  # an older version of a task, named explicitly, is no mistake
                 warnings.filterwarnings("ignore", message=".*is out of date", category=DeprecationWarning)
                 vec: Any = gymnasium.make_vec(env_id, num_envs=num_envs, vectorization_mode="sync", **kwargs)
         except (ImportError, gymnasium.error.Error) as error:
@@ -278,12 +282,12 @@ class GymnasiumVectorEnv(VectorEnv):
         limit = vec.envs[0].spec.max_episode_steps
         super().__init__(env_id, num_envs, observation_space.shape[0], action_space, limit)
         self._vec = vec
-        self._envs = vec.envs  # stepped here one by one: the vector environment's own step() takes no mask
+        self._envs = vec.envs  # stepped here one by one, because the vector environment's step() takes no mask
         self._action_dtype = action_space.dtype
         self._seed(seeds)
 
     def _seed(self, seeds: list[int]) -> None:
-        self._seeds: list[int | None] = [*seeds]  # taken by an environment's next reset
+        self._seeds: list[int | None] = [*seeds]  # used, and then set to None, by each environment's next reset
 
     def _advance(self, actions: Floats, ids: Ids) -> tuple[Floats, Floats, Bools, Bools]:
         n = len(ids)
@@ -313,18 +317,18 @@ def make_vec(
     num_threads: int | None = None,
     max_episode_steps: int | None = None,
 ) -> VectorEnv:
-    """Return `num_envs` environments of a registered Gymnasium id, to be `reset` before the first step.
+    """Return `num_envs` environments of a registered Gymnasium id; call `reset` before the first `step`.
 
     Args:
-        seeds: one non-negative int an environment; its randomness depends on that alone.
-        num_threads: threads that step a MuJoCo task of `TASKS`, by default one a CPU; results do not depend on them.
+        seeds: one non-negative int for each environment, whose randomness depends on it alone.
+        num_threads: threads that step a MuJoCo task of `TASKS`, by default one per CPU; results do not depend on it.
             Any other environment is stepped on the caller's thread.
         max_episode_steps: a time limit in place of the registered one.
 
     Raises:
-        TypeError: an argument that should be an int is not.
-        ValueError: an id that Gymnasium does not know or refuses; actions or observations that are no Box of vectors;
-            seeds of the wrong number.
+        TypeError: an argument that should be an int is not one.
+        ValueError: Gymnasium does not know the id or refuses it; the actions or observations are not a Box of vectors;
+            there are not `num_envs` seeds.
     """
     num_envs = _checked_int("num_envs", num_envs, 1)
     if num_threads is not None:
@@ -343,7 +347,7 @@ def make_vec(
 
 
 def _spec(env_id: str) -> EnvSpec:
-    """Return what Gymnasium has registered under exactly this id; "module:id" imports the module first."""
+    """Return Gymnasium's specification of exactly this id; "module:id" imports the module first."""
     if not isinstance(env_id, str):
         raise TypeError(f"make_vec: env_id must be a string, got {_kind(env_id)}")
     module, _, name = env_id.rpartition(":")

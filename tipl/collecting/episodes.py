@@ -1,11 +1,12 @@
 """Run deterministic policies in the simulator: their episodic returns, and a sample of the states that they visit.
 
-A deterministic policy takes the mean action, clipped to the action space. What comes out depends on the policy and its
-episode seeds alone, to the bit: not on which policies step together, nor on threads, nor on which machine of a cluster
-runs them, as long as all have the same libraries and instruction set (`tipl._core.isa()`): another set may round an
-action otherwise, and a walking robot makes another return of it.
+A deterministic policy takes the mean action, clipped to the action space. Bit for bit, its results depend only on its
+weights and its episode seeds: not on which policies step together, the number of threads, or which machine of a cluster
+runs it, provided that all have the same libraries and instruction set (`tipl._core.isa()`). Another instruction set may
+round an action differently, and chaotic dynamics turn that into a different return.
 
-Shapes  N policies, M of them in a group that steps together, E episodes a policy, S states kept of each, p weights.
+Shapes  N policies, M of them in a group that steps together, E episodes per policy, S states kept per policy,
+        p weights.
 """
 
 import contextlib
@@ -25,17 +26,17 @@ from tipl.collecting.envs import make_vec
 from tipl.policy import PolicySpec, mean_action
 
 ENVS_AT_ONCE = 256
-"""Simulations stepped together: enough to hide Python's cost a step, few enough for their weights to stay in cache."""
+"""Simulations stepped together: enough to hide Python's cost per step, few enough for all weights to stay in cache."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Episodes:
-    """What N policies did in E episodes each."""
+    """Results of N policies, E episodes each."""
 
     returns: NDArray[np.float64]
     """(N, E)"""
     states: list[NDArray[np.float32]]
-    """N arrays (S or fewer, obs_dim): observations that the policy acted on, drawn uniformly from all its steps."""
+    """N arrays (at most S, obs_dim): observations that the policy acted on, drawn uniformly from all its steps."""
 
 
 def run_episodes(
@@ -49,11 +50,12 @@ def run_episodes(
     cluster: Cluster | None = None,
     bar: Progress | None = None,
 ) -> Episodes:
-    """Run deterministic policies (N, p), E episodes each; keep `num_states` states of each.
+    """Run deterministic policies (N, p) for E episodes each, and keep `num_states` states of each policy.
 
-    `episode_seeds` are those of all policies, (E,), or of each its own, (N, E). Policies and episodes step together,
-    `ENVS_AT_ONCE` simulations at a time; one that has ended is stepped no more.
-    Workers of a cluster take these groups one by one, with `num_threads` (by default 1) each.
+    `episode_seeds` is (E,), the same for all policies, or (N, E). Policies and episodes step together in groups of up
+    to `ENVS_AT_ONCE` simulations; an episode that has ended is not stepped further. On a cluster, workers take these
+    groups one by one, each with `num_threads` threads, by default 1. Raises ValueError where the policies have not the
+    environment's numbers of observations and actions.
     """
     seeds = np.broadcast_to(episode_seeds, (len(weights), np.shape(episode_seeds)[-1]))
     num_episodes = seeds.shape[1]
@@ -85,7 +87,7 @@ def episodic_returns(
 
 
 def can_run(env_id: str, policy: PolicySpec) -> bool:
-    """Return whether there is such an environment here, and the policy has its observations and actions."""
+    """Return whether the environment exists here and has as many observations and actions as the policy."""
     try:
         with contextlib.closing(make_vec(env_id, 1, seeds=[0], num_threads=1)) as env:
             return (policy.obs_dim, policy.act_dim) == (env.obs_dim, env.act_dim)
@@ -106,7 +108,7 @@ def _run_group(
     num_threads: int | None,
     tick: Callable[[int], None] = _no_tick,
 ) -> Episodes:
-    """Run policies (M, p) on episodes (M, E) that step together; `tick` is told how many episodes have ended."""
+    """Run policies (M, p) on episodes (M, E) that step together; `tick` gets each number of ended episodes."""
     shape, seeds = episode_seeds.shape, episode_seeds.ravel().tolist()
     env = make_vec(env_id, len(seeds), seeds=seeds, num_threads=num_threads)
     with contextlib.closing(env):
@@ -115,13 +117,13 @@ def _run_group(
                 f"evaluate: the policies of {env_id} must have {env.obs_dim} observations and {env.act_dim} actions, "
                 f"got {policy.obs_dim} and {policy.act_dim}"
             )
-        # A copy: what came through Ray's object store cannot be written, which torch warns of.
+        # A copy, because arrays from Ray's object store are read-only, and torch warns of those.
         group, total = torch.from_numpy(weights.copy()), np.zeros(env.num_envs)
         sample = _StateSample(num_states, env.obs_dim, episode_seeds)
         obs = env.reset(seeds)
         running = np.ones(env.num_envs, bool)
         while running.any():
-            # Only policies with a running episode think: (M, E, obs_dim) -> (M, E, act_dim)
+            # Only policies with a running episode compute actions: (M, E, obs_dim) -> (M, E, act_dim)
             busy = np.flatnonzero(running.reshape(shape).any(1))
             seen = obs.reshape(*shape, -1).astype(np.float32)
             sample.add(seen, running.reshape(shape))
@@ -132,7 +134,7 @@ def _run_group(
             step = env.step(actions.reshape(env.num_envs, -1), running)
             obs = step.obs
             total += step.reward
-            ended = step.terminated | step.truncated  # nothing where it is not running
+            ended = step.terminated | step.truncated  # False where an episode is not running
             running &= ~ended
             if ended.any():
                 tick(int(ended.sum()))
@@ -140,10 +142,10 @@ def _run_group(
 
 
 class _StateSample:
-    """Up to S observations of each of M policies, drawn uniformly from the steps of its episodes as they go by.
+    """Up to S observations of each of M policies: a reservoir sample, uniform over the steps of all its episodes.
 
-    Every (step, episode) has a random priority, and those of lowest priority are kept. Priorities come from a policy's
-    episode seeds (M, E), so that its states do not depend on the policies beside it.
+    Every (step, episode) gets a random priority, and the S of lowest priority are kept. Priorities come from the
+    policy's episode seeds (M, E), so that its states do not depend on the policies beside it.
     """
 
     def __init__(self, num_states: int, obs_dim: int, episode_seeds: NDArray[np.int64]) -> None:
@@ -151,16 +153,16 @@ class _StateSample:
         self._rngs = [np.random.default_rng(seeds) for seeds in distinct]
         self._num_episodes = episode_seeds.shape[1]
         self._obs = np.empty((len(episode_seeds), num_states, obs_dim), np.float32)
-        self._priority = np.full((len(episode_seeds), num_states), np.inf)  # infinite: a place that is free
+        self._priority = np.full((len(episode_seeds), num_states), np.inf)  # infinity marks an unused place
 
     def add(self, obs: NDArray[np.float32], running: NDArray[np.bool_]) -> None:
-        """Consider the observations (M, E, obs_dim) of this step, where an episode is `running` (M, E)."""
+        """Offer the sample the observations (M, E, obs_dim) of this step, where an episode is `running` (M, E)."""
         if not self._priority.size:
             return
-        # Also of episodes that have ended: a policy's draws do not tell when others' end.
+        # Drawn for ended episodes too, so that a policy's draws do not depend on when other episodes end.
         drawn = np.stack([rng.random(self._num_episodes) for rng in self._rngs])[self._rng_of]  # (M, E)
         for episode in np.flatnonzero((running & (drawn < self._priority.max(1, keepdims=True))).any(0)):
-            place = self._priority.argmax(1)  # (M,), of the state that gives way
+            place = self._priority.argmax(1)  # (M,): the state that would be replaced
             rows = np.flatnonzero(running[:, episode])
             rows = rows[drawn[rows, episode] < self._priority[rows, place[rows]]]
             self._obs[rows, place[rows]] = obs[rows, episode]

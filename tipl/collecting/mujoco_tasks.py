@@ -1,15 +1,17 @@
 """Gymnasium's MuJoCo tasks as NumPy functions over many simulations at once: one table, `TASKS`, by environment id.
 
-The truth is Gymnasium's own source, gymnasium/envs/mujoco/<task>_<version>.py; where two versions differ, the table
+The reference is Gymnasium's source, gymnasium/envs/mujoco/<task>_<version>.py; where two versions differ, the table
 says how. Every function computes what Gymnasium computes for one environment, in the same order of operations, so that
-the numbers are equal to the last bit (tests/test_envs.py holds the two together). Three facts may surprise:
+the numbers are equal to the last bit (tests/test_envs.py compares the two). Three facts may surprise:
 
 - Fields derived from the state (xpos, cinert, site_xpos, ...) are those that `mj_step` leaves behind, one substep
-  before qpos and qvel. Gymnasium observes and rewards them so.
+  older than qpos and qvel. Gymnasium's observations and rewards use them so.
 - Rewards are float64. Gymnasium squares a float32 action in float32; given the same action as float64 the two agree.
-- v4 pays the step on which a pendulum falls or a walker becomes unhealthy; v5 does not (`pays_fall`).
+- v4 rewards the step on which a pendulum falls or a walker becomes unhealthy; v5 does not (`pays_fall`).
 
 Shapes  n simulations; every field of `Rows`, every observation and every reward has n as its leading axis.
+
+This module is longer than others because it is one table: each function below is an entry of `TASKS`.
 """
 
 from collections.abc import Callable, Mapping
@@ -37,7 +39,7 @@ class Rows:
     fields: Mapping[str, Floats]
     """Every simulation's fields (N, ...): qpos, qvel and the task's `derived` ones."""
     index: slice | NDArray[np.intp]
-    """Which n of the N simulations these are."""
+    """Indices of the n simulations among the N."""
 
     def __getattr__(self, name: str) -> Floats:
         try:
@@ -52,30 +54,30 @@ class Rows:
 
 @dataclass(frozen=True)
 class Task:
-    """What an environment id adds to a MuJoCo model."""
+    """The model of an environment id, and how its episodes start, are observed, rewarded and end."""
 
     model_file: str
-    """In the gymnasium package's folder of models."""
+    """File name in the gymnasium package's folder of models."""
     frame_skip: int
     reset: Callable[[np.random.Generator, Floats, int], tuple[Floats, Floats]]
     """(rng, the model's default qpos (nq,), nv) -> the first qpos (nq,) and qvel (nv,) of an episode.
 
-    It draws from the generator what Gymnasium draws, in the same order: the same seed gives the same episode.
+    It draws from the generator what Gymnasium draws, in the same order, so that equal seeds give equal episodes.
     """
     observe: Callable[[Rows], Floats]
     """The observations (n, obs_dim)."""
     score: Callable[[Rows, Floats, Floats], tuple[Floats, Bools]]
-    """(rows after the step, actions (n, act_dim), value of `before` before it (n,)) -> rewards, terminated (n,)."""
+    """(rows after the step, actions (n, act_dim), `before` as of before the step (n,)) -> rewards, terminated (n,)."""
     before: Callable[[Rows], Floats] | None = None
-    """What `score` needs of the moment before the step, (n,); None where it needs nothing."""
+    """What `score` needs to know about the state before the step, (n,); None where it needs nothing."""
     derived: tuple[str, ...] = ()
-    """The MjData fields read beside qpos and qvel."""
+    """The MjData fields that the task reads besides qpos and qvel."""
 
     def load_model(self) -> Any:
         """Return the task's mujoco.MjModel, from the installed gymnasium package."""
         path = Path(gymnasium.__file__).parent / "envs" / "mujoco" / "assets" / self.model_file
-        # Some of these files use deprecated attributes. MuJoCo would say so on stderr and in a MUJOCO_LOG.TXT in the
-        # working directory, to a user who can change nothing about it.
+        # Some of these files use deprecated attributes. MuJoCo would warn on stderr and in a MUJOCO_LOG.TXT in the
+        # working directory, but the user cannot change these files.
         previous = mujoco.get_mju_user_warning()
         mujoco.set_mju_user_warning(lambda text: None)
         try:
@@ -137,7 +139,7 @@ def reset_pusher(rng: np.random.Generator, qpos0: Floats, nv: int) -> tuple[Floa
 
 
 def state(skip: int = 0, max_speed: float = np.inf) -> Callable[[Rows], Floats]:
-    """Positions but the first `skip` (the absolute ones), then velocities clipped to +-max_speed."""
+    """Positions without the first `skip` (the absolute ones), then velocities clipped to +-max_speed."""
 
     def observe(rows: Rows) -> Floats:
         qvel = rows.qvel if max_speed == np.inf else np.clip(rows.qvel, -max_speed, max_speed)
@@ -152,7 +154,7 @@ def observe_ant_v5(rows: Rows) -> Floats:
 
 
 def observe_humanoid(first_body: int, first_dof: int) -> Callable[[Rows], Floats]:
-    """v4 shows the world body and the root's unactuated degrees of freedom, always zero; v5 leaves them out."""
+    """v4 includes the world body and the root's unactuated degrees of freedom, which are always zero; v5 does not."""
 
     def observe(rows: Rows) -> Floats:
         parts = (
@@ -169,7 +171,7 @@ def observe_humanoid(first_body: int, first_dof: int) -> Callable[[Rows], Floats
 
 
 def observe_double_pendulum(constraints: int) -> Callable[[Rows], Floats]:
-    """The first `constraints` constraint forces: all three in v4, the cart's alone in v5 (the others stay zero)."""
+    """Includes the first `constraints` constraint forces: all three in v4, in v5 only the cart's (others are zero)."""
 
     def observe(rows: Rows) -> Floats:
         qpos, angles = rows.qpos, rows.qpos[:, 1:]
@@ -181,7 +183,7 @@ def observe_double_pendulum(constraints: int) -> Callable[[Rows], Floats]:
 
 
 def observe_reacher(axes: int) -> Callable[[Rows], Floats]:
-    """`axes` of the vector from target to fingertip: v4 shows z too, which is always zero."""
+    """Includes the first `axes` coordinates of the vector from target to fingertip; v4 has z too, always zero."""
 
     def observe(rows: Rows) -> Floats:
         qpos, angles = rows.qpos, rows.qpos[:, :2]
@@ -200,7 +202,7 @@ def observe_pusher(rows: Rows) -> Floats:
 
 
 def score_pendulum(pays_fall: bool) -> Callable[[Rows, Floats, Floats], tuple[Floats, Bools]]:
-    """One a step; `pays_fall` (v4): for the step that falls too."""
+    """Reward 1 per step; with `pays_fall` (v4) also for the step on which the pendulum falls."""
 
     def score(rows: Rows, actions: Floats, before: Floats) -> tuple[Floats, Bools]:
         qpos, qvel = rows.qpos, rows.qvel
@@ -212,14 +214,15 @@ def score_pendulum(pays_fall: bool) -> Callable[[Rows, Floats, Floats], tuple[Fl
 
 
 def score_double_pendulum(pays_fall: bool) -> Callable[[Rows, Floats, Floats], tuple[Floats, Bools]]:
-    """Ten a step, less penalties on the tip's distance and the speeds; `pays_fall` (v4): on the step that falls too."""
+    """Reward 10 per step, less penalties on the tip's distance and the speeds; `pays_fall` as above."""
 
     def score(rows: Rows, actions: Floats, before: Floats) -> tuple[Floats, Bools]:
         tip = rows.site_xpos[:, 0]  # (n, 3)
         x, y = tip[:, 0], tip[:, 2]
         v1, v2 = rows.qvel[:, 1], rows.qvel[:, 2]
         terminated = y <= 1
-        # float_power is the C library's pow, as Gymnasium's scalar ** is; an array's ** 2 is a product, 1 ulp away.
+        # float_power calls the C library's pow, as ** does on Gymnasium's scalars; on an array, ** 2 multiplies, which
+        # may differ by 1 ulp.
         distance_penalty = 0.01 * np.float_power(x, 2) + np.float_power(y - 2, 2)
         speed_penalty = 1e-3 * np.float_power(v1, 2) + 5e-3 * np.float_power(v2, 2)
         alive = 10.0 if pays_fall else 10.0 * ~terminated
@@ -233,7 +236,7 @@ def reach_distance(rows: Rows) -> Floats:
 
 
 def score_reacher_v4(rows: Rows, actions: Floats, before: Floats) -> tuple[Floats, Bools]:
-    """v4 pays for the distance before the step."""
+    """v4 uses the distance before the step."""
     return -before - sum_of_squares(actions), never(rows)
 
 
@@ -269,9 +272,9 @@ def locomotion(
     contact_cost: Callable[[Rows], Floats] | None = None,
     derived: tuple[str, ...] = (),
 ) -> Task:
-    """A task that pays the speed along x and for being healthy, charges control and contact, and ends when unhealthy.
+    """A task that rewards speed along x and being healthy, charges control and contact, and ends when unhealthy.
 
-    `pays_fall` (v4): the healthy reward is paid for the unhealthy last step too.
+    With `pays_fall` (v4) the last, unhealthy step gets the healthy reward too.
     """
 
     def score(rows: Rows, actions: Floats, before: Floats) -> tuple[Floats, Bools]:
@@ -296,7 +299,7 @@ def torso_x(rows: Rows) -> Floats:
 
 def center_of_mass_x(rows: Rows) -> Floats:
     mass = rows.model.body_mass
-    # The sum over the bodies b must run as in Gymnasium's "b,bj->j", one body after another: hence all axes j.
+    # Summed over all axes j, although only x is used, so that bodies b are added in the order of Gymnasium's "b,bj->j".
     moment: Floats = np.einsum("b,nbj->nj", mass, rows.xipos)
     x: Floats = moment[:, 0] / mass.sum()
     return x
@@ -341,7 +344,7 @@ def sum_of_squares(values: Floats) -> Floats:
 
 
 def norm(vectors: Floats) -> Floats:
-    """Euclidean length of each row: by the dot product that np.linalg.norm uses on one vector, not on a matrix."""
+    """Euclidean length of each row, by the dot product that np.linalg.norm uses for one vector (not for a matrix)."""
     squares: Floats = (vectors[:, None, :] @ vectors[:, :, None])[:, 0, 0]
     return np.sqrt(squares)
 
@@ -355,7 +358,7 @@ def never(rows: Rows) -> Bools:
 
 
 def tasks(v5: bool) -> dict[str, Task]:
-    """Gymnasium's MuJoCo tasks by name, as version 5 or version 4 has them."""
+    """Gymnasium's MuJoCo tasks by name, in version 5 or version 4. Long because it is the table."""
     humanoid_fields = ("xipos", "cinert", "cvel", "qfrc_actuator", "cfrc_ext")
     observe_body = observe_humanoid(first_body=1, first_dof=6) if v5 else observe_humanoid(first_body=0, first_dof=0)
     return {

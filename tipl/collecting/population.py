@@ -1,14 +1,14 @@
-"""Many independent PPO trials at once, stepped in lockstep, parameters of all trials stacked.
+"""Many independent PPO trials that learn in lockstep, with the parameters of all trials stacked in one array.
 
-The algorithm is Stable-Baselines3's PPO (Schulman et al. 2017, arXiv:1707.06347) with its defaults and its details. A
-trial shares nothing with the others but the moment at which it is computed: its initial weights, environments, action
-noise, minibatch order, gradient clipping and optimizer state follow from its own seed alone. Acting and the update run
-in `csrc/ppo.cpp`.
+The algorithm is Stable-Baselines3's PPO (Schulman et al. 2017, arXiv:1707.06347) with its defaults and its details.
+Trials share nothing but the time at which they are computed: a trial's initial weights, environments, action noise,
+minibatch order, gradient clipping and optimizer state depend on its own seed alone. Acting and the update run in
+`csrc/ppo.cpp`.
 
 Shapes  N trials of E = num_envs environments each, numbered trial by trial; T = num_steps; O = obs_dim, A = act_dim;
-        P = parameters of a trial, log_std | actor | critic, of which the first p are the checkpoint.
+        P = number of parameters of a trial, ordered log_std | actor | critic; the first p of them are the checkpoint.
 
-A trial's results have the same bits for any number of threads and whatever the population around it.
+A trial's results have the same bits for any number of threads and whichever trials are beside it.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ import itertools
 import math
 import time
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,254 +24,75 @@ from numpy.typing import NDArray
 
 from tipl import _core
 from tipl.collecting.envs import MujocoState, MujocoVectorEnv, VectorEnv
-from tipl.policy import Activation, PolicySpec, layer_views
+from tipl.collecting.observation_scaler import ObservationScaler
+from tipl.collecting.ppo_config import ENGINE_SETTINGS, PPOConfig
+from tipl.collecting.transitions import FinalStep, Transitions, entropy, explained_variance, gae, log_prob
+from tipl.policy import PolicySpec, layer_views
 
 Floats = NDArray[np.float64]
 Singles = NDArray[np.float32]
-Optimizer = Literal["adam", "sgd"]
 
-OPTIMIZERS = ("adam", "sgd")
-LOG_2PI = math.log(2 * math.pi)
 ENV_ARRAYS = [field.name for field in dataclasses.fields(MujocoState) if field.name != "rngs"]
-ENGINE_SETTINGS = (
-    "update_epochs",
-    "clip_coef",
-    "clip_coef_vf",
-    "vf_coef",
-    "ent_coef",
-    "max_grad_norm",
-    "optimizer",
-    "adam_eps",
-    "normalize_advantage",
-    "target_kl",
-    "learn_log_std",
-)
-"""What the native update takes from `PPOConfig` as it is."""
-MIN_TRIALS_AT_ONCE = 64
-OBS_EPS, OBS_LIMIT = 1e-8, 10.0  # of normalised observations, as in SB3's VecNormalize
-
-
-@dataclasses.dataclass(frozen=True)
-class PPOConfig:
-    """PPO's hyperparameters, under CleanRL's names with Stable-Baselines3's defaults."""
-
-    num_envs: int = 1
-    """Environments of a trial, E."""
-    num_steps: int = 2048
-    """Steps of each environment in one iteration, T."""
-    update_epochs: int = 10
-    """Passes over these steps in one iteration."""
-    num_minibatches: int = 32
-    """Minibatches of one pass; must divide num_envs * num_steps."""
-    learning_rate: float = 3e-4
-    anneal_lr: bool = False
-    """Let the learning rate fall linearly, iteration by iteration, to 0 after the last."""
-    gamma: float = 0.99
-    """Discount of the rewards."""
-    gae_lambda: float = 0.95
-    clip_coef: float = 0.2
-    """How far the probability ratio may leave 1 and still earn."""
-    clip_coef_vf: float | None = None
-    """How far a value may leave what it was before the update and still learn (SB3's clip_range_vf); None: any."""
-    vf_coef: float = 0.5
-    """Weight of the mean squared error of the values (SB3's; CleanRL has a further factor 1/2)."""
-    ent_coef: float = 0.0
-    """Weight of the entropy bonus."""
-    max_grad_norm: float = 0.5
-    """Limit of the norm of a trial's gradient, actor and critic together."""
-    target_kl: float | None = None
-    """A trial's update ends with the minibatch whose approx_kl is above 1.5 times this, before it takes the step."""
-    optimizer: Optimizer = "adam"
-    """sgd: without momentum, as SB3 with policy_kwargs=dict(optimizer_class=torch.optim.SGD)."""
-    adam_eps: float = 1e-5
-    normalize_advantage: bool = True
-    """Normalise the advantages of each minibatch."""
-    normalize_observations: bool = False
-    """Let the networks see observations less their mean so far, over their deviation, clipped to 10 (SB3's
-    VecNormalize). Checkpoints have it in their first layer, and so no clipping."""
-    hidden_sizes: tuple[int, ...] = (64, 64)
-    """Widths of the hidden layers, the same for actor and critic, which share none."""
-    activation: Activation = "tanh"
-    log_std_init: float = 0.0
-    """Where log_std, the logarithm of the actions' standard deviation, starts."""
-    learn_log_std: bool = True
-    """False: log_std stays at log_std_init, and its gradient has no part in the norm that max_grad_norm limits."""
-
-    def __post_init__(self) -> None:
-        for name in ("num_envs", "num_steps", "update_epochs", "num_minibatches"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"PPOConfig: {name} must be a positive int, got {value!r}")
-        if self.batch_size % self.num_minibatches:
-            batch, got = self.batch_size, self.num_minibatches
-            raise ValueError(f"PPOConfig: num_minibatches must divide num_envs * num_steps = {batch}, got {got}")
-        optional = [name for name in ("clip_coef_vf", "target_kl") if getattr(self, name) is not None]
-        for name in ("learning_rate", "clip_coef", "max_grad_norm", "adam_eps", *optional):
-            if not 0.0 < getattr(self, name) < math.inf:
-                raise ValueError(f"PPOConfig: {name} must be positive and finite, got {getattr(self, name)}")
-        for name in ("vf_coef", "ent_coef"):
-            if not 0.0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"PPOConfig: {name} must be finite and not negative, got {getattr(self, name)}")
-        for name in ("gamma", "gae_lambda"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ValueError(f"PPOConfig: {name} must lie in [0, 1], got {getattr(self, name)}")
-        if self.optimizer not in OPTIMIZERS:
-            raise ValueError(f"PPOConfig: optimizer must be one of {OPTIMIZERS}, got {self.optimizer!r}")
-        if not math.isfinite(self.log_std_init):
-            raise ValueError(f"PPOConfig: log_std_init must be finite, got {self.log_std_init}")
-        if not isinstance(self.learn_log_std, bool):
-            raise ValueError(f"PPOConfig: learn_log_std must be a bool, got {self.learn_log_std!r}")
-        PolicySpec(1, 1, self.hidden_sizes, self.activation)  # refuses bad sizes and activations
-
-    @property
-    def batch_size(self) -> int:
-        """Environment steps of a trial in one iteration."""
-        return self.num_envs * self.num_steps
-
-    @property
-    def minibatch_size(self) -> int:
-        return self.batch_size // self.num_minibatches
+MIN_TRIALS_AT_ONCE = 64  # in one call of the native update, which takes all trials where there are fewer
 
 
 @dataclasses.dataclass(frozen=True)
 class UpdateStats:
-    """What the update of one iteration gave, per trial (N,), under CleanRL's names and averaged as SB3 averages."""
+    """Diagnostics of one iteration's update for each trial, (N,), with CleanRL's names and SB3's averages."""
 
     policy_loss: Floats
     value_loss: Floats
-    """Mean squared error of the values; as policy_loss and clipfrac the mean over all minibatches."""
+    """Mean squared error of the values. Like policy_loss and clipfrac, a mean over all minibatches."""
     entropy: Floats
     """Entropy of the action distribution after the update."""
     approx_kl: Floats
-    """Mean of (r - 1) - log r over the last epoch, where r is the ratio of an action's probabilities."""
+    """Mean of (r - 1) - log r over the last epoch, where r is the probability ratio, new policy over old."""
     clipfrac: Floats
-    """Share of the steps whose r left the clip range."""
+    """Share of the steps whose r lay outside the clip range."""
     explained_variance: Floats
-    """1 - Var(returns - values) / Var(returns), before the update; NaN where the returns do not vary."""
+    """1 - Var(returns - values) / Var(returns), before the update; NaN where all returns are equal."""
 
 
 @dataclasses.dataclass(frozen=True)
 class IterationStats(UpdateStats):
-    """What one iteration gave, per trial (N,)."""
+    """Returns, losses and timings of one iteration; arrays have one entry per trial, (N,)."""
 
     episodic_return: Floats
-    """Mean return of the episodes that ended in it; the last iteration's where none did, NaN before the first."""
+    """Mean return of the episodes that ended in this iteration; where none did, the last iteration's value; NaN before
+    the first episode has ended."""
     num_episodes: NDArray[np.int64]
-    """Episodes that ended in it."""
+    """Episodes that ended in this iteration."""
     learning_rate: float
     seconds: dict[str, float]
-    """Wall-clock time in "env" steps, "policy" (all else that acting takes) and "update"."""
-
-
-class FinalStep(NamedTuple):
-    """A step whose next value is not that of the row below: a time-out, or the last step of the iteration."""
-
-    env: int
-    t: int
-    final_obs: Singles
-    """(O,): what the step led to."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Transitions:
-    """The steps of one iteration. Every row is a real step: environments reset in the step that ends an episode."""
-
-    observations: Singles
-    """(N * E, T, O), as the networks see them."""
-    actions: Singles
-    """(N * E, T, A), not clipped to the action space."""
-    log_probs: Singles
-    """(N * E, T)"""
-    rewards: Singles
-    """(T, N * E)"""
-    terminated: NDArray[np.bool_]
-    """(T, N * E)"""
-    truncated: NDArray[np.bool_]
-    """(T, N * E)"""
-    final_steps: list[FinalStep]
-
-
-def gae(
-    rewards: Singles,
-    values: Singles,
-    next_values: Singles,
-    terminated: NDArray[np.bool_],
-    done: NDArray[np.bool_],
-    *,
-    gamma: float,
-    gae_lambda: float,
-) -> Singles:
-    """Return GAE advantages (T, N); every input is (T, N). Schulman et al. 2016, arXiv:1506.02438.
-
-    `next_values` are the values of what each step led to; where a time limit ended the episode, of its final
-    observation. `terminated` cuts the bootstrap; `done` (terminated or truncated) cuts only the running sum.
-    """
-    deltas = rewards + np.float32(gamma) * ~terminated * next_values - values  # (T, N)
-    decay = np.float32(gamma * gae_lambda) * ~done  # (T, N)
-    advantages, running = np.empty_like(deltas), np.zeros_like(deltas[0])
-    for t in reversed(range(len(deltas))):  # backwards, because A_t needs A_{t+1}
-        running *= decay[t]
-        running += deltas[t]
-        advantages[t] = running
-    return advantages
-
-
-class ObservationScaler:
-    """Mean and variance of all observations that each of N trials has made, and those observations on their scale.
-
-    A trial's statistics are those of SB3's RunningMeanStd, which begins with a weight of 1e-4 at mean 0 and variance 1.
-    """
-
-    def __init__(self, num_trials: int, obs_dim: int) -> None:
-        self.mean, self.var = np.zeros((num_trials, 1, obs_dim)), np.ones((num_trials, 1, obs_dim))
-        self.count = 1e-4
-
-    def update(self, obs: Floats) -> None:
-        """Take observations (N * E, O), E of each trial."""
-        obs = obs.reshape(len(self.mean), -1, obs.shape[-1])
-        added = obs.shape[1]
-        total = self.count + added
-        shift = obs.mean(1, keepdims=True) - self.mean
-        squares = self.count * self.var + added * obs.var(1, keepdims=True) + shift**2 * self.count * added / total
-        self.mean = self.mean + shift * added / total
-        self.var, self.count = squares / total, total
-
-    def scaled(self, obs: Floats) -> Floats:
-        """Return observations (N * E, O) on the scale of their trials."""
-        rows = obs.reshape(len(self.mean), -1, obs.shape[-1])
-        scaled: Floats = np.clip((rows - self.mean) / np.sqrt(self.var + OBS_EPS), -OBS_LIMIT, OBS_LIMIT)
-        return scaled.reshape(obs.shape)
-
-    def fold_into(self, weight: NDArray[Any], bias: NDArray[Any]) -> None:
-        """Let the layers weight (N, out, O), bias (N, out) take observations as they are, without the limits."""
-        scaled = weight / np.sqrt(self.var + OBS_EPS)
-        bias -= (scaled @ self.mean.swapaxes(1, 2))[..., 0]
-        weight[:] = scaled
+    """Wall-clock time of "env" (the environments' steps), "policy" (the rest of acting) and "update"."""
 
 
 @dataclasses.dataclass(frozen=True)
 class PopulationState:
-    """Everything that decides how a population goes on."""
+    """Everything that the next iterations of a population depend on."""
 
     env_steps: int
     arrays: dict[str, NDArray[Any]]
-    """A row a trial or an environment each: params (N, P), optimizer.step (N,), Adam's .exp_avg and .exp_avg_sq (N, P),
-    generators (N, bytes), episodic_return (N,), running_return (N * E,), env.*, the fields of `MujocoState` but its
-    rngs, and obs.mean and obs.var (N, 1, O) where observations are normalised."""
+    """One row per trial: params (N, P), optimizer.step (N,), optimizer.exp_avg and optimizer.exp_avg_sq (N, P),
+    generators (N, bytes), episodic_return (N,) and, where observations are normalised, obs.mean and obs.var (N, 1, O)
+    and obs.count (1,). One row per environment: running_return (N * E,) and env.*, the fields of `MujocoState` except
+    rngs."""
     env_rngs: list[Any]
-    """(N * E,): those rngs, plain dicts."""
+    """(N * E,): `MujocoState.rngs`, plain dicts."""
 
 
 class Population:
     """N independent PPO trials, each in its own environments of `env`; trial i depends on seeds[i] alone.
 
     Args:
-        env: num_envs environments a trial, trial by trial. They are reset to `environment_seeds(seeds, num_envs)`;
-            whoever made them closes them.
-        seeds: one int in [0, 2**32) a trial.
-        init_seed: start every trial from the initial weights of this seed; all else stays its own.
-        num_iterations: that anneal_lr reckons with; needed for that alone.
-        num_threads: threads of the update, by default one a core; the environments have their own.
+        env: `config.num_envs` environments for each trial, trial by trial. They are reset to
+            `environment_seeds(seeds, num_envs)`. The caller closes them.
+        seeds: one int in [0, 2**32) for each trial.
+        init_seed: start all trials from the initial weights of this seed; everything else follows each trial's own.
+        num_iterations: length of the whole run, which anneal_lr needs; otherwise not used.
+        num_threads: threads of the update, by default one per core; the environments have their own.
+
+    Raises ValueError where `env`, `seeds`, `num_iterations` or `num_threads` do not fit the above.
     """
 
     def __init__(
@@ -302,7 +123,7 @@ class Population:
         self.env, self.config, self.num_iterations = env, config, num_iterations
         self.spec = PolicySpec(env.obs_dim, env.act_dim, config.hidden_sizes, config.activation)
         self.env_steps = 0
-        """Environment steps that each trial has made."""
+        """Environment steps that each trial has taken."""
         self.generators = [torch.Generator().manual_seed(seed) for seed in self.seeds]
         self.params = _initial_params(self.spec, config.log_std_init, self.generators)  # (N, P)
         if init_seed is not None:
@@ -320,32 +141,32 @@ class Population:
             **{name: getattr(config, name) for name in ENGINE_SETTINGS},
         )
         self.trials_at_once = max(MIN_TRIALS_AT_ONCE, 4 * threads)
-        """Of one call of the native update: several for each thread."""
+        """Trials in one call of the native update: several for each thread."""
         self.scaler = ObservationScaler(N, env.obs_dim) if config.normalize_observations else None
         self._obs = env.reset(environment_seeds(self.seeds, config.num_envs))
         if self.scaler is not None:
             self.scaler.update(self._obs)
-        self._running_return = np.zeros(env.num_envs)  # of the episodes under way
+        self._running_return = np.zeros(env.num_envs)  # rewards so far in each environment's current episode
         self._episodic_return = np.full(N, np.nan)
 
     def weights(self) -> Singles:
-        """Return a copy of the policies' flat weights, (N, p) in the layout of `spec`, for observations as they are."""
+        """Return a copy of the policies' flat weights, (N, p) in the layout of `spec`; they take raw observations."""
         weights = self.params[:, : self.spec.num_params].copy()
         if self.scaler is not None:
-            first_layer = list(self.spec.unflatten(torch.from_numpy(weights)).values())[1:3]  # behind log_std
+            first_layer = list(self.spec.unflatten(torch.from_numpy(weights)).values())[1:3]  # after log_std
             self.scaler.fold_into(*(part.numpy() for part in first_layer))
         return weights
 
     @property
     def learning_rate(self) -> float:
-        """Of the next iteration."""
+        """The learning rate of the next iteration."""
         rate = self.config.learning_rate
         if self.config.anneal_lr and self.num_iterations is not None:
             rate *= 1 - self.env_steps / self.config.batch_size / self.num_iterations
         return rate
 
     def get_state(self) -> PopulationState | None:
-        """Return a copy of the state between two iterations, or None where the environments cannot be saved."""
+        """Return a copy of the state between two iterations, or None where the environments' state cannot be saved."""
         if not isinstance(self.env, MujocoVectorEnv):
             return None
         env = self.env.get_state()
@@ -365,9 +186,9 @@ class Population:
         return PopulationState(self.env_steps, arrays, env.rngs)
 
     def set_state(self, state: PopulationState) -> None:
-        """Go on from `state`, of a population with equal arguments; num_threads may differ.
+        """Continue from `state`, which a population with equal arguments returned; num_threads may differ.
 
-        Raises ValueError where it comes from a population with other trials, policies or environments.
+        Raises ValueError where the state's population had other numbers of trials, policies or environments.
         """
         own = self.get_state()
         if own is None or not isinstance(self.env, MujocoVectorEnv):
@@ -394,7 +215,7 @@ class Population:
     def iterate(self) -> IterationStats:
         """Run one iteration of every trial: num_steps steps of each environment, then the update.
 
-        Raises FloatingPointError where a trial's weights are no longer finite; the population is then of no more use.
+        Raises FloatingPointError where a trial's weights are no longer finite; the population must not be used after.
         """
         start = time.perf_counter()
         learning_rate = self.learning_rate
@@ -416,18 +237,21 @@ class Population:
         )
 
     def act(self) -> tuple[Transitions, NDArray[np.int64], float]:
-        """Step the environments num_steps times; return transitions, episodes ended (N,), seconds of stepping."""
+        """Step the environments num_steps times.
+
+        Returns the transitions, the number of episodes that ended in each trial (N,), and the seconds spent in `env`.
+        """
         N, E, T = len(self.seeds), self.config.num_envs, self.config.num_steps
         A, obs_dim = self.env.act_dim, self.env.obs_dim
         log_std = self.params[:, :A]
         noise = np.empty((N, E, T, A), np.float32)
         for row, generator in zip(noise, self.generators, strict=True):
             torch.randn(E, T, A, generator=generator, out=torch.from_numpy(row))
-        log_probs = log_prob(noise, log_std[:, None, None])  # of the actions before clipping: of the noise alone
+        log_probs = log_prob(noise, log_std[:, None, None])  # actions are not clipped yet, so the noise decides
         noise *= np.exp(log_std)[:, None, None]
         transitions = Transitions(
             observations=np.empty((N * E, T, obs_dim), np.float32),
-            actions=noise.reshape(N * E, T, A),  # the means are added step by step
+            actions=noise.reshape(N * E, T, A),  # each step below adds its mean
             log_probs=log_probs.reshape(N * E, T),
             rewards=np.empty((T, N * E), np.float32),
             terminated=np.empty((T, N * E), np.bool_),
@@ -467,21 +291,21 @@ class Population:
         return transitions, ended, env_seconds
 
     def mean_actions(self, obs: Singles) -> Singles:
-        """Return the policies' mean actions (N, R, A) for observations as they see them, (N, R, O)."""
+        """Return the policies' mean actions (N, R, A) for R observations of each, (N, R, O), normalised if need be."""
         spec = self.spec
         return _core.mean_actions(
             self.params, obs, act_dim=spec.act_dim, hidden_sizes=spec.hidden_sizes, activation=spec.activation
         )
 
     def _seen(self, obs: Floats) -> Singles:
-        """Return observations (N * E, O) as the networks see them."""
+        """Return observations (N * E, O) as the networks see them: float32, normalised if the settings say so."""
         return (obs if self.scaler is None else self.scaler.scaled(obs)).astype(np.float32)
 
     def update(self, transitions: Transitions, learning_rate: float) -> UpdateStats:
-        """Run the epochs of one iteration."""
+        """Run all epochs of one iteration's update."""
         N, S, config = len(self.seeds), self.config.batch_size, self.config
         values, advantages = self.estimate(transitions)
-        # By trial, and by step no more: what memory holds here is what collecting takes.
+        # The arrays ordered by trial replace those ordered by step: the peak memory of a collection is reached here.
         values, advantages = (np.ascontiguousarray(steps.T).reshape(N, S) for steps in (values, advantages))
         returns = advantages + values
         arrays = {
@@ -497,7 +321,7 @@ class Population:
             "values": values,
         }
         losses = []
-        for start in range(0, N, self.trials_at_once):  # the orders of all would take more memory than the steps
+        for start in range(0, N, self.trials_at_once):  # minibatch orders of all trials would outweigh the steps
             part = slice(start, start + self.trials_at_once)
             order = np.empty((len(self.seeds[part]), config.update_epochs, S), np.int32)
             for epochs, generator in zip(order, self.generators[part], strict=True):
@@ -512,11 +336,11 @@ class Population:
             entropy=entropy(self.params[:, : self.spec.act_dim]),
             approx_kl=approx_kl,
             clipfrac=clipfrac,
-            explained_variance=_explained_variance(returns, advantages),
+            explained_variance=explained_variance(returns, advantages),
         )
 
     def estimate(self, transitions: Transitions) -> tuple[Singles, Singles]:
-        """Return the critic's values and the advantages of the steps, (T, N * E) each."""
+        """Return the critic's values of the steps' observations and the steps' advantages, (T, N * E) each."""
         N, (T, J) = len(self.seeds), transitions.rewards.shape
         values = self.engine.values(self.params, transitions.observations.reshape(N, J // N * T, -1)).reshape(J, T).T
         advantages = gae(
@@ -531,7 +355,7 @@ class Population:
         return values, advantages
 
     def next_values(self, values: Singles, transitions: Transitions) -> Singles:
-        """Return the values of what each step led to, (T, N * E), given those of what it started from."""
+        """Return the values of the observations after each step, (T, N * E), given `values` of those before it."""
         finals: list[list[FinalStep]] = [[] for _ in self.seeds]
         for step in transitions.final_steps:
             finals[step.env // self.config.num_envs].append(step)
@@ -545,7 +369,7 @@ class Population:
 
 
 def environment_seeds(seeds: Sequence[int], num_envs: int) -> list[int]:
-    """Return the seeds of the trials' environments, trial by trial: a trial's own for its first, then derived ones."""
+    """Return the seeds of all environments, trial by trial: the trial's seed for its first, derived ones after it."""
     return [
         seed if j == 0 else int(np.random.SeedSequence(seed, spawn_key=(j,)).generate_state(1)[0])
         for seed in seeds
@@ -553,27 +377,14 @@ def environment_seeds(seeds: Sequence[int], num_envs: int) -> list[int]:
     ]
 
 
-def log_prob(noise: Singles, log_std: Singles) -> Singles:
-    """Return the log-probabilities (...) of actions mean + exp(log_std) noise, both (..., A)."""
-    A = noise.shape[-1]
-    result: Singles = -0.5 * np.square(noise).sum(-1) - (log_std.sum(-1) + np.float32(0.5 * LOG_2PI * A))
-    return result
-
-
-def entropy(log_std: Singles) -> Floats:
-    """Return the entropies (N,) of the action distributions; log_std (N, A)."""
-    result: Floats = (log_std.astype(np.float64) + 0.5 * (1 + LOG_2PI)).sum(1)
-    return result
-
-
 def _initial_params(spec: PolicySpec, log_std: float, generators: Sequence[torch.Generator]) -> Singles:
-    """Return SB3's initial parameters (N, P), each row's weights drawn from its generator; the biases are zero."""
+    """Return SB3's initial parameters (N, P): row i's weights are drawn from generators[i], biases are zero."""
     critic_sizes = (*spec.layer_sizes[:-1], 1)
     P = spec.num_params + sum(fan_out * (fan_in + 1) for fan_in, fan_out in itertools.pairwise(critic_sizes))
     params = torch.zeros(len(generators), P)
     params[:, : spec.act_dim] = log_std
     num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the QR decomposition behind orthogonal_ has other last bits on other numbers
+    torch.set_num_threads(1)  # the last bits of orthogonal_'s QR decomposition depend on the number of threads
     try:
         for row, generator in zip(params, generators, strict=True):
             nets = ((spec.act_dim, spec.layer_sizes, 0.01), (spec.num_params, critic_sizes, 1.0))
@@ -585,11 +396,3 @@ def _initial_params(spec: PolicySpec, log_std: float, generators: Sequence[torch
     finally:
         torch.set_num_threads(num_threads)
     return params.numpy()
-
-
-def _explained_variance(returns: Singles, errors: Singles) -> Floats:
-    """Return 1 - Var(errors) / Var(returns) over the steps, (N,), NaN where the returns (N, S) do not vary."""
-    variance: Floats = returns.var(1, dtype=np.float64)
-    variance[variance == 0] = np.nan
-    explained: Floats = 1 - errors.var(1, dtype=np.float64) / variance
-    return explained

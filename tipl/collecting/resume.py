@@ -1,14 +1,14 @@
-"""What an unfinished collection needs to go on: the states of its populations, in the store until it is complete.
+"""The saved states from which an unfinished collection continues, kept in its store until the collection is complete.
 
-    resume/zarr.json                group: the versions of what decides the last bits, and how many trials are one shard
+    resume/zarr.json                group: versions of everything that the last bits depend on; trials per shard
     resume/trial_0000/state_00000031.safetensors
                                     the population of the shard that begins with trial 0, when each of its trials had 31
-                                    checkpoints; the last two saved are kept
+                                    checkpoints; the last two saved states are kept
 
-A shard's trials learn together, in one process. A state holds what decides how they go on (`ppo.PopulationState`), what
-store, trials and number of checkpoints it belongs to, and a checksum over all of it. It is written whole or not at all,
-after the checkpoint that it belongs to was committed. While the folder is there, the collection is unfinished. It is
-removed last of all, so that the store is then what it would be without any states.
+A shard's trials learn together, in one process. A state holds everything that their next iterations depend on
+(`population.PopulationState`), the store, trials and number of checkpoints that it belongs to, and a checksum over all
+of this. It is written whole or not at all, after its checkpoint was committed. As long as the folder exists, the
+collection is unfinished. It is removed last, so that a finished store is the same as if no state had been saved.
 """
 
 import contextlib
@@ -46,23 +46,23 @@ STATES_KEPT = 2
 
 @dataclass(frozen=True)
 class _Begun:
-    """The attributes of the group."""
+    """The group's attributes, written when the collection began."""
 
     versions: dict[str, str]
     store: str | None = None
-    """The store's digest; None if an older tipl began the collection."""
+    """The store's digest; None where an older tipl began the collection."""
     trials_per_shard: Annotated[int, Field(ge=1)] | None = None
 
 
 @dataclass(frozen=True)
 class _Saved:
-    """What a state says, in JSON, beside its arrays."""
+    """The JSON record in a state's file, beside its arrays."""
 
     format: str
     version: int
     store: str
     trials: list[int]
-    """The first of them, and the one behind the last."""
+    """First trial, and last trial + 1."""
     num_checkpoints: int
     env_steps: Annotated[int, Field(ge=0)]
     env_rngs: list[dict[str, Any]]
@@ -80,24 +80,25 @@ class Unfinished:
         return self.folder.exists()
 
     def begin(self, trials_per_shard: int) -> int:
-        """Note that the collection is unfinished, and the versions that it is begun with, unless that was done.
+        """Mark the collection as unfinished and record its versions and sharding, unless that was done before.
 
-        Returns the trials of a shard that it was begun with or, where that record is damaged, those given.
+        Returns the number of trials per shard that the collection was begun with; `trials_per_shard` if that record is
+        damaged.
         """
         make_folder(self.folder)
         if not (self.folder / "zarr.json").exists():
             record = {"versions": _versions(), "store": self.store.digest, "trials_per_shard": trials_per_shard}
             write_group(self.folder, record)
-        with contextlib.suppress(RuntimeError):  # `changed_versions` tells
+        with contextlib.suppress(RuntimeError):  # `changed_versions` reports it
             return self._begun().trials_per_shard or trials_per_shard
         return trials_per_shard
 
     def changed_versions(self) -> dict[str, tuple[str, str]]:
-        """Return name -> (version then, version now) of what could change the bits of the rest.
+        """Return name -> (version then, version now) of every version that differs and may change the last bits.
 
-        Raises RuntimeError where the record of then is damaged, or of another store.
+        Raises RuntimeError where the record of the versions then is damaged, or belongs to another store.
         """
-        if not (self.folder / "zarr.json").exists():  # cut off before it was written, and so before any checkpoint
+        if not (self.folder / "zarr.json").exists():  # interrupted before writing it, and so before any checkpoint
             return {}
         then, now = self._begun().versions, _versions()
         return {name: (then.get(name, "none"), now[name]) for name in now if then.get(name, "none") != now[name]}
@@ -114,7 +115,7 @@ class Unfinished:
         return SavedStates(self.store, trials)
 
     def problems(self) -> list[str]:
-        """Return what is damaged, or does not belong here, one line each."""
+        """Return one line for each file that is damaged or belongs elsewhere."""
         found, trials_per_shard = [], None
         try:
             if (self.folder / "zarr.json").exists():
@@ -130,7 +131,7 @@ class Unfinished:
         return found
 
     def _shard(self, path: Location, trials_per_shard: int | None) -> range | None:
-        """Return the trials of the shard to which a state's folder belongs, if that is known."""
+        """Return the trials of the shard to which a state's folder belongs, or None if that is not known."""
         starts = range(0, len(self.store), trials_per_shard or len(self.store))
         start = next((i for i in starts if trial_name(i) == path.parent.name), None)
         if trials_per_shard is None or start is None:
@@ -138,19 +139,19 @@ class Unfinished:
         return range(start, min(start + trials_per_shard, len(self.store)))
 
     def remove(self) -> None:
-        """Say that the collection is complete."""
+        """Remove the states, which marks the collection as complete."""
         remove_folder(self.folder)
 
 
 class SavedStates:
-    """The states of the shard of some trials."""
+    """The saved states of one shard, `trials`."""
 
     def __init__(self, store: Store, trials: range) -> None:
         self.store, self.trials = store, trials
         self.folder = store.path / FOLDER / trial_name(trials.start)
 
     def save(self, state: PopulationState, num_checkpoints: int) -> None:
-        """Write the state in which every trial has `num_checkpoints` checkpoints, all of them committed."""
+        """Write the state; every trial of the shard must have `num_checkpoints` committed checkpoints."""
         described = {
             "format": FORMAT,
             "version": VERSION,
@@ -164,18 +165,18 @@ class SavedStates:
         make_folder(self.folder)
         path = self.folder / f"state_{num_checkpoints:08d}.safetensors"
         with written_aside(path) as aside:
-            try:  # one entry, because safetensors writes several in a random order
+            try:  # one metadata entry, because safetensors writes several in random order
                 safetensors.numpy.save_file(state.arrays, aside, {"population": json.dumps(described, sort_keys=True)})
-            except safetensors.SafetensorError as error:  # the disk is full
+            except safetensors.SafetensorError as error:  # raised when the disk is full
                 raise OSError(f"{path}: {error}") from error
         files = self._files()
         older = [file.name for file in files if file.name < path.name]
         for file in files:
-            if file.name not in (path.name, *older[: STATES_KEPT - 1]):  # a later one could not be used
+            if file.name not in (path.name, *older[: STATES_KEPT - 1]):  # later states were tried and found unusable
                 file.unlink()
 
     def load(self, max_checkpoints: int) -> Iterator[PopulationState]:
-        """Yield the states of at most so many checkpoints, the latest first; warn of each that cannot be used."""
+        """Yield the states with at most `max_checkpoints` checkpoints, latest first; warn of each that is unusable."""
         for path in self._files():
             if _number(path) <= max_checkpoints:
                 try:
@@ -184,12 +185,12 @@ class SavedStates:
                     warnings.warn(f"collect: {error}; an older state is used, or none", stacklevel=4)
 
     def _files(self) -> list[Location]:
-        """Return the files of the states, the latest first."""
+        """Return the states' files, latest first."""
         return sorted(self.folder.glob(STATE), key=str, reverse=True)
 
 
 def read_state(path: Location, store: Store, trials: range | None) -> PopulationState:
-    """Return the state in `path`, which is one of these trials of a store, or of some if that is not known.
+    """Return the state in the file `path`, which must belong to `store` and to `trials`, unless that is None.
 
     Raises RuntimeError where it is damaged, of another version, or belongs elsewhere.
     """
@@ -216,7 +217,7 @@ def read_state(path: Location, store: Store, trials: range | None) -> Population
 
 
 def _number(path: Location) -> int:
-    """Return the checkpoints that the name of a state says; many where it says none."""
+    """Return the number of checkpoints in the name of a state's file; `sys.maxsize` where there is none."""
     number = re.fullmatch(r"state_(\d{8,18})\.safetensors", path.name)
     return int(number[1]) if number else sys.maxsize
 
@@ -231,7 +232,7 @@ def _checksum(described: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) 
 
 
 def _versions() -> dict[str, str]:
-    """Return the versions of the packages, and the instruction sets, on which the last bits of a collection depend."""
+    """Return the package versions and instruction sets on which the last bits of a collection depend."""
     packages = {name: importlib.metadata.version(name) for name in ("tipl", "torch", "numpy", "mujoco", "gymnasium")}
     cpu = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} {_core.isa()}"
     return {**packages, "cpu": cpu}

@@ -1,4 +1,4 @@
-"""The report stage: `results` are read, judged (`estimates`, `verdict`), drawn (`plots`, `paths`, `page`), written."""
+"""The report stage: reads results (`results`), judges them (`intervals`, `verdict`), draws and writes (`document`)."""
 
 from tipl.report.document import write_report
 from tipl.report.paths import PathSpectrum, path_spectrum, plot_store

@@ -1,4 +1,4 @@
-"""The report's section on confidence: does a probability come true that often, and what does following it cost?
+"""The report's section on confidence: are the predicted probabilities calibrated, and what does following them cost?
 
 Shapes  n held-out trials, H horizons of a prefix, C (prefix, horizon) cells, B bins.
 """
@@ -13,23 +13,24 @@ from numpy.typing import NDArray
 
 from tipl.forecasting.confidence import expected_calibration_error
 from tipl.report import page
+from tipl.report.drawing import NBSP, THEME, Mark, Panel, Plot, percent
 from tipl.report.intervals import Bootstrap, Estimate, mean
 from tipl.report.page import Html, element, fmt, fmt_interval, fmt_percent, listed, with_interval
-from tipl.report.plots import NBSP, THEME, Mark, Panel, Plot, percent
-from tipl.report.results import FloatArray, Results, predictor_info
+from tipl.report.predictor_info import predictor_info
+from tipl.report.results import FloatArray, Results
 
 NUM_BINS = 10
-RELIABILITY_MARKS = Mark("TIPL", "tipl", 2.0, marker="o"), Mark("as it says", "faint", 1.2)
+RELIABILITY_MARKS = Mark("TIPL", "tipl", 2.0, marker="o"), Mark("perfectly calibrated", "faint", 1.2)
 NAMED_LOSSES = 3
 Figure = Callable[[Plot, str], Html]
 
 
 def confidence_section(results: Results, bootstrap: Bootstrap, figure: Figure) -> Html:
-    """Return the section; `figure` takes a plot and its caption into the page."""
+    """Return the section; `figure` puts a plot and its caption into the page."""
     found = reliability(results, bootstrap)
     if found is None:
         return element(
-            "p", "These results hold no confidence: the forecaster was trained without it, or by an earlier tipl."
+            "p", "These results hold no confidence: the forecaster was trained without one, or by an earlier tipl."
         )
     came_true = np.nansum(found.frequency * found.counts) / found.counts.sum()
     parts = [
@@ -37,24 +38,25 @@ def confidence_section(results: Results, bootstrap: Bootstrap, figure: Figure) -
         element("h3", "Does it come true as often as it says?"),
         element(
             "p",
-            f"Expected calibration error: {with_interval(found.error)}. Over {found.counts.sum():,} forecasts TIPL "
-            f"predicts to beat the last policy seen in {fmt_percent(found.mean_probability)} of cases, and does in "
-            f"{fmt_percent(float(came_true))}.",
+            f"Expected calibration error: {with_interval(found.error)}. Over {found.counts.sum():,} forecasts, the "
+            f"mean predicted probability of beating the last policy seen is {fmt_percent(found.mean_probability)}; "
+            f"{fmt_percent(float(came_true))} of the forecasts do beat it.",
         ),
         figure(
             reliability_plot(found),
-            "Predicted probability that the forecast policy has a higher return than the prefix's last one, in bins of "
-            "equal width, against the share of forecasts for which it had; 95 % intervals. On the diagonal a "
-            "probability means what it says. The calibration error is the mean distance from it, weighted with the "
-            "counts; of few forecasts it exceeds zero even where the confidence is perfect.",
+            "Share of forecast policies with a higher return than the last policy seen, against the probability "
+            "predicted for that, in bins of equal width, with 95 % intervals. On the diagonal the probabilities are "
+            "calibrated. The calibration error is the mean distance from it, weighted by the counts; with few "
+            "forecasts it exceeds zero even for perfect probabilities.",
         ),
         element("h3", "What does following it cost?"),
         _gain_table(
             results,
             bootstrap,
             [(f, None) for f in results.prefixes],
-            "Return gained over the policy at the prefix's end, mean over horizons and held-out trials, 95 % interval "
-            f"below it. The gate follows TIPL where its confidence is at least {fmt_percent(results.follow)}.",
+            "Return gained over the policy at the prefix's end: mean over horizons and held-out trials, with its 95 % "
+            "interval below. The gated forecast follows TIPL where the confidence is at least "
+            f"{fmt_percent(results.follow)}, and else keeps the last policy seen.",
         ),
         element(
             "details",
@@ -72,17 +74,17 @@ def confidence_section(results: Results, bootstrap: Bootstrap, figure: Figure) -
 
 @dataclasses.dataclass(frozen=True)
 class Reliability:
-    """Predicted probabilities beside what came of them, in B bins of equal width; NaN where a bin is empty."""
+    """Predicted probabilities and the outcomes, in B bins of equal width; NaN where a bin is empty."""
 
     counts: NDArray[np.int64]
-    """Forecasts, (B,)."""
+    """Number of forecasts, (B,)."""
     probability: FloatArray
-    """Mean of those predicted, (B,)."""
+    """Mean predicted probability, (B,)."""
     frequency: FloatArray
     """Share of forecasts that came true, (B,)."""
     low: FloatArray
     high: FloatArray
-    """The interval of `frequency`, (B,) each."""
+    """Bounds of the interval of `frequency`, (B,) each."""
     error: Estimate
     """Expected calibration error."""
 
@@ -92,9 +94,9 @@ class Reliability:
 
 
 def reliability(results: Results, bootstrap: Bootstrap) -> Reliability | None:
-    """Return how TIPL's confidence and the outcomes agree over all cells; None where there is neither.
+    """Return the reliability of TIPL's confidence over all cells; None where no cell has a confidence and an outcome.
 
-    An outcome is true where TIPL's return exceeds persistence's in the same (trial, prefix, horizon).
+    The outcome is true where TIPL's return exceeds persistence's in the same (trial, prefix, horizon).
     """
     predicted, gained = (
         np.concatenate(columns, axis=1)  # (n, C)
@@ -107,9 +109,9 @@ def reliability(results: Results, bootstrap: Bootstrap) -> Reliability | None:
 
 
 def reliability_of(predicted: FloatArray, outcomes: FloatArray, bootstrap: Bootstrap) -> Reliability | None:
-    """Return how probabilities (n, C) and outcomes of 0 or 1 (n, C) agree; NaN is left out, None where all is.
+    """Return the reliability of probabilities (n, C) for outcomes 0 or 1 (n, C), without NaN; None if nothing is left.
 
-    Intervals resample trials, whose cells share their fate.
+    Intervals resample trials, because the cells of one trial are correlated.
     """
     is_there = np.isfinite(predicted) & np.isfinite(outcomes)
     if not is_there.any():
@@ -123,10 +125,10 @@ def reliability_of(predicted: FloatArray, outcomes: FloatArray, bootstrap: Boots
     shares = [bootstrap.ratio(*pair) for pair in zip(hits.T, counts.T, strict=True)]
     total = counts.sum(0)
     error = expected_calibration_error(predicted[is_there].tolist(), outcomes[is_there].astype(bool).tolist(), NUM_BINS)
-    # A resample's error: every trial's gap in a bin counts as often as the trial was drawn. A mean of absolute values
-    # is too large in a sample, and larger still in a resample of it, so that percentiles would count the excess twice;
-    # mirrored at the estimate (the basic bootstrap) they take it off. In simulations of 10 trials with a true error of
-    # about 0.1 these intervals held it in 89 % of 200 cases, percentiles in 49 %.
+    # In a resample's error, every trial's gap in a bin counts as often as the trial was drawn. A mean of absolute
+    # values is biased upwards in a sample, and more so in a resample of it, so that percentiles would count the bias
+    # twice; mirrored at the estimate (the basic bootstrap) they correct for it. In simulations of 10 trials with a true
+    # error of about 0.1, these intervals contained it in 89 % of 200 cases, percentile intervals in 49 %.
     gaps, drawn = bootstrap.counts @ (hits - sums), bootstrap.counts @ counts.sum(1)
     errors = np.abs(gaps).sum(1)[drawn > 0] / drawn[drawn > 0]
     high, low = np.maximum(2 * error - np.percentile(errors, [2.5, 97.5]), 0.0)
@@ -143,7 +145,7 @@ def reliability_of(predicted: FloatArray, outcomes: FloatArray, bootstrap: Boots
 
 
 def reliability_plot(found: Reliability) -> Plot:
-    """Return the reliability diagram, and beside it how many forecasts each bin holds."""
+    """Return the reliability diagram, and beside it a histogram of the predicted probabilities."""
 
     def diagram(ax: Axes) -> None:
         draw_reliability(ax, found)
@@ -166,7 +168,7 @@ def reliability_plot(found: Reliability) -> Plot:
 
 
 def draw_reliability(ax: Axes, found: Reliability) -> None:
-    """Draw how often what was predicted came true, and the diagonal on which a probability means what it says."""
+    """Draw the share that came true against the predicted probability, and the diagonal of perfect calibration."""
     tipl, perfect = RELIABILITY_MARKS
     ax.plot((0, 1), (0, 1), color=perfect.rgb, linewidth=perfect.width, zorder=1)
     ax.vlines(found.probability, found.low, found.high, color=tipl.rgb, alpha=0.4, linewidth=2.0)
@@ -176,7 +178,7 @@ def draw_reliability(ax: Axes, found: Reliability) -> None:
 
 
 def gains(results: Results, name: str, prefix: float) -> FloatArray:
-    """Return the return (n, H) that predictor `name`, or the "truth", gains over the policy at the prefix's end."""
+    """Return the gain in return (n, H) of predictor `name`, or of the "truth", over the policy at the prefix's end."""
     start = results.values("return_predicted", prefix, "persistence")
     if name == "truth":
         return results.values("return_true", prefix, "persistence") - start
@@ -184,7 +186,7 @@ def gains(results: Results, name: str, prefix: float) -> FloatArray:
 
 
 def _gate_words(results: Results, bootstrap: Bootstrap) -> str:
-    """Return whether following the gated forecast loses return anywhere, where a loss is one beyond its interval."""
+    """Return in words at which prefixes and horizons following the gated forecast loses return, beyond the interval."""
     if not results.has_values("return_predicted", "tipl_gated"):
         return "These results hold no returns of the gated forecast."
     losses, blind = (_losses(results, bootstrap, name) for name in ("tipl_gated", "tipl"))
@@ -209,7 +211,7 @@ def _gate_words(results: Results, bootstrap: Bootstrap) -> str:
 
 
 def _losses(results: Results, bootstrap: Bootstrap, name: str) -> list[tuple[float, int, Estimate]]:
-    """Return the (prefix, horizon) at which the mean gain is below zero with its whole interval, and the gain."""
+    """Return (prefix, horizon, mean gain) wherever the gain's whole interval lies below zero."""
     found = []
     for f in results.prefixes:
         for horizon, column in zip(results.horizons[f].tolist(), gains(results, name, f).T, strict=True):
@@ -220,7 +222,7 @@ def _losses(results: Results, bootstrap: Bootstrap, name: str) -> list[tuple[flo
 
 
 def _followed(results: Results, prefix: float) -> FloatArray:
-    """Return 1 where the gate follows TIPL, 0 where it does not, (n, H); NaN where there is no confidence."""
+    """Return 1 where the gated forecast follows TIPL, else 0, (n, H); NaN where there is no confidence."""
     confidence = results.values("confidence", prefix, "tipl")
     return np.where(np.isfinite(confidence), confidence >= results.follow, np.nan)
 
@@ -228,7 +230,7 @@ def _followed(results: Results, prefix: float) -> FloatArray:
 def _gain_table(
     results: Results, bootstrap: Bootstrap, cells: Sequence[tuple[float, int | None]], caption: str
 ) -> Html:
-    """Return the mean return gained, a row a prefix at a horizon, None for the mean over its horizons."""
+    """Return a table of the mean return gained, one row per (prefix, horizon); horizon None is the mean over all."""
     names = [n for n in ("tipl", "tipl_gated") if results.has_values("return_predicted", n)]
     rows = []
     for f, horizon in cells:
@@ -237,7 +239,7 @@ def _gain_table(
         followed = float(mean(_followed(results, f)[:, chosen].reshape(-1, 1))[0])
         row = [element("th", percent(f), element("small", head)), element("td", fmt_percent(followed))]
         for n in (*names, "truth"):
-            gain = bootstrap.estimate(mean(gains(results, n, f)[:, chosen].T))  # of each trial, over horizons
+            gain = bootstrap.estimate(mean(gains(results, n, f)[:, chosen].T))  # each trial's mean over horizons
             row.append(page.estimate_cell(fmt(gain.value), fmt_interval(gain), is_quiet=n == "truth"))
         rows.append(row)
     labels = ["prefix", "followed", *(predictor_info(n).label for n in names)]

@@ -1,9 +1,10 @@
-"""One self-contained HTML page of an evaluation: what was run, what came out, and how far to trust it.
+"""One self-contained HTML page about an evaluation: what was run, what came out, and how reliable that is.
 
-Reads `results.json` and `coordinates.safetensors` of `evaluate`, the store of `collect`, the loss curves of `train`.
-Here are the doors and the sections; `page` is the HTML, `plots` and `run_plots` the figures, `paths` the spectra of
-paths, `estimates` the intervals, `verdict` the words that judge, `trust` and `dynamics` two sections of their own,
-`reading` the words that explain.
+Reads `results.json` and `coordinates.safetensors` from `evaluate`, the store from `collect`, the loss curves from
+`train`. This module writes the report and puts its sections together. Longer sections have modules of their own:
+`verdict`, `returns`, `confidence`, `memorisation` and `glossary`. Below these, `intervals` computes means and their
+intervals, `plots` and `run_plots` the figures, `paths` the spectra of paths; `page` makes the HTML, `drawing` the
+pictures.
 """
 
 import dataclasses
@@ -22,31 +23,21 @@ from tipl.files.manifest import check_folder, write_manifest
 from tipl.files.publishing import claimed, published, remove, remove_dead_claim
 from tipl.report import page, plots, run_plots, verdict
 from tipl.report.confidence import confidence_section
+from tipl.report.drawing import NBSP, Plot
 from tipl.report.glossary import reading
 from tipl.report.intervals import (
     Bootstrap,
-    Estimate,
-    Gain,
     Statistic,
     captured_gain,
-    leaders,
     standings,
 )
 from tipl.report.memorisation import dynamics_section
-from tipl.report.page import Html, element, fmt, fmt_interval, fmt_percent, fmt_seconds
+from tipl.report.page import Html, element, fmt, fmt_interval, fmt_seconds
 from tipl.report.paths import path_spectrum
-from tipl.report.plots import NBSP, Plot, percent
-from tipl.report.results import (
-    BASIS_FLOORS,
-    CoordinatePath,
-    Results,
-    Training,
-    predictor_info,
-    read_coordinates,
-    read_results,
-    read_training,
-)
-from tipl.report.tables import error_table, predictor_cell
+from tipl.report.predictor_info import BASIS_FLOORS, predictor_info
+from tipl.report.results import CoordinatePath, Results, Training, read_coordinates, read_results, read_training
+from tipl.report.returns import returns_section
+from tipl.report.tables import error_table
 from tipl.storing.store import Store
 
 FIGURES = (
@@ -74,11 +65,11 @@ def write_report(
 ) -> Path:
     """Write `report.html` and its figures as PNG files into the folder `output`; return the path of the page.
 
-    `evaluation` is the folder that `tipl evaluate` wrote, `store` the trials that it judged, `training` the file
-    `training.json` of the model. Nothing is written before the whole report is made, and the page comes last.
+    `evaluation` is the folder that `tipl evaluate` wrote, `store` holds the trials that it judged, `training` is the
+    model's file `training.json`. Writing begins once the whole report has been made, and the page is written last.
 
-    Raises FileExistsError where `output` is a folder with something in it and `overwrite` is not set, FileNotFoundError
-    where results are missing, RuntimeError where a file is damaged, ValueError where the results are not of this store.
+    Raises FileExistsError where `output` is not an empty folder and `overwrite` is not set, FileNotFoundError where
+    results are missing, RuntimeError where a file is damaged, ValueError where the results are not about this store.
     """
     output, evaluation = Path(output), Path(evaluation)
     if output.exists() and not output.is_dir():
@@ -95,7 +86,7 @@ def write_report(
     paths = read_coordinates(coordinates) if coordinates.exists() else []
 
     report = _Report(results, store, losses, paths)
-    body = report.body()  # makes the plots too
+    body = report.body()  # fills report.plots
     files = {f"{plot.name}.png": plot.png() for plot in report.plots}
     html = page.document(f"tipl: {results.env_id}", body)
     if output.exists() and not any(output.iterdir()):
@@ -105,10 +96,10 @@ def write_report(
             _write_files(aside, files, html)
         return output / "report.html"
     with claimed(output, "report"):
-        remove(output / MANIFEST)  # until all that it lists is there
+        remove(output / MANIFEST)  # a manifest must never list files that are not there yet
         _write_files(output, files, html)
         for name in {f"{name}.png" for name in FIGURES} - files.keys():
-            remove(output / name)  # of an earlier report that had more to show
+            remove(output / name)  # left by an earlier report that had this figure
         write_manifest(output)
     return output / "report.html"
 
@@ -130,7 +121,7 @@ def _check_store(results: Results, store: Store) -> None:
 
 
 class _Report:
-    """Builds the page from the top down; `plots` collects the figures that it shows."""
+    """Builds the page from top to bottom, and collects its figures in `plots`."""
 
     def __init__(
         self, results: Results, store: Store, training: Training | None, paths: Sequence[CoordinatePath]
@@ -147,7 +138,7 @@ class _Report:
         sections = [
             ("verdict", "Verdict", verdict.verdict(self.results, self.bootstrap, self.gains)),
             ("weights", "Weights", self._weights()),
-            ("returns", "Returns", self._returns()),
+            ("returns", "Returns", returns_section(self.results, self.bootstrap, self.gains, self._figure)),
             ("actions", "Actions", self._actions()),
             ("confidence", "Confidence", confidence_section(self.results, self.bootstrap, self._figure)),
             ("dynamics", "Dynamics or the average?", dynamics_section(self.results, self.bootstrap, self._figure)),
@@ -160,17 +151,17 @@ class _Report:
         header = element(
             "header",
             element("h1", f"Forecasting PPO's weights on {self.results.env_id}"),
-            element("p", f"How well a causal Transformer continues policy paths that it {saw}.", cls="sub"),
+            element("p", f"How well a causal Transformer continues paths of policy weights that it {saw}.", cls="sub"),
             self._facts(),
         )
         links = (Html(f'<a href="#{anchor}">{title}</a>') for anchor, title, _ in sections)
         main = element("main", *(page.section(*content) for content in sections))
-        footer = f"Made by tipl {self.results.tipl_version}. Each figure also lies beside this page as a PNG file."
+        footer = f"Made by tipl {self.results.tipl_version}. Each figure is also a PNG file in the folder of this page."
         body = page.join(header, element("nav", element("div", *links)), main, element("footer", footer))
         return Html(self._judged(body))
 
     def _judged(self, text: str) -> str:
-        """Return `text` without the claim that trials were held out, where they were not."""
+        """Return `text` with "judged" for "held out" where no trial was held out."""
         return re.sub("held[- ]out", "judged", text) if self.results.in_sample else text
 
     def _figure(self, plot: Plot, caption: str) -> Html:
@@ -187,7 +178,7 @@ class _Report:
         trials = f"{store.num_trials}, of which {len(results.trials)} held out"
         if results.is_fresh:
             taught = len(settings["train_trials"]) + len(settings["validation_trials"])
-            trials = f"{len(results.trials)} held out, beside {taught} that taught"
+            trials = f"{len(results.trials)} held out, and {taught} for training and validation"
         items = [
             ("Environment", results.env_id),
             ("Trials (PPO runs)", trials),
@@ -197,7 +188,9 @@ class _Report:
         if self.training is not None:
             items.append(("Forecaster", f"{self.training.num_parameters:,} parameters"))
         if "num_episodes" in settings:
-            items.append(("A return is the mean of", f"{settings['num_episodes']} episodes, each trial's own"))
+            items.append(
+                ("A return is the mean of", f"{settings['num_episodes']} episodes, other seeds for each trial")
+            )
         seconds = {stage: value for stage, value in results.seconds.items() if _is_number(value)}
         if self.training is not None and not math.isnan(self.training.seconds):
             seconds.setdefault("train", self.training.seconds)
@@ -214,17 +207,17 @@ class _Report:
     def _weights(self) -> Html:
         names = [n for n in self.results.names if n != "return_floor"]  # the true policy has no weight error
         caption = (
-            "Relative weight error at the end of the path, so many checkpoints ahead of the prefix's end: mean over "
-            "held-out trials, 95 % interval below it; the best predictor is marked. A value of 1 is as wrong as the "
-            "initial weights."
+            "Relative weight error at the end of the path, the given number of checkpoints ahead of the prefix's end. "
+            "Mean over held-out trials, with its 95 % interval below; the best predictor is marked. A value of 1 is as "
+            "wrong as the initial weights."
         )
         plot = plots.error_plot(
             "wpe", self.results, self.bootstrap, "wpe_relative", "relative weight error", BASIS_FLOORS
         )
         figure = self._figure(
             plot,
-            "Relative weight error against the horizon: means over held-out trials, 95 % bands for TIPL, persistence "
-            "and the floor. No forecast in the basis can go below the dashed floor.",
+            "Relative weight error against the horizon: means over held-out trials, with 95 % bands for TIPL, "
+            "persistence and the floor. No forecast within the basis can go below the dashed floor.",
         )
         raw = self._error_table("Mean squared error over the policy's weights at the end of the path.", "wpe", names)
         details = element("details", element("summary", "Mean squared weight error (WPE)"), raw)
@@ -242,9 +235,9 @@ class _Report:
             for place, it in enumerate(found, 1)
         ]
         caption = (
-            "The predictors in the order of their relative weight error at the end of the path, mean over prefixes and "
-            "held-out trials; and the mean rank over every trial and prefix, 1 the best: it tells whether a few trials "
-            "make the order."
+            "The predictors ordered by their relative weight error at the end of the path, mean over prefixes and "
+            "held-out trials; and their mean rank over all trials and prefixes, where 1 is the best. Where the two "
+            "orders differ, a few trials decide the mean error."
         )
         return page.join(
             element("h3", "Ranking"),
@@ -253,115 +246,6 @@ class _Report:
 
     def _error_table(self, caption: str, measure: str, names: Sequence[str], statistic: Statistic = "mean") -> Html:
         return error_table(self.results, self.bootstrap, caption, measure, names, statistic)
-
-    # ------------------------------------------------------------------------------------------- returns
-
-    def _returns(self) -> Html:
-        results = self.results
-        if not any(results.has_values("return_predicted", name) for name in results.names):
-            return element("p", "These results hold no returns.")
-        caption = (
-            "REPW at the end of the path, the absolute difference in mean episodic return between the forecast and the "
-            "true policy: mean over held-out trials, 95 % interval below it; the best predictor is marked."
-        )
-        floors = [*BASIS_FLOORS, "return_floor"]
-        parts = [
-            element("h3", "Return error"),
-            self._error_table(caption, "repw", results.names),
-            self._figure(
-                plots.error_plot("repw", results, self.bootstrap, "repw", "return error (REPW)", floors),
-                "Return error against the horizon: means over held-out trials, 95 % bands for TIPL, persistence and "
-                "the floors. Below the dotted line a difference comes from the episodes, not from the policy.",
-            ),
-        ]
-        if any(gain.is_measured for gain in self.gains.values()):
-            parts += [
-                element("h3", "Share of the future gain"),
-                self._gain_table(),
-                *self._gain_shares(),
-                self._figure(
-                    plots.gain_plot(results, self.bootstrap),
-                    "Return gained over the policy at the prefix's end (persistence, zero by definition) by the true "
-                    "future and by each forecast: means over held-out trials, 95 % bands for the truth and TIPL. "
-                    "Between the dotted lines lies the return noise.",
-                ),
-            ]
-        parts += [
-            element("h3", "Returns, true against forecast"),
-            self._figure(
-                plots.returns_plot(results),
-                "Return of each forecast policy against the true policy's at the same checkpoint. Large marks: the end "
-                "of the path; small marks: nearer horizons. On the diagonal the forecast is as good as the truth.",
-            ),
-        ]
-        return page.join(*parts)
-
-    def _gain_table(self) -> Html:
-        names = [n for n in self.results.names if n not in ("persistence", "return_floor")]
-        rows = []
-        for f, gain in self.gains.items():
-            row = [element("th", percent(f)), page.estimate_cell(fmt(gain.future.value), fmt_interval(gain.future))]
-            if not gain.shares:
-                row.append(Html(f'<td colspan="{len(names)}" class="quiet">{page.escape(verdict.no_gain(gain))}</td>'))
-            else:
-                best = leaders(gain.ranking)
-                for n in names:
-                    share = gain.shares.get(n, Estimate(math.nan))
-                    row.append(predictor_cell(n, fmt_percent(share.value), fmt_interval(share, as_percent=True), best))
-            rows.append(row)
-        caption = (
-            "Ratio of means at the end of the path: the return that the forecast gains over the prefix's end, divided "
-            "by what the true future gains, each summed over held-out trials. Persistence captures nothing, by "
-            "definition."
-        )
-        head = [element("th", "prefix"), element("th", "future gain"), *map(page.column_head, names)]
-        return page.table(caption, head, rows)
-
-    def _gain_shares(self) -> list[Html]:
-        """Return the IQM of the trials' own shares: a table of the end of the path, a figure and a table of it all."""
-        results = self.results
-        every = {
-            f: [captured_gain(results, self.bootstrap, f, horizon) for horizon in results.horizons[f].tolist()]
-            for f in results.prefixes
-        }
-        if not any(gain.iqm_shares for gains in every.values() for gain in gains):
-            return []
-        ends = [(f, int(results.horizons[f][-1]), gain) for f, gain in self.gains.items()]
-        each = [
-            (f, horizon, gain)
-            for f in results.prefixes
-            for horizon, gain in zip(results.horizons[f].tolist(), every[f], strict=True)
-        ]
-        caption = (
-            "Interquartile mean (IQM) at the end of the path: every trial's own share of its own gain, where that gain "
-            "exceeds the return noise; the mean of the middle half of these trials, so that none outweighs the others."
-        )
-        details = element(
-            "details",
-            element("summary", "Share of the future gain (IQM) at every horizon"),
-            self._share_table("The same at every horizon.", each),
-        )
-        figure = self._figure(
-            plots.gain_share_plot(results, every),
-            "Share of the future gain (IQM) against the horizon: 0 is the policy at the prefix's end, 1 the true "
-            "future; 95 % band for TIPL.",
-        )
-        return [self._share_table(caption, ends), figure, details]
-
-    def _share_table(self, caption: str, gains: Sequence[tuple[float, int, Gain]]) -> Html:
-        """Return the IQMs, a row a (prefix, horizon) and a column a predictor."""
-        names = [n for n in self.results.names if n not in ("persistence", "return_floor")]
-        rows = []
-        for f, horizon, gain in gains:
-            best = leaders(gain.iqm_ranking)
-            row = [element("th", percent(f), element("small", f"{horizon} ahead"))]
-            row.append(element("td", f"{gain.num_gained} of {len(self.results.trials)}"))
-            for n in names:
-                share = gain.iqm_shares.get(n, Estimate(math.nan))
-                row.append(predictor_cell(n, fmt_percent(share.value), fmt_interval(share, as_percent=True), best))
-            rows.append(row)
-        head = [element("th", "prefix"), element("th", "trials that gain"), *map(page.column_head, names)]
-        return page.table(caption, head, rows)
 
     # ------------------------------------------------------------------------------------------- actions
 
@@ -383,7 +267,7 @@ class _Report:
                     ),
                     "Root mean square difference between the actions of the forecast and of the true policy on states "
                     "that the true policy visits, in units of half the action range: means over held-out "
-                    "trials, 95 % bands for TIPL, persistence and the floor.",
+                    "trials, with 95 % bands for TIPL, persistence and the floor.",
                 ),
                 element("h3", "KL divergence"),
                 self._figure(
@@ -392,8 +276,8 @@ class _Report:
                         statistic="iqm", is_log=True,
                     ),
                     "KL divergence of the forecast from the true policy, both stochastic as in training, on the same "
-                    "states: interquartile means over held-out trials, for one forecast that is too sure of itself can "
-                    "outweigh all others; 95 % bands for TIPL, persistence and the floor.",
+                    "states: interquartile means over held-out trials, because a single forecast with a very small "
+                    "standard deviation can outweigh all others; with 95 % bands for TIPL, persistence and the floor.",
                 ),
                 element("details", element("summary", "At the end of the path"), details),
             ]  # fmt: skip
@@ -408,8 +292,8 @@ class _Report:
             parts.append(
                 self._figure(
                     run_plots.coordinates_plot([path for path in self.paths if path.trial in trials]),
-                    f"The first {run_plots.COORDINATES_SHOWN} coordinates, numbered at the right, of held-out paths "
-                    "in the basis of each prefix: the truth, and TIPL's forecast from the prefix's end (vertical "
+                    f"The first {run_plots.COORDINATES_SHOWN} coordinates of held-out paths in the basis of each "
+                    "prefix, numbered at the right: the truth, and TIPL's forecast from the prefix's end (vertical "
                     "line) on.",
                 )
             )
@@ -423,9 +307,9 @@ class _Report:
             parts.append(
                 self._figure(
                     run_plots.spectrum_plot(spectra, k if isinstance(k, int) else None),
-                    "Singular values of whole held-out paths, θₜ \N{MINUS SIGN} θ₀, and the relative error that the "
-                    "best k directions of each path leave. A forecast has only the directions of its prefix: see the "
-                    "basis floor. k: the number of coordinates that the forecaster works in.",
+                    "Singular values of whole held-out paths, θₜ \N{MINUS SIGN} θ₀, and the relative error of "
+                    "projecting each path on its first k directions. A forecast has only the directions of its prefix, "
+                    "whose error the basis floor shows. Dotted: the forecaster's number of coordinates k.",
                 )
             )
         return page.join(*parts)
@@ -444,7 +328,7 @@ class _Report:
             figures.append(
                 self._figure(
                     run_plots.learning_plot(longest.env_steps, returns, is_heldout, self.results.prefixes, bootstrap),
-                    f"Return of PPO's stochastic policy while it learns, {len(trials)} trials{drawn}: mean and its "
+                    f"Return of PPO's stochastic policy while it learns, {len(trials)} trials{drawn}: mean with its "
                     "95 % interval. Dotted: the ends of the prefixes.",
                 )
             )
@@ -453,8 +337,8 @@ class _Report:
                 self._figure(
                     run_plots.training_plot(self.training),
                     "The forecaster's relative error in training (first of one-step predictions, then of whole "
-                    "rollouts), and its relative weight error at the end of validation trials' paths. The weights of "
-                    "the best validation are kept"
+                    "rollouts), and its relative weight error at the end of the validation trials' paths. The weights "
+                    "with the smallest validation error are kept"
                     + ("." if self.results.in_sample else "; held-out trials take no part."),
                 )
             )
@@ -477,7 +361,7 @@ class _Report:
 
 
 def _pairs(title: str, mapping: Mapping[str, Any]) -> Html:
-    """Return names and values behind a line to open."""
+    """Return a collapsed table of names and values."""
     rows = (element("tr", element("th", name), element("td", _short(value))) for name, value in _flat(mapping))
     table = Html(f'<table class="pairs">{element("tbody", *rows)}</table>')
     return element("details", element("summary", title), element("div", table, cls="scroll"))
@@ -499,7 +383,7 @@ def _short(value: object) -> str:
 
 
 def _machine_words(machine: Mapping[str, Any]) -> str:
-    """Return a machine in a few words: texts as they are, counts with their name."""
+    """Return a short description of a machine: texts as they are, counts with their names."""
     words = []
     for name, value in machine.items():
         if isinstance(value, str):

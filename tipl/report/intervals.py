@@ -1,11 +1,12 @@
 """Means over held-out trials with bootstrap intervals, and the share of the future gain that forecasts capture.
 
-Trials are the unit of chance: the horizons of one trial are correlated, so that every interval resamples trials, never
-rows. Values are (n, H) over n trials and H horizons, or (n,) at one horizon; NaN is a missing value.
+Only trials are independent: the horizons of one trial are correlated, so every interval resamples trials, never rows.
+Values are (n, H) over n trials and H horizons, or (n,) at one horizon; NaN is a missing value.
 
-The interquartile mean (IQM), the mean of the middle half, stands where few trials could outweigh all others, as Agarwal
-et al. 2021 (arXiv 2108.13264) ask for. rliable cuts whole values off, a quarter of them rounded down; here one on the
-border counts by the part of it that lies within, so that the IQM is the same where every value comes four times.
+The interquartile mean (IQM), the mean of the middle half, is used where a few trials could outweigh all others, as
+Agarwal et al. 2021 (arXiv 2108.13264) recommend. Their library rliable drops a quarter of the values at each end,
+rounded down to whole values; here a value on the border counts in part, so that repeating every value leaves the IQM
+unchanged.
 """
 
 import dataclasses
@@ -16,7 +17,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from tipl.report.results import FloatArray, Results, predictor_info
+from tipl.report.predictor_info import predictor_info
+from tipl.report.results import FloatArray, Results
 
 Statistic = Literal["mean", "iqm"]
 
@@ -35,20 +37,20 @@ class Estimate:
 
 
 class Bootstrap:
-    """Percentile bootstrap over n trials: one set of resamples, drawn from `seed`, serves all statistics.
+    """Percentile bootstrap over n trials. All statistics use the same resamples, drawn from `seed`.
 
-    So differences and ratios of two predictors are paired, and the same results always give the same report.
+    Differences and ratios of two predictors are therefore paired, and equal results always give equal reports.
     """
 
     def __init__(self, num_trials: int, *, num_resamples: int = 10_000, seed: int = 0) -> None:
         uniform = np.full(num_trials, 1 / num_trials)
-        # How often each trial is drawn in each resample, (resamples, n): a resample's mean is a matrix product.
+        # How often each trial occurs in each resample, (resamples, n), so that means are one matrix product.
         self.counts: FloatArray = (
             np.random.default_rng(seed).multinomial(num_trials, uniform, num_resamples).astype(float)
         )
 
     def means(self, values: FloatArray) -> FloatArray:
-        """Return the mean over trials in each resample (resamples, H) of values (n, H), NaN values left out."""
+        """Return the mean over trials in each resample, (resamples, H), of values (n, H); NaN values are left out."""
         is_there = np.isfinite(values)
         total = self.counts @ np.where(is_there, values, 0.0)
         count = self.counts @ is_there.astype(float)
@@ -59,7 +61,7 @@ class Bootstrap:
         return _iqms(values, self.counts)
 
     def curve(self, values: FloatArray, statistic: Statistic = "mean") -> tuple[FloatArray, FloatArray, FloatArray]:
-        """Return mean or IQM, lower and upper bound (H,) each, of values (n, H)."""
+        """Return the mean or IQM of values (n, H), and its lower and upper bounds, (H,) each."""
         center, resampled = (
             (mean(values), self.means(values)) if statistic == "mean" else (iqm(values), self.iqms(values))
         )
@@ -82,24 +84,24 @@ class Bootstrap:
 
 
 def mean(values: FloatArray) -> FloatArray:
-    """Return the mean over trials (H,) of values (n, H), NaN values left out, NaN where there is none."""
+    """Return the mean over trials (H,) of values (n, H); NaN values are left out, NaN where no others are."""
     is_there = np.isfinite(values)
     return _quotient(np.where(is_there, values, 0.0).sum(0), is_there.sum(0))
 
 
 def iqm(values: FloatArray) -> FloatArray:
-    """Return the interquartile mean over trials (H,) of values (n, H), NaN values left out, NaN where there is none."""
+    """Return the interquartile mean over trials (H,) of values (n, H); NaN as in `mean`."""
     middle: FloatArray = _iqms(values, np.ones((1, len(values))))[0]
     return middle
 
 
 def _iqms(values: FloatArray, counts: FloatArray) -> FloatArray:
-    """Return the IQMs (R, H) of values (n, H), the trials of which come counts (R, n) times."""
+    """Return the IQMs (R, H) of values (n, H) in R resamples, where trial i occurs counts[r, i] times."""
     iqms = np.empty((len(counts), values.shape[1]))
     for column, middle in zip(values.T, iqms.T, strict=True):
-        order = np.argsort(column)[: np.isfinite(column).sum()]  # NaN is last
+        order = np.argsort(column)[: np.isfinite(column).sum()]  # NaN sorts last
         drawn = counts[:, order]
-        last = drawn.cumsum(1)  # rank behind the trial's last copy
+        last = drawn.cumsum(1)  # rank of each trial's last copy
         total = last[:, -1:] if len(order) else np.zeros((len(counts), 1))
         within = np.minimum(last, 0.75 * total) - np.maximum(last - drawn, 0.25 * total)
         middle[:] = _quotient(np.maximum(within, 0.0) @ column[order], 0.5 * total[:, 0])
@@ -119,13 +121,13 @@ def _interval(resampled: FloatArray, num_values: NDArray[np.int64]) -> tuple[Flo
     enough = num_values >= 2
     if enough.any():
         drawn = resampled[:, enough]
-        percentile = np.nanpercentile if np.isnan(drawn).any() else np.percentile  # the first is very slow
+        percentile = np.nanpercentile if np.isnan(drawn).any() else np.percentile  # nanpercentile is very slow
         low[enough], high[enough] = percentile(drawn, [2.5, 97.5], axis=0)
     return low, high
 
 
 def ranking(results: Results, measure: str, prefix: float, statistic: Statistic = "mean") -> list[tuple[str, float]]:
-    """Return the real predictors with their mean or IQM of `measure` at the path's end, the smallest error first."""
+    """Return (predictor, mean or IQM of `measure` at the path's end) without floors, smallest error first."""
     center = mean if statistic == "mean" else iqm
     ends = {name: float(center(results.at_end(measure, prefix, name)[:, None])[0]) for name in results.predictors}
     return sorted(((name, value) for name, value in ends.items() if math.isfinite(value)), key=lambda item: item[1])
@@ -133,7 +135,7 @@ def ranking(results: Results, measure: str, prefix: float, statistic: Statistic 
 
 @dataclasses.dataclass(frozen=True)
 class Standing:
-    """How a predictor does over all prefixes: its mean error at the end of the path, and its rank there, 1 the best."""
+    """A predictor's mean error at the end of the path, and its mean rank there (1 is the best), over all prefixes."""
 
     name: str
     error: Estimate
@@ -141,9 +143,10 @@ class Standing:
 
 
 def standings(results: Results, bootstrap: Bootstrap, measure: str) -> list[Standing]:
-    """Return the real predictors, the smallest mean `measure` first: means over (trial, prefix), intervals over trials.
+    """Return the standings of all predictors but the floors, smallest mean `measure` first.
 
-    Equal errors share the mean of their ranks. A trial counts where the predictor has a value at every prefix.
+    Means are over trials and prefixes, intervals over trials. Equal errors share the mean of their ranks. A trial
+    counts only where the predictor has a value at every prefix.
     """
     names = results.predictors
     if not names:
@@ -159,24 +162,24 @@ def standings(results: Results, bootstrap: Bootstrap, measure: str) -> list[Stan
 
 
 def leaders(ranked: Sequence[tuple[str, float]]) -> set[str]:
-    """Return the names that share the first value of a ranking; none where all do."""
+    """Return the names that share the first value of a ranking; none where all names share it."""
     first = {name for name, value in ranked if value == ranked[0][1]}
     return first if len(first) < len(ranked) else set()
 
 
 OWN = ("tipl", "tipl_gated", "tipl_tuned")
-"""TIPL, and what the gate and the strides make of its forecasts, which is often the same."""
+"""TIPL and the predictors derived from its forecasts, which often equal it: gated, and with tuned strides."""
 
 
 def tipl_leads(ranked: Sequence[tuple[str, float]]) -> bool:
-    """Return whether TIPL comes first in a ranking, beside none but its `OWN`."""
+    """Return whether TIPL comes first in a ranking, sharing the first place with members of `OWN` at most."""
     first = leaders(ranked)
     return "tipl" in first and first <= set(OWN)
 
 
 @dataclasses.dataclass(frozen=True)
 class Gain:
-    """What the return gains from the prefix's end to a checkpoint ahead, and the share of it that forecasts reach.
+    """The gain in return from the prefix's end to a later checkpoint, and the share of it that forecasts capture.
 
     A share is (R(forecast) - R(prefix end)) / (R(true) - R(prefix end)).
     """
@@ -193,27 +196,27 @@ class Gain:
 
     @property
     def is_there(self) -> bool:
-        """Whether the mean gain exceeds the return noise."""
+        """Whether the mean gain lies above the return noise."""
         return self.future.value > self.threshold
 
     @property
     def is_clear(self) -> bool:
-        """Whether the whole interval does (the value, where one trial has no interval)."""
+        """Whether the mean gain's whole interval does; where a single trial has no interval, whether its gain does."""
         return (self.future.low if self.future.has_interval else self.future.value) > self.threshold
 
     @property
     def ranking(self) -> list[tuple[str, float]]:
-        """The real predictors with the share that they capture (ratio of means), the largest first."""
+        """(predictor, captured share as a ratio of means) without floors, largest first."""
         return _largest_first(self.shares)
 
     @property
     def iqm_ranking(self) -> list[tuple[str, float]]:
-        """The real predictors with the IQM of their shares, the largest first."""
+        """(predictor, IQM of the trials' shares) without floors, largest first."""
         return _largest_first(self.iqm_shares)
 
     @property
     def threshold(self) -> float:
-        """Below it a gain is luck."""
+        """The return noise: smaller gains are chance. Zero where the noise was not measured."""
         return 0.0 if math.isnan(self.noise) else self.noise
 
 
@@ -225,8 +228,9 @@ def _largest_first(shares: Mapping[str, Estimate]) -> list[tuple[str, float]]:
 def captured_gain(results: Results, bootstrap: Bootstrap, prefix: float, horizon: int | None = None) -> Gain:
     """Return the gain in return at `horizon`, by default the end of the path, and the predictors' shares of it.
 
-    Ratios of means are given only where the gain's interval lies above the return noise: then no resample that matters
-    has a denominator near zero. IQMs are over the trials whose own gain does: none has a denominator near zero.
+    Ratios of means are given only where the mean gain's interval lies above the return noise, so that hardly any
+    resample has a denominator near zero. IQMs are over trials whose own gain lies above the noise, so that no share has
+    one.
     """
     start = results.at("return_predicted", prefix, "persistence", horizon)  # (n,), R(prefix end)
     future = results.at("return_true", prefix, "persistence", horizon) - start

@@ -1,6 +1,6 @@
-"""The report's section that tells dynamics from averages: do forecasts follow the mean, copy, collapse, or peek?
+"""The report's section on what a forecaster may do instead of learning dynamics: average, copy, collapse, or peek.
 
-Each question is answered by numbers over held-out trials and a sentence computed from them. Shapes as in `estimates`.
+Each question is answered by numbers over held-out trials and a sentence computed from them. Shapes as in `intervals`.
 """
 
 import math
@@ -11,23 +11,25 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from tipl.report import page, plots
+from tipl.report.drawing import Mark, Plot, percent
 from tipl.report.intervals import Bootstrap, Estimate
 from tipl.report.page import Html, element, fmt, fmt_interval, listed, with_interval
-from tipl.report.plots import Mark, Plot, percent, predictor_marks
-from tipl.report.results import FloatArray, Results, predictor_info
+from tipl.report.plots import predictor_marks
+from tipl.report.predictor_info import predictor_info
+from tipl.report.results import FloatArray, Results
 
 COPIED = 0.5
-"""A forecast that is less than half as far from a training path as the training paths' mean is, follows that path."""
+"""Forecasts count as copies if their distance to the nearest training path is below half that of the paths' mean."""
 COLLAPSED = 0.5
-"""Policies that differ less than half as much as the true ones have collapsed."""
+"""Policies count as collapsed if they differ less than half as much as the true ones."""
 ROUNDING = 1e-5
-"""Of float32 predictions of coordinates around one."""
+"""Rounding error of float32 predictions of coordinates around one."""
 
 Figure = Callable[[Plot, str], Html]
 
 
 def dynamics_section(results: Results, bootstrap: Bootstrap, figure: Figure) -> Html:
-    """Return the section; `figure` takes a plot and its caption into the page."""
+    """Return the section; `figure` puts a plot and its caption into the page."""
     if "tipl" not in results.names:
         return element("p", "These results hold no forecast of TIPL.")
     parts = [
@@ -61,15 +63,16 @@ def _average(results: Results, bootstrap: Bootstrap) -> list[Html]:
     head = ["prefix", *(predictor_info(n).label for n in forecasts)]
     head += [f"{predictor_info(r).label} less {predictor_info(n).label}" for n, r in pairs]
     caption = (
-        "Relative weight error at the end of the path, and by how much that of the training trials' mean path, and of "
-        "the training trial with the nearest prefix, exceeds it: means over held-out trials of paired differences."
+        "Relative weight error at the end of the path, and how much larger the errors of the mean path (the training "
+        "trials' mean) and of the nearest path (the training trial with the nearest prefix) are: means over held-out "
+        "trials of paired differences."
     )
     table = page.table(caption, [element("th", name) for name in head], rows)
     return [element("h3", "Is it the average path?"), element("p", words), table]
 
 
 def _beyond_average(results: Results, bootstrap: Bootstrap, forecasts: Sequence[str]) -> str:
-    """Return at how many prefixes the forecasts are nearer to the truth than the mean path, beyond the interval."""
+    """Return in words at how many prefixes each forecast beats the mean path with the whole interval."""
     counts = []
     for name in forecasts:
         lower = [_lower(results, bootstrap, name, "mean_path", f) for f in results.prefixes]
@@ -79,13 +82,13 @@ def _beyond_average(results: Results, bootstrap: Bootstrap, forecasts: Sequence[
 
 
 def _lower(results: Results, bootstrap: Bootstrap, name: str, reference: str, prefix: float) -> Estimate:
-    """Return by how much the error of `name` at the end of the path is below that of `reference`, paired."""
+    """Return the error of `reference` at the end of the path less that of `name`, paired by trial."""
     theirs, own = (results.at_end("wpe_relative", prefix, n) for n in (reference, name))
     return bootstrap.estimate(theirs - own)
 
 
 def _against(results: Results, bootstrap: Bootstrap, name: str, reference: str) -> str:
-    """Return at which prefixes the error of `name` at the end of the path is below that of `reference`."""
+    """Return in words at which prefixes the error of `name` at the end of the path is below that of `reference`."""
     lower = {f: _lower(results, bootstrap, name, reference, f) for f in results.prefixes}
     lower = {f: it for f, it in lower.items() if math.isfinite(it.value)}
     below = [f"by {with_interval(it)} at prefix {percent(f)}" for f, it in lower.items() if _sign(it) > 0]
@@ -102,7 +105,7 @@ def _against(results: Results, bootstrap: Bootstrap, name: str, reference: str) 
 
 
 def _sign(difference: Estimate) -> int:
-    """Return 1 or -1 where the whole interval lies above or below zero (the value, where there is none), else 0."""
+    """Return 1 if the whole interval (or the value, where there is none) is above zero, -1 if below, else 0."""
     low, high = (difference.low, difference.high) if difference.has_interval else (difference.value,) * 2
     return int(low > 0) - int(high < 0)
 
@@ -118,16 +121,17 @@ def _copies(results: Results, bootstrap: Bootstrap, figure: Figure) -> list[Html
         element("p", _copy_words(results, bootstrap)),
         figure(
             memorisation_plot(results),
-            "Distance of what follows the prefix to the same of the nearest training path, forecast against true, a "
-            "point a held-out trial: at the end of the path, within the prefix's span, in units of the distance walked "
-            "so far. Copies would lie at the bottom, at zero, where the nearest path predictor does by construction. "
-            "Dotted: the mean of the training paths, the cautious forecast of who knows nothing else.",
+            "Distance to the nearest training path, of the forecast and of the true future, one point per held-out "
+            "trial. Compared are the displacements from the prefix's end to the path's end, within the prefix's span, "
+            "in units of the distance from the start to the prefix's end. Copies would lie at the bottom, at zero, as "
+            "the nearest path predictor does by construction. Dotted: the mean of the training paths, the best "
+            "forecast that ignores the prefix.",
         ),
     ]
 
 
 def _copy_words(results: Results, bootstrap: Bootstrap) -> str:
-    """Return how near to a training path the forecasts go, and whether that is a copy."""
+    """Return in words how close the forecasts come to a training path, and whether they copy it."""
     if results.in_sample:
         return "The judged trials are training trials, whose paths the forecasts should follow."
     zero_shot = "The forecaster never saw this task's training trials: it could not copy them. "
@@ -146,21 +150,21 @@ def _copy_words(results: Results, bootstrap: Bootstrap) -> str:
         mean_ratio = fmt(float(np.nanmean(average) / np.nanmean(true)))
         ratios.append(f"{with_interval(ratio)} ({mean_ratio}) at prefix {percent(f)}")
     if not ratios:
-        return f"{start}The true futures are those of training paths, so that there is nothing to compare."
+        return f"{start}The true futures are training paths themselves, so there is nothing to compare."
     end = (
-        f"Copies at prefix {listed(copied)}: there the forecasts are less than half as far from one as that mean is."
+        f"Copies at prefix {listed(copied)}: there the forecasts' distance is less than half of that mean's."
         if copied
-        else "No copies: nowhere are the forecasts less than half as far from one as that mean is."
+        else "No copies: nowhere is the forecasts' distance less than half of that mean's."
     )
     what = (
-        "Distance of the forecasts to the nearest training path, divided by that of the true futures, and in round "
-        "brackets that of the mean of the training paths"
+        "Distance of the forecasts to the nearest training path, as a multiple of the true futures' distance, and in "
+        "round brackets the same for the mean of the training paths"
     )
     return f"{start}{what}: {listed(ratios)}. {end}"
 
 
 def memorisation_plot(results: Results) -> Plot:
-    """Return the scatter of forecasts' distances to the nearest training path against those of the true futures."""
+    """Return a scatter plot of the distances to the nearest training path, forecasts against true futures."""
     forecast = Mark("TIPL's forecasts", "tipl", 0.0, marker="o")
     equal = Mark("as far as the truth", "faint", 1.2)
     average = Mark("mean of the training paths", "mean_path", 1.6, (1.5, 2.0))
@@ -195,24 +199,24 @@ def _collapse(results: Results, bootstrap: Bootstrap, figure: Figure) -> list[Ht
             _diversity_table(results, names),
             figure(
                 plots.diversity_plot(results),
-                "Variance of action between held-out trials' policies at one checkpoint against the horizon, on "
-                "one set of states: below the true policies' line forecasts are more alike than the truth, at "
-                "zero they are one policy.",
+                "Variance of the actions of held-out trials' policies at the same checkpoint, on one set of states, "
+                "against the horizon: below the true policies' line forecasts are more alike than the true policies; "
+                "at zero they are all the same.",
             ),
         ]
     if len(results.trials) > 1 and results.has_values("return_predicted", "tipl"):
         parts.append(
             figure(
                 return_distribution_plot(results),
-                "Returns of all held-out trials' policies at the end of the path, sorted: equal curves are equal "
-                "distributions; a flatter one has policies that are more alike.",
+                "Sorted returns of all held-out trials' policies at the end of the path: equal curves mean equal "
+                "distributions; a flatter curve means returns that are more alike.",
             )
         )
     return [element("h3", "Do the forecast policies collapse to one?"), *parts] if parts else []
 
 
 def _collapse_words(results: Results) -> str:
-    """Return how much the forecast policies differ in action and return, of how much the true ones do."""
+    """Return in words how much the forecast policies differ in action and return, relative to the true ones."""
     shares = {which: {f: _spread_share(results, which, f, "tipl") for f in results.prefixes} for which in _SPREADS}
     sentences = []
     for which, (what, _) in _SPREADS.items():
@@ -255,16 +259,16 @@ def _diversity_table(results: Results, names: Sequence[str]) -> Html:
             row.append(page.estimate_cell(fmt(variance), f"return ± {fmt(std)}", is_quiet=quiet))
         rows.append(row)
     caption = (
-        "Variance of action between the held-out trials' policies at the end of the path, mean over one set of "
+        "Variance of the actions of the held-out trials' policies at the end of the path, mean over one set of "
         "states that their true policies visit, in units of half the action range; below it the standard "
-        "deviation of their returns. Forecasts that fell back on one average policy would have neither."
+        "deviation of their returns. Both would be zero if all forecasts were one average policy."
     )
     head = [element("th", "prefix"), element("th", "true policies"), *map(page.column_head, names)]
     return page.table(caption, head, rows)
 
 
 def return_distribution_plot(results: Results) -> Plot:
-    """Return the sorted returns of the policies at the path's end: the truth's, TIPL's, persistence's."""
+    """Return a plot of the policies' sorted returns at the end of the path: true, TIPL's and persistence's."""
     truth = Mark("true policies", "ink", 2.4)
     marks = predictor_marks(results.names)
     shown = [n for n in ("tipl", "persistence") if results.has_values("return_predicted", n)]

@@ -1,7 +1,6 @@
-"""The report's HTML: style sheet, elements and number formats. Knows nothing of what the report says.
+"""The report's HTML: style sheet, elements and number formats, independent of the report's content.
 
-Every text that reaches an element goes through `escape` unless it is already `Html`, so that a name out of a file is
-always shown and never interpreted.
+`element` escapes every text that is not yet `Html`, so that a name from a file is shown and never interpreted.
 """
 
 import html
@@ -9,15 +8,15 @@ import math
 import re
 from collections.abc import Iterable
 
+from tipl.report.drawing import NBSP, THEME, Mark, Plot
 from tipl.report.intervals import Estimate
-from tipl.report.plots import NBSP, THEME, Mark, Plot
-from tipl.report.results import predictor_info
+from tipl.report.predictor_info import predictor_info
 
 MINUS, DASH, TIMES = "\N{MINUS SIGN}", "\N{EN DASH}", "\N{MULTIPLICATION SIGN}"
 
 
 class Html(str):
-    """Text that is HTML already."""
+    """Text that is already HTML."""
 
     __slots__ = ()
 
@@ -48,7 +47,7 @@ def facts(items: Iterable[tuple[str, str]]) -> Html:
 
 
 def table(caption: str, head: Iterable[Html], rows: Iterable[Iterable[Html]]) -> Html:
-    """Return a table of header cells and rows of cells that scrolls sideways where the screen is narrow."""
+    """Return a table of header cells and rows of cells, under its caption; it scrolls sideways on a narrow screen."""
     body = (element("tr", *row) for row in rows)
     content = element("table", element("thead", element("tr", *head)), element("tbody", *body))
     return join(element("p", caption, cls="caption"), element("div", content, cls="scroll"))
@@ -61,13 +60,13 @@ def column_head(name: str) -> Html:
 
 
 def estimate_cell(text: str, interval: str, *, is_best: bool = False, is_quiet: bool = False) -> Html:
-    """Return the table cell of an estimate, its interval below it; a quiet one, a floor's, stands back."""
+    """Return the table cell of an estimate with its interval below; `is_quiet` shows it in grey."""
     cls = " ".join(name for name, is_on in (("best", is_best), ("quiet", is_quiet)) if is_on)
     return element("td", element("b" if is_best else "span", text), element("small", interval), cls=cls)
 
 
 def figure(plot: Plot, caption: str) -> Html:
-    """Return a figure of inline SVG panels that wrap to the width of the screen, its legend above, caption below."""
+    """Return a figure: its legend, inline SVG panels that wrap to the width of the screen, and its caption."""
     label = html.escape(", ".join(panel.title for panel in plot.panels))
     panels = (Html(svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)) for svg in plot.svgs())
     legend = element("div", *(_legend_entry(mark) for mark in plot.legend), cls="legend")
@@ -76,7 +75,7 @@ def figure(plot: Plot, caption: str) -> Html:
     return element("figure", legend, grid, element("figcaption", escape(caption), " ", link))
 
 
-# The markers of predictors, drawn around (14, 6).
+# SVG paths of matplotlib's markers, centred at (14, 6).
 _MARKERS = {
     "o": "M14 2.5a3.5 3.5 0 1 0 .01 0z",
     "s": "M11 3h6v6h-6z",
@@ -89,7 +88,7 @@ _MARKERS = {
 
 
 def _legend_entry(mark: Mark) -> Html:
-    """Return a line and a marker, whichever the mark has, with its label."""
+    """Return the mark's line, marker or both, with its label."""
     shape = ""
     if mark.width:
         dashes = " ".join(f"{mark.width * dash:g}" for dash in mark.dashes)
@@ -114,7 +113,7 @@ def document(title: str, body: str) -> bytes:
 
 
 def fmt(value: float) -> str:
-    """Return a number with three significant digits and a true minus sign; a whole number from 100 on."""
+    """Return a number with three significant digits and a typographic minus sign; from 100 on, a whole number."""
     if math.isnan(value):
         return DASH
     if value == 0:
@@ -132,14 +131,14 @@ def fmt(value: float) -> str:
 
 
 def fmt_percent(share: float) -> str:
-    """Return 0.243 as 24 %."""
+    """Return 0.243 as "24 %"."""
     if math.isnan(share):
         return DASH
     return f"{100 * share:.0f}{NBSP}%".replace("-0", "0").replace("-", MINUS)
 
 
 def fmt_interval(estimate: Estimate, *, as_percent: bool = False) -> str:
-    """Return [low, high], or nothing where there is no interval."""
+    """Return "[low, high]", or "" where there is no interval."""
     if not estimate.has_interval:
         return ""
     if as_percent:
@@ -155,13 +154,13 @@ def with_interval(estimate: Estimate) -> str:
 
 
 def listed(items: Iterable[str]) -> str:
-    """Return a, b and c."""
+    """Return "a, b and c"; there must be at least one item."""
     *first, last = items
     return f"{', '.join(first)} and {last}" if first else last
 
 
 def fmt_seconds(seconds: float) -> str:
-    """Return 95.2 as 1 min 35 s."""
+    """Return 99.6 as "1 min 40 s", 95.2 as "95 s"."""
     if seconds < 99.5:
         return f"{seconds:.2g}{NBSP}s" if seconds < 10 else f"{seconds:.0f}{NBSP}s"
     hours, rest = divmod(round(seconds), 3600)

@@ -1,7 +1,7 @@
-"""A store in one picture: how its trials learned, and what shapes their paths through weight space have.
+"""A store in one picture: how its trials learned, and the shape of their paths through weight space.
 
 A path is theta_t - theta_0; its directions and coordinates are those of its own singular value decomposition. Temporal
-SVD (Tang et al. 2023, arXiv 2303.01391) asks how many directions explain it, and how straight it runs in each.
+SVD (Tang et al. 2023, arXiv 2303.01391) asks how many directions explain a path, and how straight it is in each.
 
 Shapes  T checkpoints of a trial, K = T - 1 directions, N trials.
 """
@@ -20,20 +20,20 @@ from numpy.typing import NDArray
 from tipl.files.locations import write_atomically
 from tipl.files.publishing import claimed, remove_dead_claim
 from tipl.progress import progress_bar
-from tipl.report.plots import NBSP, THEME, Mark, Panel, Plot, short_count
+from tipl.report.drawing import NBSP, THEME, Mark, Panel, Plot, short_count
 from tipl.report.results import FloatArray
 from tipl.report.run_plots import MAX_CURVES
 from tipl.storing.store import Store, Trial
 from tipl.subspace.streaming_svd import gram
 
 SHARES = (0.9, 0.95, 0.99)
-"""Of a path's energy; the figure shows how many directions explain each."""
+"""Shares of a path's energy; the figure shows how many directions explain each share."""
 MAX_CHECKPOINTS = 1024
-"""Of a longer path every n-th checkpoint stands for all; detours within n checkpoints are then not seen."""
-MAX_BYTES = 1 << 30  # of the float32 weights that are held at once
+"""A longer path is thinned to every n-th checkpoint; detours within n checkpoints are then missed."""
+MAX_BYTES = 1 << 30  # most memory for float32 weights
 
-_NUM_DETOURS = 16  # directions whose detour ratio is shown
-_NOISE = 1e-6  # of the first singular value: a smaller one is rounding of float32 weights
+_NUM_DETOURS = 16  # number of directions whose detour ratio is shown
+_NOISE = 1e-6  # singular values below this share of the first are rounding errors of float32 weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,23 +43,23 @@ class PathSpectrum:
     singular_values: FloatArray
     """(K,), descending; the sum of their squares is the path's energy, the sum of |theta_t - theta_0|^2."""
     coordinates: FloatArray
-    """The path on its first directions, (T, k), without those that are mere rounding."""
+    """The path's coordinates on its first directions, (T, k), without directions that are rounding errors."""
 
     @property
     def explained(self) -> FloatArray:
-        """Share of the energy that the first 1, 2, ... K directions hold, (K,)."""
+        """Share of the energy in the first 1, 2, ... K directions, (K,)."""
         energy = np.cumsum(self.singular_values**2)
         return np.asarray(energy / energy[-1:])
 
     def dimensionality(self, share: float) -> int:
-        """Return the fewest directions that hold at least this share, in (0, 1], of the energy."""
+        """Return the least number of directions with at least this share, in (0, 1], of the energy."""
         if not 0.0 < share <= 1.0:
             raise ValueError(f"dimensionality: share must lie in (0, 1], got {share}")
         return int(np.searchsorted(self.explained, share)) + 1 if len(self.singular_values) else 0
 
     @property
     def detour_ratios(self) -> FloatArray:
-        """Length of the path in each coordinate over its net displacement, (k,): 1 if it never turns, inf if closed."""
+        """Path length in each coordinate over its net displacement, (k,): 1 if it never turns, inf if it returns."""
         length = np.abs(np.diff(self.coordinates, axis=0)).sum(0)
         displacement = np.abs(self.coordinates[-1] - self.coordinates[0])
         ratios = np.full(len(length), np.inf)
@@ -69,8 +69,9 @@ class PathSpectrum:
 def path_spectrum(trial: Trial, n_components: int = _NUM_DETOURS) -> PathSpectrum:
     """Return the spectrum of a trial's path, and its coordinates on the first `n_components` directions.
 
-    Exact, by the Gram matrix of the checkpoints in float64. Where they are more than MAX_CHECKPOINTS, or than MAX_BYTES
-    hold, every n-th is taken. Raises RuntimeError where the trial is damaged, ValueError where it has no checkpoint.
+    Exact, from the Gram matrix of the checkpoints in float64. Paths of more than MAX_CHECKPOINTS checkpoints, or
+    MAX_BYTES of weights, are thinned to every n-th checkpoint. Raises RuntimeError where the trial is damaged,
+    ValueError where it has no checkpoint.
     """
     weights = np.concatenate([trial.weights(t, t + 1) for t in range(0, trial.num_checkpoints, _stride(trial))])
     path_gram = gram(weights, origin=weights[0])  # (T, T)
@@ -125,7 +126,7 @@ def store_plot(env_id: str, trials: Sequence[Trial], spectra: Sequence[PathSpect
     returns = np.stack([_returns_at(env_steps, trial) for trial in trials])
     explained = _rows([spectrum.explained for spectrum in spectra])
     detours = _rows([spectrum.detour_ratios[:_NUM_DETOURS] for spectrum in spectra])
-    detours[np.isinf(detours)] = np.nan  # a coordinate that ends where it began
+    detours[np.isinf(detours)] = np.nan  # coordinates that end where they began cannot be drawn
     dimensionalities = [[spectrum.dimensionality(share) for spectrum in spectra] for share in SHARES]
 
     def learning(ax: Axes) -> None:
@@ -172,7 +173,7 @@ def store_plot(env_id: str, trials: Sequence[Trial], spectra: Sequence[PathSpect
 
 
 def _returns_at(env_steps: NDArray[np.int64], trial: Trial) -> FloatArray:
-    """Return the trial's returns, between its checkpoints too, at `env_steps` (T,); NaN where they are not known."""
+    """Return the trial's returns interpolated at `env_steps` (T,); NaN before the first and after the last known."""
     returns = trial.episodic_return
     known = ~np.isnan(returns)
     if not known.any():
@@ -181,7 +182,7 @@ def _returns_at(env_steps: NDArray[np.int64], trial: Trial) -> FloatArray:
 
 
 def _rows(curves: Sequence[NDArray[np.float64]]) -> FloatArray:
-    """Return curves of any lengths as the rows of one array, NaN behind their ends."""
+    """Return curves of any lengths as the rows of one array, NaN after their ends."""
     rows = np.full((len(curves), max(len(curve) for curve in curves)), np.nan)
     for row, curve in zip(rows, curves, strict=True):
         row[: len(curve)] = curve
@@ -199,7 +200,7 @@ def quartiles(curves: FloatArray) -> FloatArray:
 
 
 def _draw_trials(ax: Axes, x: NDArray[np.generic], curves: FloatArray) -> None:
-    """Draw curves (N, T) thinly, and their median and quartiles upon them."""
+    """Draw curves (N, T) as thin lines, and their median and quartiles over them."""
     lines = [np.column_stack([x, curve])[~np.isnan(curve)] for curve in curves[:MAX_CURVES]]
     ax.add_collection(LineCollection(lines, colors=THEME["faint"][0], linewidths=0.7, alpha=0.6, zorder=2))
     low, center, high = quartiles(curves)

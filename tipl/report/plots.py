@@ -1,224 +1,26 @@
-"""The report's figures, and those of predictors: each a `Plot` of panels.
-
-Drawn by matplotlib without touching its global state.
-A plot is rendered twice. As one PNG file with all panels and a legend, for papers and slides; and as one inline SVG a
-panel, whose colours are CSS variables and whose text is text, so that the page can lay the panels out for a wide or a
-narrow screen and follow the reader's light or dark theme.
-"""
+"""The report's figures of predictors: errors, gains and diversity against the horizon, one panel per prefix."""
 
 import dataclasses
-import io
 import math
-import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 
-import matplotlib.style
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
-from PIL import Image
 
+from tipl.report.drawing import NBSP, PANEL_INCHES, THEME, Mark, Panel, Plot, note, percent
 from tipl.report.intervals import Bootstrap, Estimate, Gain, Statistic, mean
-from tipl.report.results import BASIS_FLOORS, PREDICTORS, FloatArray, Results, predictor_info
+from tipl.report.predictor_info import BASIS_FLOORS, PREDICTORS, predictor_info
+from tipl.report.results import FloatArray, Results
 
-# Name -> colour on a light page, colour on a dark page. Predictors are told apart with any common colour blindness
-# (after Okabe and Ito), and by their markers; floors are grey. Every light colour occurs once, for an SVG's colours are
-# found by it.
-THEME: dict[str, tuple[str, str]] = {
-    "surface": ("#fffffe", "#161b22"),
-    "ink": ("#1f2328", "#e6edf3"),
-    "muted": ("#59636e", "#9aa4af"),
-    "faint": ("#b4bcc6", "#525c67"),
-    "grid": ("#e4e8ec", "#2b323b"),
-    "tipl": ("#d55e00", "#ff7a1a"),
-    "tipl_gated": ("#a03c00", "#ff9d5c"),
-    "tipl_tuned": ("#cc3311", "#ff6f4d"),
-    "transformer": ("#f2a65a", "#ffc08a"),
-    "persistence": ("#0b4f9e", "#5a82e6"),
-    "linear": ("#00875f", "#2fc79b"),
-    "quadratic": ("#ac9d53", "#e5e600"),
-    "rank1": ("#97246e", "#c985e0"),
-    "autoregression": ("#400da5", "#8a1cff"),
-    "mean_path": ("#4aa3d9", "#a6dcff"),
-    "nearest_path": ("#d91aff", "#6b7a1f"),
-    "ridge": ("#661100", "#c23a68"),
-    "nowcaster": ("#0000ff", "#33ff77"),
-    "another_run": ("#7a5cff", "#b0a0ff"),
-    "basis_floor": ("#77808a", "#8d97a3"),
-    "shared_floor": ("#86755f", "#a8977f"),
-    "prefix_floor": ("#87765e", "#a9967e"),
-    "return_floor": ("#9098a1", "#7b8591"),
-    "unknown-0": ("#8a6d00", "#d8c24a"),
-    "unknown-1": ("#6b5b95", "#b7a6e3"),
-    "unknown-2": ("#5f4b32", "#c9ac86"),
-}
-NBSP = "\N{NO-BREAK SPACE}"
 Curve = tuple[FloatArray, FloatArray, FloatArray]  # mean, lower and upper bound (H,)
-
-PANEL_INCHES = (4.8, 3.45)
-PNG_DPI = 150
-
-_STYLE = {
-    "font.size": 10,
-    "axes.titlesize": 10.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.labelsize": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.8,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.formatter.useoffset": False,
-    "axes.unicode_minus": True,
-    "axes.edgecolor": THEME["faint"][0],
-    "axes.labelcolor": THEME["muted"][0],
-    "axes.titlecolor": THEME["ink"][0],
-    "xtick.color": THEME["faint"][0],
-    "ytick.color": THEME["faint"][0],
-    "xtick.labelcolor": THEME["muted"][0],
-    "ytick.labelcolor": THEME["muted"][0],
-    "grid.color": THEME["grid"][0],
-    "grid.linewidth": 0.8,
-    "text.color": THEME["ink"][0],
-    "text.parse_math": False,  # a name out of a file may hold a dollar sign
-    "legend.frameon": False,
-    "lines.solid_capstyle": "round",
-    "svg.fonttype": "none",
-    "svg.hashsalt": "tipl",
-}
-_NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))  # of an SVG: it would hold the date
-
-
-@dataclasses.dataclass(frozen=True)
-class Panel:
-    """One pair of axes: its title, and what draws on it."""
-
-    title: str
-    draw: Callable[[Axes], None]
-
-
-@dataclasses.dataclass(frozen=True)
-class Mark:
-    """How a series looks in the plot and in its legend; `color` is a name in THEME."""
-
-    label: str
-    color: str
-    width: float = 1.6
-    dashes: tuple[float, ...] = ()
-    marker: str = ""
-
-    @property
-    def rgb(self) -> str:
-        return THEME[self.color][0]
-
-    @property
-    def marker_size(self) -> float:
-        return 3.5 + self.width / 2 if self.width else 6.0
-
-    def line(self, ax: Axes, x: NDArray[np.generic], y: NDArray[np.generic], *, zorder: float = 2.0) -> None:
-        markers = self.marker if len(x) <= 30 else ""  # further ones would hide the line
-        ax.plot(
-            x,
-            y,
-            color=self.rgb,
-            linewidth=self.width,
-            dashes=self.dashes or (None, None),
-            marker=markers,
-            markersize=self.marker_size,
-            markeredgewidth=0,
-            zorder=zorder,
-        )
-
-    def handle(self) -> Line2D:
-        line = Line2D([], [], color=self.rgb, linewidth=self.width, label=self.label)
-        line.set(marker=self.marker, markersize=self.marker_size, markeredgewidth=0)
-        if self.dashes:
-            line.set_dashes(self.dashes)
-        return line
-
-
-@dataclasses.dataclass(frozen=True)
-class Plot:
-    """A figure of the report; `name` is the stem of its PNG file."""
-
-    name: str
-    panels: tuple[Panel, ...]
-    legend: tuple[Mark, ...] = ()
-    columns: int = 2
-    panel_inches: tuple[float, float] = PANEL_INCHES
-
-    def png(self, dpi: int = PNG_DPI, num_colors: int | None = None) -> bytes:
-        """Return all panels and the legend as one PNG picture on white, in `num_colors` colours at most."""
-        with matplotlib.style.context(["default", _STYLE]):
-            file = io.BytesIO()
-            self._figure().savefig(file, format="png", dpi=dpi)
-        if num_colors is not None:
-            with Image.open(file) as picture:
-                few = picture.convert("RGB").quantize(num_colors, dither=Image.Dither.NONE)
-            file = io.BytesIO()
-            few.save(file, format="png", optimize=True)
-        return file.getvalue()
-
-    def svg(self) -> bytes:
-        """Return the same as one SVG file, whose bytes depend on the data alone."""
-        with matplotlib.style.context(["default", _STYLE]):
-            file = io.BytesIO()
-            self._figure().savefig(file, format="svg", metadata=_NO_METADATA)
-        # A tenth of a point is fine enough for lines, and makes half the file.
-        return re.sub(rb' d="[^"]*"', lambda line: re.sub(rb"(\.\d)\d+", rb"\1", line[0]), file.getvalue())
-
-    def _figure(self) -> Figure:
-        columns = min(self.columns, len(self.panels))
-        rows = math.ceil(len(self.panels) / columns)
-        entries = min(len(self.legend), 2 * columns + 1)  # of the legend, in a row
-        height = rows * self.panel_inches[1] + (0.3 * math.ceil(len(self.legend) / entries) if entries else 0.0)
-        figure = Figure(figsize=(columns * self.panel_inches[0], height), layout=_layout())
-        for i, panel in enumerate(self.panels):
-            panel.draw(figure.add_subplot(rows, columns, i + 1, title=panel.title))
-        if entries:
-            handles = [mark.handle() for mark in self.legend]
-            figure.legend(handles=handles, loc="outside upper center", ncols=entries)
-        return figure
-
-    def svgs(self) -> list[str]:
-        """Return each panel as an SVG element to put into a page that defines the colours as CSS variables."""
-        elements = []
-        for i, panel in enumerate(self.panels):
-            with matplotlib.style.context(["default", _STYLE]):
-                figure = Figure(figsize=self.panel_inches, layout=_layout())
-                panel.draw(figure.add_subplot(title=panel.title))
-                file = io.StringIO()
-                figure.savefig(file, format="svg", transparent=True, metadata=_NO_METADATA)
-            elements.append(_inline(file.getvalue(), f"{self.name}-{i}"))
-        return elements
-
-
-def _layout() -> ConstrainedLayoutEngine:
-    return ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.06)
-
-
-def _inline(svg: str, prefix: str) -> str:
-    """Return the <svg> element of an SVG file fit for a page: unique ids, no namespaces, colours by variable."""
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r'\s(?:xmlns(?::xlink)?|width|height|version)="[^"]*"', "", svg, count=5)
-    svg = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", svg, count=1, flags=re.DOTALL)  # it would style the page
-    svg = re.sub(r'\bid="([^"]*)"', rf'id="{prefix}-\1"', svg)
-    svg = re.sub(r'xlink:href="#', rf'href="#{prefix}-', svg)
-    svg = re.sub(r"url\(#", rf"url(#{prefix}-", svg)
-    for name, (light, _) in THEME.items():
-        svg = svg.replace(light, f"var(--{name})")
-    return svg
 
 
 def predictor_marks(names: Sequence[str]) -> dict[str, Mark]:
-    """Return the mark of each predictor, the same in every figure of a report that knows the same `names`."""
-    markers = {  # of those that `page.py` can draw; relatives share one and differ in colour
+    """Return the mark of each predictor; equal `names` give equal marks, so that all figures of a report agree."""
+    markers = {  # only markers that `page.py` can draw; related predictors share one and differ in colour
         "tipl": "o",
         "tipl_gated": "o",
         "tipl_tuned": "^",
@@ -254,10 +56,6 @@ def predictor_marks(names: Sequence[str]) -> dict[str, Mark]:
     return marks
 
 
-def percent(prefix: float) -> str:
-    return f"{100 * prefix:.3g}{NBSP}%"
-
-
 def error_plot(
     name: str,
     results: Results,
@@ -269,9 +67,9 @@ def error_plot(
     statistic: Statistic = "mean",
     is_log: bool = False,
 ) -> Plot:
-    """Return the mean or IQM of `measure` against the horizon, a panel a prefix, floors dashed.
+    """Return the mean or IQM of `measure` against the horizon, one panel per prefix, floors dashed.
 
-    TIPL, persistence and the floors have 95 % bands: ten of them would hide each other.
+    Only TIPL, persistence and the floors have 95 % bands; bands of all predictors would hide each other.
     """
     marks = predictor_marks(results.names)
     shown = [n for n in results.names if n in floors or n in results.predictors]
@@ -296,14 +94,14 @@ def error_plot(
 
 
 def gain_plot(results: Results, bootstrap: Bootstrap) -> Plot:
-    """Return the return gained over the prefix's end against the horizon, by the true future and by each forecast."""
+    """Return a plot of the return gained since the prefix's end, by the true future and each forecast, by horizon."""
     marks = predictor_marks(results.names)
     truth = Mark("true future", "ink", 2.4)
     noise = Mark("return noise", "return_floor", 1.5, (1.5, 2.0))
     shown = [n for n in results.names if n != "return_floor"]
 
     def curves(prefix: float) -> list[tuple[Mark, Curve]]:
-        start = results.values("return_predicted", prefix, "persistence")  # (n, H): R(prefix end), at every horizon
+        start = results.values("return_predicted", prefix, "persistence")  # (n, H): R(prefix end) at every horizon
         gains = [(truth, results.values("return_true", prefix, "persistence") - start)]
         gains += [(marks[n], results.values("return_predicted", prefix, n) - start) for n in shown]
         return [(mark, bootstrap.curve(gain)) for mark, gain in gains]
@@ -330,7 +128,7 @@ def gain_plot(results: Results, bootstrap: Bootstrap) -> Plot:
 
 
 def gain_share_plot(results: Results, gains: Mapping[float, Sequence[Gain]]) -> Plot:
-    """Return the IQM of each forecast's share of the future gain against the horizon; `gains` are one a horizon."""
+    """Return the IQM of each forecast's share of the future gain; `gains` has one entry per horizon of each prefix."""
     marks = predictor_marks(results.names)
     truth = Mark("true future", "ink", 2.4)
     shown = [n for n in results.names if any(n in gain.iqm_shares for row in gains.values() for gain in row)]
@@ -378,9 +176,9 @@ def diversity_plot(results: Results) -> Plot:
 
 
 def returns_plot(results: Results) -> Plot:
-    """Return the scatter of the return of the forecast policy against the true policy's, persistence beside TIPL.
+    """Return a scatter plot of forecast policies' returns against the true policies', for TIPL and persistence.
 
-    Where the results hold neither's returns, all others are shown; some predictor must have returns.
+    Where neither has returns, all other predictors are shown; at least one predictor must have returns.
     """
     marks = {n: dataclasses.replace(m, width=0.0) for n, m in predictor_marks(results.names).items()}
     known = [n for n in results.names if results.has_values("return_predicted", n)]
@@ -429,9 +227,9 @@ def _frame(
     *,
     is_log: bool = False,
 ) -> None:
-    """Fit the vertical axis to the `main` curves, and name those that leave it above, with their value at the end.
+    """Fit the vertical axis to the `main` curves; a note lists curves that leave it, with their last values.
 
-    Others widen the frame where that costs little; one that runs away would flatten all the rest.
+    Other curves widen the axis by up to three quarters on each side; a diverging one would flatten all the rest.
     """
     if is_log:
         ax.set_yscale("log")
@@ -448,7 +246,7 @@ def _frame(
     )
     margin = 0.08 * (high - low) or 1.0
     high += margin
-    low = low - margin if bottom is None else bottom - 0.02 * (high - bottom)  # so that a line at the bottom shows
+    low = low - margin if bottom is None else bottom - 0.02 * (high - bottom)  # keeps a line at the bottom visible
     ax.set_ylim(*((10**low, 10**high) if is_log else (low, high)))
     away = [(label, center[-1]) for label, (center, _, _) in curves if ((center > high) | (center < low)).any()]
     away = [(label, 10**end if is_log else end) for label, end in away]
@@ -456,7 +254,7 @@ def _frame(
         numbers = [f"{end:,.0f}" if abs(end) >= 1000 else f"{end:.3g}" for _, end in away]
         ends = [f"{label} {number}" for (label, _), number in zip(away, numbers, strict=True)]
         ends = [end.replace(" -", " \N{MINUS SIGN}").replace(" ", NBSP) for end in ends]
-        width = round(46 * _panel_width_inches(ax) / PANEL_INCHES[0])  # characters that leave room for a title
+        width = round(46 * _panel_width_inches(ax) / PANEL_INCHES[0])  # characters that fit beside the title
         lines = textwrap.wrap(f"off the scale: {', '.join(ends)}", width, break_on_hyphens=False)
         note(ax, "\n".join(lines))
 
@@ -473,21 +271,8 @@ def _log10(curve: Curve) -> Curve:
     return center, low, high
 
 
-def note(ax: Axes, text: str) -> None:
-    """Write a small note above the axes, at the right."""
-    ax.set_title(text, loc="right", fontsize=8.5, weight="normal")
-
-
 def _extent(curves: Sequence[Curve]) -> tuple[float, float]:
-    """Return the smallest and largest finite value of curves and their bands, 0 and 1 where there is none."""
+    """Return the smallest and largest finite value of curves and their bands; 0 and 1 where there are none."""
     values = np.concatenate([part for curve in curves for part in curve])
     values = values[np.isfinite(values)]
     return (float(values.min()), float(values.max())) if len(values) else (0.0, 1.0)
-
-
-def short_count(value: float, _: int | None = None) -> str:
-    """Return 2500000 as 2.5M, 20000 as 20k."""
-    for unit, suffix in ((1e6, "M"), (1e3, "k")):
-        if abs(value) >= unit:
-            return f"{value / unit:g}{suffix}"
-    return f"{value:g}"

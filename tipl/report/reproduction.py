@@ -1,7 +1,7 @@
 """The page of `tipl reproduce`: every regime on every task, side by side.
 
-Each regime opens with a sentence computed from its numbers; then come WPE and REPW against the horizon, a row a regime
-and a column a prefix, and tables of the end of the path. The evaluations' own reports, which are linked, show the rest.
+Each regime begins with a sentence computed from its numbers. Then come WPE and REPW against the horizon, one row of
+panels per regime and one column per prefix, and tables for the end of the path. Links lead to each evaluation's report.
 """
 
 import dataclasses
@@ -10,10 +10,11 @@ from pathlib import Path
 
 from tipl.files.locations import write_atomically
 from tipl.report import page, plots
+from tipl.report.drawing import Plot, percent
 from tipl.report.intervals import Bootstrap, Estimate, mean, ranking, tipl_leads
 from tipl.report.page import Html, element, escape, fmt, fmt_percent, fmt_seconds, listed
-from tipl.report.plots import Plot, percent
-from tipl.report.results import BASIS_FLOORS, FloatArray, Results, predictor_info
+from tipl.report.predictor_info import BASIS_FLOORS, predictor_info
+from tipl.report.results import FloatArray, Results
 from tipl.report.tables import error_table
 
 SHOWN = (
@@ -21,16 +22,16 @@ SHOWN = (
     *BASIS_FLOORS,
     "return_floor",
 )
-"""What the figures draw: few enough to be told apart. The tables have all."""
+"""The predictors in the figures, few enough to be told apart. The tables have all predictors."""
 
 PANEL_INCHES = (3.4, 2.55)
-PNG_DPI, PNG_COLORS = 110, 128  # some 90 kB for twelve panels, small enough to commit
+PNG_DPI, PNG_COLORS = 110, 128  # about 90 kB for twelve panels, small enough to commit
 
 MEASURES = {
     "wpe": ("wpe_relative", "relative weight error", BASIS_FLOORS),
     "repw": ("repw", "return error (REPW)", (*BASIS_FLOORS, "return_floor")),
 }
-"""A figure's name -> measure, what its axis says, and the floors that it shows."""
+"""Name of a figure -> its measure, the label of its axis, and the floors that it shows."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Part:
     description: str
     results: Results
     report: str
-    """The evaluation's own page, relative to this one."""
+    """Link to the evaluation's report, relative to this page."""
 
     @property
     def bootstrap(self) -> Bootstrap:
@@ -50,9 +51,9 @@ class Part:
 
 
 def write_reproduction(output: Path, parts: Sequence[Part], *, seconds: Mapping[str, float]) -> Path:
-    """Write the page to the file `output`, its figures beside it as PNG files; return `output`.
+    """Write the page to the file `output` and its figures as PNG files into the same folder; return `output`.
 
-    `seconds` is what each stage took. Nothing is written before all is made, and the page comes last.
+    `seconds` is stage -> its duration. Writing begins once everything has been made, and the page is written last.
     """
     figures = {
         env_id: {name: _figure(name, env_id, of_task) for name in MEASURES} for env_id, of_task in _by_task(parts)
@@ -88,7 +89,7 @@ def _body(parts: Sequence[Part], figures: Mapping[str, Mapping[str, Plot]], seco
         element(
             "p",
             "Forecasting PPO's policy weights as trajectories (Tang 2025, arXiv 2503.04074), on held-out runs and on "
-            "those that were trained on, beside what a forecast must beat.",
+            "training runs, beside the predictors that a forecast must beat.",
             cls="sub",
         ),
         _facts(parts, seconds),
@@ -96,7 +97,7 @@ def _body(parts: Sequence[Part], figures: Mapping[str, Mapping[str, Plot]], seco
     links = (Html(f'<a href="#{anchor}">{escape(title)}</a>') for anchor, title, _ in sections)
     main = element("main", *(page.section(*content) for content in sections))
     version = parts[0].results.tipl_version
-    footer = f"Made by tipl {version}. All rows are in results.json; each figure also lies beside this page as a PNG."
+    footer = f"Made by tipl {version}. All rows are in results.json; each figure is also a PNG file beside this page."
     return page.join(header, element("nav", element("div", *links)), main, element("footer", footer))
 
 
@@ -115,7 +116,7 @@ def _facts(parts: Sequence[Part], seconds: Mapping[str, float]) -> Html:
 
 
 def _finding(parts: Sequence[Part]) -> Html:
-    """Return what came out of a regime: a sentence over all tasks, the numbers of each, and what the regime is."""
+    """Return a regime's result: a sentence over all tasks, each task's numbers, and the regime's description."""
     return page.join(
         element("h3", parts[0].title),
         element("p", headline(parts), cls="lead"),
@@ -125,7 +126,7 @@ def _finding(parts: Sequence[Part]) -> Html:
 
 
 def headline(parts: Sequence[Part]) -> str:
-    """Return at how many prefixes TIPL's weight error at the end of the path is the smaller or smallest, by task."""
+    """Return in words at how many prefixes TIPL's final weight error beats persistence's, and all others', by task."""
     in_sample = parts[0].results.in_sample
     beaten, first = [], []
     for part in parts:
@@ -135,27 +136,27 @@ def headline(parts: Sequence[Part]) -> str:
         first.append(f"{wins} of {len(prefixes)} on {env_id}")
     who = "Trials that were trained on: TIPL" if in_sample else "Held-out trials: TIPL"
     words = f"{who} beats persistence, beyond the noise of the trials, at {listed(beaten)}"
-    if in_sample:  # there the nearest path is the trial's own: who is the best means nothing
+    if in_sample:  # the nearest path is then the trial's own, so that a comparison with it means nothing
         return f"{words}. This is a fit, not a forecast."
     return f"{words}; its weight error is the smallest of all predictors' at {listed(first)}."
 
 
 def numbers(part: Part) -> str:
-    """Return a regime's errors on a task in words: TIPL's, how they compare with persistence's, the floor's."""
+    """Return a regime's errors on a task in words: TIPL's, compared with persistence's, and the basis floor's."""
     results = part.results
     ends = {name: [results.at_end("wpe_relative", f, name) for f in results.prefixes] for name in results.names}
     shares = listed(fmt_percent(1.0 - ratio.value) for ratio in _ratios(part))
     higher = sum(ratio.low > 1.0 for ratio in _ratios(part))
     words = (
-        f"{results.env_id}, seen {listed(map(percent, results.prefixes))} of the path: a relative weight error of "
-        f"{_means(ends['tipl'])} at its end, lower than persistence's by {shares}"
+        f"{results.env_id}, prefixes of {listed(map(percent, results.prefixes))} of the path: relative weight error at "
+        f"its end {_means(ends['tipl'])}, lower than persistence's by {shares}"
     )
     words += f" (higher beyond the noise at {higher} of {len(results.prefixes)} prefixes)" * (higher > 0)
-    return f"{words}. The basis alone leaves {_means(ends['basis_floor'])}." if "basis_floor" in ends else f"{words}."
+    return f"{words}. The basis floor is {_means(ends['basis_floor'])}." if "basis_floor" in ends else f"{words}."
 
 
 def _ratios(part: Part) -> list[Estimate]:
-    """Return TIPL's error at the end of the path as a share of persistence's, one a prefix."""
+    """Return TIPL's error at the end of the path as a share of persistence's, for each prefix."""
     results, bootstrap = part.results, part.bootstrap
     pairs = ([results.at_end("wpe_relative", f, name) for name in ("tipl", "persistence")] for f in results.prefixes)
     return [bootstrap.ratio(*pair) for pair in pairs]
@@ -168,12 +169,13 @@ def _means(columns: Iterable[FloatArray]) -> str:
 def _task(parts: Sequence[Part], figures: Mapping[str, Plot]) -> Html:
     names = listed(part.regime for part in parts)
     weights = (
-        f"Relative weight error against the horizon, a row a regime ({names}) and a column a prefix: means over the "
-        "judged trials, 95 % bands for TIPL, persistence and the floor, below which no forecast in the basis can go."
+        f"Relative weight error against the horizon, one row per regime ({names}) and one column per prefix: means "
+        "over the judged trials, with 95 % bands for TIPL, persistence and the floor, below which no forecast within "
+        "the basis can go."
     )
     returns = (
-        "Return error against the horizon, likewise. Below the dotted line a difference comes from the episodes, not "
-        "from the policy."
+        "Return error against the horizon, likewise. A difference below the dotted line comes from the choice of "
+        "episodes, not from the policy."
     )
     content = [element("h3", "Weights"), page.figure(figures["wpe"], weights)]
     content += [_table(part, "wpe_relative", "Relative weight error") for part in parts]
@@ -188,12 +190,12 @@ def _table(part: Part, measure: str, title: str) -> Html:
     count = len(results.trials)
     judged = f"{count} {'' if results.in_sample else 'held-out '}{'trials' if count > 1 else 'trial'}"
     judged += " trained on" * results.in_sample
-    caption = f"{title} at the end of the path, {part.regime}: mean over {judged}, 95 % interval below it."
+    caption = f"{title} at the end of the path, {part.regime}: mean over {judged}, with its 95 % interval below."
     return error_table(results, part.bootstrap, caption, measure, names)
 
 
 def _figure(name: str, env_id: str, parts: Sequence[Part]) -> Plot:
-    """Return a measure against the horizon, a row a regime and a column a prefix."""
+    """Return a measure against the horizon, one row of panels per regime and one column per prefix."""
     measure, label, floors = MEASURES[name]
     rows = []
     for part in parts:
@@ -214,7 +216,7 @@ def _reports(parts: Sequence[Part]) -> Html:
         element("li", Html(f'<a href="{escape(part.report)}">{escape(f"{part.results.env_id}, {part.regime}")}</a>'))
         for part in parts
     )
-    words = "Each evaluation's own page, with actions, shares of the return gain, coordinates and settings:"
+    words = "The report of each evaluation, with actions, shares of the return gain, coordinates and settings:"
     return page.join(element("p", words), element("ul", *links))
 
 
@@ -224,8 +226,8 @@ def _reading(parts: Sequence[Part]) -> Html:
     terms += [
         (
             "relative error",
-            "|forecast \N{MINUS SIGN} true| / |true \N{MINUS SIGN} initial|: 0 is perfect, 1 as wrong as the "
-            "initial weights.",
+            "|forecast \N{MINUS SIGN} true| / |true \N{MINUS SIGN} initial|, over all weights: 0 is perfect, 1 is as "
+            "wrong as the initial weights.",
         ),
         ("REPW", "The absolute difference in mean episodic return between the forecast and the true policy."),
         ("interval", "95 % percentile bootstrap over the judged trials (10,000 resamples, fixed seed)."),

@@ -1,8 +1,8 @@
-"""Read what an evaluation and a training left: results.json, coordinates.safetensors, training.json.
+"""Readers of what `tipl evaluate` and `tipl train` write: results.json, coordinates.safetensors, training.json.
 
-`evaluate` writes one row a (trial, prefix, horizon, predictor); here the rows become arrays (n, H) over the n held-out
-trials and the H horizons of a prefix, NaN where a row or its value is missing. Each reader checks its file once, and
-says which file is wrong and where.
+`evaluate` writes one row for each (trial, prefix, horizon, predictor). Here the rows become arrays (n, H) over the n
+held-out trials and the H horizons of a prefix, NaN where a row or its value is missing. Each reader checks its file
+once; its errors name the file and the place in it.
 """
 
 import dataclasses
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from tipl.files.manifest import read_listed
 from tipl.files.sealed import parse_safetensors
+from tipl.report.predictor_info import PREDICTORS, predictor_info
 
 FloatArray = NDArray[np.float64]
 
@@ -27,83 +28,7 @@ NON_NEGATIVE = ("wpe", "wpe_relative", "repw", "action_difference", "kl", "confi
 SPREADS = ("action_variance", "return_std")  # of the held-out trials' policies at one checkpoint
 NEAREST = ("forecast_nearest", "true_nearest", "mean_nearest")  # distances to the nearest training path
 
-
-@dataclasses.dataclass(frozen=True)
-class PredictorInfo:
-    """What a predictor is called and how it forecasts; a floor knows the answer and bounds what any forecast can do."""
-
-    label: str
-    description: str
-    is_floor: bool = False
-
-
-PREDICTORS: dict[str, PredictorInfo] = {
-    "tipl": PredictorInfo("TIPL", "the causal Transformer continues the coordinates of the observed prefix"),
-    "tipl_gated": PredictorInfo(
-        "TIPL, gated", "TIPL's forecast where its confidence is at least one half, the last checkpoint seen elsewhere"
-    ),
-    "tipl_tuned": PredictorInfo(
-        "TIPL, tuned", "as far along TIPL's displacement as brought most return on validation and training trials"
-    ),
-    "transformer": PredictorInfo(
-        "Transformer alone", "TIPL's forecast before it is refined: within the directions of the prefix"
-    ),
-    "persistence": PredictorInfo("persistence", "nothing changes: every future checkpoint is the last one seen"),
-    "linear": PredictorInfo(
-        "linear", "every weight goes on at its mean speed over the last checkpoints (window fitted on training trials)"
-    ),
-    "quadratic": PredictorInfo(
-        "quadratic", "every weight goes on along a parabola through the last checkpoints (window fitted likewise)"
-    ),
-    "rank1": PredictorInfo(
-        "rank-1 linear", "the prefix's first direction alone, its coordinate continued by a regression line"
-    ),
-    "autoregression": PredictorInfo(
-        "autoregression", "each coordinate's next step is a fixed mixture of its last ones, learned on training trials"
-    ),
-    "mean_path": PredictorInfo(
-        "mean path", "the training trials' mean path in coordinates, from the last checkpoint on"
-    ),
-    "nearest_path": PredictorInfo(
-        "nearest path", "the training trial with the nearest prefix in coordinates, from the last checkpoint on"
-    ),
-    "ridge": PredictorInfo(
-        "ridge", "every weight moves on by a fixed mixture of its own past: one a tensor, learned on training trials"
-    ),
-    "nowcaster": PredictorInfo(
-        "nowcaster", "a small network (after WNN) continues every weight from five of its own past values"
-    ),
-    "another_run": PredictorInfo(
-        "another run",
-        "the weights of the training trial with the nearest prefix, so far into its training: no forecast of this run, "
-        "but policies of its age",
-    ),
-    "basis_floor": PredictorInfo(
-        "basis floor", "the true weights projected on the basis: no forecast in that basis can be nearer", is_floor=True
-    ),
-    "shared_floor": PredictorInfo(
-        "shared-basis floor",
-        "the true weights projected on one basis of all training trials, as large as the prefix's",
-        is_floor=True,
-    ),
-    "prefix_floor": PredictorInfo(
-        "prefix-basis floor",
-        "the true weights projected on the directions of the observed prefix, as many as the shared basis has",
-        is_floor=True,
-    ),
-    "return_floor": PredictorInfo(
-        "return noise", "the true policy once more, on other episode seeds: smaller differences are luck", is_floor=True
-    ),
-}
-
-
-BASIS_FLOORS = ("basis_floor", "shared_floor", "prefix_floor")
-"""Of the basis that forecasts are made in, and of the other kind."""
-
-
-def predictor_info(name: str) -> PredictorInfo:
-    """Return what is known of the predictor called `name` in results.json; an unknown one is shown as it is."""
-    return PREDICTORS.get(name) or PredictorInfo(name, "unknown to this version of tipl, shown as it was found")
+RowKey = tuple[int, float, int, str]  # trial, prefix, horizon, predictor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,27 +45,27 @@ class Results:
     prefixes: tuple[float, ...]
     names: tuple[str, ...]  # predictors in the order of PREDICTORS, unknown ones, floors
     horizons: dict[float, NDArray[np.int64]]  # prefix -> (H,)
-    has_rows: dict[float, NDArray[np.bool_]]  # prefix -> (n, H), whether any predictor was evaluated there
+    has_rows: dict[float, NDArray[np.bool_]]  # prefix -> (n, H), True where any predictor was evaluated
     cells: dict[tuple[str, float, str], FloatArray]  # (measure, prefix, predictor) -> (n, H)
     spreads: dict[tuple[str, float, str], FloatArray]  # (spread, prefix, predictor or "truth") -> (H,)
     distances: dict[tuple[str, float], FloatArray]  # (one of NEAREST, prefix) -> (n,)
-    causality: float  # the most that a prediction changed where what follows it did; NaN where not measured
+    causality: float  # largest change of a prediction when the checkpoints after it change; NaN where not measured
 
     @property
     def in_sample(self) -> bool:
-        """Whether the trials were judged that had taught the forecaster: then none of them was held out."""
+        """Whether the judged trials are those that the forecaster was trained on, so that none was held out."""
         train = self.settings.get("train")
         elsewhere = self.settings.get("is_zero_shot") or self.is_fresh
         return isinstance(train, dict) and train.get("in_sample") is True and not elsewhere
 
     @property
     def is_fresh(self) -> bool:
-        """Whether the trials were judged of a store that taught nothing at all."""
+        """Whether all trials come from a store that was used neither for training nor for validation."""
         return self.settings.get("is_fresh") is True
 
     @property
     def follow(self) -> float:
-        """The confidence from which on the gated forecast follows TIPL."""
+        """The least confidence at which the gated forecast follows TIPL."""
         return float(self.settings.get("follow", 0.5))
 
     @property
@@ -158,15 +83,15 @@ class Results:
         return any(np.isfinite(self.values(measure, prefix, name)).any() for prefix in self.prefixes)
 
     def spread(self, which: str, prefix: float, name: str) -> FloatArray:
-        """Return how the policies of predictor `name`, or the "truth", differ (H,); NaN where it is not known."""
+        """Return `which` of SPREADS between the policies of predictor `name`, or "truth", (H,); NaN where unknown."""
         return self.spreads.get((which, prefix, name), np.full(len(self.horizons[prefix]), np.nan))
 
     def nearest(self, which: str, prefix: float) -> FloatArray:
-        """Return distances to the nearest training path (n,), `which` is one of NEAREST; NaN where they are unknown."""
+        """Return distances to the nearest training path (n,), NaN where unknown; `which` is one of NEAREST."""
         return self.distances.get((which, prefix), np.full(len(self.trials), np.nan))
 
     def at(self, measure: str, prefix: float, name: str, horizon: int | None) -> FloatArray:
-        """Return `measure` of predictor `name` (n,) at `horizon`, None for the end of the path."""
+        """Return `measure` of predictor `name` (n,) at `horizon`; None stands for the end of the path."""
         if horizon is None:
             return self.at_end(measure, prefix, name)
         return self.values(measure, prefix, name)[:, self.horizons[prefix].tolist().index(horizon)]
@@ -180,12 +105,12 @@ class Results:
 
 
 def read_results(path: Path) -> Results:
-    """Return the results in `path`; RuntimeError names the file and what is wrong in it."""
+    """Return the results in `path`. Raises FileNotFoundError; RuntimeError naming the file and the fault in it."""
     if not path.is_file():
         raise FileNotFoundError(f"read_results: {path} does not exist; `tipl evaluate` writes it")
     try:
         return _parse(path, json.loads(read_listed(path)))
-    except ValueError as error:  # of the JSON, of its encoding, and of `_parse`
+    except ValueError as error:  # from the JSON parser, the text decoder or `_parse`
         raise RuntimeError(f"read_results: {path} is damaged or not of tipl: {error}") from error
 
 
@@ -201,52 +126,14 @@ def _parse(path: Path, document: Any) -> Results:
     if not rows:
         raise ValueError("rows must not be empty")
 
-    keys: list[tuple[int, float, int, str]] = []
-    for i, row in enumerate(rows):
-        where = f"rows[{i}]"
-        if not isinstance(row, dict):
-            raise ValueError(f"{where} must be an object, got {row!r}")
-        trial, horizon = required(row, "trial", int, where), required(row, "horizon", int, where)
-        prefix = round(float(required(row, "prefix", (int, float), where)), 6)
-        if row.get("env_id", env_id) != env_id:
-            raise ValueError(f"{where}: env_id must be {env_id!r}, got {row['env_id']!r}")
-        if trial not in heldout:
-            raise ValueError(f"{where}: trial must be one of settings.heldout_trials, got {trial}")
-        if not 0 < prefix < 1:
-            raise ValueError(f"{where}: prefix must lie in (0, 1), got {prefix}")
-        if horizon < 1:
-            raise ValueError(f"{where}: horizon must be at least 1, got {horizon}")
-        keys.append((trial, prefix, horizon, required(row, "predictor", str, where)))
-
-    trials = tuple(sorted({key[0] for key in keys}))
-    prefixes = tuple(sorted({key[1] for key in keys}))
-    found = dict.fromkeys(key[3] for key in keys)  # in the order of the file
+    keys = _row_keys(rows, env_id, heldout)
+    trials = tuple(sorted({trial for trial, _, _, _ in keys}))
+    prefixes = tuple(sorted({prefix for _, prefix, _, _ in keys}))
+    found = dict.fromkeys(name for _, _, _, name in keys)  # in the order of the file
     known, unknown = [n for n in PREDICTORS if n in found], [n for n in found if n not in PREDICTORS]
     names = tuple(sorted(known + unknown, key=lambda n: predictor_info(n).is_floor))  # stable: floors to the end
     horizons = {f: np.array(sorted({key[2] for key in keys if key[1] == f}), np.int64) for f in prefixes}
-    trial_index = {trial: i for i, trial in enumerate(trials)}
-    horizon_index = {(f, int(horizon)): j for f in prefixes for j, horizon in enumerate(horizons[f])}
-    cells = {
-        (measure, f, name): np.full((len(trials), len(horizons[f])), np.nan)
-        for measure in MEASURES
-        for f in prefixes
-        for name in names
-    }
-    has_rows = {f: np.zeros((len(trials), len(horizons[f])), bool) for f in prefixes}
-    seen: set[tuple[int, float, int, str]] = set()
-    for i, (key, row) in enumerate(zip(keys, rows, strict=True)):
-        trial, f, horizon, name = key
-        if key in seen:
-            raise ValueError(f"rows[{i}]: trial {trial}, prefix {f}, horizon {horizon}, {name!r} has come before")
-        seen.add(key)
-        cell = trial_index[trial], horizon_index[f, horizon]
-        has_rows[f][cell] = True
-        for measure in MEASURES:
-            if measure in row or measure not in OPTIONAL:
-                value = number(row, measure, f"rows[{i}]", non_negative=measure in NON_NEGATIVE)
-                if measure == "confidence" and value > 1:
-                    raise ValueError(f"rows[{i}]: confidence must lie in [0, 1], got {value}")
-                cells[measure, f, name][cell] = value
+    cells, has_rows = _parse_cells(rows, keys, trials, names, horizons)
     return Results(
         path=path,
         env_id=env_id,
@@ -266,10 +153,65 @@ def _parse(path: Path, document: Any) -> Results:
     )
 
 
+def _row_keys(rows: Sequence[Any], env_id: str, heldout: Sequence[int]) -> list[RowKey]:
+    """Return the key of each entry of "rows", checked."""
+    keys: list[RowKey] = []
+    for i, row in enumerate(rows):
+        where = f"rows[{i}]"
+        if not isinstance(row, dict):
+            raise ValueError(f"{where} must be an object, got {row!r}")
+        trial, horizon = required(row, "trial", int, where), required(row, "horizon", int, where)
+        prefix = round(float(required(row, "prefix", (int, float), where)), 6)
+        if row.get("env_id", env_id) != env_id:
+            raise ValueError(f"{where}: env_id must be {env_id!r}, got {row['env_id']!r}")
+        if trial not in heldout:
+            raise ValueError(f"{where}: trial must be one of settings.heldout_trials, got {trial}")
+        if not 0 < prefix < 1:
+            raise ValueError(f"{where}: prefix must lie in (0, 1), got {prefix}")
+        if horizon < 1:
+            raise ValueError(f"{where}: horizon must be at least 1, got {horizon}")
+        keys.append((trial, prefix, horizon, required(row, "predictor", str, where)))
+    return keys
+
+
+def _parse_cells(
+    rows: Sequence[Mapping[str, Any]],
+    keys: Sequence[RowKey],
+    trials: Sequence[int],
+    names: Sequence[str],
+    horizons: Mapping[float, NDArray[np.int64]],
+) -> tuple[dict[tuple[str, float, str], FloatArray], dict[float, NDArray[np.bool_]]]:
+    """Return `Results.cells` and `Results.has_rows` from the entries of "rows" and their keys."""
+    trial_index = {trial: i for i, trial in enumerate(trials)}
+    horizon_index = {(f, int(horizon)): j for f in horizons for j, horizon in enumerate(horizons[f])}
+    cells = {
+        (measure, f, name): np.full((len(trials), len(horizons[f])), np.nan)
+        for measure in MEASURES
+        for f in horizons
+        for name in names
+    }
+    has_rows = {f: np.zeros((len(trials), len(horizons[f])), bool) for f in horizons}
+    seen: set[RowKey] = set()
+    for i, (key, row) in enumerate(zip(keys, rows, strict=True)):
+        trial, f, horizon, name = key
+        if key in seen:
+            raise ValueError(f"rows[{i}]: trial {trial}, prefix {f}, horizon {horizon}, {name!r} has come before")
+        seen.add(key)
+        cell = trial_index[trial], horizon_index[f, horizon]
+        has_rows[f][cell] = True
+        for measure in MEASURES:
+            if measure in row or measure not in OPTIONAL:
+                value = number(row, measure, f"rows[{i}]", non_negative=measure in NON_NEGATIVE)
+                if measure == "confidence" and value > 1:
+                    raise ValueError(f"rows[{i}]: confidence must lie in [0, 1], got {value}")
+                cells[measure, f, name][cell] = value
+    return cells, has_rows
+
+
 def _parse_spreads(
     document: Mapping[str, Any], horizons: Mapping[float, NDArray[np.int64]]
 ) -> dict[tuple[str, float, str], FloatArray]:
-    """Return `Results.spreads` of the entries of "diversity", which an old file lacks."""
+    """Return `Results.spreads` from the entries of "diversity", which older files lack."""
     spreads: dict[tuple[str, float, str], FloatArray] = {}
     entries = required(document, "diversity", list, "the file") if "diversity" in document else []
     for i, entry in enumerate(entries):
@@ -290,7 +232,7 @@ def _parse_spreads(
 def _parse_distances(
     document: Mapping[str, Any], trials: Sequence[int], prefixes: Sequence[float]
 ) -> dict[tuple[str, float], FloatArray]:
-    """Return `Results.distances` of the entries of "memorisation", which an old file lacks."""
+    """Return `Results.distances` from the entries of "memorisation", which older files lack."""
     distances: dict[tuple[str, float], FloatArray] = {}
     entries = required(document, "memorisation", list, "the file") if "memorisation" in document else []
     for i, entry in enumerate(entries):
@@ -330,7 +272,7 @@ def number(mapping: Mapping[str, Any], key: str, where: str, *, non_negative: bo
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """How the forecaster was trained: its losses (S,) at optimiser steps (S,), NaN where none was measured."""
+    """The forecaster's training: losses (S,) at optimiser steps (S,), NaN where a loss was not measured."""
 
     steps: FloatArray
     train_loss: FloatArray
@@ -341,7 +283,7 @@ class Training:
 
 
 def read_training(path: Path) -> Training:
-    """Return the training in `path`; RuntimeError names the file and what is wrong in it."""
+    """Return the training in `path`. Raises FileNotFoundError; RuntimeError naming the file and the fault in it."""
     if not path.is_file():
         raise FileNotFoundError(f"read_training: {path} does not exist; `tipl train` writes it")
     try:

@@ -1,4 +1,4 @@
-"""The report's figures of runs: paths in coordinates, their spectra, learning curves, and the forecaster's training."""
+"""The report's figures of runs: paths in coordinates, spectra, learning curves, and the forecaster's training."""
 
 from collections.abc import Sequence
 
@@ -8,8 +8,8 @@ from matplotlib.collections import LineCollection
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
+from tipl.report.drawing import NBSP, THEME, Mark, Panel, Plot, note, short_count
 from tipl.report.intervals import Bootstrap
-from tipl.report.plots import NBSP, THEME, Mark, Panel, Plot, note, short_count
 from tipl.report.results import CoordinatePath, FloatArray, Training
 
 COORDINATES_SHOWN = 3
@@ -17,7 +17,7 @@ MAX_CURVES = 128
 
 
 def coordinates_plot(paths: Sequence[CoordinatePath]) -> Plot:
-    """Return the first coordinates of held-out paths, true against forecast, a panel a (trial, prefix)."""
+    """Return the first coordinates of held-out paths, true and forecast, one panel per (trial, prefix)."""
     truth, forecast = Mark("true path", "ink", 1.5), Mark("TIPL's forecast", "tipl", 2.4, (3.0, 1.2))
 
     def draw(ax: Axes, path: CoordinatePath) -> None:
@@ -50,7 +50,7 @@ def coordinates_plot(paths: Sequence[CoordinatePath]) -> Plot:
 
 
 def spectrum_plot(singular_values: Sequence[FloatArray], n_components: int | None) -> Plot:
-    """Return the singular spectrum of each held-out path, and the error that its first k directions leave."""
+    """Return the singular spectrum of each held-out path, and its error when projected on its first k directions."""
 
     def draw(ax: Axes, curves: Sequence[FloatArray], label: str, xlabel: str) -> None:
         length = min(len(curve) for curve in curves)
@@ -72,7 +72,7 @@ def spectrum_plot(singular_values: Sequence[FloatArray], n_components: int | Non
     tails = [np.sqrt(np.maximum(0.0, 1 - np.cumsum(s**2) / np.sum(s**2)))[:-1] for s in singular_values]
     panels = (
         Panel("Singular values", lambda ax: draw(ax, spectra, "relative to the first", "direction")),
-        Panel("What k directions leave", lambda ax: draw(ax, tails, "relative error", "number of directions, k")),
+        Panel("Error with k directions", lambda ax: draw(ax, tails, "relative error", "number of directions, k")),
     )
     return Plot("spectrum", panels, (Mark("median path", "ink", 2.2), Mark("each held-out path", "faint", 0.9)))
 
@@ -84,7 +84,7 @@ def learning_plot(
     prefixes: Sequence[float],
     bootstrap: Bootstrap,
 ) -> Plot:
-    """Return the learning curves (n, T) of all trials against their env steps (T,), with mean and interval."""
+    """Return the learning curves (n, T) of all trials against their env steps (T,), with the mean and its interval."""
     center, low, high = bootstrap.curve(returns)
 
     def draw(ax: Axes) -> None:
@@ -108,7 +108,7 @@ def learning_plot(
 
 
 def training_plot(training: Training) -> Plot:
-    """Return the forecaster's errors in training and in validation against optimiser steps."""
+    """Return the forecaster's training and validation errors against optimiser steps."""
     train, validation = Mark("training (one step ahead, then rollouts)", "faint", 1.4), Mark("validation", "ink", 2.2)
 
     def draw(ax: Axes) -> None:
@@ -123,7 +123,7 @@ def training_plot(training: Training) -> Plot:
 
 
 def _apart(positions: FloatArray, gap: float) -> FloatArray:
-    """Return `positions` (n,) moved as little as keeps neighbours `gap` apart, so that labels there do not collide."""
+    """Return `positions` (n,) of labels, spread so that neighbours are at least `gap` apart, about the same mean."""
     order = np.argsort(positions)
     spread = positions[order].copy()
     for i in range(1, len(spread)):

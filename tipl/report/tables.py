@@ -1,12 +1,13 @@
-"""Tables of predictors: a row a prefix, a column a predictor, in every cell an estimate and its interval."""
+"""Tables with one row per prefix and one column per predictor; every cell has an estimate and its interval."""
 
 from collections.abc import Sequence
 
 from tipl.report import page
+from tipl.report.drawing import percent
 from tipl.report.intervals import Bootstrap, Statistic, leaders, ranking
 from tipl.report.page import Html, element, fmt, fmt_interval
-from tipl.report.plots import percent
-from tipl.report.results import Results, predictor_info
+from tipl.report.predictor_info import predictor_info
+from tipl.report.results import Results
 
 
 def error_table(
@@ -17,7 +18,7 @@ def error_table(
     names: Sequence[str],
     statistic: Statistic = "mean",
 ) -> Html:
-    """Return the mean or IQM of `measure` at the end of the path; the best predictor of each prefix is marked."""
+    """Return a table of the mean or IQM of `measure` at the end of the path, with each prefix's best marked."""
     rows = []
     for f in results.prefixes:
         best = leaders(ranking(results, measure, f, statistic))
@@ -30,5 +31,5 @@ def error_table(
 
 
 def predictor_cell(name: str, text: str, interval: str, best: set[str]) -> Html:
-    """Return the table cell of a predictor's estimate, marked where it is the best, quiet where it is a floor's."""
+    """Return the table cell of a predictor's estimate: marked if its name is in `best`, in grey if it is a floor."""
     return page.estimate_cell(text, interval, is_best=name in best, is_quiet=predictor_info(name).is_floor)

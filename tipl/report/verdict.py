@@ -1,25 +1,26 @@
-"""The report's verdict in plain words: is TIPL the best forecast of the weights, and what does it gain in return?
+"""The report's verdict in words: is TIPL the best forecast of the weights, and how much return does it gain?
 
-Every word that judges is computed from the means over held-out trials and their intervals, and says so where a
-difference is within the noise.
+Every judgement is computed from means over held-out trials and their intervals, and says where a difference is within
+the noise.
 """
 
 import math
 from collections.abc import Mapping
 
+from tipl.report.drawing import percent
 from tipl.report.intervals import OWN, Bootstrap, Estimate, Gain, ranking, tipl_leads
 from tipl.report.page import Html, element, fmt, fmt_interval, fmt_percent, join, listed, with_interval
-from tipl.report.plots import percent
-from tipl.report.results import Results, predictor_info
+from tipl.report.predictor_info import predictor_info
+from tipl.report.results import Results
 
 IN_SAMPLE = (
-    "In-sample: the forecaster and every other predictor that learns were taught by the very trials that are judged "
-    "here. This shows what they can fit, and says nothing of new runs."
+    "In-sample: the forecaster and every other predictor that learns were trained on the very trials that are judged "
+    "here. This shows what they can fit, and says nothing about new runs."
 )
 
 
 def verdict(results: Results, bootstrap: Bootstrap, gains: Mapping[float, Gain]) -> Html:
-    """Return the leading sentences and a card a prefix; `gains` are `captured_gain` by prefix."""
+    """Return the leading sentences and one card per prefix; `gains` are `captured_gain` by prefix."""
     if "tipl" not in results.names:
         return element("p", "These results hold no forecast of TIPL.", cls="lead")
     lead = [] if not results.in_sample else [element("p", IN_SAMPLE, cls="lead")]
@@ -33,7 +34,7 @@ def verdict(results: Results, bootstrap: Bootstrap, gains: Mapping[float, Gain])
 
 
 def _weight_verdict(results: Results, bootstrap: Bootstrap) -> str:
-    """Return at which prefixes TIPL has the smallest mean error, and where that may be luck."""
+    """Return in words at which prefixes TIPL has the smallest mean error, and where that may be chance."""
     if len(results.predictors) == 1:
         return "These results hold no other predictor to compare TIPL with."
     prefixes = results.prefixes
@@ -54,7 +55,7 @@ def _weight_verdict(results: Results, bootstrap: Bootstrap) -> str:
 
 
 def _return_verdict(results: Results, gains: Mapping[float, Gain]) -> str:
-    """Return a sentence or two on the share of the future gain in return that TIPL captures."""
+    """Return one or two sentences on the share of the future gain in return that TIPL captures."""
     if not any(gain.is_measured for gain in gains.values()):
         return "Nothing can be said about the return: the results hold no returns of persistence and the truth."
     shares = {f: gain.shares["tipl"] for f, gain in gains.items() if "tipl" in gain.shares}
@@ -105,7 +106,7 @@ def _card(results: Results, bootstrap: Bootstrap, prefix: float, gain: Gain) -> 
 
 
 def _change(results: Results, bootstrap: Bootstrap, prefix: float, reference: str) -> tuple[Estimate, str]:
-    """Return by what share TIPL's error at the end of the path is lower or higher than the reference's, and which."""
+    """Return TIPL's relative change in error at the end of the path against the reference, and "lower" or "higher"."""
     ratio = bootstrap.ratio(*(results.at_end("wpe_relative", prefix, name) for name in ("tipl", reference)))
     if ratio.value > 1:
         return Estimate(ratio.value - 1, ratio.low - 1, ratio.high - 1), "higher"
@@ -121,7 +122,7 @@ def _gain_words(gain: Gain) -> str:
 
 
 def no_gain(gain: Gain) -> str:
-    """Return why there is no share of the gain to show."""
+    """Return in words why there is no share of the gain to show."""
     if not gain.is_measured:
         return "not measured"
     if gain.shares:

@@ -1,0 +1,49 @@
+"""The settings with which a run was begun: how they differ from others, and whether the run is complete."""
+
+import json
+import math
+from typing import Any
+
+from tipl.collecting.resume import Unfinished
+from tipl.storing.store import Store
+
+NOTHING = "nothing"
+
+
+def num_checkpoints_asked(store: Store) -> int | None:
+    """Return how many checkpoints each trial has once the collection is complete; None for a store not collected."""
+    steps, ppo = store.config.get("total_timesteps"), store.config.get("ppo")
+    if not isinstance(steps, int) or not isinstance(ppo, dict):  # the config of a `Recorder` may hold anything
+        return None
+    batch_size = ppo.get("num_steps"), ppo.get("num_envs", 1)  # older stores do not say num_envs; it was 1
+    if not all(isinstance(size, int) and size > 0 for size in batch_size):
+        return None
+    return 1 - (-steps // math.prod(batch_size))
+
+
+def is_complete(store: Store) -> bool:
+    """Return whether the store is final, that is, not an unfinished collection. Imported stores are always final."""
+    asked = num_checkpoints_asked(store)
+    return not Unfinished(store).exists() and (asked is None or store.num_checkpoints >= asked)
+
+
+def changed_settings(began: dict[str, Any], asked: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Return (dotted name, value in `began`, value in `asked`) of every setting that differs.
+
+    Both are nested dicts of plain JSON. A setting that one of them lacks has the value `NOTHING` there.
+    """
+    was, now = flat_config(began), flat_config(asked)
+    names = [*now, *(was.keys() - now.keys())]
+    pairs = [(name, was.get(name, NOTHING), now.get(name, NOTHING)) for name in names]
+    return [(name, before, after) for name, before, after in pairs if before != after]
+
+
+def flat_config(config: dict[str, Any]) -> dict[str, Any]:
+    """Return dotted name -> value of a nested dict, with the types that JSON gives the values."""
+    flat: dict[str, Any] = {}
+    for name, value in json.loads(json.dumps(config)).items():
+        if isinstance(value, dict):
+            flat |= {f"{name}.{inner}": x for inner, x in flat_config(value).items()}
+        else:
+            flat[name] = value
+    return flat
