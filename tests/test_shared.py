@@ -6,6 +6,7 @@ import pickle
 import signal
 import sys
 import threading
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -33,12 +34,13 @@ def decoder(batch: int = 1, **params: Any) -> Decoder:
     return Decoder(SMALL, reference.random_forecaster(SMALL, 0), batch, **params)
 
 
-def ppo(num_threads: int = 1, **params: Any) -> _core.PpoUpdate:
+def ppo(num_threads: int = 1, obs_dim: int = 5) -> _core.PpoUpdate:
     settings = {"clip_coef": 0.2, "clip_coef_vf": None, "vf_coef": 0.5, "ent_coef": 0.0, "max_grad_norm": 0.5}
     settings |= {"optimizer": "adam", "adam_eps": 1e-5, "normalize_advantage": True, "target_kl": None}
-    sizes = {"obs_dim": 5, "act_dim": 2, "hidden_sizes": [64, 64], "activation": "tanh"}
-    batches = {"minibatch_size": 64, "update_epochs": 1000, "learn_log_std": True}
-    return _core.PpoUpdate(num_threads=num_threads, **(sizes | settings | batches | params))
+    settings |= {"minibatch_size": 64, "update_epochs": 1000, "learn_log_std": True}
+    settings |= {"hidden_sizes": [64, 64], "activation": "tanh"}
+    config = types.SimpleNamespace(**settings)
+    return _core.PpoUpdate(obs_dim=obs_dim, act_dim=2, config=config, num_threads=num_threads)
 
 
 def ppo_arrays(update: _core.PpoUpdate, epochs: int = 1000, steps: int = 2048) -> dict[str, Any]:

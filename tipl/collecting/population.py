@@ -33,20 +33,6 @@ Optimizer = Literal["adam", "sgd"]
 OPTIMIZERS = ("adam", "sgd")
 LOG_2PI = math.log(2 * math.pi)
 ENV_ARRAYS = [field.name for field in dataclasses.fields(MujocoState) if field.name != "rngs"]
-ENGINE_SETTINGS = (
-    "update_epochs",
-    "clip_coef",
-    "clip_coef_vf",
-    "vf_coef",
-    "ent_coef",
-    "max_grad_norm",
-    "optimizer",
-    "adam_eps",
-    "normalize_advantage",
-    "target_kl",
-    "learn_log_std",
-)
-"""What the native update takes from `PPOConfig` as it is."""
 MIN_TRIALS_AT_ONCE = 64
 OBS_EPS, OBS_LIMIT = 1e-8, 10.0  # of normalised observations, as in SB3's VecNormalize
 
@@ -310,15 +296,7 @@ class Population:
             self.params[:] = _initial_params(self.spec, config.log_std_init, [generator])
         self.moments = np.zeros((2, *self.params.shape), np.float32)
         self.num_updates = np.zeros(N, np.int64)
-        self.engine = _core.PpoUpdate(
-            obs_dim=env.obs_dim,
-            act_dim=env.act_dim,
-            hidden_sizes=config.hidden_sizes,
-            activation=config.activation,
-            minibatch_size=config.minibatch_size,
-            num_threads=threads,
-            **{name: getattr(config, name) for name in ENGINE_SETTINGS},
-        )
+        self.engine = _core.PpoUpdate(obs_dim=env.obs_dim, act_dim=env.act_dim, config=config, num_threads=threads)
         self.trials_at_once = max(MIN_TRIALS_AT_ONCE, 4 * threads)
         """Of one call of the native update: several for each thread."""
         self.scaler = ObservationScaler(N, env.obs_dim) if config.normalize_observations else None
