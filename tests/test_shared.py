@@ -24,7 +24,9 @@ from test_svd_estimator import stopped
 
 from tipl import _core
 from tipl.forecasting.decoder import Decoder
-from tipl.subspace.streaming_svd import GroupedSVD, RunningGram, StreamingSVD, gram
+from tipl.subspace.grouped_svd import GroupedSVD
+from tipl.subspace.running_gram import RunningGram, gram
+from tipl.subspace.streaming_svd import StreamingSVD
 
 GROUPS = {"a": (0, 4), "b": (3, 30)}
 ENDLESS = np.lib.stride_tricks.as_strided(np.ones((1, 400), np.float32), (2**40, 400), (0, 4))
@@ -295,7 +297,8 @@ def test_a_daemon_thread_in_the_engine_does_not_abort_the_end_of_the_interpreter
 import threading, time
 import numpy as np, reference, test_decode
 from tipl.forecasting.decoder import Decoder
-from tipl.subspace.streaming_svd import StreamingSVD, gram
+from tipl.subspace.running_gram import gram
+from tipl.subspace.streaming_svd import StreamingSVD
 rows, prefix = np.ones((4000, 400), np.float32), np.ones((8, 4, 5), np.float32)
 decoder = Decoder(test_decode.SMALL, reference.random_forecaster(test_decode.SMALL, 0), 8, num_threads=2)
 begun = threading.Event()
