@@ -18,31 +18,16 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "call.h"
-#include "cpu/aligned.h"
-#include "cpu/decode_kernels.h"
-#include "cpu/parallel.h"
-#include "cpu/weights.h"
+#include "decoder_config.h"
+#include "precision.h"
 
 namespace tipl {
 
-struct KvCache {
-  KvCache(const DecoderConfig &config, Precision precision, int batch_size, int max_len, int lanes);
-
-  // Head h of sequence b in layer l.
-  HeadCache of(int l, int b, int h) noexcept {
-    uint32_t *head = words.data() + ((ptrdiff_t{l} * B + b) * H + h) * head_words;
-    return {precision, head_dim, value_stride, head, head + block_keys, block_words};
-  }
-
-  const Precision precision;
-  const int B, H, T, head_dim;
-  const int value_stride;                               // head_dim rounded up to N
-  const ptrdiff_t block_keys, block_words, head_words;  // words of one block's keys, of one block, of one head
-  AlignedWords words;                                   // (L, B, H, head_words)
-};
+class DecoderPass;
 
 // How a model is run: what its weights and its cache are stored in, how many sequences of how many tokens, on how many
 // threads.
@@ -59,6 +44,7 @@ class Decoder {
   // Throws std::invalid_argument for wrong sizes and for NaN or Inf in a tensor.
   Decoder(const DecoderConfig &config, const std::vector<const float *> &tensors, const DecoderOptions &options,
           Poll &poll);
+  ~Decoder();
 
   // y (B, k) <- the next coordinates, from the observed prefixes x (B, t, k), of which sequence b has lengths[b] tokens
   // (all t where lengths is null) and h = lengths[b] - 1. The decoder must be empty, and is empty again where this was
@@ -78,66 +64,23 @@ class Decoder {
 
   std::vector<int64_t> position() const;  // (B), tokens held
   const DecoderConfig &config() const noexcept { return config_; }
-  int batch_size() const noexcept { return cache_.B; }
-  int max_len() const noexcept { return cache_.T; }
-  int num_threads() const noexcept { return pool_.size(); }
+  int batch_size() const noexcept { return static_cast<int>(options_.batch_size); }
+  int max_len() const noexcept { return static_cast<int>(options_.max_len); }
+  int num_threads() const noexcept { return static_cast<int>(options_.num_threads); }
 
  private:
-  struct Row {
-    int sequence, slot;
-  };
-  struct Own {                      // of one rank
-    AlignedFloats normed;           // (kOwnRows, d)
-    AlignedFloats sum;              // (D), of one head's values
-    AlignedFloats z;                // (kOwnRows, d), for pass_in_halves, as what follows
-    AlignedFloats projected, down;  // (kOwnRows, d), what proj and fc2 make of this rank's half
-  };
-
   void check_room(const char *where, int sequence, int64_t tokens) const;
-  void begin_rows() noexcept;
-  void add_row(Row row, const float *x, const float *previous) noexcept;
-  void run_rows(Poll &poll);
-  void pass(int rank, Poll &poll) noexcept;
-  void pass_in_halves(int rank, Poll &poll) noexcept;
-  void barrier(int rank) noexcept;
-  ptrdiff_t panels_of(const Weights::Linear &layer) const noexcept;
-  void linear(int rank, Poll &poll, const Weights::Linear &layer, const float *x, ptrdiff_t x_stride, Epilogue epilogue,
-              float *y, ptrdiff_t y_stride) noexcept;
-  void linear_parts(int rank, Poll &poll, const std::vector<Weights::Linear> &parts, const float *x,
-                    ptrdiff_t x_stride) noexcept;
-  const float *normalised(int rank, const Weights::LayerNorm &norm) noexcept;
-  void normalise(const Weights::LayerNorm &norm, const float *z, ptrdiff_t rows, float *y) noexcept;
-  void attend(int rank, Poll &poll, int layer, ptrdiff_t begin, ptrdiff_t end) noexcept;
-  ptrdiff_t first_head(int rank) const noexcept;
+  void add(int sequence, int64_t slot, const float *x, const float *previous);
+  void run(Poll &poll);
 
   const DecoderConfig config_;
-  const DecodeKernels &kernels_;
-  const Weights weights_;
-  KvCache cache_;
-  ThreadPool pool_;
+  const DecoderOptions options_;
   mutable InUse in_use_;
-
+  const std::unique_ptr<DecoderPass> pass_;
   std::vector<int64_t> position_;    // (B), tokens in the cache
   std::vector<int64_t> prefix_end_;  // (B), h
-  AlignedFloats last_;               // (B, k), coordinates of the last token
-  AlignedFloats prediction_;         // (B, k), of the coordinates that follow it
-
-  // The current pass. Rows of one sequence lie together.
-  std::vector<Row> rows_;        // (M)
-  std::vector<int> groups_;      // first row of each sequence's run of rows, then M
-  std::vector<ptrdiff_t> work_;  // slots that a head of the groups before each reads, then of all
-  bool stopped_ = false;         // as the poll says; written by rank 0 before a barrier, read by all behind it
-  int team_size_ = 1;            // ranks at work: all of the pool, or 1 where the pass is too small to share
-  const ptrdiff_t max_rows_;     // room for M below
-  const int token_stride_, d_stride_, qkv_stride_, ff_stride_, k_stride_;
-  AlignedFloats token_;     // (M, 2k + 1), u in model.py
-  AlignedFloats z_;         // (M, d), the residual stream
-  AlignedFloats normed_;    // (M, d)
-  AlignedFloats qkv_;       // (M, H, q | k | v, D)
-  AlignedFloats attended_;  // (M, d)
-  AlignedFloats hidden_;    // (M, d_ff)
-  AlignedFloats head_;      // (M, k)
-  std::vector<Own> own_;    // of each rank
+  std::vector<float> last_;          // (B, k), coordinates of the last token
+  std::vector<float> prediction_;    // (B, k), of the coordinates that follow it
 };
 
 }  // namespace tipl

@@ -3,10 +3,7 @@
 // Shapes  N trials; T steps of a trial in an iteration, B = minibatch_size, E = update_epochs; O = obs_dim,
 //         A = act_dim. A trial's parameters are one row: log_std (A) | actor | critic, each of these the weight
 //         (out, in) and the bias (out) of every layer in order, as torch.nn.Linear has them.
-// Method  One thread takes one trial through the whole update: its parameters, moments and a minibatch's activations
-//         stay in the L2 cache. Activations are kept by columns, (width, B), so that a register holds one number of as
-//         many steps as it has lanes, whatever the layers' widths: W x and W^T dy are then the same kernel. dW = dy x^T
-//         wants x by rows, and gets it transposed.
+// Method  One thread takes one trial through the whole update: cpu/trial_update.h.
 // Cost    6 flops a parameter and step, in each of E epochs. At HalfCheetah's sizes, two networks with widths of 64, a
 //         minibatch of 64 took 26 us of a Zen 5 core, 163 GFLOP/s with all else that it takes.
 // A trial's results depend on its own row and steps alone: same bits for any number of trials and of threads.
@@ -14,28 +11,28 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <limits>
+#include <memory>
 #include <vector>
 
 #include "call.h"
-#include "cpu/aligned.h"
-#include "cpu/parallel.h"
-#include "cpu/policy_kernels.h"
 #include "policy.h"
 
 namespace tipl {
+
+class ThreadPool;
+class TrialUpdate;
 
 enum class Optimizer { kAdam, kSgd };
 
 struct PpoSettings {
   ptrdiff_t minibatch_size, update_epochs;
   float clip_coef;
-  float clip_coef_vf = std::numeric_limits<float>::infinity();  // how far a value may move and still learn
+  float clip_coef_vf;  // how far a value may move and still learn; infinity: any distance
   float vf_coef, ent_coef, max_grad_norm;
   Optimizer optimizer;
   float adam_eps;
   bool normalize_advantage;
-  double target_kl = std::numeric_limits<double>::infinity();  // an update ends where approx_kl is 1.5 times that
+  double target_kl;  // an update ends where approx_kl exceeds 1.5 times this; infinity: never
   bool learn_log_std;
 };
 
@@ -57,7 +54,7 @@ struct Steps {
 
 struct UpdateStats {
   double policy_loss, value_loss, clipfrac;  // means over all minibatches
-  double approx_kl;                          // and over those of the last epoch
+  double approx_kl;                          // mean over the minibatches of the last epoch
 };
 
 // One call at a time: another is refused with std::runtime_error. Calls ask a Poll, and throw Interrupted.
@@ -80,24 +77,12 @@ class PpoUpdate {
   void update(const TrialParams &params, const Steps &steps, double learning_rate, UpdateStats *stats, Poll &poll);
 
  private:
-  struct Workspace;  // of one thread
-
-  void take_observations(Workspace &work, const float *obs, const int32_t *rows, ptrdiff_t count) const;
-  const float *forward(const Network &net, const float *params, Workspace &work) const;
-  void backward(const Network &net, const float *params, Workspace &work) const;
-  double take_values(const Steps &steps, ptrdiff_t first, const int32_t *rows, const float *value,
-                     Workspace &work) const;
-  void update_trial(const TrialParams &params, const Steps &steps, ptrdiff_t trial, double learning_rate,
-                    Workspace &work, UpdateStats &stats, int rank, Poll &poll) const;
-
   const PolicySizes sizes_;
   const PpoSettings settings_;
-  const PolicyKernels &kernels_;
   const Network actor_, critic_;
-  const ptrdiff_t stride_;  // B padded to whole registers
-  ThreadPool pool_;
+  const std::unique_ptr<ThreadPool> pool_;
   InUse in_use_;
-  std::vector<Workspace> work_;  // of each thread
+  std::vector<TrialUpdate> updates_;  // one for each thread
 };
 
 }  // namespace tipl

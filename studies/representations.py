@@ -23,7 +23,7 @@ from tipl.forecasting.training_data import Case, Examples, TrainingData, Validat
 from tipl.judging.regression import PENALTIES
 from tipl.policy import Layout
 from tipl.subspace.basis import MIN_PREFIX_END, Basis, prefix_coordinates
-from tipl.subspace.streaming_svd import gram
+from tipl.subspace.running_gram import gram
 
 Tokens = list[NDArray[np.int64]]
 """Which weights (N, d) the N tokens of a kind hold, one array a kind."""

@@ -6,6 +6,7 @@ import pickle
 import signal
 import sys
 import threading
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -22,7 +23,9 @@ from svd_checks import random_rows, results, stream
 
 from tipl import _core
 from tipl.forecasting.decoder import Decoder
-from tipl.subspace.streaming_svd import GroupedSVD, RunningGram, StreamingSVD, gram
+from tipl.subspace.grouped_svd import GroupedSVD
+from tipl.subspace.running_gram import RunningGram, gram
+from tipl.subspace.streaming_svd import StreamingSVD
 
 GROUPS = {"a": (0, 4), "b": (3, 30)}
 ENDLESS = np.lib.stride_tricks.as_strided(np.ones((1, 400), np.float32), (2**40, 400), (0, 4))
@@ -32,12 +35,13 @@ def decoder(batch: int = 1, **params: Any) -> Decoder:
     return Decoder(SMALL_MODEL, reference.random_forecaster(SMALL_MODEL, 0), batch, **params)
 
 
-def ppo(num_threads: int = 1, **params: Any) -> _core.PpoUpdate:
+def ppo(num_threads: int = 1, obs_dim: int = 5) -> _core.PpoUpdate:
     settings = {"clip_coef": 0.2, "clip_coef_vf": None, "vf_coef": 0.5, "ent_coef": 0.0, "max_grad_norm": 0.5}
     settings |= {"optimizer": "adam", "adam_eps": 1e-5, "normalize_advantage": True, "target_kl": None}
-    sizes = {"obs_dim": 5, "act_dim": 2, "hidden_sizes": [64, 64], "activation": "tanh"}
-    batches = {"minibatch_size": 64, "update_epochs": 1000, "learn_log_std": True}
-    return _core.PpoUpdate(num_threads=num_threads, **(sizes | settings | batches | params))
+    settings |= {"minibatch_size": 64, "update_epochs": 1000, "learn_log_std": True}
+    settings |= {"hidden_sizes": [64, 64], "activation": "tanh"}
+    config = types.SimpleNamespace(**settings)
+    return _core.PpoUpdate(obs_dim=obs_dim, act_dim=2, config=config, num_threads=num_threads)
 
 
 def ppo_arrays(update: _core.PpoUpdate, epochs: int = 1000, steps: int = 2048) -> dict[str, Any]:
@@ -295,7 +299,8 @@ def test_a_daemon_thread_in_the_engine_does_not_abort_the_end_of_the_interpreter
 import threading, time
 import numpy as np, reference
 from tipl.forecasting.decoder import Decoder
-from tipl.subspace.streaming_svd import StreamingSVD, gram
+from tipl.subspace.running_gram import gram
+from tipl.subspace.streaming_svd import StreamingSVD
 rows, prefix = np.ones((4000, 400), np.float32), np.ones((8, 4, 5), np.float32)
 decoder = Decoder(reference.SMALL_MODEL, reference.random_forecaster(reference.SMALL_MODEL, 0), 8, num_threads=2)
 begun = threading.Event()

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from svd_checks import EPS, EPS64, SIZES, random_rows
 
 from tipl import _core
-from tipl.subspace.streaming_svd import RunningGram, gram
+from tipl.subspace.running_gram import RunningGram, gram
 
 COUNTS = [1, 2, 3, 4, 5, 31, 32, 33, 65]  # of rows, around the tiles and blocks of products
 

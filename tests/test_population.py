@@ -1,6 +1,7 @@
 import dataclasses
 import itertools
 import sys
+import types
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -15,7 +16,6 @@ from processes import ISAS, run_on
 from tipl import _core
 from tipl.collecting.envs import VectorEnv
 from tipl.collecting.population import (
-    ENGINE_SETTINGS,
     FinalStep,
     ObservationScaler,
     Population,
@@ -297,11 +297,8 @@ def updated(config: PPOConfig, arrays: dict[str, np.ndarray], num_threads: int =
     engine = _core.PpoUpdate(
         obs_dim=arrays["observations"].shape[-1],
         act_dim=arrays["actions"].shape[-1],
-        hidden_sizes=config.hidden_sizes,
-        activation=config.activation,
-        minibatch_size=config.minibatch_size,
+        config=config,
         num_threads=num_threads,
-        **{name: getattr(config, name) for name in ENGINE_SETTINGS},
     )
     params = arrays["params"].copy()
     state = {
@@ -447,16 +444,7 @@ def test_mean_actions_and_values_equal_torch(hidden_sizes: tuple[int, ...], acti
     config = PPOConfig(num_steps=24, num_minibatches=1, hidden_sizes=hidden_sizes, activation=activation)
     for obs_dim, act_dim in ((1, 1), (17, 6), (64, 16)):
         arrays = random_update(config, act_dim, obs_dim)
-        trials = Population(ScriptedEnv(1), config, [0])  # only for its settings
-        engine = _core.PpoUpdate(
-            obs_dim=obs_dim,
-            act_dim=act_dim,
-            hidden_sizes=hidden_sizes,
-            activation=activation,
-            minibatch_size=24,
-            num_threads=2,
-            **{name: getattr(trials.config, name) for name in ENGINE_SETTINGS},
-        )
+        engine = _core.PpoUpdate(obs_dim=obs_dim, act_dim=act_dim, config=config, num_threads=2)
         obs = random_update(dataclasses.replace(config, num_steps=25, num_minibatches=1), act_dim, obs_dim, 1)[
             "observations"
         ]
@@ -496,13 +484,13 @@ def test_wrong_arrays_are_refused(name: str, change: Callable[[np.ndarray], np.n
     [
         ({"activation": "gelu"}, "PpoUpdate: activation must be tanh, relu or elu, got gelu"),
         ({"optimizer": "rmsprop"}, "PpoUpdate: optimizer must be adam or sgd, got rmsprop"),
+        ({"clip_coef": "wide"}, "PpoUpdate: clip_coef has the wrong type: str"),
     ],
 )
 def test_settings_that_the_engine_does_not_know_are_refused(setting: dict[str, str], message: str) -> None:
-    sizes = {"obs_dim": 1, "act_dim": 1, "hidden_sizes": (), "activation": "tanh", "minibatch_size": 1}
-    settings = {name: getattr(SMALL, name) for name in ENGINE_SETTINGS}
-    with pytest.raises(ValueError, match=message):
-        _core.PpoUpdate(num_threads=1, **(sizes | settings | setting))
+    config = types.SimpleNamespace(**(vars(SMALL) | {"minibatch_size": SMALL.minibatch_size} | setting))
+    with pytest.raises((TypeError, ValueError), match=message):
+        _core.PpoUpdate(obs_dim=1, act_dim=1, config=config, num_threads=1)
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])

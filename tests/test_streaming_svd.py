@@ -13,7 +13,8 @@ from processes import ISAS, run_on
 from svd_checks import EPS, EPS64, SIZES, assert_orthonormal, chunks, largest_angle, random_rows, results, stream
 
 from tipl import _core
-from tipl.subspace.streaming_svd import NotFittedError, StreamingSVD, gram
+from tipl.subspace.running_gram import gram
+from tipl.subspace.streaming_svd import NotFittedError, StreamingSVD
 
 N, P, K = 1000, 1500, 32  # of the matrices on which the error is measured
 EXACT_ROWS = 256  # that are kept as they are
@@ -636,7 +637,7 @@ def test_every_instruction_set_gives_the_same_directions_from_the_same_omega(isa
         f"folder = {str(tmp_path)!r}\n"
         "import numpy as np\n"
         "from tipl import _core\n"
-        "from tipl.subspace.streaming_svd import StreamingSVD, gram\n"
+        "from tipl import StreamingSVD, gram\n"
         "rows = np.load(folder + '/rows.npy')\n"
         "few, one, two = (StreamingSVD(3, center=True, passes=passes).fit(rows[:n])\n"
         "                 for n, passes in ((200, 1), (600, 1), (600, 2)))\n"

@@ -27,8 +27,10 @@ from svd_checks import EPS, assert_orthonormal, largest_angle, random_rows, resu
 
 from tipl import _core
 from tipl.files import locations
-from tipl.subspace import streaming_svd as svd
-from tipl.subspace.streaming_svd import GroupedSVD, NotFittedError, StreamingSVD
+from tipl.subspace import row_blocks
+from tipl.subspace.grouped_svd import GroupedSVD
+from tipl.subspace.saved_sketch import checksum
+from tipl.subspace.streaming_svd import NotFittedError, StreamingSVD
 
 LEARNED = (
     "components_",
@@ -141,7 +143,7 @@ def test_any_source_of_rows_gives_the_bits_of_its_values_in_float32(source, n, t
 def test_rows_that_are_converted_in_several_blocks_give_the_same_bits(source, block_rows, tmp_path, monkeypatch):
     X = SOURCES[source](random_rows(700, 60), tmp_path)
     rows = plain(X)
-    monkeypatch.setattr(svd, "_BLOCK_BYTES", 4 * rows.shape[1] * block_rows)
+    monkeypatch.setattr(row_blocks, "BLOCK_BYTES", 4 * rows.shape[1] * block_rows)
     whole = StreamingSVD(4).fit(rows)
     assert results(StreamingSVD(4).fit(X)) == results(whole)
     assert results(StreamingSVD(4).partial_fit(X)) == results(whole)
@@ -155,9 +157,9 @@ def test_a_mapped_file_is_read_ahead_in_steps_and_gives_the_same_bits(dtype, pas
     mapped = memmap(rows.astype(dtype), tmp_path)
     whole = results(StreamingSVD(3, passes=passes).fit(rows))
     part = results(StreamingSVD(3, passes=passes).fit(rows[3:]))
-    monkeypatch.setattr("tipl.subspace.streaming_svd._BLOCK_BYTES", 4 * 60 * 300)
+    monkeypatch.setattr("tipl.subspace.row_blocks.BLOCK_BYTES", 4 * 60 * 300)
     for ahead in (0, 1, 10**9):
-        monkeypatch.setattr("tipl.subspace.streaming_svd._AHEAD_BYTES", ahead)
+        monkeypatch.setattr("tipl.subspace.row_blocks.AHEAD_BYTES", ahead)
         assert results(StreamingSVD(3, passes=passes).fit(mapped)) == whole
         assert results(StreamingSVD(3, passes=passes).fit(mapped[3:])) == part  # begins within a page
 
@@ -185,7 +187,7 @@ def test_float32_rows_are_read_where_they_lie(source, tmp_path):
 
 
 def test_rows_are_read_in_order_and_once_a_pass(monkeypatch):
-    monkeypatch.setattr(svd, "_BLOCK_BYTES", 4 * 60 * 300)
+    monkeypatch.setattr(row_blocks, "BLOCK_BYTES", 4 * 60 * 300)
     once = [(0, 300), (300, 600), (600, 700)]
     for passes in (1, 2, 3):
         X = Watched(random_rows(700, 60))
@@ -289,7 +291,7 @@ def test_fit_on_a_value_that_is_not_finite_names_its_row_and_leaves_the_earlier_
 @pytest.mark.parametrize("method", ["fit", "partial_fit", "transform"])
 def test_a_bad_value_among_rows_that_are_converted_is_refused_alike(method, block_rows, monkeypatch):
     rows = random_rows(700, 33)
-    monkeypatch.setattr(svd, "_BLOCK_BYTES", 4 * 33 * block_rows)
+    monkeypatch.setattr(row_blocks, "BLOCK_BYTES", 4 * 33 * block_rows)
     estimator, clean = (StreamingSVD(4).fit(rows) for _ in range(2))
     spoilt = rows.astype(np.float64)
     spoilt[650, 17] = np.nan
@@ -349,7 +351,7 @@ def test_rows_too_large_together_are_refused_and_none_is_taken(pending):
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])  # in one block, and in two
 def test_rows_too_large_in_a_later_group_or_block_are_taken_by_no_group(dtype, monkeypatch):
-    monkeypatch.setattr(svd, "_BLOCK_BYTES", 300 * 50 * 4)
+    monkeypatch.setattr(row_blocks, "BLOCK_BYTES", 300 * 50 * 4)
     X = random_rows(400, 50).astype(dtype)
     grouped = GroupedSVD({"a": (0, 2), "b": (4, 50)}, 1).partial_fit(X)
     whole = StreamingSVD(3).partial_fit(X)
@@ -559,7 +561,7 @@ def test_a_file_that_does_not_exist_is_not_found(tmp_path):
 def reseal(path: Path, metadata: dict[str, str], arrays: dict[str, np.ndarray]) -> None:
     """Write the file with a checksum that holds, so that what else is wrong shows."""
     if "params" in metadata:
-        metadata["crc32c"] = svd._checksum(metadata["params"], arrays)
+        metadata["crc32c"] = checksum(metadata["params"], arrays)
     path.write_bytes(safetensors.numpy.save(arrays, metadata))
 
 

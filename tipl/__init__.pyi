@@ -23,10 +23,10 @@ from .storing.importer import import_checkpoints as import_checkpoints
 from .storing.recorder import Recorder as Recorder
 from .storing.store import Store as Store
 from .subspace.basis import Basis as Basis
-from .subspace.streaming_svd import GroupedSVD as GroupedSVD
-from .subspace.streaming_svd import RunningGram as RunningGram
+from .subspace.grouped_svd import GroupedSVD as GroupedSVD
+from .subspace.running_gram import RunningGram as RunningGram
+from .subspace.running_gram import gram as gram
 from .subspace.streaming_svd import StreamingSVD as StreamingSVD
-from .subspace.streaming_svd import gram as gram
 from .verification import verify as verify
 from .verification import verify_store as verify_store
 

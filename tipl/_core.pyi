@@ -142,6 +142,9 @@ def products(
     first_row: int = 0,
 ) -> NDArray[np.float64]: ...
 def combine(X: NDArray[np.float32], weights: NDArray[np.float64], num_threads: int) -> NDArray[np.float32]: ...
+
+# ---- policies
+
 def mean_actions(
     params: NDArray[np.float32],
     obs: NDArray[np.float32],
@@ -152,27 +155,9 @@ def mean_actions(
 ) -> NDArray[np.float32]: ...
 
 class PpoUpdate:
-    def __init__(
-        self,
-        *,
-        obs_dim: int,
-        act_dim: int,
-        hidden_sizes: Sequence[int],
-        activation: str,
-        minibatch_size: int,
-        update_epochs: int,
-        clip_coef: float,
-        clip_coef_vf: float | None,
-        vf_coef: float,
-        ent_coef: float,
-        max_grad_norm: float,
-        optimizer: str,
-        adam_eps: float,
-        normalize_advantage: bool,
-        target_kl: float | None,
-        learn_log_std: bool,
-        num_threads: int,
-    ) -> None: ...
+    def __init__(self, *, obs_dim: int, act_dim: int, config: object, num_threads: int) -> None:
+        """`config` has the attributes of `tipl.PPOConfig`."""
+
     @property
     def num_params(self) -> int: ...
     def values(self, params: NDArray[np.float32], obs: NDArray[np.float32]) -> NDArray[np.float32]: ...

@@ -49,59 +49,10 @@ const std::vector<const float *> &checked(const DecoderConfig &config, const std
 
 }  // namespace
 
-void check_finite(const char *where, const std::string &name, const float *x, const std::vector<ptrdiff_t> &shape) {
-  ptrdiff_t size = 1;
-  for (const ptrdiff_t extent : shape) size *= extent;
-  const float *bad = std::find_if_not(x, x + size, [](float value) { return std::isfinite(value); });
-  if (bad == x + size) return;
-  std::string index;
-  ptrdiff_t rest = bad - x;
-  for (auto extent = shape.rbegin(); extent != shape.rend(); ++extent) {
-    index = std::to_string(rest % *extent) + (index.empty() ? "" : ", ") + index;
-    rest /= *extent;
-  }
-  check(false, where, ": ", name, " must be finite, got ", *bad, " at (", index, ")");
-}
-
-std::vector<TensorSpec> tensor_specs(const DecoderConfig &config) {
-  const ptrdiff_t d = config.d_model, d_ff = config.d_ff, k = config.n_components;
-  constexpr int kHighest = 1 << 24, kMostLayers = 1 << 12;
-  check(1 <= config.n_layer && config.n_layer <= kMostLayers, "Decoder: n_layer must lie in [1, ", kMostLayers,
-        "], got ", config.n_layer);
-  for (const auto &[name, size] : {std::pair{"n_components", config.n_components},
-                                   {"n_head", config.n_head},
-                                   {"d_model", config.d_model},
-                                   {"d_ff", config.d_ff},
-                                   {"max_len", config.max_len}}) {
-    check(1 <= size && size <= kHighest, "Decoder: ", name, " must lie in [1, ", kHighest, "], got ", size);
-  }
-  check(config.d_model % config.n_head == 0, "Decoder: d_model must be a multiple of n_head = ", config.n_head,
-        ", got ", config.d_model);
-  check(std::isfinite(config.diff_scale) && std::isfinite(config.out_scale),
-        "Decoder: diff_scale and out_scale must be finite, got ", config.diff_scale, " and ", config.out_scale);
-  std::vector<TensorSpec> specs;
-  const auto linear = [&](const std::string &name, ptrdiff_t in, ptrdiff_t out) {
-    specs.push_back({name + ".weight", {out, in}});
-    specs.push_back({name + ".bias", {out}});
-  };
-  const auto layer_norm = [&](const std::string &name) {
-    specs.push_back({name + ".weight", {d}});
-    specs.push_back({name + ".bias", {d}});
-  };
-  linear("embed", config.token_width(), d);
-  specs.push_back({"pos.weight", {config.max_len, d}});
-  for (int i = 0; i < config.n_layer; ++i) {
-    const std::string block = text("blocks.", i, ".");
-    layer_norm(block + "norm1");
-    linear(block + "qkv", d, 3 * d);
-    linear(block + "proj", d, d);
-    layer_norm(block + "norm2");
-    linear(block + "fc1", d, d_ff);
-    linear(block + "fc2", d_ff, d);
-  }
-  layer_norm("norm");
-  linear("head", d, k);
-  return specs;
+bool halved(const DecoderConfig &config) noexcept {
+  constexpr int kHalves = 2 * kInputPadding;
+  return config.products() >= kSharedProducts && config.n_head % 2 == 0 && config.d_model % kHalves == 0 &&
+         config.d_ff % kHalves == 0;
 }
 
 Weights::Linear::Linear(Tensors &tensors, int all_inputs, int out, Precision precision, Layout layout, Poll &poll) {
@@ -147,10 +98,10 @@ Weights::LayerNorm::LayerNorm(Tensors &tensors, int d) {
 Weights::Block::Block(Tensors &tensors, const DecoderConfig &config, Precision precision, Poll &poll)
     : norm1(tensors, config.d_model),
       qkv(tensors, config.d_model, 3 * config.d_model, precision, {.heads = config.n_head}, poll),
-      proj(in_parts(tensors, config.d_model, config.d_model, precision, config.halved() ? 2 : 1, poll)),
+      proj(in_parts(tensors, config.d_model, config.d_model, precision, halved(config) ? 2 : 1, poll)),
       norm2(tensors, config.d_model),
       fc1(tensors, config.d_model, config.d_ff, precision, poll),
-      fc2(in_parts(tensors, config.d_ff, config.d_model, precision, config.halved() ? 2 : 1, poll)) {}
+      fc2(in_parts(tensors, config.d_ff, config.d_model, precision, halved(config) ? 2 : 1, poll)) {}
 
 Weights::Weights(const std::vector<const float *> &tensors, const DecoderConfig &config, Precision precision,
                  Poll &poll)

@@ -22,6 +22,7 @@ import struct
 import sys
 import threading
 import time
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -57,6 +58,11 @@ PPO |= {"clip_coef": 0.2, "clip_coef_vf": None, "vf_coef": 0.5, "ent_coef": 0.0,
 PPO |= {"optimizer": "adam", "adam_eps": 1e-5, "normalize_advantage": True, "target_kl": None, "learn_log_std": True}
 
 
+def ppo_update(*, obs_dim: Any, act_dim: Any, num_threads: Any, **config: Any) -> _core.PpoUpdate:
+    sizes = {"obs_dim": obs_dim, "act_dim": act_dim, "num_threads": num_threads}
+    return _core.PpoUpdate(**sizes, config=types.SimpleNamespace(**config))
+
+
 class Wrong(Exception):
     """An answer that is not what it should be."""
 
@@ -73,7 +79,7 @@ class Fuzzer:
         self.sketches = [self.sketch(p=p) for p in (1, 20, 20, 300)]
         self.rows = [0] * len(self.sketches)
         self.decoders = [self.decoder(), self.decoder(dtype="int8", cache_dtype="bfloat16", num_threads=2)]
-        self.ppo = [_core.PpoUpdate(**PPO), _core.PpoUpdate(**PPO | {"num_threads": 2, "hidden_sizes": []})]
+        self.ppo = [ppo_update(**PPO), ppo_update(**PPO | {"num_threads": 2, "hidden_sizes": []})]
 
     def one(self) -> None:
         self.spoil = self.random.choice((0.0, 0.1, 0.4))
@@ -334,7 +340,7 @@ class Fuzzer:
     # ---- PPO
 
     def call_PpoUpdate(self) -> None:
-        made = self.call("PpoUpdate", _core.PpoUpdate, **self.all_scalars(PPO))
+        made = self.call("PpoUpdate", ppo_update, **self.all_scalars(PPO))
         right(made.num_params >= 1)
 
     def call_mean_actions_values_num_params(self) -> None:

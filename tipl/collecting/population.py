@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from tipl import _core
 from tipl.collecting.envs import MujocoState, MujocoVectorEnv, VectorEnv
 from tipl.collecting.observation_scaler import ObservationScaler
-from tipl.collecting.ppo_config import ENGINE_SETTINGS, PPOConfig
+from tipl.collecting.ppo_config import PPOConfig
 from tipl.collecting.transitions import FinalStep, Transitions, entropy, explained_variance, gae, log_prob
 from tipl.policy import PolicySpec, layer_views
 
@@ -131,15 +131,7 @@ class Population:
             self.params[:] = _initial_params(self.spec, config.log_std_init, [generator])
         self.moments = np.zeros((2, *self.params.shape), np.float32)
         self.num_updates = np.zeros(N, np.int64)
-        self.engine = _core.PpoUpdate(
-            obs_dim=env.obs_dim,
-            act_dim=env.act_dim,
-            hidden_sizes=config.hidden_sizes,
-            activation=config.activation,
-            minibatch_size=config.minibatch_size,
-            num_threads=threads,
-            **{name: getattr(config, name) for name in ENGINE_SETTINGS},
-        )
+        self.engine = _core.PpoUpdate(obs_dim=env.obs_dim, act_dim=env.act_dim, config=config, num_threads=threads)
         self.trials_at_once = max(MIN_TRIALS_AT_ONCE, 4 * threads)
         """Trials in one call of the native update: several for each thread."""
         self.scaler = ObservationScaler(N, env.obs_dim) if config.normalize_observations else None

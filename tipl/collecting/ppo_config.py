@@ -9,20 +9,6 @@ from tipl.policy import Activation, PolicySpec
 Optimizer = Literal["adam", "sgd"]
 
 OPTIMIZERS = ("adam", "sgd")
-ENGINE_SETTINGS = (
-    "update_epochs",
-    "clip_coef",
-    "clip_coef_vf",
-    "vf_coef",
-    "ent_coef",
-    "max_grad_norm",
-    "optimizer",
-    "adam_eps",
-    "normalize_advantage",
-    "target_kl",
-    "learn_log_std",
-)
-"""The fields of `PPOConfig` that the native update takes under the same names."""
 
 
 @dataclasses.dataclass(frozen=True)

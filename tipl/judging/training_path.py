@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tipl.policy import Layout
-from tipl.subspace.streaming_svd import gram
+from tipl.subspace.running_gram import gram
 
 SAMPLED_WEIGHTS = 1024
 """Weights of a trial that are kept as they are."""

@@ -24,7 +24,7 @@ from tipl.report.drawing import NBSP, THEME, Mark, Panel, Plot, short_count
 from tipl.report.results import FloatArray
 from tipl.report.run_plots import MAX_CURVES
 from tipl.storing.store import Store, Trial
-from tipl.subspace.streaming_svd import gram
+from tipl.subspace.running_gram import gram
 
 SHARES = (0.9, 0.95, 0.99)
 """Shares of a path's energy; the figure shows how many directions explain each share."""

@@ -31,7 +31,8 @@ from tipl import _core
 from tipl.cluster import Cluster
 from tipl.files.sealed import load_arrays, save_arrays
 from tipl.storing.store import Trial
-from tipl.subspace.streaming_svd import StreamingSVD, gram
+from tipl.subspace.running_gram import gram
+from tipl.subspace.streaming_svd import StreamingSVD
 
 MIN_PREFIX_END = 3
 """The shortest prefix that shows a curvature: theta_0 and three checkpoints after it."""

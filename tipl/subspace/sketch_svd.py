@@ -27,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tipl import _core
+from tipl.subspace.row_blocks import Rows, numbered, row_blocks
 
 TEST_DIRECTIONS = 8
 _TEST_SCALE = 4.0  # makes E[w w^T] = I: a column of A has an entry in 2 of the 8
@@ -70,6 +71,15 @@ class Factors:
     rank: int
     coordinates: NDArray[np.float64] | None  # (n, k) where the rows are exact
     mixing: NDArray[np.float64]  # (l + 1, k): coordinates = [Y, 1] mixing, elsewhere
+
+    def project(self, X: Rows, num_threads: int) -> NDArray[np.float32]:
+        """Return the coordinates (n, k) of the rows of X (n, p): (X - mean) components^T, summed in float64."""
+        mean_coordinates = self.components.astype(np.float64) @ self.mean
+        parts = [
+            _core.products("transform", block, self.components, None, num_threads, first_row) - mean_coordinates
+            for first_row, block in numbered(row_blocks("transform", X, self.components.shape[1]))
+        ]
+        return np.concatenate(parts).astype(np.float32)
 
 
 def factors_of(core: _core.RowSketch, n_components: int | float, center: bool, seed: int, num_threads: int) -> Factors:

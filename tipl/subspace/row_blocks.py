@@ -1,0 +1,90 @@
+"""Read the rows of a matrix in blocks of float32, wherever the matrix lies: in memory, in a file or in a store."""
+
+import mmap
+from collections.abc import Iterable, Iterator
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tipl import _core
+
+BLOCK_BYTES = 64 << 20
+"""Size of the blocks, as float32, in which rows are converted or requested from disk."""
+
+AHEAD_BYTES = 128 << 20
+"""How far beyond the current block rows are requested from disk."""
+
+SKETCH_ROWS = 256
+"""Rows of a block in csrc/svd.h. Groups of columns take turns after this many rows, which the caches still hold."""
+
+
+class Rows(Protocol):
+    """A matrix that rows are read from: an array, a tensor, a memory-mapped file or the array of a store."""
+
+    @property
+    def shape(self) -> Any: ...
+    @property
+    def dtype(self) -> Any: ...
+    def __getitem__(self, rows: slice, /) -> Any: ...
+
+
+def row_blocks(
+    where: str, X: Rows, columns: int | None = None, max_rows: int | None = None, read_ahead: bool = False
+) -> Iterator[NDArray[np.float32]]:
+    """Yield the rows of X (n, p) in order, as float32 blocks with contiguous rows. float32 arrays are not copied.
+
+    `columns`: what p must be. `max_rows`: the most rows of one block. `read_ahead`: read a memory-mapped file from disk
+    before its blocks are due. Raises TypeError for another dtype and ValueError for another shape, naming `where`.
+    """
+    shape = tuple(getattr(X, "shape", ()))
+    if not shape or not hasattr(X, "dtype") or isinstance(X, np.ma.MaskedArray):
+        raise TypeError(f"{where}: X must be an array of rows, got {type(X).__name__}")
+    if len(shape) != 2 or shape[0] < 1 or shape[1] < 1 or (columns is not None and shape[1] != columns):
+        expected = "(n, p)" if columns is None else f"(n, p) = (n, {columns})"
+        raise ValueError(f"{where}: X must have shape {expected}, at least one row and one column, got {shape}")
+    usable_in_place = isinstance(X, np.ndarray) and X.dtype == np.float32 and _rows_are_contiguous(X)
+    reader = _core.ReadAhead(X) if read_ahead and isinstance(X, np.ndarray) and _is_mapped_file(X) else None
+    most = shape[0] if usable_in_place and reader is None else max(1, BLOCK_BYTES // (4 * shape[1]))
+    if usable_in_place and reader is not None:  # the sketch uses whole blocks in place, and copies the rows of others
+        most = -(-most // (2 * SKETCH_ROWS)) * 2 * SKETCH_ROWS
+    step = most if max_rows is None else min(most, max_rows)
+    row_bytes = X.dtype.itemsize * shape[1]
+    for start in range(0, shape[0], step):
+        if reader is not None:
+            reader.want((start + step) * row_bytes + AHEAD_BYTES)
+        block = X[start : start + step]
+        yield block if usable_in_place else _as_float32(where, block)
+
+
+def numbered(blocks: Iterable[NDArray[np.float32]]) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    """Yield each block together with the index of its first row in the matrix."""
+    first_row = 0
+    for block in blocks:
+        yield first_row, block
+        first_row += len(block)
+
+
+def _is_mapped_file(X: NDArray[Any]) -> bool:
+    """Return whether X is a C-contiguous view of a memory-mapped file."""
+    base: Any = X
+    while isinstance(base, np.ndarray):
+        base = base.base
+    return isinstance(base, mmap.mmap) and X.flags.c_contiguous
+
+
+def _rows_are_contiguous(X: NDArray[Any]) -> bool:
+    size = X.itemsize
+    return X.flags.aligned and (X.shape[1] == 1 or X.strides[1] == size) and X.strides[0] % size == 0
+
+
+def _as_float32(where: str, block: Any) -> NDArray[np.float32]:
+    is_tensor = hasattr(block, "detach")  # a torch tensor: NumPy does not know its bfloat16
+    block = block if is_tensor else np.asarray(block)
+    name = str(block.dtype).removeprefix("torch.") if is_tensor else block.dtype.name
+    if name not in ("float16", "bfloat16", "float32", "float64"):
+        raise TypeError(f"{where}: X must be float32, float64, float16 or bfloat16, got {name}")
+    if is_tensor:
+        block = block.detach().float().cpu().numpy()
+    with np.errstate(over="ignore"):  # values too large for float32 become Inf, which the engine refuses by row
+        return np.require(block.astype(np.float32, copy=False), requirements=["C", "ALIGNED"])
