@@ -130,7 +130,15 @@ def plain_table(record: dict[str, Any], suite: str, what: str) -> list[str]:
         ours, theirs = (f"{number(row[name])} {row['unit']}" for name in ("ours", "peer_value"))
         lines.append(f"| {row['case']} | {ours} | {row['peer']} | {theirs} | {ratio} | {roof} |")
     header = f"| {what} | tipl | peer | | x | % of the roof that binds |"
-    return ["Medians of one run; (≥ target).", "", header, "|---|---|---|---|---|---|", *lines, "", machine_line(record)]
+    return [
+        "Medians of one run; (≥ target).",
+        "",
+        header,
+        "|---|---|---|---|---|---|",
+        *lines,
+        "",
+        machine_line(record),
+    ]
 
 
 def summary_table(record: dict[str, Any]) -> list[str]:
