@@ -259,7 +259,7 @@ from tipl.storing.store import Store
 
 path = Path(sys.argv[1])
 random.seed(3)
-test_store.tipl.store.CHUNK_BYTES = test_store.CHUNK_ROWS * 4 * test_store.P
+test_store.tipl.storing.store.CHUNK_BYTES = test_store.CHUNK_ROWS * 4 * test_store.P
 test_store.create(path).close()
 done = 0
 for attempt in range(10):
