@@ -165,7 +165,8 @@ class Store:
         weights (N, b, p), env_steps (N, b), episodic_return (N, b).
 
         When this returns, they are on disk and committed. TypeError or ValueError refuses wrong or non-finite input;
-        then nothing is written. OSError while writing closes the store: `open` it again to continue from what is committed.
+        then nothing is written. OSError while writing closes the store: `open` it again to continue from the last
+        commit.
         """
         if self._writer is None:
             raise ValueError(f"append: {self.path} is not open for appending")
