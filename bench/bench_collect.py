@@ -1,8 +1,8 @@
 """Collecting trajectories: PPO iterations of a population beside Stable-Baselines3's PPO; the simulator is the roof.
 
-All use all cores; the population and SB3 learn with SB3's default hyperparameters. SB3 runs as fast as it can here: a
-process of one thread on each core. The simulator is `mujoco.batch` alone: no observations, rewards or resets, but that
-its simulations go back to where they began now and then, so that none lies fallen on the floor.
+All use all cores; the population and SB3 learn with SB3's default hyperparameters. SB3 runs in its fastest setting
+here, one process with one thread on each core. The simulator is `mujoco.batch` alone, without observations, rewards or
+resets; from time to time its simulations return to their initial states, so that none stays fallen.
 """
 
 import functools
@@ -47,7 +47,7 @@ def sb3_model(env_id: str) -> Any:
 
 
 def sb3_learn(env_id: str) -> int:
-    """In a process of its own; return the env steps taken."""
+    """Train in this process, one of several; return the env steps taken."""
     sb3_model(env_id).learn(SB3_STEPS, reset_num_timesteps=False)
     return SB3_STEPS
 
@@ -62,7 +62,7 @@ def seconds_a_step(work: Callable[[], object], num_steps: int) -> Clock:
 
 
 def simulation(env_id: str) -> Callable[[], None]:
-    """Return what steps NUM_TRIALS simulations SIMULATED_STEPS times with random actions, as the environment would."""
+    """Return a function that steps NUM_TRIALS simulations SIMULATED_STEPS times, with the environment's frame skip."""
     env, task = make_vec(env_id, NUM_TRIALS, seeds=range(NUM_TRIALS)), TASKS[env_id]
     assert isinstance(env, MujocoVectorEnv)
     env.reset()
@@ -134,7 +134,7 @@ def collect(num_trials, iterations):
                      total_timesteps=2048 * iterations, progress=False)
         return time.perf_counter() - start
 
-collect(1, 1)  # whatever is loaded and made once
+collect(1, 1)  # imports and other costs that come only once
 before = peak_mb()
 seconds = [collect(int(sys.argv[1]), iterations) for iterations in (1, 3)]
 print((seconds[1] - seconds[0]) / 2, peak_mb() - before)
@@ -144,7 +144,7 @@ print((seconds[1] - seconds[0]) / 2, peak_mb() - before)
 def bench_trials(record: Record) -> None:
     """Seconds and memory against the number of trials, into docs/figures/collect_trials.svg."""
     trials = (16, 32, 64, 128, 256)
-    needed = [n * 2048 * (4 * (17 + 6 + 6) + 2) / 2**20 for n in trials]  # what `Transitions` and the update keep
+    needed = [n * 2048 * (4 * (17 + 6 + 6) + 2) / 2**20 for n in trials]  # MB in `Transitions` and the update
     said = [
         subprocess.run([sys.executable, "-c", COLLECTED_ALONE, str(n)], capture_output=True, text=True, check=True)
         for n in trials
@@ -163,16 +163,16 @@ def bench_trials(record: Record) -> None:
         figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
         left.plot(trials, seconds, "o-", label="measured")
         left.plot(trials, seconds[2] / trials[2] * np.array(trials), ":", color="tab:gray", label="in proportion to 64")
-        left.set(xlabel="trials", ylabel="seconds an iteration of 2048 steps", title="HalfCheetah-v5, 2 cores")
-        right.plot(trials, megabytes, "o-", label="measured, beyond one trial's")
+        left.set(xlabel="trials", ylabel="seconds per iteration of 2048 steps", title="HalfCheetah-v5, 2 cores")
+        right.plot(trials, megabytes, "o-", label="measured, in addition to one trial's")
         right.plot(trials, needed, ":", color="tab:gray", label="the transitions alone")
         right.set(xlabel="trials", ylabel="MB", title="memory")
         for axes in (left, right):
             axes.set(xlim=0, ylim=0)
             axes.legend()
-        figure.savefig(Path(__file__).parents[1] / "docs" / "collect_trials.svg", metadata={"Date": None})
+        figure.savefig(Path(__file__).parents[1] / "docs" / "figures" / "collect_trials.svg", metadata={"Date": None})
         plt.close(figure)
-    # In proportion: no number of trials costs a quarter more a trial than 64 do.
+    # In proportion: for no number of trials does a trial take a quarter more time than with 64.
     assert (seconds / trials < 1.25 * seconds[2] / trials[2])[2:].all(), (
         "time does not grow in proportion to the trials"
     )
@@ -258,7 +258,7 @@ def bench_cluster(record: Record, tmp_path: Path) -> None:
 
 
 def bench_many_trials(record: Record, tmp_path: Path) -> None:
-    """What a trial costs besides learning, for reckoning with 100,000 of them: HalfCheetah-v5, 147 checkpoints."""
+    """What a trial costs besides learning, for estimates of 100,000 trials: HalfCheetah-v5, 147 checkpoints."""
     spec, number, rows = PolicySpec(17, 6), 64, 147
     start = time.perf_counter()
     empty = Store.create(tmp_path / "empty", env_id="HalfCheetah-v5", policy=spec, seeds=range(2000), config={})

@@ -49,7 +49,7 @@ WARM_UP, SETTLE_S = 32, 0.02
 
 @dataclass(frozen=True)
 class Case:
-    """One model and a batch of starts."""
+    """One model and a batch of first tokens."""
 
     size: str
     batch_size: int
@@ -87,7 +87,7 @@ class Case:
         return rollout
 
     def clock(self, rollout: Rollout) -> Clock:
-        """Seconds a step, once the others' threads have gone to sleep and the weights are in the cache."""
+        """Seconds per step, after other libraries' threads have gone to sleep and the weights are in the cache."""
         n = self.config.max_len
         times = -(-512 // n)
 
@@ -180,7 +180,7 @@ def seconds_a_step(isa: str, size: str) -> float:
 @pytest.mark.skipif(not _core.isa().startswith("avx512"), reason="this machine, or TIPL_ISA, has no AVX-512")
 @pytest.mark.parametrize("size", ["d128", "d256", "d512"])
 def bench_avx2(record: Record, monkeypatch: pytest.MonkeyPatch, size: str) -> None:
-    """AVX2's kernels in a second process, beside AVX-512's in this one."""
+    """The AVX2 kernels in a second process, beside the AVX-512 kernels in this one."""
     monkeypatch.setenv("TIPL_ISA", "avx2")
     with ProcessPoolExecutor(1, get_context("spawn")) as process:
         clocks = {
@@ -196,7 +196,7 @@ def bench_avx2(record: Record, monkeypatch: pytest.MonkeyPatch, size: str) -> No
 
 
 def bench_after_matmuls(record: Record) -> None:
-    """Torch's threads, still awake from a matrix product on all cores, may cost a rollout at most a tenth."""
+    """A rollout right after a torch product on all cores may take at most a tenth longer: torch's threads spin then."""
     case = Case("d128", 1)
     rollout, matrix, n = case.ours("fp32"), torch.randn(1024, 1024), case.config.max_len
     rollout(n)

@@ -1,7 +1,7 @@
 """Fitting a basis: `tipl.StreamingSVD`, from a memory-mapped file in the page cache, beside its peers.
 
-Peers have the whole matrix in memory, and reading it there is not counted; ours maps the file anew for each fit. Every
-result is judged first: its residual |A - A V^T V| against the least that k directions can leave.
+Peers have the whole matrix in memory, and reading it there is not timed; tipl maps the file again for each fit. Every
+result is checked first: its residual |A - A V^T V| against the smallest possible with k directions.
 
     pytest bench -k svd --svd-disk   # also 200,000 x 20,000 from disk: 16 GB, for which the folder of temporary files
                                      # must have room
@@ -40,7 +40,7 @@ OPTIMUM = {(31296, 5708): 0.0256288, (8192, 73484): 0.0182495}
 def write_matrix(path: Path, n: int, p: int) -> Path:
     """Write rows like a trajectory's: 200 directions of power-law strength, each a random walk in time, and noise.
 
-    As in the script that measured the peers first, so that its figures can be compared.
+    The same as in the script with which the peers were first measured, so that its figures can be compared.
     """
     rng, rank = np.random.default_rng(0), 200
     strength = (np.arange(1, rank + 1) ** -1.0).astype(np.float32)

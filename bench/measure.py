@@ -1,4 +1,4 @@
-"""Timing side by side, and the rows that come of it."""
+"""Timing of alternatives side by side, and the rows of results."""
 
 import statistics
 import time
@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 Clock = Callable[[], float]
-"""Does the work once and returns the seconds it took (a step, or in all)."""
+"""Does the work once and returns the seconds that it took, per step or in total."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One case of ours beside one peer; ratio > 1 where we are faster."""
+    """One case of tipl beside one peer; ratio > 1 where tipl is faster."""
 
     suite: str
     case: str
@@ -22,7 +22,7 @@ class Row:
     ratio: float
     percent_of_roof: float | None = None
     binds: str | None = None
-    """The roof that percent_of_roof means: L2, L3 or DRAM (bytes read), flops, or a name."""
+    """The roof of percent_of_roof: L2, L3 or DRAM (bytes read), flops, or another name."""
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -44,7 +44,7 @@ def rows_of(
     peers: Mapping[str, float],
     roof: tuple[float, str] | tuple[None, None] = (None, None),
 ) -> list[Row]:
-    """Return a row for each peer; in a unit of time less is better, in anything a second more."""
+    """Return one row for each peer. In units of time less is better, in anything per second more."""
     rate = unit.endswith("/s")
     return [Row(suite, case, ours, unit, peer, p, ours / p if rate else p / ours, *roof) for peer, p in peers.items()]
 
@@ -52,9 +52,10 @@ def rows_of(
 def side_by_side(
     clocks: Mapping[str, Clock], *, budget_s: float = 20, rounds: tuple[int, int] = (3, 20), slow_s: float = 15
 ) -> dict[str, float]:
-    """Return each one's median seconds. All take turns, round by round, so that they see the same noise of the machine.
+    """Return the median seconds of each clock. All take turns, round by round, and so see the machine's noise alike.
 
-    At least `rounds[0]` rounds, more while the budget lasts, at most `rounds[1]`; what takes `slow_s` runs once.
+    There are at least `rounds[0]` rounds, more while the budget lasts, at most `rounds[1]`. A clock that takes `slow_s`
+    seconds runs only once.
     """
     seconds: dict[str, list[float]] = {name: [] for name in clocks}
     slow: set[str] = set()

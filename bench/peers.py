@@ -56,7 +56,7 @@ class TorchStep(nn.Module):
 
 
 class CompiledStep(TorchStep):
-    """The same for torch.compile: shapes never change, so that it compiles once, and a mask hides the free slots."""
+    """The same for torch.compile: shapes never change, so that it compiles once; a mask hides unused cache slots."""
 
     def __init__(self, model: TrajectoryTransformer, batch_size: int) -> None:
         super().__init__(model, batch_size)
@@ -93,7 +93,7 @@ Quantisation = Literal["f32", "f16", "q8_0"]
 
 
 def write_gguf(model: TrajectoryTransformer, path: Path, quantisation: Quantisation) -> None:
-    """Write the model as a GPT-2, which has the same arithmetic, but for the head's bias and the token's embedding."""
+    """Write the model as a GPT-2: the same arithmetic except for the head's bias and the token's embedding."""
     config = model.config
     writer = gguf.GGUFWriter(path, "gpt2")
     writer.add_block_count(config.n_layer)
@@ -146,7 +146,7 @@ def ignore(level: int, text: bytes, user_data: ctypes.c_void_p) -> None: ...
 
 
 class LlamaCpp:
-    """llama.cpp on `embeddings` (B, n, d), the tokens' without their positions; the last goes on for ever."""
+    """llama.cpp on token embeddings (B, n, d) without positions; after the n-th step the last one repeats."""
 
     def __init__(self, llama: ctypes.c_void_p, max_len: int, embeddings: Floats) -> None:
         B, _, d = embeddings.shape

@@ -21,7 +21,7 @@ from tipl.files.locations import write_atomically
 
 LATEST, BASELINE = (Path(__file__).with_name(f"{name}.json") for name in ("latest", "baseline"))
 TOLERATED = 0.85
-"""Of the baseline's ratio."""
+"""Least share of the baseline's ratio that a new ratio must reach."""
 
 
 class Record:
@@ -37,7 +37,7 @@ class Record:
         self.fallen: list[Row] = []
 
     def __call__(self, measure: Callable[[], list[Row]]) -> list[Row]:
-        """Return and keep the rows of `measure`; where one fell below the baseline, those of a second measurement.
+        """Return and keep the rows of `measure`; where a ratio fell below the baseline, those of a second measurement.
 
         What fell both times fails the benchmark.
         """
@@ -61,7 +61,7 @@ class Record:
         return not self.updates and row.ratio < TOLERATED * self.baseline.get(name_of(row), 0)
 
     def say(self, *lines: str) -> None:
-        """Print at once, though pytest captures what benchmarks print."""
+        """Print at once, although pytest captures output."""
         with self.capture.global_and_fixture_disabled():
             print("", *lines, sep="\n", flush=True)
 
@@ -89,7 +89,7 @@ def write_json(path: Path, content: object) -> None:
 
 
 def first_line(*command: str) -> str:
-    """What a command says of itself; empty where it is missing or fails."""
+    """Return a command's output; "" where it is missing or fails."""
     try:
         said = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent).stdout
     except (OSError, subprocess.CalledProcessError):

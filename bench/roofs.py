@@ -1,4 +1,4 @@
-"""What this machine can do at most, measured in the run that uses it: reading memory, multiplying matrices.
+"""The limits of this machine, measured in the run that uses them: reading memory, multiplying matrices.
 
     python bench/roofs.py   # prints the roofs
 
@@ -19,11 +19,11 @@ from tipl import _core
 
 MIB = 1 << 20
 LEVELS = {"L2": 1 * MIB, "L3": 16 * MIB, "DRAM": 256 * MIB}
-"""Footprints that stand for a level of the hierarchy in the record."""
+"""Footprints that represent a level of the memory hierarchy in the record."""
 
 
 def cache_bytes(level: int) -> int:
-    """Size of one cache of this level; 0 where the kernel does not tell."""
+    """Return the size of one cache of this level in bytes; 0 where the kernel does not report it."""
     for cache in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"):
         if int((cache / "level").read_text()) == level:
             return int((cache / "size").read_text().strip().removesuffix("K")) * 1024
@@ -63,7 +63,7 @@ class Roofs:
     """float32, bfloat16 -> GFLOP/s."""
 
     def reading_s(self, num_bytes: float) -> float:
-        """Seconds that reading so much takes now, when it was read just before."""
+        """Return the seconds that reading so many bytes takes now, right after reading them once."""
         gbps = self.reader.read_gbps(
             int(min(num_bytes, 1024 * MIB)), self.num_threads, max(2, int(64e6 / num_bytes)), 2
         )
@@ -75,13 +75,13 @@ class Roofs:
         return self.gemm[dtype]
 
     def level(self, num_bytes: float) -> str:
-        """The cache that holds this footprint: every core has an L2, all share the L3."""
+        """Return the cache level that holds this footprint: every core has an L2, all share the L3."""
         if num_bytes <= self.num_threads * cache_bytes(2):
             return "L2"
         return "L3" if num_bytes <= cache_bytes(3) else "DRAM"
 
     def share(self, seconds: float, reading_s: float, num_bytes: float, flops: float, dtype: str) -> tuple[float, str]:
-        """Return how near `seconds` comes to the roof in percent, and what binds: L2, L3, DRAM or flops."""
+        """Return how close `seconds` comes to the roof, in percent, and which roof it is: L2, L3, DRAM or flops."""
         computing_s = flops / self.gemm_gflops(dtype) / 1e9
         binds = self.level(num_bytes) if reading_s >= computing_s else "flops"
         return 100 * max(reading_s, computing_s) / seconds, binds

@@ -1,6 +1,6 @@
-"""Autoencoders of checkpoints, for `compare_representations.py`: an MLP for all tokens of a kind.
+"""Autoencoders of checkpoints, for `compare_representations.py`: one MLP for all tokens of a kind.
 
-Shapes  p weights, h = prefix_end, N tokens of a kind, d weights and c numbers a token, B batch.
+Shapes  p weights, h = prefix_end, N tokens of a kind, d weights and c numbers per token, B batch.
 """
 
 import copy
@@ -20,15 +20,15 @@ def moved_of(path: Weights, end: int) -> Tensor:
 
 
 def weights_of(moved: torch.Tensor, path: Weights, end: int) -> Weights:
-    """Return weights (p,) of displacements (1, p) in the unit of the prefix."""
+    """Return the weights (p,) for displacements (1, p) in units of |theta_h - theta_0|."""
     return np.asarray(path[0] + moved[0].numpy() * np.linalg.norm(path[end] - path[0]))
 
 
 class Autoencoder(nn.Module):
-    """An MLP d -> c -> d for all tokens of a kind; a kind with d <= c is kept as it is. Untrained it is persistence."""
+    """One MLP d -> c -> d for each kind of token; kinds with d <= c are not encoded. Untrained, it is persistence."""
 
     def __init__(self, tokens: Tokens, widths: Sequence[int], scales: Sequence[float], hidden: int = 128) -> None:
-        """`scales` are what the displacements of each kind are divided by."""
+        """The displacements of each kind are divided by its entry of `scales`."""
         super().__init__()
         self.tokens, self.widths, self.scales = [torch.from_numpy(kind) for kind in tokens], widths, scales
         self.holders = torch.bincount(torch.cat([kind.ravel() for kind in self.tokens])).float()  # (p,)
@@ -44,14 +44,14 @@ class Autoencoder(nn.Module):
                 known.append(coder if d > c else nn.Identity())
 
     def encode(self, moved: Tensor) -> list[Tensor]:
-        """Return each kind's numbers (B, N, c) of displacements (B, p)."""
+        """Return the numbers (B, N, c) of each kind for displacements (B, p)."""
         parts = zip(self.tokens, self.scales, self.encoders, strict=True)
         return [encoder(moved[:, kind] / scale) for kind, scale, encoder in parts]
 
     def decode(self, numbers: Sequence[Tensor], at_end: Sequence[Tensor], end: Tensor) -> Tensor:
-        """Return displacements (B, p), given that the numbers `at_end` stand for `end` (B, p), those at h.
+        """Return displacements (B, p); the numbers `at_end` decode exactly to `end` (B, p), the displacements at h.
 
-        Of a weight that two neurons hold it is the mean of what they say.
+        A weight that belongs to two neurons gets the mean of their values.
         """
         total = torch.zeros_like(end)
         for kind, scale, decoder, *z in zip(self.tokens, self.scales, self.decoders, numbers, at_end, strict=True):
@@ -72,7 +72,7 @@ def train_autoencoder(
     steps: int,
     seed: int = 0,
 ) -> Autoencoder:
-    """Teach the floor at random (trial, h, t > h) in training; return what is best at the ends of validation trials."""
+    """Minimise the floor at random (trial, h, t > h) of training trials; return the best model on validation trials."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     sizes = torch.stack([moved_of(path, end)[-1] for path in training for end in ends])

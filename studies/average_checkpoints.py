@@ -1,22 +1,23 @@
-"""A store whose checkpoints are running means of another's: what is predictable of a path without its jitter?
+"""How predictable is a path without its jitter? Makes a store whose checkpoints are running means of another store's.
 
     python studies/average_checkpoints.py runs/reacher.zarr --window 8 --output runs/reacher-averaged.zarr
 
-Row t is the mean of rows t - window + 1 .. t, fewer at the start; env_steps and returns stay those of the last of them,
-which is the return of another policy: `tipl evaluate` runs the averaged ones.
+Row t is the mean of the rows t - window + 1 .. t, or of fewer at the start. Its env_steps and return are those of the
+original row t, and so its return is that of another policy; `tipl evaluate` runs the averaged policies. The output is a
+store for `tipl train` and `tipl evaluate`; there is no record and no figure.
 """
 
-import argparse
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from study import command_line
 
 from tipl.storing.store import Store
 
 
 def running_mean(weights: NDArray[np.float32], window: int) -> NDArray[np.float32]:
-    """Return the mean (T, p) of the last `window` rows of weights (T, p) up to each row, or of all so far."""
+    """Return the mean (T, p) of up to `window` rows of weights (T, p) that end with each row."""
     total = np.cumsum(weights, 0, dtype=np.float64)
     total[window:] -= total[:-window].copy()
     count = np.minimum(np.arange(1, len(weights) + 1), window)
@@ -24,9 +25,9 @@ def running_mean(weights: NDArray[np.float32], window: int) -> NDArray[np.float3
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("store", type=Path)
-    parser.add_argument("--window", type=int, default=8, help="checkpoints that a mean takes")
+    parser.add_argument("--window", type=int, default=8, help="checkpoints in each mean")
     parser.add_argument("--output", type=Path, required=True, help="the new store")
     arguments = parser.parse_args()
     if arguments.window < 1:

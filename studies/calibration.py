@@ -1,25 +1,24 @@
-"""Does the confidence come true? Forecasts of runs that nothing of a forecaster has seen, run in the simulator.
+"""Are a forecaster's predicted probabilities calibrated on runs that it has never seen?
 
     tipl collect --env-id Hopper-v4 --seed 1 --output fresh.zarr
     python studies/calibration.py runs/hopper/model=fresh.zarr ... --output docs/figures/calibration.svg
 
-For each forecaster and a store of runs of its task under other seeds: every run that did not calibrate it is forecast
-at four prefixes and up to four horizons, and each forecast is run beside the policy at its prefix's end, on five
-episodes of the run's own. A panel a task: the share of forecasts that had the higher return against the probability
-predicted, in ten bins, with the expected calibration error (ECE); 95 % intervals over runs. Skill is 1 - Brier score /
-that of always saying the share of forecasts that came true: 0 for a confidence that tells forecasts apart no better
-than a constant.
+For each forecaster and a store of runs of its task with other seeds: every run that was not used to calibrate it is
+forecast at four prefixes and up to four horizons. Each forecast policy is run, and so is the policy at its prefix's
+end, on five episodes with the run's own seeds.
 
-Every forecast goes to the JSON beside the figure.
+The figure has one panel per task: the share of forecasts that had the higher return against the probability predicted,
+in ten bins, with 95 % intervals over runs and the expected calibration error (ECE). The printed table adds the skill,
+1 - Brier score / Brier score of always predicting the share of forecasts that came true; it is 0 for a confidence that
+tells forecasts apart no better than a constant. The JSON beside the figure has every forecast.
 """
 
-import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from study import command_line, interval, write_record
 
 from tipl.files.locations import write_atomically
 from tipl.forecasting.calibration import run_forecasts
@@ -31,11 +30,11 @@ from tipl.report.results import FloatArray
 from tipl.storing.store import Store
 
 SEED = 1
-"""Of the episodes: those of training have seed 0."""
+"""Seed of the episodes; the episodes of training have seed 0."""
 
 
 def judge(forecaster: Forecaster, store: Store, num_threads: int | None) -> dict[str, Any]:
-    """Return what was predicted and what came of it, (trials, forecasts a trial)."""
+    """Return the task's record: predicted probabilities and outcomes, (trials, forecasts per trial) each."""
     source = source_to_judge(store, forecaster)
     if not forecaster.confidence or forecaster.source_of(store) is not None:
         raise SystemExit(f"{store.path}: expected a calibrated forecaster and runs that it was not trained on")
@@ -49,12 +48,12 @@ def judge(forecaster: Forecaster, store: Store, num_threads: int | None) -> dict
 
 
 def arrays(task: dict[str, Any]) -> tuple[FloatArray, FloatArray]:
-    """Return the probabilities and outcomes of a task, (trials, forecasts a trial) each."""
+    """Return the probabilities and outcomes of a task, (trials, forecasts per trial) each."""
     return np.array(task["predicted"]), np.array(task["outcomes"], float)
 
 
 def skill(task: dict[str, Any]) -> Estimate:
-    """Return 1 - Brier score / that of the best constant."""
+    """Return 1 - Brier score / Brier score of the best constant."""
     predicted, outcomes = arrays(task)
     score, constant = ((p - outcomes) ** 2 for p in (predicted, outcomes.mean()))
     left = Bootstrap(len(outcomes)).ratio(score.mean(1), constant.mean(1))
@@ -69,22 +68,19 @@ def found_in(task: dict[str, Any]) -> Reliability:
 
 
 def table(tasks: Sequence[dict[str, Any]]) -> str:
-    """Return calibration error and skill of every task, and of all their forecasts, as a Markdown table."""
+    """Return a Markdown table of the calibration error and skill of every task, and of all tasks together."""
     lines = ["| task | runs | forecasts | mean probability | came true | calibration error | skill |", "|---" * 7 + "|"]
     for task in [*tasks, pooled(tasks)]:
         predicted, outcomes = arrays(task)
         cells = [task["env_id"], f"{len(outcomes)}", f"{outcomes.size}", f"{predicted.mean():.2f}"]
-        cells += [f"{outcomes.mean():.2f}", interval(found_in(task).error), interval(skill(task))]
+        cells.append(f"{outcomes.mean():.2f}")
+        cells += [interval(it.value, it.low, it.high) for it in (found_in(task).error, skill(task))]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def interval(estimate: Estimate) -> str:
-    return f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"
-
-
 def pooled(tasks: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return all forecasts as one task, for tasks with as many forecasts a run."""
+    """Return all forecasts as one task; every task must have equally many forecasts per run."""
     both = {key: [row for task in tasks for row in task[key]] for key in ("predicted", "outcomes")}
     return {"env_id": "all", **both}
 
@@ -99,7 +95,7 @@ def plot(tasks: Sequence[dict[str, Any]]) -> Plot:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("pairs", nargs="+", metavar="MODEL=STORE", help="a forecaster and runs of its task")
     parser.add_argument("--output", type=Path, required=True, help="the figure, .svg; its .json goes beside it")
     parser.add_argument("--num-threads", type=int, help="of the simulator; by default all cores")
@@ -108,7 +104,7 @@ def main() -> None:
     for pair in arguments.pairs:
         model, _, store = pair.partition("=")
         tasks.append(judge(Forecaster.load(model), Store.open(store), arguments.num_threads))
-        write_atomically(arguments.output.with_suffix(".json"), (json.dumps(tasks) + "\n").encode())
+        write_record(arguments.output.with_suffix(".json"), tasks)
     write_atomically(arguments.output, plot(tasks).svg())
     print(table(tasks))
 

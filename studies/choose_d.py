@@ -1,27 +1,26 @@
-"""How many coordinates a checkpoint should have: floor and forecast error against k, on trials that chose nothing.
+"""How many coordinates k should a checkpoint have? Floor and forecast error against k, on held-out trials.
 
     python studies/choose_d.py runs/*/store.zarr --output docs/figures/choose_d.svg
 
-For each store and k a forecaster is trained as `tipl train` does, and judged at the end of the path of every held-out
-trial, at four prefixes, by the relative weight error |forecast - truth| / |truth - theta_0|: of the prefix basis (its
-floor), of a basis of k directions that training trials share (another floor), of the Transformer alone, of TIPL
-(refined: it leaves the span, and may go below the floor), and of persistence. k is chosen by the mean error of TIPL on
-the validation trials, which also chose when to stop, for each k alike; held-out trials choose nothing. The figure shows
-means and 95 % bootstrap intervals over held-out trials, a row a store and a panel a prefix; the chosen k is ringed.
+For each store and each k a forecaster is trained as `tipl train` does. It is judged on every held-out trial, from four
+prefixes to the end of the path, by the relative weight error |forecast - truth| / |truth - theta_0|. Compared are the
+prefix basis (its floor), a basis of k directions shared by all training trials (another floor), the Transformer alone,
+TIPL (whose refiner leaves the prefix's span, so that it may go below the floor), and persistence. k is chosen by TIPL's
+mean error on validation trials, which also choose when each training stops; held-out trials take no part.
 
-Forecasters are kept in a folder beside the output, so that an interrupted run goes on. Longer paths are thinned evenly
-to `--num-checkpoints`.
+The figure has one row per store and one panel per prefix, with means and 95 % bootstrap intervals over held-out trials;
+the chosen k is circled. The JSON beside it has all errors; a table is printed. Forecasters are kept in a folder beside
+the output, so that an interrupted study continues. Longer paths are thinned evenly to `--num-checkpoints`.
 """
 
-import argparse
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from numpy.typing import NDArray
+from study import PREFIXES, command_line, interval, write_record
 
 from tipl.files.locations import write_atomically
 from tipl.forecasting.forecaster import Forecaster
@@ -34,7 +33,6 @@ from tipl.report.plots import predictor_marks
 from tipl.storing.store import Store
 from tipl.subspace.basis import Basis
 
-PREFIXES = (0.2, 0.4, 0.6, 0.8)
 COMPONENTS = (2, 4, 8, 16, 32)
 NAMES = ("persistence", "shared_floor", "basis_floor", "transformer", "tipl")
 
@@ -65,7 +63,7 @@ def end_errors(
 
 
 def study(store: Store, config: TrainConfig, folder: Path) -> dict[str, Any]:
-    """Return what the record holds of a store: for every k the errors of held-out trials, and the k chosen."""
+    """Return a store's record: for every k the errors of held-out trials, and the k chosen."""
     source = Source.of(store, config)
     results = []
     for k in COMPONENTS:
@@ -110,13 +108,13 @@ def table(tasks: list[dict[str, Any]]) -> str:
 
 
 def chosen_to_default(task: dict[str, Any]) -> Estimate:
-    """Return TIPL's held-out error with the chosen k over that with the default's, means over trials and prefixes."""
+    """Return the ratio of TIPL's mean held-out error with the chosen k to that with the default k."""
     errors = {result["k"]: np.mean(result["heldout"]["tipl"], axis=0) for result in task["results"]}
     return Bootstrap(task["trials"]).ratio(errors[task["chosen"]], errors[TrainConfig().n_components])
 
 
 def plot(tasks: list[dict[str, Any]]) -> Plot:
-    """Return the figure: a row a task, a panel a prefix."""
+    """Return the figure: one row per task, one panel per prefix."""
     marks = predictor_marks(NAMES)
     panels = []
     for task in tasks:
@@ -148,13 +146,16 @@ def plot(tasks: list[dict[str, Any]]) -> Plot:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stores", nargs="+", type=Path, help="a store a task")
+    parser = command_line(__doc__)
+    parser.add_argument("stores", nargs="+", type=Path, help="one store per task")
     parser.add_argument(
         "--output", type=Path, required=True, help="the figure, .svg; its .json and models go beside it"
     )
     parser.add_argument(
-        "--steps", type=int, default=TrainConfig().steps, help="of the Transformer; the refiner's follow"
+        "--steps",
+        type=int,
+        default=TrainConfig().steps,
+        help="optimiser steps of the Transformer; the refiner's in proportion",
     )
     parser.add_argument("--num-checkpoints", type=int, default=62, help="thin longer paths to so many")
     arguments = parser.parse_args()
@@ -170,12 +171,12 @@ def main() -> None:
         )
         tasks.append(study(store, config, arguments.output.with_suffix("") / store.env_id))
         record = {"steps": arguments.steps, "refine_steps": refine_steps, "prefixes": PREFIXES, "tasks": tasks}
-        write_atomically(arguments.output.with_suffix(".json"), (json.dumps(record) + "\n").encode())
+        write_record(arguments.output.with_suffix(".json"), record)
         write_atomically(arguments.output, plot(tasks).svg())
     print(table(tasks))
     for task in tasks:
         ratio, default = chosen_to_default(task), TrainConfig().n_components
-        against = f"TIPL's error {ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}] of that of k = {default}"
+        against = f"TIPL's error {interval(ratio.value, ratio.low, ratio.high)} of that of k = {default}"
         print(f"{task['env_id']}: k = {task['chosen']} by validation trials, {against}")
 
 

@@ -1,26 +1,28 @@
-"""Ways to forecast a path's coordinates, one by one: what each adds to the Transformer that is trained on its rollouts.
+"""Which way of forecasting a path's coordinates is best? Each is compared with the default, trained on rollouts.
 
     python studies/compare_forecasters.py runs/tasks/Reacher-v4.zarr ... --output docs/figures/forecasters.svg
 
-All are judged in the same prefix bases, on the same held-out trials, by the relative weight error at the end of the
-path, no weight refined: what differs is how coordinates go on. Of several runs the training trials teach, validation
-trials choose when to stop and how far a departure from the mean path is trusted, as in `tipl.train`.
+All ways are judged in the same prefix bases, on the same held-out trials, by the relative weight error at the end of
+the path, without the refiner: they differ only in how they continue the coordinates. Training trials teach; validation
+trials choose when training stops and how far a departure from the mean path is trusted, as in `tipl.train`.
 
-*rollouts*   the default: a loss through the model's own rollouts of the whole path, after a quarter of one-step lessons
-*one step*   teacher-forced to the end: the next checkpoint of the true path
-*unmixed*    rollouts, but no training examples averaged of two paths
-*heads*      a head a horizon reads the prefix's last token: no rollout at all
-*spread*     a mean and a spread for each coordinate (Gaussian likelihood, one step); the mean of sampled rollouts
-*return*     the run's return so far is one more coordinate, seen and predicted
-*target*     and so is the return to be reached: in training the trial's own last, clamped to the middle 80 % of what
-             the training trials reach; of a held-out trial, of which that is not known, the median
-*ensemble*   the mean of four *rollouts*, of other initial weights and batches
+*rollouts*   the default: a quarter of the steps with a one-step loss, then a loss on the model's own rollouts of the
+             whole path
+*one step*   teacher forcing throughout: the loss is on the next checkpoint of the true path
+*unmixed*    rollouts, but without training examples that are averages of two paths
+*heads*      one head for each horizon reads the prefix's last token; there is no rollout
+*spread*     predicts a mean and a standard deviation for each coordinate (Gaussian likelihood, one step); the forecast
+             is the mean of sampled rollouts
+*return*     the run's return so far is an additional coordinate, observed and predicted
+*target*     like *return*, and the return to be reached is another coordinate: in training the trial's own last return,
+             clamped to the middle 80 % of the training trials'; for a held-out trial, where it is unknown, the median
+*ensemble*   the mean of four *rollouts* models with different initial weights and batches
 
-The record beside the figure holds every mean, its ratio to the default's with the 95 % interval of a paired bootstrap,
-and, for *spread*, how often the truth lies in the middle 80 % of the sampled rollouts.
+The JSON beside the figure has every mean error, its ratio to the default's with the 95 % interval of a paired
+bootstrap, and for *spread* how often the truth lies in the middle 80 % of the sampled rollouts. The figure shows the
+ratios; a table is printed. An interrupted study continues with the tasks that the JSON lacks.
 """
 
-import argparse
 import dataclasses
 import functools
 import json
@@ -33,10 +35,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from study import PREFIXES, command_line, interval, write_record
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tipl.files.locations import write_atomically
 from tipl.forecasting.sources import Source, Split, prefix_end_of, thin
 from tipl.forecasting.train_config import TrainConfig
 from tipl.forecasting.training import Trainer, fit
@@ -46,10 +48,9 @@ from tipl.progress import progress_bar
 from tipl.report.intervals import Bootstrap
 from tipl.storing.store import Store
 
-PREFIXES = (0.2, 0.4, 0.6, 0.8)
-NUM_MODELS = 4  # of the ensemble
-NUM_SAMPLES = 64  # of rollouts
-RETURN_SCALE = 0.1  # of a standardised return as a coordinate: seen well, but a small part of the loss
+NUM_MODELS = 4  # in the ensemble
+NUM_SAMPLES = 64  # rollouts that *spread* samples
+RETURN_SCALE = 0.1  # scale of a standardised return as a coordinate: large enough to see, a small part of the loss
 COVERED = 0.8
 
 Singles = NDArray[np.float32]
@@ -300,7 +301,7 @@ def study(store: Store, config: TrainConfig) -> tuple[dict[str, list[Floats]], l
 
 
 def rows_of(errors: dict[str, list[Floats]]) -> list[dict[str, Any]]:
-    """Return a row a way and prefix: the mean error, and its ratio to the default's with a 95 % interval."""
+    """Return one row for each way and prefix: the mean error, and its ratio to the default's with a 95 % interval."""
     rows = []
     for name, at_prefixes in errors.items():
         for prefix, own, default in zip(PREFIXES, at_prefixes, errors["rollouts"], strict=True):
@@ -310,21 +311,21 @@ def rows_of(errors: dict[str, list[Floats]]) -> list[dict[str, Any]]:
 
 
 def table(tasks: list[dict[str, Any]]) -> str:
-    """Return the ratios to the default's errors as a Markdown table; in bold where the interval lies below 1."""
+    """Return a Markdown table of the ratios to the default's errors, in bold where the interval lies below 1."""
     lines = ["| task | way | " + " | ".join(f"{prefix:.0%}" for prefix in PREFIXES) + " |", "|---" * 6 + "|"]
     for task in tasks:
         for name in dict.fromkeys(row["way"] for row in task["rows"]):
             cells = []
             for row in (row for row in task["rows"] if row["way"] == name):
                 value, low, high = (row["ratio"][key] for key in ("value", "low", "high"))
-                text = f"{row['error']:.3f}" if name == "rollouts" else f"{value:.3f} [{low:.3f}, {high:.3f}]"
+                text = f"{row['error']:.3f}" if name == "rollouts" else interval(value, low, high)
                 cells.append(f"**{text}**" if high < 1 and name not in ("persistence", "floor") else text)
             lines.append(f"| {task['env_id']} | {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def draw(tasks: list[dict[str, Any]], output: Path) -> None:
-    """Write a panel a task: the ratio of each way's error to the default's, a marker a prefix."""
+    """Write one panel per task: the ratio of each way's error to the default's, one marker per prefix."""
     figure, axes = plt.subplots(1, len(tasks), figsize=(4.2 * len(tasks), 4.2), sharey=True, squeeze=False)
     for ax, task in zip(axes[0], tasks, strict=True):
         names = [name for name in dict.fromkeys(row["way"] for row in task["rows"]) if name != "rollouts"]
@@ -348,11 +349,11 @@ def draw(tasks: list[dict[str, Any]], output: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stores", nargs="+", type=Path, help="a store a task")
+    parser = command_line(__doc__)
+    parser.add_argument("stores", nargs="+", type=Path, help="one store per task")
     parser.add_argument("--output", type=Path, required=True, help="the figure, .svg or .png; its .json goes beside it")
     parser.add_argument("--num-checkpoints", type=int, help="thin longer paths evenly to so many checkpoints")
-    parser.add_argument("--steps", type=int, default=TrainConfig.steps, help="optimiser steps a model, at most")
+    parser.add_argument("--steps", type=int, default=TrainConfig.steps, help="most optimiser steps of each model")
     arguments = parser.parse_args()
     record_path = arguments.output.with_suffix(".json")
     tasks = json.loads(record_path.read_text())["tasks"] if record_path.exists() else []  # goes on where it was cut off
@@ -367,12 +368,12 @@ def main() -> None:
         heldout = len(errors["rollouts"][0])
         tasks.append({"env_id": store.env_id, "heldout": heldout, "coverage": covered, "rows": rows_of(errors)})
         record = {"train": dataclasses.asdict(config), "covered": COVERED, "tasks": tasks}
-        write_atomically(record_path, (json.dumps(record, indent=1) + "\n").encode())
+        write_record(record_path, record, indent=1)
     draw(tasks, arguments.output)
     print(table(tasks))
     for task in tasks:
         shares = " ".join(f"{share:.2f}" for share in task["coverage"])
-        print(f"{task['env_id']}: sampled 80 % intervals hold the truth in {shares} of cases, a prefix each")
+        print(f"{task['env_id']}: sampled 80 % intervals contain the truth in {shares} of cases, for each prefix")
 
 
 if __name__ == "__main__":

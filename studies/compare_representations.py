@@ -1,30 +1,32 @@
-"""In which numbers to write a checkpoint: representations compared, each one's floor and forecast apart.
+"""Which numbers should represent a checkpoint? The floor and the forecast error of several representations.
 
     python studies/compare_representations.py runs/*/store.zarr --output docs/figures/representations.svg
 
-Errors are |forecast - truth| / |truth - theta_0| at the end of the path, on held-out trials; the floor is that of the
-truth itself, encoded and decoded. Every representation passes through theta_h: what it cannot write stays as last seen.
-k = 16 numbers a checkpoint in all, but for those with a count of their own:
+Errors are |forecast - truth| / |truth - theta_0| at the end of the path, on held-out trials; a representation's floor
+is the error of the truth, encoded and decoded. All representations reproduce theta_h exactly: the part of a
+displacement that they cannot express is taken to be zero. They have k = 16 numbers per checkpoint unless stated:
 
-- *prefix SVD*: directions of the observed prefix, tipl's default; and with directions of its own for each layer, or for
-  matrices, biases and log_std (the k dealt out to where they lower the floor of training trials most).
-- *shared SVD*: directions of the training trials' theta_t or theta_t - theta_0, whichever validation trials prefer.
-- *autoencoder, layers*: an MLP a layer, as many numbers as the prefix SVD a layer, taught on training trials.
-- *autoencoder, neurons*: 4 numbers a neuron, from its incoming weights, bias and outgoing weights; an MLP a layer.
-- *prefix SVD, neurons*: 4 numbers a neuron, on directions of its own of its incoming weights and bias.
-- *directions cut by tensor*: the prefix's 16 directions, cut into tensors, each part a direction of its own.
+- *prefix SVD*: directions of the observed prefix, tipl's default. Also with separate directions for each layer, or for
+  matrices, biases and log_std, where the k directions are distributed so as to minimise the training trials' floor.
+- *shared SVD*: directions of the training trials' theta_t or theta_t - theta_0, whichever is better on validation
+  trials.
+- *autoencoder, layers*: one MLP per layer, trained on training trials; as many numbers as the prefix SVD per layer.
+- *autoencoder, neurons*: 4 numbers per neuron, from its incoming weights, bias and outgoing weights; one MLP per layer.
+- *prefix SVD, neurons*: 4 numbers per neuron, on separate directions of its incoming weights and bias.
+- *directions cut by tensor*: the prefix's 16 directions, each cut into one direction per tensor.
 
-Checkpoints of 16 numbers are forecast by the same causal Transformer, trained as `tipl train` does. Neuron tokens by a
-ridge regression a layer, of a neuron's numbers at the end on its numbers at four checkpoints of the prefix, the penalty
-chosen by validation trials; directions cut into tensors by `tipl.judging.regression.Ridge`, one mixture of the prefix's
-displacements a tensor. In prefix bases the Transformer's forecast is *refined* weight by weight too, as `tipl train`
-does; with the plain prefix SVD that is TIPL, the line to beat.
+Representations with 16 numbers are forecast by the same causal Transformer, trained as `tipl train` does. Neurons are
+forecast by one ridge regression per layer, from a neuron's numbers at four checkpoints of the prefix to those at the
+end of the path, with a penalty chosen on validation trials. Directions cut by tensor are forecast by
+`tipl.judging.regression.Ridge`, one linear combination of the prefix's displacements per tensor. In prefix bases the
+Transformer's forecast is also *refined* weight by weight, as in `tipl train`; with the plain prefix SVD this is TIPL,
+to which all others are compared.
 
-Longer paths are thinned evenly to `--num-checkpoints`. The JSON beside the output keeps every result as it comes,
-so that an interrupted run goes on.
+The figure has one row per store and one panel per prefix; a table is printed for each store. Longer paths are thinned
+evenly to `--num-checkpoints`. The JSON beside the figure keeps every result as soon as it is known, so that an
+interrupted study continues.
 """
 
-import argparse
 import dataclasses
 import json
 from collections.abc import Callable, Sequence
@@ -54,6 +56,7 @@ from representations import (
     tokens_of,
     train_forecaster,
 )
+from study import PREFIXES, command_line, interval, write_record
 
 from tipl.files.locations import write_atomically
 from tipl.forecasting.forecaster import Forecaster
@@ -69,7 +72,6 @@ from tipl.storing.store import Store
 from tipl.subspace.prefix import Prefix
 from tipl.subspace.streaming_svd import StreamingSVD
 
-PREFIXES = (0.2, 0.4, 0.6, 0.8)
 WIDTH = 16
 NEURON_WIDTH = 4
 RAW = "prefix SVD"
@@ -267,13 +269,13 @@ def table(task: dict[str, Any]) -> str:
         cells = [name, str(it["numbers"]), *means]
         for part in PARTS:
             ratio = bootstrap.ratio(np.mean(it[part], 0), line[part]) if part in known else None
-            cells.append("" if ratio is None else f"{ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]")
+            cells.append("" if ratio is None else interval(ratio.value, ratio.low, ratio.high))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def plot(tasks: Sequence[dict[str, Any]]) -> Plot:
-    """Return the figure: a row a task, a panel a prefix, a line a representation."""
+    """Return the figure: one row per task, one panel per prefix, one line per representation."""
     marks = {
         "floor": Mark("floor", "basis_floor", 0.0, marker="D"),
         "forecast": Mark("forecast", "transformer", 0.0, marker="o"),
@@ -310,11 +312,14 @@ def plot(tasks: Sequence[dict[str, Any]]) -> Plot:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stores", nargs="+", type=Path, help="a store a task")
+    parser = command_line(__doc__)
+    parser.add_argument("stores", nargs="+", type=Path, help="one store per task")
     parser.add_argument("--output", type=Path, required=True, help="the figure, .svg; its .json goes beside it")
     parser.add_argument(
-        "--steps", type=int, default=TrainConfig().steps, help="of the Transformer; others in proportion"
+        "--steps",
+        type=int,
+        default=TrainConfig().steps,
+        help="optimiser steps of the Transformer; other models' in proportion",
     )
     parser.add_argument("--num-checkpoints", type=int, default=62, help="thin longer paths to so many")
     arguments = parser.parse_args()
@@ -342,7 +347,7 @@ def main() -> None:
             if name not in task["results"]:
                 print(f"{store.env_id}: {name}", flush=True)
                 task["results"][name] = dataclasses.asdict(make())
-                write_atomically(record_path, (json.dumps(record) + "\n").encode())
+                write_record(record_path, record)
     write_atomically(arguments.output, plot([*record["tasks"].values()]).svg())
     for task in record["tasks"].values():
         print(f"\n{task['env_id']}, {task['trials']} held-out trials of {task['num_checkpoints']} checkpoints\n")

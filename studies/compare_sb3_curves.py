@@ -1,13 +1,15 @@
-"""Does our population PPO learn as Stable-Baselines3's PPO does? Learning curves of both, same definition.
+"""Does tipl's population PPO learn like Stable-Baselines3's PPO? Learning curves of both, defined in the same way.
 
-    python studies/compare_sb3_curves.py                             # hours of SB3; goes on where it was stopped
+    python studies/compare_sb3_curves.py                             # hours of SB3; continues where it was stopped
     python studies/compare_sb3_curves.py --env-ids Hopper-v5 --num-sb3 5 --output curves
 
-A curve's point is the mean return of the training episodes (stochastic actions) that ended in one window of steps. Both
-have SB3's default hyperparameters; SB3 runs with one thread a process. The interquartile mean (IQM) over runs stands
-with its 95 % interval, of a percentile bootstrap over runs, as Agarwal et al. 2021 (arXiv 2108.13264) ask for.
+A point of a curve is the mean return of the training episodes (with stochastic actions) that ended in one window of
+steps. Both use SB3's default hyperparameters; SB3 runs with one thread per process. The figure shows the interquartile
+mean (IQM) over runs with the 95 % interval of a percentile bootstrap, as Agarwal et al. 2021 (arXiv 2108.13264)
+recommend.
 
-Writes OUTPUT.json, all runs' curves, and draws OUTPUT.svg from it. Needs stable-baselines3.
+Writes all runs' curves to OUTPUT.json and the figure to OUTPUT.svg, and prints where the intervals do not overlap.
+Needs stable-baselines3.
 """
 
 import dataclasses
@@ -25,11 +27,11 @@ import numpy as np
 import torch
 import tyro
 from numpy.typing import NDArray
+from study import write_record
 
 from tipl.collecting.envs import make_vec
 from tipl.collecting.population import Population
 from tipl.collecting.ppo_config import PPOConfig
-from tipl.files.locations import write_atomically
 from tipl.progress import progress_bar
 from tipl.report.intervals import Bootstrap
 
@@ -85,7 +87,7 @@ class Record:
     def add(self, env_id: str, who: str, seed: int, curve: Curves) -> None:
         self._runs(env_id, who)[str(seed)] = [None if math.isnan(x) else round(x, 3) for x in curve.tolist()]
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.path, (json.dumps(self.content) + "\n").encode())
+        write_record(self.path, self.content)
 
     def curves(self, env_id: str, who: str) -> Curves:
         """Return the curves (runs, windows)."""

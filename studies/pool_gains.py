@@ -1,25 +1,26 @@
-"""The share of the gain in return that forecasts reach, over runs of several evaluations of one forecaster.
+"""What share of the gain in return do forecasts capture, over the runs of several evaluations of one forecaster?
 
     tipl collect --env-id HalfCheetah-v4 --seed 1 --init-seed 3757552657 ... --output more.zarr
     tipl evaluate --store store.zarr --model model --fresh more.zarr --output evaluation1
     python studies/pool_gains.py evaluation0 evaluation1 ... --horizons 0.1 0.2 --output docs/figures/gains.svg
 
-A gain is the return over that of the policy at the prefix's end, on the same episodes, of which every run has its own.
-A share is the sum over runs of a predictor's gains over that of the true policy's, with a 95 % bootstrap interval: for
-each evaluation in grey, for all runs in colour, a panel a horizon. So are the floors, the true weights projected on the
-basis of the forecasts and on that of the other kind; shaded is by how much two returns of one true policy differ, as a
-share of the gain. The table goes to standard output, and the return of every run and predictor, as JSON, beside the
-figure.
+A gain is a policy's return less that of the policy at the prefix's end, on the same episodes; every run has its own
+episodes. A share is the sum over runs of a predictor's gains, divided by the sum of the true policies' gains, with a
+95 % bootstrap interval. The floors are the true weights projected on the forecaster's basis and on the other kind of
+basis.
+
+The figure has one panel per horizon, with each evaluation in grey and all runs together in colour; the shaded band is
+the difference between two returns of the same true policy, as a share of the gain. The JSON beside it has the return of
+every run and predictor; a table is printed.
 """
 
-import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from study import command_line, interval, write_record
 
 from tipl.files.locations import write_atomically
 from tipl.report.drawing import THEME, Panel, Plot
@@ -31,7 +32,7 @@ PREDICTORS = ("tipl", "tipl_gated", "tipl_tuned", "linear", "ridge", "another_ru
 
 
 def returns_of(results: Results, prefix: float, share: float) -> dict[str, FloatArray]:
-    """Return the runs' returns (n,) with each predictor, of the prefix's last policy and, twice, of the true one."""
+    """Return name -> returns (n,) of the runs: of each predictor, persistence, and the true policy (measured twice)."""
     horizon = max(1, round(share * (results.settings["num_checkpoints"] - 1)))
     if prefix not in results.prefixes or horizon not in results.horizons[prefix]:
         raise SystemExit(f"{results.path}: expected prefix {prefix:g} and horizon {share:g} of the path among its own")
@@ -45,7 +46,7 @@ def returns_of(results: Results, prefix: float, share: float) -> dict[str, Float
 
 
 def pooled(parts: Sequence[dict[str, FloatArray]]) -> dict[str, FloatArray]:
-    """Return the returns of all runs, of the predictors that every evaluation has."""
+    """Return the returns of all runs together, for the predictors that every evaluation has."""
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0] if all(name in p for p in parts)}
 
 
@@ -58,23 +59,23 @@ def shares(returns: dict[str, FloatArray]) -> dict[str, Estimate]:
 
 
 def noise(returns: dict[str, FloatArray]) -> float:
-    """Return the mean difference of the true policies' returns on two sets of episodes, as a share of the mean gain."""
+    """Return the mean difference between two returns of the same true policy, as a share of the mean gain."""
     again = np.abs(returns["return_floor"] - returns["truth"]).mean()
     return float(again / (returns["truth"] - returns["persistence"]).mean())
 
 
 def table(columns: Sequence[tuple[str, dict[str, Estimate]]]) -> str:
-    """Return shares, a column a horizon and set of runs, as a Markdown table of the predictors that all have."""
+    """Return a Markdown table of shares: one column per horizon and set of runs, one row per predictor in all sets."""
     titles, found = zip(*columns, strict=True)
     lines = [f"| | {' | '.join(titles)} |", "|---" * (len(columns) + 1) + "|"]
     for name in (name for name in found[0] if all(name in it for it in found)):
-        cells = [f"{it[name].value:.2f} [{it[name].low:.2f}, {it[name].high:.2f}]" for it in found]
+        cells = [interval(it[name].value, it[name].low, it[name].high, 2) for it in found]
         lines.append(f"| {predictor_info(name).label} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def draw(ax: Axes, parts: Sequence[dict[str, Estimate]], whole: dict[str, Estimate], noise: float) -> None:
-    """Draw a line a predictor: the interval of each evaluation, and that of all runs; and the `noise`."""
+    """Draw the `noise`, and for each predictor the interval of each evaluation and that of all runs."""
     ax.axvspan(-noise, noise, color=THEME["grid"][0], zorder=0, linewidth=0)
     for row, name in enumerate(whole):
         places = np.linspace(-0.28, 0.16, len(parts) + 1)
@@ -89,7 +90,7 @@ def draw(ax: Axes, parts: Sequence[dict[str, Estimate]], whole: dict[str, Estima
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("evaluations", nargs="+", type=Path, metavar="FOLDER", help="what `tipl evaluate` wrote")
     parser.add_argument("--prefix", type=float, default=0.2, help="share of the path that is seen")
     parser.add_argument("--horizons", type=float, nargs="+", default=[0.1, 0.2], help="as shares of the path")
@@ -113,7 +114,7 @@ def main() -> None:
         panels.append(Panel(title, lambda ax, shown=shown: draw(ax, *shown)))
         rounded = [{name: values.round(2).tolist() for name, values in part.items()} for part in parts]
         record["horizons"][f"{share:g}"] = rounded
-    write_atomically(arguments.output.with_suffix(".json"), (json.dumps(record) + "\n").encode())
+    write_record(arguments.output.with_suffix(".json"), record)
     write_atomically(arguments.output, Plot("gains", tuple(panels)).svg())
     print(table(columns))
 

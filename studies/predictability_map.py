@@ -1,26 +1,28 @@
-"""Which tasks' paths can be predicted, and what that is worth: one figure and one table from evaluations.
+"""Which tasks' paths can be predicted, and how much return does that give? One figure and one table from evaluations.
 
     python studies/predictability_map.py runs/*/evaluation --output docs/figures/predictability.svg
     python studies/predictability_map.py SGD=runs/sgd/evaluation ... --output docs/figures/predictability_ppo.svg
 
-For each task, at each prefix and the horizon of 20 % of the path, on held-out trials: the share of the displacement
-ahead, 1 - |forecast - truth|^2 / |persistence - truth|^2 summed over trials, that lies in the span of the prefix's
-directions and in that of one basis of all training trials (what any forecast within those bases could explain), and
-that a ridge regression on each weight's own past, the Transformer alone and TIPL explain; and the share of the gain in
-return, a ratio of means over trials, that they reach, and that two runs of the true policy differ by (noise). Where the
-gain does not stand out of that noise there is no share. The table goes to standard output and, as JSON, beside the
-figure.
+For each task and prefix, at the horizon of 20 % of the path, on held-out trials, it shows two shares:
+
+- of the displacement ahead, 1 - |forecast - truth|^2 / |persistence - truth|^2, with squares summed over trials: the
+  share in the span of the prefix's directions and in the span of one basis of all training trials, which bound any
+  forecast within these bases; and the share that a ridge regression on each weight's own past, the Transformer alone
+  and TIPL explain.
+- of the gain in return, a ratio of means over trials: the share that forecasts capture, and as noise the difference
+  between two returns of the same true policy. Where the gain is not clearly above the noise, no share is given.
+
+The figure has one panel for each share, with one group of bars per task and prefix. The table is printed and, as JSON,
+written beside the figure.
 """
 
-import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+from study import command_line, interval, write_record
 
-from tipl.files.locations import write_atomically
 from tipl.report.drawing import THEME
 from tipl.report.intervals import Bootstrap, Estimate, captured_gain
 from tipl.report.results import Results, read_results
@@ -51,7 +53,7 @@ def explained(results: Results, bootstrap: Bootstrap, prefix: float, horizon: in
 
 
 def rows_of(label: str | None, results: Results) -> list[dict[str, Any]]:
-    """Return a row a prefix that leaves the horizon; by default the label is the environment's."""
+    """Return one row for each prefix at which the horizon was evaluated; by default the label is the environment's."""
     bootstrap = Bootstrap(len(results.trials))
     horizon = max(1, round(HORIZON * (results.settings["num_checkpoints"] - 1)))
     rows: list[dict[str, Any]] = []
@@ -77,7 +79,7 @@ def rows_of(label: str | None, results: Results) -> list[dict[str, Any]]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Return the rows as a Markdown table; a share of a gain that does not stand out of the noise is left blank."""
+    """Return the rows as a Markdown table, with "-" for shares of a gain that is not clearly above the noise."""
     shares = [f"explained by {name}" for name in EXPLAINED.values()] + [f"gain of {name}" for name in GAINED.values()]
     lines = ["| | seen | " + " | ".join(it.removeprefix("explained by ") for it in shares) + " | noise |"]
     lines.append("|---" * (len(shares) + 3) + "|")
@@ -88,7 +90,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             if not isinstance(value, dict):
                 cells.append("-")
             elif share.startswith("gain"):
-                cells.append(f"{value['value']:.2f} [{value['low']:.2f}, {value['high']:.2f}]")
+                cells.append(interval(value["value"], value["low"], value["high"], 2))
             else:
                 cells.append(f"{value['value']:.3f}")
         cells.append("-" if row["noise"] is None else f"{row['noise']:.2f}")
@@ -97,7 +99,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def draw(rows: list[dict[str, Any]], output: Path) -> None:
-    """Write a bar chart: a panel for the displacement and one for the return, a group of bars a row."""
+    """Write a bar chart: one panel for the displacement, one for the return, and one group of bars per row."""
     labels = [f"{row['label']} {row['prefix']:.0%}" for row in rows]
     figure, axes = plt.subplots(2, 1, figsize=(11, 7), sharex=True, layout="constrained")
     panels = (("explained by", EXPLAINED, "share of the displacement ahead"), ("gain of", GAINED, "share of the gain"))
@@ -131,7 +133,7 @@ def draw(rows: list[dict[str, Any]], output: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument(
         "evaluations", nargs="+", metavar="[LABEL=]FOLDER", help="what `tipl evaluate` wrote; by default a task's name"
     )
@@ -140,7 +142,7 @@ def main() -> None:
     named = [(label or None, Path(folder)) for label, _, folder in (it.rpartition("=") for it in arguments.evaluations)]
     rows = [row for label, folder in named for row in rows_of(label, read_results(folder / "results.json"))]
     draw(rows, arguments.output)
-    write_atomically(arguments.output.with_suffix(".json"), (json.dumps(rows, indent=1) + "\n").encode())
+    write_record(arguments.output.with_suffix(".json"), rows, indent=1)
     print(table(rows))
 
 

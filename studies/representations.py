@@ -1,9 +1,9 @@
-"""Ways to write a checkpoint in few numbers and to forecast them, for `compare_representations.py`.
+"""Ways to represent a checkpoint by few numbers and to forecast these, for `compare_representations.py`.
 
-Shapes  T checkpoints, p weights, h = prefix_end, N tokens of a kind, d weights and c numbers a token, B batch.
+Shapes  T checkpoints, p weights, h = prefix_end, N tokens of a kind, d weights and c numbers per token, B batch.
 
-A path is written as theta_t - theta_0 in the unit |theta_h - theta_0|, through theta_h: what cannot be written stays as
-it was last seen. Nothing here reads what comes after h to make a basis.
+A path is theta_t - theta_0 in units of |theta_h - theta_0|. All representations reproduce theta_h exactly: the part of
+a displacement after h that they cannot express is taken to be zero. No basis uses checkpoints after h.
 """
 
 import dataclasses
@@ -26,13 +26,13 @@ from tipl.subspace.basis import MIN_PREFIX_END, Basis, prefix_coordinates
 from tipl.subspace.running_gram import gram
 
 Tokens = list[NDArray[np.int64]]
-"""Which weights (N, d) the N tokens of a kind hold, one array a kind."""
+"""For each kind of token an array (N, d): the indices of the d weights in each of its N tokens."""
 Weights = NDArray[np.float32]
 """The weights of a trial, (T, p), or of one checkpoint, (p,)."""
 Coordinates = Callable[[Weights, Sequence[int]], list[NDArray[np.float32]]]
-"""What writes a path (T, p) for each of some prefix ends: coordinates (T, k) each."""
+"""(path (T, p), prefix ends) -> coordinates (T, k) of the path for each prefix end."""
 Errors = list[list[float]]
-"""Of held-out trials, (prefixes, n)."""
+"""Errors of held-out trials, (prefixes, n)."""
 
 
 def tokens_of(layout: Layout, by: str) -> Tokens:

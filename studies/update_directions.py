@@ -1,28 +1,29 @@
-"""Does the optimizer know at a prefix's end where the weights go? Shares of the displacement ahead, by direction.
+"""Does the optimizer's state at a prefix's end predict where the weights go?
 
     python studies/update_directions.py runs/tasks/HalfCheetah-v4.zarr ... --output docs/figures/update_directions.json
 
-A checkpoint holds weights alone. This runs the first trials of a store again, to the end of each prefix (they have the
-same bits, which is checked), and takes what the optimizer holds there: Adam's running mean of the gradient, and that
-over the root of its running square, which is the next step's direction. The future comes from the store. Of each
-displacement theta_{h+n} - theta_h, the table gives the share of the square that lies along a direction, in the span of
-the prefix's 16 singular directions, and in that span with the direction added: what saving the direction with each
-checkpoint could bring at most, were its coordinate known. A random direction has a share of 1 / p.
+A checkpoint holds only weights. This study runs the first trials of a store again to the end of each prefix (checking
+that the weights have the same bits) and takes Adam's state there: the running mean of the gradient, and that mean
+divided by the root of the running mean square, which is the direction of the next step. The future is in the store. Of
+each displacement theta_{h+n} - theta_h it computes the share of the squared length that lies along such a direction, in
+the span of the prefix's 16 singular directions, and in that span together with the direction. The last minus the second
+bounds what saving the direction with each checkpoint could gain if its coordinate were known. A random direction has an
+expected share of 1 / p.
+
+The JSON and the printed table have mean shares with 95 % bootstrap intervals over trials; there is no figure.
 """
 
-import argparse
 import contextlib
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from study import command_line, interval, write_record
 
 from tipl.collecting.envs import make_vec
 from tipl.collecting.population import Population, environment_seeds
 from tipl.collecting.ppo_config import PPOConfig
-from tipl.files.locations import write_atomically
 from tipl.forecasting.sources import prefix_end_of
 from tipl.policy import PolicySpec
 from tipl.progress import progress_bar
@@ -32,15 +33,15 @@ from tipl.subspace.basis import Basis
 
 PREFIXES = (0.2, 0.4, 0.6)
 HORIZONS = (0.0, 0.1, 0.2)
-"""Shares of the path; 0 stands for the next checkpoint."""
+"""Horizons as shares of the path; 0 stands for the next checkpoint."""
 N_COMPONENTS = 16
 
 Floats = NDArray[np.float64]
 
 
 def optimizer_states(store: Store, trials: int, ends: list[int]) -> dict[int, tuple[Floats, Floats]]:
-    """Return Adam's moments (trials, p), first and second, at each of `ends`, of the first trials run once more."""
-    config = PPOConfig(**{**store.config["ppo"], "hidden_sizes": tuple(store.config["ppo"]["hidden_sizes"])})
+    """Run the first `trials` trials again; return Adam's first and second moments, (trials, p), at each of `ends`."""
+    config = PPOConfig.from_dict(store.config["ppo"])
     seeds = store.seeds[:trials]
     assert isinstance(store.policy, PolicySpec)
     p, states = store.policy.num_params, {}
@@ -68,7 +69,7 @@ def share(directions: Floats, moved: Floats) -> float:
 
 
 def rows_of(store: Store, trials: int) -> list[dict[str, Any]]:
-    """Return a row a prefix, horizon and kind of directions: the mean share and its 95 % interval over trials."""
+    """Return one row for each prefix, horizon and kind of direction: the mean share, with its 95 % interval."""
     last = store.num_checkpoints - 1
     ends = [prefix_end_of(prefix, store.num_checkpoints) for prefix in PREFIXES]
     states = optimizer_states(store, trials, ends)
@@ -101,8 +102,8 @@ def rows_of(store: Store, trials: int) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stores", nargs="+", type=Path, help="stores that `tipl collect` made, one a task")
+    parser = command_line(__doc__)
+    parser.add_argument("stores", nargs="+", type=Path, help="stores that `tipl collect` made, one per task")
     parser.add_argument("--output", type=Path, required=True, help="the JSON record")
     parser.add_argument("--num-trials", type=int, default=16, help="trials of each store that are run again")
     arguments = parser.parse_args()
@@ -114,9 +115,9 @@ def main() -> None:
         for prefix in PREFIXES:
             for row in (row for row in rows if row["prefix"] == prefix):
                 value, low, high = (row["share"][key] for key in ("value", "low", "high"))
-                what = f"{row['directions']:20} {value:.4f} [{low:.4f}, {high:.4f}]"
+                what = f"{row['directions']:20} {interval(value, low, high, 4)}"
                 print(f"{store.env_id:26} {prefix:.0%} + {row['ahead']:3}  {what}")
-    write_atomically(arguments.output, (json.dumps({"tasks": tasks}, indent=1) + "\n").encode())
+    write_record(arguments.output, {"tasks": tasks}, indent=1)
 
 
 if __name__ == "__main__":

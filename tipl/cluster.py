@@ -1,7 +1,7 @@
-"""Work spread over the machines of a Ray cluster (the extra `ray`): calls of functions, each in a worker process.
+"""Function calls on the machines of a Ray cluster (the extra `ray`), each in a worker process.
 
-Calls must not depend on one another or on where they run. A call whose worker or machine dies is made again elsewhere,
-so that it must find what it did before and go on from there, or do no harm by doing it twice.
+Calls must not depend on one another or on where they run. If its worker or machine dies, a call runs again elsewhere:
+it must continue from what the first attempt left, or be harmless when repeated.
 """
 
 import contextlib
@@ -13,17 +13,17 @@ from tipl import _core
 
 Result = TypeVar("Result")
 
-MAX_RETRIES = 20  # of a call whose worker died; what a call itself raises is not tried again
+MAX_RETRIES = 20  # for a call whose worker died; a call that raised an exception is not repeated
 POLL_SECONDS = 2.0
 
 
 @contextlib.contextmanager
 def connected(address: str) -> Iterator["Cluster"]:
-    """Give the cluster at `address` as long as the context lasts; "local" starts one with this machine's cores.
+    """Yield the cluster at `address`, connected as long as the context lasts; "local" starts one on this machine.
 
-    A process that is connected to Ray already stays connected to what it is, whatever the address.
+    If this process is already connected to Ray, that connection is used and the address ignored.
 
-    Raises ValueError where Ray is not installed, or the address is none; ConnectionError where no cluster answers.
+    Raises ValueError where Ray is not installed or the address is malformed; ConnectionError where no cluster answers.
     """
     try:
         import ray
@@ -42,7 +42,7 @@ def connected(address: str) -> Iterator["Cluster"]:
 
 
 def _check(address: str) -> None:
-    """Raise what `connected` says of an address at which Ray itself would end the process after half a minute."""
+    """Raise as `connected` documents, before Ray sees the address: without a cluster there, Ray ends the process."""
     host, colon, port = address.rpartition(":")
     if address in ("local", "auto") or "://" in address:
         return
@@ -67,7 +67,7 @@ class Cluster:
         """Cores of the largest machine."""
 
     def check(self, num_cpus: int) -> None:
-        """Raise ValueError where no machine has so many cores."""
+        """Raise ValueError where no machine has `num_cpus` cores."""
         if num_cpus > self.most_cpus:
             raise ValueError(f"ray: no machine of the cluster has {num_cpus} cores; the largest has {self.most_cpus}")
 
@@ -81,10 +81,10 @@ class Cluster:
     ) -> list[Result]:
         """Return [function(*call) for call in calls], each computed in a worker with `num_cpus` cores.
 
-        `poll` is called every two seconds with the number of calls that have ended. The first exception of a call ends
-        all, and is raised here; so does Ctrl-C.
+        `poll` is called at least every two seconds with the number of calls that have ended. The first exception that a
+        call raises cancels all others and is raised here; Ctrl-C cancels all too.
 
-        Raises ValueError where no machine has so many cores; RuntimeError where workers keep dying.
+        Raises ValueError where no machine has `num_cpus` cores; RuntimeError where workers keep dying.
         """
         import ray
 

@@ -1,12 +1,12 @@
-"""The policy network, the flat layout in which a checkpoint stores it, and the arithmetic of many networks at once.
+"""The policy network, the flat layout in which a checkpoint stores it, and the mean actions of many policies at once.
 
-A policy is the actor of Stable-Baselines3's MlpPolicy for Box actions: an MLP gives the mean action, and a free vector
-`log_std` the spread of a diagonal Gaussian around it. The critic is PPO's own business (`ppo.py`) and is not stored.
-One checkpoint is one row of p float32 numbers, in the order in which SB3 registers the actor's parameters; p and the
-place of each parameter in the row are what `PolicySpec` knows. Imported policies of any other kind have a
-`ParameterLayout`, which knows the same and nothing of how to run them.
+A policy is the actor of Stable-Baselines3's MlpPolicy for Box actions: an MLP gives the mean action, and a vector of
+parameters `log_std` the standard deviations of a diagonal Gaussian around it. The critic is not stored. One checkpoint
+is one row of p float32 numbers, in the order in which SB3 registers the actor's parameters; `PolicySpec` gives p and
+the position of each parameter in the row. Imported policies of any other kind have a `ParameterLayout`, which gives the
+same, but such policies cannot be run.
 
-Shapes  N networks, one a row of weights; B (or E) inputs to each; a layer's weight is (out, in), as in torch.nn.Linear.
+Shapes  N networks, each one row of weights; E inputs to each; a layer's weight is (out, in), as in torch.nn.Linear.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ ACTIVATIONS = ("tanh", "relu", "elu")
 
 
 class Layout(ABC):
-    """Where each parameter of a policy lies in its flat weights."""
+    """The position and shape of each parameter in a policy's flat weights."""
 
     @property
     @abstractmethod
@@ -51,7 +51,10 @@ class Layout(ABC):
         return sum(map(math.prod, self.shapes.values()))
 
     def unflatten(self, weights: Tensor) -> dict[str, Tensor]:
-        """Return name -> view (..., *shape) of flat weights (..., p): writing to a view writes to `weights`."""
+        """Return name -> view (..., *shape) of flat weights (..., p); writing to a view changes `weights`.
+
+        Raises ValueError for another last dimension than p.
+        """
         if weights.ndim < 1 or weights.shape[-1] != self.num_params:
             raise ValueError(f"unflatten: weights must have shape (..., {self.num_params}), got {tuple(weights.shape)}")
         return {
@@ -62,7 +65,7 @@ class Layout(ABC):
 
 @dataclasses.dataclass(frozen=True)
 class ParameterLayout(Layout):
-    """Names and shapes alone: the layout of a policy that only its own library can run."""
+    """Names and shapes only: the layout of a policy that only its own library can run."""
 
     parameters: tuple[tuple[str, tuple[int, ...]], ...]
     """(name, shape) of each parameter, in the order of the flat weights."""
@@ -84,7 +87,7 @@ class ParameterLayout(Layout):
 
 
 def layout_from_dict(layout: dict[str, Any]) -> Layout:
-    """Return the layout that `to_dict` gave `layout`."""
+    """Return the layout whose `to_dict` returned `layout`. Raises ValueError for anything else."""
     if set(layout) == {"parameters"}:
         return ParameterLayout(tuple((name, tuple(shape)) for name, shape in layout["parameters"]))
     return PolicySpec.from_dict(layout)
@@ -92,7 +95,7 @@ def layout_from_dict(layout: dict[str, Any]) -> Layout:
 
 @dataclasses.dataclass(frozen=True)
 class PolicySpec(Layout):
-    """Sizes of a policy, hence the layout of its flat weights."""
+    """Sizes and activation of a policy, which determine the layout of its flat weights."""
 
     obs_dim: int
     act_dim: int
@@ -141,10 +144,10 @@ class PolicySpec(Layout):
 def mean_action(spec: PolicySpec, weights: Tensor, obs: Tensor) -> Tensor:
     """Return the mean actions (N, E, act_dim) of N policies (N, p), each seeing its own E observations (N, E, obs_dim).
 
-    Not clipped: the deterministic policy is `mean_action` clipped to the action space. No gradient flows through it.
-    An action has the same bits whatever policies and observations are beside it, wherever they lie in memory and
-    however many threads there are: the engine sums in one order, on the calling thread. Another instruction set
-    (`tipl._core.isa()`) may give another last bit.
+    The actions are not clipped (the deterministic policy is `mean_action` clipped to the action space), and no gradient
+    flows through them. An action's bits depend neither on the other policies and observations, nor on memory layout or
+    the number of threads, because the engine sums in a fixed order, on the calling thread. Another instruction set
+    (`tipl._core.isa()`) may change the last bit.
 
     Raises TypeError for tensors that are not float32 on the CPU, ValueError for another shape.
     """
@@ -169,7 +172,10 @@ def mean_action(spec: PolicySpec, weights: Tensor, obs: Tensor) -> Tensor:
 
 
 def layer_views(params: Tensor, layer_sizes: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
-    """Return each layer's (weight (N, out, in), bias (N, 1, out)): views of the rows of params, which may be longer."""
+    """Return (weight (N, out, in), bias (N, 1, out)) of each layer, as views of the rows of `params`.
+
+    The layers begin with each row's first number; rows may be longer than the layers.
+    """
     views, offset = [], 0
     for fan_in, fan_out in itertools.pairwise(layer_sizes):
         weight = params[:, offset : offset + fan_out * fan_in].view(-1, fan_out, fan_in)

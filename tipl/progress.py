@@ -1,4 +1,4 @@
-"""The progress bar that every slow stage shows: how far, how fast, how long still."""
+"""The progress bar of slow stages: steps done, rate, time remaining."""
 
 from rich.console import Console
 from rich.progress import (
@@ -14,7 +14,7 @@ from rich.text import Text
 
 
 class RateColumn(ProgressColumn):
-    """Steps a second."""
+    """Steps per second."""
 
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
@@ -22,9 +22,9 @@ class RateColumn(ProgressColumn):
 
 
 def progress_bar(shown: bool) -> Progress:
-    """Return a bar on stderr, which draws itself only if `shown` and stderr is a terminal.
+    """Return a bar on stderr, drawn only if `shown` and stderr is a terminal.
 
-    A task's field `note`, if any, stands at the end of its line.
+    Each task has a field `note`, a text at the end of its line.
     """
     console = Console(stderr=True)
     return Progress(

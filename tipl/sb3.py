@@ -19,18 +19,18 @@ except ModuleNotFoundError as error:
     raise ModuleNotFoundError("tipl.sb3 needs stable-baselines3, the extra `sb3` of tipl", name=error.name) from error
 
 _open_recorders: dict[Path, Recorder] = {}
-"""By path: SB3 calls no hook where learn() is interrupted, and then only the next callback can let the store go."""
+"""By path. SB3 calls no hook when learn() is interrupted, so that only the next callback can close the store."""
 
 _ONLY_WATCH = {"Monitor", "RecordEpisodeStatistics", "RecordVideo", "VecMonitor", "VecCheckNan", "VecVideoRecorder"}
-"""Wrappers that change neither observations, actions nor episodes."""
+"""Wrappers that change neither observations nor actions nor episodes."""
 
 
 class RecorderCallback(BaseCallback):
-    """Records PPO and A2C before the first and after every update, SAC, TD3 and the like every `every` env steps.
+    """Records on-policy algorithms (PPO, A2C) before the first and after every update, others every `every` env steps.
 
         model.learn(1_000_000, callback=RecorderCallback("runs/seed1.zarr"))
 
-    A checkpoint has the env steps and SB3's ep_rew_mean. The last weights are recorded when training ends.
+    Each checkpoint has its env steps and SB3's ep_rew_mean. The last weights are recorded when training ends.
     """
 
     def __init__(
@@ -43,12 +43,18 @@ class RecorderCallback(BaseCallback):
         resume: bool = False,
         config: Mapping[str, Any] | None = None,
     ) -> None:
-        """`env_id` is by default the environment's own; `every` counts off-policy only; the rest as in `Recorder`.
+        """Record into a new store at `path`, or with `resume` after the checkpoints that are there.
 
-        With `resume`, learn() goes on behind the last checkpoint of the model recorded at `path`, whether it counts env
-        steps on (reset_num_timesteps=False) or anew; an interrupted callback of this process lets `path` go.
+        Args:
+            env_id: by default that of the model's environment.
+            every: env steps between checkpoints of off-policy algorithms; on-policy ones ignore it.
+            resume: the last checkpoint at `path` must be the model as learn() begins, whether learn() continues the
+                count of env steps (reset_num_timesteps=False) or starts it again. A store that an interrupted callback
+                of this process holds open is closed first.
+            actor, config: as in `Recorder`.
 
-        Training raises what `Recorder` raises, and ValueError where the checkpoints at `path` are of another model.
+        Raises ValueError for a wrong `every`. Training raises what `Recorder` raises, and ValueError where the
+        checkpoints at `path` are of another model.
         """
         super().__init__()
         if every < 1:
@@ -56,8 +62,8 @@ class RecorderCallback(BaseCallback):
         self.path, self.env_id, self.every, self.resume, self.config = Path(path), env_id, every, resume, config
         self._actor = actor
         self._recorder: Recorder | None = None
-        self._recorded_update: int | None = None  # model._n_updates, which grows by one an epoch
-        self._earlier_steps = 0  # of learn() calls before this one, where it counts anew
+        self._recorded_update: int | None = None  # model._n_updates at the last checkpoint; it counts epochs
+        self._earlier_steps = 0  # env steps of earlier learn() calls, where this one starts its count again
 
     def _on_training_start(self) -> None:
         resume = self.resume or self._recorder is not None  # learn() once more
@@ -89,7 +95,7 @@ class RecorderCallback(BaseCallback):
         self._recorded_update = self.model._n_updates if holds else None
         self._earlier_steps = max(0, recorder.env_steps - steps)
 
-    # No hook fires right after an update: the next one is the start of another rollout, or the end of training.
+    # SB3 has no hook after an update: the next hook is the start of another rollout, or the end of training.
     def _on_rollout_start(self) -> None:
         self._record(1 if isinstance(self.model, OnPolicyAlgorithm) else self.every)
 
@@ -106,7 +112,7 @@ class RecorderCallback(BaseCallback):
             _open_recorders.pop(self.path.resolve(), None)
 
     def _record(self, least_steps: int) -> None:
-        """Append a checkpoint if the weights have changed and at least so many env steps were taken since the last."""
+        """Append a checkpoint if the weights have changed, at least `least_steps` env steps after the last one."""
         model, recorder = self.model, self._recorder
         if recorder is None or model._n_updates == self._recorded_update:
             return
@@ -118,7 +124,7 @@ class RecorderCallback(BaseCallback):
         self._recorded_update = model._n_updates
 
     def _note(self) -> str | None:
-        """Return why the simulator's environment is not the one of the run, None where nothing says so."""
+        """Return in words how the run's environment differs from the simulator's; None where no difference is known."""
         notes, normaliser = [], self.model.get_vec_normalize_env()
         if normaliser is not None and normaliser.norm_obs:
             notes.append(
@@ -134,7 +140,7 @@ class RecorderCallback(BaseCallback):
         return "; ".join(notes) or None
 
     def _changes(self) -> list[str]:
-        """Return in words how the environment differs from what its id alone makes."""
+        """Return in words how the environment differs from the one registered under its id."""
         changes, env = [], self.training_env
         while isinstance(env, VecEnvWrapper):
             if type(env).__name__ not in _ONLY_WATCH | {"VecNormalize", "VecTransposeImage"}:
@@ -167,7 +173,7 @@ class RecorderCallback(BaseCallback):
 
 
 def _activation(policy: torch.nn.Module) -> str | None:
-    """Return the name of the activation that the policy was built with: tanh for torch's Tanh, a custom one's whole."""
+    """Return the name of the policy's activation: "tanh" for torch's Tanh, the full repr of a custom one, or None."""
     activation = getattr(policy, "activation_fn", None)
     if activation is None or getattr(activation, "__module__", "") != torch.nn.Tanh.__module__:
         return None if activation is None else repr(activation)

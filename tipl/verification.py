@@ -1,4 +1,4 @@
-"""Whether what tipl wrote is whole: all checksums are computed, and every problem is named, not only the first."""
+"""`tipl verify`: computes all checksums of what tipl wrote, and reports every problem, not only the first."""
 
 import contextlib
 import time
@@ -16,31 +16,31 @@ from tipl.progress import progress_bar
 from tipl.storing.store import Store
 from tipl.storing.store_records import Commit, trial_name
 
-BAR_SECONDS = 2.0  # what takes longer shows a bar
+BAR_SECONDS = 2.0  # verifications that take longer show a bar
 
 
 @dataclass
 class Verification:
-    """What `verify` found."""
+    """The result of `verify`."""
 
     problems: list[str] = field(default_factory=list)
-    """One line each, naming the file and the rows; empty where all is well."""
+    """One line for each problem, naming the file and the rows; empty where there is none."""
     num_chunks: int = 0
-    """Chunks that are whole."""
+    """Number of intact chunks."""
     num_bytes: int = 0
-    """Of these chunks."""
+    """Size of these chunks."""
     whole: list[str] = field(default_factory=list)
-    """What was looked at and is whole, one line each."""
+    """One line for each intact store, folder or file."""
 
     def summary(self) -> str:
-        """Return one line on what is whole."""
+        """Return one line that lists what is intact."""
         return "; ".join(self.whole)
 
 
 def verify(path: str | Location, *, progress: bool = False) -> Verification:
-    """Check all that tipl wrote at `path`: a store, a folder with a manifest, a file of its own, or a folder of these.
+    """Check everything that tipl wrote at `path`: a store, a folder with a manifest, a file, or a folder of these.
 
-    Nothing is changed. Raises FileNotFoundError where there is nothing, ValueError where there is nothing of tipl's.
+    Nothing is changed. Raises FileNotFoundError where `path` does not exist, ValueError where tipl wrote nothing there.
     """
     path = location(path)
     if not isinstance(path, Path) or _is_store(path):
@@ -60,11 +60,11 @@ def verify(path: str | Location, *, progress: bool = False) -> Verification:
 
 
 LOADERS = {".json": load_json, ".safetensors": load_arrays}
-"""Of files that hold their own checksum."""
+"""Suffix -> reader of files that contain their own checksum."""
 
 
 def _verify_folder(folder: Path, found: Verification, progress: bool) -> None:
-    """Check a folder and those in it, whose names begin with a dot only before they are complete."""
+    """Check a folder and its subfolders, except those whose name begins with a dot, which are not complete yet."""
     if (folder / MANIFEST).exists():
         problems = problems_in(folder)
         found.problems += problems
@@ -98,17 +98,17 @@ def _is_store(path: Path) -> bool:
 
 
 def verify_store(path: str | Location, *, progress: bool = False) -> Verification:
-    """Read all of the store at `path` and return what is wrong with it; nothing is changed.
+    """Read the whole store at `path` and return its problems; nothing is changed.
 
-    The documents and the commit record of every trial must be whole and fit together; every chunk with committed rows
-    must be there, with the right size and checksum, and be the one that was committed in its place. An unfinished
-    collection's saved states must be whole and its own; otherwise all trials must have equally many checkpoints.
-    `progress` shows a bar on a terminal's stderr. Raises FileNotFoundError where there is no store.
+    Every trial's documents and commit record must be intact and consistent. Every chunk with committed rows must exist,
+    with the right size and checksum, and be the one that was committed in its place. The saved states of an unfinished
+    collection must be intact and belong to it; in any other store all trials must have equally many checkpoints.
+    `progress` shows a bar on stderr if that is a terminal. Raises FileNotFoundError where there is no store.
     """
     path, found = location(path), Verification()
     try:
         store = Store.open(path)
-    except RuntimeError as error:  # without the root's document nobody knows what should be there
+    except RuntimeError as error:  # without the root's document it is not known which files there should be
         return Verification([str(error)])
     commits: dict[int, Commit] = {}
     started, bar = time.monotonic(), progress_bar(progress)
@@ -133,7 +133,7 @@ def verify_store(path: str | Location, *, progress: bool = False) -> Verificatio
 
 
 def _differing(commits: dict[int, Commit]) -> list[str]:
-    """Return which trials of a complete store are not as the others are, a line for each."""
+    """Return one line for each trial of a complete store that differs from the others."""
     most = max((commit.num_checkpoints for commit in commits.values()), default=0)
     checked = any(commit.checksums is not None for commit in commits.values())
     problems = []
@@ -164,7 +164,7 @@ def _verify_trial(store: Store, i: int, commit: Commit, found: Verification) -> 
 
 @contextlib.contextmanager
 def _noted(found: Verification) -> Iterator[None]:
-    """Add a failure to the problems found, and go on."""
+    """Add an exception to the problems found, and continue."""
     try:
         yield
     except (RuntimeError, OSError) as error:

@@ -23,7 +23,7 @@ from gymnasium.spaces import Box
 from mujoco.batch import Batch
 from numpy.typing import NDArray
 
-from tipl.collecting.mujoco_tasks import TASKS, Bools, Floats, Rows, Task
+from tipl.collecting.mujoco_tasks import TASKS, Bools, Floats, MujocoTask, Rows
 
 Ids = NDArray[np.intp]
 
@@ -156,7 +156,7 @@ class MujocoState:
     obs: Floats
     """(N, obs_dim)"""
     before: Floats
-    """(N,): the value before the next step that its reward needs (see `Task.before`)."""
+    """(N,): the value before the next step that its reward needs (see `MujocoTask.before`)."""
     rngs: list[Any]
     """(N,): `np.random.Generator.bit_generator.state` of each environment, plain dicts."""
 
@@ -167,7 +167,7 @@ class MujocoVectorEnv(VectorEnv):
     def __init__(
         self,
         env_id: str,
-        task: Task,
+        task: MujocoTask,
         num_envs: int,
         *,
         seeds: list[int],

@@ -53,7 +53,7 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Task:
+class MujocoTask:
     """The model of an environment id, and how its episodes start, are observed, rewarded and end."""
 
     model_file: str
@@ -271,7 +271,7 @@ def locomotion(
     pays_fall: bool = False,
     contact_cost: Callable[[Rows], Floats] | None = None,
     derived: tuple[str, ...] = (),
-) -> Task:
+) -> MujocoTask:
     """A task that rewards speed along x and being healthy, charges control and contact, and ends when unhealthy.
 
     With `pays_fall` (v4) the last, unhealthy step gets the healthy reward too.
@@ -286,7 +286,7 @@ def locomotion(
             cost = cost + contact_cost(rows)
         return reward - cost, unhealthy
 
-    return Task(model_file, frame_skip, reset, observe, score, before=x, derived=derived)
+    return MujocoTask(model_file, frame_skip, reset, observe, score, before=x, derived=derived)
 
 
 def root_x(rows: Rows) -> Floats:
@@ -357,13 +357,15 @@ def never(rows: Rows) -> Bools:
     return np.zeros(len(rows.qpos), dtype=np.bool_)
 
 
-def tasks(v5: bool) -> dict[str, Task]:
+def tasks(v5: bool) -> dict[str, MujocoTask]:
     """Gymnasium's MuJoCo tasks by name, in version 5 or version 4. Long because it is the table."""
     humanoid_fields = ("xipos", "cinert", "cvel", "qfrc_actuator", "cfrc_ext")
     observe_body = observe_humanoid(first_body=1, first_dof=6) if v5 else observe_humanoid(first_body=0, first_dof=0)
     return {
-        "InvertedPendulum": Task("inverted_pendulum.xml", 2, uniform(0.01), state(), score_pendulum(pays_fall=not v5)),
-        "InvertedDoublePendulum": Task(
+        "InvertedPendulum": MujocoTask(
+            "inverted_pendulum.xml", 2, uniform(0.01), state(), score_pendulum(pays_fall=not v5)
+        ),
+        "InvertedDoublePendulum": MujocoTask(
             "inverted_double_pendulum.xml",
             5,
             normal_velocity(0.1),
@@ -421,11 +423,11 @@ def tasks(v5: bool) -> dict[str, Task]:
             pays_fall=not v5,
             derived=humanoid_fields,
         ),
-        "HumanoidStandup": Task(
+        "HumanoidStandup": MujocoTask(
             "humanoidstandup.xml", 5, uniform(0.01), observe_body, score_standup, derived=humanoid_fields
         ),
         "Swimmer": locomotion("swimmer.xml", 4, uniform(0.1), state(skip=2), root_x, control_cost=0.0001),
-        "Reacher": Task(
+        "Reacher": MujocoTask(
             "reacher.xml",
             2,
             reset_reacher,
@@ -436,13 +438,13 @@ def tasks(v5: bool) -> dict[str, Task]:
         ),
         # Gymnasium refuses Pusher-v4 on MuJoCo >= 3.
         **(
-            {"Pusher": Task("pusher_v5.xml", 5, reset_pusher, observe_pusher, score_pusher, derived=("xpos",))}
+            {"Pusher": MujocoTask("pusher_v5.xml", 5, reset_pusher, observe_pusher, score_pusher, derived=("xpos",))}
             if v5
             else {}
         ),
     }
 
 
-TASKS: dict[str, Task] = {
+TASKS: dict[str, MujocoTask] = {
     f"{name}-{version}": task for version in ("v4", "v5") for name, task in tasks(version == "v5").items()
 }

@@ -1,7 +1,7 @@
-"""Where a store lies: a local folder, or one behind a URL that fsspec knows, such as s3://bucket/cheetah.zarr.
+"""Local paths and URLs that fsspec knows, such as s3://bucket/cheetah.zarr, behind one set of functions.
 
-Files are written whole or not at all. Locally they are written aside, flushed to disk and renamed; an object store puts
-an object at once. What else differs is here too: object stores have no folders, and nothing that can be locked.
+Files are written whole or not at all. A local file is written under a temporary name, flushed to disk and renamed; an
+object store writes an object atomically. Object stores have no folders to make, and nothing that can be locked.
 """
 
 import contextlib
@@ -18,49 +18,54 @@ from upath import UPath
 Location: TypeAlias = Path | UPath
 
 MAX_BYTES = 2**30
-"""Of a file that is read whole although nothing says how large it should be."""
+"""Largest file that is read whole when nothing says how large it should be."""
 
 
 def location(path: "str | Location") -> Location:
-    """Return where `path` points: a UPath for a URL, a Path for all else, file:// URLs among them.
+    """Return a UPath for a URL, a Path for anything else and for file:// URLs.
 
-    Raises ValueError where no file system for the URL's scheme is known, or its package is not installed; OSError where
-    the URL's server does not answer, or refuses.
+    Raises ValueError where fsspec has no file system for the URL's scheme, or its package is not installed; OSError
+    where the URL's server does not answer or refuses.
     """
     if isinstance(path, UPath) or "://" not in str(path):
         return path if isinstance(path, UPath) else Path(path)
     try:
-        url = UPath(path, use_listings_cache=False)  # others write there too
+        url = UPath(path, use_listings_cache=False)  # other processes write there too
         url.exists()
     except (ImportError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
     except OSError:
         raise
-    except Exception as error:  # of the library behind fsspec, which has its own kinds
+    except Exception as error:  # the library behind fsspec has exceptions of its own
         raise OSError(f"{path}: {error}") from error
     return Path(url.path) if url.protocol in ("file", "local") else url
 
 
 def read_file(path: Location, *, max_bytes: int | None = MAX_BYTES) -> bytes:
-    """Return what is in a file. Raises OSError where that cannot be read, or is more than `max_bytes`."""
+    """Return the contents of a file.
+
+    Raises OSError where it cannot be read, and, without an errno, where a local path is no regular file, has more than
+    `max_bytes`, or changes while it is read.
+    """
     if not isinstance(path, Path):
         return bytes(path.read_bytes())
-    file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # of a pipe, opening would wait for a writer
+    file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a blocking open of a pipe waits for a writer
     with naming(path), open(file, "rb") as stream:
         found = os.fstat(file)
         if not stat.S_ISREG(found.st_mode):
             raise OSError(f"{path} must be a regular file")
         if max_bytes is not None and found.st_size > max_bytes:
             raise OSError(f"{path} must have at most {max_bytes:,} bytes, got {found.st_size:,}")
-        data = stream.read(found.st_size)
-        if len(data) != found.st_size or os.fstat(file).st_size != found.st_size:
+        data = stream.read(found.st_size + 1)  # one more, to see whether the file grows
+        after = os.fstat(file)
+        if (len(data), after.st_size, after.st_mtime_ns) != (found.st_size, found.st_size, found.st_mtime_ns):
             raise OSError(f"{path} changed while it was read")
     return data
 
 
 @contextlib.contextmanager
 def naming(path: Location) -> Iterator[None]:
-    """Let an OSError of the system that names no file say that it is of `path`."""
+    """Add `path` to an OSError from the system that names no file."""
     try:
         yield
     except OSError as error:
@@ -80,7 +85,7 @@ def write_atomically(path: Location, data: bytes) -> None:
 
 @contextlib.contextmanager
 def written_aside(path: Location) -> Iterator[Path]:
-    """Give the name of a local file to write, which then becomes `path`; removed on a failure."""
+    """Yield the name of a local file to write; on leaving it replaces `path`, on a failure it is removed."""
     if not isinstance(path, Path):
         with tempfile.TemporaryDirectory() as folder:
             yield Path(folder) / path.name
@@ -101,7 +106,7 @@ def written_aside(path: Location) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def local_copy(path: Location) -> Iterator[Path]:
-    """Give a local file with the content of `path`: itself, or a copy that is then removed."""
+    """Yield a local file with the contents of `path`: `path` itself, or a copy that is removed on leaving."""
     if isinstance(path, Path):
         yield path
         return
@@ -111,7 +116,10 @@ def local_copy(path: Location) -> Iterator[Path]:
 
 
 def read_into(folder: Location, name: str, buffers: Sequence[Any]) -> int:
-    """Fill `buffers` (contiguous, writable) with the file `name`, one after the other; return how many bytes it has."""
+    """Read the file `name` into `buffers` (contiguous, writable), one after the other; return the file's size in bytes.
+
+    A file larger than the buffers together is not read completely, or not at all.
+    """
     if not isinstance(folder, Path):
         data = memoryview((folder / name).read_bytes())
         start = 0
@@ -120,7 +128,7 @@ def read_into(folder: Location, name: str, buffers: Sequence[Any]) -> int:
             view[: len(part)] = part
             start += len(part)
         return len(data)
-    path = f"{folder}/{name}"  # of many: a Path would take as long as a checksum
+    path = f"{folder}/{name}"  # called for every chunk: making a Path would take as long as the chunk's checksum
     file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         found = os.fstat(file)
@@ -139,9 +147,9 @@ def read_into(folder: Location, name: str, buffers: Sequence[Any]) -> int:
 
 
 def _fill(file: int, views: list[memoryview]) -> int:
-    """Read an open file into `views`, one after the other, until it ends; return how many bytes came."""
+    """Read an open file into `views`, one after the other, until either ends; return the number of bytes read."""
     num_bytes = 0
-    while views and (read := os.readv(file, views)):  # 2 GiB at most, in one call
+    while views and (read := os.readv(file, views)):  # one call reads at most 2 GiB
         num_bytes += read
         while views and read >= len(views[0]):
             read -= len(views.pop(0))
@@ -151,13 +159,13 @@ def _fill(file: int, views: list[memoryview]) -> int:
 
 
 def make_folder(path: Location) -> None:
-    """Make a folder and its parents, unless it is there. An object store has none to make."""
+    """Make a local folder and its parents unless they exist; behind a URL, do nothing."""
     if isinstance(path, Path):
         path.mkdir(parents=True, exist_ok=True)
 
 
 def remove_folder(path: Location) -> None:
-    """Remove a folder with all that is in it."""
+    """Remove a folder with everything in it."""
     if isinstance(path, Path):
         shutil.rmtree(path)
     else:
@@ -165,7 +173,7 @@ def remove_folder(path: Location) -> None:
 
 
 def num_bytes(path: Location) -> int:
-    """Return the bytes of all files in a folder."""
+    """Return the total size of all files in a folder, in bytes."""
     if isinstance(path, Path):
         return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     return int(path.fs.du(path.path))

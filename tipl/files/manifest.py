@@ -1,9 +1,9 @@
 """The manifest of a folder that tipl wrote: size and SHA-256 of every file, checked whenever one of them is read.
 
-    manifest.json   {"format", "version", "files": {name: {"bytes", "sha256"}}, "sha256": that of "files"}
+    manifest.json   {"format", "version", "files": {name: {"bytes", "sha256"}}, "sha256": digest of "files"}
 
-A file that was damaged, cut, left out or taken from another folder is refused by name. What older versions of tipl
-wrote has no manifest: it is read, with a warning.
+A file that is damaged, truncated, missing or from another folder is refused, and the error names it. Folders that older
+versions of tipl wrote have no manifest; their files are read with a warning.
 """
 
 import hashlib
@@ -18,13 +18,13 @@ from tipl.files.sealed import UncheckedWarning, json_digest
 NAME = "manifest.json"
 FORMAT, VERSION = "tipl-manifest", 1
 DATA_SUFFIXES = (".json", ".safetensors")
-"""Of files that tipl reads: one that is not listed does not belong to the folder."""
+"""Suffixes of files that tipl reads: such a file that the manifest does not list is an error."""
 SUFFIXES = (*DATA_SUFFIXES, ".html", ".png")
-"""Of the files that a manifest lists. Others, such as notes of the user's and TensorBoard's events, are not covered."""
+"""Suffixes of files that a manifest lists. Others, such as the user's notes and TensorBoard's events, are ignored."""
 
 
 def write_manifest(folder: Path) -> None:
-    """List all files in `folder`, which is complete."""
+    """Write the manifest of `folder`, whose files must be complete."""
     files = {}
     for path in sorted(folder.iterdir()):
         if _is_covered(path):
@@ -34,16 +34,16 @@ def write_manifest(folder: Path) -> None:
 
 
 def read_listed(path: Path) -> bytes:
-    """Return what is in a file, which must be what its folder's manifest says.
+    """Return the contents of a file, checked against its folder's manifest.
 
-    Raises FileNotFoundError where there is no such file, and RuntimeError where it is not the one listed.
+    Raises FileNotFoundError where neither file nor entry exists, RuntimeError where the two do not agree.
     """
     files = _read_manifest(path.parent)
     return read_file(path, max_bytes=None) if files is None else _read_listed(path, files)
 
 
 def _read_listed(path: Path, files: dict[str, Any]) -> bytes:
-    """Return what is in a file of the folder that holds these `files`."""
+    """Return the contents of a file, checked against the entries of its folder's manifest, `files`."""
     if path.name not in files:
         if not path.exists():
             raise FileNotFoundError(f"{path} does not exist")
@@ -58,9 +58,9 @@ def _read_listed(path: Path, files: dict[str, Any]) -> bytes:
 
 
 def check_folder(folder: Path) -> bool:
-    """Return whether a folder has a manifest, as what an older tipl wrote has not, which is warned of.
+    """Check all files of a folder against its manifest; return False, with a warning, where an older tipl wrote none.
 
-    Raises RuntimeError where a file is not what it says, or a file of tipl's kinds is not listed.
+    Raises RuntimeError where a file differs from its entry, is missing, or has one of DATA_SUFFIXES and no entry.
     """
     problems = problems_in(folder)
     if problems:
@@ -69,7 +69,7 @@ def check_folder(folder: Path) -> bool:
 
 
 def problems_in(folder: Path) -> list[str]:
-    """Return what is wrong with the files of a folder, a line for each; none, with a warning, without a manifest."""
+    """Return one line for each faulty file of a folder; without a manifest, warn and return no lines."""
     try:
         files = _read_manifest(folder)
     except RuntimeError as error:
@@ -87,7 +87,7 @@ def problems_in(folder: Path) -> list[str]:
 
 
 def _read_manifest(folder: Path) -> dict[str, Any] | None:
-    """Return name -> size and hash of the folder's files, or None, with a warning, where an older tipl wrote it."""
+    """Return name -> entry of the folder's files, or None, with a warning, where there is no manifest."""
     path = folder / NAME
     if not path.exists():
         warnings.warn(UncheckedWarning(folder), stacklevel=1)
@@ -105,7 +105,7 @@ def _read_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def _entry(data: bytes) -> dict[str, Any]:
-    """Return what a manifest says of a file with this content."""
+    """Return the manifest's entry for a file with these contents."""
     return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 

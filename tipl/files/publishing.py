@@ -1,10 +1,10 @@
-"""Outputs: claimed by one process while they are made, made aside, and published whole.
+"""Outputs: claimed by one process, made under a temporary name, and renamed once they are complete.
 
-    .NAME.claim     locked by the process that makes NAME, and says which one that is; the lock ends with the process
-    .NAME.partial   NAME before it is complete: then it is renamed
+    .NAME.claim     locked by the process that makes NAME, and names that process; the lock ends with the process
+    .NAME.partial   NAME until it is complete
 
-So nothing stands at its place before it is complete, no command that was cut off is in the way of its own rerun, and of
-two that make the same output one is refused. Where the file system has no locks, a warning says so.
+So NAME never exists in part, a command that was interrupted can simply run again, and of two processes that make the
+same output one is refused. Where the file system has no locks, a warning says so.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from tipl.files.locations import Location, make_folder, naming
 from tipl.files.manifest import write_manifest
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EBADF)  # EBADF: a folder on NFS
-_LEFT_BEHIND = re.compile(r"\.(?P<name>.+)\.\d+\.partial")  # by `locations.written_aside`
+_LEFT_BEHIND = re.compile(r"\.(?P<name>.+)\.\d+\.partial")  # names that `locations.written_aside` gives
 
 
 class OutputInUse(RuntimeError):
@@ -33,17 +33,17 @@ class OutputInUse(RuntimeError):
 
 @contextlib.contextmanager
 def published(output: Path, command: str, *, manifest: bool = True, resumable: bool = False) -> Iterator[Path]:
-    """Give the name under which `command` makes `output`, a file or a folder, and publish that when all is well.
+    """Yield the temporary name under which `command` makes `output`, a file or a folder; on success, rename it.
 
-    A folder gets a manifest, unless the caller sees to its checksums. What a failure leaves is removed or, if
-    `resumable`, kept, and given to the next call.
+    A folder gets a manifest, unless `manifest` is False because its files have checksums of their own. After a failure
+    the partial output is removed or, if `resumable`, kept for the next call.
 
     Raises FileExistsError where `output` exists, OutputInUse where another process is making it.
     """
     refuse_existing(output, command)
     make_folder(output.parent)
     with claimed(output, command):
-        refuse_existing(output, command)  # another process may have been faster
+        refuse_existing(output, command)  # another process may have made it since the first check
         with made_aside(output, resumable=resumable) as aside:
             yield aside
             if manifest and aside.is_dir():
@@ -52,7 +52,7 @@ def published(output: Path, command: str, *, manifest: bool = True, resumable: b
 
 @contextlib.contextmanager
 def made_aside(output: Path, *, resumable: bool = False) -> Iterator[Path]:
-    """Give the name under which to make `output`, which this process has claimed, and rename it when all is well."""
+    """Yield the temporary name under which to make `output`, which this process has claimed; on success, rename it."""
     aside = output.with_name(f".{output.name}.partial")
     if resumable:
         remove_left_behind(aside)
@@ -76,7 +76,7 @@ def refuse_existing(output: Location, command: str) -> None:
 
 
 def remove_dead_claim(output: Location) -> None:
-    """Remove the claim of a process that died when it had published `output`."""
+    """Remove the claim file of a process that died after publishing `output`."""
     if isinstance(output, Path) and _claim_of(output).exists():
         with contextlib.suppress(OSError, OutputInUse), claimed(output, "this one"):
             pass
@@ -84,9 +84,9 @@ def remove_dead_claim(output: Location) -> None:
 
 @contextlib.contextmanager
 def claimed(output: Location, command: str) -> Iterator[None]:
-    """Keep all other processes from making `output` as long as the context lasts; behind a URL nothing can.
+    """Keep other processes from making `output` as long as the context lasts. Behind a URL this has no effect.
 
-    Raises OutputInUse, which says who has it, where another process has claimed it.
+    Raises OutputInUse, which names the other process, where one has claimed it.
     """
     if not isinstance(output, Path):
         yield
@@ -95,14 +95,14 @@ def claimed(output: Location, command: str) -> Iterator[None]:
     path = _claim_of(output)
     file = _locked_file(path, output, command)
     try:
-        with contextlib.suppress(OSError):  # on a full disk a claim names nobody, and is one all the same
+        with contextlib.suppress(OSError):  # on a full disk the claim is valid, but names no process
             os.ftruncate(file, 0)
             os.write(file, json.dumps({"pid": os.getpid(), "host": platform.node(), "command": command}).encode())
             remove_left_behind(output.parent, output.name)
         yield
     finally:
         with contextlib.suppress(OSError):
-            path.unlink()  # before the lock is given up: nobody can have the file
+            path.unlink()  # while the lock is still held, so that no other process can have claimed this file
         with contextlib.suppress(OSError):
             os.close(file)
 
@@ -131,16 +131,16 @@ def _locked_file(path: Path, output: Path, command: str) -> int:
         except BaseException:
             os.close(file)
             raise
-        os.close(file)  # the claim was given up, and its file removed, between opening and locking
+        os.close(file)  # between opening and locking, the claim ended and its file was removed: try again
 
 
 def lock(file: int, kind: int, output: Path) -> bool:
-    """Lock an open file, shared or exclusive, and return True; where nothing can be locked, warn and return False.
+    """Lock an open file, shared or exclusive, and return True; where the file system has no locks, warn, return False.
 
-    Raises BlockingIOError where another one has it.
+    Raises BlockingIOError where another process holds the lock.
     """
     try:
-        fcntl.flock(file, kind | fcntl.LOCK_NB)  # dropped by the system if the process dies
+        fcntl.flock(file, kind | fcntl.LOCK_NB)  # the system releases it if the process dies
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
@@ -153,7 +153,7 @@ def lock(file: int, kind: int, output: Path) -> bool:
 
 
 def _holder(file: int) -> str:
-    """Return who has the claim; it says so some moments after it was locked."""
+    """Return the process that holds the claim, in words. The claim names it shortly after it was locked."""
     for _ in range(50):
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
             owner = json.loads(os.pread(file, 4096, 0))
@@ -163,7 +163,7 @@ def _holder(file: int) -> str:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder, if it is there."""
+    """Remove a file or a folder, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -171,9 +171,9 @@ def remove(path: Path) -> None:
 
 
 def remove_left_behind(folder: Path, name: str | None = None) -> None:
-    """Remove half-written files that dead processes left in a folder, all or those of the output `name`.
+    """Remove half-written files of dead processes from a folder: all of them, or those of the output `name`.
 
-    This process must have claimed what they were to become.
+    This process must have claimed the outputs.
     """
     for path in folder.glob(".*.partial"):
         found = _LEFT_BEHIND.fullmatch(path.name)

@@ -1,4 +1,4 @@
-"""What is read from JSON is checked against the dataclass that describes it, before anything is made of it."""
+"""JSON is checked against the dataclass that describes it before it is used."""
 
 import dataclasses
 import functools
@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 def parse_json(data: bytes, path: Location) -> dict[str, Any]:
-    """Return the JSON object in `data`. Raises RuntimeError where there is none."""
+    """Return the JSON object in `data`. Raises RuntimeError, naming `path`, where it is not one."""
     try:
         document = json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -24,11 +24,11 @@ def parse_json(data: bytes, path: Location) -> dict[str, Any]:
 
 
 def parse(kind: type[T], document: dict[str, Any], path: Location, *, more: bool = False) -> T:
-    """Return the dataclass `kind` that `document`, of plain JSON, describes.
+    """Return an instance of the dataclass `kind` with the fields in `document`, plain JSON read from `path`.
 
-    Fields that the dataclass lacks are refused; with `more` the document itself, but nothing in it, may have some.
+    Unknown fields are refused; with `more`, unknown fields at the top level are ignored.
 
-    Raises RuntimeError with the path, the first field that is wrong, what was expected and what was found.
+    Raises RuntimeError with the path, the first wrong field, what was expected and what was found.
     """
     try:
         adapter: pydantic.TypeAdapter[T] = _adapter(kind)  # type: ignore[arg-type]

@@ -1,6 +1,6 @@
-"""Files that stand alone and hold their own checksum: safetensors with metadata, and JSON documents.
+"""Single files that contain their own checksum: safetensors with metadata, and JSON documents.
 
-Equal contents are equal bytes: safetensors's own order of metadata is random.
+Equal contents give equal bytes, which safetensors alone does not ensure: it writes metadata in random order.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ Arrays = dict[str, NDArray[Any]]
 
 
 class UncheckedWarning(UserWarning):
-    """An older tipl wrote a file or a folder, without a checksum: damage in it cannot be found."""
+    """A file or folder has no checksum, because an older tipl wrote it: damage in it cannot be found."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(f"{path} has no checksum (an older tipl wrote it): damage in it cannot be found")
@@ -35,9 +35,9 @@ def save_arrays(path: Path, arrays: Mapping[str, NDArray[Any]], record: Mapping[
 
 
 def load_arrays(path: Path, owner: str) -> tuple[Arrays, dict[str, Any]]:
-    """Return the arrays and the record of a file that `save_arrays` wrote; `owner` begins the text of errors.
+    """Return the arrays and the record of a file that `save_arrays` wrote; error texts begin with `owner`.
 
-    A file without a checksum, of an older tipl, is read with a warning. Raises FileNotFoundError, and RuntimeError
+    A file without a checksum, written by an older tipl, is read with a warning. Raises FileNotFoundError; RuntimeError
     where the file is damaged.
     """
     try:
@@ -55,7 +55,7 @@ def load_arrays(path: Path, owner: str) -> tuple[Arrays, dict[str, Any]]:
 
 
 def parse_safetensors(data: bytes) -> tuple[Arrays, dict[str, str]]:
-    """Return arrays and metadata of the bytes of a safetensors file. Raises ValueError where they are none."""
+    """Return arrays and metadata from the bytes of a safetensors file. Raises ValueError where they are not one."""
     try:
         arrays = safetensors.numpy.load(data)
         length = int.from_bytes(data[:8], "little")
@@ -66,7 +66,7 @@ def parse_safetensors(data: bytes) -> tuple[Arrays, dict[str, str]]:
 
 
 def sorted_metadata(data: bytes) -> bytes:
-    """Return the bytes of a safetensors file with its metadata in order, so that equal files are equal bytes."""
+    """Return the bytes of a safetensors file with its metadata sorted, so that equal contents give equal bytes."""
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
     if "__metadata__" in header:
@@ -82,10 +82,10 @@ def save_json(path: Path, document: Mapping[str, Any]) -> None:
 
 
 def load_json(path: Path, owner: str) -> dict[str, Any]:
-    """Return the object that `save_json` wrote, without its checksum; `owner` begins the text of errors.
+    """Return the object that `save_json` wrote, without its checksum; error texts begin with `owner`.
 
-    One without a checksum, of an older tipl, is read with a warning. Raises FileNotFoundError, and RuntimeError where
-    it is damaged.
+    A file without a checksum, written by an older tipl, is read with a warning. Raises FileNotFoundError; RuntimeError
+    where it is damaged.
     """
     try:
         document = json.loads(read_file(path))
@@ -110,5 +110,5 @@ def _digest(text: str, arrays: Mapping[str, NDArray[Any]]) -> str:
 
 
 def json_digest(document: Mapping[str, Any]) -> str:
-    """Return the SHA-256 of plain JSON, whatever the order of its entries."""
+    """Return the SHA-256 of plain JSON; the order of its entries does not matter."""
     return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()

@@ -1,8 +1,8 @@
-"""The order and the env steps of a run's checkpoint files: from the numbers in their names and what the files say.
+"""The order and the env steps of a run's checkpoint files, from the numbers in their names and the files' contents.
 
-Names are told apart at their numbers: rl_model_100_steps.zip and rl_model_200_steps.zip differ in one, which is the
-step. Names that differ in several numbers, in their words, or in the number behind "seed" may be of several runs, and
-are refused, until the caller says with a pattern which number it is.
+rl_model_100_steps.zip and rl_model_200_steps.zip differ in one number, which is the step. Names that differ in several
+numbers, in their words, or in the number after "seed" may belong to several runs, and are refused unless the caller
+says with a pattern which number is the step.
 """
 
 import itertools
@@ -22,10 +22,11 @@ _STEP_BEFORE, _STEP_BEHIND = (
 
 
 def in_order(run: str, paths: Sequence[Path], step_pattern: str | None = None) -> tuple[list[Path], list[int] | None]:
-    """Return the files in the order of the steps in their names, and those steps.
+    """Return the files ordered by the steps in their names, and those steps.
 
-    Without numbers in the names, the files as they come, and None. `step_pattern` is searched in each name, its group,
-    or else the whole, being the step. Raises ValueError where it is not clear which number is the step.
+    If the names hold no numbers, return the files as given, and None. `step_pattern` is a regular expression searched
+    in each name; its group, or without one the whole match, is the step. Raises ValueError where it is not clear which
+    number is the step.
     """
     texts = _matched(run, paths, step_pattern) if step_pattern is not None else _steps_in_names(run, paths)
     if texts is None:
@@ -48,11 +49,11 @@ def in_order(run: str, paths: Sequence[Path], step_pattern: str | None = None) -
 def chosen_steps(
     paths: Sequence[Path], named: Sequence[int] | None, said: Sequence[int | None], *, said_by: str, is_unit: bool
 ) -> tuple[list[int], str]:
-    """Return the env steps of files in order, and a note where names and files differ, or neither says it.
+    """Return the env steps of `paths`, which are in order, and a note if names and files disagree or both are silent.
 
-    `named` are the numbers in the names, `said` those in the files, under the name `said_by`. `is_unit`: the files'
-    count env steps, and names may be of something else; otherwise both count the same. Raises ValueError where neither
-    grows from file to file.
+    `named` are the numbers in the names, `said` those in the files, which store them as `said_by`. With `is_unit`, the
+    files are known to count env steps and are preferred if they grow; otherwise the names are preferred. Raises
+    ValueError where the step of a single file is not clear, or the files' steps are all there is and do not grow.
     """
     known = [step for step in said if step is not None]
     if len(known) < len(paths):
@@ -86,7 +87,7 @@ def _range(steps: Sequence[int]) -> str:
 
 
 def _matched(run: str, paths: Sequence[Path], pattern: str) -> list[str]:
-    """Return what the pattern finds in each name."""
+    """Return the text of the step that the pattern finds in each name."""
     try:
         step = re.compile(pattern)
     except re.error as error:
@@ -101,7 +102,7 @@ def _matched(run: str, paths: Sequence[Path], pattern: str) -> list[str]:
 
 
 def _steps_in_names(run: str, paths: Sequence[Path]) -> list[str] | None:
-    """Return the number in each name that is the step, None where the names hold none."""
+    """Return the number in each name that is the step, or None where the names hold no numbers."""
     if len(paths) == 1:
         words, numbers = _split(_ENV_ID.sub("", paths[0].stem))
         marked = [number for i, number in enumerate(numbers) if _is_marked(words, i)]
@@ -135,7 +136,7 @@ def _steps_in_names(run: str, paths: Sequence[Path]) -> list[str] | None:
 
 
 def _split(stem: str) -> tuple[list[str], list[str]]:
-    """Return the words before, between and behind the numbers of a name, and the numbers."""
+    """Return the words before, between and after the numbers of a name, and the numbers."""
     return _NUMBER.split(stem), _NUMBER.findall(stem)
 
 

@@ -1,4 +1,4 @@
-"""Export: flat weights, of a forecast or a store, back into a checkpoint file of the user's library."""
+"""Export: flat weights of a forecast or a store, written as a checkpoint file of the user's library."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,22 +28,22 @@ def export_checkpoint(
 ) -> Path:
     """Write flat weights as a checkpoint file of the same kind as the file `like`, and return its path, `output`.
 
-    The actor's tensors are replaced; all else is as in `like`: critics, target networks, optimiser, settings. A zip of
-    Stable-Baselines3 loads with `PPO.load` and so on.
+    The actor's tensors are replaced; critics, target networks, optimiser and settings stay as in `like`. A zip of
+    Stable-Baselines3 loads with `PPO.load` and the like.
 
     Args:
-        weights: a forecast that `tipl rollout` wrote, a store, or weights (p,) float32, such as a row of
-            `tipl.rollout`'s.
-        like: a checkpoint file of a policy of the same layout, best one of the run that was forecast.
-        checkpoint: its index in the path, as in the forecast's `checkpoint`; by default the last one.
-        trial: of a store.
-        actor: the beginning of the actor's keys in `like`, or several, where it holds more networks and the weights do
-            not know their own.
-        max_bytes: of `like`, as in `import_checkpoints`.
+        weights: a forecast that `tipl rollout` wrote, a store, or weights (p,) float32, such as one row of the result
+            of `tipl.rollout`.
+        like: a checkpoint file of a policy with the same layout, best from the run that was forecast.
+        checkpoint: index of the checkpoint in the path, as in the forecast's `checkpoint`; by default the last one.
+        trial: index of the trial, if `weights` is a store.
+        actor: the prefix of the actor's keys in `like`, or several prefixes; needed where `like` holds other networks
+            too and `weights` has no record of its actor's keys.
+        max_bytes: limit for `like`, as in `import_checkpoints`.
 
     Raises FileExistsError where `output` exists; OutputInUse where another process is making it; FileNotFoundError;
-    ValueError where the layouts differ, the checkpoint is not there or the weights are not finite; TypeError where they
-    are not float32; RuntimeError where a file is damaged.
+    ValueError where the layouts differ, the checkpoint does not exist or the weights are not finite; TypeError where
+    they are not float32; RuntimeError where a file is damaged.
     """
     output = Path(output)
     with published(output, "export") as aside:
@@ -87,12 +87,12 @@ def _exported(
 
 
 def layout_record(store: Store) -> dict[str, Any]:
-    """Return what a forecast made from the store must say, so that it can be written back, plain JSON."""
+    """Return the record, plain JSON, that a forecast from this store must carry so that it can be exported."""
     return {"policy": store.policy.to_dict(), "source": store.config.get("source")}
 
 
 def _forecast_row(path: Path, checkpoint: int | None) -> tuple[NDArray[np.float32], dict[str, Any]]:
-    """Return a row of a forecast that `tipl rollout` wrote, and what it says of the layout."""
+    """Return one row of a forecast that `tipl rollout` wrote, and its record of the layout."""
     if not path.is_file():
         raise FileNotFoundError(f"export: there is no forecast and no store {shown(path)}")
     arrays, record = load_arrays(path, "export")
@@ -110,7 +110,7 @@ def _forecast_row(path: Path, checkpoint: int | None) -> tuple[NDArray[np.float3
 
 
 def _layout_and_actor(record: dict[str, Any]) -> tuple[Layout | None, Actor | None]:
-    """Return what a forecast or a store says of the weights: their layout, and where they lay in the files imported."""
+    """Return the weights' layout and, where they were imported, the actor in the files they came from; else None."""
     imported = (record.get("source") or {}).get("actor")
     return (
         layout_from_dict(record["policy"]) if "policy" in record else None,
@@ -121,23 +121,21 @@ def _layout_and_actor(record: dict[str, Any]) -> tuple[Layout | None, Actor | No
 def _actor_of_template(
     template: CheckpointFile, like: Path, record: dict[str, Any], num_params: int, keys: str | Sequence[str] | None
 ) -> Actor:
-    """Return where the weights go in the template: as its own keys say, or as they lay in the files imported."""
+    """Return the actor in the template: found by the template's keys, or as recorded when the weights were imported."""
     policy, known = _layout_and_actor(record)
     activation = policy.activation if isinstance(policy, PolicySpec) else None
     fits = known is not None and known.fits(template.state) and template.activation in (None, activation)
     try:
         found = find_actor_in(like, template, activation, keys)
     except ValueError:
-        if (
-            known is not None and fits and keys is None
-        ):  # the template holds more: which part it is was said at the import
-            return known
+        if known is not None and fits and keys is None:
+            return known  # the template holds other networks too; the import recorded which one is the actor
         raise
     if policy is None and found.policy.num_params != num_params:
         raise ValueError(f"{shown(like)} holds an actor of {found.policy.num_params} parameters, got {num_params}")
     difference = "" if policy is None else differences(policy, found.policy)
     if not difference:
         return found
-    if known is not None and fits and keys is None:  # the same, where a recorder was given a part of a policy
-        return known
+    if known is not None and fits and keys is None:
+        return known  # the recorder was given a part of the policy that the template holds
     raise ValueError(f"{shown(like)} does not fit the weights: {difference}")

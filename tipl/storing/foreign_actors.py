@@ -1,20 +1,20 @@
-"""From another library's parameters to a row of flat weights and back: which are the actor's, and where each goes.
+"""Which parameters in another library's state are the actor's, and their conversion to flat weights and back.
 
-A state is what `torch.nn.Module.state_dict()` returns: key -> tensor. Its *actor* is every floating-point tensor but
-the critics' and the target networks', and a tensor that two keys share counts once. Where the actor is an MLP with a
-free Gaussian of Stable-Baselines3 (PPO, A2C), CleanRL or rsl_rl, it goes into the layout of a `PolicySpec`, so that the
-simulator can run it; any other keeps its own names, order and shapes, a `ParameterLayout`. Rows are float32: float64
-parameters are rounded.
+A state is what `torch.nn.Module.state_dict()` returns: key -> tensor. Its *actor* is every floating-point tensor except
+those of critics and target networks; a tensor under two keys counts once. Where the actor is an MLP with a Gaussian
+whose log_std is a parameter, from Stable-Baselines3 (PPO, A2C), CleanRL or rsl_rl, it gets the layout of a
+`PolicySpec`, so that the simulator can run it. Any other actor keeps its names, order and shapes, as a
+`ParameterLayout`. Rows are float32; float64 parameters are rounded.
 
-Nothing is guessed. Where a state holds what may be another network's (critics behind a prefix, a second policy, more
-beside a library's actor), or tensors that no row can hold (sparse, complex, integer weights), it is refused, until the
-caller says with the beginnings of its keys which part is the actor.
+Nothing is guessed. A state is refused if some of its tensors may belong to another network (critics under an unknown
+prefix, a second policy, tensors besides those of a library's actor), until the caller gives the prefixes of the
+actor's keys. It is also refused if the actor has tensors that no row can hold (sparse, complex, integer weights).
 
 rsl_rl normalises observations inside the actor, (obs - mean) / (std + 0.01). The row holds the first layer with that
-folded in, W / (std + 0.01) and b - W mean / (std + 0.01), so that a checkpoint is whole by itself and its path is one
-of weights alone. Writing a row into a state takes that state's own mean and std out again. rsl_rl's `std` becomes
-log_std. Both are computed in float64 and rounded once, so that a state comes back to within rounding; all else to the
-bit.
+folded in, W / (std + 0.01) and b - W mean / (std + 0.01), so that each checkpoint is complete and its path consists of
+weights alone. Writing a row into a state divides out that state's own mean and std again. rsl_rl's `std` becomes
+log_std. Both are computed in float64 and rounded once, so that a state is recovered to within rounding; everything else
+is recovered exactly.
 """
 
 import dataclasses
@@ -38,13 +38,13 @@ _NOT_THE_ACTORS = re.compile(
     r"([^.]*_)?critics?\d*(_[^.]*)?(\.|$)|value_net\.|vf_features_extractor\.|mlp_extractor\.value_net\.|memory_c\."
     r"|[^.]*_target\."
 )
-"""Beginnings of the keys of critics and target networks, as the libraries name them."""
+"""Prefixes of the keys of critics and target networks, as the libraries name them."""
 
 _Q_NETWORK = r"[qv]_?(nets?|networks?|func|head)|[qv]f|quantile_net"
 _MAYBE_ANOTHERS = re.compile(
     rf"([^.]*_)?(critics?|values?|baseline|teacher|targets?|old|ema|discriminator|{_Q_NETWORK})\d*(_[^.]*)?|q\d+"
 )
-"""Parts of keys between dots, anywhere, that name a network which may be another than the actor."""
+"""Parts of keys, between dots, that may name a network other than the actor."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,17 +55,17 @@ class _Family:
     log_std: str
     hidden: str
     head: str | None = None
-    """None where the head is the last of the hidden ones."""
+    """None where the head is numbered like the hidden layers, after the last of them."""
     activation: str = "tanh"
     """The library's default."""
     std_is_log: bool = True
     normalisers: tuple[str, ...] = ()
-    """Beginnings of the keys of an observation normaliser, any of which may be there."""
+    """Possible prefixes of an observation normaliser's keys."""
     encoders: tuple[str, ...] = ()
-    """Beginnings of the keys of what may lie before the MLP; the actor is of kind "other" then."""
+    """Prefixes of keys of networks that may precede the MLP; with one, the actor is of kind "other"."""
 
 
-_OLD_NORMALISERS = ("actor_obs_normalizer.", "obs_norm_state_dict.")  # of rsl_rl 3 and 2
+_OLD_NORMALISERS = ("actor_obs_normalizer.", "obs_norm_state_dict.")  # rsl_rl 3 and rsl_rl 2
 _SB3_ENCODERS = ("features_extractor.", "pi_features_extractor.", "lstm_actor.", "mlp_extractor.shared_net.")
 _FAMILIES = (
     _Family("sb3", "log_std", "mlp_extractor.policy_net.", "action_net.", encoders=_SB3_ENCODERS),
@@ -79,22 +79,22 @@ _FAMILIES = (
 
 @dataclasses.dataclass(frozen=True)
 class Actor:
-    """Where the parameters of an actor lie in states of one kind, and where in a row of p flat weights."""
+    """An actor's keys in states of one kind, and the layout of its p flat weights."""
 
     kind: str
-    """sb3, cleanrl or rsl_rl where `policy` is a PolicySpec, else other."""
+    """"sb3", "cleanrl" or "rsl_rl" where `policy` is a PolicySpec, else "other"."""
     policy: Layout
     keys: tuple[str, ...]
-    """The key in a state of each parameter of `policy`, in its order."""
+    """The key of each parameter of `policy`, in the order of the layout."""
     std_is_log: bool = True
     """False where the state holds the standard deviation and the row its logarithm."""
     normaliser: str = ""
-    """Beginning of the keys of the observation normaliser that is folded into the first layer; "" for none."""
+    """Prefix of the keys of the observation normaliser that is folded into the first layer; "" for none."""
 
     def flatten(self, state: State) -> NDArray[np.float32]:
-        """Return the actor's flat weights (p,), a copy.
+        """Return a copy of the actor's flat weights, (p,).
 
-        Raises ValueError where the state lacks a parameter, or one has another shape or holds NaN or Inf.
+        Raises ValueError where a parameter is missing, has another shape, or holds NaN or Inf.
         """
         parts = [_float32(key, tensor) for key, tensor in zip(self.keys, self._find(state), strict=True)]
         if not self.std_is_log:
@@ -111,9 +111,9 @@ class Actor:
         return torch.cat(parts).numpy()
 
     def write(self, weights: NDArray[np.float32], state: State) -> None:
-        """Write flat weights (p,) into the actor's tensors of `state`, in place; nothing else is touched.
+        """Write flat weights (p,) into the actor's tensors in `state`, in place; other tensors are not changed.
 
-        Raises ValueError where the state lacks a parameter, or one has another shape or cannot hold its weights.
+        Raises ValueError where a parameter is missing, has another shape, or has a dtype that cannot hold the weights.
         """
         targets = self._find(state)
         parts = list(self.policy.unflatten(torch.tensor(weights)).values())
@@ -130,7 +130,7 @@ class Actor:
                     raise ValueError(f"{shown(key)} is {target.dtype}, which cannot hold {float(part.abs().max()):g}")
 
     def fits(self, state: State) -> bool:
-        """Return whether `state` has all the actor's parameters, in their shapes."""
+        """Return whether `state` has all parameters of the actor, with the right shapes."""
         try:
             return bool(self._find(state))
         except ValueError:
@@ -141,17 +141,17 @@ class Actor:
         for key, (name, shape) in zip(self.keys, self.policy.shapes.items(), strict=True):
             if key not in state:
                 raise ValueError(f"{shown(key)} ({shown(name)} of the policy) is missing")
-            if tuple(state[key].shape) not in (shape, (1, *shape)):  # CleanRL's log std is a matrix of one row
+            if tuple(state[key].shape) not in (shape, (1, *shape)):  # CleanRL's log_std is a matrix with one row
                 raise ValueError(f"{shown(key)} must have shape {shape}, got {tuple(state[key].shape)}")
         return [state[key] for key in self.keys]
 
     def _statistics(self, state: State) -> tuple[Tensor, Tensor]:
-        """Return the normaliser's mean and divisor, (obs_dim,) float64."""
+        """Return the mean that the normaliser subtracts and the number it divides by, (obs_dim,) float64 each."""
         keys = [f"{self.normaliser}{name}" for name in ("_mean", "_std")]
         obs_dim = state[self.keys[1]].shape[1]
         for key in keys:
             if key not in state or state[key].numel() != obs_dim:
-                raise ValueError(f"{key}, of the observation normaliser, must be there with {obs_dim} numbers")
+                raise ValueError(f"{key}, of the observation normaliser, must exist with {obs_dim} numbers")
         mean, std = (_float32(key, state[key]).double() for key in keys)
         if (std < 0).any():
             raise ValueError(f"{shown(keys[1])} must not be negative, got {float(std.min()):g}")
@@ -175,13 +175,14 @@ class Actor:
 def find_actor(state: State, activation: str | None = None, actor: str | Sequence[str] | None = None) -> Actor:
     """Return the actor in `state`, a dict of tensors.
 
-    No state says which activation lies between the layers: `activation` does, by default that of the library which the
-    names are from. `actor` is the beginning of the actor's keys, or several; "" takes all but the critics'. Raises
-    ValueError where no tensor of an actor is there, one cannot go into a row, or it is not clear which are the actor's.
+    No state says which activation lies between the layers: `activation` does, by default that of the library whose
+    names the keys have. `actor` is the prefix of the actor's keys, or several; "" takes all tensors but the critics'.
+    Raises ValueError where there is no tensor of an actor, one cannot go into a row, or it is not clear which tensors
+    are the actor's.
     """
     prefixes = (actor,) if isinstance(actor, str) else ("",) if actor is None else tuple(actor)
     root = prefixes[0] if len(prefixes) == 1 else ""
-    places: dict[str, Tensor] = {}  # by the key without the root, as the libraries name it
+    places: dict[str, Tensor] = {}  # by the key without the root, which is the library's name
     seen = set()
     for key, tensor in state.items():
         name = key[len(root) :]
@@ -208,13 +209,13 @@ def find_actor(state: State, activation: str | None = None, actor: str | Sequenc
 
 
 def how_to_choose(keys: Iterable[str]) -> str:
-    """Return, as the end of a message, how the caller says which of these keys are the actor's."""
+    """Return the end of a message that tells the caller how to choose the actor's keys among these."""
     groups = dict.fromkeys(key[: key.find(".") + 1] or key for key in keys)
     return f'choose with actor the beginnings of its keys, some of {_some(groups)}, or "" for all but the critics\''
 
 
 def shown(name: object) -> str:
-    """Return a foreign name as it may stand in a message: one line, not long, with nothing that a terminal obeys."""
+    """Return a name from a file so that a message may contain it: one line, shortened, without control characters."""
     text = str(name)
     text = text if len(text) <= 1000 else f"{text[:1000]}..."
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
@@ -238,7 +239,7 @@ def differences(one: Layout, other: Layout) -> str:
 
 
 def _match(family: _Family, shapes: Mapping[str, tuple[int, ...]], activation: str | None) -> Actor | None:
-    """Return the actor if all of `shapes` are parameters of an MLP as the family names them."""
+    """Return the actor if `shapes` are exactly the parameters of an MLP as the family names them, else None."""
     layers, keys = _layers(family, shapes)
     normaliser = next((prefix for prefix in family.normalisers if f"{prefix}_mean" in shapes), "")
     if {key for key in shapes if not (normaliser and key.startswith(normaliser))} != set(keys) or not layers:
@@ -256,7 +257,7 @@ def _match(family: _Family, shapes: Mapping[str, tuple[int, ...]], activation: s
 
 
 def _layers(family: _Family, shapes: Mapping[str, tuple[int, ...]]) -> tuple[list[str], tuple[str, ...]]:
-    """Return the beginnings of the layers' keys, and all keys that the actor has, in the order of a PolicySpec."""
+    """Return the prefixes of the layers' keys, and all keys of the actor in the order of a PolicySpec."""
     layers: list[str] = []
     while f"{family.hidden}{2 * len(layers)}.weight" in shapes:
         layers.append(f"{family.hidden}{2 * len(layers)}.")
@@ -265,7 +266,7 @@ def _layers(family: _Family, shapes: Mapping[str, tuple[int, ...]]) -> tuple[lis
 
 
 def _doubt(shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """Return why it is not clear that all of `shapes` are one actor's, or "" where nothing speaks against it."""
+    """Return in words why some of `shapes` may not be the actor's, or "" where there is no reason to doubt it."""
     parts = {part for key in shapes for part in key.split(".")}
     others = [
         key
@@ -274,7 +275,8 @@ def _doubt(shapes: Mapping[str, tuple[int, ...]]) -> str:
             _MAYBE_ANOTHERS.fullmatch(it) and it.replace("value", "key") not in parts - {it} for it in key.split(".")
         )
     ]
-    if others and not all(re.match(rf"({_Q_NETWORK})\d*\.", key) for key in shapes):  # DQN has nothing else
+    is_dqn = all(re.match(rf"({_Q_NETWORK})\d*\.", key) for key in shapes)  # its Q network is its policy
+    if others and not is_dqn:
         return f"{_some(others)} may be a critic's or another network's"
     for family in _FAMILIES:
         layers, keys = _layers(family, shapes)
@@ -286,9 +288,9 @@ def _doubt(shapes: Mapping[str, tuple[int, ...]]) -> str:
 
 
 def _twins(shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """Return which two networks of equal shapes lie beside each other, or "" for none.
+    """Return in words which two networks have equal shapes, or "" for none.
 
-    Blocks of one network are equal too, but each of them takes as many inputs as it has outputs.
+    Repeated blocks of one network have equal shapes too, but a block has as many inputs as outputs.
     """
     keys = [key.split(".") for key in shapes]
     while len({key[0] for key in keys}) == 1 and all(len(key) > 1 for key in keys):
@@ -306,12 +308,12 @@ def _twins(shapes: Mapping[str, tuple[int, ...]]) -> str:
 
 
 def _is_parameter(key: str, tensor: Tensor) -> bool:
-    """Return whether a tensor goes into a row. Raises ValueError where it should, but cannot."""
+    """Return whether a tensor belongs in a row. Raises ValueError where it does but a row cannot hold it."""
     name, shape = shown(key), tuple(tensor.shape)
     if not tensor.is_floating_point():
         if tensor.is_complex() or tensor.is_quantized or key.endswith(("weight", "bias")):
             raise ValueError(f"{name} is {tensor.dtype}: a row holds real floating-point numbers only")
-        return False  # counters, masks
+        return False  # a counter or a mask
     if tensor.layout != torch.strided:
         raise ValueError(f"{name} is sparse ({tensor.layout}): save it with .to_dense()")
     if tensor.is_meta:
@@ -320,12 +322,12 @@ def _is_parameter(key: str, tensor: Tensor) -> bool:
         tensor.numel()
         and 1 + sum((n - 1) * step for n, step in zip(shape, tensor.stride(), strict=True)) < tensor.numel()
     ):
-        raise ValueError(f"{name} shows fewer numbers than its shape {shape} has, again and again: save its .clone()")
+        raise ValueError(f"{name} repeats its memory: it has fewer numbers than its shape {shape}; save its .clone()")
     return tensor.numel() > 0
 
 
 def _check_apart(tensors: Mapping[str, Tensor]) -> None:
-    """Raise ValueError where two tensors that are not equal share memory: what is written to one would change both."""
+    """Raise ValueError where two tensors that are not equal share memory: writing to one would change both."""
     spans = []
     for name, tensor in tensors.items():
         last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))

@@ -2,11 +2,11 @@
 
     Stable-Baselines3   .zip with a member policy.pth; its member `data` holds pickles, which are never decoded
     safetensors         key -> tensor
-    torch.save          of a state_dict (CleanRL, plain), of (actor's state_dict, ...) as CleanRL's SAC and TD3 save, or
-                        of a dict with one under model_state_dict, actor_state_dict (rsl_rl) or state_dict
+    torch.save          a state_dict (CleanRL, plain), a tuple (actor's state_dict, ...) as CleanRL's SAC and TD3 save,
+                        or a dict with a state_dict under model_state_dict, actor_state_dict (rsl_rl) or state_dict
 
-torch files are loaded with weights_only=True and nothing else: a file that needs more is refused. A file is read once,
-whole, into memory, and refused if it changes meanwhile. What it declares is bounded before anything is made of it
+torch files are loaded with weights_only=True; a file that needs more is refused. A file is read whole into memory, and
+refused if it changes meanwhile. The sizes and objects that it declares are limited before any are made
 (`torch_files.py`).
 """
 
@@ -27,6 +27,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from tipl.files.locations import read_file
 from tipl.files.sealed import sorted_metadata
 from tipl.storing.foreign_actors import Actor, find_actor, how_to_choose, shown
 from tipl.storing.torch_files import MAX_BYTES, NotReadableError, load_torch, open_zip
@@ -36,8 +37,8 @@ SUFFIXES = (".zip", ".cleanrl_model", ".pt", ".pth", ".safetensors")
 _SECTIONS = ("actor_state_dict", "model_state_dict", "state_dict")
 _POLICY = "policy.pth"
 _BESIDE_THE_STATE = re.compile(r".*(optim|critic|sched|scaler|rng).*|rnd_.*|(privileged_)?obs_norm_state_dict|infos")
-"""What else the libraries save beside a state, none of it the actor's."""
-_JSON_BYTES = 2**25  # of a safetensors file's header or SB3's settings, whose objects take up to 25 times as much
+"""Entries that the libraries save beside a state, none of them the actor's."""
+_JSON_BYTES = 2**25  # most bytes of a safetensors header or SB3's settings; parsed, these take up to 25 times as much
 _LIBRARIES = ("stable_baselines3.", "sb3_contrib.")
 
 VEC_NORMALIZE_NOTE = (
@@ -55,15 +56,15 @@ class CheckpointFile:
     env_steps: int | None = None
     """SB3's num_timesteps, or rsl_rl's iteration; None where the file does not say."""
     activation: str | None = None
-    """Where the file says it."""
+    """None where the file does not say."""
     doubt: str = ""
     """Why it is not clear which part of the file is the policy's state; `state` then holds all parts, as part.key."""
     own_class: str = ""
-    """The module of an SB3 policy's class where that is not SB3's: its default activation may be any."""
+    """The module of an SB3 policy's class if that is not one of SB3's; its default activation is then unknown."""
     note: str = ""
-    """What a reader of the weights must know."""
+    """What a user of the weights must know about them."""
     _content: Any = None
-    """What else it takes to write the file: the zip's bytes and policy.pth, the metadata, or what torch.load gave."""
+    """The rest of the file: a zip's bytes and its policy.pth, a safetensors file's metadata, or torch.load's result."""
 
     def to_bytes(self) -> bytes:
         """Return the file with the tensors as they are now and all else as it was read."""
@@ -80,13 +81,14 @@ class CheckpointFile:
 
 
 def read_checkpoint_file(path: str | Path, *, max_bytes: int | None = None) -> CheckpointFile:
-    """Return the checkpoint file at `path`; its contents decide what it is, not its name.
+    """Return the checkpoint file at `path`. Its format is recognised by its contents, not its name.
 
-    `max_bytes` of the file, and of what a zip unpacks to, are read; by default 1 GiB, and less of a zip that unpacks to
-    many times its size.
+    `max_bytes` limits the size of the file and the unpacked size of a zip; by default 1 GiB, and less for a zip that
+    unpacks to many times its size.
 
-    Raises FileNotFoundError where there is none; RuntimeError where it is damaged, holds no state, asks for too much,
-    changes while it is read, or could be loaded only by running code from it. OSError where it cannot be read.
+    Raises FileNotFoundError where `path` does not exist; RuntimeError where the file is damaged, holds no state, needs
+    too much memory, changes while it is read, or could be loaded only by running code from it; OSError where it cannot
+    be read.
     """
     path = Path(path)
     data = _read(path, MAX_BYTES if max_bytes is None else max_bytes)
@@ -105,7 +107,7 @@ def read_checkpoint_file(path: str | Path, *, max_bytes: int | None = None) -> C
             f"{shown(path)} is damaged, or holds more than tensors and plain values and was not loaded, because "
             f"loading it could run code: {_first_line(error)}"
         ) from error
-    except Exception as error:  # what zipfile, torch and safetensors raise on damaged files is no closed set
+    except Exception as error:  # zipfile, torch and safetensors raise many kinds of exception on damaged files
         raise RuntimeError(f"{shown(path)} is damaged: {type(error).__name__}: {_first_line(error)}") from error
 
 
@@ -115,9 +117,9 @@ def find_actor_in(
     activation: str | None = None,
     actor: str | Sequence[str] | None = None,
 ) -> Actor:
-    """Return the actor in a checkpoint file, as `find_actor` does; `activation` counts where the file does not say it.
+    """Return the actor in a checkpoint file, as `find_actor` does; `activation` is used where the file has none.
 
-    Raises ValueError, naming `path`, where there is none, or it is not clear which tensors or what activation it has.
+    Raises ValueError, naming `path`, where there is no actor, or its tensors or its activation are not clear.
     """
     try:
         if file.doubt and actor is None:
@@ -134,31 +136,23 @@ def find_actor_in(
 
 
 def _read(path: Path, max_bytes: int) -> bytes:
-    """Return the whole file. Waits for no other process, and takes no more memory than the file has bytes."""
+    """Return the contents of a regular file, as `read_file` does, with errors as `read_checkpoint_file` raises them."""
     try:
-        kind = os.stat(path).st_mode
+        found = os.stat(path)  # before opening, which may have an effect on a device
     except FileNotFoundError as error:
         raise FileNotFoundError(f"there is no checkpoint file {shown(path)}") from error
-    if not stat.S_ISREG(kind):
-        raise RuntimeError(f"{shown(path)} is no file but a {_kind(kind)}")
-    try:
-        # Not blocking: what was a file a moment ago may be a pipe now.
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-            before = os.fstat(file.fileno())
-            if before.st_size > max_bytes:
-                raise RuntimeError(
-                    f"{shown(path)} has {before.st_size:,} bytes, and was not read; max_bytes, {max_bytes:,} now, "
-                    "allows more"
-                )
-            data = file.read(before.st_size + 1)  # one more, to see whether it grows
-            after = os.fstat(file.fileno())
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
-    if len(data) != before.st_size or before.st_mtime_ns != after.st_mtime_ns:
+    if not stat.S_ISREG(found.st_mode):
+        raise RuntimeError(f"{shown(path)} is no file but a {_kind(found.st_mode)}")
+    if found.st_size > max_bytes:
         raise RuntimeError(
-            f"{shown(path)} changed while it was read: it had {before.st_size:,} bytes, then {len(data):,}"
+            f"{shown(path)} has {found.st_size:,} bytes, and was not read; max_bytes, {max_bytes:,} now, allows more"
         )
-    return data
+    try:
+        return read_file(path, max_bytes=max_bytes)
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        raise RuntimeError(shown(error)) from error
 
 
 def _kind(mode: int) -> str:
@@ -172,7 +166,7 @@ def _read_safetensors(data: bytes) -> CheckpointFile:
         raise NotReadableError(
             f"is damaged: its header says that it has {length:,} bytes, at most {_JSON_BYTES:,} are read"
         )
-    state = dict(sorted(safetensors.torch.load(data).items()))  # they come in any order
+    state = dict(sorted(safetensors.torch.load(data).items()))  # safetensors gives them in any order
     return CheckpointFile("safetensors", state, _content=json.loads(data[8 : 8 + length]).get("__metadata__"))
 
 
@@ -205,25 +199,28 @@ def _read_sb3(archive: zipfile.ZipFile, data: bytes, max_bytes: int | None) -> C
 
 
 def _named(setting: Any, name: str) -> str:
-    """Return an entry of one of SB3's settings as text, "" for none: it writes a class's name beside its pickle."""
+    """Return the entry `name` of one of SB3's settings as text, "" for none. SB3 writes class names beside pickles."""
     value = setting.get(name) if isinstance(setting, dict) else None
     return "" if value is None else str(value)
 
 
 def _activation(chosen: str) -> str:
-    """Return tanh for "<class 'torch.nn.modules.activation.Tanh'>" and so on; all else as it is, which never runs."""
+    """Return "tanh" for "<class 'torch.nn.modules.activation.Tanh'>" and so on, and any other text unchanged.
+
+    The simulator cannot run policies with those other activations.
+    """
     match = re.fullmatch(r"<class 'torch\.nn\.modules\.activation\.(\w+)'>", chosen)
     return match[1].lower() if match else chosen
 
 
 def _sb3_note(settings: Mapping[str, Any]) -> str:
     notes = []
-    if settings.get("_last_original_obs") is not None:  # it is there for VecNormalize alone
+    if settings.get("_last_original_obs") is not None:  # set by VecNormalize only
         notes.append(VEC_NORMALIZE_NOTE)
     extractor = _named(settings.get("policy_kwargs"), "features_extractor_class")
     if extractor and not extractor.startswith(tuple(f"<class '{library}" for library in _LIBRARIES)):
         notes.append(
-            f"observations pass a features extractor of the run's own, {shown(extractor)}, which is not run here"
+            f"observations pass through a features extractor of the run's own, {shown(extractor)}, not run here"
         )
     return "; ".join(notes)
 
@@ -236,7 +233,7 @@ def _read_torch(data: bytes, max_bytes: int | None, *, is_cleanrl: bool) -> Chec
 
 
 def _steps(value: Any, name: str) -> int | None:
-    """Return what a file says of its env steps or iteration, None where that is no int."""
+    """Return a file's env steps or iteration, None where the value is not an int."""
     if not isinstance(value, int) or isinstance(value, bool):
         return None
     if not 0 <= value < 2**63:
@@ -245,9 +242,10 @@ def _steps(value: Any, name: str) -> int | None:
 
 
 def _state(content: Any, *, is_cleanrl: bool) -> tuple[dict[str, Tensor], str]:
-    """Return the policy's state in what torch.load gave, the very tensors, and why it is not clear which that is.
+    """Return the policy's state in the result of torch.load (the tensors themselves), and any doubt about it.
 
-    Where it is clear, keys are those of the state_dict; where not, all states' keys are there, as part.key.
+    Without doubt, "", the keys are those of the state_dict. Otherwise the state has the tensors of all parts, with keys
+    part.key, and the doubt says in words why it is not clear which part is the policy's.
     """
     if is_cleanrl and isinstance(content, tuple) and content:
         content = content[0]  # CleanRL's SAC, TD3 and DDPG: (actor, critic, ...)
@@ -283,7 +281,7 @@ def _state(content: Any, *, is_cleanrl: bool) -> tuple[dict[str, Tensor], str]:
 
 
 def _nested(content: Any, name: str, seen: set[int], depth: int = 4) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors in dicts of dicts under name.key; a dict that comes again is not walked again."""
+    """Yield (name.key, tensor) for the tensors in nested dicts; a dict that occurs again is skipped."""
     if isinstance(content, Tensor):
         yield name, content
     elif isinstance(content, Mapping) and depth and id(content) not in seen:
@@ -293,12 +291,12 @@ def _nested(content: Any, name: str, seen: set[int], depth: int = 4) -> Iterator
 
 
 def _tensors(mapping: Mapping[Any, Any]) -> dict[str, Tensor]:
-    """Return the tensors that lie in a dict."""
+    """Return the values of a dict that are tensors."""
     return _by_name([(str(key), value) for key, value in mapping.items() if isinstance(value, Tensor)])
 
 
 def _by_name(tensors: Sequence[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """Return name -> tensor. Raises NotReadableError where two have one name, such as 0 and "0"."""
+    """Return name -> tensor. Raises NotReadableError where two have the same name, as keys 0 and "0" do."""
     named = dict(tensors)
     if len(named) < len(tensors):
         names = [name for name, _ in tensors]

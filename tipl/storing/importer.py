@@ -1,7 +1,7 @@
-"""Import: the user's own runs, checkpoint files of other libraries, into a store.
+"""Import: checkpoint files from the user's own runs with other libraries become a store.
 
-One folder of checkpoint files is one trial. What the files are and which tensor lies where in a row is kept in the
-store's config, under "source".
+One folder of checkpoint files is one trial. The store's config records under "source" the kind of the files and which
+tensor each part of a row came from.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from tipl.storing.foreign_actors import Actor, differences, shown
 from tipl.storing.foreign_files import SUFFIXES, VEC_NORMALIZE_NOTE, CheckpointFile, find_actor_in, read_checkpoint_file
 from tipl.storing.store import Store, Trial
 
-BLOCK_BYTES = 2**26  # of weights, read before they are appended together
+BLOCK_BYTES = 2**26  # of weights that are read and then appended together
 
 Rows = tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.float64]]  # (b, p), (b,), (b,)
 
@@ -37,36 +37,39 @@ def import_checkpoints(
     num_checkpoints: int | None = None,
     max_bytes: int | None = None,
 ) -> Store:
-    """Return a new store at `output` with the checkpoints of other libraries' runs, a trial a folder.
+    """Return a new store at `output` with the checkpoints of other libraries' runs, one trial per folder.
 
     Reads Stable-Baselines3's .zip (PPO, A2C, SAC, TD3, ...), CleanRL's .cleanrl_model, rsl_rl's model_*.pt, and
-    state_dicts in .safetensors, .pt and .pth; never with pickle. Which tensors are the actor's: `foreign_actors`. The
-    files of a folder are taken in the order of the steps in their names, the one number in which they differ; names
-    without numbers in their own order. `env_steps` is what the files say (SB3's num_timesteps, rsl_rl's iteration) if
-    that grows, or else those numbers, or else the index. Returns are in no such file: `episodic_return` is NaN. What a
-    reader must know (statistics that no file holds, an activation that was assumed) is the config's source["note"].
+    state_dicts in .safetensors, .pt and .pth; never with pickle. `foreign_actors` describes which tensors are the
+    actor's. The files of a folder are ordered by the step in their names, the one number in which the names differ;
+    names without numbers are sorted. `env_steps` are the files' own counts (SB3's num_timesteps, rsl_rl's iteration) if
+    these grow, otherwise the steps in the names, otherwise the index. The files hold no returns, so `episodic_return`
+    is NaN. The config's source["note"] says what a user must know, such as statistics that no file holds or an
+    activation that was assumed.
 
     Args:
-        sources: folders, one a trial; or files, together one trial; or stores (of `Recorder`, `tipl import`, ...), all
-            of whose trials are taken.
-        env_id: the Gymnasium id, which the files do not know; `tipl evaluate` needs it. By default that of the stores.
-        pattern: of the names to take in each folder, like "rl_model_*_steps.zip".
+        sources: folders, one for each trial; or files, which together are one trial; or stores (from `Recorder`,
+            `tipl import`, ...), from which all trials are taken.
+        env_id: the Gymnasium id, which the files do not hold; `tipl evaluate` needs it. By default that of the stores.
+        pattern: glob pattern of the file names to take in each folder, such as "rl_model_*_steps.zip".
         activation: between the layers, where the files do not say it: tanh, relu or elu. By default the library's own.
-        actor: the beginning of the actor's keys, or several, where files hold more networks; "" takes all but critics.
-        step_pattern: a regular expression whose group, or else the whole, is the step in a name; env_steps are these.
-        num_checkpoints: take the first so many of each trial; by default all, and all trials must hold equally many.
-        max_bytes: of each file and of what a zip unpacks to; by default 1 GiB, and for a zip less (`torch_files.py`).
+        actor: prefix of the actor's keys, or several, where files hold other networks too; "" takes all but critics.
+        step_pattern: a regular expression searched in each name; its group, or without one the whole match, is the
+            step, and env_steps are these.
+        num_checkpoints: take only the first so many of each trial; by default all, if all trials have equally many.
+        max_bytes: limit on each file's size and a zip's unpacked size; by default 1 GiB, for a zip less
+            (`torch_files.py`).
 
     Raises:
-        FileExistsError: `output` exists; nothing is touched.
-        FileNotFoundError: a source is not there or holds no checkpoint.
+        FileExistsError: `output` exists; it is not changed.
+        FileNotFoundError: a source does not exist or holds no checkpoint.
         ValueError: trials differ in layout or length, weights are not finite, or it is not clear which tensors are the
             actor's or which number is the step.
-        RuntimeError: a file is damaged, changes while it is read, asks for too much memory, or could be loaded only by
+        RuntimeError: a file is damaged, changes while it is read, needs too much memory, or could be loaded only by
             running code from it.
         OSError: a file cannot be read.
 
-    In every case nothing is left at `output`.
+    After any of these, except FileExistsError, there is nothing at `output`.
     """
     output = Path(output)
     refuse_existing(output, "import")
@@ -79,15 +82,7 @@ def import_checkpoints(
         raise ValueError(f"import: the stores are of several env_ids, {sorted(env_ids)}; pass one if they are the same")
     for run in runs[1:]:
         _check_equal(runs[0], run)
-    lengths = [run.num_checkpoints for run in runs]
-    wanted = lengths[0] if num_checkpoints is None else num_checkpoints
-    for run in runs:
-        if wanted < 1 or (run.num_checkpoints != wanted if num_checkpoints is None else run.num_checkpoints < wanted):
-            raise ValueError(
-                f"import: all trials must hold equally many checkpoints, but {runs[0].name} holds {lengths[0]} and "
-                f"{run.name} {run.num_checkpoints}; num_checkpoints takes the first {min(lengths)} or fewer of each, "
-                f"got {num_checkpoints}"
-            )
+    length = _common_length(runs, num_checkpoints)
     source = {**runs[0].source, "trials": [run.name for run in runs]}
     notes = dict.fromkeys(run.source["note"] for run in runs if "note" in run.source)
     config = {"source": source | ({"note": "; ".join(notes)} if notes else {})}
@@ -98,14 +93,14 @@ def import_checkpoints(
         )
         with store:
             block = max(1, BLOCK_BYTES // (4 * policy.num_params * len(runs)))
-            for start in range(0, wanted, block):
-                parts = [run.read(start, min(start + block, wanted)) for run in runs]
+            for start in range(0, length, block):
+                parts = [run.read(start, min(start + block, length)) for run in runs]
                 store.append(*(np.stack(column) for column in zip(*parts, strict=True)))
     return Store.open(output)
 
 
 def source_record(actor: Actor, file_format: str, *notes: str, activation_assumed: bool = False) -> dict[str, Any]:
-    """Return what a store's config keeps under "source", plain JSON: with a note of all that a reader must know."""
+    """Return the config's entry "source", plain JSON, with a note of everything that a user of the store must know."""
     record: dict[str, Any] = {"format": file_format, "actor": actor.to_dict()}
     all_notes = [note for note in notes if note]
     if actor.kind == "cleanrl":
@@ -127,7 +122,7 @@ def source_record(actor: Actor, file_format: str, *notes: str, activation_assume
 
 @dataclasses.dataclass(frozen=True)
 class _Reading:
-    """How files are read: what `import_checkpoints` was told."""
+    """The arguments of `import_checkpoints` that say how to read files."""
 
     activation: str | None
     actor: str | Sequence[str] | None
@@ -141,7 +136,7 @@ class _Reading:
 
 
 class _Run(Protocol):
-    """The checkpoints of one trial, wherever they are."""
+    """The checkpoints of one trial, from files or from a store."""
 
     name: str
     env_id: str
@@ -153,7 +148,11 @@ class _Run(Protocol):
 
 
 class _FileRun:
-    """A trial in checkpoint files: all are read for steps and layouts, and once more, block by block, for weights."""
+    """A trial in checkpoint files.
+
+    Every file is read twice: first for its step and layout, on which the new store's settings depend, and then, once
+    the store exists, for its weights. Keeping the weights from the first reading could exceed the memory.
+    """
 
     env_id = "unknown"
 
@@ -198,7 +197,7 @@ class _FileRun:
         return weights, np.array(self.steps[start:stop], np.int64), np.full(stop - start, np.nan)
 
     def _read_alike(self, path: Path) -> CheckpointFile:
-        """Return the file, whose actor must be as in the first one."""
+        """Return the file, whose actor must equal that of the first one."""
         file, found = self.reading.read(path)
         if found != self.actor:
             difference = differences(self.policy, found.policy) or "its keys are others"
@@ -245,8 +244,8 @@ def _runs(sources: list[Path], pattern: str, reading: _Reading) -> list[_Run]:
             store = Store.open(folder)
             runs += [_StoredRun(store, store.trial(i)) for i in range(store.num_trials)]
             continue
-        os.scandir(folder).close()  # glob passes over a folder that it may not read
-        # What is no file, like a link to nothing, is not passed over: reading it says what it is.
+        os.scandir(folder).close()  # raises if the folder may not be read, where glob would find nothing
+        # Paths that are not files, such as broken links, stay in the list, so that reading them raises an error.
         names = sorted(path for path in folder.glob(pattern) if not path.name.startswith("."))
         paths = [path for path in names if path.suffix.lower() in SUFFIXES]
         if not paths:
@@ -259,13 +258,27 @@ def _runs(sources: list[Path], pattern: str, reading: _Reading) -> list[_Run]:
 
 
 def _has_statistics(folders: set[Path]) -> bool:
-    """Return whether VecNormalize's statistics lie in one of the folders, or a level deeper, as RL Zoo leaves them."""
+    """Return whether a folder has VecNormalize's statistics, directly or one level deeper, where RL Zoo puts them."""
     names = ("*vecnormalize*.pkl", "*vec_normalize*.pkl")
     return any(any(folder.glob(place + name)) for folder in folders for name in names for place in ("", "*/"))
 
 
+def _common_length(runs: Sequence[_Run], num_checkpoints: int | None) -> int:
+    """Return how many checkpoints to take from each trial. Raises ValueError where a trial has too few, or too many."""
+    lengths = [run.num_checkpoints for run in runs]
+    wanted = lengths[0] if num_checkpoints is None else num_checkpoints
+    for run in runs:
+        if wanted < 1 or (run.num_checkpoints != wanted if num_checkpoints is None else run.num_checkpoints < wanted):
+            raise ValueError(
+                f"import: all trials must hold equally many checkpoints, but {runs[0].name} holds {lengths[0]} and "
+                f"{run.name} {run.num_checkpoints}; num_checkpoints takes the first {min(lengths)} or fewer of each, "
+                f"got {num_checkpoints}"
+            )
+    return wanted
+
+
 def _check_equal(first: _Run, other: _Run) -> None:
-    """Raise ValueError unless both trials may lie in one store."""
+    """Raise ValueError unless both trials fit into one store."""
     difference = differences(first.policy, other.policy)
     if not difference and first.source.get("actor") != other.source.get("actor"):
         difference = "the kind of its checkpoints is another"

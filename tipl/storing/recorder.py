@@ -15,15 +15,15 @@ from tipl.storing.store import Store
 
 
 class Recorder:
-    """Appends checkpoints of one policy to a store of one trial; `tipl import` makes one store of several such.
+    """Appends checkpoints of one policy to a store of one trial; `tipl import` joins several such stores into one.
 
         with tipl.Recorder("runs/seed1.zarr", env_id="Hopper-v5") as recorder:
             for update in range(num_updates):
                 ...
                 recorder.log(agent, env_steps=global_step, episodic_return=mean_return)
 
-    `log` copies the actor's parameters (`foreign_actors` says which those are) and appends them, and does nothing
-    else. What it has logged is on disk when it returns, and a killed process loses none of it.
+    `log` copies the actor's parameters (`foreign_actors` describes which those are) and appends them. When it returns,
+    the checkpoint is on disk, and a killed process does not lose it.
     """
 
     def __init__(
@@ -41,16 +41,16 @@ class Recorder:
 
         Args:
             env_id: the Gymnasium id; `tipl evaluate` needs it.
-            activation: between the policy's layers, tanh, relu or elu; by default that of the library that its
-                parameters' names are from. It counts only for policies that the simulator can run.
-            actor: the beginning of the actor's keys, or several, where the policy holds more networks; "" takes all
+            activation: between the policy's layers, tanh, relu or elu; by default that of the library whose names its
+                parameters have. Used only for policies that the simulator can run.
+            actor: prefix of the actor's keys, or several, where the policy holds other networks too; "" takes all
                 parameters but critics'.
-            resume: append to what an earlier recorder left at `path`, if that is there.
-            config: of the run, plain JSON, kept in the store.
-            note: what a reader of the store must know, kept in its config and shown by `tipl import`.
+            resume: append to the store that an earlier recorder left at `path`, if there is one.
+            config: the run's settings, plain JSON, kept in the store.
+            note: what a user of the store must know, kept in its config and shown by `tipl import`.
 
-        Raises FileExistsError where `path` exists and not `resume`; RuntimeError where it is damaged or another
-        recorder has it open; ValueError where it is no recording of this env_id.
+        Raises FileExistsError where `path` exists and `resume` is not set; RuntimeError where the store is damaged or
+        another recorder has it open; ValueError where it is not a recording of this env_id.
         """
         self.path = Path(path)
         self._env_id, self._activation, self._config = env_id, activation, dict(config or {})
@@ -58,7 +58,7 @@ class Recorder:
         self._store: Store | None = None
         self._actor: Actor | None = None
         self.env_steps = -1
-        """Of the last checkpoint, -1 before the first."""
+        """Environment steps at the last checkpoint, -1 before the first."""
         if self.path.exists():
             if not resume:
                 raise FileExistsError(f"Recorder: {path} exists; choose another path, or pass resume=True to append")
@@ -70,12 +70,13 @@ class Recorder:
         """Append the policy's weights as they are now.
 
         Args:
-            policy: a module or a state_dict, with equal parameters in every call.
-            env_steps: environment steps that it has learned from; each call's must be larger than the last one's.
-            episodic_return: mean of the last episodes' returns; None or NaN where none has ended.
+            policy: a module or a state_dict, with the same parameter names and shapes in every call.
+            env_steps: environment steps that it has learned from; must grow from call to call.
+            episodic_return: mean return of the last episodes; None or NaN where no episode has ended.
 
-        Raises ValueError, and appends nothing, where the parameters differ from those before, hold NaN or Inf, or
-        env_steps does not grow. OSError (a full disk) leaves what was appended before; `resume` goes on from there.
+        Raises ValueError, and appends nothing, where the parameters' names or shapes differ from earlier ones, a value
+        is NaN or Inf, or env_steps does not grow. After an OSError (a full disk) earlier checkpoints are intact, and
+        a recorder with `resume` continues from them.
         """
         state = _state(policy)
         if env_steps <= self.env_steps:
@@ -93,9 +94,9 @@ class Recorder:
         self.env_steps = env_steps
 
     def holds(self, policy: torch.nn.Module | Mapping[str, Tensor]) -> bool:
-        """Return whether the last checkpoint on disk is the policy's weights as they are now.
+        """Return whether the last checkpoint on disk equals the policy's weights as they are now.
 
-        Raises ValueError where the parameters differ from those recorded, or hold NaN or Inf.
+        Raises ValueError where the parameters' names or shapes differ from those recorded, or a value is NaN or Inf.
         """
         if self._store is None or not self._store.num_checkpoints:
             return False
@@ -107,13 +108,13 @@ class Recorder:
         return np.array_equal(self._store.trial(0).weights(last, last + 1)[0], weights)
 
     def close(self) -> None:
-        """Let another writer in; `log` creates or appends no more."""
+        """Close the store, so that another writer may open it; `log` can no longer append."""
         if self._store is not None:
             self._store.close()
 
     @property
     def num_checkpoints(self) -> int:
-        """Checkpoints on disk."""
+        """Number of checkpoints on disk."""
         return 0 if self._store is None else self._store.num_checkpoints
 
     def __enter__(self) -> Self:
@@ -125,7 +126,7 @@ class Recorder:
         self.close()
 
     def _first(self, state: Mapping[str, Tensor]) -> Actor:
-        """Return the actor in `state`: that of the recording, if one is resumed."""
+        """Return the actor in `state`, which must equal that of the recording if one is resumed."""
         found = find_actor(state, self._activation, self._keys)
         if self._store is not None:
             recorded = Actor.from_dict(self._store.config["source"]["actor"])

@@ -1,22 +1,22 @@
-"""The trajectory store: the checkpoints of many trials on disk, a Zarr v3 hierarchy that survives crashes.
+"""The trajectory store: the checkpoints of many trials on disk, as a Zarr v3 hierarchy that survives crashes.
 
-    zarr.json                     group: what was run (env_id, policy, seeds, config); written once, last of all
+    zarr.json                     group: what was run (env_id, policy, seeds, config); written once, after all trials
     trial_0000/zarr.json          group: the commit record, num_checkpoints = T (`store_records.py`)
-    trial_0000/weights            (T, p) float32, in chunks of about 256 KiB, not compressed: weights are noise
+    trial_0000/weights            (T, p) float32, in chunks of about 256 KiB; not compressed, as weights are noise
     trial_0000/env_steps          (T,) int64
     trial_0000/episodic_return    (T,) float64, NaN before the first episode has ended
-    resume/                       while a collection is unfinished: what it needs to go on (`resume.py`)
+    resume/                       saved states of an unfinished collection (`resume.py`)
 
-Every file is written aside, flushed to disk and renamed; chunks and groups carry checksums (`zarr_files.py`), and each
-commit record those of its trial's chunks, so that a chunk in another's place is found. An append (`store_writer.py`)
-writes a trial's chunks first and its commit record last. Rows beyond num_checkpoints do not count, and the next append
-overwrites them. So a killed process or a full disk costs the append under way and nothing else. A new store is made
-aside, as .NAME.partial, and renamed. Directories are not flushed: after a power cut the last appends may be gone on a
-file system that keeps renames in order (ext4, XFS); elsewhere committed rows may be gone as well, which reading them
-reports.
+Every file is written under a temporary name, flushed to disk and renamed. Chunks and groups carry checksums
+(`zarr_files.py`), and a commit record has the checksums of its trial's chunks, so that a misplaced chunk is detected.
+An append (`store_writer.py`) writes a trial's chunks first and its commit record last. Rows beyond num_checkpoints do
+not count, and the next append overwrites them. So a killed process or a full disk loses only the current append. A new
+store is made as .NAME.partial and then renamed. Directories are not flushed: after a power failure the last appends may
+be lost on a file system that keeps renames in order (ext4, XFS); on others committed rows may be lost as well, which
+reading them reports.
 
-A store may lie behind a URL (`locations.py`): objects are put whole, and the root's group, put last, makes the store.
-Several writers may append to one store, each to trials of its own.
+A store may lie behind a URL (`locations.py`): objects are written whole, and the root's group is written last, which
+makes the store complete. Several writers may append to one store at once, each to trials of its own.
 """
 
 import contextlib
@@ -52,7 +52,7 @@ class Store:
         self.path = path
         self.env_id, self.seeds, self.config, self.policy = record.env_id, record.seeds, record.config, record.layout
         self.digest = digest
-        """Of what was run; what belongs to the store names it."""
+        """Digest of the root's attributes, by which other files say that they belong to this store."""
         self.trials = Trials(path, record.seeds, digest, record.arrays)
         self._writer: Writer | None = None
 
@@ -60,9 +60,9 @@ class Store:
     def create(
         cls, path: str | Location, *, env_id: str, policy: Layout, seeds: Sequence[int], config: dict[str, Any]
     ) -> "Store":
-        """Return a new store at `path` with one empty trial a seed, open for appending. `config` is plain JSON.
+        """Return a new store at `path` with one empty trial for each seed, open for appending. `config` is plain JSON.
 
-        Raises FileExistsError, and touches nothing, where `path` exists.
+        Raises FileExistsError, and changes nothing, where `path` exists; ValueError or TypeError for other arguments.
         """
         path = location(path)
         if not seeds or not all(type(seed) is int and seed >= 0 for seed in seeds):
@@ -80,13 +80,14 @@ class Store:
             "chunk_rows": max(1, CHUNK_BYTES // (4 * policy.num_params)),
         }
         try:
-            attributes = json.loads(json.dumps(attributes, allow_nan=False))  # what a reader will see
+            attributes = json.loads(json.dumps(attributes, allow_nan=False))  # with the types that a reader will see
         except (TypeError, ValueError) as error:
             raise TypeError(f"create: config must be plain JSON: {error}") from error
         store = cls(path, StoreRecord(**attributes), store_digest(attributes))
         if path.exists():
             raise FileExistsError(f"create: {path} exists")
-        # So that a killed process leaves a whole store or none. Behind a URL the group, written last, makes it a store.
+        # Renamed when complete, so that a killed process leaves a whole store or none; behind a URL the group, written
+        # last, has the same effect.
         aside = path.with_name(f".{path.name}.partial") if isinstance(path, Path) else path
         make_folder(aside)
         trials = dataclasses.replace(store.trials, path=aside)
@@ -105,13 +106,13 @@ class Store:
 
     @classmethod
     def open(cls, path: str | Location, *, writable: bool | range = False) -> "Store":
-        """Return the store at `path`. A damaged trial raises when it is read, and only then: the others still read.
+        """Return the store at `path`. A damaged trial raises only when it is read; the other trials can still be read.
 
-        With `writable`, all trials or those of a range are open for appending, N of them. An append that a crash left
-        committed in some of these only is undone there, so that they have equally many checkpoints.
+        With `writable`, all trials or those of a range are open for appending. An append that a crash left committed in
+        only some of these trials is undone, so that all of them have equally many checkpoints.
 
-        Raises FileNotFoundError where there is no store; RuntimeError where it is damaged or of another version, and
-        StoreInUse, one of them, where another writer has the writable trials open.
+        Raises FileNotFoundError where there is no store; RuntimeError where it is damaged or of another version;
+        StoreInUse, a RuntimeError, where another writer has the writable trials open.
         """
         path = location(path)
         if not (path / "zarr.json").exists() and not (path / trial_name(0)).exists():
@@ -136,22 +137,22 @@ class Store:
 
     @property
     def num_checkpoints(self) -> int:
-        """Checkpoints that every trial has. A trial has more only after a crash, and then those of one append."""
+        """Checkpoints that every trial has. After a crash some trials may have more, by one append."""
         return min(self.commits(range(self.num_trials)))
 
     def commits(self, trials: Iterable[int]) -> list[int]:
-        """Return the number of checkpoints that each of these trials has committed."""
+        """Return the number of committed checkpoints of each of these trials."""
         return self._for_trials(lambda i: self.trials.read_commit(i).num_checkpoints, trials)
 
     def _for_trials(self, read: Callable[[int], Result], trials: Iterable[int]) -> list[Result]:
-        """Return read(i) for each trial; behind a URL many at a time, because each waits for its answer."""
+        """Return read(i) for each trial; behind a URL many at a time, because each call waits for the server."""
         if isinstance(self.path, Path):
             return [read(i) for i in trials]
         with ThreadPoolExecutor(URL_THREADS, thread_name_prefix="tipl-store") as pool:
             return list(pool.map(read, trials))
 
     def trial(self, i: int) -> "Trial":
-        """Return trial i as it is now: later appends do not show in it. Raises RuntimeError where it is damaged."""
+        """Return trial i as it is now; it does not show later appends. Raises RuntimeError where it is damaged."""
         if not 0 <= i < self.num_trials:
             raise IndexError(f"trial: i must lie in [0, {self.num_trials}), got {i}")
         return Trial(self.trials, i)
@@ -159,12 +160,13 @@ class Store:
     def append(
         self, weights: NDArray[np.float32], env_steps: NDArray[np.int64], episodic_return: NDArray[np.float64]
     ) -> None:
-        """Append b checkpoints to each of the N trials that are open for it.
+        """Append b checkpoints to each of the N trials that are open for appending.
 
         weights (N, b, p), env_steps (N, b), episodic_return (N, b).
 
-        When this returns they are on disk and committed. Wrong or non-finite input is refused and nothing is written.
-        A failure while writing (OSError) closes the store: `open` it again to go on from what was committed.
+        When this returns, they are on disk and committed. TypeError or ValueError refuses wrong or non-finite input;
+        then nothing is written. OSError while writing closes the store: `open` it again to continue from the last
+        commit.
         """
         if self._writer is None:
             raise ValueError(f"append: {self.path} is not open for appending")
@@ -191,7 +193,7 @@ class Store:
             self._writer = writer
 
     def close(self) -> None:
-        """Give the arrays exactly as many rows as are committed, and let another writer in. Reading goes on."""
+        """Cut the arrays to the committed rows, and let another writer open the store. It can still be read."""
         if self._writer is not None:
             with released_on_failure(self._writer) as writer:
                 self._writer = None
@@ -210,9 +212,9 @@ class Store:
         return f"Store({str(self.path)!r}: {self.num_trials} trials of {self.env_id}, p = {self.policy.num_params})"
 
     def fingerprint(self) -> str:
-        """Return a hash of what the store holds: of its settings, and of each trial's chunks as they are committed.
+        """Return a hash of the store's contents: its settings and the committed checksums of each trial's chunks.
 
-        Of a trial that an older tipl wrote, how many checkpoints are committed.
+        For trials that an older tipl wrote, without checksums, only the number of checkpoints counts.
         """
         commits = self._for_trials(self.trials.read_commit, range(len(self)))
         sums = [[name, data.hex()] for commit in commits for name, data in (commit.checksums or {}).items()]
@@ -220,7 +222,7 @@ class Store:
         return hashlib.sha256(json.dumps(document).encode()).hexdigest()
 
     def summary(self) -> str:
-        """Return one line: trials, checkpoints, weights, megabytes, and the trials' mean last return."""
+        """Return one line: numbers of trials, checkpoints and weights, megabytes, and the trials' mean last return."""
         p = self.policy.num_params
         found = self._for_trials(lambda i: _last_return(self.trial(i)), range(self.num_trials))
         counts = [count for count, _ in found]
@@ -232,9 +234,9 @@ class Store:
         )
 
     def zarr_group(self) -> zarr.Group:
-        """Return the same data as a read-only zarr-python group, for tools that know Zarr.
+        """Return the same data as a read-only zarr-python group, for tools that work with Zarr.
 
-        Its arrays are longer than num_checkpoints, by fill values, while the store is being written or after a crash.
+        While the store is being written, or after a crash, its arrays have rows of fill values after num_checkpoints.
         """
         if isinstance(self.path, Path):
             return zarr.open_group(self.path, mode="r", zarr_format=3)
@@ -243,9 +245,9 @@ class Store:
 
 
 class Trial:
-    """The trajectory of one trial, T = num_checkpoints rows, read from disk as asked for.
+    """The trajectory of one trial, T = num_checkpoints rows, read from disk on demand.
 
-    Every method raises RuntimeError, naming the rows and the file, where what it would return is damaged.
+    Every method raises RuntimeError, naming the rows and the file, where the data to return is damaged.
     """
 
     def __init__(self, trials: Trials, index: int) -> None:
@@ -264,7 +266,7 @@ class Trial:
 
     @property
     def chunk_rows(self) -> int:
-        """Checkpoints in one chunk, the least that is read from disk."""
+        """Checkpoints in one chunk, the smallest unit read from disk."""
         return self._weights.chunk_rows
 
     def weights(self, start: int = 0, stop: int | None = None) -> NDArray[np.float32]:
@@ -276,7 +278,7 @@ class Trial:
         return self._read(self._weights, start, stop)
 
     def blocks(self, rows: int) -> Iterator[NDArray[np.float32]]:
-        """Yield all weights in order, (rows, p) at a time, the last block shorter. Every chunk is read once."""
+        """Yield all weights in order, (rows, p) at a time; the last block may be shorter. Every chunk is read once."""
         if rows < 1:
             raise ValueError(f"blocks: rows must be positive, got {rows}")
         for start in range(0, self.num_checkpoints, rows):
@@ -289,7 +291,7 @@ class Trial:
 
     @property
     def episodic_return(self) -> NDArray[np.float64]:
-        """Mean return of the episodes that ended last before each checkpoint, (T,); NaN before the first has ended."""
+        """Mean return of the last episodes that ended before each checkpoint, (T,); NaN before the first has ended."""
         return self._read(self._episodic_return, 0, self.num_checkpoints)
 
     def __repr__(self) -> str:
@@ -316,5 +318,5 @@ class Trial:
 
 
 def _last_return(trial: Trial) -> tuple[int, float]:
-    """Return how many checkpoints there are, and the last one's return; NaN where that is not known."""
+    """Return the number of checkpoints and the last one's return, NaN where that is not known."""
     return trial.num_checkpoints, float(trial.episodic_return[-1]) if trial.num_checkpoints else np.nan

@@ -1,13 +1,15 @@
-"""What a store's groups say, and what keeps its parts together: the root's attributes and the trials' commit records.
+"""The attributes of a store's groups: the root's record of what was run, and the trials' commit records.
 
-    zarr.json               what was run: env_id, policy, seeds, config; and chunk_rows, that of `weights`
+    zarr.json               what was run: env_id, policy, seeds, config; and chunk_rows, the rows per chunk of `weights`
     trial_0000/zarr.json    trial, seed, num_checkpoints = T
                             store: the digest of the root's attributes
-                            chunks: array -> base64 of a little-endian uint32 a chunk, the crc32c of its committed rows
+                            chunks: array -> base64 of one little-endian uint32 per chunk, the crc32c of its committed
+                            rows
 
-A full chunk's entry is what Zarr's codec stores behind it. The last one's covers committed rows alone: a killed writer
-may have put more there. So a trial that is of another store, or a chunk that is of another trial, place or time, is
-found, although it is whole by itself. Stores of equal settings have equal digests, so that equal runs are equal bytes.
+For a full chunk this equals the checksum that Zarr's codec stores after it. For the last chunk it covers only committed
+rows, because a killed writer may have written more. So a trial from another store, or a chunk from another trial, place
+or time, is detected, even if it is intact in itself. Stores with equal settings have equal digests, so that equal runs
+give equal bytes.
 """
 
 import base64
@@ -25,8 +27,8 @@ from tipl.policy import Layout, layout_from_dict
 from tipl.storing.zarr_files import MAX_ROWS, ZarrArray, read_group, write_group
 
 FORMAT, VERSION = "tipl-store", 1
-SCALAR_CHUNK_ROWS = 1024  # of env_steps and episodic_return: 8 KiB
-MAX_CHUNK_BYTES = 2**30  # of more than one row
+SCALAR_CHUNK_ROWS = 1024  # rows per chunk of env_steps and episodic_return: 8 KiB
+MAX_CHUNK_BYTES = 2**30  # largest chunk with more than one row
 MAX_PARAMS = 2**31
 DIGEST_LETTERS = 16
 
@@ -34,7 +36,7 @@ Arrays = tuple[ZarrArray, ZarrArray, ZarrArray]  # weights, env_steps, episodic_
 
 
 class UncheckedStoreWarning(UncheckedWarning):
-    """An older tipl wrote the store, whose commit records say nothing of the chunks."""
+    """An older tipl wrote the store, whose commit records have no checksums of the chunks."""
 
     def __init__(self, path: Location) -> None:
         message = "an older tipl wrote it, without a record of its chunks: those of another run cannot be found"
@@ -79,7 +81,7 @@ class StoreRecord:
 
 
 def read_store_record(path: Location) -> tuple[StoreRecord, str]:
-    """Return what the root of the store at `path` says, and its digest. Raises RuntimeError where it is damaged."""
+    """Return the root's record of the store at `path`, and its digest. Raises RuntimeError where it is damaged."""
     attributes = read_group(path, f"store {path}")
     if attributes.get("format") != FORMAT:
         raise RuntimeError(f"store {path}: this Zarr group is no trajectory store of tipl")
@@ -90,20 +92,20 @@ def read_store_record(path: Location) -> tuple[StoreRecord, str]:
 
 
 def store_digest(attributes: dict[str, Any]) -> str:
-    """Return what the trials and states of a store have of it: a digest of its root's attributes."""
+    """Return the digest of the root's attributes, which trials and saved states contain to say where they belong."""
     return json_digest(attributes)[:DIGEST_LETTERS]
 
 
 @dataclass(frozen=True)
 class Commit:
-    """What counts of a trial: its first rows, and the checksums of the chunks that these lie in."""
+    """The committed part of a trial: the number of rows, and the checksums of their chunks."""
 
     num_checkpoints: int
     checksums: dict[str, bytes] | None
-    """Array -> one little-endian uint32 a chunk; None if an older tipl wrote the trial."""
+    """Array -> one little-endian uint32 per chunk; None if an older tipl wrote the trial."""
 
     def of_chunk(self, array: ZarrArray, chunk: int) -> tuple[int, int] | None:
-        """Return how many rows of a chunk count, and the crc32c of these, if it is known."""
+        """Return the number of committed rows of a chunk and their crc32c; None if that is not known."""
         if self.checksums is None:
             return None
         num_rows = min(array.chunk_rows, self.num_checkpoints - chunk * array.chunk_rows)
@@ -123,7 +125,7 @@ class _CommitRecord:
 
 @dataclass(frozen=True)
 class Trials:
-    """Where the commit records of a store's trials lie, and what they have in common."""
+    """The commit records of a store's trials: where they are, and what they have in common."""
 
     path: Location
     seeds: list[int]
@@ -137,16 +139,16 @@ class Trials:
         return self.path / trial_name(i)
 
     def write_commit(self, i: int, commit: Commit) -> None:
-        """Say what counts of trial i."""
+        """Write the commit record of trial i."""
         assert commit.checksums is not None
         record = {"trial": i, "seed": self.seeds[i], "num_checkpoints": commit.num_checkpoints, "store": self.digest}
         chunks = {name: base64.b64encode(sums).decode() for name, sums in commit.checksums.items()}
         write_group(self.folder(i), record | {"chunks": chunks})
 
     def read_commit(self, i: int) -> Commit:
-        """Return what counts of trial i; warn where an older tipl wrote it.
+        """Return the commit record of trial i; warn where an older tipl wrote it.
 
-        Raises RuntimeError where the record is damaged, or that of another trial or store.
+        Raises RuntimeError where the record is damaged, or belongs to another trial or store.
         """
         folder = self.folder(i)
         record = parse(_CommitRecord, read_group(folder, f"trial {i}"), folder / "zarr.json")
@@ -162,15 +164,15 @@ class Trials:
         return Commit(record.num_checkpoints, self._checksums(folder / "zarr.json", record))
 
     def _warn_unchecked(self, i: int, num_checkpoints: int) -> None:
-        """Warn of a trial of an older tipl. Raises RuntimeError where what it has committed is not there at all."""
+        """Warn that an older tipl wrote the trial. Raises RuntimeError where its committed chunks do not exist."""
         weights = self.arrays[0]
-        last = num_checkpoints // weights.chunk_rows - 1  # of the full ones
+        last = num_checkpoints // weights.chunk_rows - 1  # the last full chunk
         if last >= 0 and not weights.has_chunk(self.folder(i) / weights.name, last):
             raise RuntimeError(f"trial {i}: {num_checkpoints} checkpoints are committed but not on disk")
         warnings.warn(UncheckedStoreWarning(self.path), stacklevel=1)
 
     def _checksums(self, path: Location, record: _CommitRecord) -> dict[str, bytes]:
-        """Return what a commit record says of the chunks, one entry for each that holds committed rows."""
+        """Return a commit record's checksums, array -> one for each chunk with committed rows."""
         assert record.chunks is not None
         checksums = {}
         for array in self.arrays:

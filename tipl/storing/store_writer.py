@@ -1,8 +1,8 @@
 """How a store is written: whole files, a trial's chunks before its commit record, and one writer for each trial.
 
-A writer of all trials has the store to itself; one of some trials shares it with writers of others. In a local store it
-holds locks on folders, which end with the process. Behind a URL nothing can be locked: whoever starts writers there
-sees to it that each trial has one.
+A writer of all trials has exclusive use of the store; a writer of some trials shares it with writers of others. In a
+local store it holds locks on folders, which end with the process. Behind a URL nothing can be locked: the caller must
+make sure that each trial has only one writer.
 """
 
 import contextlib
@@ -22,11 +22,11 @@ from tipl.files.publishing import lock, remove_left_behind
 from tipl.storing.store_records import Commit, Trials, trial_name
 from tipl.storing.zarr_files import ZarrArray, crc32c
 
-WRITE_THREADS = 8  # they wait for the disk, not for a core
-URL_THREADS = 32  # they wait for answers
+WRITE_THREADS = 8  # more than cores, because they wait for the disk
+URL_THREADS = 32  # more still, because they wait for the server
 
 Result = TypeVar("Result")
-ReadRows = Callable[[int, ZarrArray, int, int], NDArray[Any]]  # of a trial, an array, [start, stop)
+ReadRows = Callable[[int, ZarrArray, int, int], NDArray[Any]]  # (trial, array, start, stop) -> rows [start, stop)
 
 
 class StoreInUse(RuntimeError):
@@ -34,12 +34,12 @@ class StoreInUse(RuntimeError):
 
 
 class Writer:
-    """Appends to the trials of `writable` in lockstep."""
+    """Appends to all trials in `writable` together, so that they have equally many checkpoints."""
 
     def __init__(self, trials: Trials, writable: range) -> None:
         self.trials, self.writable = trials, writable
         self.num_checkpoints = 0
-        self.num_rows = 0  # what the arrays' documents say, at least num_checkpoints
+        self.num_rows = 0  # in the arrays' documents; at least num_checkpoints
         self.commits: dict[int, Commit] = {}
         self.locks: list[int] = []
         if isinstance(trials.path, Path):
@@ -77,7 +77,7 @@ class Writer:
                 os.close(self.locks.pop())
 
     def create_trials(self) -> None:
-        """Make trials without checkpoints, in place of what a killed process left."""
+        """Make trials without checkpoints, after removing everything that a killed process left in the folder."""
         path = self.trials.path
         if isinstance(path, Path):
             for left_behind in path.iterdir():
@@ -101,15 +101,15 @@ class Writer:
         try:
             self.trials.path.rename(path)
         except OSError:
-            if path.exists():  # since a moment ago
+            if path.exists():  # another process has made it in the meantime
                 raise FileExistsError(f"create: {path} exists") from None
             raise
         self.trials = dataclasses.replace(self.trials, path=path)
 
     def load_trials(self, commits: list[Commit], read: ReadRows) -> None:
-        """Undo what was committed in some trials only, remove what killed writers left, and check the last chunks.
+        """Undo an append committed in only some trials, remove killed writers' partial files, check the last chunks.
 
-        `commits`: what the writable trials' records say. `read` returns rows of theirs, checked.
+        `commits` are the writable trials' records; `read` returns their rows, checked.
         """
         self._remove_left_behind()
         self.num_checkpoints = n = min(commit.num_checkpoints for commit in commits)
@@ -139,11 +139,11 @@ class Writer:
             remove_left_behind(folder)
 
     def append(self, columns: tuple[NDArray[Any], ...]) -> None:
-        """Append and commit the rows of `columns`, one column (N, b, ...) an array."""
+        """Append and commit rows; `columns` has one array (N, b, ...) for each of `Trials.arrays`."""
         stop = self.num_checkpoints + columns[0].shape[1]
         grow = stop > self.num_rows
         if grow:
-            self.num_rows = max(stop, 2 * self.num_rows)  # doubled, so that documents are seldom written
+            self.num_rows = max(stop, 2 * self.num_rows)  # doubled, so that documents are rarely rewritten
 
         def append(i: int) -> None:
             checksums = {}
@@ -157,16 +157,16 @@ class Writer:
         self.num_checkpoints = stop
 
     def _append_to(self, i: int, array: ZarrArray, column: NDArray[Any]) -> bytes:
-        """Append to one array of trial i, and return the checksums of its chunks."""
+        """Append to one array of trial i and return the checksums of all its chunks."""
         folder, commit = self.trials.folder(i) / array.name, self.commits[i]
         assert commit.checksums is not None
         checksums = commit.checksums[array.name]
         start = self.num_checkpoints
         for chunk, in_chunk, in_column in array.chunks(start, start + len(column)):
-            if in_chunk.start:  # read back, because the unfinished chunks of all trials would fill the memory
+            if in_chunk.start:  # read back: keeping the last chunks of all trials would take too much memory
                 committed = commit.of_chunk(array, chunk)
                 rows = array.read_chunk(folder, f"trial {i}", chunk, committed=committed)
-                rows[in_chunk.stop :] = float(array.fill_value)  # what a killed writer left
+                rows[in_chunk.stop :] = float(array.fill_value)  # erases rows that a killed writer left
             else:
                 committed = None
                 rows = array.empty_chunk()
@@ -181,7 +181,7 @@ class Writer:
         self.commits[i] = commit
 
     def trim(self) -> None:
-        """Give the arrays exactly as many rows as are committed."""
+        """Set the number of rows in the arrays' documents to that of the committed rows."""
 
         def trim(i: int) -> None:
             for array in self.trials.arrays:
@@ -192,13 +192,13 @@ class Writer:
             self.for_each_trial(trim)
 
     def for_each_trial(self, work: Callable[[int], Result]) -> list[Result]:
-        """Call `work` for every trial, on the pool; the first failure is raised when all have ended."""
+        """Return work(i) for every trial, computed on the pool; a failure is raised after all calls have ended."""
         futures = [self.pool.submit(work, i) for i in self.writable]
         wait(futures)
         return [future.result() for future in futures]
 
     def release(self) -> None:
-        """Wait for the writing under way, and give up the locks."""
+        """Wait for pending writes, and release the locks."""
         self.pool.shutdown()
         self._unlock()
 
@@ -213,9 +213,9 @@ def released_on_failure(writer: Writer) -> Iterator[Writer]:
 
 
 def _checksums_to(i: int, array: ZarrArray, commit: Commit, num_rows: int, read: ReadRows) -> bytes:
-    """Return the checksums of trial i's chunks with rows [0, num_rows), some of those that are committed.
+    """Return the checksums of trial i's chunks for its first `num_rows` rows, at most those committed.
 
-    Those of full chunks are taken from the commit record, if it has them; what it has not is read.
+    Checksums of full chunks come from the commit record, if it has them; for all others the rows are read.
     """
     full = num_rows // array.chunk_rows
     checksums = b"" if commit.checksums is None else commit.checksums[array.name][: 4 * full]

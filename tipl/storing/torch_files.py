@@ -1,9 +1,10 @@
-"""Zips and torch files from strangers: checked before anything is unpacked, then loaded with weights_only=True.
+"""Zips and torch files from untrusted sources: checked before they are unpacked, then loaded with weights_only=True.
 
-torch.load(weights_only=True) runs no code, but a few bytes of a pickle can ask it for any amount of memory or time: an
-array of so many zeros, tuples of tuples of tuples. So the pickles in the file are first read opcode by opcode, without
-carrying any out: they may be so long, make so many objects, and name only what torch.save writes of tensors and plain
-values. Zips may unpack to so many bytes in so many members. And their checksums are compared, which torch does not do.
+torch.load(weights_only=True) runs no code, but a few bytes of a pickle can make it use any amount of memory or time, by
+a huge array of zeros or by tuples of tuples of tuples. So the pickles in the file are first read opcode by opcode,
+without executing any: their length, the number of objects they make and the names they use are limited to what
+torch.save writes for tensors and plain values. The number of a zip's members and their unpacked size are limited too,
+and their checksums are compared, which torch does not do.
 """
 
 import io
@@ -17,31 +18,31 @@ from typing import Any
 import torch
 
 MAX_BYTES = 2**30
-"""Of a file, and of what a zip unpacks to, unless the caller allows more."""
+"""Largest file, and largest unpacked size of a zip, unless the caller allows more."""
 
-_SLACK_BYTES = 2**26  # a zip that unpacks to no more than this and four times its size is no bomb
+_SLACK_BYTES = 2**26  # a zip that unpacks to at most this plus four times its size is not taken for a bomb
 _PICKLE_BYTES = 2**22  # a tensor takes about 200
-_PICKLE_OBJECTS = 2**18  # a tensor takes about 35, and each some hundred bytes and a microsecond
-_ZIP_MEMBERS = 20_000  # torch writes one a tensor
-_LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how files begin that torch wrote before release 1.6
-_LEGACY_PICKLES = 5  # magic number, protocol, machine, content, keys of the storages; then the storages
+_PICKLE_OBJECTS = 2**18  # a tensor takes about 35; an object costs about a hundred bytes and a microsecond
+_ZIP_MEMBERS = 20_000  # torch writes one for each tensor
+_LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the first bytes of files that torch wrote before release 1.6
+_LEGACY_PICKLES = 5  # magic number, protocol, machine, content, keys of the storages; the storages follow
 _HARMLESS = re.compile(
     r"collections\.OrderedDict|(builtins|__builtin__)\.(set|complex)|torch\.(storage\.)?\w+Storage|torch\.(Size|device)"
     r"|torch\.(q?u?int|b?float|complex|bool)\w*|torch\.per_\w+|torch\.nn\.parameter\.Parameter"
     r"|torch\.serialization\._get_layout"
     r"|torch\._utils\._rebuild_(tensor(_v2|_v3)?|parameter(_with_state)?|sparse_tensor|qtensor|meta_tensor_no_storage)"
 )
-"""What a pickle may name: torch.load allows some more, like bytearray(10**12)."""
+"""The names that a pickle may use. torch.load allows others too, such as bytearray(10**12)."""
 
 
 class NotReadableError(Exception):
-    """What is wrong with a whole file, as the end of a sentence."""
+    """A file cannot be read; the text is the end of a sentence that begins with its name."""
 
 
 def open_zip(data: bytes, max_bytes: int | None = None) -> zipfile.ZipFile:
-    """Return the zip in `data`, whose members may be read: few, of different names, whole, not too large.
+    """Return the zip in `data`, whose members are safe to read: not too many or too large, with distinct names, intact.
 
-    Raises NotReadableError, or what zipfile raises, where they are not; `max_bytes` allows that many bytes unpacked.
+    Raises NotReadableError, or what zipfile raises, where they are not. `max_bytes` limits the unpacked size.
     """
     if (
         data.count(b"PK\x01\x02") > _ZIP_MEMBERS
@@ -49,7 +50,7 @@ def open_zip(data: bytes, max_bytes: int | None = None) -> zipfile.ZipFile:
         raise NotReadableError(f"is a zip of more than {_ZIP_MEMBERS:,} members, and was not unpacked")
     archive = zipfile.ZipFile(io.BytesIO(data))
     members = archive.infolist()
-    names = Counter(member.filename.lower() for member in members)  # torch does not tell cases apart
+    names = Counter(member.filename.lower() for member in members)  # torch ignores case in names
     if len(names) < len(members):
         raise NotReadableError(f"is a zip with two members named {names.most_common(1)[0][0]}")
     for member in members:
@@ -69,10 +70,10 @@ def open_zip(data: bytes, max_bytes: int | None = None) -> zipfile.ZipFile:
 
 
 def load_torch(data: bytes, max_bytes: int | None = None) -> Any:
-    """Return what torch.save wrote into `data`.
+    """Return the object that torch.save wrote into `data`.
 
-    Raises NotReadableError where that is more than tensors and plain values, or no such file; torch raises other errors
-    on damaged ones. `max_bytes` as in `open_zip`.
+    Raises NotReadableError where it holds more than tensors and plain values, or torch.save did not write it; torch
+    raises other errors for damaged files. `max_bytes` is as in `open_zip`.
     """
     if data.startswith(_LEGACY):
         start = 0
@@ -81,12 +82,12 @@ def load_torch(data: bytes, max_bytes: int | None = None) -> Any:
     elif data.startswith(b"PK\x03\x04") and zipfile.is_zipfile(io.BytesIO(data)):
         with open_zip(data, max_bytes) as archive:
             if data[-22:-18] != b"PK\x05\x06" or int.from_bytes(data[-6:-2], "little") != archive.start_dir:
-                # zipfile would look for the directory elsewhere than torch, and see other members
+                # zipfile and torch would look for the directory in different places, and see different members
                 raise NotReadableError("is a zip with bytes before its beginning or behind its end, and was not loaded")
             _check_zip(archive)
     else:
         raise NotReadableError(_what_else(data))
-    with warnings.catch_warnings(action="ignore"):  # of formats that are going out of use
+    with warnings.catch_warnings(action="ignore"):  # torch warns of deprecated formats
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
 
 
@@ -108,13 +109,13 @@ def _check_zip(archive: zipfile.ZipFile) -> None:
 
 
 def _check_pickle(data: bytes) -> int:
-    """Return how many bytes the pickle at the beginning of `data` has; raise NotReadableError if it may not be loaded.
+    """Return the length of the pickle at the beginning of `data`; raise NotReadableError if it is not safe to load.
 
-    `data` is cut off one byte behind what a pickle may have.
+    `data` must be cut off one byte after the longest pickle allowed.
     """
     left = _PICKLE_OBJECTS
-    # Of what is on the stack, how many objects: what is in a tuple counts whenever the tuple comes again, because a
-    # dict visits it then to know the key's hash. None is a mark.
+    # For each item on the stack, its number of objects. The items of a tuple count again whenever the tuple is used,
+    # because hashing it as a dict's key visits them all. None is a mark.
     sizes: list[int | None] = []
     memo: dict[Any, int] = {}
     file = io.BytesIO(data)
@@ -149,7 +150,7 @@ def _check_pickle(data: bytes) -> int:
 
 
 def _check_name(name: str) -> None:
-    """Raise NotReadableError where a pickle names what no state_dict holds."""
+    """Raise NotReadableError where a pickle uses a name that no state_dict needs."""
     if not _HARMLESS.fullmatch(name):
         raise NotReadableError(
             f"holds more than tensors and plain values, a {name}, and was not loaded, because loading it could run "
@@ -158,10 +159,10 @@ def _check_name(name: str) -> None:
 
 
 def _pop(sizes: list[int | None], opcode: pickletools.OpcodeInfo) -> list[int]:
-    """Take from the stack what the opcode takes, and return it."""
+    """Remove from the stack the items that the opcode takes, and return their sizes."""
     taken: list[int] = []
     before = list(opcode.stack_before)
-    if pickletools.stackslice in before:  # all that lies above the last mark, and what the opcode wants below it
+    if pickletools.stackslice in before:  # all items above the last mark, and those that the opcode takes below it
         while (size := sizes.pop()) is not None:
             taken.append(size)
         before = before[: before.index(pickletools.markobject)]
@@ -171,7 +172,7 @@ def _pop(sizes: list[int | None], opcode: pickletools.OpcodeInfo) -> list[int]:
 
 
 def _what_else(data: bytes) -> str:
-    """Return, as the end of a sentence, what a file is that is neither a zip nor torch's."""
+    """Return, as the end of a sentence, what is known about a file that is neither a zip nor torch's."""
     if data.startswith(b"version https://git-lfs"):
         return "is a pointer of git-lfs, not the file itself: `git lfs pull` fetches that"
     if data.startswith(b"PK\x03\x04"):

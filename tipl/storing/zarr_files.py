@@ -1,11 +1,11 @@
-"""The files of a trajectory store: Zarr v3 documents and chunks, written whole or not at all, read with every check.
+"""The files of a trajectory store: Zarr v3 documents and chunks, written whole or not at all, checked when read.
 
-Zarr is followed to the letter, in one narrow form: regular chunks of little-endian numbers, no compression, the crc32c
-codec, chunk keys like c.3.0. A group's attributes carry a checksum, because JSON has none; an array's document can say
-one thing only, but for the number of rows. What is damaged raises RuntimeError, and the text names the file. A chunk
-of another trial or store is whole by itself: who reads one says what checksum its rows must have (`store_records.py`).
+The files are valid Zarr of one narrow kind: regular chunks of little-endian numbers, no compression, the crc32c codec,
+chunk keys like c.3.0. A group's attributes carry a checksum, because JSON has none; an array's document is known in
+advance except for its number of rows. Damage raises RuntimeError, whose text names the file. A chunk from another trial
+or store is intact in itself, so readers pass the checksum that its rows must have (`store_records.py`).
 
-Why not zarr-python: appending to 48 trials cost it twice the CPU time although it does not flush, it read chunks of
+Why not zarr-python: appending to 48 trials took twice the CPU time although it does not flush, it read chunks of
 256 KiB at a fifth of the speed, and its errors do not say which chunk is damaged. A test reads these files with it.
 """
 
@@ -30,7 +30,7 @@ def write_group(folder: Location, attributes: dict[str, Any]) -> None:
 
 
 def read_group(folder: Location, owner: str) -> dict[str, Any]:
-    """Return the attributes of the Zarr group in `folder`; `owner` begins the text of a RuntimeError."""
+    """Return the attributes of the Zarr group in `folder`. A RuntimeError's text begins with `owner`."""
     path = folder / "zarr.json"
     document = _read_json(path, owner)
     attributes = document.get("attributes")
@@ -43,16 +43,16 @@ def read_group(folder: Location, owner: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class ZarrArray:
-    """What all trials' arrays of one name have in common: the document, and chunks as bytes.
+    """The format of all trials' arrays of one name: their document, and how chunks are written and read.
 
-    `folder` is an array's own folder. `owner` begins the text of a RuntimeError.
+    In the methods, `folder` is the folder of one such array, and the text of a RuntimeError begins with `owner`.
     """
 
     name: str
     data_type: str
-    """Zarr's name of the type."""
+    """Zarr's name for the dtype."""
     fill_value: str | int
-    """As JSON has it. Something that no row holds, so that a row never written is not read for a real one."""
+    """As in JSON. A value that no real row contains, so that a row that was never written is recognised."""
     chunk_rows: int
     row_shape: tuple[int, ...]
 
@@ -64,9 +64,9 @@ class ZarrArray:
         _write_json(folder / "zarr.json", self._document(num_rows))
 
     def check_document(self, folder: Location, owner: str, min_rows: int) -> int:
-        """Return the rows that the document in `folder` states.
+        """Return the number of rows in the document in `folder`.
 
-        Raises RuntimeError unless it describes this array with at least `min_rows` rows.
+        Raises RuntimeError unless the document describes this array with at least `min_rows` rows.
         """
         path = folder / "zarr.json"
         document = _read_json(path, owner)
@@ -86,7 +86,7 @@ class ZarrArray:
         return num_rows
 
     def chunks(self, start: int, stop: int) -> Iterator[tuple[int, slice, slice]]:
-        """Yield (chunk, its rows, their place in [start, stop)) for each chunk with some of the rows [start, stop)."""
+        """Yield (chunk, slice of its rows, slice of [start, stop)) for each chunk with rows in [start, stop)."""
         for chunk in range(start // self.chunk_rows, -(-stop // self.chunk_rows)):
             base = chunk * self.chunk_rows
             first, end = max(start, base), min(stop, base + self.chunk_rows)
@@ -114,11 +114,11 @@ class ZarrArray:
     ) -> NDArray[Any]:
         """Return a whole chunk, (chunk_rows, *row_shape), in `out` (contiguous) if given.
 
-        `committed`, if known: how many of its rows count, and the crc32c of these. Then a chunk that is whole, but not
-        the one that was committed, raises RuntimeError too.
+        `committed`, if known, is the number of committed rows and their crc32c; an intact chunk that is not the one
+        committed then raises RuntimeError too.
         """
         rows: Any = np.empty((self.chunk_rows, *self.row_shape), self.dtype) if out is None else out
-        checksum = bytearray(5)  # and one byte more, which tells whether the file is too long
+        checksum = bytearray(5)  # one byte more than the checksum has, to detect a file that is too long
         path = f"{folder}/{self._key(chunk)}"
         try:
             num_bytes = read_into(folder, self._key(chunk), (rows, checksum))
@@ -141,7 +141,7 @@ class ZarrArray:
         return rows  # type: ignore[no-any-return]
 
     def has_chunk(self, folder: Location, chunk: int) -> bool:
-        """Return whether there is a file of this chunk, whatever is in it."""
+        """Return whether the chunk's file exists, whatever its contents."""
         return (folder / self._key(chunk)).exists()
 
     def _place(self, owner: str, chunk: int) -> str:
@@ -150,7 +150,7 @@ class ZarrArray:
     def holds_fill(self, rows: NDArray[Any]) -> bool:
         """Return whether any number in `rows` is the fill value."""
         if self.fill_value == "NaN":
-            return bool(np.isnan(rows.min()))  # which is NaN where any is, and takes no memory
+            return bool(np.isnan(rows.min()))  # the minimum is NaN if any number is; isnan(rows) would take memory
         return bool(np.any(rows == float(self.fill_value)))
 
     def _key(self, chunk: int) -> str:
@@ -181,9 +181,9 @@ def _write_json(path: Location, document: dict[str, Any]) -> None:
 
 
 def crc32c(rows: NDArray[Any], before: int = 0) -> int:
-    """Return the crc32c of contiguous rows or, given that of the rows before them, of all."""
+    """Return the crc32c of contiguous rows; given `before`, that of earlier rows, the crc32c of both together."""
     data = rows.reshape(-1).view(np.uint8)
-    data.flags.writeable = False  # as the library asks
+    data.flags.writeable = False  # google_crc32c requires it
     return int(google_crc32c.extend(before, data))
 
 
@@ -193,7 +193,7 @@ def _read_json(path: Location, owner: str) -> dict[str, Any]:
     except FileNotFoundError:
         raise RuntimeError(f"{owner}: {path} is missing") from None
     except OSError as error:
-        if error.errno is not None:  # of the system
+        if error.errno is not None:  # from the operating system, not from `read_file`
             raise
         raise RuntimeError(f"{owner}: {error}") from error
     except (ValueError, RecursionError) as error:
