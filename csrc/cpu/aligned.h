@@ -10,7 +10,7 @@
 
 #include "call.h"
 #if defined(__SANITIZE_ADDRESS__)
-#include <sanitizer/asan_interface.h>  // its guards lie around malloc blocks: so no mapping here, and the rest of the last line is poisoned
+#include <sanitizer/asan_interface.h>  // it guards malloc blocks only: no mapping here, and the last line is poisoned
 #elif defined(__linux__)
 #include <sys/mman.h>
 #define TIPL_HUGE_PAGES 1
