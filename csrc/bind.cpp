@@ -1,4 +1,5 @@
-// The bindings, which alone know Python: they check arrays, take pointers, release the GIL and call the engine.
+// The module _core, and the bindings of calls, random numbers and threads. Only bind*.cpp know Python: they check
+// arrays, take pointers, release the GIL and call the engine.
 #include "bind.h"
 
 #include <unistd.h>
@@ -42,9 +43,9 @@ void WithoutGil::hang() noexcept {
 
 namespace {
 
-// Of Python objects that let one call at a time in: `with Turn([in_use], "fit", "the estimator"):`. The call of a
-// second thread waits for the first; that of a signal handler, whose own thread it would wait for, is refused. Calls
-// that take several objects take them in one order, so that no two wait for one another.
+// A context manager for Python objects that allow one call at a time: `with Turn([in_use], "fit", "the estimator"):`. A
+// call by another thread waits. A call by a signal handler is refused, since it would wait for its own thread. Calls
+// that need several objects all take them in the same order, so that no two wait for each other.
 class Turn {
  public:
   Turn(const py::iterable &objects, std::string where, std::string what)
@@ -93,10 +94,10 @@ class Turn {
 };
 
 void bind_calls(py::module_ &m) {
-  py::class_<InUse>(m, "InUse", "Which call has an object, if any. A copy, or one from a pickle, is free.")
+  py::class_<InUse>(m, "InUse", "Marks whether a call is using an object. Copies and unpickled ones are free.")
       .def(py::init<>())
       .def("__reduce__", [](const py::object &self) { return py::make_tuple(py::type::of(self), py::tuple()); });
-  py::class_<Turn>(m, "Turn", "A context in which a call has objects to itself.")
+  py::class_<Turn>(m, "Turn", "A context manager that gives a call exclusive use of some objects.")
       .def(py::init<const py::iterable &, std::string, std::string>(), py::arg("objects"), py::arg("where"),
            py::arg("what"))
       .def("__enter__", &Turn::enter)
@@ -110,7 +111,8 @@ struct BoundPool : ThreadPool {
   InUse in_use;
 };
 
-// The rank that ran each of `items`; an item of `fail_at` throws on its thread instead. For the pool's tests.
+// For the tests of the pool: returns the rank that ran each of `items` items. The items in `fail_at` throw on their
+// threads instead.
 py::array_t<int32_t> pool_owners(BoundPool &pool, int items, const std::vector<ptrdiff_t> &fail_at) {
   check(items >= 0, "owners: items must be >= 0, got ", items);
   const InUse::Hold hold(pool.in_use, "owners", "the pool");
@@ -130,13 +132,13 @@ py::array_t<int32_t> pool_owners(BoundPool &pool, int items, const std::vector<p
   return owners;
 }
 
-// True where no rank ever passed one of `rounds` barriers before the others had reached it. For the pool's tests.
+// For the tests of the pool: whether no rank ever passed one of `rounds` barriers before all ranks had reached it.
 bool pool_barriers_hold(BoundPool &pool, int rounds) {
   const InUse::Hold use(pool.in_use, "barriers_hold", "the pool");
   return without_gil([&](Poll &poll) {
-    std::vector<int> reached(pool.size());  // each written by its rank before a barrier, read by all after it
+    std::vector<int> reached(pool.size());  // each rank writes its own before a barrier, and all read them after it
     std::atomic<bool> hold = true;
-    bool stopped = false;  // written by rank 0 before a barrier, read by all after it
+    bool stopped = false;  // rank 0 writes it before a barrier, and all read it after it
     pool.run([&](int rank) noexcept {
       for (int round = 1; round <= rounds && !stopped; ++round) {
         reached[rank] = round;
@@ -154,22 +156,22 @@ bool pool_barriers_hold(BoundPool &pool, int rounds) {
 }
 
 void bind_engine(py::module_ &m) {
+  m.def("isa", [] { return chosen_isa(); }, "The instruction set in use: baseline, avx2, avx512 or avx512bf16.");
   m.def(
-      "isa", [] { return chosen_isa(); },
-      "Instruction set of the kernels in use: baseline, avx2, avx512 or avx512bf16.");
-  m.def("lanes", [] { return decode_kernels().lanes; }, "Floats in one register of that instruction set.");
+      "lanes", [] { return decode_kernels().lanes; },
+      "How many floats one register of the instruction set in use holds.");
   m.def("choose_isa", &choose_isa, py::arg("name"), py::arg("supported"),
-        "The instruction set that TIPL_ISA=name (None: unset) picks on a CPU that supports these, worst first.");
-  m.def("available_cpus", &available_cpus, "Cores that this process may use.");
-  m.def("philox4x32", &philox4x32, py::arg("counter"), py::arg("key"), "Four words of Philox4x32-10.");
+        "The instruction set that TIPL_ISA=name (None: unset) picks on a CPU with the `supported` ones, worst first.");
+  m.def("available_cpus", &available_cpus, "The number of cores that this process may use.");
+  m.def("philox4x32", &philox4x32, py::arg("counter"), py::arg("key"), "Four random words of Philox4x32-10.");
   m.def("normal4", &normal4, py::arg("seed"), py::arg("stream"), py::arg("index"),
-        "Four standard normals: block `index` of a stream.");
+        "Four standard normal numbers: block `index` of a stream.");
 
   py::class_<BoundPool>(m, "ThreadPool", "The engine's thread pool, as its tests see it.")
       .def(py::init<ptrdiff_t>(), py::arg("num_threads"))
       .def_property_readonly("size", [](const BoundPool &pool) { return pool.size(); })
       .def("owners", &pool_owners, py::arg("items"), py::arg("fail_at") = std::vector<ptrdiff_t>(),
-           "The rank that ran each item, (items,) int32; the items of `fail_at` throw on their threads.")
+           "The rank that ran each item, int32 (items,). The items in `fail_at` throw on their threads.")
       .def("barriers_hold", &pool_barriers_hold, py::arg("rounds"),
            "Whether no rank ever passed a barrier before all had reached it.");
 }

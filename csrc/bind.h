@@ -1,4 +1,4 @@
-// What the bindings share: arrays from Python, checked and never copied, and calls without the GIL that Ctrl-C stops.
+// Shared by the bindings: checked access to NumPy arrays, never a copy, and calls without the GIL that Ctrl-C can stop.
 #pragma once
 
 #include <pybind11/numpy.h>
@@ -25,11 +25,11 @@ void bind_svd(py::module_ &m);
 
 // ---- calls
 
-// The calling thread without the GIL, as long as this lives.
+// Releases the GIL for as long as this object lives.
 //
-// CPython ends a thread that asks for the GIL while the interpreter shuts down: a daemon thread, whose call returns
-// then. Before 3.14 it does so by pthread_exit, which would unwind through frames that may not throw, and abort the
-// process. From 3.14 on it lets the thread hang, and so does this.
+// A daemon thread may ask for the GIL back while the interpreter shuts down. CPython then ends the thread: before 3.14
+// by pthread_exit, which would unwind through noexcept frames and abort the process; from 3.14 on it lets the thread
+// hang for ever. This class lets it hang in every version.
 class WithoutGil {
  public:
   WithoutGil() : thread_(PyEval_SaveThread()) {}
@@ -39,12 +39,12 @@ class WithoutGil {
   WithoutGil(const WithoutGil &) = delete;
   WithoutGil &operator=(const WithoutGil &) = delete;
 
-  // Runs pending signal handlers; true where one raised, as Ctrl-C does, and the exception is set. A child process that
-  // a handler has forked gets an exception too: the threads that share the work are not there.
+  // Runs pending signal handlers. Returns true, with the Python exception set, where one raised, as Ctrl-C does, and
+  // in a child process that a handler has forked: the threads that share the work do not exist there.
   bool signal_raised();
 
  private:
-  // Gets the GIL back, then does the work.
+  // Takes the GIL back, then does the work.
   template <class Work>
   void with_gil(const Work &work) noexcept {
     try {
@@ -59,7 +59,7 @@ class WithoutGil {
   PyThreadState *thread_;
 };
 
-// What work(poll) returns, which runs without the GIL. Throws what a signal handler raised meanwhile.
+// Runs work(poll) without the GIL and returns its result. Throws what a signal handler raised meanwhile.
 template <class Work>
 auto without_gil(const Work &work) {
   try {
@@ -74,7 +74,7 @@ auto without_gil(const Work &work) {
 
 // ---- arrays
 
-// One expected dimension: its letter in messages, and its size where that is fixed.
+// An expected dimension: its letter in messages, and its size, or -1 for any.
 struct Dim {
   const char *name;
   py::ssize_t size = -1;
@@ -95,7 +95,7 @@ inline std::string shape_of(const py::array &array) {
   return out + (array.ndim() == 1 ? ",)" : ")");
 }
 
-// NumPy's name of a type. Asking NumPy for it would run Python code.
+// NumPy's name of a type. (Asking NumPy would run Python code.)
 template <class T>
 constexpr const char *dtype_name() {
   if constexpr (std::is_same_v<T, float>) return "float32";
@@ -104,8 +104,9 @@ constexpr const char *dtype_name() {
   if constexpr (std::is_same_v<T, int64_t>) return "int64";
 }
 
-// `object` as an array of exactly T, C-contiguous, of this shape; never a copy. TypeError where it is not an array of
-// T, ValueError otherwise: "prefill: x must have shape (B, t, k) = (4, t, 16), got (4, 7, 12)".
+// Returns `object` itself as an array of exactly T, C-contiguous and of this shape, never a copy. Raises TypeError
+// where it is not an array of T, and ValueError for anything else: "prefill: x must have shape (B, t, k) = (4, t, 16),
+// got (4, 7, 12)".
 template <class T>
 py::array_t<T> checked_array(const char *where, const char *name, const py::handle &object,
                              std::initializer_list<Dim> dims) {
@@ -135,7 +136,7 @@ py::array_t<T> checked_array(const char *where, const char *name, const py::hand
   return py::reinterpret_borrow<py::array_t<T>>(object);
 }
 
-// An array of this shape, uninitialised. Throws std::bad_alloc where the machine lacks the memory.
+// A new uninitialised array of this shape. Throws std::bad_alloc where the machine lacks the memory.
 template <class T>
 py::array_t<T> new_array(std::initializer_list<ptrdiff_t> shape) {
   double count = 1.0;

@@ -26,7 +26,7 @@ std::unique_ptr<Decoder> make_decoder(const DecoderConfig &config, const py::dic
                                       const DecoderOptions &options) {
   const std::vector<TensorSpec> specs = tensor_specs(config);
   std::vector<const float *> tensors;
-  std::vector<py::array_t<float>> held;  // the dict may change meanwhile
+  std::vector<py::array_t<float>> held;  // keeps them alive: another thread may change the dict
   for (const TensorSpec &spec : specs) {
     check(weights.contains(spec.name), "Decoder: weights lack '", spec.name, "'");
     const bool matrix = spec.shape.size() == 2;
@@ -65,12 +65,12 @@ py::array_t<float> step(Decoder &decoder, const py::object &x) {
   return y;
 }
 
-// n is int64 (B,). Rows of y that a sequence did not ask for are NaN.
+// n is int64 (B,). Rows of y beyond what a sequence asked for are NaN.
 py::array_t<float> generate(Decoder &decoder, const py::object &n) {
   const py::ssize_t B = decoder.batch_size(), k = decoder.config().n_components;
   const auto n_array = checked_array<int64_t>("generate", "n", n, {{"B", B}});
   const std::vector<int64_t> steps(n_array.data(), n_array.data() + B);
-  // Decoder::generate refuses whatever does not fit.
+  // Decoder::generate refuses values that do not fit.
   const auto most = std::clamp<int64_t>(*std::max_element(steps.begin(), steps.end()), 0, decoder.max_len());
   py::array_t<float> y = new_array<float>({B, static_cast<ptrdiff_t>(most), k});
   float *y_data = y.mutable_data();

@@ -77,7 +77,7 @@ std::unique_ptr<PpoUpdate> make_ppo_update(ptrdiff_t obs_dim, ptrdiff_t act_dim,
   return std::make_unique<PpoUpdate>(sizes, settings, num_threads);
 }
 
-// Rows of parameters (N, P), P at least what the update needs.
+// `params` as rows of parameters (N, P), where P is at least what the update needs.
 py::array_t<float> checked_params(const char *where, const PpoUpdate &update, const py::object &params) {
   const auto array = checked_array<float>(where, "params", params, {{"N"}, {"P"}});
   check(array.shape(1) >= update.num_params(), where, ": params must have at least ", update.num_params(),
@@ -97,7 +97,7 @@ py::array_t<float> bound_values(PpoUpdate &update, const py::object &params, con
   return out;
 }
 
-// Statistics (N, 4): policy loss, value loss, clipped share, approximate KL divergence.
+// Returns statistics (N, 4): policy loss, value loss, clipped share and approximate KL divergence.
 py::array_t<double> bound_update(PpoUpdate &update, py::object params, py::object first_moments,
                                  py::object second_moments, py::object num_updates, const py::object &observations,
                                  const py::object &actions, const py::object &log_probs, const py::object &advantages,
@@ -142,8 +142,8 @@ void bind_ppo(py::module_ &m) {
   m.def("mean_actions", &bound_mean_actions, py::arg("params"), py::arg("obs"), py::kw_only(), py::arg("act_dim"),
         py::arg("hidden_sizes"), py::arg("activation"),
         "Mean actions (N, R, A); tipl.policy.mean_action documents it.");
-  py::class_<PpoUpdate>(m, "PpoUpdate",
-                        "PPO's update of many trials; tipl.collecting.population.Population documents it.")
+  py::class_<PpoUpdate>(
+      m, "PpoUpdate", "PPO's update of many trials, with the settings in the attributes of `config`, a tipl.PPOConfig.")
       .def(py::init(&make_ppo_update), py::kw_only(), py::arg("obs_dim"), py::arg("act_dim"), py::arg("config"),
            py::arg("num_threads"))
       .def_property_readonly("num_params", &PpoUpdate::num_params)

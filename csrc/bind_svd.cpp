@@ -1,4 +1,4 @@
-// Python's door to svd.cpp and read_ahead.cpp: checks arrays, takes pointers, releases the GIL, calls the engine.
+// The bindings of svd.h, rows.h and cpu/read_ahead.h.
 #include <algorithm>
 #include <cstdint>
 #include <iterator>
@@ -17,7 +17,8 @@
 namespace tipl {
 namespace {
 
-// The rows of a float32 array (n, p), each contiguous, wherever they lie; p < 0: any number of columns.
+// The rows of a float32 array (n, p) without a copy: each row must be contiguous, but the rows need not be adjacent.
+// p < 0: any number of columns.
 RowView row_view(const char *where, const char *name, const py::object &object, py::ssize_t p) {
   if (!py::isinstance<py::array_t<float>>(object)) {
     const py::object type =
@@ -35,7 +36,7 @@ RowView row_view(const char *where, const char *name, const py::object &object, 
   return {x.data(), x.shape(0), x.strides(0) / kSize};
 }
 
-// The rows (n, columns) that work(poll) returns.
+// Returns what work(poll) returns as rows (n, columns).
 template <class Work>
 py::array_t<float> rows_from(py::ssize_t columns, const Work &work) {
   auto rows = std::make_unique<std::vector<float>>(without_gil(work));
@@ -46,7 +47,7 @@ py::array_t<float> rows_from(py::ssize_t columns, const Work &work) {
   return py::array_t<float>({count, columns}, data, owner);
 }
 
-// A copy (rows, columns) of part of the sums.
+// Returns a copy of numbers (rows, columns).
 py::array_t<double> copy_of(const double *from, ptrdiff_t rows, ptrdiff_t columns) {
   py::array_t<double> out = new_array<double>({rows, columns});
   double *const to = out.mutable_data();
@@ -60,7 +61,7 @@ py::array_t<double> copy_of(const double *from, ptrdiff_t rows, ptrdiff_t column
   return out;
 }
 
-// The number that messages give the first row.
+// The number by which messages call the first row.
 int64_t checked_first_row(const char *where, int64_t first_row) {
   check(0 <= first_row && first_row <= int64_t{1} << 62, where, ": first_row must lie in [0, 2**62], got ", first_row);
   return first_row;
@@ -140,7 +141,7 @@ py::array_t<double> sketch_co_range(const RowSketch &sketch) {
   return copy_of(sums->co_range.data(), sketch.config().outputs(), sketch.config().num_features);
 }
 
-// Of d, over all rows that are not pending (p).
+// The sum (p) of d over all rows that are not pending.
 py::array_t<double> sketch_row_sum(const RowSketch &sketch) {
   const ptrdiff_t p = sketch.config().num_features;
   const auto sums = sketch.sums();
@@ -188,7 +189,7 @@ void bound_check_finite(const std::string &where, const py::object &x, int num_t
   without_gil([&](Poll &poll) { check_finite_rows(where.c_str(), rows, first_row, p, num_threads, poll); });
 }
 
-// (X - origin)(Y - origin)^T in float64, of X with itself where Y is None.
+// (X - origin)(Y - origin)^T in float64; without Y, of X with itself.
 py::array_t<double> bound_products(const std::string &where, const py::object &x, const py::object &y,
                                    const py::object &origin, int num_threads, int64_t first_row) {
   const char *const name = where.c_str();
@@ -207,7 +208,7 @@ py::array_t<double> bound_products(const std::string &where, const py::object &x
   return out;
 }
 
-// weights^T X in float64, rounded.
+// weights^T X, summed in float64 and rounded to float32.
 py::array_t<float> bound_combine(const py::object &x, const py::object &weights, int num_threads) {
   const RowView rows = row_view("combine", "X", x, -1);
   const py::ssize_t p = py::reinterpret_borrow<py::array>(x).shape(1);
@@ -274,7 +275,7 @@ void bind_svd(py::module_ &m) {
       .def_property_readonly("directed", &RowSketch::directed)
       .def_property_readonly("range_size", [](const RowSketch &sketch) { return sketch.config().range_size; })
       .def_property_readonly("test_size", [](const RowSketch &sketch) { return sketch.config().test_size; });
-  py::class_<ReadAhead>(m, "ReadAhead", "Reads a C-contiguous memory-mapped array from disk ahead of its use.")
+  py::class_<ReadAhead>(m, "ReadAhead", "Reads a C-contiguous memory-mapped array from disk before it is used.")
       .def(py::init([](const py::array &x) {
              check((x.flags() & py::array::c_style) != 0, "ReadAhead: X must be C-contiguous");
              return std::make_unique<ReadAhead>(x.data(), x.nbytes());
@@ -282,7 +283,8 @@ void bind_svd(py::module_ &m) {
            py::arg("X"), py::keep_alive<1, 2>())
       .def("want", &ReadAhead::want, py::arg("bytes"));
   m.def("partial_fit_together", &bound_partial_fit_together, py::arg("sketches"), py::arg("starts"), py::arg("X"),
-        py::arg("first_row"), py::arg("all_or_none"), "Each sketch takes its columns of all rows of X, or none does.");
+        py::arg("first_row"), py::arg("all_or_none"),
+        "Each sketch takes its columns of all rows of X, or no sketch takes any.");
   m.def("check_finite", &bound_check_finite, py::arg("where"), py::arg("X"), py::arg("num_threads"),
         py::arg("first_row") = 0);
   m.def("products", &bound_products, py::arg("where"), py::arg("X"), py::arg("Y"), py::arg("origin"),

@@ -1,4 +1,4 @@
-// A call into the engine: alone on its object, and with a way out where it takes long.
+// Calls into the engine: one at a time on each object, and with a way to stop a long one.
 #pragma once
 
 #include <atomic>
@@ -10,26 +10,26 @@
 
 namespace tipl {
 
-// How many forks lie between the process that loaded the library and this one.
+// The number of forks between the process that loaded the library and this one.
 uint32_t fork_depth() noexcept;
 
-// Throws std::bad_alloc where so many numbers of so many bytes are more than the machine's memory. An allocation alone
-// does not tell: systems give out more than they have, and end the process that uses it.
+// Throws std::bad_alloc where `count` numbers of `bytes` bytes exceed the machine's memory. An allocation alone would
+// not show it: systems grant more memory than they have, and kill the process that uses it.
 void check_memory(double count, size_t bytes);
 
-// Of one object: which call has it, if any.
+// Marks whether a call is using an object, and which.
 class InUse {
  public:
   enum class Holder { kNobody, kThisThread, kOtherThread, kBeforeFork };
 
-  // Takes it if nobody has it; returns who had.
+  // Takes the object if it is free; returns who had it.
   Holder take() noexcept;
-  // In a child that was forked meanwhile, by a signal handler, it stays taken: half of the work may be missing there.
+  // In a child that a signal handler forked meanwhile the object stays taken: a part of the work may be missing there.
   void leave() noexcept;
 
-  // Has the object as long as it lives. Throws std::runtime_error where another call has it, be it of another thread,
-  // of this one that a signal handler has interrupted, or of a thread that a fork has left behind: "step: the decoder
-  // is in use by another call".
+  // Holds the object for as long as this lives. Throws std::runtime_error where another call has it, "step: the decoder
+  // is in use by another call": one of another thread, one of this thread that a signal handler has interrupted, or one
+  // of a thread that does not exist any more since a fork.
   class Hold {
    public:
     Hold(InUse &object, const char *where, const char *what);
@@ -42,31 +42,32 @@ class InUse {
   };
 
  private:
-  std::atomic<uint64_t> holder_{0};  // fork depth and number of the thread, or 0
+  std::atomic<uint64_t> holder_{0};  // the fork depth and the number of the thread; 0 if free
 };
 
-// Throws std::runtime_error unless `holder` is nobody, as InUse::Hold does.
+// Throws std::runtime_error as InUse::Hold does, unless `holder` is nobody.
 void check_free(InUse::Holder holder, const char *where, const char *what);
 
-// What ends a call that was told to stop.
+// Thrown to end a call that was told to stop.
 struct Interrupted : std::exception {
   const char *what() const noexcept override { return "interrupted"; }
 };
 
-// Asks now and then whether a long call is to stop. A loop on several threads shares one: rank 0, which is the thread
-// that made the call, asks, and the others do as it was told.
+// Asks from time to time whether a long call should stop. The threads of one call share a Poll: rank 0, the thread that
+// made the call, asks, and the others follow the answer.
 class Poll {
  public:
-  // Asked about every 20 ms, on the caller's thread. True from then on.
+  // The question, asked about every 20 ms on the thread that made the call. Once the answer is true it is not asked
+  // again.
   using Stop = std::function<bool()>;
 
   explicit Poll(const Stop &stop) : stop_(stop) {}
   Poll(const Poll &) = delete;
   Poll &operator=(const Poll &) = delete;
 
-  // Whether to stop. Costs some 20 ns.
+  // Whether to stop. Costs about 20 ns.
   bool stopped(int rank);
-  // Throws Interrupted where stopped.
+  // Throws Interrupted if the call should stop.
   void operator()(int rank) {
     if (stopped(rank)) throw Interrupted();
   }

@@ -1,8 +1,8 @@
-// A caller's mistakes become exceptions, once, at the boundary; what lies behind it is unchecked and noexcept.
+// Mistakes of a caller become exceptions here, at the boundary. The kernels behind it are unchecked and noexcept.
 //
-// The text names the function, the argument, what was expected and what came:
+// A message names the function and the argument, and says what was expected and what came:
 //   check(n >= 0, "generate: n must be >= 0, got ", n);
-// bind.cpp turns std::invalid_argument into ValueError and std::runtime_error into RuntimeError.
+// pybind11 turns std::invalid_argument into ValueError and std::runtime_error into RuntimeError.
 #pragma once
 
 #include <sstream>
@@ -11,7 +11,7 @@
 
 namespace tipl {
 
-// The parts written one after the other, as std::ostream writes them.
+// The parts joined into one text, as std::ostream writes them.
 template <class... Parts>
 std::string text(const Parts &...parts) {
   std::ostringstream out;
@@ -19,13 +19,13 @@ std::string text(const Parts &...parts) {
   return out.str();
 }
 
-// A wrong value of an argument: std::invalid_argument unless `ok`.
+// For arguments with a wrong value: throws std::invalid_argument unless `ok`.
 template <class... Parts>
 void check(bool ok, const Parts &...parts) {
   if (!ok) throw std::invalid_argument(text(parts...));
 }
 
-// A call that the object's state, the machine or a file does not allow: std::runtime_error unless `ok`.
+// For calls that the state of the object, the machine or a file does not allow: throws std::runtime_error unless `ok`.
 template <class... Parts>
 void check_state(bool ok, const Parts &...parts) {
   if (!ok) throw std::runtime_error(text(parts...));

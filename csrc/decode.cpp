@@ -102,7 +102,7 @@ std::vector<int64_t> Decoder::position() const {
   return position_;
 }
 
-// Throws unless the sequence has a prefix and room for so many tokens more.
+// Throws unless the sequence has a prefix, and room for `tokens` more.
 void Decoder::check_room(const char *where, int sequence, int64_t tokens) const {
   const int64_t held = position_[sequence];
   check_state(held > 0, where, ": the decoder is empty; call prefill first");
@@ -115,8 +115,8 @@ void Decoder::add(int sequence, int64_t slot, const float *x, const float *previ
   pass_->add({sequence, static_cast<int>(slot)}, x, previous, prefix_end_[sequence]);
 }
 
-// Runs the pass. Then each row is in the cache, the position of its sequence lies behind it, and prediction_ follows
-// it. Interrupted, it has changed nothing but slots that no position covers.
+// Runs the pass. Afterwards each row is in the cache and counted by the position of its sequence, and prediction_ is
+// what follows it. Interrupted, it has changed only slots that no position covers yet.
 void Decoder::run(Poll &poll) {
   pass_->run(poll);
   const int k = config_.n_components;

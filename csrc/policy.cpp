@@ -43,10 +43,10 @@ void mean_actions(const PolicySizes &sizes, const float *params, ptrdiff_t strid
                   ptrdiff_t rows, float *out, Poll &poll) {
   constexpr ptrdiff_t kRowsBetweenPolls = 64;
   const PolicyKernels &kernels = policy_kernels();
-  const Network actor = network(sizes, sizes.act_dim, sizes.act_dim);  // behind log_std
+  const Network actor = network(sizes, sizes.act_dim, sizes.act_dim);  // after log_std
   ptrdiff_t widest = 0;
   for (const ptrdiff_t width : sizes.hidden) widest = std::max(widest, round_up(width, kernels.lanes));
-  AlignedFloats hidden({2, widest});  // activations of one observation: of a layer and of the next
+  AlignedFloats hidden({2, widest});  // of one observation: activations of a layer and of the next
   for (ptrdiff_t row = 0; row < policies * rows; ++row) {
     if (row % kRowsBetweenPolls == kRowsBetweenPolls - 1) poll(0);
     const float *const param = params + row / rows * stride, *x = obs + row * sizes.obs_dim;

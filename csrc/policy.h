@@ -1,9 +1,9 @@
-// How policies act: the mean actions of many small networks, each with weights of its own.
+// How policies act: the mean actions of many small networks, each with its own weights.
 //
-// Shapes  N policies, R observations of each; O = obs_dim, A = act_dim. A policy's parameters are one row: log_std (A),
-//         then the actor; more may follow.
-// Bits    An action depends on its policy's weights, its observation and the instruction set alone: not on what is
-//         beside it, on where anything lies in memory, or on threads. Every sum has one order.
+// Shapes  N policies, R observations for each; O = obs_dim, A = act_dim. The parameters of a policy are one row:
+//         log_std (A), then the actor; more may follow.
+// Bits    An action depends only on the weights of its policy, its observation and the instruction set: not on other
+//         policies or observations, on where anything lies in memory, or on threads. Every sum has one order.
 #pragma once
 
 #include <cstddef>
@@ -20,25 +20,25 @@ struct PolicySizes {
   Activation activation;
 };
 
-// Where the layers of an MLP lie in a row of parameters: of each in order the weight (out, in) and the bias (out), as
-// torch.nn.Linear has them.
+// Where the layers of an MLP lie in a row of parameters: for each layer in order the weight (out, in) and the bias
+// (out), as in torch.nn.Linear.
 struct Network {
   struct Layer {
     ptrdiff_t in, out;
-    ptrdiff_t weight, bias;  // where they begin
+    ptrdiff_t weight, bias;  // offsets
   };
   std::vector<Layer> layers;
-  ptrdiff_t end;  // of its parameters
+  ptrdiff_t end;  // offset behind its parameters
 };
 
-// A network of these hidden sizes and `out` outputs, whose parameters begin at `begin`.
+// The network with these hidden sizes and `out` outputs, whose parameters begin at offset `begin`.
 Network network(const PolicySizes &sizes, ptrdiff_t begin, ptrdiff_t out);
 
-// Throw std::invalid_argument where a size is less than 1, or more than anybody means.
+// Throw std::invalid_argument where a size is less than 1 or absurdly large.
 void check_size(const char *where, const char *name, ptrdiff_t size);
 void check_sizes(const char *where, const PolicySizes &sizes);
 
-// out (N, R, A) <- mean actions for obs (N, R, O), with rows of params `stride` floats apart; on the calling thread.
+// out (N, R, A) <- mean actions for obs (N, R, O), on the calling thread. Rows of params lie `stride` floats apart.
 void mean_actions(const PolicySizes &sizes, const float *params, ptrdiff_t stride, ptrdiff_t policies, const float *obs,
                   ptrdiff_t rows, float *out, Poll &poll);
 

@@ -1,12 +1,13 @@
-// PPO's update (arXiv:1707.06347, with Stable-Baselines3's details) of many independent trials with small policies.
+// PPO's update (arXiv:1707.06347, with the details of Stable-Baselines3) of many independent trials with small
+// policies.
 //
-// Shapes  N trials; T steps of a trial in an iteration, B = minibatch_size, E = update_epochs; O = obs_dim,
-//         A = act_dim. A trial's parameters are one row: log_std (A) | actor | critic, each of these the weight
-//         (out, in) and the bias (out) of every layer in order, as torch.nn.Linear has them.
+// Shapes  N trials; T steps of each trial in one iteration, B = minibatch_size, E = update_epochs; O = obs_dim,
+//         A = act_dim. The parameters of a trial are one row: log_std (A) | actor | critic. Both networks are the
+//         weight (out, in) and the bias (out) of each layer in order, as in torch.nn.Linear.
 // Method  One thread takes one trial through the whole update: cpu/trial_update.h.
-// Cost    6 flops a parameter and step, in each of E epochs. At HalfCheetah's sizes, two networks with widths of 64, a
-//         minibatch of 64 took 26 us of a Zen 5 core, 163 GFLOP/s with all else that it takes.
-// A trial's results depend on its own row and steps alone: same bits for any number of trials and of threads.
+// Cost    6 flops for each parameter and step, in each of E epochs. With the sizes of HalfCheetah, two networks of
+//         widths 64, a minibatch of 64 took 26 us on a Zen 5 core: 163 GFLOP/s, everything included.
+// Bits    The results of a trial depend only on its own row and steps: same bits for any number of trials and threads.
 #pragma once
 
 #include <cstddef>
@@ -36,19 +37,19 @@ struct PpoSettings {
   bool learn_log_std;
 };
 
-// The trials' rows, `stride` floats apart, and Adam's moments of them, which lie alike.
+// The rows of the trials, `stride` floats apart, and Adam's first and second moments in the same layout.
 struct TrialParams {
   float *param, *first, *second;
-  int64_t *steps;  // (N), that the optimizer has taken
+  int64_t *steps;  // (N), steps that the optimizer has taken
   ptrdiff_t trials, stride;
 };
 
-// What the trials did in one iteration. Arrays (N, T) but for these.
+// What the trials did in one iteration, in arrays (N, T) unless stated otherwise.
 struct Steps {
   const float *observations;  // (N, T, O)
   const float *actions;       // (N, T, A)
   const float *log_probs, *advantages, *returns, *values;
-  const int32_t *order;  // (N, E, T), permutations of the steps
+  const int32_t *order;  // (N, E, T), a permutation of the steps for each epoch
   ptrdiff_t num_steps;   // T, a multiple of B
 };
 
@@ -57,15 +58,15 @@ struct UpdateStats {
   double approx_kl;                          // mean over the minibatches of the last epoch
 };
 
-// One call at a time: another is refused with std::runtime_error. Calls ask a Poll, and throw Interrupted.
+// One call at a time: a second one gets std::runtime_error. Calls ask a Poll, and throw Interrupted.
 class PpoUpdate {
  public:
-  // Actor and critic have the same hidden sizes, and share no layer. Throws std::invalid_argument for sizes or settings
+  // Actor and critic have the same hidden sizes and share no layer. Throws std::invalid_argument for sizes or settings
   // that are out of range.
   PpoUpdate(PolicySizes sizes, const PpoSettings &settings, int num_threads);
   ~PpoUpdate();
 
-  ptrdiff_t num_params() const noexcept { return critic_.end; }  // of a row; more may follow, which nothing touches
+  ptrdiff_t num_params() const noexcept { return critic_.end; }  // of one row; nothing touches what may follow them
   const PolicySizes &sizes() const noexcept { return sizes_; }
   const PpoSettings &settings() const noexcept { return settings_; }
 
@@ -73,7 +74,8 @@ class PpoUpdate {
   void values(const float *params, ptrdiff_t stride, ptrdiff_t trials, const float *obs, ptrdiff_t rows, float *out,
               Poll &poll);
 
-  // Takes every trial through the epochs of one iteration. stats (N). Interrupted, each has taken some of its steps.
+  // Takes every trial through the epochs of one iteration, and writes stats (N). After an interruption each trial has
+  // taken some of its steps.
   void update(const TrialParams &params, const Steps &steps, double learning_rate, UpdateStats *stats, Poll &poll);
 
  private:

@@ -1,6 +1,6 @@
 // Counter-based random numbers: Philox4x32-10 (Salmon et al. 2011, doi:10.1145/2063384.2063405).
 //
-// A pure function of (seed, stream, index): no state to pass on, the same value on any thread and in any order.
+// Pure functions of (seed, stream, index), without a state: the same values on any thread and in any order.
 #pragma once
 
 #include <array>
@@ -22,7 +22,8 @@ constexpr std::array<uint32_t, 4> philox4x32(std::array<uint32_t, 4> counter, st
   return counter;
 }
 
-// Block `index` of a stream of standard normals: values 4*index ... 4*index + 3 (Box-Muller on two pairs of words).
+// Block `index` of a stream of standard normal numbers: numbers 4 * index to 4 * index + 3 (Box-Muller, on two pairs of
+// words).
 inline std::array<float, 4> normal4(uint64_t seed, uint64_t stream, uint64_t index) noexcept {
   const auto low = [](uint64_t x) { return static_cast<uint32_t>(x); };
   const auto high = [](uint64_t x) { return static_cast<uint32_t>(x >> 32); };

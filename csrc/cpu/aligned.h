@@ -10,7 +10,7 @@
 
 #include "call.h"
 #if defined(__SANITIZE_ADDRESS__)
-#include <sanitizer/asan_interface.h>  // guards what malloc gives, but neither a mapping nor the rest of the last line
+#include <sanitizer/asan_interface.h>  // it guards malloc blocks only: no mapping here, and the last line is poisoned
 #elif defined(__linux__)
 #include <sys/mman.h>
 #define TIPL_HUGE_PAGES 1
@@ -18,16 +18,16 @@
 
 namespace tipl {
 
-// n rounded up to a multiple.
+// n rounded up to the next multiple.
 constexpr ptrdiff_t round_up(ptrdiff_t n, ptrdiff_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// Arrays of some MB are asked for in huge pages where the system has them: a model or a cache that streams through the
-// L3 cache comes up to 1.4 times as fast, because neighbours in memory stay neighbours in the cache.
+// Arrays of 2 MB and more use huge pages where the system has them: a model or a cache that streams through the L3
+// cache then arrives up to 1.4 times as fast, because neighbours in memory stay neighbours in the cache.
 template <class T>
 class AlignedArray {
  public:
   AlignedArray() = default;
-  // The product of `shape` in T. Throws std::bad_alloc where the machine lacks the memory.
+  // An array of this shape. Throws std::bad_alloc where the machine lacks the memory.
   explicit AlignedArray(std::initializer_list<ptrdiff_t> shape) {
     size_t bytes = sizeof(T);
     double count = 1.0;
@@ -43,7 +43,7 @@ class AlignedArray {
       block_ = mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
       if (block_ == MAP_FAILED) throw std::bad_alloc();
       data_ = aligned(kHugePage);
-      madvise(data_, bytes, MADV_HUGEPAGE);  // only a wish
+      madvise(data_, bytes, MADV_HUGEPAGE);  // a request that the system may ignore
       return;
     }
 #endif
@@ -86,7 +86,7 @@ class AlignedArray {
   }
 
   void *block_ = nullptr;
-  size_t mapped_ = 0;  // bytes of the mapping; 0 where malloc gave the block
+  size_t mapped_ = 0;  // bytes of the mapping; 0 where the block is from calloc
   T *data_ = nullptr;
 };
 

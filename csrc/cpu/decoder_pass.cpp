@@ -115,8 +115,8 @@ void DecoderPass::barrier(int rank) noexcept {
   if (team_size_ > 1) pool_.barrier(rank);
 }
 
-// Where the poll has said to stop, ranks skip what is left of their work, each from where it hears of it, and all leave
-// at the next layer, to which rank 0 brings the word.
+// If the call should stop, each rank skips the rest of its work once it knows. All leave together at the next layer,
+// where rank 0 has passed on the answer through stopped_.
 void DecoderPass::run_on_all(int rank, Poll &poll) noexcept {
   linear(rank, poll, weights_.embed, token_.data(), token_stride_, Epilogue::kAdd, z_.data(), d_stride_);
   barrier(rank);
@@ -140,9 +140,9 @@ void DecoderPass::run_on_all(int rank, Poll &poll) noexcept {
          k_stride_);
 }
 
-// The same for two ranks and few rows, with two barriers a block instead of five (after Megatron-LM, arXiv:1909.08053):
-// each rank takes half of the heads from qkv through proj, and half of the MLP's units from fc1 through fc2. Both keep
-// all of z, embedding included, and add to it what the two halves come to.
+// The same for two ranks and few rows, with two barriers for each block instead of five (after Megatron-LM,
+// arXiv:1909.08053): each rank takes half of the heads from qkv through proj, and half of the units of the MLP from fc1
+// through fc2. Each rank keeps all of z, embedding included, and adds the results of both halves to it.
 void DecoderPass::run_in_halves(int rank, Poll &poll) noexcept {
   const ptrdiff_t M = std::ssize(rows_), H = config_.n_head;
   Own &own = own_[rank];
@@ -186,7 +186,7 @@ ptrdiff_t DecoderPass::panels_of(const Weights::Linear &layer) const noexcept {
   return round_up(layer.packed.out, kernels_.lanes) / kernels_.lanes;
 }
 
-// This rank's panels of y (M, out) <- x (M, in) through the layer.
+// The panels of this rank in y (M, out) <- the layer of x (M, in).
 void DecoderPass::linear(int rank, Poll &poll, const Weights::Linear &layer, const float *x, ptrdiff_t x_stride,
                          Epilogue epilogue, float *y, ptrdiff_t y_stride) noexcept {
   const Range mine = share(panels_of(layer), rank, team_size_);
@@ -200,7 +200,7 @@ void DecoderPass::linear(int rank, Poll &poll, const Weights::Linear &layer, con
   }
 }
 
-// This rank's panels of z (M, d) += x (M, in) through a layer in parts, one part's sum after the other.
+// The panels of this rank in z (M, d) += the layer of x (M, in), whose parts are added one after the other.
 void DecoderPass::linear_parts(int rank, Poll &poll, const std::vector<Weights::Linear> &parts, const float *x,
                                ptrdiff_t x_stride) noexcept {
   for (const Weights::Linear &part : parts) {
@@ -213,7 +213,7 @@ void DecoderPass::normalise(const Weights::LayerNorm &norm, const float *z, ptrd
   kernels_.layer_norm(z, d_stride_, rows, config_.d_model, norm.weight.data(), norm.bias.data(), y, d_stride_);
 }
 
-// z (M, d) normalised, complete for this rank: few rows by each rank for itself, many by all together.
+// Returns z (M, d) normalised. Each rank computes few rows for itself; many rows are shared by all ranks.
 const float *DecoderPass::normalised(int rank, const Weights::LayerNorm &norm) noexcept {
   const ptrdiff_t M = std::ssize(rows_);
   const bool alone = M <= kOwnRows;
@@ -225,7 +225,8 @@ const float *DecoderPass::normalised(int rank, const Weights::LayerNorm &norm) n
   return y;
 }
 
-// (Group, head) pairs [begin, end): the rows' keys and values into the cache, then attended_ (M, d).
+// For the (group, head) pairs [begin, end): stores the keys and values of the rows in the cache, then computes
+// attended_ (M, d). A group is the rows of one sequence.
 void DecoderPass::attend(int rank, Poll &poll, int layer, ptrdiff_t begin, ptrdiff_t end) noexcept {
   const int H = config_.n_head, D = config_.head_dim();
   const auto cache_of = [&](ptrdiff_t item) {
@@ -247,7 +248,7 @@ void DecoderPass::attend(int rank, Poll &poll, int layer, ptrdiff_t begin, ptrdi
   }
 }
 
-// The first of the (group, head) pairs, in order, that are `rank`'s: all have about the same number of slots to read.
+// The first of the (group, head) pairs, in order, that belong to `rank`: all ranks read about equally many slots.
 ptrdiff_t DecoderPass::first_head(int rank) const noexcept {
   const ptrdiff_t H = config_.n_head, before = work_.back() * H * rank / team_size_;
   const auto group = std::upper_bound(work_.begin(), work_.end() - 1, before / H) - 1;

@@ -3,8 +3,8 @@
 // Cache   (L, B, H, T / 64, keys and values of 64 slots) in float32 or bfloat16: attention reads the past of a head as
 //         one stream, once, with online softmax (arXiv:1805.02867). Keys are transposed inside groups of N slots, so
 //         that N scores fill one register.
-// Threads share the outputs of each layer, and the (sequence, head) pairs in attention, with five barriers a block. Two
-//         threads with few rows share each block by halves instead, with two barriers: see run_in_halves.
+// Threads share the outputs of each layer, and the (sequence, head) pairs in attention, with five barriers for each
+//         block. Two threads with few rows share each block by halves instead, with two barriers: see run_in_halves.
 // Bits    Only the sums of proj and fc2 are split, where halved(config): into two halves, for every number of threads.
 #pragma once
 
@@ -34,7 +34,7 @@ struct KvCache {
   const Precision precision;
   const int B, H, T, head_dim;
   const int value_stride;                               // head_dim rounded up to N
-  const ptrdiff_t block_keys, block_words, head_words;  // words of one block's keys, of one block, of one head
+  const ptrdiff_t block_keys, block_words, head_words;  // words of the keys of a block, of a block, of a head
   AlignedWords words;                                   // (L, B, H, head_words)
 };
 
@@ -63,11 +63,11 @@ class DecoderPass {
   const float *output(ptrdiff_t row) const noexcept { return head_.data() + row * k_stride_; }            // (k)
 
  private:
-  struct Own {                      // of one rank
+  struct Own {                      // buffers of one rank
     AlignedFloats normed;           // (kOwnRows, d)
-    AlignedFloats sum;              // (D), of one head's values
-    AlignedFloats z;                // (kOwnRows, d), for run_in_halves, like what follows
-    AlignedFloats projected, down;  // (kOwnRows, d), what proj and fc2 make of this rank's half
+    AlignedFloats sum;              // (D), of the values of one head
+    AlignedFloats z;                // (kOwnRows, d); this and the next line are for run_in_halves
+    AlignedFloats projected, down;  // (kOwnRows, d), results of proj and fc2 on the half of this rank
   };
 
   void run_on_all(int rank, Poll &poll) noexcept;
@@ -91,11 +91,11 @@ class DecoderPass {
 
   // The current pass. Rows of one sequence lie together.
   std::vector<Row> rows_;        // (M)
-  std::vector<int> groups_;      // first row of each sequence's run of rows, then M
-  std::vector<ptrdiff_t> work_;  // slots that a head of the groups before each reads, then of all
-  bool stopped_ = false;         // as the poll says; written by rank 0 before a barrier, read by all behind it
-  int team_size_ = 1;            // ranks at work: all of the pool, or 1 where the pass is too small to share
-  const ptrdiff_t max_rows_;     // room for M below
+  std::vector<int> groups_;      // (sequences + 1), the first row of each sequence, then M
+  std::vector<ptrdiff_t> work_;  // (sequences + 1), slots that a head reads for all sequences before each
+  bool stopped_ = false;         // whether to stop; rank 0 writes it before a barrier, all read it after it
+  int team_size_ = 1;            // ranks at work: all, or 1 where the pass is too small to share
+  const ptrdiff_t max_rows_;     // the largest M
   const int token_stride_, d_stride_, qkv_stride_, ff_stride_, k_stride_;
   AlignedFloats token_;     // (M, 2k + 1), u in transformer.py
   AlignedFloats z_;         // (M, d), the residual stream
@@ -104,7 +104,7 @@ class DecoderPass {
   AlignedFloats attended_;  // (M, d)
   AlignedFloats hidden_;    // (M, d_ff)
   AlignedFloats head_;      // (M, k)
-  std::vector<Own> own_;    // of each rank
+  std::vector<Own> own_;    // for each rank
 };
 
 }  // namespace tipl

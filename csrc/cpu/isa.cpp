@@ -10,7 +10,7 @@ namespace {
 
 const IsaKernels *chosen = &kernels_baseline;
 
-// The kernels that this build has and this CPU can run, worst first.
+// The kernels that this build contains and this CPU can run, worst first.
 std::vector<const IsaKernels *> supported_kernels() {
   std::vector<const IsaKernels *> supported = {&kernels_baseline};
 #if defined(TIPL_X86)

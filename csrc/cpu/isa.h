@@ -1,4 +1,5 @@
-// Which instruction set the kernels use: the best that the CPU has, or what TIPL_ISA names. Chosen once, at import.
+// The instruction set of the kernels: the best that the CPU supports, or the one that TIPL_ISA names. Chosen once, at
+// import.
 #pragma once
 
 #include <optional>
@@ -11,11 +12,11 @@ struct DecodeKernels;
 struct SketchKernels;
 struct PolicyKernels;
 
-// `name` where it is among `supported` (worst first), or the last of these where there is no name.
-// Throws std::runtime_error where the name is unknown, or known but not supported.
+// Returns `name` if it is among `supported` (worst first), or the last of these if there is no name.
+// Throws std::runtime_error where the name is unknown, or not supported.
 std::string choose_isa(const std::optional<std::string> &name, const std::vector<std::string> &supported);
 
-// Chooses the kernels for TIPL_ISA=name (nullptr: unset) on this CPU; throws as choose_isa does.
+// Chooses the kernels for TIPL_ISA=name (nullptr: unset) on this CPU. Throws as choose_isa does.
 void select_isa(const char *name);
 
 // The name of the instruction set chosen, and its kernels; those of the baseline before select_isa.

@@ -19,7 +19,7 @@ namespace tipl {
 namespace {
 
 constexpr int kMaxThreads = 1024;
-constexpr int kSpins = 4096;  // pauses before a waiting thread sleeps: tens of microseconds
+constexpr int kSpins = 4096;  // pauses before a waiting thread goes to sleep: tens of microseconds
 
 void pause() noexcept {
 #if defined(__x86_64__)
@@ -29,7 +29,7 @@ void pause() noexcept {
 #endif
 }
 
-// Returns the first value of `word` that is `enough`: spins first, then sleeps until notified.
+// Waits until a value of `word` is `enough`, and returns it. Spins first, then sleeps until notified.
 template <class Enough>
 unsigned wait_until(const std::atomic<unsigned> &word, int spins, const Enough &enough) noexcept {
   for (int spin = 0; spin < spins; ++spin) {
@@ -80,8 +80,8 @@ struct ThreadPool::Team {
     }
   }
 
-  // Waits until the workers have finished, asking `poll` meanwhile: spins first, then naps a sixteenth of what it has
-  // waited.
+  // Waits until the workers have finished, and asks `poll` meanwhile. Spins first, then takes naps, each a sixteenth of
+  // the time waited so far.
   void wait_asking(Poll &poll) {
     using std::chrono::steady_clock;
     constexpr steady_clock::duration kShortest = std::chrono::microseconds(10), kLongest = std::chrono::milliseconds(5);
@@ -110,11 +110,11 @@ struct ThreadPool::Team {
   Call call = nullptr;  // the job; written before `job` changes, read after
   void *context = nullptr;
   std::vector<std::exception_ptr> errors;  // (size,), by rank
-  // Each on a cache line of its own: all are written while others spin on them. Counters may wrap.
+  // Each on a cache line of its own, since some threads write them while others spin on them. Counters may wrap.
   struct alignas(64) Counter {
     std::atomic<unsigned> count{0};
   };
-  std::vector<Counter> arrivals;                 // (size,), barriers that each rank has come to
+  std::vector<Counter> arrivals;                 // (size,), how many barriers each rank has reached
   alignas(64) std::atomic<unsigned> job{0};      // counts jobs; a change is the signal to start
   alignas(64) std::atomic<unsigned> running{0};  // workers that have not finished the job
   std::vector<std::thread> threads;              // ranks 1 ... size - 1
@@ -146,7 +146,7 @@ void ThreadPool::start(Call call, void *context, Poll *poll) {
   } else if (!team.left_by_fork()) {
     wait_until(team.running, team.spins, [](unsigned left) { return left == 0; });
   }
-  if (team.left_by_fork()) throw Interrupted();  // a signal handler forked: the others' work is not done here
+  if (team.left_by_fork()) throw Interrupted();  // a signal handler forked: the work of the other ranks is missing here
   std::exception_ptr first;
   for (std::exception_ptr &error : team.errors) {
     if (error && !first) first = error;
@@ -159,7 +159,7 @@ void ThreadPool::barrier(int rank) noexcept {
   if (size_ == 1) return;
   Team &team = *team_;
   if (team.left_by_fork()) return;
-  // One write, and one read of every other rank's line: a common counter would cross between the cores twice.
+  // Each rank writes one line and reads those of the others. A shared counter would travel between the cores twice.
   const unsigned mine = team.arrivals[rank].count.load(std::memory_order_relaxed) + 1;
   team.arrivals[rank].count.store(mine);
   team.arrivals[rank].count.notify_all();

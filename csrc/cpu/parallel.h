@@ -1,9 +1,9 @@
-// A persistent team of threads, owned by the object that computes with it (a Decoder, a StreamingSvd).
+// A persistent team of threads, owned by the object that computes with it (a Decoder, a RowSketch, a PpoUpdate).
 //
-// Work is split over a fixed partition that depends on the sizes alone, and no sum is ever split between threads by the
-// thread count: results are equal to the bit for any number of threads. A team of one runs on the caller, without
-// threads. Between jobs the threads spin for some tens of microseconds, so that the next job finds them awake, then
-// sleep. Threads start at the first job, and again in a forked child, which has none of its parent's.
+// How a sum is split never depends on the number of threads: results have the same bits for any number of them. A team
+// of one runs on the calling thread, without others. Between jobs the threads spin for some tens of microseconds, so
+// that the next job finds them awake, then they sleep. Threads start with the first job; in a forked child, which has
+// none of its parent's threads, they start again.
 #pragma once
 
 #include <algorithm>
@@ -15,10 +15,11 @@
 
 namespace tipl {
 
-// Cores that this process may use (its affinity mask), at least 1.
+// The number of cores that this process may use (its affinity mask), at least 1.
 int available_cpus() noexcept;
 
-// What `rank` of `size` owns of n items: [begin, end), contiguous, in rank order, sizes equal to within one.
+// The share of n items that belongs to `rank` of `size` ranks: contiguous, in the order of ranks, and of equal sizes to
+// within one item.
 struct Range {
   ptrdiff_t begin, end;
 };
@@ -33,21 +34,22 @@ class ThreadPool {
 
   int size() const noexcept { return size_; }
 
-  // body(rank) once for each rank in [0, size()), rank 0 on the caller's thread; returns when all are done. Exceptions
-  // are caught on their threads; that of the lowest rank is rethrown here. One run at a time, never from inside a body.
+  // Calls body(rank) once for each rank in [0, size()), rank 0 on the calling thread; returns when all are done.
+  // Exceptions are caught on their threads, and that of the lowest rank is rethrown here. One run at a time, and never
+  // from inside a body.
   template <class Body>
   void run(Body &&body) {
     start(body, nullptr);
   }
 
-  // The same, where the caller asks `poll` while it waits for the others. Nothing is thrown where that says to stop:
-  // the bodies ask too.
+  // The same, but the calling thread asks `poll` while it waits for the others. If the call should stop this throws
+  // nothing: the bodies ask too.
   template <class Body>
   void run(Poll &poll, Body &&body) {
     start(body, &poll);
   }
 
-  // Inside a body: waits until every rank has come here. Only for bodies that are noexcept and all call it equally
+  // Inside a body: waits until every rank has called this. Only for bodies that are noexcept and all call it equally
   // often.
   void barrier(int rank) noexcept;
 
@@ -62,11 +64,12 @@ class ThreadPool {
   void start(Call call, void *context, Poll *poll);
 
   int size_;
-  Team *team_ = nullptr;  // leaked, not destroyed, in a forked child: its threads do not exist there
+  Team *team_ = nullptr;  // in a forked child it is leaked: its threads do not exist there
 };
 
-// body(rank, item) once for each item of n, whichever thread comes first: for items that write apart from one another.
-// Asks `poll` between them. Returns how many are done, the first so many: fewer than n where it said to stop.
+// Calls body(rank, item) once for each of n items, each on the next free thread: for items that write to different
+// places. Asks `poll` between items. Returns how many of the first items are done: fewer than n if the call should
+// stop.
 template <class Body>
 ptrdiff_t for_each_item_until(ThreadPool &pool, Poll &poll, ptrdiff_t n, const Body &body) {
   std::atomic<ptrdiff_t> next{0};
@@ -80,13 +83,14 @@ ptrdiff_t for_each_item_until(ThreadPool &pool, Poll &poll, ptrdiff_t n, const B
   return std::min(next.load(), n);
 }
 
-// The same, of all n. Throws Interrupted where it was told to stop.
+// The same for all n items. Throws Interrupted if the call should stop.
 template <class Body>
 void for_each_item(ThreadPool &pool, Poll &poll, ptrdiff_t n, const Body &body) {
   if (for_each_item_until(pool, poll, n, body) < n) throw Interrupted();
 }
 
-// body(begin, end) for runs of n things that cost about `cost` nanoseconds each, short enough to stop between them.
+// Calls body(begin, end) for runs of n items, each of which costs about `cost` nanoseconds. Runs are short enough to
+// stop between them.
 template <class Body>
 void for_each_run(ThreadPool &pool, Poll &poll, ptrdiff_t n, double cost, const Body &body) {
   constexpr double kRun = 1e6, kLongest = 1 << 20;

@@ -11,10 +11,10 @@
 namespace tipl {
 namespace {
 
-constexpr size_t kStep = 4 << 20;  // bytes between two looks at what is wanted
+constexpr size_t kStep = 4 << 20;  // bytes that are read between two looks at what is wanted
 
 #if defined(__linux__)
-constexpr int kPopulateRead = 22;  // MADV_POPULATE_READ, which Linux has from 5.14 on
+constexpr int kPopulateRead = 22;  // MADV_POPULATE_READ, from Linux 5.14 on
 
 uintptr_t page_size() { return sysconf(_SC_PAGESIZE); }
 
@@ -80,7 +80,7 @@ void ReadAhead::read() {
       end = std::min(done + kStep, reader_->wanted);
     }
     end = whole_pages(end);
-    // What fails here, where the system is old or the file was cut short, the workers' own page faults see to.
+    // Where this fails, on an old system or a truncated file, page faults of the workers read the pages.
     if (!in_memory(begin_ + done, end - done) && madvise(begin_ + done, end - done, kPopulateRead) != 0) return;
     done = end;
   }

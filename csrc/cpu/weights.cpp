@@ -13,7 +13,7 @@
 namespace tipl {
 namespace {
 
-// The nearest bfloat16, ties to even, of a finite value; the largest one instead of infinity.
+// The nearest bfloat16 of a finite value, ties to even; the largest finite one instead of infinity.
 uint32_t to_bfloat16(float value) {
   const uint32_t bits = std::bit_cast<uint32_t>(value), sign = bits & 0x80000000u, magnitude = bits ^ sign;
   return std::min((magnitude + 0x7fffu + ((magnitude >> 16) & 1u)) >> 16, 0x7f7fu) | sign >> 16;
@@ -72,7 +72,7 @@ Weights::Linear::Linear(Tensors &tensors, int all_inputs, int out, Precision pre
     const float *from_all = from_weight + from_row * all_inputs, *from = from_all + begin;
     const auto [first, stride] = packed_output(row, padded, words, kernels.group);
     uint32_t *column = weight.data() + first;
-    float step = 0.0f;  // of the row's int8 weights
+    float step = 0.0f;  // scale of the int8 weights of this row
     if (precision == Precision::kInt8) {
       for (ptrdiff_t i = 0; i < all_inputs; ++i) step = std::max(step, std::fabs(from_all[i]) / 127.0f);
       scale.data()[row] = step;

@@ -38,14 +38,14 @@ MIN_PREFIX_END = 3
 """The shortest prefix that shows a curvature: theta_0 and three checkpoints after it."""
 
 SKETCH_TRIALS = 16
-"""Trials that one sketch takes, before sketches are merged."""
+"""How many trials go into one sketch, before sketches are merged."""
 
 # A direction whose singular value is below this share of the first one is rounding noise of float32 weights.
 _NOISE = 1e-6
 
 
 def trajectory_gram(weights: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Return G = D D^T (T, T) with D = weights - weights[0]: all that any prefix basis of the trial needs to know."""
+    """Return G = D D^T (T, T) with D = weights - weights[0], which determines every prefix basis of the trial."""
     weights = np.ascontiguousarray(weights)
     return gram(weights, origin=weights[0])
 
@@ -53,8 +53,8 @@ def trajectory_gram(weights: NDArray[np.float32]) -> NDArray[np.float64]:
 def prefix_coordinates(trial_gram: NDArray[np.float64], prefix_end: int, n_components: int) -> NDArray[np.float32]:
     """Return the canonical coordinates (T, k) of a trial in the basis of its prefix 0..h, from its Gram matrix (T, T).
 
-    Exact, and without any p-sized work: with the prefix's displacements D_h = U S V^T the coordinates are
-    D V = D D_h^T U / S = G[:, :h+1] U / S. Where the prefix has fewer than k directions the rest are zero.
+    Exact, and without any work of size p: with the displacements of the prefix D_h = U S V^T the coordinates are
+    D V = D D_h^T U / S = G[:, :h+1] U / S. Where the prefix has fewer than k directions the other coordinates are zero.
     """
     mixing, scale = _prefix_svd(trial_gram[: prefix_end + 1, : prefix_end + 1], n_components)
     return np.asarray(trial_gram[:, : prefix_end + 1] @ mixing / scale, dtype=np.float32)
@@ -145,23 +145,25 @@ class Basis:
         return len(self.directions)
 
     def through(self, weights: NDArray[np.float32]) -> "Basis":
-        """Return this basis with its origin moved at right angles to it, such that `weights` (p,) decode exactly."""
+        """Return this basis with its origin moved orthogonally to it, such that `weights` (p,) decode exactly."""
         outside = weights - self.decode(self.encode(weights[None]))[0]
         return dataclasses.replace(self, origin=self.origin + outside)
 
     def encode(self, weights: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Return coordinates (T, k) of weights (T, p): a row's have the same bits whatever rows are beside it."""
+        """Return coordinates (T, k) of weights (T, p), each row with the same bits whatever other rows there are."""
         moved = np.asarray(weights - self.origin, dtype=np.float32)
-        inner = _core.products("encode", moved, self.directions, None, num_threads=1)  # BLAS has an order for every T
+        inner = _core.products(
+            "encode", moved, self.directions, None, num_threads=1
+        )  # the order of BLAS's sums would depend on T
         return np.asarray(inner / self.scale, dtype=np.float32)
 
     def decode(self, coordinates: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Return weights (T, p) of coordinates (T, k): a row has the same bits whatever rows are beside it."""
+        """Return weights (T, p) of coordinates (T, k): a row has the same bits whatever other rows there are."""
         mixing = np.ascontiguousarray(self.scale * np.asarray(coordinates, np.float64).T)  # (k, T)
         return np.asarray(self.origin + _core.combine(self.directions, mixing, num_threads=1), dtype=np.float32)
 
     def residual(self, weights: NDArray[np.float32]) -> NDArray[np.float64]:
-        """Return |weights - decode(encode(weights))| a checkpoint, (T,): below it no forecast in this basis can go."""
+        """Return |weights - decode(encode(weights))|, (T,): the least error of a forecast in this basis."""
         outside = weights.astype(np.float64) - self.decode(self.encode(weights))
         return np.asarray(np.linalg.norm(outside, axis=1))
 
@@ -243,7 +245,7 @@ class Centre:
 
 
 def _load_arrays(path: Path, owner: str, dimensions: dict[str, int]) -> dict[str, NDArray[Any]]:
-    """Return the arrays of a safetensors file, which must be these, finite, not empty and of so many dimensions."""
+    """Return the arrays of a safetensors file, which must have these names and dimensions, be finite and not empty."""
     if not path.is_file():
         raise FileNotFoundError(f"{owner}: there is no file {path}")
     arrays, _ = load_arrays(path, owner)

@@ -18,11 +18,12 @@ class GroupedSVD:
 
     Parameters:
         groups: the columns [start, stop) of each group, by name.
-        n_components: of every group, or a share of its energy; a group of fewer columns has as many as columns.
-        params: the other arguments of `StreamingSVD`, but for `origin`.
+        n_components: for each group, or a share of its energy. A group with fewer columns gets as many as it has
+            columns.
+        params: the other arguments of `StreamingSVD`, except `origin`.
 
-    `estimators_` holds each group's StreamingSVD by its name. Errors name rows and columns within the group. Threads,
-    pickles and copies are as those of `StreamingSVD`.
+    `estimators_` holds the StreamingSVD of each group by name. Errors name rows, and columns within the group. Threads,
+    pickles and copies work as with `StreamingSVD`.
     """
 
     def __init__(self, groups: Mapping[str, tuple[int, int]], n_components: int | float, **params: Any) -> None:
@@ -42,18 +43,18 @@ class GroupedSVD:
         }
 
     def __copy__(self) -> Self:
-        return copy.deepcopy(self)  # with estimators of its own, so that rows go to one of the two
+        return copy.deepcopy(self)  # with its own estimators, so that later rows go to one of the two only
 
     def fit(self, X: Rows, y: None = None) -> Self:
-        """Forget all rows, then read those of X (n, p) once a pass, for all groups together."""
+        """Forget all rows, then read those of X (n, p) once for each pass, for all groups together."""
         self._check_columns("fit", X)
         fit_together([(self.estimators_[name], slice(*ends)) for name, ends in self.groups.items()], X)
         return self
 
     def partial_fit(self, X: Rows, y: None = None) -> Self:
-        """Take the rows of X (n, p). Raises as `StreamingSVD.partial_fit` does; then no group took any.
+        """Take the rows of X (n, p). Raises as `StreamingSVD.partial_fit` does; then no group took any row.
 
-        After Ctrl-C all groups have taken equally many.
+        After Ctrl-C all groups have taken equally many rows.
         """
         self._check_columns("partial_fit", X)
         estimators, columns = list(self.estimators_.values()), [slice(*ends) for ends in self.groups.values()]
@@ -64,7 +65,7 @@ class GroupedSVD:
                 for estimator, (start, stop) in zip(estimators, self.groups.values(), strict=True)
             ]
             cores, starts = [each.core for each in fitted], [start for start, _ in self.groups.values()]
-            for first_row, block in numbered(blocks):  # names the column of X, and looks at those of no group
+            for first_row, block in numbered(blocks):  # names the column of X, and checks columns outside all groups
                 _core.check_finite("partial_fit", block, _core.available_cpus(), first_row)
             check_rows(cores, columns, blocks)
             set_fitted(estimators, fitted)
@@ -73,7 +74,7 @@ class GroupedSVD:
         return self
 
     def merge(self, other: "GroupedSVD") -> Self:
-        """Take all that `other`, with the same groups, has seen: every group, or none."""
+        """Take everything that `other`, with the same groups, has seen: all groups, or none of them."""
         if not isinstance(other, GroupedSVD):
             raise TypeError(f"merge: other must be a GroupedSVD, got {type(other).__name__}")
         if self.groups != other.groups:
@@ -102,7 +103,7 @@ class GroupedSVD:
 
     @property
     def coordinates_(self) -> NDArray[np.float32]:
-        """Those of all rows seen, (n, sum of all k), group after group, as `StreamingSVD.coordinates_`."""
+        """The coordinates (n, sum of all k) of all rows seen, group after group; see `StreamingSVD`."""
         estimators = list(self.estimators_.values())
         with turns("coordinates_", estimators):
             return np.concatenate(

@@ -1,23 +1,26 @@
-"""From the sketch of a matrix's rows to its leading directions, and what they leave: the small problem of a basis.
+"""From the sketch of a matrix's rows to its leading directions, and to the error that they leave.
 
 Shapes  n rows seen, p columns, k components, l range directions, q test directions.
 
-`csrc/svd.h` has the sketch: C = Y^T A and G = Y^T Y of the rows A (about their origin, or about their mean) and
-Y = A Omega. Here is the small problem that is left. With G = W S^2 W^T and Q = Y W S^-1, orthonormal columns,
+`csrc/svd.h` computes the sketch: C = Y^T A and G = Y^T Y, where A are the rows less their origin or their mean and
+Y = A Omega. This module solves the small problem that is left. With G = W S^2 W^T, Q = Y W S^-1 has orthonormal
+columns,
 
     Q^T A = S^-1 W^T C = U diag(sigma) V^T    (l, p),
 
-of which the leading k rows of V^T are `components_`: the randomised SVD of Halko, Martinsson and Tropp 2011
-(doi:10.1137/090771806), in one pass over the rows because C and G are all that it needs to know.
+and the leading k rows of V^T are `components_`: the randomised SVD of Halko, Martinsson and Tropp 2011
+(doi:10.1137/090771806), in one pass over the rows because C and G are all that it needs.
 
-Error   Q Q^T A is a projection of A, so that by Pythagoras, without any estimate,
+Error   Q Q^T A is a projection of A. So by Pythagoras, without any estimate,
             |A - A V^T V|^2  =  |A|^2 - |Q^T A V^T|^2 - m,    m = |(I - Q Q^T) A V^T|^2 >= 0.
-        m = 0 gives `residual_bound_`. m is the trace of V R V^T for R = A^T A - A^T Q Q^T A, and R w is known for the q
-        random directions w (Hutchinson's estimator; Tropp et al. 2019, arXiv:1902.08651, section 6, test the error with
-        fresh directions in the same spirit): `residual_`, and from their spread `residual_interval_`.
-Passes  Every further pass takes Omega = the directions of the pass before, k and a few more, one step of subspace
-        iteration. What is left of m is then too small to tell from rounding: `residual_` is the bound.
-Exact   Up to 256 rows are kept as they are, and their Gram matrix in float64 gives the exact SVD. So does G if l = p.
+        With m = 0 this is `residual_bound_`. m is the trace of V R V^T for R = A^T A - A^T Q Q^T A, and R w is known
+        for the q random test directions w. Hutchinson's estimator of this trace gives `residual_`, and the spread over
+        the directions `residual_interval_`. (Tropp et al. 2019, arXiv:1902.08651, section 6, also test the error with
+        fresh directions.)
+Passes  Every further pass takes the directions of the pass before, k and a few more, as Omega: a step of subspace
+        iteration. m is then too small to tell from rounding, and `residual_` equals the bound.
+Exact   Up to 256 rows are kept as they are, and their Gram matrix in float64 gives the exact SVD. So does G for
+        l = p.
 """
 
 import dataclasses
@@ -30,39 +33,39 @@ from tipl import _core
 from tipl.subspace.row_blocks import Rows, numbered, row_blocks
 
 TEST_DIRECTIONS = 8
-_TEST_SCALE = 4.0  # makes E[w w^T] = I: a column of A has an entry in 2 of the 8
+_TEST_SCALE = 4.0  # makes E[w w^T] = I, because each column of A has an entry in 2 of the 8 directions
 _STUDENT_95 = 2.365  # quantile 0.975 of Student's t with 7 degrees of freedom
 
 SHARE_COMPONENTS = 128
-"""The most components that a share of the energy may pick."""
+"""The most components that n_components as a share of the energy may select."""
 
 _RESOLVED = 1e-7
-"""Of the largest squared singular value: below lies what the float32 sums of C cannot tell from rounding."""
+"""Share of the largest squared singular value below which the float32 sums of C cannot tell values from rounding."""
 _RESOLVED_LATER = 1e-13
-"""The same where an earlier pass has told the directions apart, so that each one's sums are of its own size."""
+"""The same after an earlier pass has separated the directions, so that the sums of each are of its own size."""
 _HINTED = 1e-10
-"""Enough for the start of a later pass: rounding there costs nothing but a direction."""
+"""The same for the start of a later pass, where a direction that is only rounding does no harm."""
 
 _SMALLEST = 1e-18
-"""Root mean square of the entries below which their float32 products lose digits, down to none."""
+"""Root mean square of the entries below which their float32 products lose digits, and finally all of them."""
 
 _ROUNDING = 8e-6
-"""Of |A|^2 before the mean is taken off, where all columns are alike: how far |A|^2 - |Q^T A V^T|^2 may be from the
-truth, and so far the square sum of the singular values of Q^T A beyond the k-th.
+"""How far |A|^2 - |Q^T A V^T|^2 may be off by rounding, as a share of |A|^2 before the mean is subtracted, where all
+columns are alike. The same holds for the sum of the squared singular values of Q^T A beyond the k-th.
 
-A row much louder than the 127 that are summed with it rounds every entry of C by some 4e-7, and what is small beside it
-is lost. That is at random, and over p columns a sqrt(p)-th is left of it; but where the columns are alike they are
-rounded alike. Of 80,000 drawn matrices, some with a row of 99.9 % of all energy, the worst took 7e-6.
+A row much larger than the 127 rows that are summed with it rounds every entry of C by about 4e-7 of it. Over p
+different columns these errors are random, and average out to a share of 1 / sqrt(p); equal columns are all rounded in
+the same way. The worst of 80,000 random matrices, some with 99.9 % of all energy in one row, had an error of 7e-6.
 """
 _ROUNDING_LATER = 3.2e-6
-"""The same in a later pass, of which the worst of 14,000 took 3e-6."""
+"""The same in a later pass, where the worst of 14,000 matrices had an error of 3e-6."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Factors:
     components: NDArray[np.float32]  # (k, p)
     singular_values: NDArray[np.float64]  # (k)
-    mean: NDArray[np.float64]  # (p), of what transform takes off
+    mean: NDArray[np.float64]  # (p), which transform subtracts
     energy: float  # |A|^2
     residual: float
     residual_bound: float
@@ -111,7 +114,7 @@ def _of_rows(
     seed: int,
     num_threads: int,
 ) -> Factors:
-    """The SVD of a few rows less their origin, from their Gram matrix."""
+    """Return the SVD of a few rows less their origin, from their Gram matrix."""
     n, p = rows.shape
     products = _core.products("fit", rows, None, None, num_threads)
     mean = np.zeros(p)
@@ -133,7 +136,7 @@ def _of_rows(
 def _of_all_columns(
     core: _core.RowSketch, n_components: int | float, center: bool, seed: int, num_threads: int
 ) -> Factors:
-    """The SVD where Omega is the identity, as there are no more columns than directions: G is A^T A, in float64."""
+    """Return the SVD where l = p: Omega is the identity, and G is A^T A in float64."""
     sums, p = core.gram, core.num_features
     n = sums[-1, -1]
     mean = sums[-1, :-1] / n if center else np.zeros(p)
@@ -155,7 +158,7 @@ def _exact_factors(
     mean: NDArray[np.float64],
     coordinates: NDArray[np.float64] | None = None,
 ) -> Factors:
-    """From all squared singular values above rounding."""
+    """Return the factors, given all squared singular values above rounding."""
     k = len(components)
     optimum = float(np.sum(squares[k:]))
     rounding = float(4 * np.finfo(np.float32).eps) ** 2 * energy  # of the components
@@ -176,22 +179,22 @@ def _exact_factors(
 
 
 class _Projection:
-    """Q^T A = U diag(sigma) V^T of a sketch whose rows are all taken up."""
+    """Q^T A = U diag(sigma) V^T for a sketch without pending rows."""
 
     def __init__(self, core: _core.RowSketch, center: bool, resolved: float, num_threads: int) -> None:
-        """Take what is above `resolved` of the largest squared singular value."""
+        """Keep the squared singular values above `resolved` times the largest one."""
         sums, size = core.gram, core.range_size  # (l + q + 1, l + q + 1)
         self.core, self.num_threads, self.energy = core, num_threads, core.squares
         self.mean = np.zeros(core.num_features)  # of the rows
         self.mean_y = np.zeros(len(sums) - 1)
-        self.gram = sums[:-1, :-1]  # about the mean, as all below
+        self.gram = sums[:-1, :-1]  # about the mean, like everything below
         if center:
             n = sums[-1, -1]
             self.mean, self.mean_y = core.row_sum / n, sums[-1, :-1] / n
             self.gram = self.gram - n * np.outer(self.mean_y, self.mean_y)
             self.energy = max(self.energy - float(n * self.mean @ self.mean), 0.0)
         squares, vectors = _descending(self.gram[:size, :size])
-        largest = max(squares[0], np.max(np.diag(sums)[:size]))  # before the mean was taken off, too
+        largest = max(squares[0], np.max(np.diag(sums)[:size]))  # or those before the mean was subtracted
         kept = squares > resolved * largest
         self.whitening = np.zeros((len(self.gram), int(kept.sum())))  # [W S^-1; 0]: Q = Y whitening
         self.whitening[:size] = vectors[:, kept] / np.sqrt(squares[kept])
@@ -209,7 +212,7 @@ class _Projection:
         )
 
     def directions(self, k: int, seed: int) -> NDArray[np.float32]:
-        """Return the k leading rows of V^T, the last ones random where there are fewer."""
+        """Return the k leading rows of V^T; where V^T has fewer, the last ones are random."""
         found = min(k, self.rank)
         weights = self.left[:, :found] / np.sqrt(self.squares[:found])
         return _completed(_core.combine(self.rows, weights, self.num_threads), k, seed, self.num_threads)
@@ -224,7 +227,7 @@ class _Projection:
 
 
 def _resolved(core: _core.RowSketch, otherwise: float) -> float:
-    """Return the share of the largest squared singular value from which on values are above rounding; 2 if none is."""
+    """Return the share of the largest squared singular value above which values exceed rounding; 2 if none does."""
     if 0.0 < core.squares < _SMALLEST**2 * core.num_rows() * core.num_features:
         return 2.0
     return _RESOLVED_LATER if core.directed else otherwise
@@ -244,7 +247,7 @@ def _of_sketch(core: _core.RowSketch, n_components: int | float, center: bool, s
     k = projection.number_of(n_components)
     components = projection.directions(k, seed)
     inside = _core.products("fit", projection.rows, components, None, num_threads)  # Q^T A V^T (r, k)
-    # Of unit length the components are only to float32 rounding, which would count as energy.
+    # The components have unit length only up to float32 rounding, which would count as energy.
     lengths = _core.products("fit", components, None, None, num_threads)
     captured = float(np.sum(inside.T * np.linalg.solve(lengths, inside.T)))
     alike = float(np.sum(components[0], dtype=np.float64)) ** 2 / core.num_features  # 1 where all columns are
@@ -277,13 +280,13 @@ def _of_sketch(core: _core.RowSketch, n_components: int | float, center: bool, s
 
 
 def _descending(matrix: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return the eigenvalues (m,) and the eigenvectors (m, m), a column each, of a symmetric matrix."""
+    """Return the eigenvalues (m,), descending, and the eigenvectors (m, m), as columns, of a symmetric matrix."""
     values, vectors = np.linalg.eigh(matrix)
     return values[::-1], vectors[:, ::-1]
 
 
 def _number_of_components(n_components: int | float, shares: NDArray[np.float64], p: int) -> int:
-    """Return k, from the share of the energy that each direction found explains."""
+    """Return k, given the share of the energy that each direction explains."""
     if not isinstance(n_components, float):
         return int(n_components)
     explained = np.cumsum(shares)
@@ -303,20 +306,20 @@ def _number_of_components(n_components: int | float, shares: NDArray[np.float64]
 
 
 def _completed(components: NDArray[np.float32], k: int, seed: int, num_threads: int) -> NDArray[np.float32]:
-    """Return k orthonormal rows with fixed signs: the given ones (r, p), then random ones at right angles to them."""
+    """Return k orthonormal rows with fixed signs: the given ones (r, p), then random ones orthogonal to them."""
     r, p = components.shape
     if r < k:
         random = np.random.Generator(np.random.Philox(seed)).standard_normal((k - r, p), dtype=np.float32)
         random /= np.float32(np.sqrt(p))
         random -= (random @ components.T) @ components
         components = np.concatenate([components, random])
-    for _ in range(2):  # CholeskyQR2 (Yamamoto et al. 2015): the first step squares the rows' condition
+    for _ in range(2):  # CholeskyQR2 (Yamamoto et al. 2015): one step squares the condition number
         products = _core.products("fit", components, None, None, num_threads)
         if np.abs(products - np.eye(k)).max() <= np.finfo(np.float32).eps:
             break
         try:
             inverse = np.linalg.inv(np.linalg.cholesky(products))
-        except np.linalg.LinAlgError:  # as good as dependent, by rounding
+        except np.linalg.LinAlgError:  # linearly dependent, up to rounding
             q, r = np.linalg.qr(components.T.astype(np.float64))
             components = np.ascontiguousarray((q * np.where(np.diag(r) < 0, -1, 1)).T, dtype=np.float32)
             break

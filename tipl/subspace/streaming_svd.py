@@ -2,7 +2,7 @@
 
 Shapes  n rows seen, p columns, k = n_components, l = k + n_oversamples range directions.
 
-`csrc/svd.h` has the sketch of the rows, `tipl/subspace/sketch_svd.py` how directions and errors follow from it.
+`csrc/svd.h` explains the sketch of the rows, `tipl/subspace/sketch_svd.py` how directions and errors follow from it.
 """
 
 from pathlib import Path
@@ -23,51 +23,52 @@ _PARAMETERS = ("n_components", "n_oversamples", "passes", "center", "origin", "s
 
 
 class NotFittedError(ValueError, AttributeError):
-    """What an estimator that has seen no rows cannot answer."""
+    """Raised where an estimator that has seen no rows is asked for a result."""
 
 
 class StreamingSVD:
     """The k leading right singular vectors of a matrix A whose rows come in blocks.
 
-    A scikit-learn estimator by its conventions (it works in a Pipeline, with clone and with get_params), without
-    depending on scikit-learn. `fit` reads its rows `passes` times; `partial_fit` takes rows as they come, once.
-    Memory: 8 (l + 9) p bytes whatever the number of rows, and 4 l bytes a row for `coordinates_`.
+    Follows the conventions of scikit-learn's estimators (it works in a Pipeline, with clone and with get_params)
+    without depending on scikit-learn. `fit` reads its rows `passes` times; `partial_fit` takes rows as they come, once.
+    Memory: 8 (l + 9) p bytes whatever the number of rows, and 4 l bytes for each row, for `coordinates_`.
 
-    Results have the same bits for any chunking of the rows (a `fit` that more rows follow counts for itself) and any
-    number of threads, and are equal within rounding for any order of the rows and of merging. Reading in between
-    changes nothing. Sums are float32 where rows are many: rows whose norm is above 1e15 are refused, and where the
-    entries are below 1e-18 (root mean square) all singular values count as zero, which a RuntimeWarning says.
+    Results have the same bits for any number of threads and any chunking of the rows, except that rows which follow a
+    `fit` begin a new chunk. They are equal within rounding for any order of the rows and of merging. Reading results
+    between rows changes nothing. With many rows, sums are float32: rows whose norm is above 1e15 are refused, and where
+    the entries are below 1e-18 (root mean square) all singular values count as zero, with a RuntimeWarning.
 
-    Threads may share an estimator: a call waits for another one that fits, merges, saves or reads. A signal handler
-    inside such a call, and a forked child if the call was another thread's, get a RuntimeError instead. Pickles and
-    copies hold all that was seen.
+    Threads may share an estimator: a call waits until another thread's call has ended. A call from a signal handler
+    that interrupts a call, or from a child process that was forked during another thread's call, gets a RuntimeError
+    instead. Pickles and copies hold everything that was seen.
 
-    What one pass loses: singular values are found from their squares in float32 sums, which resolves about 3e-4 of the
-    largest, and the directions of a spectrum that decays slowly come out mixed with others of nearly their strength.
-    `residual_` tells how well they do. n_oversamples helps, and a second pass makes it near-exact.
+    What one pass loses: singular values are computed from their squares in float32 sums, which resolves them down to
+    about 3e-4 of the largest, and where the spectrum decays slowly the directions come out mixed with others of nearly
+    the same strength. `residual_` tells how well they do. A larger n_oversamples helps; a second pass is near-exact.
 
     Parameters:
-        n_components: k; or a share in (0, 1), for the fewest (up to 128) that explain this share of |A|_F^2.
-        n_oversamples: further directions carried along. None: as many as n_components, at least 16.
-        passes: of `fit` over its rows.
-        center: about the mean of all rows, as principal component analysis.
-        origin: a row (p,) that is taken off every row. With `center` it only serves the numbers: rows far from zero and
-            close to one another lose nothing if it lies among them. None: zero, and with `center` one of the first 256
-            rows, in their midst.
-        seed: of the random directions.
+        n_components: k; or a share in (0, 1): the fewest components, up to 128, that explain this share of |A|_F^2.
+        n_oversamples: further range directions. None: as many as n_components, at least 16.
+        passes: how often `fit` reads its rows.
+        center: whether to subtract the mean of all rows, as principal component analysis does.
+        origin: a row (p,) that is subtracted from every row. With `center` it only improves accuracy: rows far from
+            zero and close to one another lose nothing if the origin lies among them. None: zero, or with `center` a
+            central row of the first 256.
+        seed: for the random directions.
         num_threads: None for all cores of this process.
 
     Attributes, after the first row (A: the rows less the origin, or about their mean):
-        components_: (k, p) float32, orthonormal rows, each one's largest entry in magnitude positive. Where A has fewer
-            than k directions above rounding the last ones are random.
-        singular_values_: (k,) float64, descending, never above the true ones but for rounding; 0 for those last ones.
+        components_: (k, p) float32, orthonormal rows; the entry of largest magnitude in each row is positive. Where A
+            has fewer than k directions above rounding the last ones are random.
+        singular_values_: (k,) float64, descending, never above the true ones except by rounding; 0 for random
+            directions.
         explained_variance_ratio_: (k,) their squares over |A|_F^2.
-        coordinates_: (n, k) float32, of all rows seen, in order, without looking at the rows again: as far as the
-            sketch knows them, and so the less exact the more the directions come out mixed (see above). Of up to 256
-            rows they are exact. `fit_transform` and `transform` look at the rows, and are exact always.
-        mean_: (p,) float64, what transform takes off a row: the mean (to float32 rounding), the origin or zero.
+        coordinates_: (n, k) float32, of all rows seen, in order, from the sketch alone: the more the directions come
+            out mixed (see above), the less exact. For up to 256 rows they are exact. `fit_transform` and `transform`
+            read the rows, and are always exact.
+        mean_: (p,) float64, what transform subtracts from a row: the mean (to float32 rounding), the origin or zero.
         residual_: estimate of |A - A V^T V|_F for V = components_.
-        residual_interval_: (low, high), 95 % of `residual_`'s uncertainty.
+        residual_interval_: (low, high), the 95 % confidence interval of `residual_`.
         residual_bound_: |A - A V^T V|_F is at most this. Not an estimate.
         optimum_bound_: no k directions leave less than this. Not an estimate.
         n_components_, n_samples_seen_, n_features_in_: k, n and p.
@@ -91,7 +92,7 @@ class StreamingSVD:
         self.origin = origin
         self.seed = seed
         self.num_threads = num_threads
-        self._fitted: FittedSketch | None = None  # may hold no row yet
+        self._fitted: FittedSketch | None = None  # may be a sketch without rows
         self._in_use = _core.InUse()
 
     def __repr__(self) -> str:
@@ -102,7 +103,7 @@ class StreamingSVD:
             return self._seen() is not None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return all that `save` writes, and more, as arrays; pickle and copy call this."""
+        """Return everything that `save` writes, and more, as arrays; pickle and copy call this."""
         with turns("pickle", [self]):
             state = self.__dict__ | {"_in_use": None, "_fitted": None}
             if (fitted := self._seen()) is not None:
@@ -119,7 +120,7 @@ class StreamingSVD:
             self._fitted.factors = factors
 
     def __sklearn_tags__(self) -> Any:
-        """Return what scikit-learn wants to know; only scikit-learn calls this."""
+        """Return scikit-learn's tags; only scikit-learn calls this."""
         from sklearn.utils import InputTags, Tags, TargetTags, TransformerTags
 
         return Tags(
@@ -134,7 +135,7 @@ class StreamingSVD:
         return {name: getattr(self, name) for name in _PARAMETERS}
 
     def set_params(self, **params: Any) -> Self:
-        """Set constructor arguments; they hold from the next `fit` on. Raises ValueError for an unknown one."""
+        """Set constructor arguments, for the next `fit`. Raises ValueError for an unknown one."""
         for name in params:
             if name not in _PARAMETERS:
                 raise ValueError(f"set_params: parameters are {', '.join(_PARAMETERS)}, got {name!r}")
@@ -145,11 +146,12 @@ class StreamingSVD:
     # ---- rows in
 
     def fit(self, X: Rows, y: None = None) -> Self:
-        """Forget all rows, then read those of X `passes` times. `y` is scikit-learn's, and unused.
+        """Forget all rows, then read those of X `passes` times. `y` is ignored; scikit-learn passes it.
 
         X (n, p) of float32, float64, float16 or bfloat16: an array or a tensor in memory, a memory-mapped file, or
-        anything with `shape` and slices of rows, such as a Zarr array. float32 is read where it lies; the rest becomes
-        float32 in blocks of 64 MB. Where X holds NaN or Inf the error names the row, and what was fitted before stays.
+        anything with `shape` and slices of rows, such as a Zarr array. float32 arrays are read in place; the rest
+        becomes float32 in blocks of 64 MB. Where X holds NaN or Inf the error names the row, and the previous fit is
+        kept.
         """
         fit_together([(self, slice(None))], X)
         return self
@@ -159,7 +161,7 @@ class StreamingSVD:
         return self.fit(X).transform(X)
 
     def partial_fit(self, X: Rows, y: None = None) -> Self:
-        """Take the rows of X (n, p), any n >= 1, of the types that `fit` takes. `y` is scikit-learn's, and unused.
+        """Take the rows of X (n, p), any n >= 1, of the types that `fit` takes. `y` is ignored; scikit-learn passes it.
 
         Raises TypeError for another dtype, and ValueError for another shape or for NaN or Inf, naming the row; then no
         row of X was taken. After Ctrl-C `n_samples_seen_` tells how many were.
@@ -173,10 +175,10 @@ class StreamingSVD:
         return self
 
     def merge(self, other: "StreamingSVD") -> Self:
-        """Take all that `other` has seen: rows that this estimator has not, which come behind its own.
+        """Take everything that `other` has seen, as rows that come after those of this estimator.
 
-        The result is that of one run over all rows, within rounding, in whatever order sketches are merged. `other`
-        stays as it is. Raises ValueError where the two differ in p or in a parameter that shapes the sketch.
+        The result equals that of one run over all rows, within rounding, in whatever order sketches are merged. `other`
+        does not change. Raises ValueError where the two differ in p or in a parameter that shapes the sketch.
         """
         if not isinstance(other, StreamingSVD):
             raise TypeError(f"merge: other must be a StreamingSVD, got {type(other).__name__}")
@@ -256,7 +258,7 @@ class StreamingSVD:
     # ---- files
 
     def save(self, path: Path | str) -> None:
-        """Write all that was seen to a safetensors file, whole or not at all; `load` goes on from it."""
+        """Write everything that was seen to a safetensors file, completely or not at all, for `load`."""
         if self.passes != 1:
             raise ValueError(f"save: a sketch of one pass can be saved, this one has passes={self.passes}")
         with turns("save", [self]):
@@ -268,7 +270,7 @@ class StreamingSVD:
     def load(cls, path: Path | str, num_threads: int | None = None) -> Self:
         """Return the estimator in `path`, as it was saved.
 
-        Raises FileNotFoundError, or RuntimeError where the file is damaged, of another version or no such file.
+        Raises FileNotFoundError, or RuntimeError where the file is damaged, of another version or of another kind.
         """
         if not Path(path).is_file():
             raise FileNotFoundError(f"load: there is no file {path}")
@@ -292,7 +294,7 @@ class StreamingSVD:
         return FittedSketch.build(self.get_params(), num_features, owner=owner, directions=directions)
 
     def _merged(self, other: "StreamingSVD") -> FittedSketch:
-        """Return what `merge` makes of the two, which both stay as they are."""
+        """Return the merged sketch of the two estimators, neither of which changes."""
         if other is self:
             raise ValueError("merge: other must be another estimator, with rows of its own")
         theirs = other._seen_rows("merge")
@@ -312,7 +314,7 @@ class StreamingSVD:
         return merged
 
     def _ready(self, where: str, num_features: int) -> FittedSketch:
-        """Return what is to take rows of so many columns as they come: what was seen, or an empty sketch."""
+        """Return the sketch that is to take rows of `num_features` columns: the present one, or an empty one."""
         if self.passes != 1:
             raise ValueError(f"{where}: passes must be 1, since rows come once, got {self.passes!r}; use fit")
         self._check_unchanged(where)

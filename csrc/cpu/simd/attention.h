@@ -1,4 +1,4 @@
-// Attention over a KV cache. A part of kernels.cpp, under its rules.
+// Attention over a KV cache. Part of kernels.cpp, under its rules.
 #pragma once
 
 #include "cpu/decode_kernels.h"
@@ -11,8 +11,8 @@ using tipl::HeadCache;
 using tipl::kCacheBlock;
 using tipl::Precision;
 
-constexpr int kKeyGroups = 4;           // groups of N slots whose scores are summed side by side
-constexpr ptrdiff_t kBlocksAtOnce = 4;  // blocks of a round of the online softmax, whose scores share a maximum
+constexpr int kKeyGroups = 4;           // groups of N slots whose scores are computed side by side
+constexpr ptrdiff_t kBlocksAtOnce = 4;  // blocks in one round of the online softmax: their scores share a maximum
 static_assert(kCacheBlock % (kKeyGroups * kLanes) == 0);
 
 // Value `i` of every word.
@@ -21,8 +21,8 @@ inline Vec unpack(Packed word, int i) {
   return PRECISION == Precision::kFloat32 ? word.float32() : word.bfloat16(i);
 }
 
-// scores (GROUPS groups of N) <- query . keys, over groups that lie group_words apart. Whatever lies `ahead` words
-// behind a word read is fetched.
+// scores (GROUPS groups of N) <- query . keys, for groups that lie group_words apart. With each word it reads it
+// prefetches the one `ahead` words behind.
 template <Precision PRECISION, int GROUPS>
 inline void score_groups(const float *query, const uint32_t *keys, ptrdiff_t ahead, ptrdiff_t group_words, int head_dim,
                          Vec (&score)[GROUPS]) {
@@ -46,7 +46,7 @@ inline void score_groups(const float *query, const uint32_t *keys, ptrdiff_t ahe
   for (int j = 0; i + j < head_dim; ++j) add(i, j);
 }
 
-// scores (<= 64, rounded up to N) <- query . keys / sqrt(D) over `count` slots, -inf beyond; returns their maximum.
+// scores (<= 64, rounded up to N) <- query . keys / sqrt(D) for `count` slots, and -inf beyond. Returns their maximum.
 template <Precision PRECISION>
 inline Vec score_slots(const HeadCache &cache, const float *query, float scale, const uint32_t *keys, ptrdiff_t ahead,
                        ptrdiff_t group_words, ptrdiff_t count, float *scores) {
@@ -73,8 +73,8 @@ inline Vec score_slots(const HeadCache &cache, const float *query, float scale, 
   return highest;
 }
 
-// acc (COLUMNS registers) <- acc * decay + sum over slots of weight * value. PHASES words' sums run
-// side by side, and whatever lies `ahead` words behind a word read is fetched.
+// acc (COLUMNS registers) <- acc * decay + sum over slots of weight * value. Sums PHASES words side by side. With each
+// word it reads it prefetches the one `ahead` words behind.
 template <Precision PRECISION, int COLUMNS, int PHASES>
 inline void add_values(const uint32_t *values, ptrdiff_t ahead, ptrdiff_t stride, const float *weights, ptrdiff_t count,
                        Vec decay, float *acc) {
@@ -116,8 +116,8 @@ inline void attend_in(const HeadCache &cache, const HeadCache &next, const float
   const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(cache.head_dim));
   const ptrdiff_t stride = cache.value_stride, blocks = (slots + kCacheBlock - 1) / kCacheBlock;
   alignas(64) float weights[kBlocksAtOnce * kCacheBlock];
-  Vec total = Vec::zero();                    // of the weights, lane by lane
-  Vec highest = Vec::all(-__builtin_inff());  // score so far, in every lane
+  Vec total = Vec::zero();                    // of the weights, for each lane
+  Vec highest = Vec::all(-__builtin_inff());  // the highest score so far, in every lane
   for (ptrdiff_t i = 0; i < stride; i += kLanes) Vec::zero().store(acc + i);
   for (ptrdiff_t round = 0; round < blocks; round += kBlocksAtOnce) {
     const ptrdiff_t behind = round + kBlocksAtOnce < blocks ? round + kBlocksAtOnce : blocks;
@@ -125,7 +125,7 @@ inline void attend_in(const HeadCache &cache, const HeadCache &next, const float
       return block + 1 < blocks ? kCacheBlock : slots - block * kCacheBlock;
     };
     Vec now_highest = highest;
-    for (ptrdiff_t block = round; block < behind; ++block) {  // and the block's values are fetched
+    for (ptrdiff_t block = round; block < behind; ++block) {  // prefetches the values of the block
       now_highest = max(now_highest, score_slots<PRECISION>(cache, query, scale, cache.keys + block * cache.block_words,
                                                             cache.values - cache.keys, group_words, slots_of(block),
                                                             weights + (block - round) * kCacheBlock));
@@ -139,7 +139,7 @@ inline void attend_in(const HeadCache &cache, const HeadCache &next, const float
       weight.store(weights + slot);  // 0 beyond the last slot, up to a whole register
       total = total + weight;
     }
-    for (ptrdiff_t block = round; block < behind; ++block) {  // and the keys are fetched that are read a round later
+    for (ptrdiff_t block = round; block < behind; ++block) {  // prefetches the keys of the next round
       const uint32_t *values = cache.values + block * cache.block_words;
       const float *block_weights = weights + (block - round) * kCacheBlock;
       const uint32_t *later = block + kBlocksAtOnce < blocks ? cache.keys + (block + kBlocksAtOnce) * cache.block_words
@@ -185,8 +185,8 @@ void append(const HeadCache &cache, ptrdiff_t slot, const float *key, const floa
     if (cache.precision == Precision::kBfloat16) {
       k = round_to_bfloat16({k.float32()});
       v = round_to_bfloat16({v.float32()});
-      // The even slot of a pair clears the odd one: what an earlier path left there may be NaN, and NaN times a weight
-      // of zero is NaN.
+      // The even slot of a pair clears the odd one, where an earlier path may have left NaN: NaN times a weight of zero
+      // is NaN.
       if (slot % 2 == 1) v.v = (v.v << 16) | (Packed::load(values + i).v & 0xffffu);
     }
     v.store(values + i);

@@ -1,5 +1,4 @@
-// The linear layers of the decoder: a matrix-vector product at one row, register tiles at more. A part of kernels.cpp,
-// under its rules.
+// Linear layers: a matrix-vector product for one row, register tiles for more. Part of kernels.cpp, under its rules.
 #pragma once
 
 #include "cpu/packed_linear.h"
@@ -12,30 +11,30 @@ using tipl::Epilogue;
 using tipl::PackedLinear;
 using tipl::Precision;
 
-// Registers of a tile: ROWS x PANELS sums, PANELS weights, one input.
+// A tile takes ROWS x PANELS registers for sums, PANELS for weights and one for an input.
 constexpr int kTileRows = 6;
 constexpr int kGroupPanels = kLanes == 16 ? 4 : 2;  // a tile takes a whole group
-constexpr int kOneRowPanels = 8;  // a row alone, whole groups: enough independent sums to hide the latency of fma
-constexpr int kRowsAtOnce = 36;   // rows whose sums stay in the L1 cache while the weights stream through it
-constexpr int kGroupWords = kGroupPanels * kLanes;  // that lie side by side
-constexpr int kLineWords = 16;                      // of a cache line
-constexpr int kFetchedWords = 2 * kLineWords;       // that a tile fetches while it uses kGroupWords
-// Inputs of a partial sum. A longer sum is a sum of sums, which keeps its rounding error small, and the weights of so
-// many inputs stay in the L1 cache until all rows have used them.
+constexpr int kOneRowPanels = 8;  // for one row alone: whole groups, enough independent sums to hide the latency of fma
+constexpr int kRowsAtOnce = 36;   // rows whose sums stay in the L1 cache while weights stream through it
+constexpr int kGroupWords = kGroupPanels * kLanes;  // words that lie side by side
+constexpr int kLineWords = 16;                      // words of a cache line
+constexpr int kFetchedWords = 2 * kLineWords;       // words that a tile prefetches while it uses kGroupWords
+// Inputs of a partial sum. A longer sum is a sum of partial sums: this keeps the rounding error small, and the weights
+// of so many inputs stay in the L1 cache until all rows have used them.
 constexpr ptrdiff_t kSummedAtOnce = 128;
 
-// A run of inputs, by its weights for some panels: of one group, or of whole groups that lie group_words apart.
+// The weights of a run of inputs for some panels: those of one group, or of whole groups that lie group_words apart.
 struct Run {
   const uint32_t *weight;
-  const uint32_t *ahead;  // what follows, to be fetched into the cache meanwhile
+  const uint32_t *ahead;  // the weights that follow, to be prefetched meanwhile
   ptrdiff_t stride;       // from one word of an output to its next
   ptrdiff_t group_words;
-  bool first;  // of the inputs
+  bool first;  // whether these are the first inputs
 };
 
 // sum (ROWS, PANELS) += x (ROWS, count) times the weights of PANELS panels. Each output is summed over the inputs in
-// the same order whatever ROWS and PANELS are. Of each `stride` words from run.ahead on the first kFetchedWords are
-// fetched.
+// the same order whatever ROWS and PANELS are. Prefetches the first kFetchedWords of each `stride` words from run.ahead
+// on.
 template <Precision PRECISION, int ROWS, int PANELS>
 inline void multiply(const Run &run, const float *x, ptrdiff_t x_stride, ptrdiff_t count, Vec (&sum)[ROWS][PANELS]) {
   constexpr int kPerWord = tipl::values_per_word(PRECISION);
@@ -43,7 +42,7 @@ inline void multiply(const Run &run, const float *x, ptrdiff_t x_stride, ptrdiff
   const ptrdiff_t stride = run.stride, group_words = run.group_words;
   const auto panel = [&](int p) { return p / kGroupPanels * group_words + p % kGroupPanels * kLanes; };
   const auto fetch = [&](ptrdiff_t word) {
-    if constexpr (ROWS > 1) {  // a single row is bound by memory, and fetching more only slows it where L3 is short
+    if constexpr (ROWS > 1) {  // one row is bound by memory: prefetching more only slows it where L3 is small
 #pragma GCC unroll 2
       for (int i = 0; i < kFetchedWords && i < kGroupWords; i += kLineWords) {
         __builtin_prefetch(ahead + word * stride + i);
@@ -97,7 +96,7 @@ inline void multiply(const Run &run, const float *x, ptrdiff_t x_stride, ptrdiff
   }
 }
 
-// total (rows <= ROWS, PANELS registers) += the products of one run of inputs, or <- those of the first.
+// total (rows <= ROWS, PANELS registers) += the products of one run of inputs; of the first run: total <- the products.
 template <Precision PRECISION, int ROWS, int PANELS>
 inline void add_products(int rows, const Run &run, const float *x, ptrdiff_t x_stride, ptrdiff_t count, float *total) {
   if (rows < ROWS) {
@@ -118,7 +117,8 @@ inline void add_products(int rows, const Run &run, const float *x, ptrdiff_t x_s
   }
 }
 
-// At most kRowsAtOnce rows through PANELS panels, in tiles of at most ROWS rows and as equal as can be.
+// Takes at most kRowsAtOnce rows through PANELS panels, in tiles of at most ROWS rows whose sizes are as equal as
+// possible.
 template <Precision PRECISION, int ROWS, int PANELS>
 inline void linear_rows(const PackedLinear &layer, ptrdiff_t panel, const float *x, ptrdiff_t x_stride, ptrdiff_t rows,
                         Epilogue epilogue, float *y, ptrdiff_t y_stride) {
@@ -130,7 +130,7 @@ inline void linear_rows(const PackedLinear &layer, ptrdiff_t panel, const float 
   ptrdiff_t begin = 0;
   do {
     const ptrdiff_t count = layer.in - begin < kSummedAtOnce ? layer.in - begin : kSummedAtOnce;
-    // The weights that follow: of the next inputs, or of the next group. Each tile fetches a part of them.
+    // The weights that follow: those of the next inputs, or of the next group. Each tile prefetches a part of them.
     const uint32_t *const next = weight + tipl::words_of(count, PRECISION) * stride;
     for (ptrdiff_t tile = 0; tile < tiles; ++tile) {
       const ptrdiff_t row = rows * tile / tiles, behind = rows * (tile + 1) / tiles, part = tile * kFetchedWords;
@@ -154,8 +154,8 @@ inline void linear_rows(const PackedLinear &layer, ptrdiff_t panel, const float 
   }
 }
 
-// The first of panels [first, last), at most PANELS, of one group or whole groups; returns the one that follows. The
-// weights are read from memory once for every kRowsAtOnce rows.
+// Takes the first of the panels [first, last), at most PANELS, of one group or of whole groups; returns the panel that
+// follows. Reads the weights from memory once for every kRowsAtOnce rows.
 template <Precision PRECISION, int ROWS, int PANELS>
 inline ptrdiff_t linear_panels(const PackedLinear &layer, ptrdiff_t first, ptrdiff_t last, const float *x,
                                ptrdiff_t x_stride, ptrdiff_t rows, Epilogue epilogue, float *y, ptrdiff_t y_stride) {

@@ -1,4 +1,4 @@
-// Transcendental functions and the layer norm of the decoder. A part of kernels.cpp, under its rules.
+// Elementary functions, layer norm and sums of squares. Part of kernels.cpp, under its rules.
 #pragma once
 
 #include <stddef.h>
@@ -11,7 +11,7 @@ namespace {
 inline Vec exp(Vec x) {
   constexpr float kLowest = -87.33654f, kHighest = 88.0f;
   const Vec bounded = min(Vec::all(kHighest), max(Vec::all(kLowest), x));
-  // n = x / ln 2 rounded, read from the low bits of a float whose last place is worth one.
+  // n = x / ln 2, rounded: in the low bits of a float whose last place is worth one.
   const Vec shifted = fma(bounded, Vec::all(1.44269504f), Vec::all(12582912.0f));
   const Vec n = shifted - Vec::all(12582912.0f);
   const Vec r = fma(n, Vec::all(2.12194440e-4f), fma(n, Vec::all(-0.693359375f), bounded));  // |r| <= ln(2) / 2

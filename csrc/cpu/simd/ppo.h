@@ -1,4 +1,4 @@
-// The kernels of PPO's update (ppo.cpp). A part of kernels.cpp, under its rules.
+// The kernels of policies and of PPO's update. Part of kernels.cpp, under its rules.
 #pragma once
 
 #include "cpu/policy_kernels.h"
@@ -8,10 +8,10 @@
 namespace {
 
 constexpr int kMultiplyPanels = kLanes == 16 ? 4 : 2;  // registers side by side in a tile of multiply
-constexpr int kMultiplyRows = 6;                       // and below one another
+constexpr int kMultiplyRows = 6;                       // rows of such a tile
 
-// tanh(x) to 5 units in the last place: x P(x^2) / Q(x^2), fitted for the least relative error on [0, 8], where tanh
-// becomes 1 - 2e-7.
+// tanh(x) to 5 units in the last place: x P(x^2) / Q(x^2), fitted for the least relative error on [0, 8]; at 8 tanh is
+// 1 - 2e-7.
 inline Vec tanh(Vec x) {
   constexpr float kHighest = 7.99881172f;
   const Vec bounded = min(Vec::all(kHighest), max(Vec::all(-kHighest), x));
@@ -32,7 +32,7 @@ inline Vec tanh(Vec x) {
 
 // ---- products of small matrices
 
-// What multiply does to ROWS rows and PANELS registers of columns, of which the last holds `last` columns.
+// multiply for ROWS rows and PANELS registers of columns, of which the last register holds `last` columns.
 template <int ROWS, int PANELS>
 inline void multiply_tile(const tipl::Factor &a, ptrdiff_t k, const float *b, ptrdiff_t b_stride, const float *bias,
                           float *c, ptrdiff_t c_stride, ptrdiff_t last) {
@@ -101,7 +101,8 @@ void multiply(tipl::Factor a, ptrdiff_t rows, ptrdiff_t k, const float *b, ptrdi
   }
 }
 
-// y[o] = bias[o] + W[o] . x for one input: the sums of as many rows as a register has lanes, transposed and added.
+// y[o] = bias[o] + W[o] . x for one input. Computes the sums of as many rows as a register has lanes, one register for
+// each row, then transposes and adds them.
 void multiply_vector(const float *w, ptrdiff_t rows, ptrdiff_t k, const float *x, const float *bias,
                      float *y) noexcept {
   const ptrdiff_t whole = k / kLanes * kLanes, rest = k - whole;
@@ -125,7 +126,7 @@ void multiply_vector(const float *w, ptrdiff_t rows, ptrdiff_t k, const float *x
   }
 }
 
-// y (columns, y_stride) <- x^T, of x (rows, x_stride); both are readable and writable in whole registers.
+// y (columns, y_stride) <- x^T, of x (rows, x_stride). Reads and writes whole registers.
 void transpose_matrix(const float *x, ptrdiff_t x_stride, ptrdiff_t rows, ptrdiff_t columns, float *y,
                       ptrdiff_t y_stride) noexcept {
   for (ptrdiff_t r = 0; r < rows; r += kLanes) {
@@ -189,7 +190,7 @@ tipl::PolicyLoss policy_loss(const tipl::PolicyBatch &batch, const float *mean, 
                              float *log_std_grad) noexcept {
   const ptrdiff_t A = batch.act_dim, B = batch.size, stride = batch.stride;
   const float scale = -1.0f / static_cast<float>(B);
-  float offset = 0.0f;  // of a log-probability, its part without the noise
+  float offset = 0.0f;  // the part of a log-probability that does not depend on the action
   for (ptrdiff_t a = 0; a < A; ++a) {
     offset += batch.log_std[a] + 0.918938533f;  // ln(2 pi) / 2
     log_std_grad[a] = 0.0f;

@@ -1,4 +1,4 @@
-// The kernels of the sketch and of the products of rows (svd.cpp). A part of kernels.cpp, under its rules.
+// The kernels of sketches, and of products and combinations of rows. Part of kernels.cpp, under its rules.
 #pragma once
 
 #include "cpu/simd/math.h"
@@ -9,20 +9,21 @@ namespace {
 
 using tipl::Rows;
 
-constexpr int kProductTile = kLanes == 16 ? 4 : 3;  // rows a side of a register tile of products
-constexpr int kBlockSide = (tipl::kProductBlock + kProductTile - 1) / kProductTile;  // register tiles a side of a block
-constexpr ptrdiff_t kColumnsAtOnce = 512;           // columns of two blocks' rows that stay in the L2 cache
-constexpr int kCombineTile = kLanes == 16 ? 8 : 4;  // outputs of a register tile of combinations
+constexpr int kProductTile = kLanes == 16 ? 4 : 3;  // rows on each side of a register tile of products
+constexpr int kBlockSide =
+    (tipl::kProductBlock + kProductTile - 1) / kProductTile;  // register tiles on each side of a block
+constexpr ptrdiff_t kColumnsAtOnce = 512;           // columns for which the rows of two blocks stay in the L2 cache
+constexpr int kCombineTile = kLanes == 16 ? 8 : 4;  // outputs in a register tile of combinations
 static_assert(tipl::kCombinePadding % kCombineTile == 0);
 
 // ---- sketch
 
-// The sketch of one run of columns. FULL: rows = lanes.
+// sketch, with FULL where rows = lanes and kOrigin where there is an origin.
 template <bool FULL, bool kOrigin>
 inline void sketch_columns(const float *const *x, ptrdiff_t rows, const float *origin, ptrdiff_t columns,
                            const uint32_t *starts, const uint16_t *codes, ptrdiff_t outputs, float *y,
                            double *squares) {
-  alignas(64) float signed_columns[2 * tipl::kSketchColumns * kLanes];  // of d: each as it is, and negated
+  alignas(64) float signed_columns[2 * tipl::kSketchColumns * kLanes];  // each column of d, as it is and negated
   constexpr int kHalves = kLanes / kDoubleLanes;
   Doubles squared[kHalves];
   for (Doubles &sum : squared) sum = Doubles::zero();
@@ -84,7 +85,7 @@ void sketch(const float *const *x, ptrdiff_t rows, const float *origin, ptrdiff_
   }
 }
 
-// z (kUpdateOutputs, PANELS registers wide) += y^T d. A line of each row of `ahead` is fetched unless it is null.
+// z (kUpdateOutputs, PANELS registers) += y^T d. Prefetches a line of each row of `ahead`, unless it is null.
 template <int PANELS>
 inline void update_tile(const float *y, const float *d, ptrdiff_t rows, ptrdiff_t outputs, const float *ahead,
                         ptrdiff_t ahead_stride, double *z, ptrdiff_t z_stride) {
@@ -124,7 +125,7 @@ void update(const float *y, const float *d, ptrdiff_t rows, ptrdiff_t outputs, c
     const float *tile = y;
     for (ptrdiff_t o = 0; o < outputs; o += tipl::kUpdateOutputs, tile += rows * tipl::kUpdateOutputs) {
       const ptrdiff_t here = outputs - o < tipl::kUpdateOutputs ? outputs - o : tipl::kUpdateOutputs;
-      const ptrdiff_t line = o / tipl::kUpdateOutputs;  // each is fetched in a tile of its own
+      const ptrdiff_t line = o / tipl::kUpdateOutputs;  // each tile prefetches another line
       const float *const fetched = c == 0 && line < kLines ? ahead + line * kLine : nullptr;
       update_tile<kPanels>(tile, d + c, rows, here, fetched, ahead_stride, z + o * z_stride + c, z_stride);
     }
@@ -150,7 +151,7 @@ void subtract(const float *x, const float *origin, ptrdiff_t n, float *d) noexce
 
 // ---- products and combinations in float64
 
-// acc[i][j] += sum over columns of (left[i] - origin) * (right[j] - origin), lane by lane. A tile at the edge of a
+// acc[i][j] += sum over columns of (left[i] - origin) * (right[j] - origin), for each lane. A tile at the edge of a
 // block repeats its last row.
 template <bool kOrigin>
 inline void product_tile(const float *const *left, const float *const *right, const float *origin, ptrdiff_t begin,

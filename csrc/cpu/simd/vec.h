@@ -1,12 +1,10 @@
-// Vec: as many floats as the instruction set being compiled has in one register.
+// Vec: one register of floats of the instruction set that is being compiled.
 //
-// For kernels.cpp alone, which is compiled once per instruction set: everything here is in an anonymous namespace and
-// no other header is included, because a function shared with the rest of the module could be the copy that the linker
-// keeps for all of it, and crash an older CPU.
+// Only for kernels.cpp, under its rules: everything here is in an anonymous namespace, and includes only C headers.
 //
-// Arithmetic is GCC's and Clang's vector extension, which exists on every CPU: the baseline (4 floats) compiles to SSE2
-// on x86-64 and to NEON on AArch64, where fma() has room for vfmaq_f32 and dot_bfloat16() for vbfdotq_f32. Only what
-// the extension lacks is written per instruction set, below.
+// Arithmetic uses the vector extension of GCC and Clang, which exists for every CPU: the baseline (4 floats) compiles
+// to SSE2 on x86-64 and to NEON on AArch64, where fma() could use vfmaq_f32 and dot_bfloat16() vbfdotq_f32. Only what
+// the extension lacks is written for each instruction set, below.
 #pragma once
 
 #include <stddef.h>
@@ -45,15 +43,15 @@ struct Vec {
   friend Vec operator/(Vec a, Vec b) { return {a.v / b.v}; }
 };
 
-// The larger and the smaller, lane by lane; b where either is NaN. (Not _mm512_max_ps: GCC 12's header warns about
-// itself.)
+// The larger and the smaller value of each lane; b where either is NaN. (Not _mm512_max_ps, for which GCC 12 warns
+// about its own header.)
 inline Vec max(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }
 inline Vec min(Vec a, Vec b) { return {a.v < b.v ? a.v : b.v}; }
 
-// Correctly rounded, lane by lane.
+// The square root of each lane, correctly rounded.
 inline Vec square_root(Vec a) {
 #if defined(__AVX512F__)
-  return {_mm512_maskz_sqrt_ps(0xffff, a.v)};  // (GCC 12 warns about the header of the plain one)
+  return {_mm512_maskz_sqrt_ps(0xffff, a.v)};  // (for the unmasked one GCC 12 warns about its own header)
 #elif defined(__AVX2__)
   return {_mm256_sqrt_ps(a.v)};
 #else
@@ -105,7 +103,7 @@ inline Vec select_first(ptrdiff_t n, Vec a, Vec b) { return {lane_index() < stat
 
 // ---- packed values
 
-// A register of 32-bit words, each of which holds one float, two bfloat16 or four int8, the lowest bits first.
+// A register of 32-bit words. Each word holds one float, two bfloat16 or four int8, the first in its lowest bits.
 struct Packed {
   Words v;
 
@@ -119,7 +117,7 @@ struct Packed {
   Vec int8(int i) const { return {__builtin_convertvector(reinterpret_cast<Ints>(v << (24 - 8 * i)) >> 24, Floats)}; }
 };
 
-// The nearest bfloat16 in the low half of every word, ties to even; NaN stays NaN.
+// The nearest bfloat16 to each lane, in the low half of its word; ties to even, and NaN stays NaN.
 inline Packed round_to_bfloat16(Vec a) {
   const Words bits = reinterpret_cast<Words>(a.v);
   const Words nearest = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
@@ -160,7 +158,8 @@ inline Vec rotate(Vec a) {
   return every_lane([a]<int... LANE>() -> Vec { return {__builtin_shufflevector(a.v, a.v, (LANE + BY) % kLanes...)}; });
 }
 
-// Lane i of row j becomes lane j of row i: blocks of BIT lanes of BIT rows change sides, then blocks twice that size.
+// Transposes: lane i of row j becomes lane j of row i. Swaps blocks of BIT lanes of BIT rows, then blocks twice that
+// size.
 template <int BIT = 1>
 inline void transpose(Vec (&rows)[kLanes]) {
 #pragma GCC unroll 16
@@ -175,7 +174,7 @@ inline void transpose(Vec (&rows)[kLanes]) {
   if constexpr (2 * BIT < kLanes) transpose<2 * BIT>(rows);
 }
 
-// The sum and the maximum over all lanes, in every lane, as a fixed binary tree.
+// The sum and the maximum over all lanes, by a fixed binary tree. Every lane gets the result.
 template <int HALF = kLanes / 2>
 inline Vec sum_lanes(Vec a) {
   a = a + rotate<HALF>(a);
@@ -201,7 +200,7 @@ typedef float HalfFloats __attribute__((vector_size(4 * kDoubleLanes)));
 typedef float UnalignedHalfFloats __attribute__((vector_size(4 * kDoubleLanes), aligned(4), may_alias));
 typedef double UnalignedDoubles __attribute__((vector_size(8 * kDoubleLanes), aligned(8), may_alias));
 
-// A register of doubles. Floats become doubles as they are loaded, and are rounded to floats again as they are stored.
+// A register of doubles. Loading converts floats to doubles; storing to floats rounds.
 struct Doubles {
   DoubleLanes v;
 
@@ -219,7 +218,7 @@ struct Doubles {
   friend Doubles operator-(Doubles a, Doubles b) { return {a.v - b.v}; }
 };
 
-// a * b + c; rounded twice where the instruction set has no fused product.
+// a * b + c, rounded twice where the instruction set has no fused multiply-add.
 #if defined(__AVX512F__)
 inline Doubles fma(Doubles a, Doubles b, Doubles c) { return {_mm512_fmadd_pd(a.v, b.v, c.v)}; }
 #elif defined(__AVX2__)
@@ -228,7 +227,7 @@ inline Doubles fma(Doubles a, Doubles b, Doubles c) { return {_mm256_fmadd_pd(a.
 inline Doubles fma(Doubles a, Doubles b, Doubles c) { return {a.v * b.v + c.v}; }
 #endif
 
-// The first n < kDoubleLanes values at p, and zeros.
+// The first n < kDoubleLanes values at p, then zeros.
 template <class T>
 inline Doubles load_first_doubles(const T *p, ptrdiff_t n) {
   Doubles a = Doubles::zero();
@@ -236,7 +235,7 @@ inline Doubles load_first_doubles(const T *p, ptrdiff_t n) {
   return a;
 }
 
-// The sum over all lanes, as a fixed binary tree.
+// The sum over all lanes, by a fixed binary tree.
 inline double sum(Doubles a) {
   double lanes[kDoubleLanes];
   a.store(lanes);
