@@ -276,9 +276,9 @@ class StreamingSVD:
             raise FileNotFoundError(f"load: there is no file {path}")
         checked_threads(num_threads)
 
-        def restored(parameters: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> Self:
-            estimator = cls(**parameters, num_threads=num_threads)
-            estimator._fitted = FittedSketch.restore(estimator.get_params(), arrays, owner=cls.__name__)
+        def restored(parameters: dict[str, Any], arrays: dict[str, NDArray[Any]], kind: type[Self] = cls) -> Self:
+            estimator = kind(**parameters, num_threads=num_threads)
+            estimator._fitted = FittedSketch.restore(estimator.get_params(), arrays, owner=kind.__name__)
             return estimator
 
         return load_sketch(path, restored)
