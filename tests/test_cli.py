@@ -296,13 +296,20 @@ def test_two_commands_that_make_one_output_do_not_meet(
 
 
 def test_urls_and_odd_names(
-    finished_run: Path, tmp_path: Path, run_tipl: Callable[..., int], capsys: pytest.CaptureFixture[str]
-) -> None:
+    finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_tipl: Callable[..., int],
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     command = ["rollout", "--store", f"file://{finished_run}/store.zarr", "--output"]
     assert run_tipl(*command, f"file://{tmp_path}/f.safetensors") == 0
     assert (tmp_path / "f.safetensors").is_file()
     assert run_tipl(*command, "s3://bucket/f") == 2
     assert "must be a local path" in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)  # where a URL that is taken for a path would leave a folder
+    plot = ["store", "info", finished_run / "store.zarr", "--plot"]
+    assert run_tipl(*plot, f"file://{tmp_path}/plot.svg") == 0
+    assert run_tipl(*plot, "memory://plot.svg") == 2
+    assert "plot must be a local path" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["f.safetensors", "plot.svg"]
     assert run_tipl("verify", tmp_path / "no\n\x1b[31mname") == 2
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1

@@ -204,6 +204,7 @@ def test_a_full_disk_keeps_what_was_committed(tmp_path, monkeypatch, num_files):
     [
         ({"num_trials": 0}, ValueError, "collect: num_trials must be an int of at least 1, got 0"),
         ({"num_trials": 2.0}, ValueError, "collect: num_trials must be an int of at least 1, got 2.0"),
+        ({"num_trials": 10**13}, ValueError, "collect: num_trials must be at most 1,000,000, got 10,000,000,000,000"),
         ({"total_timesteps": 0}, ValueError, "collect: total_timesteps must be an int of at least 1, got 0"),
         ({"total_timesteps": True}, ValueError, "collect: total_timesteps must be an int of at least 1, got True"),
         ({"seed": -1}, ValueError, "collect: seed must be an int of at least 0, got -1"),

@@ -356,6 +356,8 @@ def test_trials_that_differ_are_refused_and_the_difference_is_named(tmp_path: Pa
     ):
         with pytest.raises(ValueError, match=message):
             import_checkpoints([wide, folder], tmp_path / "store")
+    with pytest.raises(ValueError, match="import: num_checkpoints must be at least 1, got 0"):
+        import_checkpoints([wide], tmp_path / "store", num_checkpoints=0)
     cleanrl = save_run(tmp_path / "cleanrl", FORMATS["cleanrl"][1])
     elu = save_run(tmp_path / "elu", FORMATS["rsl_rl 5, std"][1])
     with pytest.raises(ValueError, match="the activation is elu instead of tanh"):
