@@ -6,7 +6,7 @@ Token t of a sequence whose observed prefix ends at checkpoint h is
     u_t = [ x_t (k) | diff_scale * (x_t - x_{t-1}) (k, zero at t = 0) | (t - h) / max_len (1) ]      (2k + 1)
 
 and the model predicts a residual, x_{t+1} = x_t + out_scale * head(...), so that an untrained model is persistence.
-`csrc/decode.cpp` runs the same arithmetic over a KV cache; tests/test_decode.py holds the two together.
+`csrc/decode.cpp` runs the same arithmetic over a KV cache; tests/test_decoder.py holds the two together.
 """
 
 import dataclasses
