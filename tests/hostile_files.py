@@ -241,9 +241,7 @@ content(
     "is damaged",
     lambda random: torch_bytes(THREE, legacy=True).replace(b"K\x03N", b"\x8a\x06" + bytes(5) + b"\x01N"),
 )
-content(
-    "stride 0", "shows fewer numbers than its shape", lambda random: torch_bytes({"w": torch.ones(1).expand(10**15)})
-)
+content("stride 0", "has fewer numbers than its shape", lambda random: torch_bytes({"w": torch.ones(1).expand(10**15)}))
 content("sparse", "w is sparse", lambda random: torch_bytes({"w": torch.eye(3).to_sparse()}))
 content("meta", "w is on the device meta", lambda random: torch_bytes({"w": torch.empty(10**15, device="meta")}))
 content("complex", "w is torch.complex64", lambda random: torch_bytes({"w": torch.ones(2, dtype=torch.complex64)}))

@@ -16,7 +16,7 @@ import pytest
 import safetensors.numpy
 from factories import TINY_EVALUATE, TINY_PPO, TINY_TRAIN, flags
 
-from tipl import cli
+from tipl import pipeline
 from tipl.files.publishing import claimed, published
 from tipl.files.sealed import load_json
 from tipl.storing.store import Store
@@ -128,7 +128,7 @@ def test_resume_goes_on_after_a_training_that_was_cut_off(
     shutil.copytree(finished_run, output)
     for folder in ("model", "evaluation", "report"):
         shutil.rmtree(output / folder)
-    whole = cli.train
+    whole = pipeline.training.train
 
     def cut_off(store: Store, folder: Path, *args: Any, **kwargs: Any) -> Path:
         with published(folder, "train", resumable=True) as aside:
@@ -136,10 +136,10 @@ def test_resume_goes_on_after_a_training_that_was_cut_off(
             raise KeyboardInterrupt
 
     command = ["run", "--output", output, *RUN]
-    monkeypatch.setattr(cli, "train", cut_off)
+    monkeypatch.setattr(pipeline.training, "train", cut_off)
     assert run_tipl(*command) == 130
     assert not (output / "model").exists()
-    monkeypatch.setattr(cli, "train", whole)
+    monkeypatch.setattr(pipeline.training, "train", whole)
     assert run_tipl(*command) == 0
     assert (output / "report" / "report.html").exists()
 

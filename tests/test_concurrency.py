@@ -6,6 +6,7 @@ import pickle
 import signal
 import sys
 import threading
+import time
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -123,9 +124,11 @@ def test_rows_that_threads_append_are_all_in_the_gram_matrix(eager_threads):
 
 
 def until_it_is_not_refused(work: Callable[[], Any]) -> None:
-    with contextlib.suppress(RuntimeError):
-        return work()
-    return until_it_is_not_refused(work)
+    is_refused = True
+    while is_refused:
+        with contextlib.suppress(RuntimeError):
+            work()
+            is_refused = False
 
 
 def test_a_second_call_on_an_object_of_the_engine_is_refused():
@@ -145,6 +148,7 @@ def test_a_second_call_on_an_object_of_the_engine_is_refused():
         with pytest.raises(RuntimeError, match=rf": the {message} is in use by another call$"):
             while worker.is_alive():
                 use()
+                time.sleep(0.001)  # or the worker would hardly ever find the object free
         worker.join()
 
 

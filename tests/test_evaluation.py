@@ -179,7 +179,7 @@ def test_fresh_trials_are_judged_beside_what_the_store_taught(
         if expected is not None:
             assert row["wpe"] == pytest.approx(weight_errors(expected[None], truth[None], path[0])[0][0], rel=1e-5)
     report = write_report(tmp_path / "report", evaluation=target.parent, store=fresh)
-    assert "4 held out, beside 5 that taught" in report.read_text()
+    assert "4 held out, and 5 for training and validation" in report.read_text()
 
 
 def test_fresh_trials_must_be_of_the_same_kind_and_unknown(

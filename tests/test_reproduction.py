@@ -141,7 +141,7 @@ def test_the_page_has_its_parts(finished: Path) -> None:
     for regime in REGIMES:
         assert regime.title in text
         assert regime.description in text
-    assert text.count("a relative weight error of") == 3
+    assert text.count("lower than persistence's by") == 3
     assert text.count("This is a fit, not a forecast.") == text.count("Trials that were trained on") == 1
     assert source.count("<table") == 2 * 3
     assert source.count("<svg role") == 2 * 3 * 4
