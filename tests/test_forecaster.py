@@ -78,5 +78,5 @@ def test_rejections() -> None:
     with pytest.raises(ValueError, match="a prefix must hold at least 4 checkpoints"):
         rollout(observed[:, :3], 3, model)
     shared = Forecaster(model, Basis.from_prefix(prefixes(1)[0][:, :50], MODEL_CONFIG.n_components))
-    with pytest.raises(ValueError, match=r"must hold p = 50 weights a checkpoint, .* got 60"):
+    with pytest.raises(ValueError, match=r"must hold p = 50 weights for each checkpoint, .* got 60"):
         rollout(observed, 3, shared)

@@ -16,11 +16,10 @@ import numpy as np
 import pytest
 from factories import TINY_PPO
 
-import tipl.cli
 import tipl.collecting.resume
 import tipl.files.locations
+import tipl.pipeline
 import tipl.storing.zarr_files
-from tipl.cli import Run
 from tipl.collecting.collection import collect, trial_seeds
 from tipl.collecting.envs import make_vec
 from tipl.collecting.population import Population
@@ -436,16 +435,16 @@ def test_cut_off_while_the_store_is_created(tmp_path, whole, monkeypatch):
 
 def test_run_goes_on_with_its_collection(tmp_path, whole, monkeypatch):
     cut_off(tmp_path / "run" / "store.zarr")
-    monkeypatch.setattr(tipl.cli, "train", lambda *_, **__: (_ for _ in ()).throw(SystemExit()))
+    monkeypatch.setattr(tipl.pipeline.training, "train", lambda *_, **__: (_ for _ in ()).throw(SystemExit()))
     with pytest.raises(SystemExit):
-        Run(
+        tipl.pipeline.run(
             tmp_path / "run",
             num_trials=3,
             total_timesteps=32 * NUM_ITERATIONS,
             resume=True,
             ppo=TINY_PPO,
             evaluate=EvaluateConfig(prefixes=(0.5,)),
-        ).run()
+        )
     assert files(tmp_path / "run" / "store.zarr") == whole
 
 
