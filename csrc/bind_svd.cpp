@@ -120,7 +120,7 @@ py::array_t<float> sketch_apply(const RowSketch &sketch, const py::object &x) {
   return out;
 }
 
-py::array_t<float> sketch_combine(const RowSketch &sketch, const py::object &weights) {
+py::array_t<float> sketch_combine(RowSketch &sketch, const py::object &weights) {
   const auto array =
       checked_array<double>("combine", "weights", weights, {{"l + q + 1", sketch.config().outputs()}, {"r"}});
   const py::ssize_t r = array.shape(1);
@@ -131,20 +131,24 @@ py::array_t<float> sketch_combine(const RowSketch &sketch, const py::object &wei
   return out;
 }
 
-py::array_t<double> sketch_gram(const RowSketch &sketch) {
-  const auto sums = sketch.sums();
+std::shared_ptr<const SketchSums> sums_of(RowSketch &sketch) {
+  return without_gil([&](Poll &poll) { return sketch.sums(poll); });
+}
+
+py::array_t<double> sketch_gram(RowSketch &sketch) {
+  const auto sums = sums_of(sketch);
   return copy_of(sums->gram.data(), sketch.config().outputs(), sketch.config().outputs());
 }
 
-py::array_t<double> sketch_co_range(const RowSketch &sketch) {
-  const auto sums = sketch.sums();
+py::array_t<double> sketch_co_range(RowSketch &sketch) {
+  const auto sums = sums_of(sketch);
   return copy_of(sums->co_range.data(), sketch.config().outputs(), sketch.config().num_features);
 }
 
 // The sum (p) of d over all rows that are not pending.
-py::array_t<double> sketch_row_sum(const RowSketch &sketch) {
+py::array_t<double> sketch_row_sum(RowSketch &sketch) {
   const ptrdiff_t p = sketch.config().num_features;
-  const auto sums = sketch.sums();
+  const auto sums = sums_of(sketch);
   return copy_of(sums->co_range.data() + (sketch.config().outputs() - 1) * p, 1, p).reshape({p});
 }
 
@@ -258,7 +262,7 @@ void bind_svd(py::module_ &m) {
       .def_property_readonly("gram", &sketch_gram)
       .def_property_readonly("co_range", &sketch_co_range)
       .def_property_readonly("row_sum", &sketch_row_sum)
-      .def_property_readonly("squares", [](const RowSketch &sketch) { return sketch.sums()->squares; })
+      .def_property_readonly("squares", [](RowSketch &sketch) { return sums_of(sketch)->squares; })
       .def_property_readonly("pending",
                              [](const RowSketch &sketch) {
                                return rows_from(sketch.config().num_features,

@@ -352,8 +352,9 @@ std::vector<float> RowSketch::exact_rows(Poll &poll) const {
   return rows;
 }
 
-std::shared_ptr<const SketchSums> RowSketch::sums() const {
+std::shared_ptr<const SketchSums> RowSketch::sums(Poll &poll) {
   const InUse::Hold hold(in_use_, "sums", kObject);
+  held_->release(poll);
   return sums_;
 }
 
@@ -367,8 +368,9 @@ std::vector<float> RowSketch::directions(Poll &poll) const {
   return projection_->directions(*pool_, poll);
 }
 
-void RowSketch::combine_co_range(const double *weights, ptrdiff_t r, float *out, Poll &poll) const {
+void RowSketch::combine_co_range(const double *weights, ptrdiff_t r, float *out, Poll &poll) {
   const InUse::Hold hold(in_use_, "combine", kObject);
+  held_->release(poll);
   std::vector<const double *> rows(config_.outputs());
   for (size_t j = 0; j < rows.size(); ++j) rows[j] = sums_->co_range.data() + j * config_.num_features;
   combine_rows(*pool_, poll, rows, config_.num_features, weights, r, out);

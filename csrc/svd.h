@@ -92,13 +92,14 @@ class RowSketch {
   std::vector<float> exact_origin(Poll &poll) const;  // empty for zero
 
   // out (r, p) <- weights^T C with weights (l + q + 1, r), over the rows that are not pending.
-  void combine_co_range(const double *weights, ptrdiff_t r, float *out, Poll &poll) const;
+  void combine_co_range(const double *weights, ptrdiff_t r, float *out, Poll &poll);
 
   // d Omega (num_rows, l) of all rows in order, including the pending ones.
   std::vector<float> range_rows(Poll &poll);
 
-  // The sums over the rows that are neither pending nor held. They do not change any more.
-  std::shared_ptr<const SketchSums> sums() const;
+  // The sums over all rows that are not pending, a held block's among them, which is added first. They do not change
+  // any more: rows that come later are added to a copy.
+  std::shared_ptr<const SketchSums> sums(Poll &poll);
   std::vector<float> pending(Poll &poll) const;
   std::vector<float> directions(Poll &poll) const;  // (l, p) as given, or empty
   std::vector<float> origin() const;                // empty for zero, and until one is chosen

@@ -243,6 +243,24 @@ def orthonormal(l: int, p: int) -> np.ndarray:  # noqa: E741
     return np.linalg.qr(np.random.default_rng(l).standard_normal((p, l)))[0].T.astype(np.float32).copy()
 
 
+@pytest.mark.parametrize("num_rows", [257, 300, 511, 513, 600])
+def test_sums_that_are_read_hold_whole_blocks_and_change_nothing(num_rows):
+    """Rows come one by one, and a block of them is added to the sums step by step; reading ends that."""
+    rows = np.random.default_rng(num_rows).standard_normal((num_rows, 60), dtype=np.float32)
+    read, unread, at_once = (sketch(60, 4) for _ in range(3))
+    for row in rows:
+        for one in (read, unread):
+            take(one, row[None])
+        before = read.gram, read.co_range, read.row_sum, read.squares
+    take(at_once, rows)
+    for got, expected in zip(before, (at_once.gram, at_once.co_range, at_once.row_sum, at_once.squares), strict=True):
+        np.testing.assert_array_equal(got, expected)
+    for one in (read, unread, at_once):
+        one.settle()
+    np.testing.assert_array_equal(read.gram, unread.gram)
+    np.testing.assert_array_equal(read.co_range, at_once.co_range)
+
+
 @pytest.mark.parametrize("p", [5, 17, 255, 256, 257, 300, 700])
 @pytest.mark.parametrize(("l", "q"), [(1, 8), (3, 2), (4, 0), (20, 8), (40, 8)])
 def test_omega_has_four_signs_a_column_one_in_each_stratum_and_two_in_the_tests(p, l, q):  # noqa: E741

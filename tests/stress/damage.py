@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 from factories import ENV_ID, TINY_PPO
 
-from tipl.cli import end_of_path_table
+from tipl.cli.printing import end_of_path_table
 from tipl.collecting.collection import collect
 from tipl.forecasting.forecaster import Forecaster
 from tipl.report.results import read_coordinates, read_results, read_training
