@@ -10,13 +10,13 @@
 //         The last number of y makes C and G contain the sums of d and of y, for the mean. The test directions, which
 //         no basis has seen, give an estimate of what Q misses. Everything is a sum over rows: the order of the rows,
 //         and of merging sketches, changes only the rounding, and no row needs an index.
-// Omega   Sparse: kNonzeros signs for each column of A, one in each of as many strata of the outputs (OSNAP, Nelson and
+// Omega   Sparse: 4 signs for each column of A, one in each of as many strata of the outputs (OSNAP, Nelson and
 //         Nguyen 2013, arXiv:1211.1002); two signs for each column in Omega'; the identity where l = p. Or given:
 //         orthonormal directions that an earlier pass has found, which makes each pass a step of subspace iteration.
 // Numbers Rows are float32. C is summed in float32 over 128 rows, then in float64. C holds squares of singular values:
 //         those below about 3e-4 of the largest are lost in rounding (tipl/subspace/sketch_svd.py cuts them off), and a
 //         later pass resolves them.
-// Cost    2 p (l + q + 1) + (kNonzeros + q) p flops for each row, or 4 p (l + q + 1) with given directions. For each
+// Cost    2 p (l + q + 1) + (4 + 2) p flops for each row, or 4 p (l + q + 1) with given directions. For each
 //         block A is read twice, first from where it lies and then from cache or memory, and C once, in and out
 //         (16 p (l + q + 1) bytes).
 // Memory  8 p (l + q + 1) bytes, and 4 l bytes for each row. Where rows come in fewer than b at a time also two blocks
@@ -61,8 +61,8 @@ class RowSketch {
   ~RowSketch();
 
   // Takes the rows of x, which messages number from first_row on. Throws std::invalid_argument where a value is NaN or
-  // Inf or far too large. With `all_or_none`, which reads x twice, no row was taken then; without, the rows of whole
-  // blocks before were. After an interruption num_rows() tells how many rows were taken.
+  // Inf or far too large. With `all_or_none`, which reads x twice, no row is taken then; otherwise whole blocks before
+  // it are. After an interruption num_rows() tells how many rows were taken.
   void partial_fit(RowView x, int64_t first_row, bool all_or_none, Poll &poll);
 
   // Throws as partial_fit would after rows whose squares sum to `before`. Returns `before` plus the squares of x.

@@ -2,7 +2,7 @@
 
     tipl collect --env-id HalfCheetah-v4 --seed 1 --init-seed 3757552657 ... --output more.zarr
     tipl evaluate --store store.zarr --model model --fresh more.zarr --output evaluation1
-    python studies/pool_gains.py evaluation0 evaluation1 ... --horizons 0.1 0.2 --output docs/figures/gains.svg
+    python studies/pool_gains.py evaluation0 evaluation1 ... --output docs/figures/halfcheetah_gain.svg
 
 A gain is a policy's return less that of the policy at the prefix's end, on the same episodes; every run has its own
 episodes. A share is the sum over runs of a predictor's gains, divided by the sum of the true policies' gains, with a

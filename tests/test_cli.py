@@ -116,7 +116,7 @@ def test_resume_keeps_finished_stages(
     (output / "run.json").unlink()  # of an older tipl, whose settings nobody knows but the store's
     command[command.index("--num-trials") + 1] = 5
     assert run_tipl(*command, "--resume") == 2
-    assert "--resume expects 11 checkpoints of 5 trials" in capsys.readouterr().err
+    assert "run: expected 11 checkpoints of 5 trials" in capsys.readouterr().err
 
 
 @pytest.mark.slow

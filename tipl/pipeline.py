@@ -146,7 +146,7 @@ def run_stages(
     on_stage("model", folder.model)
 
     if not folder.results.exists():
-        folder.report.unlink(missing_ok=True)  # of an evaluation that is gone
+        folder.report.unlink(missing_ok=True)  # it described an evaluation that is gone
         known = seconds.read()
         earlier = {"collect": collected_as, "train": names.format("train")}
         with seconds.of(names.format("evaluate")):
@@ -232,7 +232,7 @@ def _complete_store(path: Path, env_id: str, num_trials: int, num_checkpoints: i
     found = (store.env_id, store.num_trials, store.num_checkpoints)
     if found != (env_id, num_trials, num_checkpoints):
         raise ValueError(
-            f"run: --resume expects {num_checkpoints} checkpoints of {num_trials} trials of {env_id} in {path}, which "
+            f"run: expected {num_checkpoints} checkpoints of {num_trials} trials of {env_id} in {path}, which "
             f"holds {found[2]} of {found[1]} trials of {found[0]}: remove it, or go on from what it holds with "
             "`tipl train`"
         )

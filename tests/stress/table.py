@@ -1,4 +1,4 @@
-"""python -m tests.stress.table FILE...: put the sums of these results into docs/reliability.md, a row a campaign."""
+"""python -m tests.stress.table FILE...: put these results into docs/reliability.md, one row for each campaign."""
 
 import json
 import sys

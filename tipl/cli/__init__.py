@@ -35,7 +35,9 @@ Command = (
 
 
 def main() -> None:
-    """Parse the command line and run the command; the exit status is 0, 2 for a user's mistake, 130 for Ctrl-C."""
+    """Parse the command line and run the command; the exit status is 0, 1 where `verify` finds damage, 2 for
+    a user's mistake, 130 for Ctrl-C.
+    """
     warnings.showwarning = print_warning  # type: ignore[assignment]
     try:
         command = tyro.cli(

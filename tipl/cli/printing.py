@@ -13,7 +13,7 @@ from tipl.verification import Verification
 
 
 def one_line(error: Exception) -> str:
-    """Return what an error says, the file first that the system refused; control characters are escaped."""
+    """Return what an error says, with a refused file's name first; control characters are escaped."""
     text = str(error) or f"{type(error).__name__}"
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         text = f"{error.filename}: {error.strerror}"

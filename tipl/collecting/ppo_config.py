@@ -1,4 +1,4 @@
-"""PPO's hyperparameters, and which of them the native update in `csrc/ppo.cpp` takes."""
+"""PPO's hyperparameters. The native update in `csrc/ppo.cpp` reads its own by these names."""
 
 import dataclasses
 import math

@@ -3,9 +3,9 @@
     .NAME.claim     locked by the process that makes NAME, and names that process; the lock ends with the process
     .NAME.partial   NAME until it is complete
 
-So NAME never exists in part, a command that was interrupted can simply run again, and of two processes that make the
-same output one is refused. Where the file system has no locks, a warning says so.
-"""
+So a NAME made this way never exists in part, a command that was interrupted can simply run again, and of two processes
+that make the same output one is refused. A collection's store and a run's folder are filled in place instead. Where the
+file system has no locks, a warning says so."""
 
 import contextlib
 import errno

@@ -2,8 +2,9 @@
 
 Shapes  n horizons, h = prefix_end, F features, S samples, p weights.
 
-A logistic regression on features of the forecast. It is fitted where the answer is known: forecasts for trials that the
-forecaster did not learn from are run in the simulator, on the same episodes as the policy at their prefix's end.
+A logistic regression on features of the forecast. It is fitted where the answer is known: forecasts for
+validation trials, and for training trials where those are few, are run in the simulator, on the same episodes as the
+policy at their prefix's end.
 """
 
 import dataclasses

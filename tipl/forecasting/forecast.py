@@ -29,8 +29,8 @@ class Ahead:
     tuned: NDArray[np.float32] | None
     """Weights as far along the forecast's displacement as brought most return in calibration, (n, p), or None.
 
-    The forecast of least weight error is shorter than the truth where much of the truth cannot be known, and what is
-    known of it may be worth going farther."""
+    Where much of the future is uncertain, the forecast of least weight error goes less far than the truth, so that a
+    longer step may return more."""
 
 
 @dataclasses.dataclass(frozen=True)

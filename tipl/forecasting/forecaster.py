@@ -208,7 +208,8 @@ def load_pretrained() -> Forecaster:
     """Return the forecaster that comes with tipl, trained on seven MuJoCo tasks, for paths of at most 51 checkpoints.
 
     It believes 0.55 of what it forecasts, which on tasks that it never saw was better than persistence on all of seven
-    (docs/results/zero-shot.md). A run of more checkpoints is thinned evenly to fit.
+    (docs/results/zero-shot.md). A run of more checkpoints has to be thinned
+    evenly to fit, as `tipl rollout` and `evaluate` do.
     """
     return Forecaster.load(PRETRAINED)
 

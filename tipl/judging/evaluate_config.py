@@ -16,7 +16,7 @@ class EvaluateConfig:
     prefixes: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8)
     """Shares of the path that are observed."""
     horizons: tuple[float, ...] = (0.1, 0.2, 0.4, 0.6)
-    """How far ahead to judge, as shares of the path: the horizons that fit, and always the end of the path."""
+    """How far ahead to judge, as shares of the path. Those beyond its end are dropped; the end is always judged."""
     num_episodes: int = 5
     """Episodes for each policy, the same for all policies of one trial."""
     max_trials: int | None = None

@@ -151,10 +151,10 @@ class NearestPath:
 
 @dataclasses.dataclass(frozen=True)
 class AnotherRun:
-    """The weights of another run: those that the training trial with the nearest prefix had so far into its training.
+    """The weights of another run: those of the training trial with the nearest prefix, at the same checkpoint.
 
     In weight space they are nowhere near this run's. But on average they act as well as this run will: to return more,
-    a forecast must know more than that training helps. For a training trial the other run is the run itself."""
+    a forecast must predict more than that training helps. For a training trial the other run is the run itself."""
 
     nearest: NearestPath
     path: Callable[[int], NDArray[np.float32]]

@@ -1,4 +1,4 @@
-"""The observed part of a path, and what is computed of it once, however many ask."""
+"""The observed part of a path, with what several predictors need of it, computed once."""
 
 from functools import cached_property
 
