@@ -91,13 +91,8 @@ def run(
     folder, ppo = RunFolder(Path(output)), ppo or PPOConfig()
     num_checkpoints = -(-total_timesteps // ppo.batch_size) + 1
     evaluate.prefix_ends(num_checkpoints)  # refuses now what could not be judged after an hour
-    collected: dict[str, Any] = {
-        "env_id": env_id,
-        "num_trials": num_trials,
-        "total_timesteps": total_timesteps,
-        "seed": seed,
-        "shared_init": shared_init,
-    }
+    asked = {"num_trials": num_trials, "total_timesteps": total_timesteps, "seed": seed, "shared_init": shared_init}
+    collected: dict[str, Any] = {"env_id": env_id, **asked}
     configs = {name: dataclasses.asdict(it) for name, it in (("ppo", ppo), ("train", train), ("evaluate", evaluate))}
     with claimed(folder.path, "run"):
         _begin(folder, collected | configs, resume=resume)

@@ -46,6 +46,7 @@ M_MMAP_THRESHOLD = -3  # from malloc.h
 SAVE_SECONDS = 5.0  # least time between two saved states; an interruption costs at most this and one iteration
 
 
+# Over 60 lines because its docstring, the reference of all arguments and errors, takes half of them.
 def collect(
     output: str | Location,
     *,

@@ -25,6 +25,7 @@ BLOCK_BYTES = 2**26  # of weights that are read and then appended together
 Rows = tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.float64]]  # (b, p), (b,), (b,)
 
 
+# Over 60 lines because its docstring, the reference of all arguments and errors, takes half of them.
 def import_checkpoints(
     sources: Sequence[str | Path],
     output: str | Path,
