@@ -1,7 +1,6 @@
 """Dynamics or the average: distances to training paths, a model that peeks, and the report's words on them."""
 
 import dataclasses
-import html
 import re
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from factories import SPEC, make_store
+from pages import text_of
 from synthetic_run import Run, at_end
 from torch import Tensor, nn
 
@@ -19,14 +19,13 @@ from tipl.judging.training_path import TrainingPath
 from tipl.report.intervals import Bootstrap
 from tipl.report.memorisation import dynamics_section
 from tipl.report.page import Html, fmt
-from tipl.report.plots import NBSP
 from tipl.subspace.prefix import Prefix
 
 
 def words_of(run: Run) -> str:
     results = run.read()
     section = dynamics_section(results, Bootstrap(len(results.trials)), lambda plot, caption: Html(""))
-    return html.unescape(re.sub(r"<[^>]*>", " ", section)).replace(NBSP, " ")
+    return text_of(section)
 
 
 @pytest.fixture

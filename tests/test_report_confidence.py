@@ -1,24 +1,23 @@
 """The report on confidence: reliability by hand and against a slow bootstrap, and what following it costs."""
 
-import html
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+from pages import text_of
 from synthetic_run import Run, cell_of
 
 from tipl.forecasting.confidence import expected_calibration_error
 from tipl.report.confidence import confidence_section, reliability
 from tipl.report.intervals import Bootstrap
 from tipl.report.page import Html, fmt
-from tipl.report.plots import NBSP
 
 
 def words_of(run: Run) -> str:
     results = run.read()
     section = confidence_section(results, Bootstrap(len(results.trials)), lambda plot, caption: Html(""))
-    return html.unescape(re.sub(r"<[^>]*>", " ", section)).replace(NBSP, " ")
+    return text_of(section)
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """Bootstrap intervals, interquartile means, the share of the gain, rankings, and the words that are made of them."""
 
-import html
 import math
 import re
 from pathlib import Path
@@ -10,11 +9,11 @@ import pytest
 import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
+from pages import text_of
 from synthetic_run import Run, at_end, cell_of
 
 from tipl.report.intervals import Bootstrap, Estimate, captured_gain, iqm, leaders, standings, tipl_leads
 from tipl.report.page import fmt
-from tipl.report.plots import NBSP
 from tipl.report.verdict import verdict
 
 
@@ -22,7 +21,7 @@ def words_of(run: Run) -> str:
     results = run.read()
     bootstrap = Bootstrap(len(results.trials))
     gains = {f: captured_gain(results, bootstrap, f) for f in results.prefixes}
-    return html.unescape(re.sub(r"<[^>]*>", "", verdict(results, bootstrap, gains))).replace(NBSP, " ")
+    return text_of(verdict(results, bootstrap, gains))
 
 
 @pytest.fixture

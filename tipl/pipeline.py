@@ -97,8 +97,9 @@ def run(
     with claimed(folder.path, "run"):
         _begin(folder, collected | configs, resume=resume)
         seconds = StageSeconds(folder.path / "seconds.json")
-        if folder.store.exists() and is_complete(Store.open(folder.store)):
-            store = _complete_store(folder.store, env_id, num_trials, num_checkpoints)
+        store = Store.open(folder.store) if folder.store.exists() else None
+        if store is not None and is_complete(store):
+            _check_store(store, env_id, num_trials, num_checkpoints)
         else:
             with seconds.of("collect"):
                 store = collection.collect(
@@ -221,14 +222,12 @@ def _begin(folder: RunFolder, settings: dict[str, Any], *, resume: bool) -> None
         )
 
 
-def _complete_store(path: Path, env_id: str, num_trials: int, num_checkpoints: int) -> Store:
-    """Return the store of an earlier run. Raises ValueError unless it is the one that this run would collect."""
-    store = Store.open(path)
+def _check_store(store: Store, env_id: str, num_trials: int, num_checkpoints: int) -> None:
+    """Raise ValueError unless a complete store is the one that this run would collect."""
     found = (store.env_id, store.num_trials, store.num_checkpoints)
     if found != (env_id, num_trials, num_checkpoints):
         raise ValueError(
-            f"run: expected {num_checkpoints} checkpoints of {num_trials} trials of {env_id} in {path}, which "
+            f"run: expected {num_checkpoints} checkpoints of {num_trials} trials of {env_id} in {store.path}, which "
             f"holds {found[2]} of {found[1]} trials of {found[0]}: remove it, or go on from what it holds with "
             "`tipl train`"
         )
-    return store

@@ -54,13 +54,9 @@ class Forecast:
 
     def at(self, horizons: Sequence[int] | NDArray[np.int64] | None = None) -> "Ahead":
         """Return all that is forecast at some `horizons` (n,) in checkpoints after the prefix, or at all of them."""
-        chosen = np.arange(1, len(self.future) + 1) if horizons is None else np.asarray(horizons, np.int64)
+        chosen = self._chosen(horizons)
         last, unrefined = self.prefix[-1], self.in_basis(chosen)
-        weights = unrefined
-        if self.refiner is not None and self.layout is not None:
-            weights = self.refiner.refine(self.prefix, self.layout, weights, chosen)
-        if self.trust != 1.0:
-            weights = _along(last, weights, self.trust)
+        weights = self._refined(unrefined, chosen)
         confidence = tuned = None
         if self.calibrated is not None:
             confidence = self.calibrated(features_of(self.prefix, weights, unrefined, chosen, self.max_len))
@@ -70,7 +66,8 @@ class Forecast:
 
     def weights(self, horizons: Sequence[int] | NDArray[np.int64] | None = None) -> NDArray[np.float32]:
         """Return the forecast weights (n, p), refined; `horizons` as in `at`."""
-        return self.at(horizons).weights
+        chosen = self._chosen(horizons)
+        return self._refined(self.in_basis(chosen), chosen)
 
     def tuned(self, horizons: Sequence[int] | NDArray[np.int64] | None = None) -> NDArray[np.float32]:
         """Return `Ahead.tuned`. Raises ValueError where the forecaster was not calibrated."""
@@ -87,6 +84,15 @@ class Forecast:
         if confidence is None:
             raise ValueError("forecast.confidence: the forecaster was trained without confidence_trials")
         return confidence
+
+    def _chosen(self, horizons: Sequence[int] | NDArray[np.int64] | None) -> NDArray[np.int64]:
+        return np.arange(1, len(self.future) + 1) if horizons is None else np.asarray(horizons, np.int64)
+
+    def _refined(self, weights: NDArray[np.float32], horizons: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Return what the forecast is, of what the Transformer forecasts at `horizons`, (n, p)."""
+        if self.refiner is not None and self.layout is not None:
+            weights = self.refiner.refine(self.prefix, self.layout, weights, horizons)
+        return weights if self.trust == 1.0 else _along(self.prefix[-1], weights, self.trust)
 
     def in_basis(self, horizons: NDArray[np.int64]) -> NDArray[np.float32]:
         """Return the weights (n, p) that the Transformer forecasts, before they are refined."""
