@@ -16,7 +16,7 @@ AHEAD_BYTES = 128 << 20
 """How far beyond the current block rows are requested from disk."""
 
 SKETCH_ROWS = 256
-"""Rows of a block in csrc/cpu/sketch_sums.h. Groups of columns take turns after so many, while caches still hold them."""
+"""Rows of a block in csrc/cpu/sketch_sums.h. Groups of columns take turns after so many, still in the caches."""
 
 
 class Rows(Protocol):
