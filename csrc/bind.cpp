@@ -2,8 +2,6 @@
 // arrays, take pointers, release the GIL and call the engine.
 #include "bind.h"
 
-#include <unistd.h>
-
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -20,26 +18,6 @@
 #include "rng.h"
 
 namespace tipl {
-
-// ---- calls
-
-bool WithoutGil::signal_raised() {
-  bool raised = false;
-  const uint32_t depth = fork_depth();
-  with_gil([&] {
-    raised = PyErr_CheckSignals() != 0;
-    if (!raised && fork_depth() != depth) {
-      PyErr_SetString(PyExc_RuntimeError, "a signal handler forked this process in the middle of a call to the engine");
-      raised = true;
-    }
-    thread_ = PyEval_SaveThread();
-  });
-  return raised;
-}
-
-void WithoutGil::hang() noexcept {
-  for (;;) pause();
-}
 
 namespace {
 

@@ -89,10 +89,26 @@ inline std::string letters(std::initializer_list<Dim> dims, bool with_sizes) {
   return out + (dims.size() == 1 ? ",)" : ")");
 }
 
-inline std::string shape_of(const py::array &array) {
+inline std::string shape_text(const std::vector<py::ssize_t> &shape) {
   std::string out = "(";
-  for (py::ssize_t i = 0; i < array.ndim(); ++i) out += (i ? ", " : "") + std::to_string(array.shape(i));
-  return out + (array.ndim() == 1 ? ",)" : ")");
+  for (size_t i = 0; i < shape.size(); ++i) out += (i ? ", " : "") + std::to_string(shape[i]);
+  return out + (shape.size() == 1 ? ",)" : ")");
+}
+
+// Raises ValueError unless the shape is the expected one: "prefill: x must have shape (B, t, k) = (4, t, 16), got
+// (4, 7, 12)".
+inline void check_shape(const char *where, const char *name, const std::vector<py::ssize_t> &shape,
+                        std::initializer_list<Dim> dims) {
+  bool fits = shape.size() == dims.size();
+  size_t axis = 0;
+  for (const Dim &dim : dims) {
+    fits = fits && (dim.size < 0 || shape[axis] == dim.size);
+    ++axis;
+  }
+  if (fits) return;
+  const std::string sizes = letters(dims, true), names = letters(dims, false);
+  check(false, where, ": ", name, " must have shape ", names, sizes == names ? "" : " = " + sizes, ", got ",
+        shape_text(shape));
 }
 
 // NumPy's name of a type. (Asking NumPy would run Python code.)
@@ -105,8 +121,7 @@ constexpr const char *dtype_name() {
 }
 
 // Returns `object` itself as an array of exactly T, C-contiguous and of this shape, never a copy. Raises TypeError
-// where it is not an array of T, and ValueError for anything else: "prefill: x must have shape (B, t, k) = (4, t, 16),
-// got (4, 7, 12)".
+// where it is not an array of T, and ValueError for anything else.
 template <class T>
 py::array_t<T> checked_array(const char *where, const char *name, const py::handle &object,
                              std::initializer_list<Dim> dims) {
@@ -120,17 +135,7 @@ py::array_t<T> checked_array(const char *where, const char *name, const py::hand
     throw py::type_error(text(where, ": ", name, " must be a NumPy array of ", expected, ", got ",
                               py::str(array.dtype()).cast<std::string>()));
   }
-  bool fits = array.ndim() == static_cast<py::ssize_t>(dims.size());
-  py::ssize_t axis = 0;
-  for (const Dim &dim : dims) {
-    fits = fits && (dim.size < 0 || array.shape(axis) == dim.size);
-    ++axis;
-  }
-  if (!fits) {
-    const std::string sizes = letters(dims, true), names = letters(dims, false);
-    check(false, where, ": ", name, " must have shape ", names, sizes == names ? "" : " = " + sizes, ", got ",
-          shape_of(array));
-  }
+  check_shape(where, name, {array.shape(), array.shape() + array.ndim()}, dims);
   check((array.flags() & py::array::c_style) != 0 && reinterpret_cast<uintptr_t>(array.data()) % alignof(T) == 0, where,
         ": ", name, " must be C-contiguous and aligned");
   return py::reinterpret_borrow<py::array_t<T>>(object);

@@ -1,4 +1,6 @@
 // The bindings of decode.h.
+#include "bind_decoder.h"
+
 #include <algorithm>
 #include <cstdint>
 #include <iterator>
@@ -8,38 +10,11 @@
 #include <string>
 #include <vector>
 
-#include "bind.h"
+#include "cpu/decoder_pass.h"
 #include "decode.h"
 
 namespace tipl {
 namespace {
-
-Precision precision_of(const char *name, const std::string &value, bool has_int8) {
-  if (value == "float32") return Precision::kFloat32;
-  if (value == "bfloat16") return Precision::kBfloat16;
-  check(has_int8 && value == "int8", "Decoder: ", name, " must be float32",
-        has_int8 ? ", bfloat16 or int8" : " or bfloat16", ", got ", value);
-  return Precision::kInt8;
-}
-
-std::unique_ptr<Decoder> make_decoder(const DecoderConfig &config, const py::dict &weights,
-                                      const DecoderOptions &options) {
-  const std::vector<TensorSpec> specs = tensor_specs(config);
-  std::vector<const float *> tensors;
-  std::vector<py::array_t<float>> held;  // keeps them alive: another thread may change the dict
-  for (const TensorSpec &spec : specs) {
-    check(weights.contains(spec.name), "Decoder: weights lack '", spec.name, "'");
-    const bool matrix = spec.shape.size() == 2;
-    const auto array = matrix ? checked_array<float>("Decoder", spec.name.c_str(), weights[spec.name.c_str()],
-                                                     {{"out", spec.shape[0]}, {"in", spec.shape[1]}})
-                              : checked_array<float>("Decoder", spec.name.c_str(), weights[spec.name.c_str()],
-                                                     {{"out", spec.shape[0]}});
-    tensors.push_back(array.data());
-    held.push_back(array);
-  }
-  check(weights.size() == specs.size(), "Decoder: weights must be ", specs.size(), " tensors, got ", weights.size());
-  return without_gil([&](Poll &poll) { return std::make_unique<Decoder>(config, tensors, options, poll); });
-}
 
 py::array_t<float> prefill(Decoder &decoder, const py::object &x, const py::object &lengths) {
   const py::ssize_t B = decoder.batch_size(), k = decoder.config().n_components;
@@ -89,18 +64,24 @@ py::array_t<float> generate(Decoder &decoder, const py::object &n) {
 
 void bind_decoder(py::module_ &m) {
   py::class_<Decoder>(m, "Decoder", "The forecaster over a KV cache; tipl.Decoder documents it.")
-      .def(
-          py::init([](int n_components, int n_layer, int n_head, int d_model, int d_ff, int max_len, float diff_scale,
-                      float out_scale, const py::dict &weights, const std::string &dtype,
-                      const std::string &cache_dtype, ptrdiff_t batch_size, ptrdiff_t cache_len,
-                      ptrdiff_t num_threads) {
-            return make_decoder({n_components, n_layer, n_head, d_model, d_ff, max_len, diff_scale, out_scale}, weights,
-                                {precision_of("dtype", dtype, true), precision_of("cache_dtype", cache_dtype, false),
-                                 batch_size, cache_len, num_threads});
-          }),
-          py::kw_only(), py::arg("n_components"), py::arg("n_layer"), py::arg("n_head"), py::arg("d_model"),
-          py::arg("d_ff"), py::arg("max_len"), py::arg("diff_scale"), py::arg("out_scale"), py::arg("weights"),
-          py::arg("dtype"), py::arg("cache_dtype"), py::arg("batch_size"), py::arg("cache_len"), py::arg("num_threads"))
+      .def(py::init([](int n_components, int n_layer, int n_head, int d_model, int d_ff, int max_len, float diff_scale,
+                       float out_scale, const py::dict &weights, const std::string &dtype,
+                       const std::string &cache_dtype, ptrdiff_t batch_size, ptrdiff_t cache_len,
+                       ptrdiff_t num_threads) {
+             const DecoderConfig config{n_components, n_layer, n_head, d_model, d_ff, max_len, diff_scale, out_scale};
+             const DecoderOptions options{precision_of("dtype", dtype, true),
+                                          precision_of("cache_dtype", cache_dtype, false), batch_size, cache_len,
+                                          num_threads};
+             const DecoderTensors tensors(config, weights);
+             return without_gil([&](Poll &poll) {
+               return std::make_unique<Decoder>(config, options,
+                                                std::make_unique<DecoderPass>(config, tensors.data, options, poll));
+             });
+           }),
+           py::kw_only(), py::arg("n_components"), py::arg("n_layer"), py::arg("n_head"), py::arg("d_model"),
+           py::arg("d_ff"), py::arg("max_len"), py::arg("diff_scale"), py::arg("out_scale"), py::arg("weights"),
+           py::arg("dtype"), py::arg("cache_dtype"), py::arg("batch_size"), py::arg("cache_len"),
+           py::arg("num_threads"))
       .def("prefill", &prefill, py::arg("x"), py::arg("lengths") = py::none())
       .def("step", &step, py::arg("x"))
       .def("generate", &generate, py::arg("n"))

@@ -28,7 +28,7 @@ RowView row_view(const char *where, const char *name, const py::object &object, 
   }
   const auto x = py::reinterpret_borrow<py::array_t<float>>(object);
   check(x.ndim() == 2 && (p < 0 || x.shape(1) == p), where, ": ", name, " must have shape ",
-        letters({{"n"}, {"p", p}}, true), ", got ", shape_of(x));
+        letters({{"n"}, {"p", p}}, true), ", got ", shape_text({x.shape(), x.shape() + x.ndim()}));
   constexpr py::ssize_t kSize = sizeof(float);
   const bool contiguous = x.size() == 0 || x.shape(1) == 1 || x.strides(1) == kSize;
   check(contiguous && x.strides(0) % kSize == 0 && reinterpret_cast<uintptr_t>(x.data()) % kSize == 0, where, ": ",

@@ -40,8 +40,11 @@ void check_memory(double count, size_t bytes) {
   static const double memory =
       static_cast<double>(sysconf(_SC_PHYS_PAGES)) * static_cast<double>(sysconf(_SC_PAGESIZE));
   const double needed = count * static_cast<double>(bytes);
-  if (needed > memory)
-    throw TooLarge(text("an array needs ", needed / 1e9, " GB, and this machine has ", memory / 1e9));
+  if (needed > memory) throw_too_large(needed, memory, "this machine");
+}
+
+void throw_too_large(double bytes_needed, double bytes_there, const char *owner) {
+  throw TooLarge(text("an array needs ", bytes_needed / 1e9, " GB, and ", owner, " has ", bytes_there / 1e9));
 }
 
 InUse::Holder InUse::take() noexcept {

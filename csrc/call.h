@@ -17,6 +17,9 @@ uint32_t fork_depth() noexcept;
 // not show it: systems grant more memory than they have, and kill the process that uses it.
 void check_memory(double count, size_t bytes);
 
+// Throws std::bad_alloc: "an array needs 96 GB, and the device has 80".
+[[noreturn]] void throw_too_large(double bytes_needed, double bytes_there, const char *owner);
+
 // Marks whether a call is using an object, and which.
 class InUse {
  public:

@@ -17,29 +17,19 @@
 
 #include "call.h"
 #include "decoder_config.h"
-#include "precision.h"
+#include "forward_pass.h"
 
 namespace tipl {
-
-class DecoderPass;
-
-// How a model is run: the precisions of its weights and its cache, the number of sequences and of their tokens, and the
-// number of threads.
-struct DecoderOptions {
-  Precision weights, cache;  // the cache is not kInt8
-  ptrdiff_t batch_size, max_len, num_threads;
-};
 
 // B trajectories and their caches. One call at a time: a second one gets std::runtime_error. Calls that compute ask a
 // Poll, and throw Interrupted; position() tells how far they came.
 class Decoder {
  public:
-  // `tensors` are in the order of tensor_specs(config); max_len is T, the most tokens of a sequence.
-  // Throws std::invalid_argument for wrong sizes and for NaN or Inf in a tensor.
-  Decoder(const DecoderConfig &config, const std::vector<const float *> &tensors, const DecoderOptions &options,
-          Poll &poll);
-  ~Decoder();
+  // The pass was made for the same config and options.
+  Decoder(const DecoderConfig &config, const DecoderOptions &options, std::unique_ptr<ForwardPass> pass);
 
+  // x and y are memory of the pass's device, all other arrays of the host.
+  //
   // y (B, k) <- the next coordinates after the observed prefixes x (B, t, k). That of sequence b has lengths[b] tokens,
   // or all t where lengths is null, and its end is h = lengths[b] - 1. The decoder must be empty, and is empty again
   // after an interruption.
@@ -64,17 +54,12 @@ class Decoder {
 
  private:
   void check_room(const char *where, int sequence, int64_t tokens) const;
-  void add(int sequence, int64_t slot, const float *x, const float *previous);
-  void run(Poll &poll);
 
   const DecoderConfig config_;
   const DecoderOptions options_;
   mutable InUse in_use_;
-  const std::unique_ptr<DecoderPass> pass_;
-  std::vector<int64_t> position_;    // (B), tokens in the cache
-  std::vector<int64_t> prefix_end_;  // (B), h
-  std::vector<float> last_;          // (B, k), coordinates of the last token
-  std::vector<float> prediction_;    // (B, k), of the coordinates that follow it
+  const std::unique_ptr<ForwardPass> pass_;
+  Sequences sequences_;
 };
 
 }  // namespace tipl

@@ -7,8 +7,10 @@
 #include "check.h"
 
 namespace tipl {
+namespace {
 
-void check_finite(const char *where, const std::string &name, const float *x, const std::vector<ptrdiff_t> &shape) {
+// Throws where a value of a tensor of this shape is NaN or Inf.
+void check_finite(const std::string &name, const float *x, const std::vector<ptrdiff_t> &shape) {
   ptrdiff_t size = 1;
   for (const ptrdiff_t extent : shape) size *= extent;
   const float *bad = std::find_if_not(x, x + size, [](float value) { return std::isfinite(value); });
@@ -19,8 +21,10 @@ void check_finite(const char *where, const std::string &name, const float *x, co
     index = std::to_string(rest % *extent) + (index.empty() ? "" : ", ") + index;
     rest /= *extent;
   }
-  check(false, where, ": ", name, " must be finite, got ", *bad, " at (", index, ")");
+  check(false, "Decoder: ", name, " must be finite, got ", *bad, " at (", index, ")");
 }
+
+}  // namespace
 
 std::vector<TensorSpec> tensor_specs(const DecoderConfig &config) {
   const ptrdiff_t d = config.d_model, d_ff = config.d_ff, k = config.n_components;
@@ -61,6 +65,21 @@ std::vector<TensorSpec> tensor_specs(const DecoderConfig &config) {
   layer_norm("norm");
   linear("head", d, k);
   return specs;
+}
+
+void check_decoder(const DecoderConfig &config, const std::vector<const float *> &tensors,
+                   const DecoderOptions &options, Poll &poll) {
+  const std::vector<TensorSpec> specs = tensor_specs(config);
+  check(tensors.size() == specs.size(), "Decoder: weights must be ", specs.size(), " tensors, got ", tensors.size());
+  for (size_t i = 0; i < specs.size(); ++i) {
+    poll(0);
+    check_finite(specs[i].name, tensors[i], specs[i].shape);
+  }
+  constexpr ptrdiff_t kMostSequences = 1 << 24;
+  check(1 <= options.batch_size && options.batch_size <= kMostSequences, "Decoder: batch_size must lie in [1, ",
+        kMostSequences, "], got ", options.batch_size);
+  check(1 <= options.max_len && options.max_len <= config.max_len, "Decoder: max_len must lie in [1, ", config.max_len,
+        "], got ", options.max_len);
 }
 
 }  // namespace tipl

@@ -5,6 +5,9 @@
 #include <string>
 #include <vector>
 
+#include "call.h"
+#include "precision.h"
+
 namespace tipl {
 
 struct DecoderConfig {
@@ -20,6 +23,13 @@ struct DecoderConfig {
   }
 };
 
+// How a model is run: the precisions of its weights and its cache, the number of sequences and of their tokens, and the
+// number of threads of the CPU.
+struct DecoderOptions {
+  Precision weights, cache;  // the cache is not kInt8
+  ptrdiff_t batch_size, max_len, num_threads;
+};
+
 // One tensor of the model: its name in the state_dict, and its shape.
 struct TensorSpec {
   std::string name;
@@ -30,7 +40,9 @@ struct TensorSpec {
 // Throws std::invalid_argument where the sizes make no model.
 std::vector<TensorSpec> tensor_specs(const DecoderConfig &config);
 
-// Throws std::invalid_argument where a value of x, of the given shape, is NaN or Inf.
-void check_finite(const char *where, const std::string &name, const float *x, const std::vector<ptrdiff_t> &shape);
+// What the constructor of a pass checks first: `tensors` are in the order of tensor_specs(config).
+// Throws std::invalid_argument for sizes that make no decoder, and for NaN or Inf in a tensor.
+void check_decoder(const DecoderConfig &config, const std::vector<const float *> &tensors,
+                   const DecoderOptions &options, Poll &poll);
 
 }  // namespace tipl

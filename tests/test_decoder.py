@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import reference
 import torch
-from hypothesis import given, settings
+from cuda_devices import CUDA, clean_device
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from processes import IMPORT_CORE, ISAS, run_python
 from reference import SMALL_MODEL
@@ -39,6 +40,38 @@ def one_torch_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Every test runs on each device, unless it is about the CPU."""
+    cpu_only = any(mark.name == "cpu_only" for mark in metafunc.definition.iter_markers())
+    metafunc.parametrize("device", ["cpu"] if cpu_only else ["cpu", CUDA], indirect=True)
+
+
+cpu_only = pytest.mark.cpu_only
+_device = "cpu"
+
+
+@pytest.fixture(autouse=True)
+def device(request: pytest.FixtureRequest, clean_device: None) -> str:
+    """Where decoder_of_model and decoder_of_weights make decoders in this test."""
+    global _device
+    _device = request.param
+    return _device
+
+
+def decoder_of_model(model: TrajectoryTransformer, batch_size: int, **arguments) -> Decoder:
+    return Decoder.from_model(model, batch_size, device=on_this_device(arguments), **arguments)
+
+
+def decoder_of_weights(config: ModelConfig, weights, batch_size: int, **arguments) -> Decoder:
+    return Decoder(config, weights, batch_size, device=on_this_device(arguments), **arguments)
+
+
+def on_this_device(arguments) -> str:
+    if _device == "cuda" and arguments.get("dtype") == "int8":
+        pytest.skip("int8 weights are for the CPU")
+    return _device
 
 
 def make_model(config: ModelConfig, seed: int = 0) -> TrajectoryTransformer:
@@ -75,6 +108,7 @@ def feed(decoder: Decoder, x: np.ndarray, prefix: int) -> np.ndarray:
 # ---- exactness
 
 
+@cpu_only
 def test_the_oracle_is_the_torch_model_in_float64():
     config = dataclasses.replace(SMALL_MODEL, max_len=64)  # a power of two: torch's float32 (t - h) / max_len is exact
     x, prefix_end = make_paths(config, 3, 64), np.array([3, 40, 63])
@@ -91,7 +125,7 @@ def test_the_bound_notices_a_small_mistake():
         torch_float32 = model(torch.from_numpy(x), torch.full((2,), 19)).numpy()[:, 19:]
     model.config = dataclasses.replace(SMALL_MODEL, diff_scale=SMALL_MODEL.diff_scale * 1.0001)
     with pytest.raises(AssertionError):
-        assert_as_exact_as_torch(feed(Decoder.from_model(model, 2), x, 20), torch_float32, exact)
+        assert_as_exact_as_torch(feed(decoder_of_model(model, 2), x, 20), torch_float32, exact)
 
 
 @pytest.mark.parametrize("batch", [1, 7])
@@ -104,15 +138,16 @@ def test_the_bound_notices_a_small_mistake():
     ],
     ids=["default", "odd", "wide"],
 )
-def test_a_rollout_of_512_steps_is_as_exact_as_torch(config, batch):
+def test_a_rollout_of_512_steps_is_as_exact_as_torch(config, batch, device):
+    steps = 512 if device == "cpu" else 60
     model = make_model(config)
     x = make_paths(config, batch, 20)
     with torch.inference_mode():
-        exact = copy.deepcopy(model).double().unroll(torch.from_numpy(x).double(), 512).numpy()
-        torch_float32 = model.unroll(torch.from_numpy(x), 512).numpy()
-    decoder = Decoder.from_model(model, batch)
+        exact = copy.deepcopy(model).double().unroll(torch.from_numpy(x).double(), steps).numpy()
+        torch_float32 = model.unroll(torch.from_numpy(x), steps).numpy()
+    decoder = decoder_of_model(model, batch)
     decoder.prefill(x)
-    ours = decoder.generate(512)
+    ours = decoder.generate(steps)
     assert np.abs(np.diff(exact, axis=1)).max() > 1e-3  # it moves
     assert np.abs(exact).max() < 20  # and does not diverge
     assert np.abs(ours - exact).max() < 2 * np.abs(torch_float32 - exact).max()
@@ -125,28 +160,30 @@ def test_every_step_equals_the_full_recompute(prefix, config):
     exact = oracle(config, x, prefix - 1)[:, prefix - 1 :]
     with torch.inference_mode():
         torch_float32 = model(torch.from_numpy(x), torch.full((2,), prefix - 1)).numpy()[:, prefix - 1 :]
-    assert_as_exact_as_torch(feed(Decoder.from_model(model, 2, num_threads=2), x, prefix), torch_float32, exact)
+    assert_as_exact_as_torch(feed(decoder_of_model(model, 2, num_threads=2), x, prefix), torch_float32, exact)
 
 
 @modes
-def test_a_path_of_8192_tokens(dtype, cache_dtype):
+def test_a_path_of_8192_tokens(dtype, cache_dtype, device):
     """Each prediction sees all that came before, to the very end."""
-    config = ModelConfig(n_components=3, n_layer=1, n_head=2, d_model=24, d_ff=32, max_len=8192, out_scale=0.5)
-    model, x = make_model(config), make_paths(config, 1, 8192)
+    length, prefix = (8192, 1) if device == "cpu" else (1056, 1040)  # the device's stripes begin anew after 512
+    config = ModelConfig(n_components=3, n_layer=1, n_head=2, d_model=24, d_ff=32, max_len=length, out_scale=0.5)
+    model, x = make_model(config), make_paths(config, 1, length)
     x /= np.abs(x).max()
     with torch.inference_mode():
-        torch_float32 = model(torch.from_numpy(x), torch.tensor([0]))[:, -1].numpy()
-        exact = copy.deepcopy(model).double()(torch.from_numpy(x).double(), torch.tensor([0]))[:, -1].numpy()
-    decoder = Decoder.from_model(model, 1, dtype=dtype, cache_dtype=cache_dtype)
-    decoder.prefill(x[:, :1].copy())
-    for t in range(1, 8192):
+        h = torch.tensor([prefix - 1])
+        torch_float32 = model(torch.from_numpy(x), h)[:, -1].numpy()
+        exact = copy.deepcopy(model).double()(torch.from_numpy(x).double(), h)[:, -1].numpy()
+    decoder = decoder_of_model(model, 1, dtype=dtype, cache_dtype=cache_dtype)
+    decoder.prefill(x[:, :prefix].copy())
+    for t in range(prefix, length):
         last = decoder.step(x[:, t].copy())
     if dtype == cache_dtype == "float32":
         assert_as_exact_as_torch(last, torch_float32, exact)
     else:
         assert relative_error(last, exact, x[:, -1]) < 0.02
     with pytest.raises(
-        ValueError, match=r"^generate: the cache is full: sequence 0 holds 8192 of max_len = 8192 tokens"
+        ValueError, match=rf"^generate: the cache is full: sequence 0 holds {length} of max_len = {length} tokens"
     ):
         decoder.generate(1)
 
@@ -163,11 +200,12 @@ def test_sizes_around_the_vector_width(which, size):
     exact = oracle(config, x, 11)[:, 11:]
     with torch.inference_mode():
         torch_float32 = model(torch.from_numpy(x), torch.full((3,), 11)).numpy()[:, 11:]
-    assert_as_exact_as_torch(feed(Decoder.from_model(model, 3), x, 12), torch_float32, exact)
+    assert_as_exact_as_torch(feed(decoder_of_model(model, 3), x, 12), torch_float32, exact)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("isa", [isa for isa in ISAS if isa != _core.isa()])
+@cpu_only
 def test_each_other_instruction_set_is_exact(isa):
     if run_python(IMPORT_CORE, TIPL_ISA=isa).returncode != 0:
         pytest.skip(f"this CPU lacks {isa}")
@@ -208,7 +246,7 @@ def test_stored_weights_are_those_of_the_reference(dtype, stated, batch, config)
     model.load_state_dict({name: torch.from_numpy(w) for name, w in rounded.items()})
     with torch.inference_mode():
         torch_float32 = model(torch.from_numpy(x), torch.from_numpy(prefix_end)).numpy()[:, 14:]
-    ours = feed(Decoder(config, weights, batch, dtype=dtype), x, 15)
+    ours = feed(decoder_of_weights(config, weights, batch, dtype=dtype), x, 15)
     if dtype == "bfloat16" and _core.isa() == "avx512bf16":  # rounds the inputs of a product too
         assert 1e-5 < relative_error(ours, exact_rounded, x[:, 14:]) < stated
     else:
@@ -221,22 +259,22 @@ def test_stored_keys_and_values_are_rounded_to_bfloat16(head_dim):
     config = dataclasses.replace(SMALL_MODEL, d_model=3 * head_dim, out_scale=0.5)
     weights, x = reference.random_forecaster(config, 0), make_paths(config, 3, 80)
     exact = reference.forecaster(config, weights, x, np.full(3, 19))[:, 19:]
-    ours = feed(Decoder(config, weights, 3, cache_dtype="bfloat16"), x, 20)
+    ours = feed(decoder_of_weights(config, weights, 3, cache_dtype="bfloat16"), x, 20)
     assert 1e-5 < relative_error(ours, exact, x[:, 19:]) < 0.002
 
 
 @modes
-def test_a_stored_rollout_is_as_exact_as_torch_in_the_same_precision(dtype, cache_dtype):
+def test_a_stored_rollout_is_as_exact_as_torch_in_the_same_precision(dtype, cache_dtype, device):
     """torch's bfloat16 autocast rounds weights, keys and values as we do, and every result besides."""
-    config = ModelConfig(max_len=150, out_scale=0.01)
+    config, steps = ModelConfig(max_len=150, out_scale=0.01), 130 if device == "cpu" else 25
     model, x = make_model(config), make_paths(config, 4, 20)
     with torch.inference_mode():
-        exact = copy.deepcopy(model).double().unroll(torch.from_numpy(x).double(), 130).numpy()
+        exact = copy.deepcopy(model).double().unroll(torch.from_numpy(x).double(), steps).numpy()
         with torch.autocast("cpu", torch.bfloat16):
-            torch_bfloat16 = model.unroll(torch.from_numpy(x), 130).float().numpy()
-    decoder = Decoder.from_model(model, 4, dtype=dtype, cache_dtype=cache_dtype)
+            torch_bfloat16 = model.unroll(torch.from_numpy(x), steps).float().numpy()
+    decoder = decoder_of_model(model, 4, dtype=dtype, cache_dtype=cache_dtype)
     decoder.prefill(x)
-    error, theirs = (np.linalg.norm(path - exact) for path in (decoder.generate(130), torch_bfloat16))
+    error, theirs = (np.linalg.norm(path - exact) for path in (decoder.generate(steps), torch_bfloat16))
     assert error < (3 if dtype == "int8" else 1) * theirs
 
 
@@ -245,14 +283,15 @@ def test_weights_near_the_largest_float_stay_finite_in_bfloat16():
     for name in ("norm1.weight", "norm1.bias", "qkv.bias"):
         weights[f"blocks.0.{name}"][:] = 0  # what proj multiplies is zero, and zero times infinity would be NaN
     weights["blocks.0.proj.weight"][0, 0] = np.finfo(np.float32).max
-    assert np.isfinite(Decoder(SMALL_MODEL, weights, 1, dtype="bfloat16").prefill(make_paths(SMALL_MODEL, 1, 1))).all()
+    assert np.isfinite(decoder_of_weights(SMALL_MODEL, weights, 1, dtype="bfloat16").prefill(make_paths(SMALL_MODEL, 1, 1))).all()
 
 
+@cpu_only
 def test_rows_of_zeros_stay_zero_in_int8():
     weights, x = reference.random_forecaster(SMALL_MODEL, 0), make_paths(SMALL_MODEL, 1, 12)
     weights["blocks.0.fc1.weight"][::2] = 0
     exact = reference.forecaster(SMALL_MODEL, reference.stored(weights, "int8"), x, np.array([5]))[:, 5:]
-    assert relative_error(feed(Decoder(SMALL_MODEL, weights, 1, dtype="int8"), x, 6), exact, x[:, 5:]) < 1e-5
+    assert relative_error(feed(decoder_of_weights(SMALL_MODEL, weights, 1, dtype="int8"), x, 6), exact, x[:, 5:]) < 1e-5
 
 
 # ---- the same bits
@@ -260,20 +299,21 @@ def test_rows_of_zeros_stay_zero_in_int8():
 
 @modes
 @pytest.mark.parametrize("batch", [1, 3, 12])
-def test_a_prefill_equals_the_same_tokens_one_by_one(batch, dtype, cache_dtype):
-    model, x = make_model(SMALL_MODEL), make_paths(SMALL_MODEL, batch, 75)
+def test_a_prefill_equals_the_same_tokens_one_by_one(batch, dtype, cache_dtype, device):
+    lengths = (2, 9, 64, 65, 75) if device == "cpu" else (2, 9, 34)
+    model, x = make_model(SMALL_MODEL), make_paths(SMALL_MODEL, batch, lengths[-1])
     with torch.no_grad():
         model.embed.weight[:, -1] = 0  # the prefix's end is not seen, and prefixes of other lengths are comparable
     stored = {"dtype": dtype, "cache_dtype": cache_dtype}
-    steps = feed(Decoder.from_model(model, batch, **stored), x, 1)
-    for length in (2, 9, 64, 65, 75):
-        decoder = Decoder.from_model(model, batch, **stored)
+    steps = feed(decoder_of_model(model, batch, **stored), x, 1)
+    for length in lengths:
+        decoder = decoder_of_model(model, batch, **stored)
         assert np.array_equal(decoder.prefill(np.ascontiguousarray(x[:, :length])), steps[:, length - 1])
 
 
 def test_generate_is_step_on_its_own_predictions():
     model, x = make_model(SMALL_MODEL), make_paths(SMALL_MODEL, 3, 10)
-    stepped, generated = Decoder.from_model(model, 3), Decoder.from_model(model, 3)
+    stepped, generated = decoder_of_model(model, 3), decoder_of_model(model, 3)
     prediction, path = stepped.prefill(x), []
     for _ in range(70):
         path.append(prediction)
@@ -283,20 +323,23 @@ def test_generate_is_step_on_its_own_predictions():
     assert np.array_equal(stepped.position, generated.position)
 
 
-@settings(max_examples=40, deadline=None)
+# The fixture says on which device all examples run.
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     trajectories=st.lists(st.tuples(st.integers(1, 40), st.integers(0, 50)), min_size=1, max_size=9),
     mode=st.sampled_from(MODES),
     num_threads=st.sampled_from([1, 3]),
 )
-def test_a_sequence_alone_equals_itself_in_a_ragged_batch(trajectories, mode, num_threads):
+def test_a_sequence_alone_equals_itself_in_a_ragged_batch(device, trajectories, mode, num_threads):
+    if device == "cuda":  # a few, and no int8
+        trajectories, mode = [(1 + t % 12, n % 8) for t, n in trajectories], min(mode, ("bfloat16", "bfloat16"))
     model, x = make_model(SMALL_MODEL), make_paths(SMALL_MODEL, len(trajectories), 40)
     lengths, n = np.array(trajectories).T
     for b, length in enumerate(lengths):
         x[b, length:] = np.nan  # never read
     stored = dict(zip(("dtype", "cache_dtype"), mode, strict=True))
-    together = Decoder.from_model(model, len(lengths), num_threads=num_threads, **stored)
-    alone = Decoder.from_model(model, 1, num_threads=1, **stored)
+    together = decoder_of_model(model, len(lengths), num_threads=num_threads, **stored)
+    alone = decoder_of_model(model, 1, num_threads=1, **stored)
     first = together.prefill(x, lengths)
     assert np.array_equal(together.position, lengths)
     path = together.generate(n)
@@ -313,12 +356,13 @@ def test_a_sequence_alone_equals_itself_in_a_ragged_batch(trajectories, mode, nu
 @modes
 @pytest.mark.parametrize("batch", [1, 3, 6])
 @pytest.mark.parametrize("n_head", [1, 3, 4])  # two threads split a block of four heads in halves, while rows are few
+@cpu_only
 def test_threads_do_not_change_a_bit(n_head, batch, dtype, cache_dtype):
     config = ModelConfig(n_head=n_head, n_layer=2, d_model=192, d_ff=768, max_len=140)  # batch 1 is enough to share
     model, x, lengths = make_model(config), make_paths(config, 6, 60), np.array([60, 2, 33, 59, 1, 60])[:batch]
 
     def path(rows: int, num_threads: int) -> np.ndarray:
-        decoder = Decoder.from_model(model, rows, dtype=dtype, cache_dtype=cache_dtype, num_threads=num_threads)
+        decoder = decoder_of_model(model, rows, dtype=dtype, cache_dtype=cache_dtype, num_threads=num_threads)
         assert decoder.num_threads == num_threads
         first = decoder.prefill(x[:rows], lengths[:rows])
         return np.concatenate([first[:, None], decoder.generate(80)], axis=1)
@@ -332,7 +376,7 @@ def test_threads_do_not_change_a_bit(n_head, batch, dtype, cache_dtype):
 @modes
 def test_a_reset_decoder_forgets(dtype, cache_dtype):
     model, x = make_model(SMALL_MODEL), make_paths(SMALL_MODEL, 2, 30)
-    decoder = Decoder.from_model(model, 2, dtype=dtype, cache_dtype=cache_dtype)
+    decoder = decoder_of_model(model, 2, dtype=dtype, cache_dtype=cache_dtype)
     decoder.prefill(x)
     path = decoder.generate(50)
     decoder.reset()
@@ -348,7 +392,7 @@ def test_a_reset_decoder_forgets(dtype, cache_dtype):
 def test_a_diverging_path_is_returned_as_it_is_and_forgotten(dtype, cache_dtype):
     config = dataclasses.replace(SMALL_MODEL, diff_scale=1e30, out_scale=1e30)
     stored = {"dtype": dtype, "cache_dtype": cache_dtype}
-    decoder, fresh = (Decoder.from_model(make_model(config), 1, **stored) for _ in range(2))
+    decoder, fresh = (decoder_of_model(make_model(config), 1, **stored) for _ in range(2))
     decoder.prefill(make_paths(config, 1, 5))
     assert not np.isfinite(decoder.generate(20)).all()
     for length in range(1, 12):  # the last slot of a pair or of a block may hold NaN beside it
@@ -365,7 +409,7 @@ def test_a_diverging_path_is_returned_as_it_is_and_forgotten(dtype, cache_dtype)
 
 def test_a_full_cache_raises_and_keeps_what_it_holds():
     model, x = make_model(SMALL_MODEL), make_paths(SMALL_MODEL, 2, 8)
-    decoder = Decoder.from_model(model, 2, max_len=12)
+    decoder = decoder_of_model(model, 2, max_len=12)
     decoder.prefill(x, np.array([8, 6]))
     with pytest.raises(
         ValueError,
@@ -382,7 +426,7 @@ def test_a_full_cache_raises_and_keeps_what_it_holds():
 
 
 def decoder_of_four(k: int = 16) -> Decoder:
-    return Decoder.from_model(make_model(ModelConfig(n_components=k, n_layer=1, d_model=8, d_ff=8)), 4)
+    return decoder_of_model(make_model(ModelConfig(n_components=k, n_layer=1, d_model=8, d_ff=8)), 4)
 
 
 def zeros(*shape: int) -> np.ndarray:
@@ -496,22 +540,27 @@ def test_calls_out_of_order_are_refused():
         ({"batch_size": 0}, "Decoder: batch_size must lie in [1, 16777216], got 0"),
         ({"max_len": 0}, "Decoder: max_len must lie in [1, 90], got 0"),
         ({"max_len": 91}, "Decoder: max_len must lie in [1, 90], got 91"),
-        ({"num_threads": 0}, "num_threads must lie in [1, 1024], got 0"),
-        ({"num_threads": 2**40}, "num_threads must lie in [1, 1024], got 1099511627776"),
         ({"dtype": "float16"}, "Decoder: dtype must be one of 'float32', 'bfloat16', 'int8', got 'float16'"),
         ({"cache_dtype": "int8"}, "Decoder: cache_dtype must be one of 'float32', 'bfloat16', got 'int8'"),
     ],
 )
 def test_senseless_settings_are_refused(arguments, message):
     with pytest.raises(ValueError, match=r".*") as raised:
-        Decoder.from_model(make_model(SMALL_MODEL), **({"batch_size": 1} | arguments))
+        decoder_of_model(make_model(SMALL_MODEL), **({"batch_size": 1} | arguments))
     assert str(raised.value) == message
+
+
+@cpu_only
+@pytest.mark.parametrize("num_threads", [0, 2**40])
+def test_a_senseless_number_of_threads_is_refused(num_threads):
+    with pytest.raises(ValueError, match=rf"^num_threads must lie in \[1, 1024\], got {num_threads}$"):
+        decoder_of_model(make_model(SMALL_MODEL), 1, num_threads=num_threads)
 
 
 @pytest.mark.parametrize("name", ["batch_size", "max_len", "num_threads"])
 def test_settings_that_are_no_ints_are_refused(name):
     with pytest.raises(TypeError, match=rf"^Decoder: {name} must be an int, got 2\.5$"):
-        Decoder.from_model(make_model(SMALL_MODEL), **({"batch_size": 1} | {name: 2.5}))
+        decoder_of_model(make_model(SMALL_MODEL), **({"batch_size": 1} | {name: 2.5}))
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -520,7 +569,7 @@ def test_weights_that_are_not_finite_are_refused(value):
     with torch.no_grad():
         model.blocks[1].fc1.weight[3, 4] = value
     with pytest.raises(ValueError, match=rf"^Decoder: blocks\.1\.fc1\.weight must be finite, got {value} at \(3, 4\)$"):
-        Decoder.from_model(model, 1)
+        decoder_of_model(model, 1)
 
 
 def test_weights_that_do_not_fit_the_config_are_refused():
@@ -528,35 +577,36 @@ def test_weights_that_do_not_fit_the_config_are_refused():
     with pytest.raises(
         ValueError, match=r"^Decoder: head\.weight must have shape \(out, in\) = \(5, 39\), got \(39, 5\)$"
     ):
-        Decoder(SMALL_MODEL, weights | {"head.weight": np.ascontiguousarray(weights["head.weight"].T)}, 1)
+        decoder_of_weights(SMALL_MODEL, weights | {"head.weight": np.ascontiguousarray(weights["head.weight"].T)}, 1)
     with pytest.raises(ValueError, match=r"^Decoder: norm\.bias must have shape \(out,\) = \(39,\), got \(38,\)$"):
-        Decoder(SMALL_MODEL, weights | {"norm.bias": zeros(38)}, 1)
+        decoder_of_weights(SMALL_MODEL, weights | {"norm.bias": zeros(38)}, 1)
     with pytest.raises(TypeError, match=r"^Decoder: pos\.weight must be a NumPy array of float32, got float64$"):
-        Decoder(SMALL_MODEL, weights | {"pos.weight": weights["pos.weight"].astype(np.float64)}, 1)
+        decoder_of_weights(SMALL_MODEL, weights | {"pos.weight": weights["pos.weight"].astype(np.float64)}, 1)
     with pytest.raises(ValueError, match=r"^Decoder: weights must be 31 tensors, got 32$"):
-        Decoder(SMALL_MODEL, weights | {"blocks.2.qkv.weight": zeros(1)}, 1)
+        decoder_of_weights(SMALL_MODEL, weights | {"blocks.2.qkv.weight": zeros(1)}, 1)
     with pytest.raises(ValueError, match=r"^Decoder: weights lack 'norm\.weight'$"):
-        Decoder(SMALL_MODEL, {name: w for name, w in weights.items() if name != "norm.weight"}, 1)
+        decoder_of_weights(SMALL_MODEL, {name: w for name, w in weights.items() if name != "norm.weight"}, 1)
 
 
 def test_a_model_of_another_precision_is_refused():
     with pytest.raises(
         TypeError, match=r"^from_model: model's embed\.weight must be torch\.float32, got torch\.float64$"
     ):
-        Decoder.from_model(make_model(SMALL_MODEL).double(), 1)
+        decoder_of_model(make_model(SMALL_MODEL).double(), 1)
 
 
 def test_a_cache_that_does_not_fit_into_memory_is_refused():
     with pytest.raises(MemoryError):
-        Decoder.from_model(make_model(SMALL_MODEL), 2**24, max_len=90)
+        decoder_of_model(make_model(SMALL_MODEL), 2**24, max_len=90)
 
 
 # ---- threads, signals, forks
 
 
+@cpu_only
 def test_generate_runs_without_the_gil_and_refuses_a_second_caller():
     config = dataclasses.replace(SMALL_MODEL, max_len=8_000)
-    decoder = Decoder.from_model(make_model(config), 1, num_threads=1)
+    decoder = decoder_of_model(make_model(config), 1, num_threads=1)
     decoder.prefill(make_paths(config, 1, 1))
     worker = threading.Thread(target=decoder.generate, args=(7_000,))
     worker.start()
@@ -579,6 +629,7 @@ def decoder_for(max_len, batch=1, **arguments):
 
 
 @pytest.mark.slow
+@cpu_only
 def test_ctrl_c_stops_the_decoder_and_leaves_it_usable():
     done = run_python(
         SCRIPT
@@ -611,6 +662,7 @@ assert np.array_equal(decoder.generate(10), (other.reset(), other.prefill(prefix
 
 
 @pytest.mark.slow
+@cpu_only
 def test_ctrl_c_stops_a_pass_between_its_layers():
     """One pass of this decoder takes many times as long as a signal may wait."""
     done = run_python(
@@ -638,6 +690,7 @@ assert set(decoder.position.tolist()) == {held.pop() + 1}
 
 
 @pytest.mark.slow
+@cpu_only
 def test_a_decoder_works_in_a_forked_child_and_in_its_parent():
     done = run_python(
         SCRIPT

@@ -1,9 +1,9 @@
 #include "cpu/decoder_pass.h"
 
 #include <algorithm>
+#include <cmath>
 #include <iterator>
 
-#include "check.h"
 #include "cpu/isa.h"
 
 namespace tipl {
@@ -16,9 +16,10 @@ constexpr ptrdiff_t kPolledHeads = 16;     //   and heads of sequences between t
 
 int row_stride(int n) { return static_cast<int>(round_up(n, kInputPadding)); }
 
-int checked_size(const char *name, ptrdiff_t size, int highest) {
-  check(1 <= size && size <= highest, "Decoder: ", name, " must lie in [1, ", highest, "], got ", size);
-  return static_cast<int>(size);
+const DecoderConfig &checked(const DecoderConfig &config, const std::vector<const float *> &tensors,
+                             const DecoderOptions &options, Poll &poll) {
+  check_decoder(config, tensors, options, poll);
+  return config;
 }
 
 }  // namespace
@@ -37,11 +38,11 @@ KvCache::KvCache(const DecoderConfig &config, Precision precision, int batch_siz
 
 DecoderPass::DecoderPass(const DecoderConfig &config, const std::vector<const float *> &tensors,
                          const DecoderOptions &options, Poll &poll)
-    : config_(config),
+    : config_(checked(config, tensors, options, poll)),
       kernels_(decode_kernels()),
       weights_(tensors, config, options.weights, poll),
-      cache_(config, options.cache, checked_size("batch_size", options.batch_size, 1 << 24),
-             checked_size("max_len", options.max_len, config.max_len), kernels_.lanes),
+      cache_(config, options.cache, static_cast<int>(options.batch_size), static_cast<int>(options.max_len),
+             kernels_.lanes),
       pool_(options.num_threads),
       max_rows_(std::max<ptrdiff_t>(options.batch_size, kPrefillRows)),
       token_stride_(row_stride(config.token_width())),
@@ -55,7 +56,9 @@ DecoderPass::DecoderPass(const DecoderConfig &config, const std::vector<const fl
       qkv_({max_rows_, qkv_stride_}),
       attended_({max_rows_, d_stride_}),
       hidden_({max_rows_, ff_stride_}),
-      head_({max_rows_, k_stride_}) {
+      head_({max_rows_, k_stride_}),
+      last_(options.batch_size * config.n_components),
+      prediction_(options.batch_size * config.n_components) {
   rows_.reserve(max_rows_);
   groups_.reserve(max_rows_ + 1);
   work_.reserve(max_rows_ + 1);
@@ -64,6 +67,57 @@ DecoderPass::DecoderPass(const DecoderConfig &config, const std::vector<const fl
     own_.push_back({rows(), AlignedFloats({cache_.value_stride}), rows(), rows(), rows()});
   }
 }
+
+// ---- the sequences
+
+std::optional<ForwardPass::NotFinite> DecoderPass::find_not_finite(const float *x, ptrdiff_t t,
+                                                                   const std::vector<int64_t> &tokens, Poll &poll) {
+  const ptrdiff_t k = config_.n_components;
+  for (ptrdiff_t b = 0; b < std::ssize(tokens); ++b) {
+    poll(0);
+    const float *begin = x + b * t * k, *end = begin + tokens[b] * k;
+    const float *bad = std::find_if_not(begin, end, [](float value) { return std::isfinite(value); });
+    if (bad != end) return NotFinite{bad - x, *bad};
+  }
+  return std::nullopt;
+}
+
+void DecoderPass::observe(const float *x, ptrdiff_t t, const std::vector<int64_t> &tokens, Sequences &sequences,
+                          Poll &poll) {
+  const ptrdiff_t k = config_.n_components, B = std::ssize(tokens);
+  clear();
+  for (ptrdiff_t b = 0; b < B; ++b) {
+    const int64_t held = sequences.position[b];
+    for (ptrdiff_t i = 0; i < tokens[b]; ++i) {
+      const float *now = x + (b * t + i) * k;
+      const float *previous = i > 0 ? now - k : held > 0 ? last_.data() + b * k : nullptr;
+      add({static_cast<int>(b), static_cast<int>(held + i)}, now, previous, sequences.prefix_end[b]);
+      const bool is_last = b == B - 1 && i == tokens[b] - 1;
+      if (is_last || std::ssize(rows_) == max_rows_) {
+        run(sequences, poll);
+        clear();
+      }
+    }
+  }
+}
+
+void DecoderPass::predict(const std::vector<int64_t> &n, float *y, Sequences &sequences, Poll &poll) {
+  const ptrdiff_t k = config_.n_components, B = std::ssize(n);
+  const int64_t most = *std::max_element(n.begin(), n.end());
+  for (int64_t i = 0; i < most; ++i) {
+    clear();
+    for (ptrdiff_t b = 0; b < B; ++b) {
+      if (i >= n[b]) continue;
+      const float *x = prediction_.data() + b * k;
+      std::copy_n(x, k, y + (b * most + i) * k);
+      add({static_cast<int>(b), static_cast<int>(sequences.position[b])}, x, last_.data() + b * k,
+          sequences.prefix_end[b]);
+    }
+    run(sequences, poll);
+  }
+}
+
+void DecoderPass::read(float *y) { std::copy(prediction_.begin(), prediction_.end(), y); }
 
 // ---- the rows
 
@@ -89,7 +143,7 @@ void DecoderPass::add(Row row, const float *x, const float *previous, int64_t pr
 
 // ---- the pass
 
-void DecoderPass::run(Poll &poll) {
+void DecoderPass::run(Sequences &sequences, Poll &poll) {
   groups_.push_back(static_cast<int>(rows_.size()));
   work_.assign(1, 0);
   double products = 0;
@@ -109,6 +163,16 @@ void DecoderPass::run(Poll &poll) {
     run_on_all(0, poll);
   }
   if (stopped_) throw Interrupted();
+  const ptrdiff_t k = config_.n_components;
+  for (ptrdiff_t m = 0; m < std::ssize(rows_); ++m) {
+    const auto [sequence, slot] = rows_[m];
+    const float *x = token_.data() + m * token_stride_, *head = head_.data() + m * k_stride_;
+    for (ptrdiff_t i = 0; i < k; ++i) {
+      last_[sequence * k + i] = x[i];
+      prediction_[sequence * k + i] = x[i] + config_.out_scale * head[i];
+    }
+    sequences.position[sequence] = slot + 1;
+  }
 }
 
 void DecoderPass::barrier(int rank) noexcept {

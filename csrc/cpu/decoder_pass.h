@@ -10,6 +10,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "call.h"
@@ -17,8 +18,8 @@
 #include "cpu/decode_kernels.h"
 #include "cpu/parallel.h"
 #include "cpu/weights.h"
-#include "decode.h"
 #include "decoder_config.h"
+#include "forward_pass.h"
 
 namespace tipl {
 
@@ -38,37 +39,38 @@ struct KvCache {
   AlignedWords words;                                   // (L, B, H, head_words)
 };
 
-class DecoderPass {
+class DecoderPass final : public ForwardPass {
  public:
-  struct Row {
-    int sequence, slot;
-  };
-
-  // Throws as the constructor of Decoder does.
+  // Throws as check_decoder does.
   DecoderPass(const DecoderConfig &config, const std::vector<const float *> &tensors, const DecoderOptions &options,
               Poll &poll);
 
-  // The rows of the next pass: clear() them, then add() at most max_rows(), those of one sequence together and in
-  // order. x (k) are the coordinates of the row and `previous` those before it, null for the first token of its
-  // sequence; prefix_end is h.
-  void clear() noexcept;
-  void add(Row row, const float *x, const float *previous, int64_t prefix_end) noexcept;
-  const std::vector<Row> &rows() const noexcept { return rows_; }
-  ptrdiff_t max_rows() const noexcept { return max_rows_; }
-
-  // Runs the pass: stores the keys and values of each row in the cache, and computes its output. Throws Interrupted,
-  // and may have written to the slots of the rows then.
-  void run(Poll &poll);
-  const float *coordinates(ptrdiff_t row) const noexcept { return token_.data() + row * token_stride_; }  // (k), x
-  const float *output(ptrdiff_t row) const noexcept { return head_.data() + row * k_stride_; }            // (k)
+  std::optional<NotFinite> find_not_finite(const float *x, ptrdiff_t t, const std::vector<int64_t> &tokens,
+                                           Poll &poll) override;
+  void observe(const float *x, ptrdiff_t t, const std::vector<int64_t> &tokens, Sequences &sequences,
+               Poll &poll) override;
+  void predict(const std::vector<int64_t> &n, float *y, Sequences &sequences, Poll &poll) override;
+  void read(float *y) override;
 
  private:
+  struct Row {
+    int sequence, slot;
+  };
   struct Own {                      // buffers of one rank
     AlignedFloats normed;           // (kOwnRows, d)
     AlignedFloats sum;              // (D), of the values of one head
     AlignedFloats z;                // (kOwnRows, d); this and the next line are for run_in_halves
     AlignedFloats projected, down;  // (kOwnRows, d), results of proj and fc2 on the half of this rank
   };
+
+  // The rows of the next pass: clear() them, then add() at most max_rows_, those of one sequence together and in order.
+  // x (k) are the coordinates of the row and `previous` those before it, null for the first token of its sequence;
+  // prefix_end is h.
+  void clear() noexcept;
+  void add(Row row, const float *x, const float *previous, int64_t prefix_end) noexcept;
+  // Runs the pass. Afterwards each row is in the cache and counted by the position of its sequence, and prediction_ is
+  // what follows it. Throws Interrupted, and has changed only slots that no position covers yet then.
+  void run(Sequences &sequences, Poll &poll);
 
   void run_on_all(int rank, Poll &poll) noexcept;
   void run_in_halves(int rank, Poll &poll) noexcept;
@@ -105,6 +107,9 @@ class DecoderPass {
   AlignedFloats hidden_;    // (M, d_ff)
   AlignedFloats head_;      // (M, k)
   std::vector<Own> own_;    // for each rank
+
+  std::vector<float> last_;        // (B, k), coordinates of the last token
+  std::vector<float> prediction_;  // (B, k), of the coordinates that follow it
 };
 
 }  // namespace tipl

@@ -6,18 +6,12 @@
 #include <cstdint>
 #include <utility>
 
-#include "check.h"
+#include "bfloat16.h"
 #include "cpu/decode_kernels.h"
 #include "cpu/isa.h"
 
 namespace tipl {
 namespace {
-
-// The nearest bfloat16 of a finite value, ties to even; the largest finite one instead of infinity.
-uint32_t to_bfloat16(float value) {
-  const uint32_t bits = std::bit_cast<uint32_t>(value), sign = bits & 0x80000000u, magnitude = bits ^ sign;
-  return std::min((magnitude + 0x7fffu + ((magnitude >> 16) & 1u)) >> 16, 0x7f7fu) | sign >> 16;
-}
 
 AlignedFloats copied(const float *source, ptrdiff_t size) {
   AlignedFloats copy({size});
@@ -34,17 +28,6 @@ std::vector<Weights::Linear> in_parts(Weights::Tensors &tensors, int in, int out
     list.emplace_back(tensors, in, out, precision, Weights::Linear::Layout{.part = part, .parts = parts}, poll);
   }
   return list;
-}
-
-const std::vector<const float *> &checked(const DecoderConfig &config, const std::vector<const float *> &tensors,
-                                          Poll &poll) {
-  const std::vector<TensorSpec> specs = tensor_specs(config);
-  check(tensors.size() == specs.size(), "Decoder: weights must be ", specs.size(), " tensors, got ", tensors.size());
-  for (size_t i = 0; i < specs.size(); ++i) {
-    poll(0);
-    check_finite("Decoder", specs[i].name, tensors[i], specs[i].shape);
-  }
-  return tensors;
 }
 
 }  // namespace
@@ -105,7 +88,7 @@ Weights::Block::Block(Tensors &tensors, const DecoderConfig &config, Precision p
 
 Weights::Weights(const std::vector<const float *> &tensors, const DecoderConfig &config, Precision precision,
                  Poll &poll)
-    : Weights(checked(config, tensors, poll).data(), config, precision, poll) {}
+    : Weights(tensors.data(), config, precision, poll) {}
 
 Weights::Weights(Tensors tensors, const DecoderConfig &config, Precision precision, Poll &poll)
     : embed(tensors, config.token_width(), config.d_model, Precision::kFloat32, poll),

@@ -49,8 +49,8 @@ struct Weights {
     std::vector<Linear> fc2;  // (d, d_ff), in halves like proj
   };
 
-  // Stores the matrices of the blocks, nearly all there is to read, in `precision`; the rest stays float32.
-  // Throws std::invalid_argument for wrong sizes and for NaN or Inf in a tensor.
+  // Stores the matrices of the blocks, nearly all there is to read, in `precision`; the rest stays float32. The tensors
+  // have passed check_decoder.
   Weights(const std::vector<const float *> &tensors, const DecoderConfig &config, Precision precision, Poll &poll);
 
   Linear embed;               // (d, 2k + 1)

@@ -1,0 +1,59 @@
+"""Arrays of other libraries, without a copy: what comes in as an argument, and what goes out as its like.
+
+Whatever is in the host's memory is a NumPy array to the engine (torch's CPU tensors by DLPack); arrays on a device it
+reads by DLPack itself (`csrc/bind_device_array.h`).
+"""
+
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Kind = Literal["numpy", "torch", "dlpack"]
+"""Whose array came in: a result is of the same kind."""
+
+_CPU = 1  # DLPack's device types
+_CUDA_HOST = 3
+
+
+def as_input(name: str, array: Any, cuda_index: int | None) -> tuple[Kind, Any]:
+    """Return the kind of an array, and the array as the engine of this device takes it.
+
+    Raises ValueError where the array is on a device and the engine on the CPU, or where its library does not give it
+    out.
+    """
+    if isinstance(array, np.ndarray) or not hasattr(array, "__dlpack_device__"):
+        return "numpy", array  # whatever else it is, the engine says what it should be
+    kind: Kind = "torch" if type(array).__module__.partition(".")[0] == "torch" else "dlpack"
+    try:
+        device_type = int(array.__dlpack_device__()[0])
+        if device_type not in (_CPU, _CUDA_HOST):
+            if cuda_index is None:
+                raise ValueError(f"{name} must be in the host's memory, as the engine is on the CPU")
+            return kind, array
+        return kind, np.from_dlpack(array)
+    except (BufferError, RuntimeError) as error:  # a tensor that requires grad, or is sparse
+        raise ValueError(f"{name}: {error}") from None
+
+
+def as_host_integers(name: str, array: Any) -> NDArray[np.int64]:
+    """Return an integer array of any library as int64 in the host's memory. Raises TypeError for other numbers."""
+    numbers = np.asarray(array.cpu() if hasattr(array, "cpu") else array)
+    if not np.issubdtype(numbers.dtype, np.integer):
+        raise TypeError(f"{name} must be integers, got {numbers.dtype}")
+    return np.ascontiguousarray(numbers, dtype=np.int64)
+
+
+def as_result(kind: Kind, array: Any) -> Any:
+    """Return what the engine gave, a NumPy array or one on a device, as the kind that came in, without a copy.
+
+    A device array of another kind than torch's stays as it is: it speaks DLPack.
+    """
+    is_host = isinstance(array, np.ndarray)
+    if kind == "torch":
+        import torch
+
+        return torch.from_numpy(array) if is_host else torch.from_dlpack(array)
+    if kind == "numpy" and not is_host:
+        return array.numpy()
+    return array
