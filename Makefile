@@ -5,8 +5,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 # The tests of a file share their fixtures, and so a process; torch's threads would only slow the other processes.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
-CXX_FILES := $(wildcard $(foreach room,csrc csrc/* csrc/*/* bench,$(room)/*.h $(room)/*.cpp $(room)/*.cu))
+CXX_FILES := $(wildcard $(foreach room,csrc csrc/* csrc/*/* bench,$(room)/*.h $(room)/*.cpp $(room)/*.cu $(room)/*.cuh))
 ENGINE := CMakeLists.txt pyproject.toml constraints.txt $(CXX_FILES) tipl $(wildcard tipl/*/)  # a folder: when files come or go
+
+SETTINGS := --config-settings=cmake.define.TIPL_WERROR=ON
+# The tests of CUDA without a GPU: TIPL_PTXRUN is the folder of the emulator, which replaces a shared CUDA runtime and
+# runs PTX. Machine code would only take time.
+ifdef TIPL_PTXRUN
+SETTINGS += --config-settings=cmake.define.TIPL_CUDA_SHARED=ON \
+  --config-settings=cmake.define.CMAKE_CUDA_ARCHITECTURES='80-virtual;90-virtual'
+endif
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-fast docs sanitize stress stress-smoke bench lint format wheel wheels clean
@@ -63,20 +71,20 @@ clean:  ## Remove what was built, but not runs/
 # PIP_CONSTRAINT, not -c: it holds in the isolated build environment too.
 $(VENV)/.runtime: $(ENGINE)
 	$(PYTHON) -m venv $(VENV)
-	PIP_CONSTRAINT=constraints.txt $(BIN)/pip install --quiet --config-settings=cmake.define.TIPL_WERROR=ON --editable .
+	PIP_CONSTRAINT=constraints.txt $(BIN)/pip install --quiet $(SETTINGS) --editable .
 	touch $@
 
 $(VENV)/.develop: $(VENV)/.runtime
-	PIP_CONSTRAINT=constraints.txt $(BIN)/pip install --quiet --config-settings=cmake.define.TIPL_WERROR=ON --editable '.[dev]'
+	PIP_CONSTRAINT=constraints.txt $(BIN)/pip install --quiet $(SETTINGS) --editable '.[dev]'
 	touch $@
 
 # Apart from .develop: the site's tools need Python >= 3.11.5.
 $(VENV)/.docs: $(VENV)/.develop
-	PIP_CONSTRAINT=constraints.txt $(BIN)/pip install --quiet --config-settings=cmake.define.TIPL_WERROR=ON --editable '.[dev,docs]'
+	PIP_CONSTRAINT=constraints.txt $(BIN)/pip install --quiet $(SETTINGS) --editable '.[dev,docs]'
 	touch $@
 
 # llama.cpp is built from source for this machine's instruction set, in minutes, once.
 $(VENV)/.bench: $(VENV)/.develop
 	CMAKE_ARGS=-DLLAVA_BUILD=OFF CMAKE_BUILD_PARALLEL_LEVEL=$$(nproc) PIP_CONSTRAINT=constraints.txt \
-	  $(BIN)/pip install --quiet --config-settings=cmake.define.TIPL_WERROR=ON --editable '.[dev,bench]'
+	  $(BIN)/pip install --quiet $(SETTINGS) --editable '.[dev,bench]'
 	touch $@

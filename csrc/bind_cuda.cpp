@@ -73,6 +73,21 @@ DeviceArray generate(DeviceDecoder &self, const py::object &n) {
   return y;
 }
 
+// For tests: generate as if Ctrl-C came at once. Returns y, of which only the first steps were made.
+DeviceArray generate_until_stopped(DeviceDecoder &self, int64_t n) {
+  Decoder &decoder = *self.decoder;
+  const OnDevice on(self.device);
+  DeviceArray y({decoder.batch_size(), n, decoder.config().n_components}, self.device);
+  self.pass->stop_at_once();
+  const Poll::Stop never = [] { return false; };
+  Poll poll(never);
+  try {
+    decoder.generate(std::vector<int64_t>(decoder.batch_size(), n), y.data(), poll);
+  } catch (const Interrupted &) {
+  }
+  return y;
+}
+
 py::dict plan_of(const DeviceDecoder &self, bool many_rows) {
   const DecodePlan &plan = self.pass->plan(many_rows);
   py::dict dict;
@@ -107,6 +122,7 @@ void bind_decoder(py::module_ &m) {
       .def("step", &step, py::arg("x"))
       .def("generate", &generate, py::arg("n"))
       .def("reset", [](DeviceDecoder &self) { self.decoder->reset(); })
+      .def("generate_until_stopped", &generate_until_stopped, py::arg("n"))
       .def("plan", &plan_of, py::arg("many_rows"))
       .def_property_readonly("position",
                              [](const DeviceDecoder &self) {

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import cuda_devices  # first of all: it loads what stands in for the CUDA runtime
 import pytest
 
 if TYPE_CHECKING:
@@ -123,3 +124,18 @@ def bucket(forget_connections: Callable[[], None]) -> Iterator[str]:
         yield "s3://bucket"
     server.stop()
     forget_connections()
+
+
+@pytest.fixture
+def clean_device() -> Iterator[None]:
+    """On the emulator: nothing was reported, and no memory is left on the device."""
+    gc.collect()
+    before = cuda_devices.emulator.ptxrunLiveBytes() if cuda_devices.emulator else 0
+    yield
+    if cuda_devices.emulator is None:
+        return
+    message = cuda_devices.emulator.ptxrunLastMessage().decode()
+    cuda_devices.emulator.ptxrunClearError()
+    gc.collect()
+    assert not message, message
+    assert cuda_devices.emulator.ptxrunLiveBytes() == before, "memory is left on the device"

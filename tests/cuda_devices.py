@@ -1,13 +1,11 @@
 """CUDA devices for the tests: a GPU where there is one, else the emulator ptxrun where TIPL_PTXRUN names its folder.
 
-The emulator replaces the CUDA runtime, runs the kernels' PTX on the CPU, and reports what is out of bounds, never written,
-racing or not synchronised. It needs a tipl that was built with TIPL_CUDA_SHARED=ON.
+The emulator replaces the CUDA runtime, runs the kernels' PTX on the CPU, and reports what is out of bounds, never
+written, racing or not synchronised. It needs a tipl that was built with TIPL_CUDA_SHARED=ON.
 """
 
 import ctypes
-import gc
 import os
-from collections.abc import Iterator
 
 import pytest
 
@@ -34,10 +32,10 @@ emulator = load_emulator()
 
 def why_not() -> str | None:
     """The reason why no test can use a device, or None."""
-    from tipl import devices
+    from tipl import device
 
     try:
-        devices.cuda_index("tests", "cuda")
+        device.cuda_index("tests", "cuda")
     except RuntimeError as error:
         return str(error)
     return None
@@ -45,18 +43,3 @@ def why_not() -> str | None:
 
 needs_cuda = pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
 CUDA = pytest.param("cuda", marks=needs_cuda)
-
-
-@pytest.fixture
-def clean_device() -> Iterator[None]:
-    """On the emulator: nothing was reported, and no memory is left on the device."""
-    gc.collect()
-    before = emulator.ptxrunLiveBytes() if emulator else 0
-    yield
-    if emulator is None:
-        return
-    message = emulator.ptxrunLastMessage().decode()
-    emulator.ptxrunClearError()
-    gc.collect()
-    assert not message, message
-    assert emulator.ptxrunLiveBytes() == before, "memory is left on the device"

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import reference
 import torch
-from cuda_devices import CUDA, clean_device
+from cuda_devices import CUDA
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from processes import IMPORT_CORE, ISAS, run_python
@@ -283,7 +283,9 @@ def test_weights_near_the_largest_float_stay_finite_in_bfloat16():
     for name in ("norm1.weight", "norm1.bias", "qkv.bias"):
         weights[f"blocks.0.{name}"][:] = 0  # what proj multiplies is zero, and zero times infinity would be NaN
     weights["blocks.0.proj.weight"][0, 0] = np.finfo(np.float32).max
-    assert np.isfinite(decoder_of_weights(SMALL_MODEL, weights, 1, dtype="bfloat16").prefill(make_paths(SMALL_MODEL, 1, 1))).all()
+    assert np.isfinite(
+        decoder_of_weights(SMALL_MODEL, weights, 1, dtype="bfloat16").prefill(make_paths(SMALL_MODEL, 1, 1))
+    ).all()
 
 
 @cpu_only

@@ -2,6 +2,8 @@ from . import pipeline as pipeline
 from .collecting.collection import collect as collect
 from .collecting.description import describe_store as describe_store
 from .collecting.ppo_config import PPOConfig as PPOConfig
+from .device import Device as Device
+from .device import devices as devices
 from .forecasting.calibration import recalibrate as recalibrate
 from .forecasting.decoder import Decoder as Decoder
 from .forecasting.forecaster import Forecaster as Forecaster

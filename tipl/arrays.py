@@ -4,16 +4,22 @@ Whatever is in the host's memory is a NumPy array to the engine (torch's CPU ten
 reads by DLPack itself (`csrc/bind_device_array.h`).
 """
 
+import dataclasses
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-Kind = Literal["numpy", "torch", "dlpack"]
-"""Whose array came in: a result is of the same kind."""
-
 _CPU = 1  # DLPack's device types
 _CUDA_HOST = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """Whose array came in, and where it was: a result is of the same kind."""
+
+    library: Literal["numpy", "torch", "another"] = "numpy"
+    on_host: bool = True
 
 
 def as_input(name: str, array: Any, cuda_index: int | None) -> tuple[Kind, Any]:
@@ -23,15 +29,15 @@ def as_input(name: str, array: Any, cuda_index: int | None) -> tuple[Kind, Any]:
     out.
     """
     if isinstance(array, np.ndarray) or not hasattr(array, "__dlpack_device__"):
-        return "numpy", array  # whatever else it is, the engine says what it should be
-    kind: Kind = "torch" if type(array).__module__.partition(".")[0] == "torch" else "dlpack"
+        return Kind(), array  # whatever else it is, the engine says what it should be
+    library: Literal["torch", "another"] = "torch" if type(array).__module__.split(".")[0] == "torch" else "another"
     try:
         device_type = int(array.__dlpack_device__()[0])
         if device_type not in (_CPU, _CUDA_HOST):
             if cuda_index is None:
                 raise ValueError(f"{name} must be in the host's memory, as the engine is on the CPU")
-            return kind, array
-        return kind, np.from_dlpack(array)
+            return Kind(library, on_host=False), array
+        return Kind(library), np.from_dlpack(array)
     except (BufferError, RuntimeError) as error:  # a tensor that requires grad, or is sparse
         raise ValueError(f"{name}: {error}") from None
 
@@ -45,15 +51,15 @@ def as_host_integers(name: str, array: Any) -> NDArray[np.int64]:
 
 
 def as_result(kind: Kind, array: Any) -> Any:
-    """Return what the engine gave, a NumPy array or one on a device, as the kind that came in, without a copy.
+    """Return what the engine gave, a NumPy array or one on a device, as the kind that came in.
 
-    A device array of another kind than torch's stays as it is: it speaks DLPack.
+    Nothing is copied, unless the engine is on a device and the array came from the host. A device array of another
+    library than torch stays as it is: it speaks DLPack.
     """
-    is_host = isinstance(array, np.ndarray)
-    if kind == "torch":
+    if kind.on_host and not isinstance(array, np.ndarray):
+        array = array.numpy()
+    if kind.library == "torch":
         import torch
 
-        return torch.from_numpy(array) if is_host else torch.from_dlpack(array)
-    if kind == "numpy" and not is_host:
-        return array.numpy()
+        return torch.from_numpy(array) if kind.on_host else torch.from_dlpack(array)
     return array

@@ -1,23 +1,10 @@
 #include <algorithm>
 
 #include "cuda/decode.h"
-#include "cuda/decode_kernel.cuh"
 #include "cuda/device.h"
 
 namespace tipl::cuda {
 namespace {
-
-using Kernel = void (*)(DecodeArguments);
-
-template <int R, class Weight>
-Kernel kernel_of(Precision cache) {
-  return cache == Precision::kFloat32 ? decode<R, Weight, float> : decode<R, Weight, Bfloat16>;
-}
-
-template <int R>
-Kernel kernel_of(Precision weights, Precision cache) {
-  return weights == Precision::kFloat32 ? kernel_of<R, float>(cache) : kernel_of<R, Bfloat16>(cache);
-}
 
 __global__ void find_not_finite(const float *x, int64_t B, int64_t t, int64_t k, const int64_t *tokens,
                                 unsigned long long *first) {
@@ -32,7 +19,8 @@ __global__ void find_not_finite(const float *x, int64_t B, int64_t t, int64_t k,
 
 void launch_decode(const DecodeArguments &arguments, Precision weights, Precision cache, int blocks,
                    size_t shared_bytes, cudaStream_t stream) {
-  const Kernel kernel = arguments.plan.rows == 1 ? kernel_of<1>(weights, cache) : kernel_of<kTileRows>(weights, cache);
+  const DecodeKernel kernel =
+      arguments.plan.rows == 1 ? decode_kernel<1>(weights, cache) : decode_kernel<kTileRows>(weights, cache);
   const void *function = reinterpret_cast<const void *>(kernel);
   succeed(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
           "cudaFuncSetAttribute(", shared_bytes, " bytes of shared memory)");

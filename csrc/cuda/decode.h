@@ -11,6 +11,13 @@
 
 namespace tipl::cuda {
 
+// A decode kernel of these precisions for tiles of R rows. Each R is compiled by itself, in decode_*.cu.
+using DecodeKernel = void (*)(DecodeArguments);
+template <int R>
+DecodeKernel decode_kernel(Precision weights, Precision cache);
+extern template DecodeKernel decode_kernel<1>(Precision, Precision);
+extern template DecodeKernel decode_kernel<kTileRows>(Precision, Precision);
+
 // Runs the persistent kernel in `blocks` blocks that all run at once, each with `shared_bytes` of shared memory.
 void launch_decode(const DecodeArguments &arguments, Precision weights, Precision cache, int blocks,
                    size_t shared_bytes, cudaStream_t stream);

@@ -1,8 +1,9 @@
 // The persistent kernel: all steps of a pass in one launch. Letters as in decode.h and decode_plan.h.
 //
-// Work     A pass is tiles of R rows, and each row appends one token at a step. Block i has the parts i, i + G, ... of
-//          the model, in the order in which a token meets them, for the whole launch; so the layers are a pipeline, and
-//          many tiles keep all blocks busy. The cache of a head is read and written by one block alone.
+// Work     A pass is tiles of R rows, and each row appends one token at a step. Each of G blocks has the parts
+// part_of(...)
+//          of the model, in the order in which a token meets them, for the whole launch; so the layers are a pipeline,
+//          and many tiles keep all blocks busy. The cache of a head is read and written by one block alone.
 // Order    Every block takes the steps in order, the tiles of a step in order, and its parts in order. What a part
 // waits
 //          for comes earlier in this order, so that blocks that all run at once never wait for each other in a circle.
@@ -40,12 +41,13 @@ __device__ __forceinline__ int load_from_host(const int *from) {
   return value;
 }
 
-// Waits until `count` is `target`, or until `step` is not made any more; returns whether it is still made. All threads
-// of the block call it.
-__device__ __forceinline__ bool wait_for(const unsigned *count, unsigned target, const int *stop_at, int step) {
+// Waits until `count` is `target`, or until `step`, of which it is a part, is not made any more: `always` where it is
+// of the step before. Returns whether `step` is made. All threads of the block call it.
+__device__ __forceinline__ bool wait_for(const unsigned *count, unsigned target, const int *stop_at, int step,
+                                         bool always) {
   __shared__ int stopped_at;
   if (threadIdx.x == 0) {
-    while (load_acquire(count) < target && load_relaxed(stop_at) > step) {
+    while (load_acquire(count) < target && (always || load_relaxed(stop_at) > step)) {
     }
     stopped_at = load_relaxed(stop_at);
   }
@@ -181,23 +183,27 @@ struct TileWork {
   // x is z: the share of a head in the sum of its layer.
   __device__ void attend(int layer, int head, const unsigned char *weights) const {
     const HeadWeights w(plan);
-    const int D = plan.D, dp = plan.dp();
+    const int D = plan.D, Dp = plan.Dp(), dp = plan.dp();
     float *qkv = floats(at.qkv), *attended = floats(at.attended);
     float *stripes = floats(at.stripes), *softmax = floats(at.softmax);
-    const auto cache_of = [&](const Row &row) {
+    const auto keys_of = [&](const Row &row) {  // (T, Dp), and then the values
       const size_t index = (static_cast<size_t>(layer) * plan.H + head) * plan.B + row.sequence;
       return reinterpret_cast<Number *>(a.cache) + index * plan.cache_head();
     };
+    const size_t values = static_cast<size_t>(plan.T) * Dp;  // where they begin
     norm(in<float>(weights, w.norm_weight), in<float>(weights, w.norm_bias));
     const float *qkv_bias = in<float>(weights, w.qkv_bias);
     multiply_rows<R>(in<Weight>(weights, w.qkv), 3 * D, dp, floats(at.x),
-                     [&](int r, int out, float sum) { qkv[r * 3 * D + out] = sum + qkv_bias[out]; });
+                     [&](int r, int out, float sum) { qkv[(3 * r + out / D) * Dp + out % D] = sum + qkv_bias[out]; });
+    for (int i = threadIdx.x; i < 3 * R * (Dp - D); i += kThreads) qkv[i / (Dp - D) * Dp + D + i % (Dp - D)] = 0.0f;
     __syncthreads();
-    for (int i = threadIdx.x; i < R * D; i += kThreads) {
-      const int r = i / D, c = i % D;
+    for (int i = threadIdx.x; i < R * Dp; i += kThreads) {
+      const int r = i / Dp, c = i % Dp;
       const Row &row = rows()[r];
-      const float *key = qkv + r * 3 * D + D + c;
-      if (step < row.steps) append(cache_of(row), row.slot + step, D, c, key[0], key[D]);
+      if (step >= row.steps) continue;
+      Number *key = keys_of(row) + static_cast<size_t>(row.slot + step) * Dp + c;
+      key[0] = stored<Number>(qkv[(3 * r + 1) * Dp + c]);
+      key[values] = stored<Number>(qkv[(3 * r + 2) * Dp + c]);
     }
     __syncthreads();
     for (int i = threadIdx.x / 32; i < R * kStripes; i += kWarps) {
@@ -205,7 +211,9 @@ struct TileWork {
       const Row &row = rows()[r];
       const int slots = row.slot + step + 1;
       if (step >= row.steps || stripe * kCacheSlots >= slots) continue;
-      attend_stripe(cache_of(row), slots, stripe, D, qkv + r * 3 * D, stripes + (r * kStripes + stripe) * D,
+      const Number *keys = keys_of(row);
+      attend_stripe(keys, keys + values, slots, stripe, D, Dp, qkv + 3 * r * Dp,
+                    floats(at.scores) + threadIdx.x / 32 * kCacheSlots, stripes + (r * kStripes + stripe) * Dp,
                     softmax + 2 * (r * kStripes + stripe));
     }
     __syncthreads();
@@ -213,15 +221,15 @@ struct TileWork {
       const int r = i / D;
       const Row &row = rows()[r];
       const int used = min(kStripes, (row.slot + step + kCacheSlots) / kCacheSlots);
-      attended[i] = step >= row.steps
-                        ? 0.0f
-                        : combine_stripes(stripes + r * kStripes * D, softmax + 2 * r * kStripes, used, D, i % D);
+      attended[r * Dp + i % D] =
+          step >= row.steps ? 0.0f
+                            : combine_stripes(stripes + r * kStripes * Dp, softmax + 2 * r * kStripes, used, Dp, i % D);
     }
     __syncthreads();
     const float *proj_bias = in<float>(weights, w.proj_bias);
     float *share = head_shares() + static_cast<size_t>(1 + head) * R * dp;
     multiply_columns<R>(
-        in<Weight>(weights, w.proj), D, dp, attended, D, plan.slices(), floats(at.slices),
+        in<Weight>(weights, w.proj), D, dp, attended, Dp, plan.slices(), floats(at.slices),
         [&](int r, int column, float4 sum) { store4(share + r * dp + column, load4(proj_bias + column) + sum); });
   }
 
@@ -275,13 +283,19 @@ __global__ void __launch_bounds__(kThreads, 1) decode(const __grid_constant__ De
   extern __shared__ uint4 shared_memory[];
   unsigned char *shared = reinterpret_cast<unsigned char *>(shared_memory);
   const DecodePlan &plan = a.plan;
-  const int G = gridDim.x, first_part = blockIdx.x;
+  const int G = gridDim.x;
+  const auto for_each_part = [&](const auto &body) {
+    for (int round = 0; round * G < plan.parts(); ++round) {
+      const int part = part_of(blockIdx.x, round, G);
+      if (part < plan.parts()) body(part);
+    }
+  };
   TileWork<R, Weight, Number> work(a, shared);
 
   // The weights of this block's parts lie behind the workspace, in their order.
   unsigned char *kept = shared + work.at.bytes;
   const size_t end_bytes = EndWeights(plan).bytes;
-  const bool has_ends = first_part < plan.H;
+  const bool has_ends = has_ends_in(plan, blockIdx.x);
   const unsigned char *ends = has_ends && plan.ends_resident ? kept : a.ends;
   if (has_ends && plan.ends_resident) {
     copy_bytes(kept, a.ends, end_bytes);
@@ -289,11 +303,11 @@ __global__ void __launch_bounds__(kThreads, 1) decode(const __grid_constant__ De
   }
   if (plan.resident) {
     unsigned char *to = kept;
-    for (int part = first_part; part < plan.parts(); part += G) {
+    for_each_part([&](int part) {
       const Part p(a, part);
       copy_bytes(to, p.weights, p.bytes);
       to += p.bytes;
-    }
+    });
   }
 
   bool is_stopped = false;
@@ -304,7 +318,7 @@ __global__ void __launch_bounds__(kThreads, 1) decode(const __grid_constant__ De
       if (step > steps) continue;
       work.take(tile, step);
       const unsigned char *own = kept;
-      for (int part = first_part; part < plan.parts(); part += G) {
+      for_each_part([&](int part) {
         const Part p(a, part);
         const unsigned char *weights = plan.resident ? own : p.weights;
         own += p.bytes;
@@ -313,10 +327,10 @@ __global__ void __launch_bounds__(kThreads, 1) decode(const __grid_constant__ De
           float *keep = p.index == 0 ? work.head_shares() : nullptr;
           if (p.layer == 0) {
             if (step > 0) {
-              is_stopped = !wait_for(work.units_arrived(), plan.U * phase, a.stop_at, step);
+              is_stopped = !wait_for(work.units_arrived(), plan.U * phase, a.stop_at, step, true);
               work.predict(p.index, ends);
             }
-            if (step == steps || is_stopped) continue;
+            if (step == steps || is_stopped) return;
             // Whoever sees step + 1 of a tile has waited for this block at `step` of it, and so sees stop_at.
             if (part == 0 && !has_looked && (step % kStepsBetweenLooks == 0 || a.num_tiles > kStepsBetweenLooks)) {
               if (threadIdx.x == 0 && load_from_host(a.stop) != 0 && step + 1 < *a.stop_at) {
@@ -326,23 +340,23 @@ __global__ void __launch_bounds__(kThreads, 1) decode(const __grid_constant__ De
             }
             work.embed(p.index, ends, keep);
           } else {
-            if (step == steps) continue;
-            is_stopped = !wait_for(work.units_arrived(), plan.U * phase, a.stop_at, step);
-            if (is_stopped) continue;
+            if (step == steps) return;
+            is_stopped = !wait_for(work.units_arrived(), plan.U * phase, a.stop_at, step, false);
+            if (is_stopped) return;
             work.gather(work.unit_shares(), plan.unit_shares(), keep);
           }
           work.attend(p.layer, p.index, weights);
           arrive(work.heads_arrived());
         } else {
-          if (step == steps) continue;
-          is_stopped = !wait_for(work.heads_arrived(), plan.H * (phase + 1), a.stop_at, step);
-          if (is_stopped) continue;
+          if (step == steps) return;
+          is_stopped = !wait_for(work.heads_arrived(), plan.H * (phase + 1), a.stop_at, step, false);
+          if (is_stopped) return;
           float *keep = p.index == plan.H ? work.unit_shares() : nullptr;
           work.gather(work.head_shares(), plan.head_shares(), keep);
           work.feed_forward(p.index - plan.H, weights);
           arrive(work.units_arrived());
         }
-      }
+      });
     }
   }
 }

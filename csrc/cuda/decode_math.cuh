@@ -44,6 +44,11 @@ __device__ __forceinline__ float4 fma4(float a, float4 b, float4 c) {
   return {fmaf(a, b.x, c.x), fmaf(a, b.y, c.y), fmaf(a, b.z, c.z), fmaf(a, b.w, c.w)};
 }
 
+__device__ __forceinline__ float dot4(float4 a, float4 b, float sum) {
+  return fmaf(a.w, b.w, fmaf(a.z, b.z, fmaf(a.y, b.y, fmaf(a.x, b.x, sum))));
+}
+
+// Over groups of `lanes` lanes.
 __device__ __forceinline__ float sum_lanes(float value, int lanes = 32) {
   for (int offset = lanes / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);
   return value;
@@ -58,16 +63,46 @@ __device__ __forceinline__ float gelu(float x) {
   return x / (1.0f + expf(-1.59576912f * fmaf(x * x * x, 0.044715f, x)));
 }
 
+// How many lanes share a row of `size` numbers, four each: 32, or 16, 8 ... where fewer are enough.
+__device__ __forceinline__ int lanes_for(int size) {
+  int lanes = 32;
+  while (lanes > 1 && 2 * lanes >= size) lanes /= 2;
+  return lanes;
+}
+
+// Each of 2 * offset lanes has N sums: store(i, the sum of number i over these lanes), once for each i. The lanes halve
+// the numbers between them as they add, so that no lane adds what another one does; the order of each sum is
+// sum_lanes'.
+template <int N, class Store>
+__device__ __forceinline__ void sum_numbers(const float (&sums)[N], int offset, int first, Store store) {
+  const int lane = threadIdx.x % 32;
+  if (offset == 0) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) store(first + i, sums[i]);
+  } else if constexpr (N == 1) {
+    const float sum = sum_lanes(sums[0], 2 * offset);
+    if (lane % (2 * offset) == 0) store(first, sum);
+  } else {
+    const bool upper = (lane & offset) != 0;
+    float half[N / 2];
+#pragma unroll
+    for (int i = 0; i < N / 2; ++i) {
+      const float mine = upper ? sums[i + N / 2] : sums[i], other = upper ? sums[i] : sums[i + N / 2];
+      half[i] = mine + __shfl_xor_sync(0xffffffffu, other, offset);
+    }
+    sum_numbers<N / 2>(half, offset / 2, first + (upper ? N / 2 : 0), store);
+  }
+}
+
 // store(r, o, weight[o] . x[r]) for each output o and row r: weight (outs, in), x (R, in), `in` a multiple of four.
-// Many inputs: the lanes of a warp, or 2, 4 ... of its parts where the inputs are few, share the sum of an output.
+// Many inputs: lanes_for(in) lanes share the sum of an output.
 template <int R, class Weight, class Store>
 __device__ __forceinline__ void multiply_rows(const Weight *weight, int outs, int in, const float *x, Store store) {
   constexpr int kOuts = 4;  // of a group of lanes at once
-  int lanes = 32;
-  while (lanes > 1 && 2 * lanes >= in) lanes /= 2;
+  const int lanes = lanes_for(in);
   const int lane = threadIdx.x % lanes, group = threadIdx.x % 32 / lanes, groups = 32 / lanes;
   for (int first = threadIdx.x / 32 * groups * kOuts; first < outs; first += kWarps * groups * kOuts) {
-    float sums[kOuts][R] = {};
+    float sums[kOuts * R] = {};
     for (int i = 4 * lane; i < in; i += 4 * lanes) {
       float4 inputs[R];
 #pragma unroll
@@ -77,23 +112,13 @@ __device__ __forceinline__ void multiply_rows(const Weight *weight, int outs, in
         const int out = min(first + j * groups + group, outs - 1);
         const float4 w = load4(weight + static_cast<size_t>(out) * in + i);
 #pragma unroll
-        for (int r = 0; r < R; ++r) {
-          sums[j][r] = fmaf(w.x, inputs[r].x, sums[j][r]);
-          sums[j][r] = fmaf(w.y, inputs[r].y, sums[j][r]);
-          sums[j][r] = fmaf(w.z, inputs[r].z, sums[j][r]);
-          sums[j][r] = fmaf(w.w, inputs[r].w, sums[j][r]);
-        }
+        for (int r = 0; r < R; ++r) sums[j * R + r] = dot4(w, inputs[r], sums[j * R + r]);
       }
     }
-#pragma unroll
-    for (int j = 0; j < kOuts; ++j) {
-      const int out = first + j * groups + group;
-#pragma unroll
-      for (int r = 0; r < R; ++r) {
-        const float sum = sum_lanes(sums[j][r], lanes);
-        if ((j * R + r) % lanes == lane && out < outs) store(r, out, sum);
-      }
-    }
+    sum_numbers(sums, lanes / 2, 0, [&](int number, float sum) {
+      const int out = first + number / R * groups + group;
+      if (out < outs) store(number % R, out, sum);
+    });
   }
 }
 
@@ -166,62 +191,84 @@ __device__ __forceinline__ void normalise(float *x, int d, int dp, const float *
   }
 }
 
-// Stores the key and the value of a row, D threads for each, in its slot.
+// One warp: sums (Dp) <- the values of the blocks `stripe`, stripe + kStripes, ... of the first `slots` slots, weighted
+// by exp(score - highest), and softmax <- {highest, sum of the weights}: online softmax (arXiv:1805.02867). Keys and
+// values (T, Dp), query (Dp); Dp a multiple of four, zero beyond D. lanes_for(Dp) lanes share a slot, and kAtOnce loads
+// of a lane are on their way at once. The stripe holds at least one slot. scores (32) are the warp's own.
 template <class Number>
-__device__ __forceinline__ void append(Number *head, int slot, int D, int i, float key, float value) {
-  Number *keys = head + static_cast<size_t>(slot / kCacheSlots) * 2 * kCacheSlots * D;
-  keys[i * kCacheSlots + slot % kCacheSlots] = stored<Number>(key);
-  keys[(kCacheSlots + slot % kCacheSlots) * D + i] = stored<Number>(value);
-}
-
-// One warp: sums (D) <- the values of the blocks `stripe`, stripe + kStripes, ... of the first `slots` slots, weighted
-// by exp(score - highest), and softmax <- {highest, sum of the weights}: online softmax (arXiv:1805.02867). Each lane
-// has a slot for the scores, and every 32nd dimension for the sums. The stripe holds at least one slot.
-template <class Number>
-__device__ __forceinline__ void attend_stripe(const Number *head, int slots, int stripe, int D, const float *query,
-                                              float *sums, float *softmax) {
-  const int lane = threadIdx.x % 32;
+__device__ __forceinline__ void attend_stripe(const Number *keys, const Number *values, int slots, int stripe, int D,
+                                              int Dp, const float *query, float *scores, float *sums, float *softmax) {
+  constexpr int kAtOnce = 8;
+  const int lanes = lanes_for(Dp), groups = 32 / lanes;
+  const int lane = threadIdx.x % lanes, group = threadIdx.x % 32 / lanes, slot_lane = threadIdx.x % 32;
   const float scale = 1.0f / sqrtf(static_cast<float>(D));
   float highest = -INFINITY, total = 0.0f;
   for (int first = stripe * kCacheSlots; first < slots; first += kStripes * kCacheSlots) {
-    const Number *keys = head + static_cast<size_t>(first / kCacheSlots) * 2 * kCacheSlots * D;
-    const Number *values = keys + kCacheSlots * D;
     const int count = min(kCacheSlots, slots - first);
-    float score = 0.0f;
-    if (lane < count) {
-#pragma unroll 8
-      for (int i = 0; i < D; ++i) score = fmaf(query[i], to_float(keys[i * kCacheSlots + lane]), score);
-    }
-    score = lane < count ? score * scale : -INFINITY;
-    const float now_highest = fmaxf(highest, max_lanes(score));
-    const float decay = expf(highest - now_highest), weight = lane < count ? expf(score - now_highest) : 0.0f;
-    total = fmaf(total, decay, sum_lanes(weight));
-    for (int chunk = 0; chunk < D; chunk += 32) {
-      const int i = chunk + lane;
-      float sum = i < D && first >= kStripes * kCacheSlots ? sums[i] * decay : 0.0f;
-#pragma unroll 8
-      for (int slot = 0; slot < count; ++slot) {
-        const float weight_of_slot = __shfl_sync(0xffffffffu, weight, slot);
-        if (i < D) sum = fmaf(weight_of_slot, to_float(values[slot * D + i]), sum);
+    const auto load = [&](const Number *from, int round, int column) {  // slot `round * groups + group` of the block
+      const int slot = round * groups + group;
+      const bool there = round < lanes && slot < count;
+      return there ? load4(from + static_cast<size_t>(first + slot) * Dp + column) : float4{};
+    };
+    for (int round = 0; round < lanes; round += kAtOnce) {
+      float score[kAtOnce] = {};
+      for (int column = 4 * lane; column < Dp; column += 4 * lanes) {
+        float4 key[kAtOnce];
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) key[i] = load(keys, round + i, column);
+        const float4 q = load4(query + column);
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) score[i] = dot4(q, key[i], score[i]);
       }
-      if (i < D) sums[i] = sum;
+      sum_numbers(score, lanes / 2, 0, [&](int i, float sum) {
+        if (round + i < lanes) scores[(round + i) * groups + group] = sum * scale;
+      });
     }
+    __syncwarp();
+    const float score = slot_lane < count ? scores[slot_lane] : -INFINITY;
+    const float now_highest = fmaxf(highest, max_lanes(score));
+    const float decay = expf(highest - now_highest), weight = slot_lane < count ? expf(score - now_highest) : 0.0f;
+    total = fmaf(total, decay, sum_lanes(weight));
     highest = now_highest;
+    scores[slot_lane] = weight;
+    __syncwarp();
+    for (int chunk = 0; chunk < Dp; chunk += 4 * lanes) {
+      const int column = chunk + 4 * lane;
+      float4 sum = {};
+      for (int round = 0; round < lanes; round += kAtOnce) {
+        float4 value[kAtOnce];
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) value[i] = column < Dp ? load(values, round + i, column) : float4{};
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+          if (round + i < lanes) sum = fma4(scores[(round + i) * groups + group], value[i], sum);
+        }
+      }
+      for (int offset = lanes; offset < 32; offset *= 2) {
+        sum = sum + float4{__shfl_xor_sync(0xffffffffu, sum.x, offset), __shfl_xor_sync(0xffffffffu, sum.y, offset),
+                           __shfl_xor_sync(0xffffffffu, sum.z, offset), __shfl_xor_sync(0xffffffffu, sum.w, offset)};
+      }
+      if (group == 0 && column < Dp) {
+        const bool is_first = first < kStripes * kCacheSlots;
+        store4(sums + column, is_first ? sum : fma4(decay, load4(sums + column), sum));
+      }
+    }
+    __syncwarp();  // the next block's scores come to the same place
   }
-  if (lane == 0) {
+  if (slot_lane == 0) {
     softmax[0] = highest;
     softmax[1] = total;
   }
 }
 
 // Dimension i of the attention of a row, from its stripes.
-__device__ __forceinline__ float combine_stripes(const float *sums, const float *softmax, int stripes, int D, int i) {
+__device__ __forceinline__ float combine_stripes(const float *sums, const float *softmax, int stripes, int Dp, int i) {
   float highest = -INFINITY, total = 0.0f, sum = 0.0f;
   for (int s = 0; s < stripes; ++s) highest = fmaxf(highest, softmax[2 * s]);
   for (int s = 0; s < stripes; ++s) {
     const float weight = expf(softmax[2 * s] - highest);
     total = fmaf(softmax[2 * s + 1], weight, total);
-    sum = fmaf(sums[s * D + i], weight, sum);
+    sum = fmaf(sums[s * Dp + i], weight, sum);
   }
   return sum / total;
 }

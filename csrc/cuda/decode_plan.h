@@ -25,7 +25,7 @@ namespace tipl::cuda {
 constexpr int kThreads = 512, kWarps = kThreads / 32;
 constexpr int kTileRows = 4;  // of a tile, where there are many rows; else one
 constexpr int kStripes = 16;  // of the slots of a row: each is one online softmax, and then they are combined in order
-constexpr int kCacheSlots = 32;  // slots of a block of the cache: a lane for each
+constexpr int kCacheSlots = 32;  // slots of a block of a stripe: a lane for each score
 
 TIPL_BOTH constexpr int round_up4(int n) { return (n + 3) / 4 * 4; }
 
@@ -43,18 +43,24 @@ struct DecodePlan {
   // Padded to whole groups of four numbers.
   TIPL_BOTH int dp() const { return round_up4(d); }
   TIPL_BOTH int kp() const { return round_up4(k); }
+  TIPL_BOTH int Dp() const { return round_up4(D); }
 
   // Slices of the long sums of add_rows, each with a group of threads.
   TIPL_BOTH int slices() const { return dp() / 4 < kThreads ? kThreads / (dp() / 4) : 1; }
-  // Numbers of a head of a sequence in the cache: blocks of keys (D, 32), then values (32, D).
-  TIPL_BOTH size_t cache_head() const {
-    return static_cast<size_t>((T + kCacheSlots - 1) / kCacheSlots) * 2 * kCacheSlots * D;
-  }
+  // Numbers of a head of a sequence in the cache: keys (T, Dp), then values (T, Dp).
+  TIPL_BOTH size_t cache_head() const { return static_cast<size_t>(2) * T * Dp(); }
   // Shares that make up z behind the heads, z itself before them included; and behind the units.
   TIPL_BOTH int head_shares() const { return H + 1; }
   TIPL_BOTH int unit_shares() const { return U + 1; }
   TIPL_BOTH size_t tile_shares() const { return static_cast<size_t>(head_shares() + unit_shares()) * rows * dp(); }
 };
+
+// The part that a block of G has in a round: each round has the next G parts, moved on by one block, so that blocks
+// with several parts have heads and units.
+TIPL_BOTH inline int part_of(int block, int round, int G) { return round * G + (block + G - round % G) % G; }
+
+// Whether a block has a head of the first layer, which needs what comes before it and after the last one.
+TIPL_BOTH inline bool has_ends_in(const DecodePlan &plan, int block) { return block < plan.H; }
 
 // Byte offsets of arrays that lie one behind the other, each on 16 bytes.
 class Offsets {
@@ -146,11 +152,12 @@ struct Row {
 struct Workspace {
   size_t rows;      // (R) Row
   size_t x;         // (R, dp), z, then its norm
-  size_t token;     // (R, round_up4(2k + 1)), and the head's output (R, kp)
-  size_t qkv;       // (R, 3 D)
-  size_t stripes;   // (R, kStripes, D), sums of values
+  size_t token;     // (R, round_up4(2k + 1))
+  size_t qkv;       // (R, 3, Dp)
+  size_t scores;    // (kWarps, kCacheSlots)
+  size_t stripes;   // (R, kStripes, Dp), sums of values
   size_t softmax;   // (R, kStripes, 2), the highest score and the sum of weights
-  size_t attended;  // (R, D)
+  size_t attended;  // (R, Dp)
   size_t hidden;    // (R, F)
   size_t slices;    // (slices, R, dp)
   size_t bytes;
@@ -160,10 +167,11 @@ struct Workspace {
     rows = at.add(R, sizeof(Row));
     x = at.add(R * plan.dp(), 4);
     token = at.add(R * round_up4(plan.token()), 4);
-    qkv = at.add(R * 3 * plan.D, 4);
-    stripes = at.add(R * kStripes * plan.D, 4);
+    qkv = at.add(R * 3 * plan.Dp(), 4);
+    scores = at.add(kWarps * kCacheSlots, 4);
+    stripes = at.add(R * kStripes * plan.Dp(), 4);
     softmax = at.add(R * kStripes * 2, 4);
-    attended = at.add(R * plan.D, 4);
+    attended = at.add(R * plan.Dp(), 4);
     hidden = at.add(R * plan.F, 4);
     slices = at.add(R * plan.slices() * plan.dp(), 4);
     bytes = at.end();

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <climits>
 #include <iterator>
+#include <utility>
 
 #include "check.h"
 #include "cuda/decode.h"
@@ -27,9 +28,10 @@ size_t shared_bytes_of(const DecodePlan &plan, const DeviceInfo &device) {
   const int blocks = blocks_of(plan, device);
   size_t most = 0;
   for (int block = 0; block < blocks; ++block) {
-    size_t bytes = work + (block < plan.H && plan.ends_resident ? EndWeights(plan).bytes : 0);
-    for (int part = block; plan.resident && part < plan.parts(); part += blocks) {
-      bytes += part % (plan.H + plan.U) < plan.H ? head : unit;
+    size_t bytes = work + (has_ends_in(plan, block) && plan.ends_resident ? EndWeights(plan).bytes : 0);
+    for (int round = 0; plan.resident && round * blocks < plan.parts(); ++round) {
+      const int part = part_of(block, round, blocks);
+      if (part < plan.parts()) bytes += part % (plan.H + plan.U) < plan.H ? head : unit;
     }
     most = std::max(most, bytes);
   }
@@ -77,8 +79,9 @@ DecodePlan plan_of(const DecoderConfig &config, const DecoderOptions &options, c
   plan.rows = many_rows ? kTileRows : 1;
   const size_t room = device.shared_bytes - 64;  // the kernel has some bytes of its own
   const auto fits = [&] { return shared_bytes_of(plan, device) <= room; };
-  check(fits(), "Decoder: a model of d_model = ", plan.d, ", head_dim = ", plan.D, " and d_ff = ", plan.d_ff, " needs ",
-        shared_bytes_of(plan, device), " bytes of shared memory, and a block on ", device.name, " has ", room);
+  check(fits(), "Decoder: a model of n_components = ", plan.k, ", d_model = ", plan.d, ", head_dim = ", plan.D,
+        " and d_ff = ", plan.d_ff, " needs ", shared_bytes_of(plan, device), " bytes of shared memory, and a block on ",
+        device.name, " has ", room);
   plan.resident = 1;
   plan.resident = fits();
   plan.ends_resident = 1;
@@ -230,7 +233,7 @@ int DecoderPass::run(const std::vector<Row> &rows, const float *x, float *y, int
   a.stop_at = stop_at_.data();
   const int never = INT_MAX;
   stream_.copy(stop_at_.data(), &never, 1, cudaMemcpyHostToDevice);
-  stop_.set(0);
+  stop_.set(std::exchange(stops_at_once_, false) ? 1 : 0);
   launch_decode(a, options_.weights, options_.cache, blocks_of(plan, device_), shared_bytes_of(plan, device_), stream_);
   if (poll != nullptr) {
     stream_.wait(*poll, [&] { stop_.set(1); });

@@ -39,6 +39,8 @@ class DecoderPass final : public ForwardPass {
   void read(float *y) override;
 
   const Stream &stream() const noexcept { return stream_; }
+  // For tests: the next call of predict hears that it should stop as soon as it looks.
+  void stop_at_once() noexcept { stops_at_once_ = true; }
   // The two plans, for tests and counts.
   const DecodePlan &plan(bool many_rows) const noexcept { return many_rows ? many_ : few_; }
 
@@ -49,6 +51,7 @@ class DecoderPass final : public ForwardPass {
   const DecoderOptions options_;
   const DeviceInfo device_;
   const DecodePlan few_, many_;
+  bool stops_at_once_ = false;
   bool has_failed_ = false;  // a CUDA call, in the middle of a pass: what the sequences hold is not known
 
   // Before everything that is on the device.

@@ -64,7 +64,9 @@ class Buffer {
     succeed(cudaMemGetInfo(&free, &total), "cudaMemGetInfo");
     if (bytes > static_cast<double>(total)) throw_too_large(bytes, static_cast<double>(total), "the device");
     size_ = static_cast<size_t>(count);
-    if (size_ > 0) succeed(cudaMalloc(reinterpret_cast<void **>(&data_), size_ * sizeof(T)), "cudaMalloc(", size_ * sizeof(T), " bytes)");
+    if (size_ > 0)
+      succeed(cudaMalloc(reinterpret_cast<void **>(&data_), size_ * sizeof(T)), "cudaMalloc(", size_ * sizeof(T),
+              " bytes)");
   }
   Buffer(Buffer &&other) noexcept { swap(other); }
   Buffer &operator=(Buffer &&other) noexcept {

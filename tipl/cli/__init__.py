@@ -13,7 +13,7 @@ from typing import Annotated
 import tyro
 
 from tipl.cli.forecast_commands import Calibrate, Evaluate, Report, Rollout, Train
-from tipl.cli.printing import one_line, print_warning
+from tipl.cli.printing import one_line, print_versions, print_warning
 from tipl.cli.run_commands import Demo, Reproduce, Run
 from tipl.cli.store_commands import Collect, Export, Import, StoreCommands, Verify
 
@@ -40,10 +40,14 @@ def main() -> None:
     """
     warnings.showwarning = print_warning  # type: ignore[assignment]
     try:
+        if sys.argv[1:] == ["--version"]:
+            print_versions()
+            return
         command = tyro.cli(
             Command,
             prog="tipl",
-            description="Forecast where PPO takes a policy's weights. Start with `tipl demo`.",
+            description="Forecast where PPO takes a policy's weights. Start with `tipl demo`; `tipl --version` says "
+            "what is installed, and on which devices the engine can compute.",
         )
         _refuse_urls(command)
         command.run()

@@ -109,6 +109,8 @@ class Rollout:
     """Take every n-th checkpoint; by default the smallest n with which the path fits the model."""
     horizon: int | None = None
     """How many checkpoints to forecast; by default to the end of the path."""
+    device: str = "cpu"
+    """Where the Transformer runs: cpu, cuda, cuda:1 ..., or auto, which takes the faster one."""
 
     def run(self) -> None:
         if not 0.0 < self.prefix <= 1.0:
@@ -130,7 +132,9 @@ class Rollout:
         weights = trial.weights()[::every]
         prefix_end = prefix_end_of(self.prefix, len(weights))
         horizon = len(weights) - 1 - prefix_end if self.horizon is None else self.horizon
-        forecast = check_and_forecast(forecaster, weights[: prefix_end + 1], horizon, layout=store.policy)[0]
+        forecast = check_and_forecast(
+            forecaster, weights[: prefix_end + 1], horizon, layout=store.policy, device=self.device
+        )[0]
         checkpoint = every * np.arange(prefix_end + 1, prefix_end + 1 + horizon)
         ahead = forecast.at()
         arrays: dict[str, NDArray[Any]] = {"weights": ahead.weights, "checkpoint": checkpoint}
@@ -161,6 +165,8 @@ class Evaluate:
     """Cores to use, by default all; with --ray the cores of each worker, by default one."""
     ray: RayArg = None
     """Run the policies on the Ray cluster at this address; "local" starts a cluster on this machine."""
+    device: str = "cpu"
+    """Where the Transformer runs: cpu, cuda, cuda:1 ..., or auto, the faster one. Policies run on the CPU."""
     evaluate: OmitArgPrefixes[EvaluateConfig] = dataclasses.field(default_factory=EvaluateConfig)
 
     def run(self) -> None:
@@ -173,6 +179,7 @@ class Evaluate:
             fresh=None if self.fresh is None else Store.open(self.fresh),
             num_threads=self.num_threads,
             ray=self.ray,
+            device=self.device,
         )
         print(f"results    {target}")
         print(end_of_path_table(target))

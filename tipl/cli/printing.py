@@ -1,11 +1,15 @@
 """What commands print: a line for each result on stdout, one line for a mistake or a warning on stderr."""
 
+import platform
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from tipl import _core
+from tipl.device import cuda_engine, devices
 from tipl.files.manifest import read_listed
 from tipl.files.schema import parse_json
 from tipl.storing.store import Store
@@ -18,6 +22,19 @@ def one_line(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         text = f"{error.filename}: {error.strerror}"
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def print_versions() -> None:
+    """Print what is installed, and where the engine can compute."""
+    print(f"tipl {version('tipl')}, Python {platform.python_version()}, torch {version('torch')}")
+    print(f"cpu: {_core.isa()}, {_core.available_cpus()} cores")
+    for device in devices():
+        print(device)
+    try:
+        if not cuda_engine().devices():
+            print("cuda: this process sees no device")
+    except RuntimeError as error:
+        print(f"cuda: {one_line(error)}")
 
 
 def print_warning(message: Warning | str, *place: Any) -> None:

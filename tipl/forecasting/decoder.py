@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from tipl import _core
 from tipl.arrays import Kind, as_host_integers, as_input, as_result
-from tipl.devices import cuda_engine, cuda_index, devices
+from tipl.device import cuda_engine, cuda_index, devices
 from tipl.forecasting.transformer import ModelConfig, TrajectoryTransformer
 
 Dtype = Literal["float32", "bfloat16", "int8"]
@@ -32,9 +32,9 @@ class Decoder:
     call at a time: a second thread's raises RuntimeError, and so does any in a child that was forked during one. A
     decoder is not pickled or copied.
 
-    Arrays are NumPy's, torch's, or of any library that speaks DLPack (CuPy, JAX), float32, and are not copied where they
-    are on the decoder's device. Results are of the kind that came in: NumPy arrays, torch tensors on the device, or
-    else `tipl._cuda.DeviceArray`s, which speak DLPack. Calls wait for the device.
+    Arrays are NumPy's, torch's, or of any library that speaks DLPack (CuPy, JAX), float32, and are not copied where
+    they are on the decoder's device. Results are of the kind that came in: NumPy arrays, torch tensors on the device,
+    or else `tipl._cuda.DeviceArray`s, which speak DLPack. Calls wait for the device.
     """
 
     def __init__(
@@ -55,8 +55,8 @@ class Decoder:
         to the cores that this process may use. `dtype` is what the blocks' matrices are stored in: bfloat16, or int8
         with a scale for each row; `cache_dtype` the same of keys and values. Sums are float32 throughout. On random
         models the error of one predicted change is 0.4 % with bfloat16 weights, 0.1 % with a bfloat16 cache, 1.4 % with
-        int8 ones, which a CUDA device does not have. `device` is "cpu", "cuda", "cuda:1" ..., or "auto": CUDA where there
-        is a device and the work of a step is worth it (`faster_device`).
+        int8 ones, which a CUDA device does not have. `device` is "cpu", "cuda", "cuda:1" ..., or "auto": CUDA where
+        there is a device and the work of a step is worth it (`faster_device`).
 
         Raises ValueError for sizes that make no decoder, an unknown dtype or device, a weight that is missing, unknown
         or of another shape, NaN or Inf; TypeError for a weight that is not float32 or a size that is no int;
@@ -71,7 +71,7 @@ class Decoder:
         if device == "auto":
             device = faster_device(config, batch, dtype)
         self._cuda_index = cuda_index("Decoder", device)
-        self._kind: Kind = "numpy"
+        self._kind = Kind()
         threads = _core.available_cpus() if num_threads is None else as_int("Decoder: num_threads", num_threads)
         make: Any = _core.Decoder if self._cuda_index is None else cuda_engine().Decoder
         where = {"num_threads": threads} if self._cuda_index is None else {"device": self._cuda_index}
@@ -154,9 +154,9 @@ class Decoder:
         The first is the prediction that the last call returned, so that prefill and generate(n) give what
         `TrajectoryTransformer.rollout` gives, and generate(n) then generate(m) what generate(n + m) gives. With an n of
         its own for each sequence, (B,), the result is (B, n.max(), k) and NaN behind a sequence's own n; one that has
-        all its own costs nothing more. The result is of the kind of the array that `prefill` was given. A path that diverges is returned as it is, Inf or NaN. The loop runs without the
-        GIL. Interrupted by Ctrl-C, the decoder holds as many tokens as `position` says, and generate goes on from
-        there.
+        all its own costs nothing more. The result is of the kind of the array that `prefill` was given. A path that
+        diverges is returned as it is, Inf or NaN. The loop runs without the GIL. Interrupted by Ctrl-C, the decoder
+        holds as many tokens as `position` says, and generate goes on from there.
 
         Raises TypeError where `n` holds no integers; ValueError for n < 1 (of an array: n < 0, or another shape) and
         where the cache lacks room for n tokens (nothing is appended then); RuntimeError before `prefill`.
@@ -200,8 +200,8 @@ class Decoder:
 def faster_device(config: ModelConfig, batch_size: int, dtype: Dtype = "float32") -> str:
     """Return "cuda" where there is a device and it should be faster than the CPU, else "cpu".
 
-    A step on a device takes two meetings of its blocks for each layer, some 1.5 us each, however small the model is; the
-    CPU makes some 50 multiplications in a nanosecond. The rule was not yet measured on a device.
+    A step on a device takes two meetings of its blocks for each layer, some 1.5 us each, however small the model is;
+    the CPU makes some 50 multiplications in a nanosecond. The rule was not yet measured on a device.
     """
     multiplications = config.num_matrix_parameters * batch_size
     meetings = 2 * config.n_layer
@@ -215,6 +215,7 @@ def continue_paths(
     horizons: Sequence[int],
     *,
     num_threads: int | None = None,
+    device: str = "cpu",
 ) -> list[NDArray[np.float32]]:
     """Return the model's own continuation (n, k) of each path (h+1, k), of any lengths: native, in one batch."""
     lengths = np.array([len(path) for path in observed])
@@ -222,7 +223,8 @@ def continue_paths(
     x = np.zeros((len(observed), lengths.max(), model.config.n_components), np.float32)
     for row, path in zip(x, observed, strict=True):
         row[: len(path)] = path
-    decoder = Decoder.from_model(model, len(x), max_len=int((lengths + steps).max()), num_threads=num_threads)
+    max_len = int((lengths + steps).max())
+    decoder = Decoder.from_model(model, len(x), max_len=max_len, num_threads=num_threads, device=device)
     decoder.prefill(x, lengths)
     return [path[:n] for path, n in zip(decoder.generate(steps), steps, strict=True)]
 

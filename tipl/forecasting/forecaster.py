@@ -169,15 +169,17 @@ class Forecaster:
         layout: Layout | None = None,
         bases: Sequence[Basis] | None = None,
         num_threads: int | None = None,
+        device: str = "cpu",
     ) -> list[Forecast]:
         """Return each run continued, from prefixes (h+1, p) of any lengths by horizons n of their own, in one batch.
 
         All are of one kind of policy: `layout` says which tensors the p weights are; by default it is that of the
         training trials with as many. `bases` are what `basis_of` gives each prefix, where that is known already.
+        `device` is where the Transformer runs, as in `Decoder`.
         """
         bases = [self.basis_of(prefix) for prefix in prefixes] if bases is None else bases
         observed = [basis.encode(prefix) for basis, prefix in zip(bases, prefixes, strict=True)]
-        futures = self.continue_coordinates(observed, horizons, num_threads=num_threads)
+        futures = self.continue_coordinates(observed, horizons, num_threads=num_threads, device=device)
         if self.refiner is not None and layout is None:
             layout = self.layout_of(prefixes[0].shape[1])
         trust = float(self.config.get("train", {}).get("trust", 1.0))
@@ -187,17 +189,21 @@ class Forecaster:
         ]
 
     def continue_coordinates(
-        self, observed: Sequence[NDArray[np.float32]], horizons: Sequence[int], *, num_threads: int | None = None
+        self,
+        observed: Sequence[NDArray[np.float32]],
+        horizons: Sequence[int],
+        *,
+        num_threads: int | None = None,
+        device: str = "cpu",
     ) -> list[NDArray[np.float32]]:
         """Return the coordinates (n, k) that follow observed ones (h+1, k), of any lengths: one native batch."""
         if self.centre is None:
-            return continue_paths(self.model, observed, horizons, num_threads=num_threads)
+            return continue_paths(self.model, observed, horizons, num_threads=num_threads, device=device)
         means = [self.centre.at(len(path) - 1) for path in observed]
         departures = [path - mean[: len(path)] for path, mean in zip(observed, means, strict=True)]
+        futures = continue_paths(self.model, departures, horizons, num_threads=num_threads, device=device)
         continued = []
-        for departure, future, mean in zip(
-            departures, continue_paths(self.model, departures, horizons, num_threads=num_threads), means, strict=True
-        ):
+        for departure, future, mean in zip(departures, futures, means, strict=True):
             length, last = len(departure), departure[-1:]
             trusted = last + self.centre.trust_at(length - 1) * (future - last)
             continued.append(np.asarray(trusted + mean[length : length + len(future)], dtype=np.float32))
@@ -221,6 +227,7 @@ def rollout(
     *,
     layout: Layout | None = None,
     num_threads: int | None = None,
+    device: str = "cpu",
 ) -> NDArray[np.float32]:
     """Return forecast weights (B, n, p) for the n = `horizon` checkpoints after the prefixes (B, h+1, p) or (h+1, p).
 
@@ -228,7 +235,7 @@ def rollout(
     with tipl (`load_pretrained`). `layout`, a store's `policy`, says which tensors the p weights are where the
     forecaster was not trained on such policies. Row 0 of a prefix must be the run's initial weights and its rows one
     checkpoint apart, as in training. Every trial is written in its basis, continued natively, written back and refined;
-    the future of no trial is seen.
+    the future of no trial is seen. `device` is where the Transformer runs: "cpu", "cuda", "cuda:1" ..., or "auto".
 
     Raises TypeError for weights that are not float32; ValueError for another shape, NaN or Inf, a prefix that is too
     short for a basis, a path longer than the model's max_len, weights of another size than the shared basis or the
@@ -240,7 +247,9 @@ def rollout(
         model = Forecaster(model)
     elif not isinstance(model, Forecaster):
         model = Forecaster.load(model)
-    forecasts = check_and_forecast(model, prefix_weights, horizon, layout=layout, num_threads=num_threads)
+    forecasts = check_and_forecast(
+        model, prefix_weights, horizon, layout=layout, num_threads=num_threads, device=device
+    )
     return np.array([forecast.weights() for forecast in forecasts])
 
 
@@ -251,6 +260,7 @@ def check_and_forecast(
     *,
     layout: Layout | None = None,
     num_threads: int | None = None,
+    device: str = "cpu",
 ) -> list[Forecast]:
     """Return what `rollout` writes back as weights: the forecasts themselves, with their confidence."""
     prefixes = check_prefixes(prefix_weights)
@@ -269,7 +279,8 @@ def check_and_forecast(
         raise ValueError(
             f"rollout: layout must have as many weights as prefix_weights, {prefixes.shape[2]}, got {layout.num_params}"
         )
-    return model.forecast(list(prefixes), [horizon] * len(prefixes), layout=layout, num_threads=num_threads)
+    horizons = [horizon] * len(prefixes)
+    return model.forecast(list(prefixes), horizons, layout=layout, num_threads=num_threads, device=device)
 
 
 def check_prefixes(prefix_weights: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -57,6 +57,7 @@ def evaluate(
     fresh: Store | None = None,
     num_threads: int | None = None,
     ray: str | None = None,
+    device: str = "cpu",
     seconds: Mapping[str, float] | None = None,
     progress: bool = True,
 ) -> Path:
@@ -67,7 +68,8 @@ def evaluate(
 
     Writes results.json (tidy rows, one for each trial, prefix, horizon and predictor) and coordinates.safetensors (some
     held-out paths, true and forecast) into the folder `output`. With `ray`, policies run on the Ray cluster at that
-    address ("local" starts one). `seconds` is how long earlier stages took, for the report.
+    address ("local" starts one). `device` is where the forecaster's Transformer runs, as in `rollout`. `seconds` is how
+    long earlier stages took, for the report.
 
     Raises FileExistsError where `output` exists; OutputInUse where another process is making it; ValueError where the
     model was not trained on this store, `fresh` is not of its kind, a prefix is too short for a basis, or the policies
@@ -76,7 +78,15 @@ def evaluate(
     output = Path(output)
     with published(output, "evaluate") as aside:
         results, coordinates = _judged_results(
-            store, forecaster, config, fresh=fresh, num_threads=num_threads, ray=ray, seconds=seconds, progress=progress
+            store,
+            forecaster,
+            config,
+            fresh=fresh,
+            num_threads=num_threads,
+            ray=ray,
+            device=device,
+            seconds=seconds,
+            progress=progress,
         )
         aside.mkdir()
         save_arrays(aside / "coordinates.safetensors", coordinates)
@@ -93,6 +103,7 @@ def _judged_results(
     fresh: Store | None,
     num_threads: int | None,
     ray: str | None,
+    device: str,
     seconds: Mapping[str, float] | None,
     progress: bool,
 ) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
@@ -114,6 +125,7 @@ def _judged_results(
         config,
         in_sample=fresh is None and not set(heldout).isdisjoint(source.split.train),
         num_threads=num_threads,
+        device=device,
     )
     seeds = {trial: episode_seeds(config, trial) for trial in heldout}
     with contextlib.nullcontext() if ray is None else connected(ray) as cluster, progress_bar(progress) as bar:

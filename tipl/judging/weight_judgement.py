@@ -96,6 +96,7 @@ def judge_weights(
     *,
     in_sample: bool,
     num_threads: int | None,
+    device: str = "cpu",
 ) -> WeightJudgement:
     """Let the forecaster and every baseline continue the held-out paths `truth`, trial -> weights (T, p).
 
@@ -116,6 +117,7 @@ def judge_weights(
         layout=source.store.policy,
         bases=[prefix.basis(n_components) for _, prefix in observed] if forecaster.shared_basis is None else None,
         num_threads=num_threads,
+        device=device,
     )
     judgement, following = WeightJudgement(), iter(zip(forecasts, observed, strict=True))
     for share, end in zip(config.prefixes, ends, strict=True):

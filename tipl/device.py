@@ -1,7 +1,7 @@
 """Where the native engine computes: on the CPU, or on a CUDA device.
 
-`tipl._core`, the engine on the CPU, is in every wheel; `tipl._cuda` in those that were built where nvcc is. It is imported
-when a device is first asked for, and needs NVIDIA's driver then.
+`tipl._core`, the engine on the CPU, is in every wheel; `tipl._cuda` in those that were built where nvcc is. It is
+imported when a device is first asked for, and needs NVIDIA's driver then.
 """
 
 import dataclasses
@@ -25,7 +25,9 @@ class Device:
 
     def __str__(self) -> str:
         major, minor = self.capability
-        return f"cuda:{self.index}: {self.name}, sm_{major}{minor}, {self.num_sms} SMs, {self.memory_bytes / 1e9:.0f} GB"
+        return (
+            f"cuda:{self.index}: {self.name}, sm_{major}{minor}, {self.num_sms} SMs, {self.memory_bytes / 1e9:.0f} GB"
+        )
 
 
 def devices() -> list[Device]:
