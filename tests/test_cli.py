@@ -295,6 +295,7 @@ def test_two_commands_that_make_one_output_do_not_meet(
     assert f"is being written by process {os.getpid()} on" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_urls_and_odd_names(
     finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_tipl: Callable[..., int],
     capsys: pytest.CaptureFixture[str],

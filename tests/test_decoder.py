@@ -128,6 +128,7 @@ def test_the_bound_notices_a_small_mistake():
         assert_as_exact_as_torch(feed(decoder_of_model(model, 2), x, 20), torch_float32, exact)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, 7])
 @pytest.mark.parametrize(
     "config",
@@ -163,6 +164,7 @@ def test_every_step_equals_the_full_recompute(prefix, config):
     assert_as_exact_as_torch(feed(decoder_of_model(model, 2, num_threads=2), x, prefix), torch_float32, exact)
 
 
+@pytest.mark.slow
 @modes
 def test_a_path_of_8192_tokens(dtype, cache_dtype, device):
     """Each prediction sees all that came before, to the very end."""
@@ -263,6 +265,7 @@ def test_stored_keys_and_values_are_rounded_to_bfloat16(head_dim):
     assert 1e-5 < relative_error(ours, exact, x[:, 19:]) < 0.002
 
 
+@pytest.mark.slow
 @modes
 def test_a_stored_rollout_is_as_exact_as_torch_in_the_same_precision(dtype, cache_dtype, device):
     """torch's bfloat16 autocast rounds weights, keys and values as we do, and every result besides."""
@@ -326,6 +329,7 @@ def test_generate_is_step_on_its_own_predictions():
 
 
 # The fixture says on which device all examples run.
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     trajectories=st.lists(st.tuples(st.integers(1, 40), st.integers(0, 50)), min_size=1, max_size=9),
@@ -355,6 +359,7 @@ def test_a_sequence_alone_equals_itself_in_a_ragged_batch(device, trajectories, 
         assert np.isnan(path[b, n[b] :]).all()
 
 
+@pytest.mark.slow
 @modes
 @pytest.mark.parametrize("batch", [1, 3, 6])
 @pytest.mark.parametrize("n_head", [1, 3, 4])  # two threads split a block of four heads in halves, while rows are few

@@ -101,6 +101,7 @@ def test_table_holds_every_mujoco_task_of_gymnasium() -> None:
     assert set(TASKS) == registered - {"Pusher-v4"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("env_id", TASKS)
 def test_whole_episode_equals_gymnasium(env_id: str) -> None:
     env = make_vec(env_id, 1, seeds=[7], num_threads=1)
@@ -114,6 +115,7 @@ def test_whole_episode_equals_gymnasium(env_id: str) -> None:
         np.testing.assert_array_equal(np.flatnonzero(steps.truncated), [env.max_episode_steps - 1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("env_id", TASKS)
 def test_short_episodes_of_many_equal_gymnasium(env_id: str) -> None:
     seeds, limit = [3, 1, 4, 1, 59], SHORT_LIMIT.get(env_id[:-3], 30)
@@ -240,6 +242,7 @@ def test_a_mask_steps_the_active_environments_alone(env_id: str) -> None:
         obs = step.obs
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(st.data())
 def test_an_environment_does_not_depend_on_its_neighbours(data: st.DataObject) -> None:

@@ -97,6 +97,7 @@ def test_copies_of_a_policy_get_equal_returns(env_id: str, num_episodes: int) ->
     assert len(np.unique(got[0])) == num_episodes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_a_policy_gets_the_same_returns_alone_as_in_any_company(activation: Activation) -> None:
     """Walker2d amplifies a last bit; the company falls sooner or later than the policy does."""
@@ -137,6 +138,7 @@ def test_policies_may_have_episodes_of_their_own(monkeypatch: pytest.MonkeyPatch
     np.testing.assert_array_equal(together.returns, grouped.returns)
 
 
+@pytest.mark.slow
 def test_every_step_is_as_likely_to_be_kept() -> None:
     lengths = np.array([40, 10, 25])  # of three episodes: 75 steps, numbered
     first, kept = np.array([0, 40, 50]), np.zeros(75)

@@ -12,6 +12,8 @@ from tipl.judging.predictors import Persistence
 from tipl.judging.regression import Ridge
 from tipl.subspace.prefix import Prefix
 
+pytestmark = pytest.mark.slow
+
 H, HORIZON = 10, np.array([10])
 
 

@@ -162,6 +162,7 @@ def refined_and_not(store: Store) -> tuple[float, float]:
     return refined.error, refined.unrefined_error
 
 
+@pytest.mark.slow
 def test_it_learns_what_no_mixture_of_the_prefix_holds(tmp_path: Path) -> None:
     """Every weight drifts at its own speed until it meets a wall at +-1."""
     rng, spec, t = np.random.default_rng(0), PolicySpec(4, 1, (8,)), np.linspace(0, 1, 21)[:, None]
@@ -176,6 +177,7 @@ def test_it_learns_what_no_mixture_of_the_prefix_holds(tmp_path: Path) -> None:
     assert refined < 0.9 * floor / end
 
 
+@pytest.mark.slow
 def test_random_walks_teach_it_nothing(tmp_path: Path) -> None:
     """Negative control: where nothing can be known, it stays near persistence instead of inventing a rule."""
     rng, spec = np.random.default_rng(1), PolicySpec(4, 1, (8,))

@@ -74,6 +74,7 @@ def test_ridge_equals_a_regression_on_the_weights_themselves() -> None:
             np.testing.assert_allclose(forecast[j, columns], expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_ridge_chooses_the_penalty_of_the_least_error_on_trials_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     trials = ridge_family(9, 0, noise=0.1)
     chosen = float(Ridge.fit(paths_of(*trials), 12, np.array([8])).penalties[0])

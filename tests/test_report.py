@@ -20,6 +20,8 @@ from tipl.report.page import MINUS, TIMES, fmt, fmt_interval, fmt_percent, fmt_s
 from tipl.report.plots import NBSP, THEME, Plot
 from tipl.report.results import predictor_info
 
+pytestmark = pytest.mark.slow  # they share a run whose report takes a while to draw
+
 
 def numbers(text: str) -> list[float]:
     return [float(n.replace(",", "")) for n in re.findall(r"-?[\d,]*\.?\d+", text.replace(MINUS, "-"))]

@@ -13,6 +13,8 @@ import tipl.report.paths
 from tipl.report.paths import PathSpectrum, path_spectrum, plot_store, quartiles
 from tipl.storing.store import Store
 
+pytestmark = pytest.mark.slow
+
 TURNS = np.linspace(0, 2 * np.pi, 41)  # a closed circle: the last angle is the first
 
 

@@ -132,6 +132,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.slow
 def test_every_option_goes_on(tmp_path, iterations):
     arguments = {"env_id": "Hopper-v5", "ppo": dataclasses.replace(TINY_PPO, **OPTIONS), "total_timesteps": 64 * 8 - 5}
     expected = files(run(tmp_path / "whole", **arguments).path)

@@ -318,6 +318,7 @@ def intact(tmp_path) -> Path:
         return store.path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "stride", "message"),
     [
@@ -899,6 +900,7 @@ def test_reading_refuses(tmp_path):
 # The model: a store is a list of rows
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(
     st.lists(

@@ -548,6 +548,7 @@ def test_with_center_the_origin_changes_nothing_but_rounding():
 # ---- the same bits
 
 
+@pytest.mark.slow
 @settings(max_examples=50, deadline=None)
 @given(
     sizes=st.lists(st.integers(1, 400), min_size=1, max_size=8),
@@ -767,6 +768,7 @@ def test_a_merged_estimator_goes_on_and_the_other_one_stays_as_it_was(cut, cente
     assert np.abs(first.coordinates_ - whole.coordinates_).max() <= 1e-3 * np.abs(whole.coordinates_).max()
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(sizes=st.lists(st.integers(1, 400), min_size=2, max_size=5), center=st.booleans(), data=st.data())
 def test_any_tree_of_merges_keeps_the_sums_of_all_rows(sizes, center, data):

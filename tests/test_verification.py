@@ -213,6 +213,7 @@ def content(path: Path) -> list[bytes]:
     return [repr((store.env_id, store.policy, store.seeds, store.config)).encode(), *(a.tobytes() for a in arrays)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damage_of_any_file_is_found_or_without_effect(store, damage):
     expected = content(store)

@@ -60,6 +60,7 @@ def as_result(kind: Kind, array: Any) -> Any:
         array = array.numpy()
     if kind.library == "torch":
         import torch
+        from torch.utils.dlpack import from_dlpack
 
-        return torch.from_numpy(array) if kind.on_host else torch.from_dlpack(array)
+        return torch.from_numpy(array) if kind.on_host else from_dlpack(array)
     return array

@@ -176,21 +176,22 @@ class Decoder:
     @property
     def position(self) -> NDArray[np.int64]:
         """Tokens that each sequence holds, (B,)."""
-        return self._core.position
+        position: NDArray[np.int64] = self._core.position
+        return position
 
     @property
     def batch_size(self) -> int:
-        return self._core.batch_size
+        return int(self._core.batch_size)
 
     @property
     def max_len(self) -> int:
         """Tokens that a sequence can hold."""
-        return self._core.max_len
+        return int(self._core.max_len)
 
     @property
     def num_threads(self) -> int:
         """Threads of the CPU that a call uses; one where the decoder is on a CUDA device."""
-        return self._core.num_threads if self._cuda_index is None else 1
+        return int(self._core.num_threads) if self._cuda_index is None else 1
 
     @property
     def device(self) -> str:
