@@ -8,12 +8,13 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no
 CXX_FILES := $(wildcard $(foreach room,csrc csrc/* csrc/*/* bench,$(room)/*.h $(room)/*.cpp $(room)/*.cu $(room)/*.cuh))
 ENGINE := CMakeLists.txt pyproject.toml constraints.txt $(CXX_FILES) tipl $(wildcard tipl/*/)  # a folder: when files come or go
 
-SETTINGS := --config-settings=cmake.define.TIPL_WERROR=ON
-# The tests of CUDA without a GPU: TIPL_PTXRUN is the folder of the emulator, which replaces a shared CUDA runtime and
-# runs PTX. Machine code would only take time.
+# Of the kernels, only what all cards can run: machine code for each takes a minute. The tests of CUDA without a GPU:
+# TIPL_PTXRUN is the folder of an emulator, which replaces a shared CUDA runtime and runs PTX.
 ifdef TIPL_PTXRUN
-SETTINGS += --config-settings=cmake.define.TIPL_CUDA_SHARED=ON \
-  --config-settings=cmake.define.CMAKE_CUDA_ARCHITECTURES='80-virtual;90-virtual'
+SETTINGS := -C cmake.define.TIPL_WERROR=ON -C cmake.define.TIPL_CUDA_SHARED=ON \
+  -C cmake.define.CMAKE_CUDA_ARCHITECTURES='80-virtual;90-virtual'
+else
+SETTINGS := -C cmake.define.TIPL_WERROR=ON -C cmake.define.TIPL_CUDA_SHARED=OFF -C cmake.define.CMAKE_CUDA_ARCHITECTURES=80
 endif
 
 .DEFAULT_GOAL := help
@@ -60,7 +61,7 @@ format: $(VENV)/.develop  ## Apply ruff and clang-format
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 wheel: $(VENV)/.runtime  ## Build the wheel into dist/
-	PIP_CONSTRAINT=constraints.txt $(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
+	PIP_CONSTRAINT=constraints.txt $(BIN)/pip wheel --quiet --no-deps -C build-dir=build/wheel --wheel-dir dist .
 
 wheels: $(VENV)/.develop  ## Build and test wheels for Python 3.11 to 3.14 into dist/, in Docker
 	$(BIN)/cibuildwheel --output-dir dist
@@ -68,23 +69,26 @@ wheels: $(VENV)/.develop  ## Build and test wheels for Python 3.11 to 3.14 into 
 clean:  ## Remove what was built, but not runs/
 	rm -rf $(VENV) build dist site
 
-# PIP_CONSTRAINT, not -c: it holds in the isolated build environment too.
-$(VENV)/.runtime: $(ENGINE)
+$(BIN)/pip:
 	$(PYTHON) -m venv $(VENV)
+
+# Each of these builds the engine once, and makes what the ones before it make. PIP_CONSTRAINT, not -c: it holds in the
+# isolated build environment too.
+$(VENV)/.runtime: $(ENGINE) | $(BIN)/pip
 	PIP_CONSTRAINT=constraints.txt $(BIN)/pip install --quiet $(SETTINGS) --editable .
 	touch $@
 
-$(VENV)/.develop: $(VENV)/.runtime
+$(VENV)/.develop: $(ENGINE) | $(BIN)/pip
 	PIP_CONSTRAINT=constraints.txt $(BIN)/pip install --quiet $(SETTINGS) --editable '.[dev]'
-	touch $@
+	touch $(VENV)/.runtime $@
 
 # Apart from .develop: the site's tools need Python >= 3.11.5.
-$(VENV)/.docs: $(VENV)/.develop
+$(VENV)/.docs: $(ENGINE) | $(BIN)/pip
 	PIP_CONSTRAINT=constraints.txt $(BIN)/pip install --quiet $(SETTINGS) --editable '.[dev,docs]'
-	touch $@
+	touch $(VENV)/.runtime $(VENV)/.develop $@
 
 # llama.cpp is built from source for this machine's instruction set, in minutes, once.
-$(VENV)/.bench: $(VENV)/.develop
+$(VENV)/.bench: $(ENGINE) | $(BIN)/pip
 	CMAKE_ARGS=-DLLAVA_BUILD=OFF CMAKE_BUILD_PARALLEL_LEVEL=$$(nproc) PIP_CONSTRAINT=constraints.txt \
 	  $(BIN)/pip install --quiet $(SETTINGS) --editable '.[dev,bench]'
-	touch $@
+	touch $(VENV)/.runtime $(VENV)/.develop $@

@@ -64,7 +64,13 @@ CARDS = (
     Card("H100 SXM", 90, 132, 1.755, meeting_us=1.0, l2_latency_us=0.15, l2_bytes_per_clock=64, l2_tb_per_s=5.0),
     Card("A100 SXM", 80, 108, 1.41, meeting_us=1.0, l2_latency_us=0.15, l2_bytes_per_clock=64, l2_tb_per_s=4.0),
 )
-MODELS = ((128, 4, 4), (256, 6, 8))  # d_model, n_layer, n_head; d_ff = 4 d_model, k = 16
+CASES = (  # d_model, n_layer, n_head, batch, weights; d_ff = 4 d_model, k = 16
+    (128, 4, 4, 1, "float32"),
+    (128, 4, 4, 1, "bfloat16"),
+    (128, 4, 4, 16, "float32"),
+    (256, 6, 8, 1, "float32"),
+    (256, 6, 8, 1, "bfloat16"),
+)
 
 
 def count(d: int, n_layer: int, n_head: int, batch: int, dtype: str) -> dict[str, Any]:
@@ -204,19 +210,17 @@ def main() -> None:
         parser.error("TIPL_PTXRUN must name the folder of the emulator")
     rows = []
     for card in CARDS:
-        for sizes in MODELS:
-            for batch, dtype in ((1, "float32"), (1, "bfloat16"), (16, "float32")):
-                row = counted(card, *sizes, batch, dtype)
-                bytes_by_purpose = expected_bytes(row)
-                row |= {
-                    "card": card.name,
-                    "meetings": 2 * row["n_layer"],
-                    "bytes": bytes_by_purpose,
-                    "time_us": model_of_time(row, card),
-                    "shared_wavefronts_per_request": row["shared_wavefronts"] / row["shared_requests"],
-                }
-                rows.append(row)
-                print(line_of(row), flush=True)
+        for case in CASES:
+            row = counted(card, *case)
+            row |= {
+                "card": card.name,
+                "meetings": 2 * row["n_layer"],
+                "bytes": expected_bytes(row),
+                "time_us": model_of_time(row, card),
+                "shared_wavefronts_per_request": row["shared_wavefronts"] / row["shared_requests"],
+            }
+            rows.append(row)
+            print(line_of(row), flush=True)
     kernels = registers()
     document = {"command": "python bench/cuda_counts.py", "kernels": kernels, "rows": rows}
     OUTPUT.write_text(json.dumps(document, indent=1) + "\n")
