@@ -224,14 +224,15 @@ def main() -> None:
     kernels = registers()
     document = {"command": "python bench/cuda_counts.py", "kernels": kernels, "rows": rows}
     OUTPUT.write_text(json.dumps(document, indent=1) + "\n")
-    used = "; ".join(f"{name}: {it['registers']}, {it['spilled_bytes']}" for name, it in kernels.items())
+    most = max(it["registers"] for it in kernels.values())
+    spilled = sum(it["spilled_bytes"] for it in kernels.values())
     table = [
         "| card | model | weights | batch | weights read, MB | resident | meetings | sectors | conflicts "
         "| predicted µs |",
         "|---|---|---|---|---|---|---|---|---|---|",
         *map(line_of, rows),
         "",
-        f"Registers of a thread and bytes spilled, sm_90: {used}.",
+        f"The {len(kernels)} kernels use at most {most} registers of a thread on sm_90, and spill {spilled} bytes.",
     ]
     before, _, rest = PAGE.read_text().partition("<!-- cuda:counts -->\n")
     after = rest.partition("<!-- /cuda:counts -->")[2]
