@@ -41,20 +41,25 @@ __device__ __forceinline__ int load_from_host(const int *from) {
   return value;
 }
 
-// Waits until `count` is `target`, or until `step`, of which it is a part, is not made any more: `always` where it is
-// of the step before. Returns whether `step` is made. All threads of the block call it.
-__device__ __forceinline__ bool wait_for(const unsigned *count, unsigned target, const int *stop_at, int step,
-                                         bool always) {
-  __shared__ int stopped_at;
+// Waits until `count` is `target`. All threads of the block call this and the next function.
+__device__ __forceinline__ void wait_for(const unsigned *count, unsigned target) {
   if (threadIdx.x == 0) {
-    while (load_acquire(count) < target && (always || load_relaxed(stop_at) > step)) {
+    while (load_acquire(count) < target) {
     }
-    stopped_at = load_relaxed(stop_at);
   }
   __syncthreads();
-  const bool goes_on = stopped_at > step;
-  __syncthreads();  // before thread 0 writes stopped_at again
-  return goes_on;
+}
+
+// The same, for a count of `step`; returns whether that step is made. Where it is not, nobody ever counts.
+__device__ __forceinline__ bool wait_for_step(const unsigned *count, unsigned target, const int *stop_at, int step) {
+  constexpr unsigned kLooks = 256;  // between two looks at stop_at, which would make each wait longer
+  bool is_made = true;
+  if (threadIdx.x == 0) {
+    for (unsigned looks = 1; is_made && load_acquire(count) < target; ++looks) {
+      if (looks % kLooks == 0) is_made = load_relaxed(stop_at) > step;
+    }
+  }
+  return __syncthreads_and(is_made);
 }
 
 // Counts what this block has written before.
@@ -251,19 +256,18 @@ struct TileWork {
   }
 };
 
-// The weights of a part of the model, and how many bytes they are. Also, in `ends`, whether it needs those too.
+// The weights of a part of the model, and how many bytes they are.
 struct Part {
   int layer, index;  // index: of the head, or H + that of the unit
   const unsigned char *weights;
   size_t bytes;
-  bool is_head, has_ends;
+  bool is_head;
 
   __device__ Part(const DecodeArguments &a, int part) {
     const DecodePlan &plan = a.plan;
     layer = part / (plan.H + plan.U);
     index = part % (plan.H + plan.U);
     is_head = index < plan.H;
-    has_ends = is_head && layer == 0;
     bytes = is_head ? HeadWeights(plan).bytes : UnitWeights(plan).bytes;
     weights = is_head ? a.heads + (static_cast<size_t>(layer) * plan.H + index) * bytes
                       : a.units + (static_cast<size_t>(layer) * plan.U + index - plan.H) * bytes;
@@ -327,7 +331,8 @@ __global__ void __launch_bounds__(kThreads, 1) decode(const __grid_constant__ De
           float *keep = p.index == 0 ? work.head_shares() : nullptr;
           if (p.layer == 0) {
             if (step > 0) {
-              is_stopped = !wait_for(work.units_arrived(), plan.U * phase, a.stop_at, step, true);
+              wait_for(work.units_arrived(), plan.U * phase);  // of the step before
+              is_stopped = load_relaxed(a.stop_at) <= step;
               work.predict(p.index, ends);
             }
             if (step == steps || is_stopped) return;
@@ -341,7 +346,7 @@ __global__ void __launch_bounds__(kThreads, 1) decode(const __grid_constant__ De
             work.embed(p.index, ends, keep);
           } else {
             if (step == steps) return;
-            is_stopped = !wait_for(work.units_arrived(), plan.U * phase, a.stop_at, step, false);
+            is_stopped = !wait_for_step(work.units_arrived(), plan.U * phase, a.stop_at, step);
             if (is_stopped) return;
             work.gather(work.unit_shares(), plan.unit_shares(), keep);
           }
@@ -349,7 +354,7 @@ __global__ void __launch_bounds__(kThreads, 1) decode(const __grid_constant__ De
           arrive(work.heads_arrived());
         } else {
           if (step == steps) return;
-          is_stopped = !wait_for(work.heads_arrived(), plan.H * (phase + 1), a.stop_at, step, false);
+          is_stopped = !wait_for_step(work.heads_arrived(), plan.H * (phase + 1), a.stop_at, step);
           if (is_stopped) return;
           float *keep = p.index == plan.H ? work.unit_shares() : nullptr;
           work.gather(work.head_shares(), plan.head_shares(), keep);
