@@ -128,7 +128,7 @@ def test_a_killed_worker_loses_and_doubles_nothing(tmp_path, address):
 
     def kill() -> None:
         """Kill both workers once both have saved a state, 5 seconds after they began."""
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300  # of a machine that is busy with other things
         while len({state.parent for state in tmp_path.glob("store/resume/*/state_*")}) < 2:
             assert time.monotonic() < deadline
             time.sleep(0.01)
