@@ -212,6 +212,7 @@ def test_each_other_instruction_set_is_exact(isa):
     if run_python(IMPORT_CORE, TIPL_ISA=isa).returncode != 0:
         pytest.skip(f"this CPU lacks {isa}")
     tests = "test_sizes or (test_every_step and 40) or (512_steps and odd-1) or test_stored or test_a_prefill"
+    tests = f"not cuda and ({tests})"
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", tests],
         env=os.environ | {"TIPL_ISA": isa},
@@ -238,7 +239,7 @@ def relative_error(ours: np.ndarray, exact: np.ndarray, x: np.ndarray) -> float:
 )
 @pytest.mark.parametrize("batch", [1, 9])
 @pytest.mark.parametrize(("dtype", "stated"), [("bfloat16", 0.006), ("int8", 0.02)])
-def test_stored_weights_are_those_of_the_reference(dtype, stated, batch, config):
+def test_stored_weights_are_those_of_the_reference(dtype, stated, batch, config, device):
     """Beside the oracle with the same rounded weights only the rounding of sums is left, and of bfloat16 inputs."""
     config = dataclasses.replace(config, out_scale=0.5)
     weights, x, prefix_end = reference.random_forecaster(config, 0), make_paths(config, batch, 30), np.full(batch, 14)
@@ -249,7 +250,7 @@ def test_stored_weights_are_those_of_the_reference(dtype, stated, batch, config)
     with torch.inference_mode():
         torch_float32 = model(torch.from_numpy(x), torch.from_numpy(prefix_end)).numpy()[:, 14:]
     ours = feed(decoder_of_weights(config, weights, batch, dtype=dtype), x, 15)
-    if dtype == "bfloat16" and _core.isa() == "avx512bf16":  # rounds the inputs of a product too
+    if device == "cpu" and dtype == "bfloat16" and _core.isa() == "avx512bf16":  # rounds the inputs of a product too
         assert 1e-5 < relative_error(ours, exact_rounded, x[:, 14:]) < stated
     else:
         assert_as_exact_as_torch(ours, torch_float32, exact_rounded)
