@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from table import put
 
 ROOT = Path(__file__).parents[1]
 OUTPUT = Path(__file__).with_name("cuda_counts.json")
@@ -234,9 +235,7 @@ def main() -> None:
         "",
         f"The {len(kernels)} kernels use at most {most} registers of a thread on sm_90, and spill {spilled} bytes.",
     ]
-    before, _, rest = PAGE.read_text().partition("<!-- cuda:counts -->\n")
-    after = rest.partition("<!-- /cuda:counts -->")[2]
-    PAGE.write_text("\n".join([f"{before}<!-- cuda:counts -->", *table, f"<!-- /cuda:counts -->{after}"]))
+    put("\n".join(table), PAGE, "cuda")
 
 
 def line_of(row: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@
 namespace tipl::cuda {
 namespace {
 
-constexpr char kCapsule[] = "dltensor", kUsedCapsule[] = "used_dltensor";
+constexpr char kCapsule[] = "dltensor";
 
 std::string type_name(dlpack::Type type) {
   const char *kind = type.code == dlpack::kInt      ? "int"

@@ -45,7 +45,7 @@ struct DecodePlan {
   TIPL_BOTH int kp() const { return round_up4(k); }
   TIPL_BOTH int Dp() const { return round_up4(D); }
 
-  // Slices of the long sums of add_rows, each with a group of threads.
+  // Slices of the sums of multiply_columns and add_shares, each with a group of threads.
   TIPL_BOTH int slices() const { return dp() / 4 < kThreads ? kThreads / (dp() / 4) : 1; }
   // Numbers of a head of a sequence in the cache: keys (T, Dp), then values (T, Dp).
   TIPL_BOTH size_t cache_head() const { return static_cast<size_t>(2) * T * Dp(); }
