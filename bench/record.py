@@ -1,6 +1,7 @@
 """A session's rows: shown as they come, written to latest.json, held against baseline.json.
 
-Ratios are compared, not times: a slower machine slows the peers too.
+Ratios are compared, not times: a slower machine slows the peers too. But each instruction set has a baseline of its
+own, since the peers gain other factors from it than we do.
 """
 
 import dataclasses
@@ -28,7 +29,8 @@ class Record:
     """The rows of a session, and the baseline's ratios by row."""
 
     def __init__(self, config: pytest.Config) -> None:
-        baseline = json.loads(BASELINE.read_text()) if BASELINE.exists() else {"machine": {}, "ratios": {}}
+        self.baselines: dict[str, Any] = json.loads(BASELINE.read_text()) if BASELINE.exists() else {}
+        baseline = self.baselines.get(_core.isa(), {"machine": {}, "ratios": {}})
         self.capture = config.pluginmanager.getplugin("capturemanager")
         self.updates: bool = config.getoption("--update-baseline")
         self.baseline_machine: dict[str, Any] = baseline["machine"]
@@ -71,11 +73,12 @@ class Record:
         write_json(LATEST, {"machine": here, "roofs": roofs, "rows": [dataclasses.asdict(row) for row in self.rows]})
         if self.updates:
             ratios = self.baseline | {name_of(row): float(f"{row.ratio:.3g}") for row in self.rows}
-            write_json(BASELINE, {"machine": here, "ratios": dict(sorted(ratios.items()))})
+            self.baselines[_core.isa()] = {"machine": here, "ratios": dict(sorted(ratios.items()))}
+            write_json(BASELINE, dict(sorted(self.baselines.items())))
             return f"wrote {LATEST.name} and {BASELINE.name}"
         if not self.baseline:
-            return f"wrote {LATEST.name}; no baseline to compare with"
-        theirs = {name: value for name, value in self.baseline_machine.items() if name in ("cpu", "cores", "isa")}
+            return f"wrote {LATEST.name}; no baseline of a machine with {_core.isa()}: --update-baseline makes one"
+        theirs = {name: value for name, value in self.baseline_machine.items() if name in ("cpu", "cores")}
         other = "" if theirs.items() <= here.items() else f", of another machine: {theirs}"
         return f"wrote {LATEST.name}; {len(self.fallen)} of {len(self.rows)} rows fell below the baseline{other}"
 
