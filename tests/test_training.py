@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from factories import TINY_TRAIN, make_store, random_model
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import tipl.collecting.curves
 import tipl.forecasting.training_state
@@ -19,7 +20,16 @@ from tipl.forecasting.refiner_training import _RefinerTraining
 from tipl.forecasting.sources import Source, split_trials, thin
 from tipl.forecasting.train_config import TrainConfig
 from tipl.forecasting.training import Trainer, loss_of, train
-from tipl.forecasting.training_data import Batch, Case, Examples, TrainingData, Validation, Written, load_training_data
+from tipl.forecasting.training_data import (
+    Batch,
+    Case,
+    Draws,
+    Examples,
+    TrainingData,
+    Validation,
+    Written,
+    load_training_data,
+)
 from tipl.storing.store import Store
 from tipl.subspace.basis import Basis, Centre, prefix_coordinates, trajectory_gram
 
@@ -116,18 +126,52 @@ def test_sampled_examples_are_mixtures_at_one_prefix() -> None:
     centre = Centre(np.array([3, 5]), np.zeros((2, 10, 2), np.float32), np.ones(2))
     lengths = paths[..., 0]
     examples = Examples(paths, lengths, lengths, torch.tensor([3, 5]), torch.ones(2, 2), centre)
-    generator = torch.Generator().manual_seed(0)
-    unmixed = examples.sample(TrainConfig(mixing=0.0, batch_size=64), generator)
+    unmixed = sample(examples, TrainConfig(mixing=0.0, batch_size=64))
     assert set(unmixed.x.unique().tolist()) == {0.0, 1.0, 2.0, 3.0}
-    mixed = examples.sample(TrainConfig(mixing=1.0, batch_size=64), generator)
+    mixed = sample(examples, TrainConfig(mixing=1.0, batch_size=64))
     assert len(mixed.x[:, 0, 0].unique()) > 32
     assert 0.0 <= float(mixed.x.min()) <= float(mixed.x.max()) <= 3.0
     assert (mixed.x == mixed.distances[..., None]).all()
     assert (mixed.distances == mixed.outside).all()
-    flipped = examples.sample(TrainConfig(flip_probability=0.5, batch_size=64), generator).x
+    flipped = sample(examples, TrainConfig(flip_probability=0.5, batch_size=64)).x
     assert (flipped < 0).any()
     assert (flipped.abs() == flipped.abs()[:, :1]).all()  # a coordinate is flipped over a whole trajectory
-    assert {examples.sample(TINY, generator).prefix_end for _ in range(20)} == {3, 5}
+    draws = Draws(TINY)
+    assert {examples.sample(TINY, draws).prefix_end for _ in range(20)} == {3, 5}
+
+
+def sample(examples: Examples, config: TrainConfig) -> Batch:
+    return examples.sample(config, Draws(config))
+
+
+class OneDevice(TorchDispatchMode):
+    """Refuses what moves data from one device to another."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
+        result = function(*arguments, **(named or {}))
+        name = function.overloadpacket.__name__
+        if name in ("_to_copy", "copy_", "_copy_from", "set_"):
+            devices = {it.device.type for it in (*arguments, result) if isinstance(it, torch.Tensor)}
+            assert len(devices) == 1, f"{name} moves data: {devices}"
+        return result
+
+
+@pytest.mark.parametrize("teacher_forced", [0.0, 1.0])
+def test_no_step_moves_data_between_devices_or_waits_for_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, teacher_forced: float
+) -> None:
+    """On torch's device "meta", which computes nothing and cannot be read."""
+    store = make_store(tmp_path / "store.zarr", 6, 16)
+    config = dataclasses.replace(TINY, device="meta", teacher_forced=teacher_forced)
+    monkeypatch.setattr(Draws, "generator_of", staticmethod(lambda device, seed: None))
+    trainer = Trainer(load_training_data([Source.of(store, config)], config), config)
+    with OneDevice():
+        for _ in range(3):
+            assert trainer.step().device.type == "meta"
+        with pytest.raises(AssertionError, match=r"_to_copy moves data"):
+            torch.zeros(2).to("meta")
+    with pytest.raises(RuntimeError):
+        trainer.step().item()
 
 
 def test_loss_is_the_relative_error_and_ignores_padding() -> None:

@@ -33,7 +33,7 @@ from tipl.forecasting.forecaster import Forecaster
 from tipl.forecasting.refiner_training import train_refiner
 from tipl.forecasting.sources import Source
 from tipl.forecasting.train_config import TrainConfig
-from tipl.forecasting.training_data import Batch, TrainingData, load_training_data
+from tipl.forecasting.training_data import Batch, Draws, TrainingData, load_training_data
 from tipl.forecasting.training_state import SavedState, pack, part_of, take_step, unpack
 from tipl.forecasting.transformer import ModelConfig, TrajectoryTransformer
 from tipl.progress import progress_bar
@@ -70,7 +70,8 @@ def loss_of(model: TrajectoryTransformer, batch: Batch, noise: Tensor, *, teache
 class Trainer:
     """AdamW with a cosine schedule, an average of the weights, and the validation that chooses among them.
 
-    Initial weights and dropout come from torch's global generator, examples and noise from the trainer's own.
+    Initial weights and dropout come from torch's global generator, examples and noise from the trainer's own. On
+    another device than the CPU, a step moves nothing there or back, and does not wait for the device.
     """
 
     VALIDATIONS = 20
@@ -83,7 +84,8 @@ class Trainer:
     ) -> None:
         self.config = config
         self.data = data
-        self.generator = torch.Generator().manual_seed(config.seed)
+        self.draws = Draws(config)
+        self.examples = data.examples.to(config.device)
         self.model = architecture(
             ModelConfig(
                 n_components=data.examples.coordinates.shape[3],
@@ -103,21 +105,26 @@ class Trainer:
         self.best = Best(0, float("inf"), copy.deepcopy(self.average.state_dict()))
         self.step_count = 0
 
-    def step(self) -> float:
-        """Take one optimiser step; return its relative error: one step ahead while teacher-forced, later of
-        rollouts."""
+    def step(self) -> Tensor:
+        """Take one optimiser step; return its relative error (), where it was computed: one step ahead while
+        teacher-forced, later of rollouts."""
         config = self.config
-        batch = self.data.examples.sample(config, self.generator)
-        noise = config.noise * torch.randn(batch.x.shape, generator=self.generator)
+        batch = self.examples.sample(config, self.draws)
+        noise = config.noise * self.draws.normal(batch.x.shape)
         teacher_forced = self.step_count < config.teacher_forced * config.steps
         self.model.train()
-        with torch.autocast(config.device, torch.bfloat16, enabled=config.precision == "bfloat16"):
-            loss = self.loss(batch.to(config.device), noise.to(config.device), teacher_forced=teacher_forced)
+        in_bfloat16 = config.precision == "bfloat16"
+        with torch.autocast(self.device_type, torch.bfloat16) if in_bfloat16 else contextlib.nullcontext():
+            loss = self.loss(batch, noise, teacher_forced=teacher_forced)
         self.step_count += 1
         take_step(
             loss, self.model, self.average, self.optimizer, self.schedule, self.step_count, ema_decay=config.ema_decay
         )
-        return math.sqrt(loss.item()) if teacher_forced else loss.item()
+        return loss.detach().sqrt() if teacher_forced else loss.detach()
+
+    @property
+    def device_type(self) -> str:
+        return torch.device(self.config.device).type
 
     def loss(self, batch: Batch, noise: Tensor, *, teacher_forced: bool) -> Tensor:
         return loss_of(self.model, batch, noise, teacher_forced=teacher_forced)
@@ -134,7 +141,7 @@ class Trainer:
             "average": self.average,
             "best": self.best.state,
         }
-        arrays, record = pack(modules, self.optimizer, [self.generator])
+        arrays, record = pack(modules, self.optimizer, [self.draws.on_host])
         return arrays, record | {
             "step": self.step_count,
             "best_step": self.best.step,
@@ -145,7 +152,7 @@ class Trainer:
         """Go on from a state of a trainer with the same settings."""
         modules: dict[str, nn.Module] = {"model": self.model, "average": self.average}
         self.step_count = record["step"]
-        unpack(arrays, record, modules, self.optimizer, self.schedule, [self.generator])
+        unpack(arrays, record, modules, self.optimizer, self.schedule, [self.draws.on_host])
         best = {name: torch.from_numpy(array.copy()) for name, array in part_of(arrays, "best").items()}
         error = math.inf if record["best_error"] is None else record["best_error"]
         self.best = Best(record["best_step"], error, best)
@@ -300,22 +307,32 @@ def fit(trainer: Trainer, events: Path, progress: bool, saved: SavedState | None
         arrays, record = trainer.state()
         return arrays, record | {"curve": curve, "since_validation": since_validation}
 
+    unread: list[Tensor] = []  # errors of steps
+
     with progress_bar(progress) as bar:
         task = bar.add_task("train", total=steps, completed=trainer.step_count, note="")
         for step in range(trainer.step_count + 1, steps + 1):
             if step - 1 - trainer.best.step >= patience * every and (step - 1) % every == 0:
                 break
-            since_validation.append(trainer.step())
-            values = {"losses/train_relative_error": since_validation[-1]}
-            if step % every == 0 or step == steps:
+            unread.append(trainer.step())
+            validates = step % every == 0 or step == steps
+            events_of: dict[int, dict[str, float]] = {}
+            if validates or trainer.device_type == "cpu":  # elsewhere reading them would wait for the device
+                errors = torch.stack(unread).tolist()
+                first = step - len(errors) + 1
+                events_of = {first + i: {"losses/train_relative_error": error} for i, error in enumerate(errors)}
+                since_validation += errors
+                unread.clear()
+            if validates:
                 error = trainer.validate()
-                values["losses/validation_relative_weight_error"] = error
+                events_of[step]["losses/validation_relative_weight_error"] = error
                 for name, value in zip(curve, (step, float(np.mean(since_validation)), error), strict=True):
                     curve[name].append(value)
                 since_validation.clear()
                 bar.update(task, note=f"validation error {error:.3f}, best {trainer.best.error:.3f}")
-            if file is not None and not file.write(step, values):
-                file = None
+            for at, values in events_of.items():
+                if file is not None and not file.write(at, values):
+                    file = None
             bar.update(task, advance=1)
             if saved is not None:
                 saved.save_if_due(whole_state)

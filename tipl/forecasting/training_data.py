@@ -59,27 +59,69 @@ class Examples:
             centre=Centre(np.array(ends), mean, np.ones(len(ends))),
         )
 
-    def sample(self, config: TrainConfig, generator: torch.Generator) -> "Batch":
+    def to(self, device: str) -> "Examples":
+        """Return the examples on a torch device, but for the prefixes' ends, which the host asks for in each step."""
+        moved = {name: getattr(self, name).to(device) for name in ("coordinates", "distances", "outside", "filled")}
+        return dataclasses.replace(self, **moved)
+
+    def sample(self, config: TrainConfig, draws: "Draws") -> "Batch":
         """Return random trajectories that share one random prefix end."""
-        prefix = int(torch.randint(len(self.prefix_ends), (), generator=generator))
-        trial = torch.randint(len(self.coordinates), (2, config.batch_size), generator=generator)
+        prefix = int(torch.randint(len(self.prefix_ends), (), generator=draws.on_host))
+        trial = draws.integers(len(self.coordinates), 2, config.batch_size)
         columns = (self.coordinates[trial, prefix], self.distances[trial, prefix], self.outside[trial, prefix])
         if config.mixing > 0.0:
-            share = torch.from_numpy(self._beta(config, generator))
+            share = draws.shares(config.batch_size)
             x, distances, outside = (
                 torch.lerp(a, b, share.view(-1, *[1] * (a.ndim - 1))) for a, b in columns
             )  # (B, T, k), (B, T), (B, T)
         else:
             x, distances, outside = (a for a, _ in columns)
-        flip = torch.rand(config.batch_size, 1, x.shape[-1], generator=generator) < config.flip_probability
+        flip = draws.uniform(config.batch_size, 1, x.shape[-1]) < config.flip_probability
         x = torch.where(flip, -x, x)
         return Batch(x, int(self.prefix_ends[prefix]), self.filled[prefix], distances, outside)
 
+
+class Draws:
+    """The random numbers of training, on the device where it runs, so that no step waits for another device.
+
+    What decides shapes is drawn on the host. On the CPU both come from one generator.
+    """
+
+    POOL = 2**16
+    """Shares that are drawn ahead, of which the steps on another device take theirs."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.device, self.mixing = config.device, config.mixing
+        self.on_host = torch.Generator().manual_seed(config.seed)
+        self.on_device: torch.Generator | None = self.on_host
+        self._pool: Tensor | None = None
+        if self.device != "cpu":
+            self.on_device = self.generator_of(self.device, config.seed)
+            self._pool = torch.from_numpy(self._beta(self.POOL)).to(self.device) if self.mixing > 0.0 else None
+
     @staticmethod
-    def _beta(config: TrainConfig, generator: torch.Generator) -> NDArray[np.float32]:
-        """Return shares (B,) from Beta(mixing, mixing); torch's own sampler takes no generator."""
-        seed = int(torch.randint(2**62, (), generator=generator))
-        return np.random.default_rng(seed).beta(config.mixing, config.mixing, config.batch_size).astype(np.float32)
+    def generator_of(device: str, seed: int) -> torch.Generator | None:
+        return torch.Generator(device).manual_seed(seed)
+
+    def integers(self, high: int, *size: int) -> Tensor:
+        return torch.randint(high, size, generator=self.on_device, device=self.device)
+
+    def uniform(self, *size: int) -> Tensor:
+        return torch.rand(size, generator=self.on_device, device=self.device)
+
+    def normal(self, size: torch.Size) -> Tensor:
+        return torch.randn(size, generator=self.on_device, device=self.device)
+
+    def shares(self, count: int) -> Tensor:
+        """Return shares (count,) from Beta(mixing, mixing)."""
+        if self._pool is None:
+            return torch.from_numpy(self._beta(count))
+        return self._pool[self.integers(self.POOL, count)]
+
+    def _beta(self, count: int) -> NDArray[np.float32]:
+        """Return shares on the host; torch's own sampler takes no generator."""
+        seed = int(torch.randint(2**62, (), generator=self.on_host))
+        return np.random.default_rng(seed).beta(self.mixing, self.mixing, count).astype(np.float32)
 
 
 def _mean_path(
@@ -112,10 +154,6 @@ class Batch:
     """(B, T)"""
     outside: Tensor
     """(B, T)"""
-
-    def to(self, device: str) -> "Batch":
-        x, filled, distances, outside = (y.to(device) for y in (self.x, self.filled, self.distances, self.outside))
-        return Batch(x, self.prefix_end, filled, distances, outside)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -134,13 +134,12 @@ class TrajectoryTransformer(nn.Module):
         h = x.shape[1] - 1
         prefix_end = torch.full((len(x),), h, device=x.device)
         diff = F.pad(x[:, 1:] - x[:, :-1], (0, 0, 1, 0))
-        predicted, past = self._advance(x, diff, torch.arange(h + 1, device=x.device), prefix_end)
+        positions = torch.arange(h + horizon, device=x.device)
+        predicted, past = self._advance(x, diff, positions[: h + 1], prefix_end)
         last, current = x[:, -1:], predicted[:, -1:]  # (B, 1, k)
         path = [current]
         for t in range(h + 1, h + horizon):
-            predicted, past = self._advance(
-                current, current - last, torch.tensor([t], device=x.device), prefix_end, past
-            )
+            predicted, past = self._advance(current, current - last, positions[t : t + 1], prefix_end, past)
             last, current = current, predicted
             path.append(current)
         return torch.cat(path, 1)
