@@ -18,7 +18,7 @@ SETTINGS := -C cmake.define.TIPL_WERROR=ON -C cmake.define.TIPL_CUDA_SHARED=OFF 
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast docs sanitize stress stress-smoke bench lint format wheel wheels clean
+.PHONY: help demo test test-fast docs sanitize sanitize-fast sanitize-address sanitize-thread stress stress-smoke bench lint format wheel wheels clean
 
 help:  ## Show what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -35,9 +35,14 @@ test-fast: $(VENV)/.develop  ## Run those that take less than a second each, for
 docs: $(VENV)/.docs  ## Build the site into site/: a broken link or a reference that is not there fails
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-sanitize: $(VENV)/.develop  ## Run the engine's tests under ASan and UBSan, and those of its threads under TSan
-	.ci/sanitize address
-	.ci/sanitize thread
+sanitize: $(VENV)/.develop  ## Run the engine's tests under ASan and UBSan, and those of its threads under TSan, side by side
+	$(MAKE) --jobs=2 --output-sync=target sanitize-address sanitize-thread
+
+sanitize-fast: $(VENV)/.develop  ## Run those of them that take less than a second each without sanitizers
+	$(MAKE) --jobs=2 --output-sync=target sanitize-address sanitize-thread SANITIZE_ONLY='-m "not slow"'
+
+sanitize-address sanitize-thread: sanitize-%:
+	.ci/sanitize $* $(SANITIZE_ONLY)
 
 stress: $(VENV)/.develop  ## Kills, disk faults, damage, races, hostile input: thousands in an hour, into tests/stress/latest.json
 	$(BIN)/python -m tests.stress
