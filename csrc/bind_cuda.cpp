@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "bind_cuda_sketch.h"
 #include "bind_decoder.h"
 #include "bind_device_array.h"
 #include "cuda/decoder_pass.h"
@@ -154,4 +155,5 @@ PYBIND11_MODULE(_cuda, m) {
       "bytes.");
   tipl::cuda::bind_device_array(m);
   tipl::cuda::bind_decoder(m);
+  tipl::cuda::bind_sketch(m);
 }

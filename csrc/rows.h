@@ -1,4 +1,4 @@
-// Rows of floats that are in memory: checks, products and combinations of them.
+// Rows of floats that are in memory: checks, products and combinations of them, on the CPU.
 #pragma once
 
 #include <cstddef>
@@ -8,11 +8,17 @@
 
 namespace tipl {
 
-// Rows of p floats, `stride` floats apart.
+// Rows of p floats, `stride` floats apart, in the host's memory or on a device.
 struct RowView {
   const float *data;
   ptrdiff_t count, stride;
+  bool on_device = false;
+
   const float *row(ptrdiff_t i) const noexcept { return data + i * stride; }
+  // `size` rows from `begin` on, without their first columns.
+  RowView part(ptrdiff_t begin, ptrdiff_t size, ptrdiff_t first_column = 0) const noexcept {
+    return {row(begin) + first_column, size, stride, on_device};
+  }
 };
 
 // Throws std::invalid_argument where a value of X (count, p) is NaN or Inf; the message counts rows from first_row on.

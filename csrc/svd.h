@@ -39,10 +39,9 @@
 namespace tipl {
 
 class HeldRows;
-class Projection;
 class SketchBlock;
+class SketchMath;
 struct SketchSums;
-class ThreadPool;
 
 struct SketchConfig {
   ptrdiff_t num_features, range_size, test_size;  // p, l, q
@@ -52,12 +51,26 @@ struct SketchConfig {
   ptrdiff_t outputs() const noexcept { return range_size + test_size + 1; }  // numbers in y: l + q + 1
 };
 
+// Returns the config. Throws std::invalid_argument for wrong sizes, and std::bad_alloc where the machine lacks the
+// memory.
+const SketchConfig &check_sketch(const SketchConfig &config, const float *directions);
+
+// What a sketch has seen but for its pending rows: C (l + q + 1, p), G (l + q + 1, l + q + 1), the squares and the
+// number of the rows, and d Omega (rows, l).
+struct SavedSums {
+  const double *co_range, *gram;
+  double squares;
+  const float *range_rows;
+  int64_t rows;
+};
+
 // One call at a time: a second one gets std::runtime_error.
 class RowSketch {
  public:
-  // origin (p), or null for zero; directions (l, p), or null for a sparse Omega. Throws std::invalid_argument for wrong
-  // sizes and for NaN or Inf, and std::bad_alloc where the machine lacks the memory.
-  RowSketch(const SketchConfig &config, const float *origin, const float *directions, int num_threads, Poll &poll);
+  // origin (p), or null for zero; the directions (l, p) or null, and the config, that `math` was made with. Throws
+  // std::invalid_argument for NaN or Inf, and std::bad_alloc where the machine lacks the memory.
+  RowSketch(const SketchConfig &config, const float *origin, const float *directions, std::unique_ptr<SketchMath> math,
+            Poll &poll);
   ~RowSketch();
 
   // Takes the rows of x, which messages number from first_row on. Throws std::invalid_argument where a value is NaN or
@@ -97,17 +110,20 @@ class RowSketch {
   // d Omega (num_rows, l) of all rows in order, including the pending ones.
   std::vector<float> range_rows(Poll &poll);
 
-  // The sums over all rows that are not pending, a held block's among them, which is added first. They do not change
-  // any more: rows that come later are added to a copy.
-  std::shared_ptr<const SketchSums> sums(Poll &poll);
+  // The sums over all rows that are not pending, a held block's among them, which is added first.
+  double squares(Poll &poll);
+  std::vector<double> gram(Poll &poll);  // G
+  // out (count, p) <- so many rows of C, from `first` on.
+  void read_co_range(ptrdiff_t first, ptrdiff_t count, double *out, Poll &poll);
   std::vector<float> pending(Poll &poll) const;
   std::vector<float> directions(Poll &poll) const;  // (l, p) as given, or empty
   std::vector<float> origin() const;                // empty for zero, and until one is chosen
 
-  // Replaces everything that was seen by what was saved. The caller checks the sizes in `sums`.
-  void restore(SketchSums sums, RowView pending, Poll &poll);
+  // Replaces everything that was seen by what was saved.
+  void restore(const SavedSums &saved, RowView pending, Poll &poll);
 
   const SketchConfig &config() const noexcept { return config_; }
+  const SketchMath &math() const noexcept { return *math_; }
   bool exact() const;              // whether all rows are pending
   bool directed() const noexcept;  // whether directions were given
   int64_t num_rows() const;
@@ -116,6 +132,7 @@ class RowSketch {
   RowSketch(const RowSketch &other, std::shared_ptr<SketchSums> sums);
 
   const float *origin_or_null() const noexcept { return origin_.empty() ? nullptr : origin_.data(); }
+  std::vector<float> central_row(RowView x, Poll &poll) const;
   std::vector<float> origin_of_pending(Poll &poll) const;
   std::unique_ptr<RowSketch> copy() const;
   void own_sums(Poll &poll);
@@ -126,6 +143,10 @@ class RowSketch {
   void hold_pending(Poll &poll);
   bool nothing_summed() const noexcept;
   void check_sum(const char *where, double more) const;
+  void check_row_of(const char *where, const char *name, RowView x, ptrdiff_t i, int64_t first) const;
+  std::vector<double> squares_of(const char *where, const char *name, RowView x, int64_t first, const float *origin,
+                                 Poll &poll) const;
+  void check_squares(const char *where, RowView x, int64_t first, const std::vector<double> &squares) const;
   std::vector<double> checked(RowView x, int64_t first, Poll &poll) const;
   double check_all(RowView x, int64_t first, double before, Poll &poll) const;
   void check_mergeable(const RowSketch &other) const;
@@ -134,9 +155,8 @@ class RowSketch {
 
   const SketchConfig config_;
   std::vector<float> origin_;
-  const std::unique_ptr<ThreadPool> pool_;
+  const std::unique_ptr<SketchMath> math_;
   mutable InUse in_use_;
-  std::shared_ptr<const Projection> projection_;
   std::shared_ptr<SketchSums> sums_;  // shared with snapshots until it changes
   std::unique_ptr<HeldRows> held_;
 };

@@ -17,6 +17,27 @@ if TYPE_CHECKING:
     from tipl.storing.store import Store
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """In files that say ON_EACH_DEVICE, every test runs on each device, unless it is about the CPU."""
+    if getattr(metafunc.module, "ON_EACH_DEVICE", False):
+        cpu_only = any(mark.name == "cpu_only" for mark in metafunc.definition.iter_markers())
+        metafunc.parametrize("device", ["cpu"] if cpu_only else ["cpu", cuda_devices.CUDA], indirect=True)
+
+
+@pytest.fixture(autouse=True)
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Where the estimators of the SVD compute in this test, if they say nothing else."""
+    name: str = getattr(request, "param", "cpu")
+    if name != "cpu":
+        from tipl.subspace.running_gram import RunningGram, gram
+        from tipl.subspace.streaming_svd import StreamingSVD
+
+        request.getfixturevalue("clean_device")
+        for function in (StreamingSVD.__init__, StreamingSVD.load.__func__, RunningGram.__init__, gram):
+            monkeypatch.setitem(function.__kwdefaults__, "device", name)
+    return name
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put files with slow tests first: of several processes none is left alone with one in the end."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
@@ -139,3 +160,10 @@ def clean_device() -> Iterator[None]:
     gc.collect()
     assert not message, message
     assert cuda_devices.emulator.ptxrunLiveBytes() == before, "memory is left on the device"
+
+
+@pytest.fixture
+def no_faults() -> Iterator[None]:
+    """After the test no call of CUDA fails any more on the emulator."""
+    yield
+    cuda_devices.emulator.ptxrunFail(None)

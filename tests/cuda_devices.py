@@ -6,7 +6,9 @@ written, racing or not synchronised. It needs a tipl that was built with TIPL_CU
 
 import ctypes
 import os
+from typing import Any
 
+import numpy as np
 import pytest
 
 
@@ -43,3 +45,50 @@ def why_not() -> str | None:
 
 needs_cuda = pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
 CUDA = pytest.param("cuda", marks=needs_cuda)
+
+needs_emulator = pytest.mark.skipif(emulator is None, reason="TIPL_PTXRUN does not name the folder of the emulator")
+
+
+class Foreign:
+    """An array of another library on a device, which notes for which stream it is asked."""
+
+    def __init__(self, array: Any, **changes: Any) -> None:
+        self.array, self.changes, self.streams = array, changes, []
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return self.changes.get("device", self.array.__dlpack_device__())
+
+    def __dlpack__(self, stream: int | None = None) -> Any:
+        self.streams.append(stream)
+        capsule = self.array.__dlpack__()
+        pointer = ctypes.pythonapi.PyCapsule_GetPointer
+        pointer.restype, pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+        tensor = Tensor.from_address(pointer(capsule, b"dltensor"))
+        if "type" in self.changes:
+            tensor.code, tensor.bits, tensor.lanes = self.changes["type"]
+        if "strides" in self.changes:
+            self.strides = (ctypes.c_int64 * tensor.ndim)(*self.changes["strides"])
+            tensor.strides = ctypes.addressof(self.strides)
+        return capsule
+
+
+class Tensor(ctypes.Structure):
+    """DLTensor."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("device", ctypes.c_int32 * 2),
+        ("ndim", ctypes.c_int32),
+        ("code", ctypes.c_uint8),
+        ("bits", ctypes.c_uint8),
+        ("lanes", ctypes.c_uint16),
+        ("shape", ctypes.c_void_p),
+        ("strides", ctypes.c_void_p),
+        ("byte_offset", ctypes.c_uint64),
+    )
+
+
+def on_device(x: np.ndarray) -> Any:
+    from tipl.device import cuda_engine
+
+    return cuda_engine().DeviceArray.from_numpy(x)

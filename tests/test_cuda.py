@@ -5,24 +5,20 @@ the CPU's, in test_decoder.py.
 import ctypes
 import dataclasses
 import weakref
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import reference
 import torch
-from cuda_devices import emulator, needs_cuda
+from cuda_devices import Foreign, Tensor, emulator, needs_cuda, needs_emulator, on_device
 from reference import SMALL_MODEL
 
 import tipl
 from tipl import device
-from tipl.device import cuda_engine
 from tipl.forecasting.decoder import Decoder, faster_device
 from tipl.forecasting.forecaster import Forecaster
 from tipl.forecasting.transformer import ModelConfig, TrajectoryTransformer
-
-needs_emulator = pytest.mark.skipif(emulator is None, reason="TIPL_PTXRUN does not name the folder of the emulator")
 
 
 @pytest.fixture(autouse=True)
@@ -142,49 +138,6 @@ def test_torch_tensors_of_the_host_give_torch_tensors(device):
     assert ours.position.tolist() == [12, 11]
 
 
-class Foreign:
-    """An array of another library on a device, which notes for which stream it is asked."""
-
-    def __init__(self, array: Any, **changes: Any) -> None:
-        self.array, self.changes, self.streams = array, changes, []
-
-    def __dlpack_device__(self) -> tuple[int, int]:
-        return self.changes.get("device", self.array.__dlpack_device__())
-
-    def __dlpack__(self, stream: int | None = None) -> Any:
-        self.streams.append(stream)
-        capsule = self.array.__dlpack__()
-        pointer = ctypes.pythonapi.PyCapsule_GetPointer
-        pointer.restype, pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
-        tensor = Tensor.from_address(pointer(capsule, b"dltensor"))
-        if "type" in self.changes:
-            tensor.code, tensor.bits, tensor.lanes = self.changes["type"]
-        if "strides" in self.changes:
-            self.strides = (ctypes.c_int64 * tensor.ndim)(*self.changes["strides"])
-            tensor.strides = ctypes.addressof(self.strides)
-        return capsule
-
-
-class Tensor(ctypes.Structure):
-    """DLTensor."""
-
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("device", ctypes.c_int32 * 2),
-        ("ndim", ctypes.c_int32),
-        ("code", ctypes.c_uint8),
-        ("bits", ctypes.c_uint8),
-        ("lanes", ctypes.c_uint16),
-        ("shape", ctypes.c_void_p),
-        ("strides", ctypes.c_void_p),
-        ("byte_offset", ctypes.c_uint64),
-    )
-
-
-def on_device(x: np.ndarray) -> Any:
-    return cuda_engine().DeviceArray.from_numpy(x)
-
-
 @needs_cuda
 def test_arrays_on_the_device_are_not_copied_and_results_stay_there():
     x, decoder, theirs = make_paths(2, 9), make_decoder(2), make_decoder(2)
@@ -295,12 +248,6 @@ CALLS = (
     "cudaStreamQuery",
     "cudaStreamSynchronize",
 )
-
-
-@pytest.fixture
-def no_faults() -> Iterator[None]:
-    yield
-    emulator.ptxrunFail(None)
 
 
 @needs_emulator

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import reference
 import torch
-from cuda_devices import CUDA
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from processes import IMPORT_CORE, ISAS, run_python
@@ -42,12 +41,7 @@ def one_torch_thread():
     torch.set_num_threads(before)
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Every test runs on each device, unless it is about the CPU."""
-    cpu_only = any(mark.name == "cpu_only" for mark in metafunc.definition.iter_markers())
-    metafunc.parametrize("device", ["cpu"] if cpu_only else ["cpu", CUDA], indirect=True)
-
-
+ON_EACH_DEVICE = True
 cpu_only = pytest.mark.cpu_only
 _device = "cpu"
 

@@ -10,7 +10,11 @@ from hypothesis import strategies as st
 from svd_checks import EPS, EPS64, SIZES, random_rows
 
 from tipl import _core
+from tipl.device import cuda_engine, cuda_index
 from tipl.subspace.running_gram import RunningGram, gram
+
+ON_EACH_DEVICE = True
+cpu_only = pytest.mark.cpu_only
 
 COUNTS = [1, 2, 3, 4, 5, 31, 32, 33, 65]  # of rows, around the tiles and blocks of products
 
@@ -161,6 +165,7 @@ def test_refused_rows_leave_a_running_gram_as_it_was(rows, error, message, origi
 # ---- products and combinations in the engine
 
 
+@cpu_only
 @pytest.mark.parametrize(("n", "m"), [(1, 1), (3, 5), (4, 33), (32, 31), (33, 64), (70, 2)])
 @pytest.mark.parametrize("p", SIZES)
 @pytest.mark.parametrize("with_origin", [False, True])
@@ -173,12 +178,14 @@ def test_products_of_two_sets_of_integers_are_exact(n, m, p, with_origin):
         assert np.array_equal(_core.products("test", x, y, None, 2), x.astype(np.float64) @ y.astype(np.float64).T)
 
 
+@cpu_only
 def test_products_of_a_matrix_with_itself_are_those_of_its_copy():
     x = random_rows(70, 1500)
     both = [_core.products("test", x, other, x[3], 2) for other in (None, x.copy())]
     assert np.allclose(*both, rtol=0, atol=2 * 1500 * EPS64 * np.abs(both[0]).max())
 
 
+@cpu_only
 def test_products_refuse_rows_of_another_length_and_what_is_not_finite():
     x = np.ones((3, 4), np.float32)
     with pytest.raises(ValueError, match=r"^test: Y must have shape \(n, 4\), got \(3, 5\)$"):
@@ -189,6 +196,7 @@ def test_products_refuse_rows_of_another_length_and_what_is_not_finite():
         _core.products("test", spoilt, x, None, 1)
 
 
+@cpu_only
 @pytest.mark.parametrize("p", [*SIZES, 127, 128, 130, 300])
 @pytest.mark.parametrize("r", [1, 3, 4, 5, 8, 9, 17])
 def test_combinations_of_rows_are_exact_but_for_their_last_rounding(p, r):
@@ -206,6 +214,7 @@ def test_combinations_of_rows_are_exact_but_for_their_last_rounding(p, r):
     )
 
 
+@cpu_only
 def test_combinations_of_nothing_are_zero_and_no_combinations_are_none():
     assert not _core.combine(np.zeros((0, 20), np.float32), np.zeros((0, 3)), 1).any()
     assert _core.combine(np.ones((4, 20), np.float32), np.zeros((4, 0)), 1).shape == (0, 20)
@@ -213,6 +222,7 @@ def test_combinations_of_nothing_are_zero_and_no_combinations_are_none():
         _core.combine(np.ones((4, 20), np.float32), np.zeros((3, 2)), 1)
 
 
+@cpu_only
 @pytest.mark.parametrize("threads", [1, 2, 7])
 def test_a_value_that_is_not_finite_is_found_wherever_it_is(threads):
     for row, column, p in ((0, 0, 1), (69, 0, 65), (13, 64, 65), (42, 300, 301)):
@@ -232,7 +242,11 @@ def test_a_value_that_is_not_finite_is_found_wherever_it_is(threads):
 
 def sketch(p: int, l: int, q: int = 8, **params: Any) -> _core.RowSketch:  # noqa: E741
     params = {"seed": 3, "num_threads": 2, "origin": None, "directions": None, **params}
-    return _core.RowSketch(num_features=p, range_size=l, test_size=q, **params)
+    index = cuda_index("sketch", gram.__kwdefaults__["device"])
+    if index is None:
+        return _core.RowSketch(num_features=p, range_size=l, test_size=q, **params)
+    del params["num_threads"]
+    return cuda_engine().RowSketch(num_features=p, range_size=l, test_size=q, device=index, **params)
 
 
 def take(own: _core.RowSketch, rows: Any) -> None:
@@ -433,7 +447,9 @@ def test_the_first_rows_are_kept_as_they_are_less_the_origin():
         ({"num_threads": 0}, ValueError, r"num_threads must lie in \[1, 1024\], got 0"),
     ],
 )
-def test_a_wrong_sketch_is_refused(change, error, message):
+def test_a_wrong_sketch_is_refused(change, error, message, device):
+    if device != "cpu" and "num_threads" in change:
+        pytest.skip("a device has no threads to choose")
     with pytest.raises(error, match=message):
         sketch(**{"p": 9, "l": 4, "q": 2, **change})
 

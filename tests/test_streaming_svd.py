@@ -16,6 +16,9 @@ from tipl import _core
 from tipl.subspace.running_gram import gram
 from tipl.subspace.streaming_svd import NotFittedError, StreamingSVD
 
+ON_EACH_DEVICE = True
+cpu_only = pytest.mark.cpu_only
+
 N, P, K = 1000, 1500, 32  # of the matrices on which the error is measured
 EXACT_ROWS = 256  # that are kept as they are
 ROUNDING = 1e-6  # of |A|_F: what float32 sums may add to an error or take off it
@@ -66,6 +69,7 @@ def test_the_residual_is_near_the_optimum_after_one_pass_and_nearer_after_two(ma
     assert optimum * (1 - EPS) <= error <= (1 + tolerance) * optimum
 
 
+@cpu_only
 @pytest.mark.parametrize("make", [low_rank, power_law, flat_with_gap])
 def test_further_passes_and_oversamples_only_help(make):
     rows, exact = matrix(make)
@@ -82,6 +86,7 @@ def test_further_passes_and_oversamples_only_help(make):
     assert three <= 1.001
 
 
+@cpu_only
 def test_a_second_pass_resolves_what_one_pass_does_not():
     """Singular values down to 1e-4 of the first; one pass sums their squares beside the first one's in float32."""
     rows, exact = matrix(geometric)
@@ -108,6 +113,7 @@ def test_too_few_oversamples_miss_2_percent_on_a_flat_spectrum_and_the_estimator
     assert estimator.optimum_bound_ <= optimum
 
 
+@cpu_only
 @pytest.mark.parametrize("make", [low_rank, power_law, flat_with_gap])
 @pytest.mark.parametrize("passes", [1, 2])
 def test_singular_values_are_never_too_large_and_lack_only_what_the_bound_admits(make, passes):
@@ -206,6 +212,7 @@ drawn = {
 }
 
 
+@cpu_only
 @pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(n=st.integers(1, 700), **drawn)
@@ -228,6 +235,7 @@ def test_the_bounds_of_the_residual_and_of_the_optimum_hold(n, p, k, decay, offs
     assert_bounds_hold(estimator, rows, center)
 
 
+@cpu_only
 @settings(max_examples=60, deadline=None)
 @given(n=st.integers(EXACT_ROWS + 1, 700), **drawn)
 @example(n=513, p=55, k=50, decay=2.26, offset=0.0, center=False, loud=False, n_oversamples=4, seed=60)
@@ -253,6 +261,7 @@ def test_the_estimates_are_in_order(n, p, center, passes):
         assert 0 <= estimator.optimum_bound_ <= low <= estimator.residual_ <= high <= estimator.residual_bound_
 
 
+@cpu_only
 @pytest.mark.parametrize("make", [low_rank, power_law, flat_with_gap])
 def test_the_bound_after_a_second_pass_is_within_1_percent_of_the_truth(make):
     rows, exact = matrix(make)
@@ -265,6 +274,7 @@ def test_the_bound_after_a_second_pass_is_within_1_percent_of_the_truth(make):
     assert estimator.residual_interval_ == (estimator.residual_, estimator.residual_)
 
 
+@cpu_only
 @pytest.mark.parametrize("params", [{}, {"n_oversamples": 8}, {"n_oversamples": 0}])
 @pytest.mark.parametrize("passes", [1, 2, 3])
 @pytest.mark.parametrize("make", [low_rank, power_law, flat_with_gap, geometric])
@@ -285,6 +295,7 @@ def estimates(make: Callable[[], np.ndarray]) -> np.ndarray:
     return np.array(runs)
 
 
+@cpu_only
 @pytest.mark.slow
 def test_the_interval_covers_the_residual():
     """95 % is meant, of eight test directions and a t distribution. Measured: 37 of 40 runs each on low_rank and on
@@ -296,6 +307,7 @@ def test_the_interval_covers_the_residual():
     assert min(covered.values()) >= 0.85, covered
 
 
+@cpu_only
 @pytest.mark.slow
 def test_the_estimate_of_the_residual_is_close_and_has_no_bias():
     """Measured on a power law: within 9 % in all of 40 runs, 3 % in the root mean square, and 0.1 % on average."""
@@ -386,6 +398,7 @@ def shares_of(rows: np.ndarray, center: bool) -> np.ndarray:
     return np.cumsum(squares) / squares.sum()
 
 
+@cpu_only
 @pytest.mark.parametrize("share", [0.3, 0.9, 0.99, 0.999])
 @pytest.mark.parametrize("center", [False, True])
 @pytest.mark.parametrize("n", [200, 900])
@@ -402,6 +415,7 @@ def test_a_share_of_the_energy_picks_the_fewest_components_that_explain_it(n, ce
     assert estimator.transform(rows[:2]).shape == (2, k)
 
 
+@cpu_only
 def test_a_share_holds_for_all_rows_seen_so_far():
     rows = reference.with_singular_values(0.85 ** np.arange(180), 900, 400, seed=3)
     estimator = StreamingSVD(0.99)
@@ -410,6 +424,7 @@ def test_a_share_holds_for_all_rows_seen_so_far():
         assert estimator.n_components_ == np.argmax(explained >= 0.99) + 1
 
 
+@cpu_only
 def test_a_share_out_of_reach_is_warned_of_and_the_most_components_are_taken():
     rows = np.random.default_rng(0).standard_normal((900, 600)).astype(np.float32)
     estimator = StreamingSVD(0.99).fit(rows)
@@ -426,6 +441,7 @@ def test_a_share_of_nothing_is_one_component():
     assert not estimator.explained_variance_ratio_.any()
 
 
+@cpu_only
 def test_a_share_of_two_passes_is_that_of_the_last_one():
     rows, exact = matrix(power_law)
     explained = np.cumsum(exact**2) / np.sum(exact**2)
@@ -461,6 +477,7 @@ def test_coordinates_are_those_of_all_rows_seen_in_their_order(n, params):
     assert np.abs(estimator.transform(rows) - theirs).max() <= EPS * size
 
 
+@cpu_only
 def test_coordinates_lack_no_more_than_the_directions_do():
     """Of any rows: Q Q^T A V^T, whose distance to A V^T is the part of the bound that the estimate takes off."""
     rows, _ = matrix(power_law)
@@ -548,6 +565,7 @@ def test_with_center_the_origin_changes_nothing_but_rounding():
 # ---- the same bits
 
 
+@cpu_only
 @pytest.mark.slow
 @settings(max_examples=50, deadline=None)
 @given(
@@ -575,6 +593,7 @@ STAGES = [257, 260, 273, 274, 280, 340, 401, 402, 403, 512, 513, 600]
 """Rows seen while those of the first block are sketched, summed and summed, and after, however wide registers are."""
 
 
+@cpu_only
 @pytest.mark.slow
 @pytest.mark.parametrize("isa", ISAS)
 def test_rows_one_by_one_can_be_read_merged_and_saved_while_a_block_is_on_its_way(isa, tmp_path):
@@ -602,6 +621,7 @@ def test_rows_one_by_one_can_be_read_merged_and_saved_while_a_block_is_on_its_wa
     )
 
 
+@cpu_only
 @pytest.mark.parametrize("passes", [1, 2, 3])
 @pytest.mark.parametrize("center", [False, True])
 @pytest.mark.parametrize("n", [100, 600])
@@ -615,6 +635,7 @@ def test_any_number_of_threads_gives_the_same_bits(n, center, passes):
         assert np.array_equal(other.transform(rows), one.transform(rows))
 
 
+@cpu_only
 def test_the_same_seed_gives_the_same_bits_and_another_one_others_of_the_same_span():
     """Each span holds the leading directions but for residual / singular value, and so do both of one another."""
     rows, exact = matrix(low_rank)
@@ -627,6 +648,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_one_others_of_the_same_sp
     assert np.isclose(errors[0], errors[1], rtol=0.03)
 
 
+@cpu_only
 @pytest.mark.slow
 @pytest.mark.parametrize("isa", ISAS)
 def test_every_instruction_set_gives_the_same_directions_from_the_same_omega(isa, tmp_path):
@@ -768,6 +790,7 @@ def test_a_merged_estimator_goes_on_and_the_other_one_stays_as_it_was(cut, cente
     assert np.abs(first.coordinates_ - whole.coordinates_).max() <= 1e-3 * np.abs(whole.coordinates_).max()
 
 
+@cpu_only
 @pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(sizes=st.lists(st.integers(1, 400), min_size=2, max_size=5), center=st.booleans(), data=st.data())

@@ -32,6 +32,9 @@ from tipl.subspace.grouped_svd import GroupedSVD
 from tipl.subspace.saved_sketch import checksum
 from tipl.subspace.streaming_svd import NotFittedError, StreamingSVD
 
+ON_EACH_DEVICE = True
+cpu_only = pytest.mark.cpu_only
+
 LEARNED = (
     "components_",
     "singular_values_",
@@ -125,6 +128,7 @@ def plain(X: Any) -> np.ndarray:
     return np.ascontiguousarray(np.asarray(X[:]).astype(np.float32))
 
 
+@cpu_only
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("n", [100, 700])
 def test_any_source_of_rows_gives_the_bits_of_its_values_in_float32(source, n, tmp_path):
@@ -138,6 +142,7 @@ def test_any_source_of_rows_gives_the_bits_of_its_values_in_float32(source, n, t
     assert results(StreamingSVD(k, passes=2).fit(X)) == results(StreamingSVD(k, passes=2).fit(rows))
 
 
+@cpu_only
 @pytest.mark.parametrize("source", ["float64", "tensor of bfloat16", "zarr", "every other column"])
 @pytest.mark.parametrize("block_rows", [7, 100, 256, 300])
 def test_rows_that_are_converted_in_several_blocks_give_the_same_bits(source, block_rows, tmp_path, monkeypatch):
@@ -150,6 +155,7 @@ def test_rows_that_are_converted_in_several_blocks_give_the_same_bits(source, bl
     assert np.array_equal(whole.transform(X), whole.transform(rows))
 
 
+@cpu_only
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("passes", [1, 2])
 def test_a_mapped_file_is_read_ahead_in_steps_and_gives_the_same_bits(dtype, passes, tmp_path, monkeypatch):
@@ -174,6 +180,7 @@ def test_reading_ahead_stops_with_its_reader(tmp_path):
     assert np.isfinite(mapped).all()
 
 
+@cpu_only
 @pytest.mark.parametrize("source", ["float32", "column slice", "memory map", "rows in reverse"])
 def test_float32_rows_are_read_where_they_lie(source, tmp_path):
     X = SOURCES[source](np.ones((4000, 600), np.float32), tmp_path)
@@ -259,6 +266,7 @@ def test_rows_with_another_number_of_columns_are_refused():
 # ---- bad values, and that nothing is lost by them
 
 
+@cpu_only
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("row", [0, 7, 99, 300, 699])
 @pytest.mark.parametrize("center", [False, True])
@@ -673,13 +681,14 @@ def test_parameters_are_stored_untouched_and_learned_attributes_are_not_set_by_t
         "origin": [1],
         "seed": 1.5,
         "num_threads": "all",
+        "device": None,
     }
     estimator = StreamingSVD(**params)
     assert estimator.get_params() == params
     assert not [name for name in vars(estimator) if name.endswith("_") and not name.startswith("_")]
     assert repr(estimator) == (
         "StreamingSVD(n_components='five', n_oversamples=-3, passes='many', center=None, origin=[1], seed=1.5, "
-        "num_threads='all')"
+        "num_threads='all', device=None)"
     )
     assert type(estimator)(**estimator.get_params()).get_params() == params  # as sklearn.base.clone does
 
@@ -891,6 +900,7 @@ def test_threads_that_share_an_estimator_wait_for_one_another():
     assert len(estimator.coordinates_) == 1201
 
 
+@cpu_only
 @pytest.mark.slow
 def test_a_signal_stops_between_blocks_and_the_rest_can_follow():
     numbers = np.random.default_rng(0).standard_normal(2_000_000, dtype=np.float32)

@@ -32,14 +32,20 @@ def as_input(name: str, array: Any, cuda_index: int | None) -> tuple[Kind, Any]:
         return Kind(), array  # whatever else it is, the engine says what it should be
     library: Literal["torch", "another"] = "torch" if type(array).__module__.split(".")[0] == "torch" else "another"
     try:
-        device_type = int(array.__dlpack_device__()[0])
-        if device_type not in (_CPU, _CUDA_HOST):
+        if on_a_device(array):
             if cuda_index is None:
                 raise ValueError(f"{name} must be in the host's memory, as the engine is on the CPU")
             return Kind(library, on_host=False), array
         return Kind(library), np.from_dlpack(array)
     except (BufferError, RuntimeError) as error:  # a tensor that requires grad, or is sparse
         raise ValueError(f"{name}: {error}") from None
+
+
+def on_a_device(array: Any) -> bool:
+    """Return whether an array is in a device's memory, by DLPack."""
+    if isinstance(array, np.ndarray) or not hasattr(array, "__dlpack_device__"):
+        return False
+    return int(array.__dlpack_device__()[0]) not in (_CPU, _CUDA_HOST)
 
 
 def as_host_integers(name: str, array: Any) -> NDArray[np.int64]:

@@ -2,18 +2,14 @@
 
 #include <algorithm>
 #include <bit>
-#include <numeric>
-#include <utility>
+#include <iterator>
 
 #include "cpu/isa.h"
 #include "cpu/sketch_kernels.h"
-#include "rng.h"
 
 namespace tipl {
 namespace {
 
-constexpr ptrdiff_t kNonzeros = 4;            // in each row of Omega: more lowered no error
-constexpr ptrdiff_t kTestNonzeros = 2;        // in each row of Omega'
 constexpr ptrdiff_t kDirectionColumns = 512;  // columns of the given directions that stay in the L2 cache
 constexpr ptrdiff_t kDirectedRows = 64;       // rows for which the given directions are read once
 constexpr double kMinSquare = 1.0e-30;        // mean square of a row below which its squares vanish in float32
@@ -28,53 +24,10 @@ Projection::Projection(const SketchConfig &config, ThreadPool &pool, Poll &poll)
       range_size_(config.range_size),
       mapped_(config.range_size + config.test_size),
       y_stride_(round_up(config.outputs(), 16)) {
-  const ptrdiff_t chunks = (num_features_ + kSketchColumns - 1) / kSketchColumns;
-  starts_.resize(chunks * (mapped_ + 1));
-  codes_.resize(chunks);
-  for_each_item(pool, poll, chunks, [&](int, ptrdiff_t chunk) { draw_signs(config, chunk); });
-}
-
-// Draws the signs of kSketchColumns columns.
-void Projection::draw_signs(const SketchConfig &config, ptrdiff_t chunk) {
-  const ptrdiff_t p = num_features_, l = range_size_, q = config.test_size;
-  const ptrdiff_t first = chunk * kSketchColumns, columns = std::min(kSketchColumns, p - first);
-  // Gives every column an entry in one of `size` outputs, and every output as many as any other, or one more: deals the
-  // columns, in random order, to the outputs. Calls add(column, output, negative).
-  const auto deal = [&](ptrdiff_t stratum, ptrdiff_t size, const auto &add) {
-    const auto low = [](uint64_t x) { return static_cast<uint32_t>(x); };
-    std::vector<ptrdiff_t> order(columns);
-    std::iota(order.begin(), order.end(), 0);
-    for (ptrdiff_t i = columns; i-- > 0;) {
-      const auto random = philox4x32({low(i), low(chunk), low(static_cast<uint64_t>(chunk) >> 32), low(stratum)},
-                                     {low(config.seed), low(config.seed >> 32)});
-      std::swap(order[i], order[(uint64_t{random[0]} * static_cast<uint64_t>(i + 1)) >> 32]);  // Fisher and Yates
-      // With more outputs than columns: one of the outputs that fall to this column.
-      const ptrdiff_t output = (i * size + (columns < size ? random[2] % size : 0)) / columns;
-      add(order[i], output, random[1] & 1);
-    }
-  };
-  std::vector<std::vector<uint16_t>> by_output(mapped_);
-  // Gives every column `strata` entries in the outputs [from, from + width): one in each of as many equal parts.
-  const auto fill = [&](ptrdiff_t from, ptrdiff_t width, ptrdiff_t strata, ptrdiff_t tag) {
-    for (ptrdiff_t i = 0; i < strata; ++i) {
-      const ptrdiff_t part = width * i / strata, size = width * (i + 1) / strata - part;
-      deal(tag + i, size, [&](ptrdiff_t column, ptrdiff_t output, uint32_t negative) {
-        by_output[from + part + output].push_back(static_cast<uint16_t>(2 * column + negative));
-      });
-    }
-  };
-  if (l == p) {
-    for (ptrdiff_t c = 0; c < columns; ++c) by_output[first + c].push_back(static_cast<uint16_t>(2 * c));
-  } else {
-    fill(0, l, std::min(kNonzeros, l), 0);
-  }
-  fill(l, q, std::min(kTestNonzeros, q), kNonzeros);
-  std::vector<uint16_t> &codes = codes_[chunk];
-  uint32_t *const starts = &starts_[chunk * (mapped_ + 1)];
-  for (ptrdiff_t output = 0; output < mapped_; ++output) {
-    codes.insert(codes.end(), by_output[output].begin(), by_output[output].end());
-    starts[output + 1] = static_cast<uint32_t>(codes.size());
-  }
+  static_assert(kSignColumns == kSketchColumns);
+  signs_.resize(sign_chunks(config));
+  for_each_item(pool, poll, std::ssize(signs_),
+                [&](int, ptrdiff_t chunk) { signs_[chunk] = draw_signs(config, chunk); });
 }
 
 // ---- given directions
@@ -148,7 +101,7 @@ void Projection::sketch_group(RowView x, const float *origin, float *y, double *
     const ptrdiff_t chunk = begin / kSketchColumns;
     if (chunk % kChunksBetweenPolls == kChunksBetweenPolls - 1) poll(rank);
     kernels_.sketch(row, x.count, origin == nullptr ? nullptr : origin + begin, std::min(kSketchColumns, p - begin),
-                    &starts_[chunk * (mapped_ + 1)], codes_[chunk].data(), mapped_, sums.data(), squares);
+                    signs_[chunk].starts.data(), signs_[chunk].codes.data(), mapped_, sums.data(), squares);
   }
   for (ptrdiff_t i = 0; i < x.count; ++i) {
     for (ptrdiff_t j = 0; j < mapped_; ++j) y[i * y_stride_ + j] = sums.data()[j * N + i];

@@ -9,6 +9,7 @@
 #include "cpu/aligned.h"
 #include "cpu/parallel.h"
 #include "rows.h"
+#include "sketch_signs.h"
 #include "svd.h"
 
 namespace tipl {
@@ -22,7 +23,7 @@ class Projection {
   // Omega^T = directions (l, p), without test outputs.
   Projection(const SketchConfig &config, const float *directions, ThreadPool &pool, Poll &poll);
 
-  bool directed() const noexcept { return starts_.empty(); }          // whether directions were given
+  bool directed() const noexcept { return signs_.empty(); }           // whether directions were given
   std::vector<float> directions(ThreadPool &pool, Poll &poll) const;  // (l, p) as they were given, or empty
   ptrdiff_t y_stride() const noexcept { return y_stride_; }           // room for l + q + 1 numbers
   ptrdiff_t group_rows() const noexcept;                              // how many rows are mapped together
@@ -36,17 +37,13 @@ class Projection {
                       Poll &poll) const;
 
  private:
-  void draw_signs(const SketchConfig &config, ptrdiff_t chunk);
   void sketch_group(RowView x, const float *origin, float *y, double *squares, int rank, Poll &poll) const;
   void multiply_group(RowView x, const float *origin, float *y, double *squares, int rank, Poll &poll) const;
 
   const SketchKernels &kernels_;
   const ptrdiff_t num_features_, range_size_, mapped_, y_stride_;  // p, l, l + q
 
-  // Of random signs, for each kSketchColumns columns as SketchKernels::sketch takes them: (chunks, l + q + 1), and the
-  // codes of each chunk.
-  std::vector<uint32_t> starts_;
-  std::vector<std::vector<uint16_t>> codes_;
+  std::vector<Signs> signs_;  // of each kSketchColumns columns, as SketchKernels::sketch takes them
 
   // Of given directions, for each kDirectionColumns columns as PackedLinear takes them, zero beyond l.
   AlignedWords directions_;

@@ -3,19 +3,17 @@
 #include <algorithm>
 #include <cmath>
 #include <iterator>
-#include <limits>
 #include <type_traits>
 #include <utility>
 
 #include "cpu/aligned.h"
 #include "cpu/isa.h"
-#include "cpu/row_checks.h"
 #include "cpu/sketch_kernels.h"
+#include "row_checks.h"
 
 namespace tipl {
 namespace {
 
-constexpr ptrdiff_t kCandidates = 16;      // rows among which the central one is found
 constexpr ptrdiff_t kWideRow = 1 << 20;    // columns from which on fewer rows are multiplied at once:
 constexpr ptrdiff_t kWideBlock = 4;        //   so many on each side
 constexpr ptrdiff_t kColumnTile = 128;     // columns that a thread combines at once,
@@ -28,6 +26,30 @@ std::vector<const float *> pointers(RowView x) {
 }
 
 }  // namespace
+
+std::vector<double> row_squares(ThreadPool &pool, Poll &poll, RowView x, const float *origin, ptrdiff_t p) {
+  std::vector<double> squares(x.count);
+  const SketchKernels &kernels = sketch_kernels();
+  const auto sum = [&](ptrdiff_t begin, ptrdiff_t end) {
+    for (ptrdiff_t i = begin; i < end; ++i) squares[i] = kernels.sum_squares(x.row(i), origin, p);
+  };
+  if (x.count == 1) {  // as rows of a run in the making come: not worth waking threads
+    sum(0, 1);
+  } else {
+    for_each_run(pool, poll, x.count, static_cast<double>(p) / 4, sum);
+  }
+  return squares;
+}
+
+void check_finite(ThreadPool &pool, Poll &poll, const char *where, const char *name, RowView x, int64_t first,
+                  ptrdiff_t p) {
+  for_each_piece(x, [&](RowView piece, ptrdiff_t begin) {
+    const std::vector<double> squares = row_squares(pool, poll, piece, nullptr, p);
+    for (ptrdiff_t i = 0; i < piece.count; ++i) {
+      if (!std::isfinite(squares[i])) check_row(where, name, piece.row(i), first + begin + i, p);
+    }
+  });
+}
 
 void products_of(ThreadPool &pool, Poll &poll, RowView x, RowView y, const float *origin, ptrdiff_t p, bool same,
                  double *out) {
@@ -87,25 +109,9 @@ template void combine_rows(ThreadPool &, Poll &, const std::vector<const float *
 template void combine_rows(ThreadPool &, Poll &, const std::vector<const double *> &, ptrdiff_t, const double *,
                            ptrdiff_t, float *);
 
-std::vector<float> central_row(ThreadPool &pool, Poll &poll, RowView x, ptrdiff_t p) {
-  const ptrdiff_t count = std::min(kCandidates, x.count);
-  const RowView rows{x.data, count, x.stride * (x.count / count)};
-  std::vector<double> products(count * count);
-  products_of(pool, poll, rows, rows, rows.data, p, true, products.data());
-  ptrdiff_t best = 0;
-  double least = std::numeric_limits<double>::infinity();
-  for (ptrdiff_t i = 0; i < count; ++i) {
-    double distances = 0.0;
-    for (ptrdiff_t j = 0; j < count; ++j) {
-      const double squared = products[i * count + i] + products[j * count + j] - 2.0 * products[i * count + j];
-      distances += std::sqrt(std::max(squared, 0.0));
-    }
-    if (distances < least) {
-      best = i;
-      least = distances;
-    }
-  }
-  return std::vector<float>(rows.row(best), rows.row(best) + p);
+void check_finite_rows(const char *where, RowView x, int64_t first_row, ptrdiff_t p, int num_threads, Poll &poll) {
+  ThreadPool pool(num_threads);
+  check_finite(pool, poll, where, "X", x, first_row, p);
 }
 
 void products(const char *where, RowView x, int64_t first_row, RowView y, const float *origin, ptrdiff_t p, bool same,

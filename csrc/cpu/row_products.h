@@ -1,7 +1,8 @@
-// The products and combinations of rows.h on the threads of a pool, without checks.
+// The checks, products and combinations of rows.h on the threads of a pool.
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <vector>
 
 #include "call.h"
@@ -9,6 +10,14 @@
 #include "rows.h"
 
 namespace tipl {
+
+// The sum of squares of each row less origin: NaN or Inf exactly where a value of the row is.
+std::vector<double> row_squares(ThreadPool &pool, Poll &poll, RowView x, const float *origin, ptrdiff_t p);
+
+// Throws std::invalid_argument where a value is NaN or Inf; the message calls the rows `name` and counts them from
+// `first` on.
+void check_finite(ThreadPool &pool, Poll &poll, const char *where, const char *name, RowView x, int64_t first,
+                  ptrdiff_t p);
 
 // out (x.count, y.count) <- (x - origin)(y - origin)^T; `same`: x and y are the same rows.
 void products_of(ThreadPool &pool, Poll &poll, RowView x, RowView y, const float *origin, ptrdiff_t p, bool same,
@@ -18,9 +27,5 @@ void products_of(ThreadPool &pool, Poll &poll, RowView x, RowView y, const float
 template <class T>
 void combine_rows(ThreadPool &pool, Poll &poll, const std::vector<const T *> &rows, ptrdiff_t p, const double *weights,
                   ptrdiff_t r, float *out);
-
-// A row (p) in the midst of x: of some rows spread over x, the one with the smallest sum of distances to the others, so
-// that a few outliers do not count. Relative to such a row float32 keeps what tells the rows apart.
-std::vector<float> central_row(ThreadPool &pool, Poll &poll, RowView x, ptrdiff_t p);
 
 }  // namespace tipl

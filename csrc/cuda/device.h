@@ -116,6 +116,38 @@ class Stream {
   cudaStream_t stream_ = nullptr;
 };
 
+// A place in the work of a stream, for which another stream can wait.
+class Event {
+ public:
+  Event() { succeed(cudaEventCreateWithFlags(&event_, cudaEventDisableTiming), "cudaEventCreateWithFlags"); }
+  ~Event() { cudaEventDestroy(event_); }
+  Event(const Event &) = delete;
+  Event &operator=(const Event &) = delete;
+
+  // Puts the event behind all that was asked of the stream so far.
+  void record(const Stream &stream) { succeed(cudaEventRecord(event_, stream), "cudaEventRecord"); }
+  // Lets all that is asked of the stream from now on wait for the event; not at all where it was never recorded.
+  void hold(const Stream &stream) const { succeed(cudaStreamWaitEvent(stream, event_, 0), "cudaStreamWaitEvent"); }
+  void wait() const { succeed(cudaEventSynchronize(event_), "cudaEventSynchronize"); }
+
+ private:
+  cudaEvent_t event_ = nullptr;
+};
+
+// Memory of the host that a device copies from at full speed, while the host goes on.
+class PinnedBytes {
+ public:
+  explicit PinnedBytes(size_t bytes) { succeed(cudaHostAlloc(&data_, bytes, 0), "cudaHostAlloc(", bytes, " bytes)"); }
+  ~PinnedBytes() { cudaFreeHost(data_); }
+  PinnedBytes(const PinnedBytes &) = delete;
+  PinnedBytes &operator=(const PinnedBytes &) = delete;
+
+  char *data() const noexcept { return static_cast<char *>(data_); }
+
+ private:
+  void *data_ = nullptr;
+};
+
 // One number in the host's memory that kernels read and write while they run.
 class MappedFlag {
  public:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tipl import _core
+from tipl.device import cuda_engine, cuda_index
 from tipl.subspace.parameters import checked_integer, checked_threads
 from tipl.subspace.sketch_svd import SHARE_COMPONENTS, TEST_DIRECTIONS, Factors, factors_of, leading_directions
 
@@ -20,6 +21,7 @@ class FittedSketch:
     """A sketch of rows."""
 
     core: _core.RowSketch
+    """On a CUDA device: tipl._cuda.RowSketch, which is used alike."""
     parameters: dict[str, Any]
     """The estimator's parameters when the sketch was built."""
     factors: tuple[int, Factors] | None = None
@@ -56,15 +58,18 @@ class FittedSketch:
                     f"{owner}: origin must be float32 of shape (p,) = ({num_features},), got {origin.dtype} of shape "
                     f"{origin.shape}"
                 )
-        core = _core.RowSketch(
+        index = cuda_index(owner, parameters["device"])
+        threads = checked_threads(parameters["num_threads"])
+        make: Any = _core.RowSketch if index is None else cuda_engine().RowSketch
+        core = make(
             num_features=num_features,
             range_size=range_size if directions is None else len(directions),
             test_size=TEST_DIRECTIONS if directions is None and range_size < num_features else 0,
             seed=seed,
-            num_threads=checked_threads(parameters["num_threads"]),
             origin=origin,
             directions=directions,
             choose_origin=parameters["center"] and origin is None,
+            **({"num_threads": threads} if index is None else {"device": index}),
         )
         return cls(core, parameters)
 
@@ -101,6 +106,11 @@ class FittedSketch:
             "pending": seen.pending,
             "origin": seen.origin,
         }
+
+    @property
+    def cuda_index(self) -> int | None:
+        """The index of the CUDA device that the sketch is on; None for the CPU."""
+        return getattr(self.core, "device", None)
 
     @property
     def is_exact(self) -> bool:

@@ -8,8 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tipl import _core
+from tipl.device import cuda_engine, cuda_index
 from tipl.subspace.joint_calls import check_rows, fit_together, set_fitted, turns
-from tipl.subspace.row_blocks import Rows, numbered, row_blocks
+from tipl.subspace.row_blocks import Rows, numbered, row_blocks, where_it_was
 from tipl.subspace.streaming_svd import StreamingSVD
 
 
@@ -59,18 +60,20 @@ class GroupedSVD:
         self._check_columns("partial_fit", X)
         estimators, columns = list(self.estimators_.values()), [slice(*ends) for ends in self.groups.values()]
         with turns("partial_fit", estimators):
-            blocks = list(row_blocks("partial_fit", X))
+            index = cuda_index("partial_fit", estimators[0].device)
+            blocks = list(row_blocks("partial_fit", X, cuda_index=index))
             fitted = [
                 estimator._ready("partial_fit", stop - start)
                 for estimator, (start, stop) in zip(estimators, self.groups.values(), strict=True)
             ]
             cores, starts = [each.core for each in fitted], [start for start, _ in self.groups.values()]
+            engine: Any = _core if index is None else cuda_engine()
             for first_row, block in numbered(blocks):  # names the column of X, and checks columns outside all groups
-                _core.check_finite("partial_fit", block, _core.available_cpus(), first_row)
+                engine.check_finite("partial_fit", block, _core.available_cpus() if index is None else index, first_row)
             check_rows(cores, columns, blocks)
             set_fitted(estimators, fitted)
             for first_row, block in numbered(blocks):
-                _core.partial_fit_together(cores, starts, block, first_row=first_row, all_or_none=len(blocks) == 1)
+                engine.partial_fit_together(cores, starts, block, first_row=first_row, all_or_none=len(blocks) == 1)
         return self
 
     def merge(self, other: "GroupedSVD") -> Self:
@@ -84,22 +87,23 @@ class GroupedSVD:
             set_fitted(estimators, [ours._merged(other) for ours, other in zip(estimators, theirs, strict=True)])
         return self
 
-    def transform(self, X: Rows) -> NDArray[np.float32]:
+    def transform(self, X: Rows) -> Any:
         """Return coordinates (n, sum of all k) of the rows of X (n, p), group after group."""
         self._check_columns("transform", X)
         estimators, columns = list(self.estimators_.values()), [slice(*ends) for ends in self.groups.values()]
         with turns("transform", estimators):
             factors = [estimator._seen_rows("transform").read(estimator._threads()) for estimator in estimators]
-        threads = estimators[0]._threads()
-        return np.concatenate(
+        threads, index = estimators[0]._threads(), cuda_index("transform", estimators[0].device)
+        coordinates = np.concatenate(
             [
                 np.concatenate(
-                    [of.project(block[:, which], threads) for of, which in zip(factors, columns, strict=True)],
+                    [of.project(block[:, which], threads, index) for of, which in zip(factors, columns, strict=True)],
                     axis=1,
                 )
-                for block in row_blocks("transform", X)
+                for block in row_blocks("transform", X, cuda_index=index)
             ]
         )
+        return where_it_was(X, coordinates, index)
 
     @property
     def coordinates_(self) -> NDArray[np.float32]:

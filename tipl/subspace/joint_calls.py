@@ -3,12 +3,10 @@
 from collections import deque
 from collections.abc import Sequence
 from itertools import repeat
-from typing import TYPE_CHECKING
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any
 
 from tipl import _core
+from tipl.device import cuda_index
 from tipl.subspace.fitted_sketch import FittedSketch
 from tipl.subspace.parameters import checked_integer
 from tipl.subspace.row_blocks import SKETCH_ROWS, Rows, numbered, row_blocks
@@ -32,6 +30,7 @@ def fit_together(parts: Sequence[tuple["StreamingSVD", slice]], X: Rows) -> None
     """Fit each estimator to its columns of X, reading X as often as the one with the most passes asks."""
     estimators = [estimator for estimator, _ in parts]
     max_rows = None if all(columns == slice(None) for _, columns in parts) else SKETCH_ROWS
+    index = cuda_index("fit", estimators[0].device)
     with turns("fit", estimators):
         fresh = [type(estimator)(**estimator.get_params()) for estimator in estimators]
         for number in range(max([1] + [checked_integer("passes", estimator.passes) for estimator in fresh])):
@@ -42,10 +41,10 @@ def fit_together(parts: Sequence[tuple["StreamingSVD", slice]], X: Rows) -> None
                 if number == 0 or (number < estimator.passes and not estimator._seen_rows("fit").is_exact)
             }
             now: dict[int, FittedSketch] = {}
-            blocks = row_blocks("fit", X, max_rows=max_rows, read_ahead=True) if directions else ()
+            blocks = row_blocks("fit", X, max_rows=max_rows, read_ahead=True, cuda_index=index) if directions else ()
             for first_row, block in numbered(blocks):
                 for i in directions:
-                    rows = block[:, parts[i][1]]
+                    rows = columns_of(block, parts[i][1])
                     if i not in now:
                         now[i] = fresh[i]._build(rows.shape[1], directions=directions[i])
                     now[i].core.partial_fit(rows, first_row=first_row, all_or_none=False)
@@ -55,9 +54,7 @@ def fit_together(parts: Sequence[tuple["StreamingSVD", slice]], X: Rows) -> None
         set_fitted(estimators, [estimator._fitted for estimator in fresh])
 
 
-def check_rows(
-    cores: Sequence[_core.RowSketch], columns: Sequence[slice], blocks: Sequence[NDArray[np.float32]]
-) -> None:
+def check_rows(cores: Sequence[_core.RowSketch], columns: Sequence[slice], blocks: Sequence[Any]) -> None:
     """Raise ValueError where a sketch cannot take its columns of all blocks.
 
     A single block is left alone: the sketch checks all of it before it takes any row.
@@ -65,4 +62,9 @@ def check_rows(
     for core, which in zip(cores, columns, strict=True) if len(blocks) > 1 else ():
         before = 0.0
         for first_row, block in numbered(blocks):
-            before = core.check_rows(block[:, which], first_row, before)
+            before = core.check_rows(columns_of(block, which), first_row, before)
+
+
+def columns_of(block: Any, which: slice) -> Any:
+    """Return some columns of a block of rows; all of them of any array, even of one that cannot be sliced."""
+    return block if which == slice(None) else block[:, which]

@@ -8,6 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tipl import _core
+from tipl.arrays import as_input, as_result, on_a_device
+from tipl.device import cuda_engine
 
 BLOCK_BYTES = 64 << 20
 """Size of the blocks, as float32, in which rows are converted or requested from disk."""
@@ -16,7 +18,7 @@ AHEAD_BYTES = 128 << 20
 """How far beyond the current block rows are requested from disk."""
 
 SKETCH_ROWS = 256
-"""Rows of a block in csrc/cpu/sketch_sums.h. Groups of columns take turns after so many, still in the caches."""
+"""Rows of a block in csrc/sketch_math.h. Groups of columns take turns after so many, still in the caches."""
 
 
 class Rows(Protocol):
@@ -30,12 +32,18 @@ class Rows(Protocol):
 
 
 def row_blocks(
-    where: str, X: Rows, columns: int | None = None, max_rows: int | None = None, read_ahead: bool = False
-) -> Iterator[NDArray[np.float32]]:
+    where: str,
+    X: Rows,
+    columns: int | None = None,
+    max_rows: int | None = None,
+    read_ahead: bool = False,
+    cuda_index: int | None = None,
+) -> Iterator[Any]:
     """Yield the rows of X (n, p) in order, as float32 blocks with contiguous rows. float32 arrays are not copied.
 
     `columns`: what p must be. `max_rows`: the most rows of one block. `read_ahead`: read a memory-mapped file from disk
-    before its blocks are due. Raises TypeError for another dtype and ValueError for another shape, naming `where`.
+    before its blocks are due. `cuda_index`: the device that takes the blocks; an array on a device is one block, where
+    it lies. Raises TypeError for another dtype and ValueError for another shape, naming `where`.
     """
     shape = tuple(getattr(X, "shape", ()))
     if not shape or not hasattr(X, "dtype") or isinstance(X, np.ma.MaskedArray):
@@ -43,6 +51,10 @@ def row_blocks(
     if len(shape) != 2 or shape[0] < 1 or shape[1] < 1 or (columns is not None and shape[1] != columns):
         expected = "(n, p)" if columns is None else f"(n, p) = (n, {columns})"
         raise ValueError(f"{where}: X must have shape {expected}, at least one row and one column, got {shape}")
+    if cuda_index is not None and on_a_device(X):
+        tensor: Any = X
+        yield tensor.float() if hasattr(tensor, "is_floating_point") and tensor.is_floating_point() else tensor
+        return
     usable_in_place = isinstance(X, np.ndarray) and X.dtype == np.float32 and _rows_are_contiguous(X)
     reader = _core.ReadAhead(X) if read_ahead and isinstance(X, np.ndarray) and _is_mapped_file(X) else None
     most = shape[0] if usable_in_place and reader is None else max(1, BLOCK_BYTES // (4 * shape[1]))
@@ -57,12 +69,20 @@ def row_blocks(
         yield block if usable_in_place else _as_float32(where, block)
 
 
-def numbered(blocks: Iterable[NDArray[np.float32]]) -> Iterator[tuple[int, NDArray[np.float32]]]:
+def where_it_was(argument: Any, result: NDArray[np.float32], cuda_index: int | None) -> Any:
+    """Return a result, which is in the host's memory, where the argument is, as an array of its kind."""
+    if cuda_index is None or not on_a_device(argument):
+        return result
+    kind, _ = as_input("X", argument, cuda_index)
+    return as_result(kind, cuda_engine().DeviceArray.from_numpy(result, cuda_index))
+
+
+def numbered(blocks: Iterable[Any]) -> Iterator[tuple[int, Any]]:
     """Yield each block together with the index of its first row in the matrix."""
     first_row = 0
     for block in blocks:
         yield first_row, block
-        first_row += len(block)
+        first_row += block.shape[0]
 
 
 def _is_mapped_file(X: NDArray[Any]) -> bool:
@@ -80,6 +100,8 @@ def _rows_are_contiguous(X: NDArray[Any]) -> bool:
 
 def _as_float32(where: str, block: Any) -> NDArray[np.float32]:
     is_tensor = hasattr(block, "detach")  # a torch tensor: NumPy does not know its bfloat16
+    if not is_tensor and on_a_device(block):
+        raise ValueError(f"{where}: X must be in the host's memory, as the estimator is on the CPU")
     block = block if is_tensor else np.asarray(block)
     name = str(block.dtype).removeprefix("torch.") if is_tensor else block.dtype.name
     if name not in ("float16", "bfloat16", "float32", "float64"):

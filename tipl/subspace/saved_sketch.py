@@ -22,7 +22,7 @@ _FORMAT, _VERSION = "tipl.StreamingSVD", "1"
 
 def save_sketch(path: Path, arrays: dict[str, NDArray[Any]], parameters: Mapping[str, Any]) -> None:
     """Write the arrays of a sketch, and the parameters it was built with, to a file: whole or not at all."""
-    stored = {name: value for name, value in parameters.items() if name not in ("origin", "num_threads")}
+    stored = {name: value for name, value in parameters.items() if name not in ("origin", "num_threads", "device")}
     stored["own_origin"] = parameters["origin"] is not None  # which `arrays` holds
     params = json.dumps(stored, default=operator.index)  # integers may be NumPy's
     metadata = {"format": _FORMAT, "version": _VERSION, "params": params, "crc32c": checksum(params, arrays)}

@@ -25,11 +25,13 @@ Exact   Up to 256 rows are kept as they are, and their Gram matrix in float64 gi
 
 import dataclasses
 import warnings
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tipl import _core
+from tipl.device import cuda_engine
 from tipl.subspace.row_blocks import Rows, numbered, row_blocks
 
 TEST_DIRECTIONS = 8
@@ -75,14 +77,33 @@ class Factors:
     coordinates: NDArray[np.float64] | None  # (n, k) where the rows are exact
     mixing: NDArray[np.float64]  # (l + 1, k): coordinates = [Y, 1] mixing, elsewhere
 
-    def project(self, X: Rows, num_threads: int) -> NDArray[np.float32]:
+    def project(self, X: Rows, num_threads: int, cuda_index: int | None = None) -> NDArray[np.float32]:
         """Return the coordinates (n, k) of the rows of X (n, p): (X - mean) components^T, summed in float64."""
         mean_coordinates = self.components.astype(np.float64) @ self.mean
+        blocks = row_blocks("transform", X, self.components.shape[1], cuda_index=cuda_index)
         parts = [
-            _core.products("transform", block, self.components, None, num_threads, first_row) - mean_coordinates
-            for first_row, block in numbered(row_blocks("transform", X, self.components.shape[1]))
+            products("transform", block, self.components, None, num_threads, first_row, cuda_index) - mean_coordinates
+            for first_row, block in numbered(blocks)
         ]
         return np.concatenate(parts).astype(np.float32)
+
+
+def products(
+    where: str,
+    X: Any,
+    Y: Any,
+    origin: NDArray[np.float32] | None,
+    num_threads: int,
+    first_row: int = 0,
+    cuda_index: int | None = None,
+) -> NDArray[np.float64]:
+    """Return (X - origin) (Y - origin)^T in float64, in the host's memory; without Y, of X with itself.
+
+    On the CPU, or on a CUDA device, where X and Y may lie; errors number the rows of X from `first_row` on.
+    """
+    if cuda_index is None:
+        return _core.products(where, X, Y, origin, num_threads, first_row)
+    return np.asarray(cuda_engine().products(where, X, Y, origin, cuda_index, first_row))
 
 
 def factors_of(core: _core.RowSketch, n_components: int | float, center: bool, seed: int, num_threads: int) -> Factors:

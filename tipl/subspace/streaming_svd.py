@@ -12,14 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tipl import _core
+from tipl.device import cuda_index
 from tipl.subspace.fitted_sketch import FittedSketch
 from tipl.subspace.joint_calls import check_rows, fit_together, turns
 from tipl.subspace.parameters import checked_threads, same_value
-from tipl.subspace.row_blocks import Rows, numbered, row_blocks
+from tipl.subspace.row_blocks import Rows, numbered, row_blocks, where_it_was
 from tipl.subspace.saved_sketch import load_sketch, save_sketch
 from tipl.subspace.sketch_svd import Factors
 
-_PARAMETERS = ("n_components", "n_oversamples", "passes", "center", "origin", "seed", "num_threads")
+_PARAMETERS = ("n_components", "n_oversamples", "passes", "center", "origin", "seed", "num_threads", "device")
 
 
 class NotFittedError(ValueError, AttributeError):
@@ -56,6 +57,10 @@ class StreamingSVD:
             central row of the first 256.
         seed: for the random directions.
         num_threads: None for all cores of this process.
+        device: "cpu", or "cuda", "cuda:0" ... for an NVIDIA GPU, where the sums then stay. Rows may lie there (anything
+            that speaks DLPack, as torch and CuPy do) or in the host's memory, from which they are streamed. What is
+            derived from the sums is computed on the CPU, and attributes are NumPy arrays. The random directions, and
+            with them files, are the same on all devices, the bits of the sums are not.
 
     Attributes, after the first row (A: the rows less the origin, or about their mean):
         components_: (k, p) float32, orthonormal rows; the entry of largest magnitude in each row is positive. Where A
@@ -84,6 +89,7 @@ class StreamingSVD:
         origin: NDArray[np.float32] | None = None,
         seed: int = 0,
         num_threads: int | None = None,
+        device: str = "cpu",
     ) -> None:
         self.n_components = n_components
         self.n_oversamples = n_oversamples
@@ -92,6 +98,7 @@ class StreamingSVD:
         self.origin = origin
         self.seed = seed
         self.num_threads = num_threads
+        self.device = device
         self._fitted: FittedSketch | None = None  # may be a sketch without rows
         self._in_use = _core.InUse()
 
@@ -158,7 +165,8 @@ class StreamingSVD:
 
     def fit_transform(self, X: Rows, y: None = None) -> NDArray[np.float32]:
         """Return `fit(X).transform(X)`, (n, k): the rows are read once more than `fit` reads them."""
-        return self.fit(X).transform(X)
+        coordinates: NDArray[np.float32] = self.fit(X).transform(X)
+        return coordinates
 
     def partial_fit(self, X: Rows, y: None = None) -> Self:
         """Take the rows of X (n, p), any n >= 1, of the types that `fit` takes. `y` is ignored; scikit-learn passes it.
@@ -167,7 +175,7 @@ class StreamingSVD:
         row of X was taken. After Ctrl-C `n_samples_seen_` tells how many were.
         """
         with turns("partial_fit", [self]):
-            blocks = list(row_blocks("partial_fit", X))
+            blocks = list(row_blocks("partial_fit", X, cuda_index=cuda_index("partial_fit", self.device)))
             self._fitted = fitted = self._ready("partial_fit", blocks[0].shape[1])
             check_rows([fitted.core], [slice(None)], blocks)
             for first_row, block in numbered(blocks):
@@ -188,9 +196,14 @@ class StreamingSVD:
 
     # ---- rows out
 
-    def transform(self, X: Rows) -> NDArray[np.float32]:
-        """Return coordinates (n, k) of the rows of X (n, p): (X - mean_) components_^T, summed in float64."""
-        return self._factors("transform").project(X, self._threads())
+    def transform(self, X: Rows) -> Any:
+        """Return coordinates (n, k) of the rows of X (n, p): (X - mean_) components_^T, summed in float64.
+
+        Of an array on a device they are there too: as a torch tensor, or an array that speaks DLPack.
+        """
+        index = cuda_index("transform", self.device)
+        coordinates = self._factors("transform").project(X, self._threads(), index)
+        return where_it_was(X, coordinates, index)
 
     def inverse_transform(self, X: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return the rows (n, p) of coordinates X (n, k), X components_ + mean_."""
@@ -267,7 +280,7 @@ class StreamingSVD:
         save_sketch(Path(path), arrays, fitted.parameters)
 
     @classmethod
-    def load(cls, path: Path | str, num_threads: int | None = None) -> Self:
+    def load(cls, path: Path | str, num_threads: int | None = None, *, device: str = "cpu") -> Self:
         """Return the estimator in `path`, as it was saved.
 
         Raises FileNotFoundError, or RuntimeError where the file is damaged, of another version or of another kind.
@@ -275,9 +288,10 @@ class StreamingSVD:
         if not Path(path).is_file():
             raise FileNotFoundError(f"load: there is no file {path}")
         checked_threads(num_threads)
+        cuda_index("load", device)
 
         def restored(parameters: dict[str, Any], arrays: dict[str, NDArray[Any]], kind: type[Self] = cls) -> Self:
-            estimator = kind(**parameters, num_threads=num_threads)
+            estimator = kind(**parameters, num_threads=num_threads, device=device)
             estimator._fitted = FittedSketch.restore(estimator.get_params(), arrays, owner=kind.__name__)
             return estimator
 
@@ -310,6 +324,8 @@ class StreamingSVD:
             merged = self._build(theirs.core.num_features)
         else:
             merged = FittedSketch(ours.core.snapshot(settled=False), ours.parameters)
+        if theirs.cuda_index != merged.cuda_index:  # brings what they have seen to our device
+            theirs = FittedSketch.restore(merged.parameters, theirs.arrays(), owner=type(self).__name__)
         merged.core.merge(theirs.core)
         return merged
 

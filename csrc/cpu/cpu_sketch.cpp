@@ -1,13 +1,12 @@
-#include "cpu/sketch_sums.h"
+#include "cpu/cpu_sketch.h"
 
 #include <algorithm>
-#include <numeric>
 #include <utility>
 
 #include "cpu/isa.h"
-#include "cpu/row_checks.h"
 #include "cpu/row_products.h"
 #include "cpu/sketch_kernels.h"
+#include "row_checks.h"
 
 namespace tipl {
 namespace {
@@ -15,73 +14,132 @@ namespace {
 constexpr ptrdiff_t kUpdatePanels = 4;  // of kUpdateColumns each: the columns of C that a thread takes at once
 constexpr ptrdiff_t kSpreadRows = 128;  // rows of the next block over which adding a block to C is spread
 
+const CpuSketchSums &ours(const SketchSums &sums) noexcept { return static_cast<const CpuSketchSums &>(sums); }
+
 }  // namespace
 
 // ---- sums
 
-SketchSums::SketchSums(const SketchConfig &config)
+CpuSketchSums::CpuSketchSums(const SketchConfig &config)
     : co_range({config.outputs(), config.num_features}), gram({config.outputs(), config.outputs()}) {}
 
-std::shared_ptr<SketchSums> SketchSums::copy(const SketchConfig &config, ThreadPool &pool, Poll &poll) const {
-  auto copy = std::make_shared<SketchSums>(config);
-  const ptrdiff_t size = config.outputs() * config.num_features;
-  for_each_run(pool, poll, size, 1.0, [&](ptrdiff_t begin, ptrdiff_t end) {
-    std::copy(co_range.data() + begin, co_range.data() + end, copy->co_range.data() + begin);
+std::shared_ptr<SketchSums> CpuSketchMath::no_rows() { return std::make_shared<CpuSketchSums>(config_); }
+
+std::shared_ptr<SketchSums> CpuSketchMath::copy(const SketchSums &sums, Poll &poll) {
+  const CpuSketchSums &from = ours(sums);
+  auto copy = std::make_shared<CpuSketchSums>(config_);
+  const ptrdiff_t size = config_.outputs() * config_.num_features;
+  for_each_run(*pool_, poll, size, 1.0, [&](ptrdiff_t begin, ptrdiff_t end) {
+    std::copy(from.co_range.data() + begin, from.co_range.data() + end, copy->co_range.data() + begin);
   });
-  std::copy_n(gram.data(), config.outputs() * config.outputs(), copy->gram.data());
-  copy->squares = squares;
-  copy->rows = rows;
-  copy->range_rows = range_rows;
+  std::copy_n(from.gram.data(), config_.outputs() * config_.outputs(), copy->gram.data());
+  copy->squares = from.squares;
+  copy->rows = from.rows;
+  copy->range_rows = from.range_rows;
   return copy;
 }
 
-// A row d of theirs becomes d + shift, and its y becomes y + step with step = [shift Omega, shift Omega', 0].
-std::shared_ptr<SketchSums> SketchSums::merged(const SketchSums &ours, const SketchSums &theirs,
-                                               const std::vector<float> &shift, const SketchConfig &config,
-                                               const Projection &projection, ThreadPool &pool, Poll &poll) {
+std::shared_ptr<SketchSums> CpuSketchMath::restored(const double *co_range, const double *gram, Poll &poll) {
+  const ptrdiff_t p = config_.num_features, outputs = config_.outputs();
+  auto sums = std::make_shared<CpuSketchSums>(config_);
+  for (ptrdiff_t j = 0; j < outputs; ++j) {
+    poll(0);
+    std::copy_n(co_range + j * p, p, sums->co_range.data() + j * p);
+  }
+  std::copy_n(gram, outputs * outputs, sums->gram.data());
+  return sums;
+}
+
+std::shared_ptr<SketchSums> CpuSketchMath::merged(const SketchSums &our_sums, const SketchSums &their_sums,
+                                                  const float *shift, const float *step,
+                                                  const std::vector<double> &gram, Poll &poll) {
   constexpr ptrdiff_t kColumns = 1 << 16;  // of a row of C, that a thread takes at once
-  const ptrdiff_t p = config.num_features, outputs = config.outputs(), last = outputs - 1;
-  AlignedFloats step({1, projection.y_stride()});
-  double squared = 0.0;
-  projection.apply_to_group({shift.data(), 1, p}, 0, nullptr, step.data(), &squared, 0, poll);
-  step.data()[last] = 0.0f;
-  const double *const g = theirs.gram.data(), *const sum_of_d = theirs.co_range.data() + last * p;
+  const CpuSketchSums &our = ours(our_sums), &their = ours(their_sums);
+  const ptrdiff_t p = config_.num_features, outputs = config_.outputs(), last = outputs - 1;
+  const double *const g = their.gram.data(), *const sum_of_d = their.co_range.data() + last * p;
   const double rows = g[last * outputs + last];
-  const auto sum_of_y = [&](ptrdiff_t j) { return g[j * outputs + last]; };
-  auto both = std::make_shared<SketchSums>(config);
+  auto both = std::make_shared<CpuSketchSums>(config_);
   const ptrdiff_t tiles = (p + kColumns - 1) / kColumns;
-  for_each_item(pool, poll, outputs * tiles, [&](int, ptrdiff_t item) {
+  for_each_item(*pool_, poll, outputs * tiles, [&](int, ptrdiff_t item) {
     const ptrdiff_t j = item / tiles, begin = item % tiles * kColumns, end = std::min(p, begin + kColumns);
-    const double own_step = step.data()[j];
-    const double *const from = theirs.co_range.data() + j * p, *const onto = ours.co_range.data() + j * p;
+    const double sum_of_y = g[j * outputs + last], own_step = step[j];
+    const double *const from = their.co_range.data() + j * p, *const onto = our.co_range.data() + j * p;
     double *const to = both->co_range.data() + j * p;
     for (ptrdiff_t c = begin; c < end; ++c) {
-      to[c] = onto[c] + (from[c] + sum_of_y(j) * shift[c] + own_step * (sum_of_d[c] + rows * shift[c]));
-    }
-    for (ptrdiff_t i = 0; begin == 0 && i < outputs; ++i) {
-      const double other_step = step.data()[i];
-      both->gram.data()[j * outputs + i] =
-          ours.gram.data()[j * outputs + i] +
-          (g[j * outputs + i] + own_step * sum_of_y(i) + other_step * sum_of_y(j) + own_step * other_step * rows);
+      to[c] = onto[c] + (from[c] + sum_of_y * shift[c] + own_step * (sum_of_d[c] + rows * shift[c]));
     }
   });
-  const double across = std::inner_product(shift.begin(), shift.end(), sum_of_d, 0.0);
-  both->squares = ours.squares + (theirs.squares + 2.0 * across + rows * squared);
-  both->rows = ours.rows + theirs.rows;
-  both->range_rows = ours.range_rows;
-  for (const auto &block : theirs.range_rows) {
-    poll(0);
-    auto moved = std::make_shared<std::vector<float>>(*block);
-    for (size_t i = 0; i < moved->size(); ++i) (*moved)[i] += step.data()[i % config.range_size];
-    both->range_rows.push_back(std::move(moved));
-  }
+  std::copy(gram.begin(), gram.end(), both->gram.data());
   return both;
+}
+
+void CpuSketchMath::read_co_range(const SketchSums &sums, ptrdiff_t first, ptrdiff_t count, double *out, Poll &poll) {
+  constexpr ptrdiff_t kRun = 1 << 20;
+  const ptrdiff_t size = count * config_.num_features;
+  const double *const from = ours(sums).co_range.data() + first * config_.num_features;
+  for (ptrdiff_t begin = 0; begin < size; begin += kRun) {
+    poll(0);
+    std::copy_n(from + begin, std::min(kRun, size - begin), out + begin);
+  }
+}
+
+std::vector<double> CpuSketchMath::read_gram(const SketchSums &sums) {
+  const double *const gram = ours(sums).gram.data();
+  return std::vector<double>(gram, gram + config_.outputs() * config_.outputs());
+}
+
+void CpuSketchMath::combine(const SketchSums &sums, const double *weights, ptrdiff_t r, float *out, Poll &poll) {
+  std::vector<const double *> rows(config_.outputs());
+  for (size_t j = 0; j < rows.size(); ++j) rows[j] = ours(sums).co_range.data() + j * config_.num_features;
+  combine_rows(*pool_, poll, rows, config_.num_features, weights, r, out);
+}
+
+// ---- rows
+
+CpuSketchMath::CpuSketchMath(const SketchConfig &config, const float *directions, int num_threads, Poll &poll)
+    : config_(check_sketch(config, directions)),
+      pool_(std::make_unique<ThreadPool>(num_threads)),
+      projection_(directions == nullptr ? std::make_shared<Projection>(config_, *pool_, poll)
+                                        : std::make_shared<Projection>(config_, directions, *pool_, poll)) {}
+
+CpuSketchMath::CpuSketchMath(const SketchConfig &config, std::shared_ptr<const Projection> projection, int num_threads)
+    : config_(config), pool_(std::make_unique<ThreadPool>(num_threads)), projection_(std::move(projection)) {}
+
+std::unique_ptr<SketchMath> CpuSketchMath::another() const {
+  return std::unique_ptr<SketchMath>(new CpuSketchMath(config_, projection_, pool_->size()));
+}
+
+std::vector<float> CpuSketchMath::directions(Poll &poll) { return projection_->directions(*pool_, poll); }
+
+std::vector<double> CpuSketchMath::squares(RowView x, const float *origin, Poll &poll) {
+  return row_squares(*pool_, poll, x, origin, config_.num_features);
+}
+
+void CpuSketchMath::apply(RowView x, const float *origin, float *y, double *squares, Poll &poll) {
+  const ptrdiff_t mapped = config_.outputs() - 1, stride = projection_->y_stride();
+  AlignedFloats padded({x.count, stride});
+  projection_->apply(x, origin, padded.data(), squares, *pool_, poll);
+  for (ptrdiff_t i = 0; i < x.count; ++i) std::copy_n(padded.data() + i * stride, mapped, y + i * mapped);
+}
+
+std::vector<double> CpuSketchMath::products(RowView x, Poll &poll) {
+  std::vector<double> out(x.count * x.count);
+  products_of(*pool_, poll, x, x, x.data, config_.num_features, true, out.data());
+  return out;
+}
+
+void CpuSketchMath::copy_rows(RowView x, float *to) {
+  for (ptrdiff_t i = 0; i < x.count; ++i) std::copy_n(x.row(i), config_.num_features, to + i * config_.num_features);
+}
+
+std::unique_ptr<SketchBlock> CpuSketchMath::begin_block(RowView x, const float *origin, SketchSums &sums) {
+  return std::make_unique<CpuSketchBlock>(x, origin, config_, *projection_, static_cast<CpuSketchSums &>(sums), *pool_);
 }
 
 // ---- a block of rows
 
-SketchBlock::SketchBlock(RowView x, const float *origin, const SketchConfig &config, const Projection &projection,
-                         SketchSums &sums, ThreadPool &pool)
+CpuSketchBlock::CpuSketchBlock(RowView x, const float *origin, const SketchConfig &config, const Projection &projection,
+                               CpuSketchSums &sums, ThreadPool &pool)
     : x_(x),
       origin_(origin),
       num_features_(config.num_features),
@@ -99,13 +157,13 @@ SketchBlock::SketchBlock(RowView x, const float *origin, const SketchConfig &con
   }
 }
 
-ptrdiff_t SketchBlock::steps_due(ptrdiff_t rows) const noexcept {
+ptrdiff_t CpuSketchBlock::steps_due(ptrdiff_t rows) const noexcept {
   const ptrdiff_t before = map_steps() + 1, spread = std::min(rows - before, kSpreadRows);
   if (spread <= 0) return rows;
   return rows - before > kSpreadRows ? steps() : before + column_runs() * spread / kSpreadRows;
 }
 
-void SketchBlock::advance(ptrdiff_t until, bool threaded, Poll &poll) {
+void CpuSketchBlock::advance(ptrdiff_t until, bool threaded, Poll &poll) {
   ptrdiff_t stage_end = 0;
   const auto stage = [&](ptrdiff_t size, const auto &step) {  // step(rank, item) for those of its items that are due
     const ptrdiff_t stage_begin = stage_end, begin = std::max(steps_done_, stage_begin) - stage_begin;
@@ -137,7 +195,7 @@ void SketchBlock::advance(ptrdiff_t until, bool threaded, Poll &poll) {
   stage(1, [&](int, ptrdiff_t) { add_rest(poll); });
 }
 
-void SketchBlock::pack() {
+void CpuSketchBlock::pack() {
   const ptrdiff_t rows = x_.count, stride = round_up(outputs_, kUpdateOutputs);
   for (ptrdiff_t first = 0; first < rows; first += kUpdateRows) {
     const ptrdiff_t count = std::min(kUpdateRows, rows - first);
@@ -152,13 +210,13 @@ void SketchBlock::pack() {
 }
 
 // Runs of kUpdatePanels * kUpdateColumns columns.
-ptrdiff_t SketchBlock::column_runs() const noexcept {
+ptrdiff_t CpuSketchBlock::column_runs() const noexcept {
   constexpr ptrdiff_t kWidth = kUpdatePanels * kUpdateColumns;
   return (num_features_ + kWidth - 1) / kWidth;
 }
 
 // C += y^T d in a run of columns.
-void SketchBlock::add_co_range(ptrdiff_t run, int rank) {
+void CpuSketchBlock::add_co_range(ptrdiff_t run, int rank) {
   constexpr ptrdiff_t kWidth = kUpdatePanels * kUpdateColumns;
   const RowView x = x_;
   const ptrdiff_t p = num_features_, rows = x.count, stride = round_up(outputs_, kUpdateOutputs);
@@ -193,7 +251,7 @@ void SketchBlock::add_co_range(ptrdiff_t run, int rank) {
 }
 
 // G += y^T y, and what else is kept of the rows.
-void SketchBlock::add_rest(Poll &poll) {
+void CpuSketchBlock::add_rest(Poll &poll) {
   const ptrdiff_t rows = x_.count, l = range_size_;
   AlignedFloats transposed({outputs_, rows});
   for (ptrdiff_t i = 0; i < rows; ++i) {

@@ -1,4 +1,4 @@
-// The rows that a sketch has taken but not yet added to its sums.
+// The rows that a sketch has taken but not yet added to its sums, in the host's memory.
 //
 // Pending rows are copies of the last rows, which do not fill a block yet. Before them there may be a block that is on
 // its way into the sums: its steps are spread over the rows that fill the next block, so that no row waits for a whole
@@ -11,8 +11,8 @@
 
 #include "call.h"
 #include "cpu/aligned.h"
-#include "cpu/sketch_sums.h"
 #include "rows.h"
+#include "sketch_math.h"
 
 namespace tipl {
 
@@ -29,13 +29,13 @@ class HeldRows {
   double squares() const noexcept;  // of all these rows
 
   // Keeps copies of rows, which fit beside the pending ones, with the sum of squares of each.
-  void keep(RowView x, const double *squares);
+  void keep(RowView x, const double *squares, SketchMath &math);
 
   // Takes in a block that consists of the pending rows: nothing is pending then. There must be no other block.
   void hold_pending(std::unique_ptr<SketchBlock> block);
 
   // Takes in a block of rows that lie elsewhere, and copies them. reserve() must have made room for them.
-  void hold(std::unique_ptr<SketchBlock> block) noexcept;
+  void hold(std::unique_ptr<SketchBlock> block, SketchMath &math);
   void reserve();
 
   // Takes the steps of the block that are due now, given how many rows are pending.

@@ -1,9 +1,9 @@
-#include "cpu/held_rows.h"
+#include "held_rows.h"
 
 #include <algorithm>
 #include <utility>
 
-#include "cpu/row_checks.h"
+#include "row_checks.h"
 
 namespace tipl {
 
@@ -19,11 +19,9 @@ std::vector<float> HeldRows::copy_pending(Poll &poll) const {
   return rows;
 }
 
-void HeldRows::keep(RowView x, const double *squares) {
+void HeldRows::keep(RowView x, const double *squares, SketchMath &math) {
   if (pending_.data() == nullptr) pending_ = AlignedFloats({kBlockRows, num_features_});
-  for (ptrdiff_t i = 0; i < x.count; ++i) {
-    std::copy_n(x.row(i), num_features_, pending_.data() + (num_pending() + i) * num_features_);
-  }
+  math.copy_rows(x, pending_.data() + num_pending() * num_features_);
   pending_squares_.insert(pending_squares_.end(), squares, squares + x.count);
 }
 
@@ -34,9 +32,9 @@ void HeldRows::hold_pending(std::unique_ptr<SketchBlock> block) {
   pending_squares_.clear();
 }
 
-void HeldRows::hold(std::unique_ptr<SketchBlock> block) noexcept {
+void HeldRows::hold(std::unique_ptr<SketchBlock> block, SketchMath &math) {
   const RowView x = block->rows();
-  for (ptrdiff_t i = 0; i < x.count; ++i) std::copy_n(x.row(i), num_features_, block_rows_.data() + i * num_features_);
+  math.copy_rows(x, block_rows_.data());
   block->move_rows({block_rows_.data(), x.count, num_features_});
   block_squares_ = total(block->squares());
   block_ = std::move(block);
