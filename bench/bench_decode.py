@@ -16,12 +16,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from llama_peer import open_llama_cpp
 from measure import Clock, Row, rows_of, side_by_side
 from numpy.typing import NDArray
-from peers import TorchRollout, open_llama_cpp
 from record import Record
 from roofs import Roofs
 from torch.nn import functional as F
+from torch_peers import TorchRollout
 
 from tipl import Decoder, ModelConfig, TrajectoryTransformer, _core
 

@@ -1,6 +1,7 @@
 """What a decode step costs on a CUDA device, counted exactly on the emulator, and a model of its time from the counts.
 
-    TIPL_PTXRUN=FOLDER python bench/cuda_counts.py     writes bench/cuda_counts.json, and the table of docs/cuda.md
+    TIPL_PTXRUN=FOLDER python bench/cuda_counts.py            writes bench/cuda_counts.json, and a table of docs/cuda.md
+    TIPL_PTXRUN=FOLDER python bench/cuda_counts.py --sketch   the same for a block of a sketch: cuda_sketch_counts.json
 
 A step is the difference between generate(3) and generate(2). Blocks that wait look at a count again and again, which
 the totals of global loads contain; what 32 further tokens in the cache add has none of that, and shows how well the
@@ -15,6 +16,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ import numpy as np
 from table import put
 
 ROOT = Path(__file__).parents[1]
-OUTPUT = Path(__file__).with_name("cuda_counts.json")
+OUTPUT, SKETCH_OUTPUT = (Path(__file__).with_name(f"{name}.json") for name in ("cuda_counts", "cuda_sketch_counts"))
 PAGE = ROOT / "docs" / "cuda.md"
 PREFIX = 64  # tokens held before the step that is counted; and once 32 more
 
@@ -153,6 +155,55 @@ def model_of_time(row: dict[str, Any], card: Card) -> dict[str, float]:
     return {"work": busiest, "l2": l2, "arithmetic": arithmetic, "step": max(busiest, l2, arithmetic)}
 
 
+SKETCH = {"num_features": 5708, "range_size": 64, "test_size": 8}
+
+
+def sketch_block() -> None:
+    """Add one block of rows on the device to a sketch, in the emulator of this process."""
+    from tipl.device import cuda_engine
+
+    engine = cuda_engine()
+    sketch = engine.RowSketch(**SKETCH, seed=0, origin=None, directions=None, device=0)
+    rows = np.random.default_rng(0).standard_normal((512, SKETCH["num_features"]), dtype=np.float32)
+    sketch.partial_fit(engine.DeviceArray.from_numpy(rows), first_row=0, all_or_none=False)
+
+
+def sketch_counts() -> list[dict[str, Any]]:
+    """Return the counts of each kernel for one block of 256 rows."""
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "launches.jsonl"
+        run_counted(CARDS[0], ["--sketch-block"], PTXRUN_STATS=str(log))
+        launches = [json.loads(line) for line in log.read_text().splitlines()]
+    block_bytes = 256 * SKETCH["num_features"] * 4
+    rows = []
+    for kernel in ("map_signs", "add_shares", "add_co_range", "add_gram"):
+        stats = next(it for it in launches if kernel in it["kernel"])
+        stats = {"kernel": kernel} | {
+            name: stats.get(name, stats.get("stats", {}).get(name)) for name, _ in Stats._fields_
+        }
+        rows.append(stats | {"blocks_read": stats["global_load_bytes"] / block_bytes})
+    return rows
+
+
+def write_sketch() -> None:
+    rows = sketch_counts()
+    SKETCH_OUTPUT.write_text(
+        json.dumps({"command": "python bench/cuda_counts.py --sketch", **SKETCH, "rows": rows}, indent=1) + "\n"
+    )
+    table = [
+        "| kernel | read, in blocks of rows | sectors, read | sectors, written | conflicts | flops, millions |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        sectors = [row[f"global_{kind}_bytes"] / (32 * row[f"global_{kind}_sectors"]) for kind in ("load", "store")]
+        conflicts = row["shared_wavefronts"] / row["shared_requests"] if row["shared_requests"] else 1.0
+        table.append(
+            f"| {row['kernel']} | {row['blocks_read']:.3f} | {sectors[0]:.3f} | {sectors[1]:.3f} | {conflicts:.3f} "
+            f"| {row['flops'] / 1e6:.1f} |"
+        )
+    put("\n".join(table), PAGE, "cuda-sketch")
+
+
 def registers() -> dict[str, dict[str, int]]:
     """Return registers and spilled bytes of each kernel for sm_90, as ptxas says."""
     found = {}
@@ -176,17 +227,27 @@ def registers() -> dict[str, dict[str, int]]:
 
 
 def counted(card: Card, *case: Any) -> dict[str, Any]:
-    """Return `count` on this card, in a process of its own: the emulator reads its settings once."""
-    environment = os.environ | {
-        "LD_LIBRARY_PATH": f"{os.environ['TIPL_PTXRUN']}/cudart",
-        "PTXRUN_ARCH": str(card.arch),
-        "PTXRUN_SMS": str(card.num_sms),
-        "PTXRUN_CHECK": "none",
-        "PTXRUN_MAX_INSTRUCTIONS": "0",
-        "PYTHONPATH": f"{ROOT / 'tests'}",
-    }
+    """Return `count` on this card."""
+    found: dict[str, Any] = json.loads(run_counted(card, ["--count", *map(str, case)]))
+    return found
+
+
+def run_counted(card: Card, arguments: list[str], **settings: str) -> str:
+    """Return what this program prints in a process of its own: the emulator reads its settings once."""
+    environment = (
+        os.environ
+        | settings
+        | {
+            "LD_LIBRARY_PATH": f"{os.environ['TIPL_PTXRUN']}/cudart",
+            "PTXRUN_ARCH": str(card.arch),
+            "PTXRUN_SMS": str(card.num_sms),
+            "PTXRUN_CHECK": "none",
+            "PTXRUN_MAX_INSTRUCTIONS": "0",
+            "PYTHONPATH": f"{ROOT / 'tests'}",
+        }
+    )
     done = subprocess.run(
-        [sys.executable, __file__, "--count", *map(str, case)],
+        [sys.executable, __file__, *arguments],
         env=environment,
         capture_output=True,
         text=True,
@@ -194,7 +255,7 @@ def counted(card: Card, *case: Any) -> dict[str, Any]:
     )
     if done.returncode != 0:
         raise SystemExit(done.stderr)
-    return json.loads(done.stdout)
+    return done.stdout
 
 
 def main() -> None:
@@ -202,13 +263,21 @@ def main() -> None:
     parser.add_argument(
         "--count", nargs=5, metavar=("D", "LAYERS", "HEADS", "BATCH", "DTYPE"), help="one case, as JSON"
     )
+    parser.add_argument("--sketch", action="store_true", help="count a block of rows of a sketch instead")
+    parser.add_argument("--sketch-block", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.sketch_block:
+        sketch_block()
+        return
     if arguments.count:
         *sizes, dtype = arguments.count
         print(json.dumps(count(*map(int, sizes), dtype)))
         return
     if not os.environ.get("TIPL_PTXRUN"):
         parser.error("TIPL_PTXRUN must name the folder of the emulator")
+    if arguments.sketch:
+        write_sketch()
+        return
     rows = []
     for card in CARDS:
         for case in CASES:

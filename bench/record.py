@@ -10,7 +10,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Callable
-from importlib.metadata import version
+from importlib.metadata import distributions, version
 from pathlib import Path
 from typing import Any
 
@@ -103,11 +103,13 @@ def first_line(*command: str) -> str:
 def machine() -> dict[str, object]:
     cpu = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     packages = ("tipl", "torch", "numpy", "scikit-learn", "llama_cpp_python", "stable_baselines3")
+    here = {distribution.name.lower().replace("-", "_") for distribution in distributions()}
     return {
         "cpu": cpu[0].partition(":")[2].strip() if cpu else platform.processor(),
         "cores": _core.available_cpus(),
         "isa": _core.isa(),
         "compiler": first_line(os.environ.get("CXX", "c++"), "--version"),
         "git_sha": first_line("git", "describe", "--always", "--dirty", "--abbrev=12"),
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in packages if name.replace("-", "_") in here},
     }

@@ -363,7 +363,9 @@ def test_the_sums_of_a_sketch_are_those_of_its_rows(n, p, with_origin):
 
 @pytest.mark.parametrize("p", sorted({*SIZES, 63, 127, 191, 257, 513}))
 @pytest.mark.parametrize("kind", ["signs", "identity", "directions"])
-def test_the_sums_of_a_sketch_of_any_width_are_those_of_its_rows(p, kind):
+def test_the_sums_of_a_sketch_of_any_width_are_those_of_its_rows(p, kind, device):
+    if device != "cpu" and p > 191:
+        pytest.skip("no other code there, and seconds on the emulator")
     rows, origin = random_rows(300, p), random_rows(1, p, seed=1)[0]
     for l in sorted({1, min(p, 7), min(p, 40)}) if kind != "identity" else (p,):  # noqa: E741
         params = {"directions": orthonormal(l, p)} if kind == "directions" else {}

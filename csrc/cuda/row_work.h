@@ -44,14 +44,17 @@ class RowWork {
   void copy_rows(RowView x, float *to) const;
 
  private:
+  // Rows that have come from the host.
   struct Slot {
     Buffer<float> rows;  // (kMappedRows, p)
-    Event arrived, used;
+    Event arrived;       // behind their copy, for stream_
+    Event used;          // behind the work on them, for copies_
   };
+  // A pinned buffer on the way there.
   struct Piece {
+    explicit Piece(size_t size) : bytes(size) {}
     PinnedBytes bytes;
     Event copied;
-    explicit Piece(size_t size) : bytes(size) {}
   };
 
   void upload(RowView x, float *to);
@@ -59,9 +62,9 @@ class RowWork {
 
   const ptrdiff_t p_;
   Stream stream_, copies_;
-  std::array<std::optional<Slot>, 2> slots_;    // made when they are first needed
-  std::array<std::optional<Piece>, 2> pieces_;  //
-  int slot_ = 0, piece_ = 0;                    // the next of each
+  std::array<std::optional<Slot>, 2> slots_;  // made when they are first needed, as are the pieces
+  std::array<std::optional<Piece>, 2> pieces_;
+  int slot_ = 0, piece_ = 0;  // the last slot, and the next piece
   Buffer<float> origin_;
 };
 

@@ -4,7 +4,7 @@
 // where it fits. map_* reads each byte of it once (for every 128 outputs), add_co_range once for every 128 outputs. C
 // is read and written once for each block. No barrier is wider than a thread block.
 //
-// Flops of a block: 2 b p L in float32 and 2 p L additions in float64 for C, which cost as much as 2 b p L / 4 where
+// Flops of a block: 2 b p L in float32, and 2 p L additions in float64 for C, which take half as long again where
 // doubles are 64 times slower than floats; b p multiplications in float64 for the squares.
 #include <algorithm>
 

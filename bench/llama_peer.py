@@ -1,10 +1,7 @@
-"""What a user could decode with instead of `tipl.Decoder`: PyTorch eager, torch.compile, llama.cpp. All on one model.
+"""llama.cpp as a decoder beside `tipl.Decoder`: fed embeddings made beforehand, so that nothing but the Transformer
+is asked of it, and flattered.
 
-Each peer is a callable: `peer(n)` makes n decode steps of B sequences from empty caches. The two of PyTorch believe
-their own predictions and return them; llama.cpp is fed embeddings made beforehand, so that nothing but the Transformer
-is asked of it, and is flattered.
-
-Shapes  L layers, B sequences, H heads, T slots, D head_dim, d = H * D, k = n_components; every cache is allocated once.
+Shapes  B sequences, d = d_model, k = n_components.
 """
 
 import ctypes
@@ -17,76 +14,13 @@ from typing import Literal
 import gguf
 import llama_cpp
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from tipl import TrajectoryTransformer, _core
 from tipl.forecasting.transformer import Block
 
 Floats = NDArray[np.float32]
-
-
-class TorchStep(nn.Module):
-    """One decode step of the model over its caches, in eager mode."""
-
-    def __init__(self, model: TrajectoryTransformer, batch_size: int) -> None:
-        super().__init__()
-        config = model.config
-        self.model = model
-        shape = (config.n_layer, batch_size, config.n_head, config.max_len, config.d_model // config.n_head)
-        self.keys, self.values = list(torch.zeros(shape)), list(torch.zeros(shape))  # L times (B, H, T, D)
-
-    def forward(self, x: Tensor, last: Tensor, pos: Tensor, slot: int) -> Tensor:
-        """Return the prediction (B, 1, k) that follows x (B, 1, k) at `slot`; pos (1,) is the slot as a tensor."""
-        model, config = self.model, self.model.config
-        since_prefix = (pos / config.max_len).expand(len(x), 1, 1)  # the prefix is one token, h = 0
-        z = model.embed(torch.cat([x, config.diff_scale * (x - last), since_prefix], -1)) + model.pos(pos)
-        for block, keys, values in zip(model.blocks, self.keys, self.values, strict=True):
-            q, k, v = block.qkv(block.norm1(z)).view(len(x), 1, 3, config.n_head, -1).permute(2, 0, 3, 1, 4)
-            y = self.attend(q, k, v, keys, values, pos, slot)  # (B, H, 1, D)
-            z = z + block.proj(y.transpose(1, 2).reshape(z.shape))
-            z = z + block.fc2(F.gelu(block.fc1(block.norm2(z)), approximate="tanh"))
-        return x + config.out_scale * model.head(model.norm(z))
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, pos: Tensor, slot: int) -> Tensor:
-        keys[:, :, slot : slot + 1], values[:, :, slot : slot + 1] = k, v
-        return F.scaled_dot_product_attention(q, keys[:, :, : slot + 1], values[:, :, : slot + 1])
-
-
-class CompiledStep(TorchStep):
-    """The same for torch.compile: shapes never change, so that it compiles once; a mask hides unused cache slots."""
-
-    def __init__(self, model: TrajectoryTransformer, batch_size: int) -> None:
-        super().__init__(model, batch_size)
-        self.register_buffer("mask", torch.ones(model.config.max_len, model.config.max_len, dtype=torch.bool).tril())
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, pos: Tensor, slot: int) -> Tensor:
-        keys.index_copy_(2, pos, k)
-        values.index_copy_(2, pos, v)
-        return F.scaled_dot_product_attention(q, keys, values, attn_mask=self.mask[pos])
-
-
-class TorchRollout:
-    """`TrajectoryTransformer.rollout` from one observed token `start` (B, 1, k), over a cache."""
-
-    def __init__(self, model: TrajectoryTransformer, start: Floats, *, compiled: bool = False) -> None:
-        step = (CompiledStep if compiled else TorchStep)(model, len(start)).eval()
-        self.step = torch.compile(step, fullgraph=True, dynamic=False) if compiled else step
-        self.compiled = compiled
-        self.start = torch.from_numpy(start)
-        self.positions = torch.arange(model.config.max_len).split(1)
-
-    @torch.inference_mode()
-    def __call__(self, n: int) -> Floats:
-        """Return the path (B, n, k) that follows the start."""
-        last, x = self.start.clone(), self.start.clone()  # inference tensors like all that follow: compiled once
-        path = []
-        for t in range(n):  # a compiled step would be compiled for every slot
-            last, x = x, self.step(x, last, self.positions[t], 0 if self.compiled else t)
-            path.append(x)
-        return torch.cat(path, 1).numpy()
 
 
 Quantisation = Literal["f32", "f16", "q8_0"]
