@@ -39,10 +39,7 @@ DeviceRows RowWork::bring(RowView x) {
   if (x.on_device) return {x.data, x.count, x.stride};
   slot_ = 1 - slot_;
   std::optional<Slot> &slot = slots_[slot_];
-  if (!slot) {
-    slot.emplace();
-    slot->rows = Buffer<float>(static_cast<double>(kMappedRows) * static_cast<double>(p_));
-  }
+  if (!slot) slot.emplace(p_);
   // What was asked of the stream since the other slot was brought may still read this one.
   std::optional<Slot> &other = slots_[1 - slot_];
   if (other) other->used.record(stream_);

@@ -46,6 +46,7 @@ class RowWork {
  private:
   // Rows that have come from the host.
   struct Slot {
+    explicit Slot(ptrdiff_t p) : rows(static_cast<double>(kMappedRows) * static_cast<double>(p)) {}
     Buffer<float> rows;  // (kMappedRows, p)
     Event arrived;       // behind their copy, for stream_
     Event used;          // behind the work on them, for copies_
