@@ -177,11 +177,9 @@ def sketch_counts() -> list[dict[str, Any]]:
     block_bytes = 256 * SKETCH["num_features"] * 4
     rows = []
     for kernel in ("map_signs", "add_shares", "add_co_range", "add_gram"):
-        stats = next(it for it in launches if kernel in it["kernel"])
-        stats = {"kernel": kernel} | {
-            name: stats.get(name, stats.get("stats", {}).get(name)) for name, _ in Stats._fields_
-        }
-        rows.append(stats | {"blocks_read": stats["global_load_bytes"] / block_bytes})
+        launch = next(it for it in launches if kernel in it["kernel"])
+        stats = {name: launch[name] for name, _ in Stats._fields_}
+        rows.append({"kernel": kernel, **stats, "blocks_read": stats["global_load_bytes"] / block_bytes})
     return rows
 
 
