@@ -13,7 +13,9 @@ import torch
 from factories import TINY_EVALUATE, TINY_TRAIN, flags
 
 import tipl
+from tipl import JumpConfig
 from tipl.collecting.episodes import episodic_returns
+from tipl.jumping.jumps import Jump, Walk
 from tipl.policy import ParameterLayout, PolicySpec
 from tipl.storing.store import Store
 
@@ -24,7 +26,7 @@ from stable_baselines3.common.monitor import Monitor  # noqa: E402
 from stable_baselines3.common.policies import ActorCriticPolicy  # noqa: E402
 from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecMonitor, VecNormalize  # noqa: E402
 
-from tipl.sb3 import RecorderCallback  # noqa: E402
+from tipl.sb3 import JumpCallback, RecorderCallback  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
@@ -407,3 +409,36 @@ def test_lost_observation_statistics_are_said(tmp_path: Path) -> None:
     assert "VecNormalize, whose statistics are not recorded" in joined.config["source"]["note"]
     store = tipl.import_checkpoints([tmp_path / "run"], tmp_path / "store")
     assert "VecNormalize, whose statistics lie in pickles, which are not read" in store.config["source"]["note"]
+
+
+def test_a_jump_that_does_not_hold_is_put_back(monkeypatch):
+    """Every jump is refused: the run loses the iteration after it and goes on from the weights before it."""
+    monkeypatch.setattr(Walk, "level", lambda walk: (float("inf"), 0.0))
+
+    def normalised() -> Any:
+        env = VecNormalize(DummyVecEnv([lambda: Monitor(gymnasium.make(ENV_ID))]))
+        return sb3.PPO("MlpPolicy", env, n_steps=NUM_STEPS, batch_size=64, n_epochs=1, seed=0, device="cpu")
+
+    model, jumps, seen, statistics = normalised(), JumpCallback(config=JumpConfig(start=4, max_undone=1)), Spy(), []
+
+    class Counts(BaseCallback):
+        def _on_step(self) -> bool:
+            return True
+
+        def _on_rollout_start(self) -> None:
+            statistics.append(model.env.obs_rms.count)
+
+    model.learn(8 * NUM_STEPS, callback=CallbackList([jumps, seen, Counts()]))
+    assert jumps.jumps == [Jump(0, 4, 20, held=False, lost=1)]
+    plain = normalised().learn(4 * NUM_STEPS)
+    # Seen were the weights after updates 0 to 3, those that the run jumped to after the fourth, and those before that.
+    np.testing.assert_array_equal(seen.seen[5], actor_of(plain))
+    assert not np.array_equal(seen.seen[4], seen.seen[5])
+    assert statistics[5] == statistics[4] < statistics[6]  # the iteration that was lost is not in the normaliser either
+    assert model.num_timesteps == 8 * NUM_STEPS
+
+
+def test_jumps_need_an_on_policy_algorithm():
+    model = sb3.SAC("MlpPolicy", ENV_ID, device="cpu", learning_starts=8)
+    with pytest.raises(TypeError, match="JumpCallback: the algorithm must be on-policy, as PPO is, got SAC"):
+        model.learn(16, callback=JumpCallback())

@@ -15,6 +15,10 @@ from .forecasting.transformer import ModelConfig as ModelConfig
 from .forecasting.transformer import TrajectoryTransformer as TrajectoryTransformer
 from .judging.evaluate_config import EvaluateConfig as EvaluateConfig
 from .judging.evaluation import evaluate as evaluate
+from .jumping.accelerate import accelerate as accelerate
+from .jumping.jump_config import JumpConfig as JumpConfig
+from .jumping.jumper import Jumper as Jumper
+from .jumping.ledger import Ledger as Ledger
 from .report import PathSpectrum as PathSpectrum
 from .report import path_spectrum as path_spectrum
 from .report import plot_store as plot_store

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import tyro
 
-from tipl.cli.arguments import PathArg, RayArg, StoreArg
+from tipl.cli.arguments import FreshArg, PathArg, RayArg, StoreArg
 from tipl.cli.printing import print_verification
 from tipl.collecting.collection import collect
 from tipl.collecting.description import describe_store
@@ -53,11 +53,15 @@ class Collect:
     """Trials that train together in one process; by default all, with --ray at most 16."""
     tensorboard: PathArg | None = None
     """A folder for TensorBoard curves of every trial and their mean, under CleanRL's tags; none by default."""
+    record_critic: FreshArg = None
+    """A second store, for the paths of the critics' weights: train on both stores to forecast critics too."""
     ppo: PPOConfig = dataclasses.field(default_factory=PPOConfig)
 
     def run(self) -> None:
         self.collect()
         print(f"store      {self.output}")
+        if self.record_critic is not None:
+            print(f"critics    {self.record_critic}")
 
     def collect(self) -> Store:
         return collect(
@@ -73,6 +77,7 @@ class Collect:
             ray=self.ray,
             trials_per_shard=self.trials_per_shard,
             tensorboard=self.tensorboard,
+            record_critic=self.record_critic,
         )
 
 

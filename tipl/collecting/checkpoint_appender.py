@@ -4,7 +4,7 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,11 +12,19 @@ from numpy.typing import NDArray
 from tipl.collecting.curves import Curves
 from tipl.collecting.population import IterationStats, Population, PopulationState
 from tipl.collecting.resume import Unfinished
-from tipl.storing.store import Store
+from tipl.storing.store import Store, Trial
 
 Columns = tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.float64]]  # weights, env_steps, episodic_return
 
-Row = tuple[int, Columns, IterationStats | None]  # checkpoint index, its columns, figures of the iteration before it
+
+class Row(NamedTuple):
+    """A checkpoint on its way to the stores."""
+
+    number: int
+    columns: list[Columns]
+    """For each store."""
+    stats: IterationStats | None
+    """Figures of the iteration before it."""
 
 
 class CheckpointAppender:
@@ -24,18 +32,26 @@ class CheckpointAppender:
 
     Where the store already has a checkpoint, because it came after the last saved state, the two are compared instead,
     and a difference raises RuntimeError. A population's state is saved at most every `save_seconds`. Behind a URL,
-    where writing a file takes a request, rows are kept back until they fill a chunk.
+    where writing a file takes a request, rows are kept back until they fill a chunk. With a `critic_store` the critics'
+    weights are appended to that one.
     """
 
     def __init__(
-        self, store: Store, trials: range, batch_size: int, curves: Curves | None, save_seconds: float
+        self,
+        store: Store,
+        trials: range,
+        batch_size: int,
+        curves: Curves | None,
+        save_seconds: float,
+        critic_store: Store | None = None,
     ) -> None:
-        self._store, self._batch_size, self._curves = store, batch_size, curves
+        self._stores = [store] if critic_store is None else [store, critic_store]
+        self._batch_size, self._curves = batch_size, curves
         self._save_seconds = save_seconds
-        self._there = [store.trial(i) for i in trials]  # as they were at the start
+        self._there = [[it.trial(i) for i in trials] for it in self._stores]  # as they were at the start
         self._states = Unfinished(store).states(trials)
         self._saved_at = time.monotonic()
-        self._rows_at_once = 1 if isinstance(store.path, Path) else self._there[0].chunk_rows
+        self._rows_at_once = 1 if isinstance(store.path, Path) else self._there[0][0].chunk_rows
         self._rows: list[Row] = []  # not yet passed to the thread
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="tipl-append")
         self._pending: Future[None] | None = None
@@ -43,11 +59,12 @@ class CheckpointAppender:
     def append(self, population: Population, stats: IterationStats | None) -> None:
         """Append the population's checkpoint, with the figures of the iteration before it; None before the first."""
         self._finish()
-        weights = population.weights()[:, None]  # (N, 1, p), a copy: the population learns on
-        env_steps = np.full((len(weights), 1), population.env_steps, np.int64)
-        episodic_return = np.full(len(weights), np.nan) if stats is None else stats.episodic_return
+        parts = [population.weights(), population.critic_weights()][: len(self._stores)]  # copies: it learns on
+        N = len(parts[0])
+        env_steps = np.full((N, 1), population.env_steps, np.int64)
+        episodic_return = np.full((N, 1), np.nan) if stats is None else stats.episodic_return[:, None]
         k = population.env_steps // self._batch_size
-        self._rows.append((k, (weights, env_steps, episodic_return[:, None]), stats))
+        self._rows.append(Row(k, [(part[:, None], env_steps, episodic_return) for part in parts], stats))
         if (k + 1) % self._rows_at_once == 0:
             state = None
             # The initial state need not be saved: the seeds give it again.
@@ -61,32 +78,20 @@ class CheckpointAppender:
 
     def _append(self, rows: list[Row], state: PopulationState | None) -> None:
         """Append or compare the checkpoints; then save the state after the last of them, if any."""
-        new = []
-        for k, columns, _ in rows:
-            if k < self._there[0].num_checkpoints:
-                self._compare(k, columns)
-            else:
-                new.append(columns)
-        if new:
-            self._store.append(*(new[0] if len(new) == 1 else (np.concatenate(x, 1) for x in zip(*new, strict=True))))
-        for k, _, stats in rows:
-            if self._curves is not None and stats is not None:
-                self._curves.write(k * self._batch_size, stats, self._batch_size)
+        for j, (store, there) in enumerate(zip(self._stores, self._there, strict=True)):
+            new = []
+            for row in rows:
+                if row.number < there[0].num_checkpoints:
+                    _compare(row.number, row.columns[j], there)
+                else:
+                    new.append(row.columns[j])
+            if new:
+                store.append(*(new[0] if len(new) == 1 else (np.concatenate(x, 1) for x in zip(*new, strict=True))))
+        for row in rows:
+            if self._curves is not None and row.stats is not None:
+                self._curves.write(row.number * self._batch_size, row.stats, self._batch_size)
         if state is not None:
-            self._states.save(state, rows[-1][0] + 1)
-
-    def _compare(self, k: int, columns: Columns) -> None:
-        for i, trial in enumerate(self._there):
-            weights, env_steps, episodic_return = (column[i, 0] for column in columns)
-            if not (
-                np.array_equal(weights, trial.weights(k, k + 1)[0])
-                and env_steps == trial.env_steps[k]
-                and np.array_equal(episodic_return, trial.episodic_return[k], equal_nan=True)
-            ):
-                raise RuntimeError(
-                    f"checkpoint {k} of trial {trial.index} comes out otherwise than it is in the store, which was "
-                    "made with other versions or on another kind of processor: continue there, or choose another output"
-                )
+            self._states.save(state, rows[-1].number + 1)
 
     def _finish(self) -> None:
         pending, self._pending = self._pending, None
@@ -106,4 +111,20 @@ class CheckpointAppender:
                 self._finish()
         finally:
             self._thread.shutdown()
-            self._store.close()
+            for store in self._stores:
+                store.close()
+
+
+def _compare(k: int, columns: Columns, there: list[Trial]) -> None:
+    """Raise RuntimeError where a checkpoint is another one than that in the store."""
+    for i, trial in enumerate(there):
+        weights, env_steps, episodic_return = (column[i, 0] for column in columns)
+        if not (
+            np.array_equal(weights, trial.weights(k, k + 1)[0])
+            and env_steps == trial.env_steps[k]
+            and np.array_equal(episodic_return, trial.episodic_return[k], equal_nan=True)
+        ):
+            raise RuntimeError(
+                f"checkpoint {k} of trial {trial.index} comes out otherwise than it is in the store, which was "
+                "made with other versions or on another kind of processor: continue there, or choose another output"
+            )

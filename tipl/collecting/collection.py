@@ -19,6 +19,7 @@ import dataclasses
 import math
 import time
 import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,11 @@ from tipl.collecting.resume import Unfinished
 from tipl.collecting.settings import changed_settings, is_complete, num_checkpoints_asked
 from tipl.files.locations import Location, location
 from tipl.files.publishing import claimed
-from tipl.policy import PolicySpec
+from tipl.policy import ParameterLayout, PolicySpec
 from tipl.storing.store import Store
 from tipl.storing.store_writer import StoreInUse
+
+PopulationFactory = Callable[..., Population]
 
 MAX_TRIALS = 1_000_000  # most trials that a collection may be asked for
 WORKER_TRIALS = 16  # most trials in a cluster worker's shard: enough for full speed, and little to repeat if it dies
@@ -61,7 +64,10 @@ def collect(
     ray: str | None = None,
     trials_per_shard: int | None = None,
     tensorboard: str | Path | None = None,
+    record_critic: str | Location | None = None,
     progress: bool = True,
+    population: PopulationFactory = Population,
+    settings: Mapping[str, Any] | None = None,
 ) -> Store:
     """Run PPO on `num_trials` independent trials and return the store of their checkpoints, written to `output`.
 
@@ -85,7 +91,11 @@ def collect(
             A collection that continues keeps the number that it was begun with.
         tensorboard: a folder for curves of every trial and, where there is a single shard, of their mean, under
             CleanRL's tags (see `curves`).
+        record_critic: a second store, for the paths of the critics' weights; a forecaster trained on both stores can
+            forecast critics too.
         progress: show a bar on stderr if that is a terminal, and one line at the end.
+        population, settings: what learns, called as `Population` is, and the settings, plain JSON, that make it
+            another one; they are kept in the store's config. Not on a cluster.
 
     Raises:
         FileExistsError: `output` is a complete collection or no store at all, or `tensorboard` holds the curves of
@@ -116,15 +126,20 @@ def collect(
         "seed": seed,
         "shared_init": shared_init or init_seed is not None,
         **({} if init_seed is None else {"init_seed": init_seed}),
+        **({} if record_critic is None else {"record_critic": True}),
+        **dict(settings or {}),
         "ppo": dataclasses.asdict(ppo),
     }
+    if ray is not None and population is not Population:
+        raise ValueError("collect: population must be Population on a Ray cluster")
+    critics = None if record_critic is None else location(record_critic)
     num_iterations = math.ceil(total_timesteps / ppo.batch_size)
     with claimed(output, "collect"):
         store = _reopen(output, env_id, config) if output.exists() else None
         with contextlib.nullcontext() if ray is None else connected(ray) as cluster:
             if cluster is not None:
                 cluster.check(_worker_threads(num_threads))
-            policy = _policy(env_id, ppo, num_threads)
+            policy, critic = _layouts(env_id, ppo, num_threads)
             if tensorboard is not None:
                 Curves(tensorboard, range(num_trials), resumed=store is not None)
             if store is None:
@@ -133,6 +148,8 @@ def collect(
                 store.close()
             else:
                 _warn_of_versions(store)
+            if critics is not None:
+                _prepare_critics(critics, store, critic)
             if trials_per_shard is None:
                 trials_per_shard = _default_trials_per_shard(num_trials, cluster)
             shards = _shards(num_trials, Unfinished(store).begin(trials_per_shard))
@@ -140,9 +157,9 @@ def collect(
             with display:
                 if cluster is None:
                     for shard in shards:
-                        collect_shard(output, shard, num_threads, tensorboard, display)
+                        collect_shard(output, shard, num_threads, tensorboard, critics, display, population)
                 else:
-                    _collect_on(cluster, store, shards, num_threads, tensorboard, display)
+                    _collect_on(cluster, store, shards, num_threads, tensorboard, critics, display)
         Unfinished(store).remove()
         store = Store.open(output)
         display.finish(store)
@@ -154,7 +171,9 @@ def collect_shard(
     trials: range,
     num_threads: int | None = None,
     tensorboard: str | Path | None = None,
+    critics: str | Location | None = None,
     display: CollectionDisplay | None = None,
+    make_population: PopulationFactory = Population,
 ) -> None:
     """Collect the missing checkpoints of one shard, `trials`, of the unfinished collection at `path`.
 
@@ -162,18 +181,20 @@ def collect_shard(
     `LOCK_SECONDS` for its predecessor to release the trials.
     """
     _give_memory_back()
-    store = _open_shard(location(path), trials, LOCK_SECONDS if display is None else 0.0)
-    with store:
+    patience = LOCK_SECONDS if display is None else 0.0
+    store = _open_shard(location(path), trials, patience)
+    critic_store = None if critics is None else _open_shard(location(critics), trials, patience)
+    with store, contextlib.nullcontext() if critic_store is None else critic_store:
         config, seeds = store.config, [store.seeds[i] for i in trials]
         ppo = PPOConfig.from_dict(config["ppo"])
         num_iterations = math.ceil(config["total_timesteps"] / ppo.batch_size)
-        num_checkpoints = min(store.commits(trials))
+        num_checkpoints = min(min(it.commits(trials)) for it in (store, critic_store) if it is not None)
         if num_checkpoints > num_iterations:
             return
         env_seeds = environment_seeds(seeds, ppo.num_envs)
         env = make_vec(store.env_id, len(env_seeds), seeds=env_seeds, num_threads=num_threads)
         with contextlib.closing(env):
-            population = Population(
+            population = make_population(
                 env,
                 ppo,
                 seeds,
@@ -187,7 +208,7 @@ def collect_shard(
             curves = None
             if tensorboard is not None:
                 curves = Curves(tensorboard, trials, mean=len(trials) == len(store), resumed=True)
-            _run(population, store, trials, num_iterations, display, curves)
+            _run(population, store, critic_store, trials, num_iterations, display, curves)
 
 
 def trial_seeds(seed: int, num_trials: int) -> list[int]:
@@ -216,11 +237,25 @@ def _give_memory_back() -> None:
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
 
 
-def _policy(env_id: str, ppo: PPOConfig, num_threads: int | None) -> PolicySpec:
-    """Return the trials' policy. Raises what `make_vec` and `Population` raise for these arguments."""
+def _layouts(env_id: str, ppo: PPOConfig, num_threads: int | None) -> tuple[PolicySpec, ParameterLayout]:
+    """Return the trials' policy and critic. Raises what `make_vec` and `Population` raise for these arguments."""
     env = make_vec(env_id, ppo.num_envs, seeds=range(ppo.num_envs), num_threads=num_threads)
     with contextlib.closing(env):
-        return Population(env, ppo, [0], num_iterations=1, num_threads=num_threads).spec
+        population = Population(env, ppo, [0], num_iterations=1, num_threads=num_threads)
+        return population.spec, population.critic_layout
+
+
+def _prepare_critics(path: Location, store: Store, layout: ParameterLayout) -> None:
+    """Make the store of critics that belongs to a collection, or check that the one there does."""
+    if not path.exists():
+        config = {**store.config, "part": "critic"}
+        Store.create(path, env_id=store.env_id, policy=layout, seeds=store.seeds, config=config).close()
+        return
+    critics = Store.open(path)
+    if (critics.config, critics.seeds) != ({**store.config, "part": "critic"}, store.seeds):
+        raise FileExistsError(
+            f"collect: record_critic: {path} exists and is not of the collection in {store.path}; choose another path"
+        )
 
 
 def _default_trials_per_shard(num_trials: int, cluster: Cluster | None) -> int:
@@ -244,11 +279,13 @@ def _collect_on(
     shards: list[range],
     num_threads: int | None,
     tensorboard: str | Path | None,
+    critics: Location | None,
     display: CollectionDisplay,
 ) -> None:
     """Collect the shards on a cluster."""
     threads = _worker_threads(num_threads)
-    calls = [(str(store.path), shard, threads, tensorboard) for shard in shards]
+    there = None if critics is None else str(critics)
+    calls = [(str(store.path), shard, threads, tensorboard, there) for shard in shards]
     try:
         cluster.map(collect_shard, calls, num_cpus=threads, poll=display.poll)
     except KeyboardInterrupt:
@@ -318,6 +355,7 @@ def _restore(population: Population, store: Store, trials: range, num_checkpoint
 def _run(
     population: Population,
     store: Store,
+    critic_store: Store | None,
     trials: range,
     num_iterations: int,
     display: CollectionDisplay | None,
@@ -325,7 +363,9 @@ def _run(
 ) -> None:
     """Append the initial checkpoints and those after each iteration; close the store, also on a failure."""
     try:
-        with CheckpointAppender(store, trials, population.config.batch_size, curves, SAVE_SECONDS) as appender:
+        with CheckpointAppender(
+            store, trials, population.config.batch_size, curves, SAVE_SECONDS, critic_store
+        ) as appender:
             if population.env_steps == 0:
                 appender.append(population, None)
             for _ in range(population.env_steps // population.config.batch_size, num_iterations):

@@ -21,7 +21,7 @@ class ObservationScaler:
 
     def __init__(self, num_trials: int, obs_dim: int) -> None:
         self.mean, self.var = np.zeros((num_trials, 1, obs_dim)), np.ones((num_trials, 1, obs_dim))
-        self.count = 1e-4
+        self.count = np.full((num_trials, 1, 1), 1e-4)
 
     def update(self, obs: Floats) -> None:
         """Add observations (N * E, O), E from each trial, to the statistics."""

@@ -27,7 +27,7 @@ from tipl.collecting.envs import MujocoState, MujocoVectorEnv, VectorEnv
 from tipl.collecting.observation_scaler import ObservationScaler
 from tipl.collecting.ppo_config import PPOConfig
 from tipl.collecting.transitions import FinalStep, Transitions, entropy, explained_variance, gae, log_prob
-from tipl.policy import PolicySpec, layer_views
+from tipl.policy import ParameterLayout, PolicySpec, layer_views
 
 Floats = NDArray[np.float64]
 Singles = NDArray[np.float32]
@@ -75,10 +75,22 @@ class PopulationState:
     arrays: dict[str, NDArray[Any]]
     """One row per trial: params (N, P), optimizer.step (N,), optimizer.exp_avg and optimizer.exp_avg_sq (N, P),
     generators (N, bytes), episodic_return (N,) and, where observations are normalised, obs.mean and obs.var (N, 1, O)
-    and obs.count (1,). One row per environment: running_return (N * E,) and env.*, the fields of `MujocoState` except
-    rngs."""
+    and obs.count (N, 1, 1). One row per environment: running_return (N * E,) and env.*, the fields of `MujocoState`
+    except rngs."""
     env_rngs: list[Any]
     """(N * E,): `MujocoState.rngs`, plain dicts."""
+
+
+@dataclasses.dataclass(frozen=True)
+class KeptTrials:
+    """Some trials of a population as they were between two iterations."""
+
+    trials: Sequence[int]
+    """Their indices in the population, (K,)."""
+    arrays: dict[str, NDArray[Any]]
+    """Their rows of `PopulationState.arrays`."""
+    env_rngs: list[Any] | None
+    """(K * E,): `MujocoState.rngs`; None where the environments' state could not be saved, as in Gymnasium's own."""
 
 
 class Population:
@@ -150,6 +162,20 @@ class Population:
         return weights
 
     @property
+    def critic_layout(self) -> ParameterLayout:
+        """Which of a trial's parameters is which behind the policy's p."""
+        sizes = _critic_sizes(self.spec)
+        parameters: list[tuple[str, tuple[int, ...]]] = []
+        for i, (fan_in, fan_out) in enumerate(itertools.pairwise(sizes)):
+            name = "value_net" if i == len(sizes) - 2 else f"critic_net.{2 * i}"
+            parameters += [(f"{name}.weight", (fan_out, fan_in)), (f"{name}.bias", (fan_out,))]
+        return ParameterLayout(tuple(parameters))
+
+    def critic_weights(self) -> Singles:
+        """Return a copy of the critics' flat weights, in the layout of `critic_layout`."""
+        return self.params[:, self.spec.num_params :].copy()
+
+    @property
     def learning_rate(self) -> float:
         """The learning rate of the next iteration."""
         rate = self.config.learning_rate
@@ -162,19 +188,10 @@ class Population:
         if not isinstance(self.env, MujocoVectorEnv):
             return None
         env = self.env.get_state()
-        arrays = {
-            "params": self.params.copy(),
-            "optimizer.step": self.num_updates.copy(),
-            "optimizer.exp_avg": self.moments[0].copy(),
-            "optimizer.exp_avg_sq": self.moments[1].copy(),
-            "generators": torch.stack([generator.get_state() for generator in self.generators]).numpy(),
-            "running_return": self._running_return.copy(),
-            "episodic_return": self._episodic_return.copy(),
-            **{f"env.{name}": getattr(env, name) for name in ENV_ARRAYS},
-        }
-        if self.scaler is not None:
-            arrays |= {"obs.mean": self.scaler.mean.copy(), "obs.var": self.scaler.var.copy()}
-            arrays["obs.count"] = np.array([self.scaler.count])
+        arrays = {name: array.copy() for name, array in self._learned().items()}
+        arrays |= {"generators": self._generator_rows(range(len(self.seeds)))}
+        arrays |= {"running_return": self._running_return.copy()}
+        arrays |= {f"env.{name}": getattr(env, name) for name in ENV_ARRAYS}
         return PopulationState(self.env_steps, arrays, env.rngs)
 
     def set_state(self, state: PopulationState) -> None:
@@ -182,27 +199,72 @@ class Population:
 
         Raises ValueError where the state's population had other numbers of trials, policies or environments.
         """
-        own = self.get_state()
+        own = Population.get_state(self)
         if own is None or not isinstance(self.env, MujocoVectorEnv):
             raise ValueError(f"set_state: the environments of {self.env.env_id} cannot be set to a saved state")
         expected = {name: (str(array.dtype), array.shape) for name, array in own.arrays.items()}
         got = {name: (str(array.dtype), array.shape) for name, array in state.arrays.items()}
         if expected != got:
             raise ValueError(f"set_state: state must hold the arrays {expected}, got {got}")
-        arrays = state.arrays
-        self.env.set_state(MujocoState(**{name: arrays[f"env.{name}"] for name in ENV_ARRAYS}, rngs=state.env_rngs))
         self.env_steps = state.env_steps
-        self.params[:] = arrays["params"]
-        self.num_updates[:] = arrays["optimizer.step"]
-        self.moments[0], self.moments[1] = arrays["optimizer.exp_avg"], arrays["optimizer.exp_avg_sq"]
-        for generator, row in zip(self.generators, arrays["generators"], strict=True):
-            generator.set_state(torch.tensor(row))
-        self._obs = arrays["env.obs"].copy()
-        self._running_return[:] = arrays["running_return"]
-        self._episodic_return[:] = arrays["episodic_return"]
+        self.put_back(KeptTrials(range(len(self.seeds)), state.arrays, state.env_rngs))
+
+    def keep(self, trials: Sequence[int]) -> KeptTrials:
+        """Return a copy of all that the next iteration of some trials depends on, apart from `env_steps`.
+
+        Where the environments' state cannot be saved, it is left out.
+        """
+        rows = list(trials)
+        arrays = {name: array[rows] for name, array in self._learned().items()}  # copies: the index is a list
+        arrays["generators"] = self._generator_rows(rows)
+        if not isinstance(self.env, MujocoVectorEnv):
+            return KeptTrials(rows, arrays, None)
+        env, envs = self.env.get_state(), self._envs_of(rows)
+        arrays |= {"running_return": self._running_return[envs]}
+        arrays |= {f"env.{name}": getattr(env, name)[envs] for name in ENV_ARRAYS}
+        return KeptTrials(rows, arrays, [env.rngs[j] for j in envs])
+
+    def put_back(self, kept: KeptTrials) -> None:
+        """Set the trials in `kept` to what they were, bit for bit; the others and `env_steps` stay.
+
+        Environments whose state cannot be saved stay where they are, in the midst of an episode.
+        """
+        rows = list(kept.trials)
+        for name, array in self._learned().items():
+            array[rows] = kept.arrays[name]
+        for i, row in zip(rows, kept.arrays["generators"], strict=True):
+            self.generators[i].set_state(torch.tensor(row))
+        if kept.env_rngs is None or not isinstance(self.env, MujocoVectorEnv):
+            return
+        envs, state = self._envs_of(rows), self.env.get_state()
+        for name in ENV_ARRAYS:
+            getattr(state, name)[envs] = kept.arrays[f"env.{name}"]
+        for j, rng in zip(envs, kept.env_rngs, strict=True):
+            state.rngs[j] = rng
+        self.env.set_state(state)
+        self._obs = state.obs.copy()
+        self._running_return[envs] = kept.arrays["running_return"]
+
+    def _learned(self) -> dict[str, NDArray[Any]]:
+        """Return what trials have learned, one row for each, under the names of `PopulationState`; these are views."""
+        arrays: dict[str, NDArray[Any]] = {
+            "params": self.params,
+            "optimizer.step": self.num_updates,
+            "optimizer.exp_avg": self.moments[0],
+            "optimizer.exp_avg_sq": self.moments[1],
+            "episodic_return": self._episodic_return,
+        }
         if self.scaler is not None:
-            self.scaler.mean, self.scaler.var = arrays["obs.mean"].copy(), arrays["obs.var"].copy()
-            self.scaler.count = float(arrays["obs.count"][0])
+            arrays |= {"obs.mean": self.scaler.mean, "obs.var": self.scaler.var, "obs.count": self.scaler.count}
+        return arrays
+
+    def _generator_rows(self, trials: Sequence[int]) -> NDArray[np.uint8]:
+        return torch.stack([self.generators[i].get_state() for i in trials]).numpy()
+
+    def _envs_of(self, trials: Sequence[int]) -> list[int]:
+        """Return the indices of these trials' environments."""
+        num_envs = self.config.num_envs
+        return [i * num_envs + j for i in trials for j in range(num_envs)]
 
     def iterate(self) -> IterationStats:
         """Run one iteration of every trial: num_steps steps of each environment, then the update.
@@ -369,9 +431,14 @@ def environment_seeds(seeds: Sequence[int], num_envs: int) -> list[int]:
     ]
 
 
+def _critic_sizes(spec: PolicySpec) -> tuple[int, ...]:
+    """Return the widths of the critic's MLP, from the observation to the value."""
+    return (*spec.layer_sizes[:-1], 1)
+
+
 def _initial_params(spec: PolicySpec, log_std: float, generators: Sequence[torch.Generator]) -> Singles:
     """Return SB3's initial parameters (N, P): row i's weights are drawn from generators[i], biases are zero."""
-    critic_sizes = (*spec.layer_sizes[:-1], 1)
+    critic_sizes = _critic_sizes(spec)
     P = spec.num_params + sum(fan_out * (fan_in + 1) for fan_in, fan_out in itertools.pairwise(critic_sizes))
     params = torch.zeros(len(generators), P)
     params[:, : spec.act_dim] = log_std

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from tipl.files.manifest import check_folder
@@ -90,7 +91,8 @@ class Forecaster:
         if not (folder / "config.json").is_file():
             raise FileNotFoundError(f"Forecaster.load: {folder} is no model folder: config.json is missing")
         has_manifest = check_folder(folder)
-        with warnings.catch_warnings():
+        # Modules are made with random weights before they get their own: the caller's random numbers stay as they are.
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
             if not has_manifest:
                 warnings.simplefilter("ignore", UncheckedWarning)  # of each file: one of the folder is enough
             return cls._load(folder)

@@ -1,0 +1,535 @@
+"""Jumps: when they happen, what they change, and that what does not hold is undone to the bit."""
+
+import copy
+import dataclasses
+import functools
+import itertools
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from factories import MODEL_CONFIG, TINY_PPO, bare_forecaster, random_model
+from torch import nn
+
+import tipl
+import tipl.collecting.collection
+from tipl import JumpConfig, Ledger
+from tipl.collecting.envs import make_vec
+from tipl.collecting.population import Population, environment_seeds
+from tipl.forecasting.forecaster import Forecaster
+from tipl.forecasting.transformer import ModelConfig
+from tipl.jumping.jumping_population import JumpingPopulation
+from tipl.jumping.jumps import At, Every, Growing, Jump, Jumps, Walk
+from tipl.jumping.learner import PopulationLearner, TorchLearner
+from tipl.jumping.rivals import OuterSteps, averaging, linear_regrounding, rank_one
+from tipl.policy import ParameterLayout
+from tipl.storing.store import Store
+
+LAYOUT = ParameterLayout((("log_std", (1,)), ("weight", (3, 2))))
+CRITIC = ParameterLayout((("value", (4,)),))
+P = LAYOUT.num_params + CRITIC.num_params
+NAN = math.nan
+
+
+class Line:
+    """A learner whose weights grow by one in each iteration, of each run."""
+
+    actor, critic = LAYOUT, CRITIC
+
+    def __init__(self, num_runs: int = 1) -> None:
+        self.params = np.tile(np.arange(P, dtype=np.float32), (num_runs, 1))
+
+    @property
+    def num_runs(self) -> int:
+        return len(self.params)
+
+    def weights(self):
+        return self.params.copy()
+
+    def replace(self, run, weights):
+        self.params[run] = weights
+
+    def keep(self, run):
+        return self.params[run].copy()
+
+    def put_back(self, run, kept):
+        self.params[run] = kept
+
+    def learn(self) -> None:
+        self.params += 1
+
+
+class Ahead:
+    """Forecasts the truth of a `Line`."""
+
+    def forecast(self, prefix, horizons):
+        return prefix.weights[-1] + horizons[:, None].astype(np.float32)
+
+
+def train(jumps: Jumps, returns: list[float], *, ends: bool = False) -> list[float]:
+    """Learn an iteration for each return; return how far the first run was after each."""
+    far = []
+    for i, value in enumerate(returns):
+        jumps.learner.learn()
+        jumps.after_iteration([value] * jumps.learner.num_runs, is_last=ends and i == len(returns) - 1)
+        far.append(float(jumps.learner.params[0, 0]))
+    return far
+
+
+def test_a_jump_that_holds_goes_on_from_there():
+    jumps = Jumps(Line(), At((4,), (10,)), Ahead(), Ahead())
+    assert train(jumps, [1, 2, 3, 4, 5, 6]) == [1, 2, 3, 14, 15, 16]
+    assert jumps.jumps == [Jump(0, 4, 10, held=True)]
+    assert [row[0] for row in jumps.walks[0].path] == [0, 1, 2, 3, 14, 15, 16]
+
+
+def test_a_jump_that_does_not_hold_is_undone():
+    jumps = Jumps(Line(), At((4,), (10,)), Ahead(), Ahead())
+    assert train(jumps, [1, 2, 3, 4, 1, 6]) == [1, 2, 3, 14, 4, 5]
+    assert jumps.jumps == [Jump(0, 4, 10, held=False, lost=1)]
+    walk = jumps.walks[0]
+    assert (walk.iteration, walk.kept_iterations, walk.returns) == (6, 5, [1, 2, 3, 4, 6])
+    assert [row[0] for row in walk.path] == [0, 1, 2, 3, 4, 5]
+
+
+def test_tolerance_is_in_deviations_of_an_iterations_return():
+    returns = [1.0, 3.0, 1.0, 3.0]  # steps 2, -2, 2: deviation sqrt(var / 2) = 1.33, level 2
+    for last, held in ((0.7, True), (0.6, False)):
+        jumps = Jumps(Line(), At((4,), (10,)), Ahead())
+        train(jumps, [*returns, last])
+        assert jumps.jumps[0].held is held
+    without_test = Jumps(Line(), At((4,), (10,)), Ahead(), config=JumpConfig(tolerance=None))
+    train(without_test, [*returns, -1000.0])
+    assert without_test.jumps[0].held is True
+
+
+def test_it_is_tested_until_an_episode_has_ended():
+    jumps = Jumps(Line(), At((4,), (10,)), Ahead())
+    assert train(jumps, [1, 2, 3, 4, NAN, NAN, 1, 5]) == [1, 2, 3, 14, 15, 16, 4, 5]
+    assert jumps.jumps == [Jump(0, 4, 10, held=False, lost=3)]
+
+
+def test_without_returns_before_it_no_jump_holds():
+    jumps = Jumps(Line(), At((4,), (10,)), Ahead())
+    assert train(jumps, [NAN, NAN, NAN, NAN, 1000.0])[-1] == 4
+
+
+@pytest.mark.parametrize("last", [NAN, 1.0])
+def test_training_ends_with_weights_that_were_tested(last):
+    jumps = Jumps(Line(), At((4,), (10,)), Ahead())
+    assert train(jumps, [1, 2, 3, 4, last], ends=True)[-1] == 4
+    jumps = Jumps(Line(), At((4,), (10,)), Ahead())
+    assert train(jumps, [1, 2, 3, 4], ends=True)[-1] == 4
+    assert jumps.jumps == []
+
+
+def test_without_a_critics_forecast_only_the_actor_jumps():
+    jumps = Jumps(Line(), At((4,), (10,)), Ahead())
+    train(jumps, [1, 2, 3, 4])
+    np.testing.assert_array_equal(jumps.learner.params[0] - np.arange(P), [14] * LAYOUT.num_params + [4] * 4)
+
+
+def test_a_part_that_never_moved_stays():
+    class Actor(Line):
+        def learn(self):
+            self.params[:, : LAYOUT.num_params] += 1
+
+    jumps = Jumps(Actor(), At((4,), (10,)), Ahead(), Ahead())
+    train(jumps, [1, 2, 3, 4])
+    np.testing.assert_array_equal(jumps.learner.params[0] - np.arange(P), [14] * LAYOUT.num_params + [0] * 4)
+
+
+def test_log_std_falls_no_further_than_allowed():
+    class Down:
+        def forecast(self, prefix, horizons):
+            return np.full((1, prefix.weights.shape[1]), -9.0, np.float32)
+
+    jumps = Jumps(Line(), At((4,), (10,)), Down(), config=JumpConfig(log_std_drop=0.5))
+    train(jumps, [1, 2, 3, 4])
+    np.testing.assert_array_equal(jumps.learner.params[0, : LAYOUT.num_params], [3.5, *[-9.0] * 6])
+
+
+def test_a_forecast_that_is_not_finite_is_not_followed():
+    class Bad:
+        def forecast(self, prefix, horizons):
+            return np.full((1, prefix.weights.shape[1]), np.nan, np.float32)
+
+    jumps = Jumps(Line(), Growing(JumpConfig(start=3)), Bad())
+    assert train(jumps, [1, 2, 3, 4, 5]) == [1, 2, 3, 4, 5]
+    assert jumps.jumps == []
+
+
+def test_runs_jump_on_their_own():
+    jumps = Jumps(Line(2), At((4,), (10,)), Ahead())
+    for value in (1, 2, 3, 4):
+        jumps.learner.learn()
+        jumps.after_iteration([value, value])
+    jumps.learner.learn()
+    jumps.after_iteration([9.0, -9.0])
+    assert jumps.learner.params[:, 0].tolist() == [15, 4]
+    assert [jump.held for jump in jumps.jumps] == [True, False]
+
+
+def test_growing_waits_twice_as_long_after_each_jump():
+    config = JumpConfig(start=3, reach=2.0, max_jumps=3)
+    jumps = Jumps(Line(), Growing(config), Ahead(), config=config)
+    train(jumps, list(map(float, range(40))))
+    assert [(jump.iteration, jump.ahead) for jump in jumps.jumps] == [(3, 6), (9, 12), (21, 24)]
+    never = dataclasses.replace(config, max_undone=2)
+    jumps = Jumps(Line(), Growing(never), Ahead(), config=never)
+    train(jumps, [1.0, 2, 3, -99, 4, 5, 6, 7, 8, -99, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22])
+    assert [(jump.iteration, jump.held) for jump in jumps.jumps] == [(3, False), (9, False)]
+
+
+def test_a_long_path_is_thinned_evenly():
+    walk = Walk([np.zeros(1, np.float32)])
+    for i in range(1, 41):
+        walk.add(np.full(1, i, np.float32), 0.0, max_rows=8)
+    assert walk.every == 8
+    assert [float(row[0]) for row in walk.path] == [0, 8, 16, 24, 32, 40]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"start": 2}, "start must be an int of at least 3, got 2"),
+        ({"reach": 0.0}, "reach must be positive and finite"),
+        ({"tolerance": math.nan}, "tolerance must be finite and not negative"),
+        ({"log_std_drop": -1.0}, "log_std_drop must be finite and not negative"),
+        ({"max_rows": 9}, "max_rows must be even and at least 8, got 9"),
+        ({"max_jumps": -1}, "max_jumps must be an int of at least 0"),
+    ],
+)
+def test_config_refuses(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        JumpConfig(**arguments)
+    with pytest.raises(ValueError, match="At: lengths must be one or 2 positive ints"):
+        At((1, 2), (1, 2, 3))
+    with pytest.raises(ValueError, match="Every: period and length must be positive"):
+        Every(0, 1)
+
+
+def population(num_trials: int = 2, env_id: str = "InvertedPendulum-v5", **arguments) -> Population:
+    seeds = list(range(7, 7 + num_trials))
+    ppo = dataclasses.replace(TINY_PPO, **arguments)
+    env = make_vec(env_id, num_trials * ppo.num_envs, seeds=environment_seeds(seeds, ppo.num_envs), num_threads=1)
+    return Population(env, ppo, seeds, num_threads=1)
+
+
+def state_of_trial(one: Population, trial: int) -> dict[str, bytes]:
+    kept = one.keep([trial])
+    return {name: array.tobytes() for name, array in kept.arrays.items()} | {
+        "rngs": json.dumps(kept.env_rngs, default=str).encode()
+    }
+
+
+@pytest.mark.parametrize("arguments", [{}, {"num_envs": 2, "normalize_observations": True}])
+def test_a_trial_is_put_back_to_the_bit(arguments):
+    one, other = population(3, **arguments), population(3, **arguments)
+    for it in (one, other):
+        it.iterate()
+    kept, expected = one.keep([1]), [state_of_trial(one, trial) for trial in range(3)]
+    one.params[1] += 0.1
+    one.iterate()
+    moved = [state_of_trial(one, trial) for trial in range(3)]
+    one.put_back(kept)
+    assert state_of_trial(one, 1) == expected[1] != moved[1]
+    assert [state_of_trial(one, trial) for trial in (0, 2)] == [moved[0], moved[2]] != [expected[0], expected[2]]
+    one.iterate()
+    other.iterate()
+    assert one.params[1].tobytes() == other.params[1].tobytes()  # as if nothing had been tried
+
+
+def test_environments_whose_state_cannot_be_saved_go_on():
+    one = population(2, "Pendulum-v1")
+    one.iterate()
+    kept = one.keep([0])
+    assert kept.env_rngs is None
+    before = one.params[0].copy()
+    one.iterate()
+    one.put_back(kept)
+    np.testing.assert_array_equal(one.params[0], before)
+    one.iterate()
+
+
+def test_a_population_fits_the_learner():
+    learner = PopulationLearner(population())
+    assert learner.critic is not None
+    assert learner.actor.num_params + learner.critic.num_params == learner.weights().shape[1]
+
+
+class Agent(nn.Module):
+    """An actor-critic with CleanRL's names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.critic = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+        self.actor_mean = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+        self.actor_logstd = nn.Parameter(torch.zeros(1, 1))
+
+
+def learn(agent: Agent, optimizer: torch.optim.Optimizer) -> None:
+    x = torch.randn(16, 4)
+    loss = (agent.critic(x) - 1).square().mean() + (agent.actor_mean(x) - x[:, :1]).square().mean()
+    loss = loss + (agent.actor_logstd + 1).square().sum()
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
+def snapshot(agent: Agent, optimizer: torch.optim.Optimizer):
+    return copy.deepcopy((agent.state_dict(), optimizer.state_dict()["state"]))
+
+
+def assert_equal_states(one, other) -> None:
+    for name in one[0]:
+        assert torch.equal(one[0][name], other[0][name])
+    for i in one[1]:
+        for name in one[1][i]:
+            assert torch.equal(torch.as_tensor(one[1][i][name]), torch.as_tensor(other[1][i][name]))
+
+
+class Statistics:
+    def __init__(self) -> None:
+        self.mean = np.zeros(4)
+
+
+def test_a_torch_loop_jumps_and_is_put_back():
+    torch.manual_seed(0)
+    agent, statistics = Agent(), Statistics()
+    optimizer = torch.optim.Adam(agent.parameters(), 1e-2)
+    forecaster = Forecaster(random_model(ModelConfig(n_components=4, n_layer=1, d_model=16, d_ff=32, max_len=16)))
+    jumper = tipl.Jumper(
+        agent, optimizer, model=forecaster, config=JumpConfig(start=4, max_undone=1), normalisers={"obs": statistics}
+    )
+    made, states = [], []
+    for value in (1.0, 2.0, 3.0, 4.0, -50.0, 5.0):
+        learn(agent, optimizer)
+        statistics.mean = statistics.mean + 1
+        states.append(snapshot(agent, optimizer))
+        made.append(jumper.step([value, value]))
+    assert made[:3] == [None] * 3
+    assert made[3] == Jump(0, 4, 20)
+    assert made[4] == Jump(0, 4, 20, held=False, lost=1)
+    assert made[5] is None
+    assert jumper.iterations_lost == 1
+    np.testing.assert_array_equal(statistics.mean, 5)  # six, less the one that was lost
+
+
+def test_put_back_restores_a_torch_run():
+    torch.manual_seed(0)
+    agent = Agent()
+    optimizer = torch.optim.Adam(agent.parameters(), 1e-2)
+    learner = TorchLearner(agent, optimizer)
+    assert learner.critic is not None
+    assert learner.weights().shape == (1, sum(it.numel() for it in agent.parameters()))
+    learn(agent, optimizer)
+    before, kept = snapshot(agent, optimizer), learner.keep(0)
+    weights = learner.weights()[0]
+    learner.replace(0, weights + 1)
+    np.testing.assert_array_equal(learner.weights()[0], weights + 1)
+    for _ in range(2):  # also a second time: what is kept is not changed by going on
+        learn(agent, optimizer)
+        learner.put_back(0, kept)
+        assert_equal_states(snapshot(agent, optimizer), before)
+
+
+def test_without_a_forecaster_that_fits_nothing_happens():
+    agent = Agent()
+    forecaster = dataclasses.replace(bare_forecaster(8), shared_basis=object())
+    with pytest.warns(UserWarning, match="no jumps: the forecaster does not fit: it has a shared basis"):
+        jumper = tipl.Jumper(agent, model=forecaster, config=JumpConfig(start=3))
+    before = copy.deepcopy(agent.state_dict())
+    assert [jumper.step(float(i)) for i in range(12)] == [None] * 12
+    assert all(torch.equal(before[name], it) for name, it in agent.state_dict().items())
+
+
+def test_jumper_refuses():
+    with pytest.raises(ValueError, match="Jumper: policy:"):
+        tipl.Jumper(nn.Linear(2, 2).requires_grad_(False), actor="nowhere", model=bare_forecaster(8))
+    with pytest.raises(ValueError, match="step: episode_returns must be finite"):
+        tipl.Jumper(Agent(), model=bare_forecaster(8)).step([1.0, math.inf])
+
+
+def jumping(num_trials: int = 3, model: Forecaster | None = None, **config) -> JumpingPopulation:
+    seeds = list(range(20, 20 + num_trials))
+    env = make_vec("InvertedPendulum-v5", num_trials, seeds=seeds, num_threads=1)
+    settings = JumpConfig(**{"start": 3, "max_jumps": 3} | config)
+    made = functools.partial(
+        Jumps.by_forecasts,
+        forecaster=Forecaster(random_model(MODEL_CONFIG)) if model is None else model,
+        config=settings,
+    )
+    return JumpingPopulation(env, TINY_PPO, seeds, num_iterations=10, num_threads=1, jumps=made)
+
+
+def test_a_trials_jumps_depend_on_its_seed_alone():
+    together, alone = jumping(3), jumping(1)
+    for _ in range(6):
+        together.iterate()
+        alone.iterate()
+    assert together.params[0].tobytes() == alone.params[0].tobytes()
+    assert [jump for jump in together.jumps.jumps if jump.run == 0] == alone.jumps.jumps != []
+
+
+def test_a_jumping_population_goes_on_from_any_state():
+    whole = jumping()
+    states = [whole.get_state()]
+    for _ in range(10):
+        whole.iterate()
+        states.append(whole.get_state())
+    assert {jump.held for jump in whole.jumps.jumps} == {True, False}
+    for start in range(0, 10, 3):
+        other = jumping()
+        other.set_state(states[start])
+        for _ in range(start, 10):
+            other.iterate()
+        assert other.params.tobytes() == whole.params.tobytes()
+        assert other.ledger.to_dict() == whole.ledger.to_dict()
+
+
+def test_jumps_that_are_all_undone_leave_plain_training(monkeypatch):
+    """Random forecasts, a test that nothing passes: after what was lost, each trial goes on as if nothing had been."""
+    monkeypatch.setattr(Walk, "level", lambda walk: (math.inf, 0.0))
+    refusing = jumping(max_undone=2)
+    for _ in range(10):
+        refusing.iterate()
+    lost = refusing.jumps.walks[0].num_undone
+    assert lost == 2
+    assert all(jump.held is False for jump in refusing.jumps.jumps)
+    plain = jumping(max_jumps=0)
+    for _ in range(10 - lost):
+        plain.iterate()
+    assert refusing.params.tobytes() == plain.params.tobytes()
+    assert refusing.ledger.env_steps == {"training": 8 * 3 * 32, "undone": 2 * 3 * 32, "judging": 0}
+
+
+ACCELERATE = {
+    "env_id": "InvertedPendulum-v5",
+    "num_trials": 2,
+    "total_timesteps": 32 * 9,
+    "ppo": TINY_PPO,
+    "progress": False,
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model") / "model"
+    folder.mkdir()
+    Forecaster(random_model(MODEL_CONFIG)).save(folder)
+    return folder
+
+
+def files(path: Path) -> dict[str, bytes]:
+    return {str(it.relative_to(path)): it.read_bytes() for it in path.rglob("*") if it.is_file()}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*checks")
+@pytest.mark.parametrize("after", [0, 4, 8])
+def test_accelerate_goes_on_where_it_was_cut_off(tmp_path, model, after, monkeypatch):
+    jumps = JumpConfig(start=3, max_jumps=3)
+    monkeypatch.setattr(sys.modules["tipl.collecting.collection"], "SAVE_SECONDS", 0.0)
+    whole = tipl.accelerate(tmp_path / "whole", model=model, jumps=jumps, **ACCELERATE)
+    assert whole.jumps
+    iterate, count = JumpingPopulation.iterate, itertools.count()
+
+    def interrupted(population):
+        stats = iterate(population)
+        if next(count) == after:
+            raise KeyboardInterrupt
+        return stats
+
+    with monkeypatch.context() as patch:
+        patch.setattr(JumpingPopulation, "iterate", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            tipl.accelerate(tmp_path / "cut", model=model, jumps=jumps, **ACCELERATE)
+    assert not (tmp_path / "cut").exists()
+    ledger = tipl.accelerate(tmp_path / "cut", model=model, jumps=jumps, **ACCELERATE)
+    assert ledger.to_dict() == whole.to_dict()
+    assert files(tmp_path / "cut") == files(tmp_path / "whole")
+    with pytest.raises(FileExistsError, match=r"accelerate: .*cut exists"):
+        tipl.accelerate(tmp_path / "cut", model=model, jumps=jumps, **ACCELERATE)
+
+
+def test_accelerate_without_jumps_is_collect(tmp_path):
+    ledger = tipl.accelerate(tmp_path / "plain", jumps=JumpConfig(max_jumps=0), **ACCELERATE)
+    expected = tipl.collect(tmp_path / "store", **ACCELERATE)
+    got = Store.open(tmp_path / "plain" / "store.zarr")
+    np.testing.assert_array_equal(got.trial(1).weights(), expected.trial(1).weights())
+    assert ledger.jumps == []
+    assert tipl.verify(tmp_path / "plain").problems == []
+
+
+def test_a_damaged_ledger_is_refused(tmp_path):
+    ledger = Ledger("InvertedPendulum-v5", [1, 2], 32, [[1.0, NAN], [2.0, NAN], [NAN, 3.0]], [Jump(0, 1, 5, True)])
+    ledger.save(tmp_path / "ledger.json")
+    assert Ledger.load(tmp_path / "ledger.json").to_dict() == ledger.to_dict()
+    np.testing.assert_array_equal(ledger.curves(), [[1, 2, 2], [NAN, NAN, 3]])
+    (tmp_path / "ledger.json").write_text('{"env_id": "x"}')
+    with pytest.raises(RuntimeError, match=r"Ledger.load: .* is damaged"):
+        Ledger.load(tmp_path / "ledger.json")
+
+
+def test_rivals_do_what_their_papers_say():
+    line = Line()
+    outer = OuterSteps(line, 2.0)
+    line.learn()
+    outer.after_iteration([1.0])
+    assert line.params[0, 0] == 2
+    line, outer = Line(), None
+    outer = OuterSteps(line, 1.0, 0.5)
+    far = []
+    for _ in range(2):
+        line.learn()
+        outer.after_iteration([1.0])
+        far.append(float(line.params[0, 0]))
+    assert far == [1.5, 1.5 + 1 + 0.5 * 1.5]  # v = 1, then 1.5
+    assert train(linear_regrounding(Line(), 4, 10), [1.0] * 6) == [1, 2, 3, 14, 15, 16]
+    assert train(averaging(Line(), 4), [1.0] * 5) == [1, 2, 3, 2.5, 3.5]
+    assert train(rank_one(Line(), 4, 10), [1.0] * 5) == pytest.approx([1, 2, 3, 14, 15], abs=1e-5)
+    with pytest.raises(ValueError, match="OuterSteps: step must be positive"):
+        OuterSteps(Line(), 0.0)
+
+
+@pytest.mark.parametrize("url", [False, True])
+def test_critics_are_recorded_beside_the_policies(tmp_path, url):
+    critics = tmp_path / "critics"
+    store = tipl.collect(tmp_path / "store", record_critic=f"file://{critics}" if url else critics, **ACCELERATE)
+    recorded = Store.open(critics)
+    seeds, N = store.seeds, 2
+    one = Population(make_vec("InvertedPendulum-v5", N, seeds=seeds, num_threads=1), TINY_PPO, seeds, num_threads=1)
+    for k in range(10):
+        for trial in range(N):
+            np.testing.assert_array_equal(recorded.trial(trial).weights(k, k + 1)[0], one.critic_weights()[trial])
+        one.iterate()
+    assert recorded.policy == one.critic_layout
+    assert tipl.verify_store(critics).problems == []
+    with pytest.raises(FileExistsError, match=r"record_critic: .*critics exists and is not of the collection"):
+        tipl.collect(tmp_path / "other", record_critic=critics, **ACCELERATE | {"seed": 1})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("after", [0, 3, 8])
+def test_a_cut_off_collection_of_critics_goes_on(tmp_path, after, monkeypatch):
+    monkeypatch.setattr(sys.modules["tipl.collecting.collection"], "SAVE_SECONDS", 0.0)
+    tipl.collect(tmp_path / "whole", record_critic=tmp_path / "whole critics", **ACCELERATE)
+    append, count = Store.append, itertools.count()
+
+    def interrupted(store, *columns):
+        if next(count) == 2 * after + 1:  # between the appends to the two stores
+            raise OSError("disk full")
+        append(store, *columns)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "append", interrupted)
+        with pytest.raises(RuntimeError, match="disk full"):
+            tipl.collect(tmp_path / "cut", record_critic=tmp_path / "cut critics", **ACCELERATE)
+    tipl.collect(tmp_path / "cut", record_critic=tmp_path / "cut critics", **ACCELERATE)
+    assert files(tmp_path / "cut") == files(tmp_path / "whole")
+    assert files(tmp_path / "cut critics") == files(tmp_path / "whole critics")

@@ -1,0 +1,66 @@
+"""The command that trains runs which jump along forecasts of their own weights."""
+
+import dataclasses
+
+import numpy as np
+
+from tipl.cli.arguments import PathArg
+from tipl.collecting.ppo_config import PPOConfig
+from tipl.jumping.accelerate import accelerate
+from tipl.jumping.jump_config import JumpConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Accelerate:
+    """Train many PPO trials at once that jump along forecasts of their own weights, and keep what holds.
+
+    After a few iterations a trial's weights are replaced by a forecast of them. Its own next iteration is the test: if
+    its episodes return less than before, the trial is put back bit for bit, and the iteration is lost and counted. With
+    --jumps.max-jumps 0 the same trials train without jumps, to compare with. If it is interrupted, the same command
+    goes on from there.
+
+    Example: tipl accelerate --env-id InvertedPendulum-v5 --total-timesteps 25600 --ppo.num-steps 512
+    --ppo.num-minibatches 8 --ppo.learning-rate 0.0024 --output runs/faster
+    """
+
+    output: PathArg
+    """A folder for the trials' checkpoints (store.zarr) and their returns, jumps and env steps (ledger.json); must not
+    exist."""
+    env_id: str = "InvertedPendulum-v5"
+    """A Gymnasium id with continuous actions."""
+    num_trials: int = 32
+    """PPO runs, each with its own initial weights and seeds."""
+    total_timesteps: int = 100_000
+    """Env steps for each trial, those that jumps cost among them."""
+    model: PathArg | None = None
+    """The forecaster's folder, written by `tipl train`; by default the one that comes with tipl."""
+    seed: int = 0
+    """The seeds of all trials derive from it."""
+    num_threads: int | None = None
+    """Cores to use, by default all."""
+    tensorboard: PathArg | None = None
+    """A folder for TensorBoard curves of every trial and their mean; none by default."""
+    jumps: JumpConfig = dataclasses.field(default_factory=JumpConfig)
+    ppo: PPOConfig = dataclasses.field(default_factory=PPOConfig)
+
+    def run(self) -> None:
+        ledger = accelerate(
+            self.output,
+            env_id=self.env_id,
+            num_trials=self.num_trials,
+            total_timesteps=self.total_timesteps,
+            model=self.model,
+            jumps=self.jumps,
+            seed=self.seed,
+            ppo=self.ppo,
+            num_threads=self.num_threads,
+            tensorboard=self.tensorboard,
+        )
+        held = sum(jump.held is True for jump in ledger.jumps)
+        undone = sum(jump.held is False for jump in ledger.jumps)
+        steps = ledger.env_steps
+        share = steps["undone"] / sum(steps.values())
+        last = ledger.curves()[:, -1]
+        print(f"output     {self.output}")
+        print(f"jumps      {held} held, {undone} undone, which cost {share:.1%} of {sum(steps.values()):,} env steps")
+        print(f"return     {np.nanmean(last):.1f}, mean of {len(last)} trials in the last iteration")

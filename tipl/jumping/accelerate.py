@@ -1,0 +1,97 @@
+"""Train a population of PPO runs that jump along forecasts of their own weights."""
+
+import dataclasses
+import functools
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from tipl.collecting.collection import collect
+from tipl.collecting.ppo_config import PPOConfig
+from tipl.collecting.settings import is_complete
+from tipl.files.locations import read_file
+from tipl.files.publishing import published
+from tipl.forecasting.forecaster import PRETRAINED, Forecaster
+from tipl.jumping.jump_config import JumpConfig
+from tipl.jumping.jumping_population import JumpingPopulation
+from tipl.jumping.jumps import Jumps
+from tipl.jumping.learner import Learner
+from tipl.jumping.ledger import Ledger
+from tipl.storing.store import Store
+
+STORE, LEDGER = "store.zarr", "ledger.json"
+
+
+def accelerate(
+    output: str | Path,
+    *,
+    env_id: str,
+    num_trials: int,
+    total_timesteps: int,
+    model: str | Path | None = None,
+    jumps: JumpConfig = JumpConfig(),
+    seed: int = 0,
+    ppo: PPOConfig | None = None,
+    num_threads: int | None = None,
+    tensorboard: str | Path | None = None,
+    progress: bool = True,
+) -> Ledger:
+    """Train PPO runs that jump along forecasts of their own weights; write `output`, and return its ledger.
+
+    The folder `output` holds store.zarr, the runs' checkpoints, as `collect` writes them; ledger.json, their returns,
+    jumps and env steps by purpose (`Ledger`); and manifest.json. Every env step that a jump costs is among
+    `total_timesteps`: an iteration that was undone is an iteration less.
+
+    An interrupted call goes on when it is called again with the same arguments, with the same bytes as without the
+    interruption.
+
+    Args:
+        model: a forecaster's folder, by default the one that comes with tipl. It forecasts the critic well where it was
+            trained on critics' paths too (`collect`'s record_critic).
+        jumps: when runs jump, how far, and what a jump must hold against; `max_jumps` 0 is plain PPO.
+        env_id, num_trials, total_timesteps, seed, ppo, num_threads, tensorboard, progress: as in `collect`.
+
+    Raises what `collect` and `Forecaster.load` raise; FileExistsError where `output` exists; OutputInUse where another
+    process is making it.
+    """
+    output, folder = Path(output), PRETRAINED if model is None else Path(model)
+    forecaster = Forecaster.load(folder) if jumps.max_jumps else None
+    settings: dict[str, Any] = {"jumps": dataclasses.asdict(jumps)}
+    if forecaster is not None:
+        settings["forecaster"] = _fingerprint(folder)
+    with published(output, "accelerate", resumable=True) as aside:
+        aside.mkdir(exist_ok=True)
+        store = aside / STORE
+        if not (store.exists() and is_complete(Store.open(store)) and (aside / LEDGER).exists()):
+            collect(
+                store,
+                env_id=env_id,
+                num_trials=num_trials,
+                total_timesteps=total_timesteps,
+                seed=seed,
+                ppo=ppo,
+                num_threads=num_threads,
+                tensorboard=tensorboard,
+                progress=progress,
+                population=functools.partial(
+                    JumpingPopulation,
+                    jumps=functools.partial(_jumps, forecaster=forecaster, config=jumps),
+                    finished=lambda ledger: ledger.save(aside / LEDGER),
+                ),
+                settings=settings,
+            )
+    return Ledger.load(output / LEDGER)
+
+
+def _jumps(learner: Learner, forecaster: Forecaster | None, config: JumpConfig) -> Jumps:
+    if forecaster is None:
+        return Jumps.none(learner)
+    return Jumps.by_forecasts(learner, forecaster, config)
+
+
+def _fingerprint(folder: Path) -> str:
+    """Return a digest of all that the forecasts of the forecaster in a model folder depend on."""
+    digest = hashlib.sha256()
+    for path in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
+        digest.update(path.name.encode() + read_file(path, max_bytes=None))
+    return digest.hexdigest()

@@ -1,0 +1,45 @@
+"""When a run jumps, how far, and what a jump must hold against: the settings of `tipl accelerate`."""
+
+import dataclasses
+import math
+
+from tipl.subspace.basis import MIN_PREFIX_END
+
+
+@dataclasses.dataclass(frozen=True)
+class JumpConfig:
+    """When a run jumps, how far, what a jump changes, and what it must hold against."""
+
+    start: int = 6
+    """Iterations before the first jump. Each jump, held or undone, doubles the wait for the next one."""
+    reach: float = 5.0
+    """A jump goes this many times as far ahead as the run has walked since the last one."""
+    max_jumps: int = 1
+    """A run jumps until this many jumps have held."""
+    max_undone: int = 4
+    """A run in which this many jumps were undone jumps no more."""
+    critic: bool = True
+    """Forecast the critic too. Without it the actor jumps and the critic has to follow."""
+    log_std_drop: float | None = None
+    """How far a jump may lower each log_std at most; by default as far as it is forecast."""
+    tolerance: float | None = 1.0
+    """A jump holds if the mean return of the next iteration is not below that before it by more than this many
+    deviations of an iteration's mean return; None: every jump holds."""
+    max_rows: int = 32
+    """Checkpoints of a run's path that forecasts see, even; a longer path is thinned."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("start", MIN_PREFIX_END), ("max_jumps", 0), ("max_undone", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"JumpConfig: {name} must be an int of at least {least}, got {value!r}")
+        if not 0.0 < self.reach < math.inf:
+            raise ValueError(f"JumpConfig: reach must be positive and finite, got {self.reach}")
+        if self.log_std_drop is not None and not 0.0 <= self.log_std_drop < math.inf:
+            raise ValueError(f"JumpConfig: log_std_drop must be finite and not negative, got {self.log_std_drop}")
+        if self.tolerance is not None and not 0.0 <= self.tolerance < math.inf:
+            raise ValueError(f"JumpConfig: tolerance must be finite and not negative, got {self.tolerance}")
+        if self.max_rows < 2 * (MIN_PREFIX_END + 1) or self.max_rows % 2:
+            raise ValueError(
+                f"JumpConfig: max_rows must be even and at least {2 * (MIN_PREFIX_END + 1)}, got {self.max_rows}"
+            )

@@ -1,0 +1,90 @@
+"""Where the env steps of runs went: what trained, what was undone, what only judged."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tipl.files.locations import read_file, write_atomically
+from tipl.files.schema import parse_json
+from tipl.jumping.jumps import Jump
+
+PURPOSES = ("training", "undone", "judging")
+"""training: iterations whose update was kept. undone: iterations that a jump cost which did not hold. judging: episodes
+that were run to judge and for nothing else."""
+
+
+@dataclasses.dataclass
+class Ledger:
+    """The returns and env steps of runs that learned in lockstep."""
+
+    env_id: str
+    seeds: list[int]
+    """Of the N runs."""
+    steps_per_iteration: int
+    """Env steps of one run in one iteration."""
+    returns: list[list[float]] = dataclasses.field(default_factory=list)
+    """For each iteration, also of those that were undone, the mean return of each run's episodes that ended in it; NaN
+    where none did, (T, N)."""
+    jumps: list[Jump] = dataclasses.field(default_factory=list)
+    judging_steps: int = 0
+    """Env steps of all runs in episodes that only judged."""
+
+    def add(self, episodic_return: NDArray[np.float64], jumps: list[Jump]) -> None:
+        """Add an iteration of all runs (N,), and all jumps so far."""
+        self.returns.append(episodic_return.tolist())
+        self.jumps = jumps
+
+    @property
+    def env_steps(self) -> dict[str, int]:
+        """Env steps of all runs together by purpose."""
+        undone = sum(jump.lost for jump in self.jumps)
+        iterations = len(self.returns) * len(self.seeds)
+        counts = (iterations - undone, undone)
+        spent = {name: n * self.steps_per_iteration for name, n in zip(PURPOSES, counts, strict=False)}
+        return spent | {"judging": self.judging_steps}
+
+    def curves(self) -> NDArray[np.float64]:
+        """Return the runs' learning curves (N, T); where no episode ended, the last value, NaN before the first one."""
+        curves = np.array(self.returns, np.float64).reshape(-1, len(self.seeds)).T.copy()
+        for t in range(1, curves.shape[1]):
+            curves[:, t] = np.where(np.isnan(curves[:, t]), curves[:, t - 1], curves[:, t])
+        return curves
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON types."""
+        return {
+            "env_id": self.env_id,
+            "seeds": self.seeds,
+            "steps_per_iteration": self.steps_per_iteration,
+            "env_steps": self.env_steps,
+            "returns": [[None if math.isnan(value) else value for value in row] for row in self.returns],
+            "jumps": [dataclasses.asdict(jump) for jump in self.jumps],
+        }
+
+    @classmethod
+    def from_dict(cls, record: dict[str, Any]) -> Self:
+        return cls(
+            record["env_id"],
+            record["seeds"],
+            record["steps_per_iteration"],
+            [[math.nan if value is None else value for value in row] for row in record["returns"]],
+            [Jump(**jump) for jump in record["jumps"]],
+            record["env_steps"]["judging"],
+        )
+
+    def save(self, path: Path) -> None:
+        """Write the ledger as JSON to `path`, whole or not at all."""
+        write_atomically(path, (json.dumps(self.to_dict()) + "\n").encode())
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Return the ledger in `path`. Raises RuntimeError where the file is damaged."""
+        try:
+            return cls.from_dict(parse_json(read_file(path), path))
+        except (LookupError, TypeError, ValueError) as error:
+            raise RuntimeError(f"Ledger.load: {path} is damaged: {error}") from error
