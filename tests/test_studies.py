@@ -19,6 +19,7 @@ from tipl.forecasting.train_config import TrainConfig
 from tipl.forecasting.training import train
 from tipl.forecasting.training_data import load_training_data
 from tipl.forecasting.transformer import ModelConfig
+from tipl.jumping.ledger import Ledger
 from tipl.report.results import read_results
 from tipl.storing.store import Store
 from tipl.subspace.basis import Basis
@@ -30,6 +31,7 @@ import choose_d
 import compare_representations as study
 import pool_gains
 import representations as coders
+import train_faster
 from average_checkpoints import running_mean
 from compare_forecasters import NUM_SAMPLES, Heads, Spread, with_returns
 from update_directions import share
@@ -341,3 +343,38 @@ def test_running_mean_and_share():
     assert share(directions, inside) == pytest.approx(1.0)
     assert share(directions[:1], inside) == pytest.approx(9 / 25)
     assert share(directions, np.eye(5)[4]) == pytest.approx(0.0)
+
+
+def ledger_with(curves: np.ndarray) -> Ledger:
+    return Ledger("E", list(range(len(curves))), 10, curves.T.tolist())
+
+
+def test_steps_to_return_are_paired_and_never_is_never():
+    rng = np.random.default_rng(0)
+    plain = np.linspace(0, 100, 20) + rng.normal(0, 1, (8, 1))
+    faster, flat = np.minimum(plain * 2, 100), np.zeros_like(plain)
+    ledgers = {"plain": ledger_with(plain), "TIPL": ledger_with(faster), "rival": ledger_with(flat)}
+    given = {"chosen": {arm: {} for arm in ledgers}, "settings_tried": dict.fromkeys(ledgers, 1)}
+    target = plain.mean(0)[-train_faster.LAST :].mean()
+    rows = {row["arm"]: row for row in train_faster.rows_of("E", given, ledgers)}
+    expected = (np.argmax(faster.mean(0) >= target) + 1) / 20
+    assert rows["TIPL"]["share_of_plains_steps"] == expected
+    assert rows["TIPL"]["ratio_to_plain"] == pytest.approx(10 / 18, abs=0.06)
+    assert rows["TIPL"]["ratio_low"] <= rows["TIPL"]["ratio_to_plain"] <= rows["TIPL"]["ratio_high"]
+    assert rows["plain"]["ratio_to_plain"] == 1.0
+    assert rows["plain"]["return_difference"] == rows["plain"]["difference_low"] == 0.0
+    assert rows["rival"]["ratio_to_plain"] is None
+    assert rows["rival"]["probability_of_improvement"] == 0.0
+
+
+def test_every_arm_tries_equally_many_settings():
+    for task in json.loads(train_faster.SETTINGS.read_text()).values():
+        counts = {arm: len(train_faster.settings_of(it["grid"])) for arm, it in task["arms"].items()}
+        tried = {counts[arm] for arm in counts if arm not in ("plain", "random forecaster")}
+        assert tried == {12}
+        assert task["tuning_seed"] != task["final_seed"]
+
+
+def test_settings_of_a_grid():
+    settings = train_faster.settings_of({"ppo.learning_rate": [1.0, 2.0], "move": "outer", "step": [1.5]})
+    assert settings == [{"ppo": {"learning_rate": rate}, "move": "outer", "step": 1.5} for rate in (1.0, 2.0)]

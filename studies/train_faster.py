@@ -1,0 +1,299 @@
+"""Does a run that jumps along forecasts train faster than plain PPO, and than its best rivals?
+
+    python studies/train_faster.py tune InvertedPendulum-v5 --model runs/faster/model --output runs/train_faster
+    python studies/train_faster.py final InvertedPendulum-v5 --model runs/faster/model --output runs/train_faster
+    python studies/train_faster.py results --output runs/train_faster
+
+`studies/train_faster.json` fixes for each task the seeds, the settings that each arm tries and, after `tune`, those
+that it chose. `tune` tries equally many settings of each arm on the same tuning seeds (those "on tuned PPO" begin with
+its choice, "tuned further" with as many more settings of PPO) and chooses the largest mean return over all iterations.
+`final` trains the chosen ones on fresh seeds, paired, and writes a ledger for each arm. `results` makes
+docs/results/train_faster.json and docs/figures/train_faster.svg of the ledgers. What is there is not computed again.
+
+Returns are those of training, with noise on the actions, of every iteration that the run paid for, undone ones too. The
+target is plain PPO's mean return over its last LAST iterations. An arm's share is the part of plain PPO's env steps
+after which its mean return reaches that. All intervals are paired bootstraps over seeds.
+"""
+
+import argparse
+import functools
+import hashlib
+import itertools
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from numpy.typing import NDArray
+from study import command_line, write_record
+
+from tipl.collecting.collection import trial_seeds
+from tipl.collecting.envs import make_vec
+from tipl.collecting.population import environment_seeds
+from tipl.collecting.ppo_config import PPOConfig
+from tipl.files.locations import write_atomically
+from tipl.forecasting.forecaster import Forecaster
+from tipl.forecasting.transformer import TrajectoryTransformer
+from tipl.jumping.jump_config import JumpConfig
+from tipl.jumping.jumping_population import JumpingPopulation
+from tipl.jumping.jumps import At, Forecasts, Jumps
+from tipl.jumping.learner import Learner
+from tipl.jumping.ledger import Ledger
+from tipl.jumping.rivals import OuterSteps, averaging, linear_regrounding, rank_one
+from tipl.report.drawing import THEME, Panel, Plot
+from tipl.report.intervals import Bootstrap
+
+ROOT = Path(__file__).parents[1]
+SETTINGS = Path(__file__).with_suffix(".json")
+RESULTS, FIGURE = ROOT / "docs/results/train_faster.json", ROOT / "docs/figures/train_faster.svg"
+LAST = 5
+"""Iterations whose mean is a run's final return."""
+
+Setting = dict[str, Any]
+"""{"ppo": {...}} and, for what moves weights, {"move": name, ...its arguments}."""
+
+
+def random_forecaster(like: Forecaster) -> Forecaster:
+    """Return a forecaster of the same shape with random weights: the negative control."""
+    model = TrajectoryTransformer(like.model.config)
+    for i, parameter in enumerate(model.parameters()):
+        values = np.random.default_rng(i).normal(0.0, 0.1, parameter.shape).astype(np.float32)
+        parameter.data.copy_(parameter.data.new_tensor(values))
+    return Forecaster(model.eval())
+
+
+def movers(setting: Setting, forecaster: Forecaster | None) -> Callable[[Learner], Any]:
+    """Return what makes the jumps, or what else moves weights, of a learner."""
+    arguments = {name: value for name, value in setting.items() if name not in ("ppo", "move")}
+    move = setting.get("move", "none")
+    if move == "none":
+        return Jumps.none
+    if move in ("tipl", "random"):
+        assert forecaster is not None
+        chosen = random_forecaster(forecaster) if move == "random" else forecaster
+        return functools.partial(Jumps.by_forecasts, forecaster=chosen, config=JumpConfig(**arguments))
+    if move == "tipl_at":
+        return functools.partial(_at, forecaster=forecaster, **arguments)
+    rivals: dict[str, Callable[..., Any]] = {
+        "outer": OuterSteps,
+        "linear": linear_regrounding,
+        "rank1": rank_one,
+        "average": averaging,
+    }
+    return functools.partial(rivals[move], **arguments)
+
+
+def _at(learner: Learner, forecaster: Forecaster, at: list[int], lengths: list[int], **config: Any) -> Jumps:
+    """Return jumps at given iterations."""
+    assert learner.critic is not None
+    actor, critic = Forecasts(forecaster, learner.actor), Forecasts(forecaster, learner.critic)
+    return Jumps(learner, At(tuple(at), tuple(lengths)), actor, critic, JumpConfig(**config))
+
+
+def train(task: str, given: dict[str, Any], setting: Setting, forecaster: Forecaster | None, final: bool) -> Ledger:
+    """Return the ledger of one setting on the tuning seeds, or on the final ones."""
+    seeds = trial_seeds(
+        given["final_seed" if final else "tuning_seed"], given["final_runs" if final else "tuning_runs"]
+    )
+    ppo = PPOConfig(**{**given["ppo"], **setting.get("ppo", {})})
+    env = make_vec(task, len(seeds) * ppo.num_envs, seeds=environment_seeds(seeds, ppo.num_envs), num_threads=None)
+    iterations = given["iterations"]
+    population = JumpingPopulation(env, ppo, seeds, num_iterations=iterations, jumps=movers(setting, forecaster))
+    for _ in range(iterations):
+        population.iterate()
+    env.close()
+    return population.ledger
+
+
+def ledger_of(
+    task: str, arm: str, setting: Setting, given: dict[str, Any], model: Path | None, output: Path, *, final: bool
+) -> Ledger:
+    """Return the ledger of one setting of an arm, trained unless it is there."""
+    name = hashlib.sha256(json.dumps([setting, given["ppo"]], sort_keys=True).encode()).hexdigest()[:12]
+    path = output / task / ("final" if final else "tuning") / f"{arm}-{name}.json"
+    if not path.exists():
+        needs = setting.get("move", "") in ("tipl", "tipl_at", "random")
+        if needs and model is None:
+            raise SystemExit(f"--model is needed for {arm}")
+        start = time.perf_counter()
+        ledger = train(task, given, setting, Forecaster.load(model) if needs and model else None, final)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        ledger.save(path)
+        print(f"{task} {arm} {setting}: {time.perf_counter() - start:.0f} s", flush=True)
+    return Ledger.load(path)
+
+
+def area(ledger: Ledger) -> float:
+    """Return the mean return over iterations and runs."""
+    return float(np.nanmean(ledger.curves()))
+
+
+def settings_of(grid: dict[str, Any]) -> list[Setting]:
+    """Return all settings of an arm's grid; keys that begin with "ppo." are PPO's."""
+    names, values = list(grid), [value if isinstance(value, list) else [value] for value in grid.values()]
+    settings = []
+    for chosen in itertools.product(*values):
+        setting: Setting = {"ppo": {}}
+        for name, value in zip(names, chosen, strict=True):
+            if name.startswith("ppo."):
+                setting["ppo"][name.removeprefix("ppo.")] = value
+            else:
+                setting[name] = value
+        settings.append(setting)
+    return settings
+
+
+def tune(task: str, model: Path | None, output: Path) -> None:
+    """Try every setting of every arm on the tuning seeds, and write down what was chosen."""
+    everything = json.loads(SETTINGS.read_text())
+    given = everything[task]
+    chosen, tried = {}, {}
+    for arm, grid in given["arms"].items():
+        tuned_ppo = chosen.get("tuned PPO", {}).get("ppo", {})
+        settings = settings_of(grid["grid"])
+        if grid.get("on_tuned_ppo"):
+            settings = [{**it, "ppo": {**tuned_ppo, **it["ppo"]}} for it in settings]
+        areas = [area(ledger_of(task, arm, it, given, model, output, final=False)) for it in settings]
+        chosen[arm], tried[arm] = settings[int(np.argmax(areas))], len(settings)
+        print(f"{task} {arm}: {max(areas):.1f} of {len(areas)} settings: {chosen[arm]}", flush=True)
+    given["chosen"], given["settings_tried"] = chosen, tried
+    write_record(SETTINGS, everything, indent=1)
+
+
+def final(task: str, model: Path | None, output: Path) -> None:
+    """Train every arm as it was chosen on the final seeds."""
+    given = json.loads(SETTINGS.read_text())[task]
+    for arm, setting in given["chosen"].items():
+        ledger_of(task, arm, setting, given, model, output, final=True)
+
+
+def crossing(means: NDArray[np.float64], targets: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return after how many iterations mean curves (R, T) reach their targets (R,), inf where they never do."""
+    reached = means >= targets[:, None]
+    return np.where(reached.any(1), reached.argmax(1) + 1.0, math.inf)
+
+
+def interval_of(values: NDArray[np.float64]) -> list[float | None]:
+    """Return the 95 % percentile interval; None for a bound at "never"."""
+    low, high = np.quantile(np.where(np.isnan(values), math.inf, values), [0.025, 0.975], method="nearest")
+    return [None if math.isinf(it) else round(float(it), 4) for it in (low, high)]
+
+
+def rows_of(task: str, given: dict[str, Any], ledgers: dict[str, Ledger]) -> list[dict[str, Any]]:
+    """Return a row for each arm of a task."""
+    curves = {arm: np.nan_to_num(it.curves(), nan=0.0) for arm, it in ledgers.items()}  # no episode has ended: 0
+    plain = curves["plain"]
+    bootstrap = Bootstrap(len(plain))
+    means = {arm: np.vstack([it.mean(0), bootstrap.means(it)]) for arm, it in curves.items()}  # (1 + R, T)
+    targets = means["plain"][:, -LAST:].mean(1)
+    steps = {arm: crossing(it, targets) for arm, it in means.items()}
+    rivals = [arm for arm in curves if not arm.startswith(("TIPL", "plain", "random"))]
+    best = min(rivals, key=lambda arm: (steps[arm][0], -curves[arm].mean()))
+    rows = []
+    for arm, it in curves.items():
+        to_plain, to_rival = (
+            np.divide(steps[arm], steps[other], out=np.full(len(targets), math.inf), where=np.isfinite(steps[arm]))
+            for other in ("plain", best)
+        )
+        share = steps[arm] / it.shape[1]
+        difference = means[arm][:, -LAST:].mean(1) - targets
+        areas, others = it.mean(1), plain.mean(1)
+        higher = (areas[:, None] > others).mean() + 0.5 * (areas[:, None] == others).mean()
+        spent, ledger = ledgers[arm].env_steps, ledgers[arm]
+        rows.append(
+            {
+                "task": task,
+                "setting": given["chosen"][arm],
+                "arm": arm,
+                "seeds": len(it),
+                "share_of_plains_steps": _finite(share[0]),
+                "share_low": interval_of(share[1:])[0],
+                "share_high": interval_of(share[1:])[1],
+                "ratio_to_plain": _finite(to_plain[0]),
+                "ratio_low": interval_of(to_plain[1:])[0],
+                "ratio_high": interval_of(to_plain[1:])[1],
+                "best_rival": best,
+                "ratio_to_best_rival": _finite(to_rival[0]),
+                "rival_low": interval_of(to_rival[1:])[0],
+                "rival_high": interval_of(to_rival[1:])[1],
+                "return": round(float(means[arm][0, -LAST:].mean()), 2),
+                "return_difference": round(float(difference[0]), 2),
+                "difference_low": interval_of(difference[1:])[0],
+                "difference_high": interval_of(difference[1:])[1],
+                "mean_return": round(float(it.mean()), 2),
+                "probability_of_improvement": round(float(higher), 4),
+                "settings_tried": given["settings_tried"][arm],
+                "env_steps": spent,
+                "jumps_held": sum(getattr(jump, "held", None) is True for jump in ledger.jumps),
+                "jumps_undone": sum(getattr(jump, "held", None) is False for jump in ledger.jumps),
+            }
+        )
+    return rows
+
+
+def _finite(value: float) -> float | None:
+    return round(float(value), 4) if math.isfinite(value) else None
+
+
+def draw(ax: Axes, curves: dict[str, NDArray[np.float64]], steps: int) -> None:
+    """Draw mean return against env steps with its 95 % interval, for each arm."""
+    colors = dict(zip(curves, ("muted", "linear", "tipl", "ridge", "nearest_path", "rank1", "mean_path"), strict=False))
+    for arm, it in curves.items():
+        color = THEME[colors.get(arm, "faint")][0]
+        x = steps * np.arange(1, it.shape[1] + 1)
+        low, high = np.quantile(Bootstrap(len(it)).means(it), [0.025, 0.975], axis=0)
+        ax.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
+        ax.plot(x, it.mean(0), color=color, label=arm)
+    ax.legend(fontsize=7)
+    ax.set(xlabel="env steps of a run", ylabel="mean return in training")
+
+
+def results(output: Path) -> None:
+    """Write the rows of all tasks whose final ledgers are there, and the figure."""
+    everything = json.loads(SETTINGS.read_text())
+    rows, panels = [], []
+    for task, given in everything.items():
+        if not (output / task / "final").is_dir():
+            continue
+        ledgers = {
+            arm: ledger_of(task, arm, setting, given, None, output, final=True)
+            for arm, setting in given["chosen"].items()
+        }
+        rows += rows_of(task, given, ledgers)
+        curves = {arm: np.nan_to_num(it.curves(), nan=0.0) for arm, it in ledgers.items()}
+        steps = next(iter(ledgers.values())).steps_per_iteration
+        panels.append(Panel(task, lambda ax, curves=curves, steps=steps: draw(ax, curves, steps)))
+    write_record(RESULTS, {"last": LAST, "rows": rows}, indent=1)
+    write_atomically(FIGURE, Plot("train_faster", tuple(panels)).svg())
+    for row in rows:
+        print(
+            f"{row['task']:22} {row['arm']:18} share {row['share_of_plains_steps']} [{row['share_low']}, "
+            f"{row['share_high']}]  to {row['best_rival']} {row['ratio_to_best_rival']} [{row['rival_low']}, "
+            f"{row['rival_high']}]  return {row['return']} ({row['return_difference']:+} [{row['difference_low']}, "
+            f"{row['difference_high']}])  mean {row['mean_return']}  jumps {row['jumps_held']}/{row['jumps_undone']}"
+        )
+
+
+def main() -> None:
+    parser = command_line(__doc__)
+    parser.add_argument("stage", choices=("tune", "final", "results"))
+    parser.add_argument("task", nargs="?", help="one of those in train_faster.json")
+    parser.add_argument("--model", type=Path, help="the forecaster's folder")
+    parser.add_argument("--output", type=Path, required=True, help="the folder of all ledgers")
+    arguments: argparse.Namespace = parser.parse_args()
+    if arguments.stage == "results":
+        results(arguments.output)
+        return
+    known = list(json.loads(SETTINGS.read_text()))
+    if arguments.task not in known:
+        parser.error(f"task: must be one of {', '.join(known)}, got {arguments.task}")
+    stage = tune if arguments.stage == "tune" else final
+    stage(arguments.task, arguments.model, arguments.output)
+
+
+if __name__ == "__main__":
+    main()
