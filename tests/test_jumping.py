@@ -163,6 +163,42 @@ def test_a_forecast_that_is_not_finite_is_not_followed():
     assert jumps.jumps == []
 
 
+def test_a_jump_after_which_the_weights_diverge_is_undone():
+    jumps = Jumps(Line(), At((4,), (10,)), Ahead(), Ahead(), JumpConfig(tolerance=None))
+    train(jumps, [1, 2, 3, 4])
+    jumps.learner.params[:] = np.nan
+    assert train(jumps, [99.0, 6]) == [4, 5]
+    assert jumps.jumps == [Jump(0, 4, 10, held=False, lost=1)]
+
+
+def test_a_population_leaves_a_diverging_trial_to_its_test():
+    one = jumping(2, start=3)
+    for _ in range(3):
+        one.iterate()
+    assert set(one.jumps.tests) == {0, 1}
+    one.params[1, 5] = np.inf
+    before = one.jumps.tests[1].kept.arrays["params"][0]
+    one.iterate()
+    np.testing.assert_array_equal(one.params[1], before)
+    one.jumps.tests.clear()
+    one.params[1, 5] = np.inf
+    with pytest.raises(FloatingPointError, match=r"the weights of trial 1 \(seed 21\) after 160 environment steps"):
+        one.iterate()
+
+
+def test_a_torch_policy_that_diverges_is_put_back():
+    agent = Agent()
+    forecaster = Forecaster(random_model(ModelConfig(n_components=4, n_layer=1, d_model=16, d_ff=32, max_len=16)))
+    optimizer = torch.optim.Adam(agent.parameters(), 1e-2)
+    jumper = tipl.Jumper(agent, optimizer, model=forecaster, config=JumpConfig(start=4))
+    for value in (1.0, 2.0, 3.0, 4.0):
+        learn(agent, optimizer)
+        jumper.step(value)
+    agent.actor_logstd.data.fill_(math.nan)
+    assert jumper.step(100.0) == Jump(0, 4, 20, held=False, lost=1)
+    assert torch.isfinite(agent.actor_logstd).all()
+
+
 def test_runs_jump_on_their_own():
     jumps = Jumps(Line(2), At((4,), (10,)), Ahead())
     for value in (1, 2, 3, 4):
@@ -464,6 +500,10 @@ def test_accelerate_without_jumps_is_collect(tmp_path):
     np.testing.assert_array_equal(got.trial(1).weights(), expected.trial(1).weights())
     assert ledger.jumps == []
     assert tipl.verify(tmp_path / "plain").problems == []
+    file = tmp_path / "plain" / "ledger.json"
+    file.write_bytes(file.read_bytes().replace(b"288", b"289").replace(b'"seeds": [3', b'"seeds": [4'))
+    with pytest.raises(RuntimeError, match=r"ledger.json is damaged"):
+        Ledger.load(file)
 
 
 def test_a_damaged_ledger_is_refused(tmp_path):

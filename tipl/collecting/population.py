@@ -277,11 +277,7 @@ class Population:
         acted = time.perf_counter()
         stats = self.update(transitions, learning_rate)
         updated = time.perf_counter()
-        finite = np.isfinite(self.params).all(1)
-        if not finite.all():
-            i = int(np.argmin(finite))
-            where = f"trial {i} (seed {self.seeds[i]}) after {self.env_steps} environment steps"
-            raise FloatingPointError(f"Population: the weights of {where} are no longer finite")
+        self.check_finite(np.asarray(np.isfinite(self.params).all(1)))
         return IterationStats(
             **vars(stats),
             episodic_return=self._episodic_return.copy(),
@@ -289,6 +285,13 @@ class Population:
             learning_rate=learning_rate,
             seconds={"env": env_seconds, "policy": acted - start - env_seconds, "update": updated - acted},
         )
+
+    def check_finite(self, finite: NDArray[np.bool_]) -> None:
+        """Raise FloatingPointError where a trial's weights are no longer finite; `finite` (N,) says whose are."""
+        if not finite.all():
+            i = int(np.argmin(finite))
+            where = f"trial {i} (seed {self.seeds[i]}) after {self.env_steps} environment steps"
+            raise FloatingPointError(f"Population: the weights of {where} are no longer finite")
 
     def act(self) -> tuple[Transitions, NDArray[np.int64], float]:
         """Step the environments num_steps times.

@@ -54,6 +54,10 @@ class JumpingPopulation(Population):
             self._finished(self.ledger)
         return stats
 
+    def check_finite(self, finite: NDArray[np.bool_]) -> None:
+        """Leave a trial whose jump is tested to the test, which puts it back."""
+        super().check_finite(finite | np.isin(np.arange(len(finite)), list(self.jumps.tests)))
+
     def get_state(self) -> PopulationState | None:
         state = super().get_state()
         if state is None:

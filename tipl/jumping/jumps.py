@@ -239,14 +239,19 @@ class Jumps:
 
         Args:
             episodic_return: mean return of each run's episodes that ended in this iteration, (N,); NaN where none did:
-                a jump is then tested for another iteration.
+                a jump is then tested for another iteration. A run whose weights are not finite fails its test.
             is_last: training ends here: no jump is made, and one that no episode has tested is undone.
         """
         weights = self.learner.weights()
+        finite = np.asarray(np.isfinite(weights).all(1))
         for run, value in enumerate(np.asarray(episodic_return, np.float64).tolist()):
             walk = self.walks[run]
             walk.iteration += 1
+            if not finite[run]:
+                value = -math.inf  # whatever its episodes returned
             if run in self.tests and (is_last or not math.isnan(value)) and self._judge(run, walk, value):
+                continue
+            if not finite[run]:
                 continue
             is_checkpoint = walk.add(weights[run], value, self.config.max_rows)
             if run in self.tests or self.actor is None or is_last:
@@ -262,7 +267,8 @@ class Jumps:
         """
         test = self.tests.pop(run)
         level, noise = test.walk.level()
-        held = self.config.tolerance is None or value >= level - self.config.tolerance * noise  # False for NaN
+        tolerance = self.config.tolerance
+        held = value != -math.inf and (tolerance is None or value >= level - tolerance * noise)  # False for NaN
         jump = self.jumps[test.jump]
         lost = 0 if held else walk.iteration - jump.iteration
         self.jumps[test.jump] = dataclasses.replace(jump, held=held, lost=lost)

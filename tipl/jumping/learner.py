@@ -31,7 +31,7 @@ class Learner(Protocol):
     def num_runs(self) -> int: ...
 
     def weights(self) -> Singles:
-        """Return a copy of all weights, (N, P)."""
+        """Return a copy of all weights, (N, P); not finite where a run has diverged."""
         ...
 
     def replace(self, run: int, weights: Singles) -> None:
@@ -120,6 +120,9 @@ class TorchLearner:
 
     def weights(self) -> Singles:
         state = self._policy.state_dict()
+        if not all(bool(torch.isfinite(it).all()) for it in _parameters(self._policy).values()):
+            num_params = self.actor.num_params + (0 if self.critic is None else self.critic.num_params)
+            return np.full((1, num_params), np.nan, np.float32)
         critic = [state[key].detach().reshape(-1).float().cpu().numpy() for key in self._critic_keys]
         return np.concatenate([self._actor.flatten(state), *critic])[None]
 

@@ -9,7 +9,8 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from tipl.files.locations import read_file, write_atomically
+from tipl.files.locations import write_atomically
+from tipl.files.manifest import read_listed
 from tipl.files.schema import parse_json
 from tipl.jumping.jumps import Jump
 
@@ -83,8 +84,11 @@ class Ledger:
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Return the ledger in `path`. Raises RuntimeError where the file is damaged."""
+        """Return the ledger in `path`, checked against its folder's manifest if there is one.
+
+        Raises FileNotFoundError, or RuntimeError where the file is damaged.
+        """
         try:
-            return cls.from_dict(parse_json(read_file(path), path))
+            return cls.from_dict(parse_json(read_listed(path), path))
         except (LookupError, TypeError, ValueError) as error:
             raise RuntimeError(f"Ledger.load: {path} is damaged: {error}") from error
