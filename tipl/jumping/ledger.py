@@ -1,7 +1,6 @@
 """Where the env steps of runs went: what trained, what was undone, what only judged."""
 
 import dataclasses
-import json
 import math
 from pathlib import Path
 from typing import Any, Self
@@ -9,9 +8,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from tipl.files.locations import write_atomically
-from tipl.files.manifest import read_listed
-from tipl.files.schema import parse_json
+from tipl.files.sealed import load_json, save_json
 from tipl.jumping.jumps import Jump
 
 PURPOSES = ("training", "undone", "judging")
@@ -79,16 +76,13 @@ class Ledger:
         )
 
     def save(self, path: Path) -> None:
-        """Write the ledger as JSON to `path`, whole or not at all."""
-        write_atomically(path, (json.dumps(self.to_dict()) + "\n").encode())
+        """Write the ledger as JSON with a checksum to `path`, whole or not at all."""
+        save_json(path, self.to_dict())
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Return the ledger in `path`, checked against its folder's manifest if there is one.
-
-        Raises FileNotFoundError, or RuntimeError where the file is damaged.
-        """
+        """Return the ledger in `path`. Raises FileNotFoundError, or RuntimeError where the file is damaged."""
         try:
-            return cls.from_dict(parse_json(read_listed(path), path))
+            return cls.from_dict(load_json(path, "Ledger.load"))
         except (LookupError, TypeError, ValueError) as error:
             raise RuntimeError(f"Ledger.load: {path} is damaged: {error}") from error
