@@ -147,12 +147,13 @@ def settings_of(grid: dict[str, Any]) -> list[Setting]:
     return settings
 
 
-def tune(task: str, model: Path | None, output: Path) -> None:
-    """Try every setting of every arm on the tuning seeds, and write down what was chosen."""
+def tune(task: str, model: Path | None, output: Path, arms: list[str] | None) -> None:
+    """Try every setting of all arms, or of some, on the tuning seeds, and write down what was chosen."""
     everything = json.loads(SETTINGS.read_text())
     given = everything[task]
-    chosen, tried = {}, {}
-    for arm, grid in given["arms"].items():
+    chosen, tried = given.setdefault("chosen", {}), given.setdefault("settings_tried", {})
+    for arm in arms or given["arms"]:
+        grid = given["arms"][arm]
         tuned_ppo = chosen.get("tuned PPO", {}).get("ppo", {})
         settings = settings_of(grid["grid"])
         if grid.get("on_tuned_ppo"):
@@ -160,8 +161,7 @@ def tune(task: str, model: Path | None, output: Path) -> None:
         areas = [area(ledger_of(task, arm, it, given, model, output, final=False)) for it in settings]
         chosen[arm], tried[arm] = settings[int(np.argmax(areas))], len(settings)
         print(f"{task} {arm}: {max(areas):.1f} of {len(areas)} settings: {chosen[arm]}", flush=True)
-    given["chosen"], given["settings_tried"] = chosen, tried
-    write_record(SETTINGS, everything, indent=1)
+        write_record(SETTINGS, everything, indent=1)
 
 
 def final(task: str, model: Path | None, output: Path) -> None:
@@ -283,6 +283,7 @@ def main() -> None:
     parser.add_argument("stage", choices=("tune", "final", "results"))
     parser.add_argument("task", nargs="?", help="one of those in train_faster.json")
     parser.add_argument("--model", type=Path, help="the forecaster's folder")
+    parser.add_argument("--arms", nargs="+", help="tune only these; the others keep what was chosen for them")
     parser.add_argument("--output", type=Path, required=True, help="the folder of all ledgers")
     arguments: argparse.Namespace = parser.parse_args()
     if arguments.stage == "results":
@@ -291,8 +292,13 @@ def main() -> None:
     known = list(json.loads(SETTINGS.read_text()))
     if arguments.task not in known:
         parser.error(f"task: must be one of {', '.join(known)}, got {arguments.task}")
-    stage = tune if arguments.stage == "tune" else final
-    stage(arguments.task, arguments.model, arguments.output)
+    if arguments.stage == "tune":
+        unknown = set(arguments.arms or ()) - set(json.loads(SETTINGS.read_text())[arguments.task]["arms"])
+        if unknown:
+            parser.error(f"--arms: {', '.join(sorted(unknown))} are not among the arms in {SETTINGS.name}")
+        tune(arguments.task, arguments.model, arguments.output, arguments.arms)
+    else:
+        final(arguments.task, arguments.model, arguments.output)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,14 @@ from tipl.forecasting.transformer import ModelConfig
 from tipl.jumping.jumping_population import JumpingPopulation
 from tipl.jumping.jumps import At, Every, Growing, Jump, Jumps, Walk
 from tipl.jumping.learner import PopulationLearner, TorchLearner
-from tipl.jumping.rivals import OuterSteps, averaging, linear_regrounding, rank_one
+from tipl.jumping.rivals import (
+    OuterSteps,
+    averaging,
+    by_ninos_rule,
+    linear_regrounding,
+    rank_one,
+    trimming_and_boosting,
+)
 from tipl.policy import ParameterLayout
 from tipl.storing.store import Store
 
@@ -534,6 +541,11 @@ def test_rivals_do_what_their_papers_say():
     assert train(linear_regrounding(Line(), 4, 10), [1.0] * 6) == [1, 2, 3, 14, 15, 16]
     assert train(averaging(Line(), 4), [1.0] * 5) == [1, 2, 3, 2.5, 3.5]
     assert train(rank_one(Line(), 4, 10), [1.0] * 5) == pytest.approx([1, 2, 3, 14, 15], abs=1e-5)
+    assert train(trimming_and_boosting(Line(), 4, 3, 0.5), [1.0] * 5) == pytest.approx([1, 2, 3, 6, 7], abs=1e-5)
+    forecaster = Forecaster(random_model(ModelConfig(n_components=4, n_layer=1, d_model=16, d_ff=32, max_len=60)))
+    nino = by_ninos_rule(Line(), forecaster, 4, 16, 3)
+    train(nino, [1.0] * 20)
+    assert [(jump.iteration, jump.ahead) for jump in nino.jumps] == [(4, 16), (8, 4), (12, 1)]
     with pytest.raises(ValueError, match="OuterSteps: step must be positive"):
         OuterSteps(Line(), 0.0)
 

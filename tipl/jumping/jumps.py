@@ -225,7 +225,7 @@ class Jumps:
     @classmethod
     def by_forecasts(cls, learner: Learner, forecaster: Forecaster, config: JumpConfig) -> "Jumps":
         """Return jumps along a forecaster's forecasts; none, with a warning, where it does not fit the runs."""
-        config = dataclasses.replace(config, max_rows=min(config.max_rows, _rows_of(forecaster)))
+        config = dataclasses.replace(config, max_rows=min(config.max_rows, rows_of(forecaster)))
         try:
             actor = Forecasts(forecaster, learner.actor)
             critic = Forecasts(forecaster, learner.critic) if config.critic and learner.critic is not None else None
@@ -312,6 +312,6 @@ class Jumps:
         return weights
 
 
-def _rows_of(forecaster: Forecaster) -> int:
+def rows_of(forecaster: Forecaster) -> int:
     """Return how many checkpoints of a path to show the forecaster: an even number, and room for a forecast."""
     return max(2 * (MIN_PREFIX_END + 1), 2 * (forecaster.model.config.max_len * 2 // 3 // 2))

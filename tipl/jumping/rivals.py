@@ -12,9 +12,10 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from tipl.forecasting.forecaster import Forecaster
 from tipl.judging.predictors import Linear, Predictor, RankOne
 from tipl.jumping.jump_config import JumpConfig
-from tipl.jumping.jumps import At, Every, Jumps
+from tipl.jumping.jumps import At, Every, Forecasts, Jumps, Walk, rows_of
 from tipl.jumping.learner import Learner, Singles
 from tipl.subspace.prefix import Prefix
 
@@ -57,6 +58,61 @@ class WindowMean:
     def forecast(self, prefix: Prefix, horizons: NDArray[np.int64]) -> Singles:
         mean = prefix.weights[-self.window :].mean(0, dtype=np.float64).astype(np.float32)
         return np.repeat(mean[None], len(horizons), 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrimmedAndBoosted:
+    """The last checkpoint without what lies outside the path's major directions, further along the first of these.
+
+    After policy path trimming and boosting (PPTB, arXiv 2303.01391). Coordinates are those of the prefix's temporal SVD
+    from theta_0; each of the first `num_boosted` goes on by `boost` times its change over the last `window`
+    checkpoints. The horizon does not matter.
+    """
+
+    n_components: int
+    """Major directions, which are kept."""
+    boost: float
+    window: int
+    num_boosted: int = 2
+
+    def forecast(self, prefix: Prefix, horizons: NDArray[np.int64]) -> Singles:
+        basis = prefix.basis(self.n_components).through(prefix.weights[0])
+        coordinates = basis.encode(prefix.weights)  # (h+1, k)
+        end = coordinates[-1].copy()
+        change = end - coordinates[max(0, prefix.end - self.window)]
+        end[: self.num_boosted] += np.float32(self.boost) * change[: self.num_boosted]
+        return np.repeat(basis.decode(end[None]), len(horizons), 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Falling:
+    """A jump every `period` iterations, whose length falls by a constant factor from `first` to 1 over `num_jumps`.
+
+    That is how NiNo (arXiv 2409.04434) applies its forecasts, with 40 for `first`.
+    """
+
+    period: int
+    first: int
+    num_jumps: int
+
+    def ahead(self, walk: Walk) -> int:
+        number, rest = divmod(walk.iteration, self.period)
+        if rest or not 1 <= number <= self.num_jumps:
+            return 0
+        length: float = self.first ** (1 - (number - 1) / max(1, self.num_jumps - 1))
+        return max(1, round(length))
+
+
+def trimming_and_boosting(learner: Learner, period: int, n_components: int, boost: float) -> Jumps:
+    """Every `period` iterations trim the actor's path to its major directions and boost the first two of them."""
+    return Jumps(learner, Every(period, 1), TrimmedAndBoosted(n_components, boost, period), None, UNTESTED)
+
+
+def by_ninos_rule(learner: Learner, forecaster: Forecaster, period: int, first: int, num_jumps: int) -> Jumps:
+    """Jump along a forecaster's forecasts as NiNo does: regularly, ever less far, and untested; actor and critic."""
+    config = dataclasses.replace(UNTESTED, max_rows=rows_of(forecaster))
+    critic = None if learner.critic is None else Forecasts(forecaster, learner.critic)
+    return Jumps(learner, Falling(period, first, num_jumps), Forecasts(forecaster, learner.actor), critic, config)
 
 
 def linear_regrounding(learner: Learner, period: int, length: int) -> Jumps:
