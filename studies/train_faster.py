@@ -11,8 +11,8 @@ its choice, "tuned further" with as many more settings of PPO) and chooses the l
 docs/results/train_faster.json and docs/figures/train_faster.svg of the ledgers. What is there is not computed again.
 
 Returns are those of training, with noise on the actions, of every iteration that the run paid for, undone ones too. The
-target is plain PPO's mean return over its last LAST iterations. An arm's share is the part of plain PPO's env steps
-after which its mean return reaches that. All intervals are paired bootstraps over seeds.
+target is plain PPO's mean return over its last 5 iterations. A ratio to plain is the part of plain PPO's env steps
+after which an arm's mean return reaches that. All intervals are paired bootstraps over seeds.
 """
 
 import argparse
@@ -27,8 +27,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from numpy.typing import NDArray
 from study import command_line, write_record
 
 from tipl.collecting.collection import trial_seeds
@@ -44,15 +42,12 @@ from tipl.jumping.jumps import At, Forecasts, Jumps
 from tipl.jumping.learner import Learner
 from tipl.jumping.ledger import Ledger
 from tipl.jumping.rivals import OuterSteps, averaging, linear_regrounding, rank_one
-from tipl.report.drawing import THEME, Panel, Plot
-from tipl.report.intervals import Bootstrap
+from tipl.report.comparison import compare, ledger_plot, ratio_of_steps
+from tipl.report.intervals import Estimate
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = Path(__file__).with_suffix(".json")
 RESULTS, FIGURE = ROOT / "docs/results/train_faster.json", ROOT / "docs/figures/train_faster.svg"
-LAST = 5
-"""Iterations whose mean is a run's final return."""
-
 Setting = dict[str, Any]
 """{"ppo": {...}} and, for what moves weights, {"move": name, ...its arguments}."""
 
@@ -171,91 +166,47 @@ def final(task: str, model: Path | None, output: Path) -> None:
         ledger_of(task, arm, setting, given, model, output, final=True)
 
 
-def crossing(means: NDArray[np.float64], targets: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return after how many iterations mean curves (R, T) reach their targets (R,), inf where they never do."""
-    reached = means >= targets[:, None]
-    return np.where(reached.any(1), reached.argmax(1) + 1.0, math.inf)
-
-
-def interval_of(values: NDArray[np.float64]) -> list[float | None]:
-    """Return the 95 % percentile interval; None for a bound at "never"."""
-    low, high = np.quantile(np.where(np.isnan(values), math.inf, values), [0.025, 0.975], method="nearest")
-    return [None if math.isinf(it) else round(float(it), 4) for it in (low, high)]
-
-
 def rows_of(task: str, given: dict[str, Any], ledgers: dict[str, Ledger]) -> list[dict[str, Any]]:
-    """Return a row for each arm of a task."""
-    curves = {arm: np.nan_to_num(it.curves(), nan=0.0) for arm, it in ledgers.items()}  # no episode has ended: 0
-    plain = curves["plain"]
-    bootstrap = Bootstrap(len(plain))
-    means = {arm: np.vstack([it.mean(0), bootstrap.means(it)]) for arm, it in curves.items()}  # (1 + R, T)
-    targets = means["plain"][:, -LAST:].mean(1)
-    steps = {arm: crossing(it, targets) for arm, it in means.items()}
-    rivals = [arm for arm in curves if not arm.startswith(("TIPL", "plain", "random"))]
-    best = min(rivals, key=lambda arm: (steps[arm][0], -curves[arm].mean()))
+    """Return a row for each arm of a task. The best rival is the one that was quickest on these very seeds."""
+    arms = compare(ledgers, "plain")
+    rivals = [name for name in arms if not name.startswith(("TIPL", "plain", "random"))]
+    best = min(rivals, key=lambda name: (arms[name].steps.value, -arms[name].mean_return))
     rows = []
-    for arm, it in curves.items():
-        to_plain, to_rival = (
-            np.divide(steps[arm], steps[other], out=np.full(len(targets), math.inf), where=np.isfinite(steps[arm]))
-            for other in ("plain", best)
-        )
-        share = steps[arm] / it.shape[1]
-        difference = means[arm][:, -LAST:].mean(1) - targets
-        areas, others = it.mean(1), plain.mean(1)
-        higher = (areas[:, None] > others).mean() + 0.5 * (areas[:, None] == others).mean()
-        spent, ledger = ledgers[arm].env_steps, ledgers[arm]
+    for name, arm in arms.items():
+        ledger = ledgers[name]
+        held = [getattr(jump, "held", None) for jump in ledger.jumps]
         rows.append(
             {
                 "task": task,
-                "setting": given["chosen"][arm],
-                "arm": arm,
-                "seeds": len(it),
-                "share_of_plains_steps": _finite(share[0]),
-                "share_low": interval_of(share[1:])[0],
-                "share_high": interval_of(share[1:])[1],
-                "ratio_to_plain": _finite(to_plain[0]),
-                "ratio_low": interval_of(to_plain[1:])[0],
-                "ratio_high": interval_of(to_plain[1:])[1],
+                "setting": given["chosen"][name],
+                "arm": name,
+                "seeds": len(ledger.seeds),
+                **_interval("ratio_to_plain", "ratio", arm.steps),
                 "best_rival": best,
-                "ratio_to_best_rival": _finite(to_rival[0]),
-                "rival_low": interval_of(to_rival[1:])[0],
-                "rival_high": interval_of(to_rival[1:])[1],
-                "return": round(float(means[arm][0, -LAST:].mean()), 2),
-                "return_difference": round(float(difference[0]), 2),
-                "difference_low": interval_of(difference[1:])[0],
-                "difference_high": interval_of(difference[1:])[1],
-                "mean_return": round(float(it.mean()), 2),
-                "probability_of_improvement": round(float(higher), 4),
-                "settings_tried": given["settings_tried"][arm],
-                "env_steps": spent,
-                "jumps_held": sum(getattr(jump, "held", None) is True for jump in ledger.jumps),
-                "jumps_undone": sum(getattr(jump, "held", None) is False for jump in ledger.jumps),
+                **_interval("ratio_to_best_rival", "rival", ratio_of_steps(ledgers, "plain", name, best)),
+                "final_return": round(arm.final_return, 2),
+                **_interval("return_difference", "difference", arm.gain),
+                "mean_return": round(arm.mean_return, 2),
+                "probability_of_improvement": round(arm.improvement, 4),
+                "settings_tried": given["settings_tried"][name],
+                "env_steps": ledger.env_steps,
+                "jumps_held": held.count(True),
+                "jumps_undone": held.count(False),
             }
         )
     return rows
 
 
-def _finite(value: float) -> float | None:
-    return round(float(value), 4) if math.isfinite(value) else None
-
-
-def draw(ax: Axes, curves: dict[str, NDArray[np.float64]], steps: int) -> None:
-    """Draw mean return against env steps with its 95 % interval, for each arm."""
-    colors = dict(zip(curves, ("muted", "linear", "tipl", "ridge", "nearest_path", "rank1", "mean_path"), strict=False))
-    for arm, it in curves.items():
-        color = THEME[colors.get(arm, "faint")][0]
-        x = steps * np.arange(1, it.shape[1] + 1)
-        low, high = np.quantile(Bootstrap(len(it)).means(it), [0.025, 0.975], axis=0)
-        ax.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
-        ax.plot(x, it.mean(0), color=color, label=arm)
-    ax.legend(fontsize=7)
-    ax.set(xlabel="env steps of a run", ylabel="mean return in training")
+def _interval(name: str, short: str, estimate: Estimate) -> dict[str, float | None]:
+    """Return an estimate and its bounds as entries of a row; null for "never"."""
+    values = {name: estimate.value, f"{short}_low": estimate.low, f"{short}_high": estimate.high}
+    return {key: round(value, 4) if math.isfinite(value) else None for key, value in values.items()}
 
 
 def results(output: Path) -> None:
     """Write the rows of all tasks whose final ledgers are there, and the figure."""
     everything = json.loads(SETTINGS.read_text())
-    rows, panels = [], []
+    rows, tasks = [], []
     for task, given in everything.items():
         if not (output / task / "final").is_dir():
             continue
@@ -264,16 +215,14 @@ def results(output: Path) -> None:
             for arm, setting in given["chosen"].items()
         }
         rows += rows_of(task, given, ledgers)
-        curves = {arm: np.nan_to_num(it.curves(), nan=0.0) for arm, it in ledgers.items()}
-        steps = next(iter(ledgers.values())).steps_per_iteration
-        panels.append(Panel(task, lambda ax, curves=curves, steps=steps: draw(ax, curves, steps)))
-    write_record(RESULTS, {"last": LAST, "rows": rows}, indent=1)
-    write_atomically(FIGURE, Plot("train_faster", tuple(panels)).svg())
+        tasks.append(ledgers)
+    write_record(RESULTS, {"rows": rows}, indent=1)
+    write_atomically(FIGURE, ledger_plot(tasks).svg())
     for row in rows:
         print(
-            f"{row['task']:22} {row['arm']:18} share {row['share_of_plains_steps']} [{row['share_low']}, "
-            f"{row['share_high']}]  to {row['best_rival']} {row['ratio_to_best_rival']} [{row['rival_low']}, "
-            f"{row['rival_high']}]  return {row['return']} ({row['return_difference']:+} [{row['difference_low']}, "
+            f"{row['task']:22} {row['arm']:18} {row['ratio_to_plain']} [{row['ratio_low']}, {row['ratio_high']}]  "
+            f"to {row['best_rival']} {row['ratio_to_best_rival']} [{row['rival_low']}, {row['rival_high']}]  "
+            f"final return {row['final_return']} ({row['return_difference']:+} [{row['difference_low']}, "
             f"{row['difference_high']}])  mean {row['mean_return']}  jumps {row['jumps_held']}/{row['jumps_undone']}"
         )
 

@@ -18,6 +18,7 @@ from torch import nn
 import tipl
 import tipl.collecting.collection
 from tipl import JumpConfig, Ledger
+from tipl.cli import main
 from tipl.collecting.envs import make_vec
 from tipl.collecting.population import Population, environment_seeds
 from tipl.forecasting.forecaster import Forecaster
@@ -511,6 +512,48 @@ def test_accelerate_without_jumps_is_collect(tmp_path):
     file.write_text(file.read_text().replace('"undone": 0', '"undone": 1'))
     with pytest.raises(RuntimeError, match=r"ledger.json is damaged: it fails its checksum"):
         Ledger.load(file)
+
+
+def ledger_with(curves: np.ndarray, seeds: list[int] | None = None) -> Ledger:
+    return Ledger("E", seeds or list(range(len(curves))), 10, curves.T.tolist())
+
+
+def test_compare_finds_where_the_plain_return_is_reached():
+    rng = np.random.default_rng(0)
+    plain = np.linspace(0, 100, 20) + rng.normal(0, 1, (8, 1))
+    arms = tipl.compare(
+        {"plain": ledger_with(plain), "twice": ledger_with(np.minimum(2 * plain, 105)), "flat": ledger_with(0 * plain)},
+        "plain",
+    )
+    target = plain[:, -5:].mean()
+    assert arms["twice"].steps.value == (np.argmax(2 * plain.mean(0) >= target) + 1) / 20 == 0.5
+    assert arms["twice"].steps.low <= 0.5 <= arms["twice"].steps.high < 0.7
+    assert arms["flat"].steps.value == math.inf
+    assert arms["plain"].gain.low == arms["plain"].gain.high == 0.0
+    assert arms["twice"].gain.value == pytest.approx(105 - target, abs=1.0)
+    assert (arms["flat"].improvement, arms["plain"].improvement, arms["twice"].improvement) == (0.0, 0.5, 1.0)
+    with pytest.raises(ValueError, match="compare: other must have the same seeds as plain"):
+        tipl.compare({"plain": ledger_with(plain), "other": ledger_with(plain, [9] * 8)}, "plain")
+    with pytest.raises(ValueError, match="compare: other must have 20 iterations, as plain, got 10"):
+        tipl.compare({"plain": ledger_with(plain), "other": ledger_with(plain[:, :10])}, "plain")
+
+
+def test_compare_prints_and_draws(tmp_path, monkeypatch, capsys):
+    plain = np.linspace(0, 100, 20) + np.arange(8.0)[:, None]
+    for name, curves in {"plain": plain, "flat": 0 * plain}.items():
+        (tmp_path / name).mkdir()
+        ledger_with(curves).save(tmp_path / name / "ledger.json")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["tipl", "compare", "plain", "flat", "--plot", "curves.svg"])
+    main()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("plain: the plain runs' final return after 0.90 [0.90, 0.90] of their env steps")
+    assert lines[1].startswith("flat: the plain runs' final return after never [never, never] of their env steps")
+    assert (tmp_path / "curves.svg").read_text().count("<svg") == 1
+    with pytest.raises(FileExistsError, match=r"plot_ledgers: curves.svg exists"):
+        tipl.plot_ledgers({"plain": ledger_with(plain)}, "curves.svg")
+    with pytest.raises(ValueError, match=r"plot_ledgers: path must end in .svg or .png"):
+        tipl.plot_ledgers({"plain": ledger_with(plain)}, "curves.pdf")
 
 
 def test_a_damaged_ledger_is_refused(tmp_path):

@@ -19,8 +19,11 @@ from .jumping.accelerate import accelerate as accelerate
 from .jumping.jump_config import JumpConfig as JumpConfig
 from .jumping.jumper import Jumper as Jumper
 from .jumping.ledger import Ledger as Ledger
+from .report import Arm as Arm
 from .report import PathSpectrum as PathSpectrum
+from .report import compare as compare
 from .report import path_spectrum as path_spectrum
+from .report import plot_ledgers as plot_ledgers
 from .report import plot_store as plot_store
 from .report import write_report as write_report
 from .reproduction import reproduce as reproduce

@@ -13,7 +13,7 @@ from typing import Annotated
 import tyro
 
 from tipl.cli.forecast_commands import Calibrate, Evaluate, Report, Rollout, Train
-from tipl.cli.jump_commands import Accelerate
+from tipl.cli.jump_commands import Accelerate, Compare
 from tipl.cli.printing import one_line, print_versions, print_warning
 from tipl.cli.run_commands import Demo, Reproduce, Run
 from tipl.cli.store_commands import Collect, Export, Import, StoreCommands, Verify
@@ -32,6 +32,7 @@ Command = (
     | Annotated[Run, tyro.conf.subcommand("run")]
     | Annotated[Demo, tyro.conf.subcommand("demo")]
     | Annotated[Accelerate, tyro.conf.subcommand("accelerate")]
+    | Annotated[Compare, tyro.conf.subcommand("compare")]
     | Annotated[Reproduce, tyro.conf.subcommand("reproduce")]
 )
 

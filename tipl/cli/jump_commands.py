@@ -1,13 +1,19 @@
-"""The command that trains runs which jump along forecasts of their own weights."""
+"""Commands that train runs which jump along forecasts of their own weights, and compare them with others."""
 
 import dataclasses
+import math
+from pathlib import Path
 
 import numpy as np
+import tyro
 
 from tipl.cli.arguments import PathArg
 from tipl.collecting.ppo_config import PPOConfig
-from tipl.jumping.accelerate import accelerate
+from tipl.jumping.accelerate import LEDGER, accelerate
 from tipl.jumping.jump_config import JumpConfig
+from tipl.jumping.ledger import Ledger
+from tipl.report import compare, plot_ledgers
+from tipl.report.intervals import Estimate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,3 +70,47 @@ class Accelerate:
         print(f"output     {self.output}")
         print(f"jumps      {held} held, {undone} undone, which cost {share:.1%} of {sum(steps.values()):,} env steps")
         print(f"return     {np.nanmean(last):.1f}, mean of {len(last)} trials in the last iteration")
+
+
+@dataclasses.dataclass(frozen=True)
+class Compare:
+    """Compare what `tipl accelerate` wrote: after which share of the plain runs' env steps do others return as much?
+
+    All must have the same seeds, so that runs are compared in pairs; brackets are 95 % bootstrap intervals over seeds.
+
+    Example: tipl compare runs/faster/plain runs/faster/jumps --plot runs/faster/curves.svg
+    """
+
+    plain: tyro.conf.Positional[PathArg]
+    """The folder of the runs that the others are compared with."""
+    others: tyro.conf.Positional[tuple[PathArg, ...]]
+    """The other folders."""
+    plot: PathArg | None = None
+    """Draw the learning curves into this .svg or .png file."""
+    overwrite: bool = False
+    """Replace a plot that is there."""
+
+    def run(self) -> None:
+        ledgers = {str(path): Ledger.load(_ledger_of(path)) for path in (self.plain, *self.others)}
+        for name, arm in compare(ledgers, str(self.plain)).items():
+            spent = ledgers[name].env_steps
+            print(
+                f"{name}: the plain runs' final return after {_shown(arm.steps, 2)} of their env steps; final return "
+                f"{arm.final_return:.1f}, {_shown(arm.gain, 1)} more; {spent['undone'] / sum(spent.values()):.1%} of "
+                "the steps undone"
+            )
+        if self.plot is not None:
+            plot_ledgers(ledgers, self.plot, overwrite=self.overwrite)
+            print(f"plot       {self.plot}")
+
+
+def _ledger_of(path: Path) -> Path:
+    return path / LEDGER if path.is_dir() else path
+
+
+def _shown(estimate: Estimate, digits: int) -> str:
+    """Return "value [low, high]", with "never" for infinity."""
+    value, low, high = (
+        "never" if math.isinf(it) else f"{it:.{digits}f}" for it in (estimate.value, estimate.low, estimate.high)
+    )
+    return f"{value} [{low}, {high}]"

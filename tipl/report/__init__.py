@@ -1,6 +1,7 @@
 """The report stage: reads results (`results`), judges them (`intervals`, `verdict`), draws and writes (`document`)."""
 
+from tipl.report.comparison import Arm, compare, plot_ledgers
 from tipl.report.document import write_report
 from tipl.report.paths import PathSpectrum, path_spectrum, plot_store
 
-__all__ = ["PathSpectrum", "path_spectrum", "plot_store", "write_report"]
+__all__ = ["Arm", "PathSpectrum", "compare", "path_spectrum", "plot_ledgers", "plot_store", "write_report"]

@@ -1,0 +1,144 @@
+"""Do runs that jump, or train otherwise, train faster than plain ones? Ledgers of the same seeds, compared.
+
+Shapes  N runs, T iterations, R resamples. All intervals are 95 % bootstraps over runs, paired: the same resamples of
+seeds for every arm.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from tipl.files.locations import write_atomically
+from tipl.files.publishing import claimed, remove_dead_claim
+from tipl.jumping.ledger import Ledger
+from tipl.report.drawing import Mark, Panel, Plot, short_count
+from tipl.report.intervals import Bootstrap, Estimate
+from tipl.report.results import FloatArray
+
+LAST = 5
+"""Iterations whose mean is a run's final return."""
+COLORS = ("persistence", "tipl", "linear", "rank1", "ridge", "nearest_path", "mean_path", "quadratic", "autoregression")
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """How runs did beside plain ones. A number of env steps is infinite where the return is never reached."""
+
+    steps: Estimate
+    """Share of the plain runs' env steps after which the mean return reaches their final return."""
+    final_return: float
+    """Mean over the last LAST iterations and all runs."""
+    gain: Estimate
+    """Final return less the plain runs'."""
+    mean_return: float
+    """Mean over all iterations and runs, which is what the area under the curve says."""
+    improvement: float
+    """Probability that a run's mean return is higher than that of a plain run (Agarwal et al. 2021)."""
+
+
+def compare(ledgers: Mapping[str, Ledger], plain: str) -> dict[str, Arm]:
+    """Return how each arm did beside the arm `plain`, by name.
+
+    Raises ValueError where they are not of one task, the same seeds and equally many env steps.
+    """
+    curves = curves_of(ledgers)
+    base, bootstrap = curves[plain], Bootstrap(len(curves[plain]))
+    means = {name: np.vstack([it.mean(0), bootstrap.means(it)]) for name, it in curves.items()}  # (1 + R, T)
+    targets = means[plain][:, -LAST:].mean(1)
+    arms = {}
+    for name, it in curves.items():
+        areas, others = it.mean(1), base.mean(1)
+        higher = (areas[:, None] > others).mean() + 0.5 * (areas[:, None] == others).mean()
+        arms[name] = Arm(
+            steps=_estimate(crossing(means[name], targets) / it.shape[1]),
+            final_return=float(means[name][0, -LAST:].mean()),
+            gain=_estimate(means[name][:, -LAST:].mean(1) - targets),
+            mean_return=float(it.mean()),
+            improvement=float(higher),
+        )
+    return arms
+
+
+def ratio_of_steps(ledgers: Mapping[str, Ledger], plain: str, arm: str, other: str) -> Estimate:
+    """Return after how many env steps `arm` reaches the final return of `plain`, over after how many `other` does."""
+    curves = curves_of(ledgers)
+    bootstrap = Bootstrap(len(curves[plain]))
+    targets = np.vstack([curves[plain].mean(0), bootstrap.means(curves[plain])])[:, -LAST:].mean(1)
+    mine, its = (
+        crossing(np.vstack([curves[name].mean(0), bootstrap.means(curves[name])]), targets) for name in (arm, other)
+    )
+    return _estimate(np.divide(mine, its, out=np.full(len(mine), math.inf), where=np.isfinite(mine)))
+
+
+def curves_of(ledgers: Mapping[str, Ledger]) -> dict[str, FloatArray]:
+    """Return the learning curves (N, T) of each arm; 0 where no episode has ended yet. Raises what `compare` does."""
+    first, *others = ledgers.values()
+    for name, it in zip(list(ledgers)[1:], others, strict=True):
+        for what in ("env_id", "seeds", "steps_per_iteration"):
+            if getattr(it, what) != getattr(first, what):
+                raise ValueError(
+                    f"compare: {name} must have the same {what} as {next(iter(ledgers))}, "
+                    f"{getattr(first, what)!r:.60}, got {getattr(it, what)!r:.60}"
+                )
+        if len(it.returns) != len(first.returns):
+            raise ValueError(
+                f"compare: {name} must have {len(first.returns)} iterations, as {next(iter(ledgers))}, "
+                f"got {len(it.returns)}"
+            )
+    return {name: np.nan_to_num(it.curves(), nan=0.0) for name, it in ledgers.items()}
+
+
+def crossing(means: FloatArray, targets: FloatArray) -> FloatArray:
+    """Return after how many iterations mean curves (R, T) reach their targets (R,), inf where they never do."""
+    reached = means >= targets[:, None]
+    return np.where(reached.any(1), reached.argmax(1) + 1.0, math.inf)
+
+
+def _estimate(values: FloatArray) -> Estimate:
+    """Return the first value with the interval of the others, which may be infinite."""
+    low, high = np.quantile(np.where(np.isnan(values[1:]), math.inf, values[1:]), [0.025, 0.975], method="nearest")
+    return Estimate(float(values[0]), float(low), float(high))
+
+
+def plot_ledgers(ledgers: Mapping[str, Ledger], path: str | Path, *, overwrite: bool = False) -> None:
+    """Draw the learning curves of arms with their intervals into `path`, an .svg or .png file.
+
+    Raises ValueError for another suffix and what `compare` raises, FileExistsError where `path` exists and `overwrite`
+    is not set.
+    """
+    path = Path(path)
+    if path.suffix not in (".svg", ".png"):
+        raise ValueError(f"plot_ledgers: path must end in .svg or .png, got {path}")
+    if path.exists() and not overwrite:
+        remove_dead_claim(path)
+        raise FileExistsError(f"plot_ledgers: {path} exists; choose another file, or overwrite it")
+    plot = ledger_plot([ledgers])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with claimed(path, "plot"):
+        write_atomically(path, plot.svg() if path.suffix == ".svg" else plot.png())
+
+
+def ledger_plot(tasks: list[Mapping[str, Ledger]]) -> Plot:
+    """Return a figure with a panel for each task."""
+    names = list(dict.fromkeys(name for ledgers in tasks for name in ledgers))
+    marks = {name: Mark(name, COLORS[i % len(COLORS)]) for i, name in enumerate(names)}
+
+    def draw(ax: Axes, ledgers: Mapping[str, Ledger]) -> None:
+        steps = next(iter(ledgers.values())).steps_per_iteration
+        for name, it in curves_of(ledgers).items():
+            x = steps * np.arange(1, it.shape[1] + 1)
+            low, high = np.quantile(Bootstrap(len(it)).means(it), [0.025, 0.975], axis=0)
+            ax.fill_between(x, low, high, color=marks[name].rgb, alpha=0.15, linewidth=0)
+            ax.plot(x, it.mean(0), color=marks[name].rgb, linewidth=marks[name].width)
+        ax.xaxis.set_major_formatter(lambda value, _: short_count(value))
+        ax.set(xlabel="env steps of a run, undone ones included", ylabel="mean return in training")
+
+    panels = tuple(
+        Panel(next(iter(it.values())).env_id, lambda ax, it=it: draw(ax, it))  # type: ignore[misc]
+        for it in tasks
+    )
+    return Plot("train_faster", panels, tuple(marks.values()))
