@@ -109,7 +109,8 @@ def ledger_of(
 ) -> Ledger:
     """Return the ledger of one setting of an arm, trained unless it is there."""
     name = hashlib.sha256(json.dumps([setting, given["ppo"]], sort_keys=True).encode()).hexdigest()[:12]
-    path = output / task / ("final" if final else "tuning") / f"{arm}-{name}.json"
+    folder = output / task / ("final" if final else "tuning")
+    path = next(folder.glob(f"*-{name}.json"), folder / f"{arm}-{name}.json")  # another arm may have the same setting
     if not path.exists():
         needs = setting.get("move", "") in ("tipl", "tipl_at", "random")
         if needs and model is None:

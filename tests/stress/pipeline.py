@@ -100,6 +100,15 @@ COMMANDS = {
             ],
             "report",
         ),
+        Command(
+            "accelerate",
+            lambda p: [
+                *("accelerate", "--model", p.of("train"), *_COLLECT, "--seed", p.seed),
+                *("--jumps.start", 3, "--jumps.max-jumps", 3),
+            ],
+            "faster",
+            resumes=True,
+        ),
         Command("store info", lambda p: ["store", "info", p.of("collect")], "plot.svg"),
         Command("run", lambda p: ["run", *_RUN, "--seed", p.seed], "run", resume=("--resume",), resumes=True),
         Command("demo", lambda p: ["demo"], "demo", resume=("--resume",), resumes=True),
