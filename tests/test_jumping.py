@@ -104,13 +104,13 @@ def test_a_jump_that_does_not_hold_is_undone():
     assert [row[0] for row in walk.path] == [0, 1, 2, 3, 4, 5]
 
 
-def test_tolerance_is_in_deviations_of_an_iterations_return():
-    returns = [1.0, 3.0, 1.0, 3.0]  # steps 2, -2, 2: deviation sqrt(var / 2) = 1.33, level 2
-    for last, held in ((0.7, True), (0.6, False)):
-        jumps = Jumps(Line(), At((4,), (10,)), Ahead())
+def test_a_jump_must_beat_the_trend_beyond_noise():
+    returns = [1.0, 3.0, 5.0, 4.0]  # steps 2, 2, -1: trend 4.5 + 1.5 = 6, deviation sqrt(2 / 2) = 1
+    for margin, last, held in ((1.0, 7.01, True), (1.0, 6.99, False), (0.0, 6.01, True), (-1.0, 4.99, False)):
+        jumps = Jumps(Line(), At((4,), (10,)), Ahead(), config=JumpConfig(margin=margin))
         train(jumps, [*returns, last])
         assert jumps.jumps[0].held is held
-    without_test = Jumps(Line(), At((4,), (10,)), Ahead(), config=JumpConfig(tolerance=None))
+    without_test = Jumps(Line(), At((4,), (10,)), Ahead(), config=JumpConfig(margin=None))
     train(without_test, [*returns, -1000.0])
     assert without_test.jumps[0].held is True
 
@@ -172,7 +172,7 @@ def test_a_forecast_that_is_not_finite_is_not_followed():
 
 
 def test_a_jump_after_which_the_weights_diverge_is_undone():
-    jumps = Jumps(Line(), At((4,), (10,)), Ahead(), Ahead(), JumpConfig(tolerance=None))
+    jumps = Jumps(Line(), At((4,), (10,)), Ahead(), Ahead(), JumpConfig(margin=None))
     train(jumps, [1, 2, 3, 4])
     jumps.learner.params[:] = np.nan
     assert train(jumps, [99.0, 6]) == [4, 5]
@@ -242,7 +242,7 @@ def test_a_long_path_is_thinned_evenly():
     [
         ({"start": 2}, "start must be an int of at least 3, got 2"),
         ({"reach": 0.0}, "reach must be positive and finite"),
-        ({"tolerance": math.nan}, "tolerance must be finite and not negative"),
+        ({"margin": math.nan}, "margin must be finite"),
         ({"log_std_drop": -1.0}, "log_std_drop must be finite and not negative"),
         ({"max_rows": 9}, "max_rows must be even and at least 8, got 9"),
         ({"max_jumps": -1}, "max_jumps must be an int of at least 0"),
@@ -438,7 +438,7 @@ def test_a_jumping_population_goes_on_from_any_state():
 
 def test_jumps_that_are_all_undone_leave_plain_training(monkeypatch):
     """Random forecasts, a test that nothing passes: after what was lost, each trial goes on as if nothing had been."""
-    monkeypatch.setattr(Walk, "level", lambda walk: (math.inf, 0.0))
+    monkeypatch.setattr(Walk, "expected", lambda walk: (math.inf, 0.0))
     refusing = jumping(max_undone=2)
     for _ in range(10):
         refusing.iterate()

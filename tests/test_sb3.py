@@ -413,7 +413,7 @@ def test_lost_observation_statistics_are_said(tmp_path: Path) -> None:
 
 def test_a_jump_that_does_not_hold_is_put_back(monkeypatch):
     """Every jump is refused: the run loses the iteration after it and goes on from the weights before it."""
-    monkeypatch.setattr(Walk, "level", lambda walk: (float("inf"), 0.0))
+    monkeypatch.setattr(Walk, "expected", lambda walk: (float("inf"), 0.0))
 
     def normalised() -> Any:
         env = VecNormalize(DummyVecEnv([lambda: Monitor(gymnasium.make(ENV_ID))]))

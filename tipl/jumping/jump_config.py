@@ -22,9 +22,9 @@ class JumpConfig:
     """Forecast the critic too. Without it the actor jumps and the critic has to follow."""
     log_std_drop: float | None = None
     """How far a jump may lower each log_std at most; by default as far as it is forecast."""
-    tolerance: float | None = 1.0
-    """A jump holds if the mean return of the next iteration is not below that before it by more than this many
-    deviations of an iteration's mean return; None: every jump holds."""
+    margin: float | None = 1.0
+    """A jump holds if the mean return of the next iteration is above what the run's own trend leads to expect without
+    it by at least this many deviations of an iteration's mean return; None: every jump holds."""
     max_rows: int = 32
     """Checkpoints of a run's path that forecasts see, even; a longer path is thinned."""
 
@@ -37,8 +37,8 @@ class JumpConfig:
             raise ValueError(f"JumpConfig: reach must be positive and finite, got {self.reach}")
         if self.log_std_drop is not None and not 0.0 <= self.log_std_drop < math.inf:
             raise ValueError(f"JumpConfig: log_std_drop must be finite and not negative, got {self.log_std_drop}")
-        if self.tolerance is not None and not 0.0 <= self.tolerance < math.inf:
-            raise ValueError(f"JumpConfig: tolerance must be finite and not negative, got {self.tolerance}")
+        if self.margin is not None and not math.isfinite(self.margin):
+            raise ValueError(f"JumpConfig: margin must be finite, got {self.margin}")
         if self.max_rows < 2 * (MIN_PREFIX_END + 1) or self.max_rows % 2:
             raise ValueError(
                 f"JumpConfig: max_rows must be even and at least {2 * (MIN_PREFIX_END + 1)}, got {self.max_rows}"

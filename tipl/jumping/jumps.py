@@ -5,8 +5,9 @@ Shapes  N runs that learn in lockstep; P weights of a run, the actor's p first; 
 Between two iterations of training every run is in one of two states. While it *walks*, a schedule says whether to jump
 now and how far. A jump keeps all that the run's next iteration depends on, and sets the weights to the forecast. Then
 the run is *tested*: its next iteration trains on, as ever, and the returns of that iteration's episodes are compared
-with those before the jump. If they hold, the jump is kept and has cost nothing. If not, the run is put back to what it
-was before, and the iteration's env steps are lost; they are counted. No other episode is run to judge.
+with what the trend of those before the jump leads to expect without it. If they are higher, by more than chance, the
+jump is kept and has cost nothing. If not, the run is put back to what it was before, and the iteration's env steps are
+lost; they are counted. No other episode is run to judge.
 """
 
 import dataclasses
@@ -70,14 +71,15 @@ class Walk:
         """Iterations since the last jump, or since the run began."""
         return self.iteration - (self.last_jump or 0)
 
-    def level(self) -> tuple[float, float]:
-        """Return the mean return of the last two iterations, and the deviation of one iteration's from its trend."""
+    def expected(self) -> tuple[float, float]:
+        """Return the next iteration's mean return as the trend of the last four iterations has it, and the deviation of
+        one iteration's from the trend; NaN and infinity where too few are known."""
         known = np.array([value for value in self.returns if not math.isnan(value)])
-        if len(known) == 0:
-            return math.nan, math.nan
+        if len(known) < 2:
+            return (float(known[-1]) if len(known) else math.nan), math.inf
         steps = np.diff(known[-NOISE_WINDOW:])
-        noise = math.sqrt(float(np.mean((steps - steps.mean()) ** 2)) / 2) if len(steps) > 1 else math.inf
-        return float(known[-2:].mean()), noise
+        noise = math.sqrt(float(np.mean((steps - steps.mean()) ** 2)) / 2)
+        return float(known[-2:].mean() + 1.5 * steps[-3:].mean()), noise
 
     def add(self, weights: Singles, value: float, max_rows: int) -> bool:
         """Add an iteration that was kept; return whether its weights are a checkpoint of the path."""
@@ -263,12 +265,13 @@ class Jumps:
     def _judge(self, run: int, walk: Walk, value: float) -> bool:
         """Judge the jump of a run by the iteration after it, and undo it if need be; return whether it was undone.
 
-        Where no episode ended before the jump, there is nothing to compare with, and it is undone.
+        Where fewer than two iterations before the jump had episodes that ended, there is nothing to compare with, and
+        it is undone.
         """
         test = self.tests.pop(run)
-        level, noise = test.walk.level()
-        tolerance = self.config.tolerance
-        held = value != -math.inf and (tolerance is None or value >= level - tolerance * noise)  # False for NaN
+        expected, noise = test.walk.expected()
+        margin = self.config.margin
+        held = value != -math.inf and (margin is None or value >= expected + margin * noise)  # False for NaN
         jump = self.jumps[test.jump]
         lost = 0 if held else walk.iteration - jump.iteration
         self.jumps[test.jump] = dataclasses.replace(jump, held=held, lost=lost)

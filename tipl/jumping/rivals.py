@@ -19,7 +19,7 @@ from tipl.jumping.jumps import At, Every, Forecasts, Jumps, Walk, rows_of
 from tipl.jumping.learner import Learner, Singles
 from tipl.subspace.prefix import Prefix
 
-UNTESTED = JumpConfig(tolerance=None)
+UNTESTED = JumpConfig(margin=None)
 
 
 class OuterSteps:
