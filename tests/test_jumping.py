@@ -593,6 +593,26 @@ def test_rivals_do_what_their_papers_say():
         OuterSteps(Line(), 0.0)
 
 
+def test_a_population_takes_outer_steps():
+    seeds = [20, 21]
+    outer, plain = (
+        JumpingPopulation(
+            make_vec("InvertedPendulum-v5", 2, seeds=seeds, num_threads=1),
+            TINY_PPO,
+            seeds,
+            num_iterations=2,
+            jumps=made,
+        )
+        for made in (functools.partial(OuterSteps, step=2.0), Jumps.none)
+    )
+    before = plain.params.copy()
+    for one in (outer, plain):
+        one.iterate()
+    np.testing.assert_allclose(outer.params - before, 2 * (plain.params - before), atol=1e-6)
+    outer.iterate()
+    assert outer.ledger.env_steps == {"training": 2 * 2 * 32, "undone": 0, "judging": 0}
+
+
 @pytest.mark.parametrize("url", [False, True])
 def test_critics_are_recorded_beside_the_policies(tmp_path, url):
     critics = tmp_path / "critics"

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from tipl.forecasting.forecaster import Forecaster
 from tipl.judging.predictors import Linear, Predictor, RankOne
 from tipl.jumping.jump_config import JumpConfig
-from tipl.jumping.jumps import At, Every, Forecasts, Jumps, Walk, rows_of
+from tipl.jumping.jumps import At, Every, Forecasts, Jump, Jumps, Test, Walk, rows_of
 from tipl.jumping.learner import Learner, Singles
 from tipl.subspace.prefix import Prefix
 
@@ -33,7 +33,8 @@ class OuterSteps:
         if not 0.0 < step < np.inf or not 0.0 <= momentum < 1.0:
             raise ValueError(f"OuterSteps: step must be positive and momentum lie in [0, 1), got {step} and {momentum}")
         self.learner, self.step, self.momentum = learner, step, momentum
-        self.jumps: list[object] = []
+        self.jumps: list[Jump] = []
+        self.tests: dict[int, Test] = {}
         self._before = learner.weights()
         self._velocity: Singles = np.zeros_like(self._before)
 
