@@ -43,14 +43,16 @@ def bench_population(env_id: str, record: Record) -> None:
                 jumps.after_iteration([1.0] * NUM_TRIALS)
         assert len(always.jumps) == NUM_TRIALS  # after the third iteration, and they held
         assert not never.jumps
-        before = [walk.copy() for walk in always.walks]
+        before, params = [walk.copy() for walk in always.walks], population.params.copy()
 
         def jump() -> None:
             always.walks = [walk.copy() for walk in before]
             for walk in always.walks:
-                walk.last_jump = None
+                walk.last_jump, walk.num_held = None, 0
             always.after_iteration([1.0] * NUM_TRIALS)
+            assert len(always.tests) == NUM_TRIALS
             always.tests.clear()
+            population.params[:] = params
 
         clocks = {
             "all jump": clock(jump),
