@@ -103,7 +103,9 @@ def verify_store(path: str | Location, *, progress: bool = False) -> Verificatio
     Every trial's documents and commit record must be intact and consistent. Every chunk with committed rows must exist,
     with the right size and checksum, and be the one that was committed in its place. The saved states of an unfinished
     collection must be intact and belong to it; in any other store all trials must have equally many checkpoints.
-    `progress` shows a bar on stderr if that is a terminal. Raises FileNotFoundError where there is no store.
+    `progress` shows a bar on stderr, or lines where that is no terminal.
+
+    Raises FileNotFoundError where there is no store.
     """
     path, found = location(path), Verification()
     try:

@@ -93,7 +93,7 @@ def collect(
             CleanRL's tags (see `curves`).
         record_critic: a second store, for the paths of the critics' weights; a forecaster trained on both stores can
             forecast critics too.
-        progress: show a bar on stderr if that is a terminal, and one line at the end.
+        progress: show a bar on stderr, or lines where that is no terminal, and one line at the end.
         population, settings: what learns, called as `Population` is, and the settings, plain JSON, that make it
             another one; they are kept in the store's config. Not on a cluster.
 

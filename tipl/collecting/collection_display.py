@@ -1,4 +1,4 @@
-"""What a collection shows on stderr: a bar with the rate and the mean return, and one line at the end."""
+"""What a collection shows on stderr: a bar or lines with the rate and the mean return, and one line at the end."""
 
 import time
 from types import TracebackType
@@ -7,28 +7,27 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
+from tipl.progress import SlowProgress
 from tipl.storing.store import Store
 
 
 class CollectionDisplay:
-    """A bar with the rate and the mean return, if stderr is a terminal, and one line at the end."""
+    """The progress with the rate and the mean return, and one line at the end."""
 
     def __init__(
         self, title: str, store: Store, shards: list[range], num_iterations: int, batch_size: int, *, shown: bool
     ) -> None:
         self._console = Console(stderr=True, quiet=not shown)
-        self._progress = Progress(
+        self._progress = SlowProgress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=10),
             MofNCompleteColumn(),
             TextColumn("{task.fields[figures]}"),
             TimeRemainingColumn(),
-            console=self._console,
-            refresh_per_second=2,
-            transient=True,
-            disable=not (shown and self._console.is_terminal),
+            shown=shown,
+            note="figures",
         )
         self._store, self._shards, self._batch_size = store, shards, batch_size
         self._task = self._progress.add_task(title, total=num_iterations * len(shards), figures="")
@@ -60,7 +59,7 @@ class CollectionDisplay:
 
     def poll(self, num_ended: int) -> None:
         """Show how many checkpoints shards in other processes have committed."""
-        if self._progress.disable:
+        if not self._progress.is_shown:
             return
         iterations = [max(0, count - 1) for count in self._store.commits(shard.start for shard in self._shards)]
         steps = sum(n * len(shard) for n, shard in zip(iterations, self._shards, strict=True)) * self._batch_size
