@@ -382,21 +382,41 @@ def test_put_back_restores_a_torch_run():
         assert_equal_states(snapshot(agent, optimizer), before)
 
 
-def test_without_a_forecaster_that_fits_nothing_happens():
+@pytest.mark.parametrize(
+    ("forecaster", "reason"),
+    [
+        (dataclasses.replace(bare_forecaster(12), shared_basis=object()), "it has a shared basis"),
+        (bare_forecaster(8), "it knows paths of 8 checkpoints, and jumps need 9"),
+    ],
+)
+def test_without_a_forecaster_that_fits_nothing_happens(forecaster, reason):
     agent = Agent()
-    forecaster = dataclasses.replace(bare_forecaster(8), shared_basis=object())
-    with pytest.warns(UserWarning, match="no jumps: the forecaster does not fit: it has a shared basis"):
+    with pytest.warns(UserWarning, match=f"no jumps: the forecaster does not fit: {reason}"):
         jumper = tipl.Jumper(agent, model=forecaster, config=JumpConfig(start=3))
     before = copy.deepcopy(agent.state_dict())
     assert [jumper.step(float(i)) for i in range(12)] == [None] * 12
     assert all(torch.equal(before[name], it) for name, it in agent.state_dict().items())
 
 
+def test_a_long_run_is_thinned_to_what_the_forecaster_knows():
+    torch.manual_seed(0)
+    agent = Agent()
+    optimizer = torch.optim.Adam(agent.parameters(), 1e-3)
+    forecaster = Forecaster(random_model(ModelConfig(n_components=4, n_layer=1, d_model=16, d_ff=32, max_len=9)))
+    jumper = tipl.Jumper(agent, optimizer, model=forecaster, config=JumpConfig(start=3, max_jumps=9, margin=None))
+    for value in range(60):
+        learn(agent, optimizer)
+        jumper.step(float(value))
+    # It waits 3, 6, 12 and 24 iterations, and then for the next checkpoint of the path, 1, 2, 4 and 8 apart.
+    assert [jump.iteration for jump in jumper.jumps] == [3, 10, 24, 48]
+    assert all(jump.held for jump in jumper.jumps)
+
+
 def test_jumper_refuses():
     with pytest.raises(ValueError, match="Jumper: policy:"):
-        tipl.Jumper(nn.Linear(2, 2).requires_grad_(False), actor="nowhere", model=bare_forecaster(8))
+        tipl.Jumper(nn.Linear(2, 2).requires_grad_(False), actor="nowhere", model=bare_forecaster(12))
     with pytest.raises(ValueError, match="step: episode_returns must be finite"):
-        tipl.Jumper(Agent(), model=bare_forecaster(8)).step([1.0, math.inf])
+        tipl.Jumper(Agent(), model=bare_forecaster(12)).step([1.0, math.inf])
 
 
 def jumping(num_trials: int = 3, model: Forecaster | None = None, **config) -> JumpingPopulation:

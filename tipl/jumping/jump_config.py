@@ -5,6 +5,9 @@ import math
 
 from tipl.subspace.basis import MIN_PREFIX_END
 
+MIN_ROWS = 2 * (MIN_PREFIX_END + 1)
+"""The least number of checkpoints that a path is thinned to: half of them still make a prefix basis."""
+
 
 @dataclasses.dataclass(frozen=True)
 class JumpConfig:
@@ -39,7 +42,5 @@ class JumpConfig:
             raise ValueError(f"JumpConfig: log_std_drop must be finite and not negative, got {self.log_std_drop}")
         if self.margin is not None and not math.isfinite(self.margin):
             raise ValueError(f"JumpConfig: margin must be finite, got {self.margin}")
-        if self.max_rows < 2 * (MIN_PREFIX_END + 1) or self.max_rows % 2:
-            raise ValueError(
-                f"JumpConfig: max_rows must be even and at least {2 * (MIN_PREFIX_END + 1)}, got {self.max_rows}"
-            )
+        if self.max_rows < MIN_ROWS or self.max_rows % 2:
+            raise ValueError(f"JumpConfig: max_rows must be even and at least {MIN_ROWS}, got {self.max_rows}")

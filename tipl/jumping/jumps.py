@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from tipl.forecasting.forecaster import Forecaster
 from tipl.judging.predictors import Predictor
-from tipl.jumping.jump_config import JumpConfig
+from tipl.jumping.jump_config import MIN_ROWS, JumpConfig
 from tipl.jumping.learner import Learner, Singles
 from tipl.policy import Layout
 from tipl.subspace.basis import MIN_PREFIX_END
@@ -173,8 +173,8 @@ class Forecasts:
         shared, longest = forecaster.shared_basis, forecaster.model.config.max_len
         if shared is not None:
             raise ValueError("it has a shared basis, which serves no run that it was not trained on")
-        if longest < MIN_PREFIX_END + 2:
-            raise ValueError(f"it knows paths of {longest} checkpoints, and a jump needs {MIN_PREFIX_END + 2}")
+        if longest <= MIN_ROWS:
+            raise ValueError(f"it knows paths of {longest} checkpoints, and jumps need {MIN_ROWS + 1}")
         self.forecaster, self.layout = forecaster, layout
 
     def forecast(self, prefix: Prefix, horizons: NDArray[np.int64]) -> Singles:
@@ -317,4 +317,4 @@ class Jumps:
 
 def rows_of(forecaster: Forecaster) -> int:
     """Return how many checkpoints of a path to show the forecaster: an even number, and room for a forecast."""
-    return max(2 * (MIN_PREFIX_END + 1), 2 * (forecaster.model.config.max_len * 2 // 3 // 2))
+    return max(MIN_ROWS, 2 * (forecaster.model.config.max_len * 2 // 3 // 2))
