@@ -157,7 +157,9 @@ def collect(
             with display:
                 if cluster is None:
                     for shard in shards:
-                        collect_shard(output, shard, num_threads, tensorboard, critics, display, population)
+                        collect_shard(
+                            output, shard, num_threads, tensorboard, critics, SAVE_SECONDS, display, population
+                        )
                 else:
                     _collect_on(cluster, store, shards, num_threads, tensorboard, critics, display)
         Unfinished(store).remove()
@@ -172,6 +174,7 @@ def collect_shard(
     num_threads: int | None = None,
     tensorboard: str | Path | None = None,
     critics: str | Location | None = None,
+    save_seconds: float = SAVE_SECONDS,
     display: CollectionDisplay | None = None,
     make_population: PopulationFactory = Population,
 ) -> None:
@@ -208,7 +211,7 @@ def collect_shard(
             curves = None
             if tensorboard is not None:
                 curves = Curves(tensorboard, trials, mean=len(trials) == len(store), resumed=True)
-            _run(population, store, critic_store, trials, num_iterations, display, curves)
+            _run(population, store, critic_store, trials, num_iterations, save_seconds, display, curves)
 
 
 def trial_seeds(seed: int, num_trials: int) -> list[int]:
@@ -285,7 +288,7 @@ def _collect_on(
     """Collect the shards on a cluster."""
     threads = _worker_threads(num_threads)
     there = None if critics is None else str(critics)
-    calls = [(str(store.path), shard, threads, tensorboard, there) for shard in shards]
+    calls = [(str(store.path), shard, threads, tensorboard, there, SAVE_SECONDS) for shard in shards]
     try:
         cluster.map(collect_shard, calls, num_cpus=threads, poll=display.poll)
     except KeyboardInterrupt:
@@ -358,13 +361,14 @@ def _run(
     critic_store: Store | None,
     trials: range,
     num_iterations: int,
+    save_seconds: float,
     display: CollectionDisplay | None,
     curves: Curves | None,
 ) -> None:
     """Append the initial checkpoints and those after each iteration; close the store, also on a failure."""
     try:
         with CheckpointAppender(
-            store, trials, population.config.batch_size, curves, SAVE_SECONDS, critic_store
+            store, trials, population.config.batch_size, curves, save_seconds, critic_store
         ) as appender:
             if population.env_steps == 0:
                 appender.append(population, None)
