@@ -5,6 +5,7 @@ seeds for every arm.
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +22,8 @@ from tipl.report.results import FloatArray
 
 LAST = 5
 """Iterations whose mean is a run's final return."""
-COLORS = ("persistence", "tipl", "linear", "rank1", "ridge", "nearest_path", "mean_path", "quadratic", "autoregression")
+COLORS = ("persistence", "linear", "rank1", "mean_path", "ridge", "nearest_path", "quadratic", "autoregression")
+"""Of arms in their order, but for TIPL's."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +127,8 @@ def plot_ledgers(ledgers: Mapping[str, Ledger], path: str | Path, *, overwrite: 
 def ledger_plot(tasks: list[Mapping[str, Ledger]]) -> Plot:
     """Return a figure with a panel for each task."""
     names = list(dict.fromkeys(name for ledgers in tasks for name in ledgers))
-    marks = {name: Mark(name, COLORS[i % len(COLORS)]) for i, name in enumerate(names)}
+    colors = itertools.cycle(COLORS)
+    marks = {name: Mark(name, "tipl" if name == "TIPL" else next(colors)) for name in names}
 
     def draw(ax: Axes, ledgers: Mapping[str, Ledger]) -> None:
         steps = next(iter(ledgers.values())).steps_per_iteration
@@ -141,4 +144,4 @@ def ledger_plot(tasks: list[Mapping[str, Ledger]]) -> Plot:
         Panel(next(iter(it.values())).env_id, lambda ax, it=it: draw(ax, it))  # type: ignore[misc]
         for it in tasks
     )
-    return Plot("train_faster", panels, tuple(marks.values()))
+    return Plot("train_faster", panels, tuple(marks.values()), columns=1, panel_inches=(8.0, 4.2))
