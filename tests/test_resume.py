@@ -497,7 +497,7 @@ def test_a_real_full_disk_then_space(small_disk, monkeypatch, whole):
     filler = small_disk / "filler"
 
     def fill() -> None:
-        with filler.open("wb", buffering=0) as file:
+        with filler.open("ab", buffering=0) as file:
             for size in (2**16, 2**12):
                 with contextlib.suppress(OSError):
                     while True:
@@ -522,7 +522,7 @@ def test_a_real_full_disk_then_space(small_disk, monkeypatch, whole):
 
 def filling(iterate: Callable, fill: Callable[[], None]) -> Callable:
     def iterate_and_fill(population: Population):
-        if population.env_steps == 32 * 4:
+        if population.env_steps >= 32 * 4:  # again and again: removing an older state makes room
             fill()
         return iterate(population)
 
