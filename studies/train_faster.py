@@ -38,11 +38,11 @@ from tipl.forecasting.forecaster import Forecaster
 from tipl.forecasting.transformer import TrajectoryTransformer
 from tipl.jumping.jump_config import JumpConfig
 from tipl.jumping.jumping_population import JumpingPopulation
-from tipl.jumping.jumps import At, Forecasts, Jumps
+from tipl.jumping.jumps import Jumps
 from tipl.jumping.learner import Learner
 from tipl.jumping.ledger import Ledger
 from tipl.jumping.rivals import OuterSteps, averaging, linear_regrounding, rank_one
-from tipl.report.comparison import compare, ledger_plot, ratio_of_steps
+from tipl.report.comparison import compare, ledger_plot, ratios_of_steps
 from tipl.report.intervals import Estimate
 
 ROOT = Path(__file__).parents[1]
@@ -71,8 +71,6 @@ def movers(setting: Setting, forecaster: Forecaster | None) -> Callable[[Learner
         assert forecaster is not None
         chosen = random_forecaster(forecaster) if move == "random" else forecaster
         return functools.partial(Jumps.by_forecasts, forecaster=chosen, config=JumpConfig(**arguments))
-    if move == "tipl_at":
-        return functools.partial(_at, forecaster=forecaster, **arguments)
     rivals: dict[str, Callable[..., Any]] = {
         "outer": OuterSteps,
         "linear": linear_regrounding,
@@ -80,13 +78,6 @@ def movers(setting: Setting, forecaster: Forecaster | None) -> Callable[[Learner
         "average": averaging,
     }
     return functools.partial(rivals[move], **arguments)
-
-
-def _at(learner: Learner, forecaster: Forecaster, at: list[int], lengths: list[int], **config: Any) -> Jumps:
-    """Return jumps at given iterations."""
-    assert learner.critic is not None
-    actor, critic = Forecasts(forecaster, learner.actor), Forecasts(forecaster, learner.critic)
-    return Jumps(learner, At(tuple(at), tuple(lengths)), actor, critic, JumpConfig(**config))
 
 
 def train(task: str, given: dict[str, Any], setting: Setting, forecaster: Forecaster | None, final: bool) -> Ledger:
@@ -112,7 +103,7 @@ def ledger_of(
     folder = output / task / ("final" if final else "tuning")
     path = next(folder.glob(f"*-{name}.json"), folder / f"{arm}-{name}.json")  # another arm may have the same setting
     if not path.exists():
-        needs = setting.get("move", "") in ("tipl", "tipl_at", "random")
+        needs = setting.get("move", "") in ("tipl", "random")
         if needs and model is None:
             raise SystemExit(f"--model is needed for {arm}")
         start = time.perf_counter()
@@ -172,6 +163,7 @@ def rows_of(task: str, given: dict[str, Any], ledgers: dict[str, Ledger]) -> lis
     arms = compare(ledgers, "plain")
     rivals = [name for name in arms if not name.startswith(("TIPL", "plain", "random"))]
     best = min(rivals, key=lambda name: (arms[name].steps.value, -arms[name].mean_return))
+    to_best = ratios_of_steps(ledgers, "plain", best)
     rows = []
     for name, arm in arms.items():
         ledger = ledgers[name]
@@ -184,7 +176,7 @@ def rows_of(task: str, given: dict[str, Any], ledgers: dict[str, Ledger]) -> lis
                 "seeds": len(ledger.seeds),
                 **_interval("ratio_to_plain", "ratio", arm.steps),
                 "best_rival": best,
-                **_interval("ratio_to_best_rival", "rival", ratio_of_steps(ledgers, "plain", name, best)),
+                **_interval("ratio_to_best_rival", "rival", to_best[name]),
                 "final_return": round(arm.final_return, 2),
                 **_interval("return_difference", "difference", arm.gain),
                 "mean_return": round(arm.mean_return, 2),

@@ -185,14 +185,8 @@ class Population:
 
     def get_state(self) -> PopulationState | None:
         """Return a copy of the state between two iterations, or None where the environments' state cannot be saved."""
-        if not isinstance(self.env, MujocoVectorEnv):
-            return None
-        env = self.env.get_state()
-        arrays = {name: array.copy() for name, array in self._learned().items()}
-        arrays |= {"generators": self._generator_rows(range(len(self.seeds)))}
-        arrays |= {"running_return": self._running_return.copy()}
-        arrays |= {f"env.{name}": getattr(env, name) for name in ENV_ARRAYS}
-        return PopulationState(self.env_steps, arrays, env.rngs)
+        kept = self.keep(range(len(self.seeds)))
+        return None if kept.env_rngs is None else PopulationState(self.env_steps, kept.arrays, kept.env_rngs)
 
     def set_state(self, state: PopulationState) -> None:
         """Continue from `state`, which a population with equal arguments returned; num_threads may differ.

@@ -27,9 +27,6 @@ class Learner(Protocol):
     critic: Layout | None
     """The same of the weights behind them; None where a run has no more."""
 
-    @property
-    def num_runs(self) -> int: ...
-
     def weights(self) -> Singles:
         """Return a copy of all weights, (N, P); not finite where a run has diverged."""
         ...
@@ -54,10 +51,6 @@ class PopulationLearner:
         self.population = population
         self.actor: Layout = population.spec
         self.critic: Layout | None = population.critic_layout
-
-    @property
-    def num_runs(self) -> int:
-        return len(self.population.seeds)
 
     def weights(self) -> Singles:
         return self.population.params.copy()
@@ -113,10 +106,6 @@ class TorchLearner:
         self.critic: Layout | None = None
         if critic:
             self.critic = ParameterLayout(tuple((key, tuple(tensor.shape) or (1,)) for key, tensor in critic.items()))
-
-    @property
-    def num_runs(self) -> int:
-        return 1
 
     def weights(self) -> Singles:
         state = self._policy.state_dict()

@@ -13,11 +13,10 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 
-from tipl.files.locations import write_atomically
-from tipl.files.publishing import claimed, remove_dead_claim
 from tipl.jumping.ledger import Ledger
 from tipl.report.drawing import Mark, Panel, Plot, short_count
 from tipl.report.intervals import Bootstrap, Estimate
+from tipl.report.plot_file import plot_path, write_plot
 from tipl.report.results import FloatArray
 
 LAST = 5
@@ -48,8 +47,7 @@ def compare(ledgers: Mapping[str, Ledger], plain: str) -> dict[str, Arm]:
     Raises ValueError where they are not of one task, the same seeds and equally many env steps.
     """
     curves = curves_of(ledgers)
-    base, bootstrap = curves[plain], Bootstrap(len(curves[plain]))
-    means = {name: np.vstack([it.mean(0), bootstrap.means(it)]) for name, it in curves.items()}  # (1 + R, T)
+    base, means = curves[plain], _resampled_means(curves)
     targets = means[plain][:, -LAST:].mean(1)
     arms = {}
     for name, it in curves.items():
@@ -65,15 +63,23 @@ def compare(ledgers: Mapping[str, Ledger], plain: str) -> dict[str, Arm]:
     return arms
 
 
-def ratio_of_steps(ledgers: Mapping[str, Ledger], plain: str, arm: str, other: str) -> Estimate:
-    """Return after how many env steps `arm` reaches the final return of `plain`, over after how many `other` does."""
-    curves = curves_of(ledgers)
-    bootstrap = Bootstrap(len(curves[plain]))
-    targets = np.vstack([curves[plain].mean(0), bootstrap.means(curves[plain])])[:, -LAST:].mean(1)
-    mine, its = (
-        crossing(np.vstack([curves[name].mean(0), bootstrap.means(curves[name])]), targets) for name in (arm, other)
-    )
-    return _estimate(np.divide(mine, its, out=np.full(len(mine), math.inf), where=np.isfinite(mine)))
+def ratios_of_steps(ledgers: Mapping[str, Ledger], plain: str, other: str) -> dict[str, Estimate]:
+    """Return for each arm after how many env steps it reaches the final return of `plain`, over after how many `other`
+    does. Raises what `compare` does."""
+    means = _resampled_means(curves_of(ledgers))
+    targets = means[plain][:, -LAST:].mean(1)
+    steps = {name: crossing(it, targets) for name, it in means.items()}
+    never = np.full(len(targets), math.inf)
+    return {
+        name: _estimate(np.divide(mine, steps[other], out=never.copy(), where=np.isfinite(mine)))
+        for name, mine in steps.items()
+    }
+
+
+def _resampled_means(curves: Mapping[str, FloatArray]) -> dict[str, FloatArray]:
+    """Return each arm's mean curve over all runs, and below it those over resamples of the runs, (1 + R, T)."""
+    bootstrap = Bootstrap(len(next(iter(curves.values()))))
+    return {name: np.vstack([it.mean(0), bootstrap.means(it)]) for name, it in curves.items()}
 
 
 def curves_of(ledgers: Mapping[str, Ledger]) -> dict[str, FloatArray]:
@@ -112,16 +118,8 @@ def plot_ledgers(ledgers: Mapping[str, Ledger], path: str | Path, *, overwrite: 
     Raises ValueError for another suffix and what `compare` raises, FileExistsError where `path` exists and `overwrite`
     is not set.
     """
-    path = Path(path)
-    if path.suffix not in (".svg", ".png"):
-        raise ValueError(f"plot_ledgers: path must end in .svg or .png, got {path}")
-    if path.exists() and not overwrite:
-        remove_dead_claim(path)
-        raise FileExistsError(f"plot_ledgers: {path} exists; choose another file, or overwrite it")
-    plot = ledger_plot([ledgers])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with claimed(path, "plot"):
-        write_atomically(path, plot.svg() if path.suffix == ".svg" else plot.png())
+    path = plot_path("plot_ledgers", path, overwrite=overwrite)
+    write_plot(ledger_plot([ledgers]), path)
 
 
 def ledger_plot(tasks: list[Mapping[str, Ledger]]) -> Plot:

@@ -17,10 +17,9 @@ from matplotlib.collections import LineCollection
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from numpy.typing import NDArray
 
-from tipl.files.locations import write_atomically
-from tipl.files.publishing import claimed, remove_dead_claim
 from tipl.progress import progress_bar
 from tipl.report.drawing import NBSP, THEME, Mark, Panel, Plot, short_count
+from tipl.report.plot_file import plot_path, write_plot
 from tipl.report.results import FloatArray
 from tipl.report.run_plots import MAX_CURVES
 from tipl.storing.store import Store, Trial
@@ -97,12 +96,7 @@ def plot_store(store: Store, path: str | Path, *, overwrite: bool = False, progr
     Raises ValueError for another suffix or where no trial has moved yet, FileExistsError where `path` exists and
     `overwrite` is not set, RuntimeError where a trial is damaged.
     """
-    path = Path(path)
-    if path.suffix not in (".svg", ".png"):
-        raise ValueError(f"plot_store: path must end in .svg or .png, got {path}")
-    if path.exists() and not overwrite:
-        remove_dead_claim(path)
-        raise FileExistsError(f"plot_store: {path} exists; choose another file, or overwrite it")
+    path = plot_path("plot_store", path, overwrite=overwrite)
     trials = [trial for i in range(store.num_trials) if (trial := store.trial(i)).num_checkpoints]
     with progress_bar(progress) as bar:
         task = bar.add_task("spectra of paths", total=len(trials), note="")
@@ -110,11 +104,8 @@ def plot_store(store: Store, path: str | Path, *, overwrite: bool = False, progr
         for trial in trials:
             spectra.append(path_spectrum(trial))
             bar.advance(task)
-    plot = store_plot(store.env_id, trials, [spectrum for spectrum in spectra if len(spectrum.singular_values)])
-    data = plot.svg() if path.suffix == ".svg" else plot.png()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with claimed(path, "plot"):
-        write_atomically(path, data)
+    moved = [spectrum for spectrum in spectra if len(spectrum.singular_values)]
+    write_plot(store_plot(store.env_id, trials, moved), path)
 
 
 def store_plot(env_id: str, trials: Sequence[Trial], spectra: Sequence[PathSpectrum]) -> Plot:
