@@ -336,7 +336,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "cut_off", [("Trainer", 1), ("Trainer", 33), ("_RefinerTraining", 1), ("_RefinerTraining", 17)]
+    "cut_off", [("Trainer", 1), ("Trainer", 17), ("_RefinerTraining", 1), ("_RefinerTraining", 17)]
 )
 def test_a_training_that_is_cut_off_goes_on_and_ends_the_same(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut_off: tuple[str, int]

@@ -31,6 +31,38 @@ class ThreadPool:
     def owners(self, items: int, fail_at: Sequence[int] = ()) -> NDArray[np.int32]: ...
     def barriers_hold(self, rounds: int) -> bool: ...
 
+# ---- training
+
+class RolloutGradient:
+    def __init__(
+        self,
+        *,
+        n_components: int,
+        n_layer: int,
+        n_head: int,
+        d_model: int,
+        d_ff: int,
+        max_len: int,
+        diff_scale: float,
+        out_scale: float,
+        batch_size: int,
+        num_tokens: int,
+        num_threads: int,
+    ) -> None: ...
+    @property
+    def num_params(self) -> int: ...
+    def forward(
+        self,
+        params: NDArray[np.float32],
+        x: NDArray[np.float32],
+        prefix_ends: NDArray[np.int64],
+        *,
+        horizon: int = 0,
+        dropout: float = 0.0,
+        seed: int = 0,
+    ) -> NDArray[np.float32]: ...
+    def backward(self, params: NDArray[np.float32], grad: NDArray[np.float32]) -> NDArray[np.float32]: ...
+
 # ---- decoder
 
 class Decoder:

@@ -51,5 +51,6 @@ const char *chosen_isa() noexcept { return chosen->isa; }
 const DecodeKernels &decode_kernels() noexcept { return chosen->decode; }
 const SketchKernels &sketch_kernels() noexcept { return chosen->sketch; }
 const PolicyKernels &policy_kernels() noexcept { return chosen->policy; }
+const GradientKernels &gradient_kernels() noexcept { return chosen->gradient; }
 
 }  // namespace tipl

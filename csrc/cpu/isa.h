@@ -11,6 +11,7 @@ namespace tipl {
 struct DecodeKernels;
 struct SketchKernels;
 struct PolicyKernels;
+struct GradientKernels;
 
 // Returns `name` if it is among `supported` (worst first), or the last of these if there is no name.
 // Throws std::runtime_error where the name is unknown, or not supported.
@@ -24,5 +25,6 @@ const char *chosen_isa() noexcept;
 const DecodeKernels &decode_kernels() noexcept;
 const SketchKernels &sketch_kernels() noexcept;
 const PolicyKernels &policy_kernels() noexcept;
+const GradientKernels &gradient_kernels() noexcept;
 
 }  // namespace tipl

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "cpu/decode_kernels.h"
+#include "cpu/gradient_kernels.h"
 #include "cpu/policy_kernels.h"
 #include "cpu/sketch_kernels.h"
 
@@ -15,6 +16,7 @@ struct IsaKernels {
   DecodeKernels decode;
   SketchKernels sketch;
   PolicyKernels policy;
+  GradientKernels gradient;
 };
 
 extern const IsaKernels kernels_baseline;

@@ -53,6 +53,7 @@ ABSURD = (
 )
 ABSURD += (True, b"", (), [1], {}, object, np.int64(-5), np.float32(2), np.zeros(()), 10**30)
 MODEL = {"n_components": 3, "n_layer": 1, "n_head": 2, "d_model": 8, "d_ff": 8, "max_len": 12}
+ROLLOUTS = MODEL | {"diff_scale": 10.0, "out_scale": 0.1, "batch_size": 20, "num_tokens": 9, "num_threads": 1}
 PPO = {"obs_dim": 3, "act_dim": 2, "hidden_sizes": [5], "activation": "tanh", "minibatch_size": 4, "update_epochs": 2}
 PPO |= {"clip_coef": 0.2, "clip_coef_vf": None, "vf_coef": 0.5, "ent_coef": 0.0, "max_grad_norm": 0.5, "num_threads": 1}
 PPO |= {"optimizer": "adam", "adam_eps": 1e-5, "normalize_advantage": True, "target_kl": None, "learn_log_std": True}
@@ -79,6 +80,7 @@ class Fuzzer:
         self.sketches = [self.sketch(p=p) for p in (1, 20, 20, 300)]
         self.rows = [0] * len(self.sketches)
         self.decoders = [self.decoder(), self.decoder(dtype="int8", cache_dtype="bfloat16", num_threads=2)]
+        self.rollouts = [_core.RolloutGradient(**ROLLOUTS), _core.RolloutGradient(**ROLLOUTS | {"num_threads": 2})]
         self.ppo = [ppo_update(**PPO), ppo_update(**PPO | {"num_threads": 2, "hidden_sizes": []})]
 
     def one(self) -> None:
@@ -336,6 +338,22 @@ class Fuzzer:
         right(out.shape[0] == B and out.shape[-1] == k)
         right(decoder.position.shape == (B,) and (decoder.position <= decoder.max_len).all())
         right(decoder.batch_size == B and decoder.num_threads in (1, 2))
+
+    # ---- training
+
+    def call_RolloutGradient(self) -> None:
+        made = self.call("RolloutGradient", _core.RolloutGradient, **self.all_scalars(ROLLOUTS))
+        right(made.num_params >= 1)
+
+    def call_forward_backward_num_params(self) -> None:
+        rollout, B, T = self.random.choice(self.rollouts), self.random.randint(0, 24), self.random.randint(0, 10)
+        horizon, params = self.random.choice((0, 1, 3)), self.array(rollout.num_params)
+        settings = {"horizon": self.scalar(horizon), "dropout": self.scalar(0.3), "seed": self.scalar(5)}
+        ends = self.array(B, dtype=np.int64, most=20)
+        predicted = self.call("forward", rollout.forward, params, self.array(B, T, 3), ends, **settings)
+        right(predicted.ndim == 3 and predicted.shape[2] == 3)
+        grad = self.call("backward", rollout.backward, params, self.array(B, horizon or T, 3))
+        right(grad.shape == (rollout.num_params,))
 
     # ---- PPO
 

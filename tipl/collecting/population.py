@@ -28,6 +28,7 @@ from tipl.collecting.observation_scaler import ObservationScaler
 from tipl.collecting.ppo_config import PPOConfig
 from tipl.collecting.transitions import FinalStep, Transitions, entropy, explained_variance, gae, log_prob
 from tipl.policy import ParameterLayout, PolicySpec, layer_views
+from tipl.threads import torch_threads
 
 Floats = NDArray[np.float64]
 Singles = NDArray[np.float32]
@@ -439,9 +440,7 @@ def _initial_params(spec: PolicySpec, log_std: float, generators: Sequence[torch
     P = spec.num_params + sum(fan_out * (fan_in + 1) for fan_in, fan_out in itertools.pairwise(critic_sizes))
     params = torch.zeros(len(generators), P)
     params[:, : spec.act_dim] = log_std
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the last bits of orthogonal_'s QR decomposition depend on the number of threads
-    try:
+    with torch_threads(1):  # the last bits of orthogonal_'s QR decomposition depend on the number of threads
         for row, generator in zip(params, generators, strict=True):
             nets = ((spec.act_dim, spec.layer_sizes, 0.01), (spec.num_params, critic_sizes, 1.0))
             for offset, sizes, head_gain in nets:
@@ -449,6 +448,4 @@ def _initial_params(spec: PolicySpec, log_std: float, generators: Sequence[torch
                 for weight, _ in hidden:
                     torch.nn.init.orthogonal_(weight[0], math.sqrt(2), generator)
                 torch.nn.init.orthogonal_(head[0][0], head_gain, generator)
-    finally:
-        torch.set_num_threads(num_threads)
     return params.numpy()

@@ -196,7 +196,7 @@ class _RefinerTraining:
         self.generator = torch.Generator().manual_seed(config.seed)
         self.refiner = Refiner(config.d_refine, num_checkpoints)
         self.average = copy.deepcopy(self.refiner).eval()
-        self.optimizer = torch.optim.AdamW(self.refiner.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
+        self.optimizer = torch.optim.AdamW(self.refiner.parameters(), lr=LEARNING_RATE, weight_decay=0.01, fused=True)
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(
             self.optimizer, LEARNING_RATE, total_steps=config.refine_steps
         )

@@ -31,6 +31,7 @@ from tipl.files.publishing import published, remove
 from tipl.forecasting.calibration import calibrate
 from tipl.forecasting.forecaster import Forecaster
 from tipl.forecasting.refiner_training import train_refiner
+from tipl.forecasting.rollout_gradient import RolloutGradient
 from tipl.forecasting.sources import Source
 from tipl.forecasting.train_config import TrainConfig
 from tipl.forecasting.training_data import Batch, Draws, TrainingData, load_training_data
@@ -38,9 +39,12 @@ from tipl.forecasting.training_state import SavedState, pack, part_of, take_step
 from tipl.forecasting.transformer import ModelConfig, TrajectoryTransformer
 from tipl.progress import progress_bar
 from tipl.storing.store import Store
+from tipl.threads import torch_threads
 
 
-def loss_of(model: TrajectoryTransformer, batch: Batch, noise: Tensor, *, teacher_forced: bool) -> Tensor:
+def loss_of(
+    model: TrajectoryTransformer | RolloutGradient, batch: Batch, noise: Tensor, *, teacher_forced: bool
+) -> Tensor:
     """Return the mean relative weight error of the model's rollouts, which is what `evaluate` reports.
 
     noise (B, T, k) is added to what the model observes of the past. The model continues the prefix by its own
@@ -67,10 +71,16 @@ def loss_of(model: TrajectoryTransformer, batch: Batch, noise: Tensor, *, teache
     return errors.mean()
 
 
+def is_native(config: TrainConfig) -> bool:
+    """Return whether the engine computes the Transformer's gradients, and torch only small things beside it."""
+    return config.device == "cpu" and config.precision == "float32"
+
+
 class Trainer:
     """AdamW with a cosine schedule, an average of the weights, and the validation that chooses among them.
 
-    Initial weights and dropout come from torch's global generator, examples and noise from the trainer's own. On
+    Initial weights come from torch's global generator, examples, noise and what dropout drops from the trainer's own
+    (dropout under torch's autograd, on another device than the CPU or in bfloat16, from the global one). On
     another device than the CPU, a step moves nothing there or back, and does not wait for the device.
     """
 
@@ -81,6 +91,8 @@ class Trainer:
         data: TrainingData,
         config: TrainConfig,
         architecture: type[TrajectoryTransformer] = TrajectoryTransformer,
+        *,
+        num_threads: int | None = None,
     ) -> None:
         self.config = config
         self.data = data
@@ -98,8 +110,12 @@ class Trainer:
             )
         ).to(config.device)
         self.average = copy.deepcopy(self.model).eval()
+        self.rollouts = self._rollouts(num_threads)
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
+            self.model.parameters(),
+            lr=config.learning_rate,
+            weight_decay=config.weight_decay,
+            fused=config.device == "cpu",  # one call for all parameters, which elsewhere torch has anyway
         )
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._share_of_peak)
         self.best = Best(0, float("inf"), copy.deepcopy(self.average.state_dict()))
@@ -127,7 +143,19 @@ class Trainer:
         return torch.device(self.config.device).type
 
     def loss(self, batch: Batch, noise: Tensor, *, teacher_forced: bool) -> Tensor:
-        return loss_of(self.model, batch, noise, teacher_forced=teacher_forced)
+        return loss_of(self.rollouts, batch, noise, teacher_forced=teacher_forced)
+
+    def _rollouts(self, num_threads: int | None) -> TrajectoryTransformer | RolloutGradient:
+        """Return what the loss asks for predictions: on the CPU the engine, which knows this one architecture."""
+        if not is_native(self.config) or type(self.model) is not TrajectoryTransformer:
+            return self.model
+        return RolloutGradient(
+            self.model,
+            batch_size=self.config.batch_size,
+            num_tokens=self.model.config.max_len,
+            generator=self.draws.on_host,
+            num_threads=num_threads,
+        )
 
     def _share_of_peak(self, step: int) -> float:
         """Return the learning rate of `step` as a share of its peak: 10 % warm-up, then half a cosine to zero."""
@@ -187,11 +215,11 @@ def train(
 
     The folder holds model.safetensors, centre.safetensors, refiner.safetensors, config.json (sizes, splits, training
     settings), training.json (curves), TensorBoard events in tb/ and manifest.json (checksums of all files); where the
-    simulator can run the policies, on `num_threads` cores, confidence.safetensors and strides.safetensors; and for a
+    simulator can run the policies, confidence.safetensors and strides.safetensors; and for a
     shared basis basis.safetensors, which with `ray` is fitted on the Ray cluster at that address ("local" starts one).
 
-    After an interruption the same call goes on and gives the same bits, on the CPU and with the same stores, versions
-    and number of torch's threads; otherwise it starts again.
+    On the CPU it computes on `num_threads` cores, all by default, and after an interruption the same call goes on and
+    gives the same bits, with the same stores and versions and any number of threads; otherwise it starts again.
 
     Raises FileExistsError where `output` exists; OutputInUse where another process is making it; ValueError where a
     store has too few trials or checkpoints, or paths have different lengths.
@@ -229,9 +257,10 @@ def _trained(
         if path.name != "tb" and not SavedState.is_one(path):
             remove(path)
     transformer, refining = (SavedState(states, part, settings) for part in ("transformer", "refiner"))
-    with torch.random.fork_rng():  # training does not change the caller's random numbers
+    threads = torch_threads(1) if is_native(config) else contextlib.nullcontext()
+    with threads, torch.random.fork_rng():  # training does not change the caller's random numbers
         torch.manual_seed(config.seed)
-        trainer = Trainer(data, config)
+        trainer = Trainer(data, config, num_threads=num_threads)
         curve = fit(trainer, folder / "tb", progress, transformer)
         model = trainer.average.cpu()
         model.load_state_dict(trainer.best.state)
@@ -281,7 +310,11 @@ def _settings(sources: Sequence[Source], config: TrainConfig) -> dict[str, Any]:
         "train": dataclasses.asdict(config),
         "stores": [source.store.fingerprint() for source in sources],
         "versions": {name: importlib.metadata.version(name) for name in ("tipl", "torch", "numpy")},
-        "cpu": [torch.backends.cpu.get_cpu_capability(), _core.isa(), torch.get_num_threads()],
+        "cpu": [
+            torch.backends.cpu.get_cpu_capability(),
+            _core.isa(),
+            1 if is_native(config) else torch.get_num_threads(),
+        ],
     }
 
 

@@ -81,8 +81,7 @@ def take_step(
     schedule.step()
     with torch.no_grad():
         decay = min(ema_decay, step_count / (step_count + 10))  # soon forget the first weights
-        for averaged, current in zip(average.parameters(), model.parameters(), strict=True):
-            averaged.lerp_(current, 1.0 - decay)
+        torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1.0 - decay)
 
 
 def pack(

@@ -5,6 +5,7 @@
 // include only each other, the tables of kernels with what those include, and C headers.
 #include "cpu/isa_kernels.h"
 #include "cpu/simd/attention.h"
+#include "cpu/simd/gradient.h"
 #include "cpu/simd/linear.h"
 #include "cpu/simd/math.h"
 #include "cpu/simd/ppo.h"
@@ -53,6 +54,18 @@ extern const IsaKernels TIPL_JOIN(kernels_, TIPL_ISA_NAME) = {
             .policy_loss = policy_loss,
             .squared_norm = squared_norm,
             .adam = adam,
+        },
+    .gradient =
+        {
+            .normalize = normalize,
+            .normalize_backward = normalize_backward,
+            .gelu = gelu_columns,
+            .gelu_backward = gelu_columns_backward,
+            .add_masked = add_masked,
+            .multiply_masked = multiply_masked,
+            .attend_columns = attend_columns,
+            .attend_columns_backward = attend_columns_backward,
+            .dot_rows = dot_rows,
         },
 };
 
