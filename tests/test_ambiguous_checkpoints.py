@@ -278,30 +278,6 @@ def test_what_was_assumed_or_is_lost_is_in_the_note(tmp_path: Path) -> None:
     assert "features extractor of the run's own, <class 'own.Scaled'>" in note(sb3_zip(tmp_path / "e.zip", **extractor))
 
 
-@pytest.mark.parametrize(
-    ("statistics", "recorded"),
-    [
-        ("vec_normalize.pkl", True),
-        ("vec_normalize.pkl", False),
-        ("Pendulum-v1/vecnormalize.pkl", False),
-        ("rl_model_vecnormalize_64_steps.pkl", False),
-        (None, True),
-    ],
-)
-@pytest.mark.parametrize("one_by_one", [False, True])
-def test_every_layout_of_a_vecnormalize_run_gets_the_note(
-    statistics: str | None, recorded: bool, one_by_one: bool, tmp_path: Path
-) -> None:
-    run = tmp_path / "run"
-    extra = {"_last_original_obs": {":type:": "<class 'numpy.ndarray'>", ":serialized:": "gASV"}} if recorded else {}
-    files = [sb3_zip(run / f"rl_model_{step}_steps.zip", step, **extra) for step in (64, 128)]
-    if statistics:
-        (run / statistics).parent.mkdir(exist_ok=True)
-        (run / statistics).write_bytes(b"never read")
-    store = import_checkpoints(files if one_by_one else [run], tmp_path / "store")
-    assert store.config["source"]["note"].startswith("observations came through VecNormalize, whose statistics")
-
-
 def test_notes_of_all_trials_are_kept(tmp_path: Path) -> None:
     one = sb3_zip(tmp_path / "one" / "m_1.zip", 1)
     other = sb3_zip(tmp_path / "other" / "m_1.zip", 1, _last_original_obs={})

@@ -16,7 +16,7 @@ import tipl
 from tipl import JumpConfig
 from tipl.collecting.episodes import episodic_returns
 from tipl.jumping.jumps import Jump, Walk
-from tipl.policy import ParameterLayout, PolicySpec
+from tipl.policy import ParameterLayout, PolicySpec, mean_action
 from tipl.storing.store import Store
 
 sb3 = pytest.importorskip("stable_baselines3", reason="runs stable-baselines3, which is not installed")
@@ -400,15 +400,41 @@ def test_policies_of_an_own_class_are_not_taken_for_sb3s(tmp_path: Path) -> None
     assert isinstance(tipl.import_checkpoints([tmp_path / "alike.zip"], tmp_path / "b").policy, ParameterLayout)
 
 
-def test_lost_observation_statistics_are_said(tmp_path: Path) -> None:
-    env = VecNormalize(DummyVecEnv([lambda: Monitor(gymnasium.make(ENV_ID))]))
-    model = sb3.PPO("MlpPolicy", env, n_steps=64, device="cpu")
+def test_observation_statistics_travel_with_every_checkpoint(tmp_path: Path) -> None:
+    """Each checkpoint, of SB3's files and of a recording, acts on raw observations as the model on normalised ones."""
+    env = VecNormalize(DummyVecEnv([lambda: Monitor(gymnasium.make(ENV_ID))]), clip_obs=1e6)
+    model, seen = sb3.PPO("MlpPolicy", env, n_steps=64, n_epochs=1, seed=0, device="cpu"), []
+    obs = np.random.default_rng(0).normal(size=(50, 4)).astype(np.float32)
+
+    class Acts(BaseCallback):
+        def _on_step(self) -> bool:
+            if self.num_timesteps in (64, 128):
+                seen.append(model.predict(env.normalize_obs(obs), deterministic=True)[0])
+            return True
+
     checkpoints = CheckpointCallback(64, str(tmp_path / "run"), save_vecnormalize=True)
-    model.learn(64, callback=[RecorderCallback(tmp_path / "recording"), checkpoints])
-    joined = tipl.import_checkpoints([tmp_path / "recording"], tmp_path / "joined")
-    assert "VecNormalize, whose statistics are not recorded" in joined.config["source"]["note"]
-    store = tipl.import_checkpoints([tmp_path / "run"], tmp_path / "store")
-    assert "VecNormalize, whose statistics lie in pickles, which are not read" in store.config["source"]["note"]
+    recorder = RecorderCallback(tmp_path / "recording")
+    model.learn(128, callback=[Acts(), checkpoints, recorder])
+    store = tipl.import_checkpoints([tmp_path / "run"], tmp_path / "store", env_id=ENV_ID)
+    assert store.trial(0).env_steps.tolist() == [64, 128]
+
+    def actions(store: Store, i: int) -> Any:
+        row = torch.from_numpy(store.trial(0).weights(i, i + 1).copy())
+        return mean_action(store.policy, row, torch.from_numpy(obs)[None])[0].numpy()
+
+    for i in range(2):
+        np.testing.assert_allclose(np.clip(actions(store, i), -3.0, 3.0), seen[i], atol=1e-5)
+    recording = Store.open(tmp_path / "recording")
+    last = model.predict(env.normalize_obs(obs), deterministic=True)[0]
+    np.testing.assert_allclose(np.clip(actions(recording, -1 % recording.num_checkpoints), -3.0, 3.0), last, atol=1e-5)
+    for it in (store, recording):
+        assert "folded into the first layer" in it.config["source"]["note"]
+        assert not it.is_unnormalised
+    model.save(tmp_path / "model.zip")
+    env.save(tmp_path / "model_vecnormalize.pkl")
+    exported = tipl.export_checkpoint(recording.path, tmp_path / "model.zip", tmp_path / "exported.zip")
+    again = sb3.PPO.load(exported, device="cpu").predict(env.normalize_obs(obs), deterministic=True)[0]
+    np.testing.assert_allclose(again, last, atol=1e-5)
 
 
 def test_a_jump_that_does_not_hold_is_put_back(monkeypatch):

@@ -13,7 +13,8 @@ from tipl.forecasting.forecaster import Forecaster
 from tipl.jumping.jump_config import JumpConfig
 from tipl.jumping.jumper import Jumper
 from tipl.jumping.jumps import Jump
-from tipl.storing.foreign_actors import shown
+from tipl.storing.foreign_actors import find_actor, shown
+from tipl.storing.observation_statistics import FOLDED_NOTE, live_statistics
 from tipl.storing.recorder import Recorder
 
 try:
@@ -86,7 +87,7 @@ class RecorderCallback(BaseCallback):
         self._recorder = _open_recorders[self.path.resolve()] = recorder
         steps = self.model.num_timesteps
         try:
-            holds = recorder.holds(self.model.policy)
+            holds = recorder.holds(self.model.policy, normaliser=self._normaliser())
         except ValueError:
             self._close()
             raise
@@ -125,17 +126,21 @@ class RecorderCallback(BaseCallback):
         if 0 <= recorder.env_steps <= steps < recorder.env_steps + least_steps:
             return
         returns = [episode["r"] for episode in model.ep_info_buffer or []]
-        recorder.log(model.policy, env_steps=steps, episodic_return=float(np.mean(returns)) if returns else None)
+        recorder.log(
+            model.policy,
+            env_steps=steps,
+            episodic_return=float(np.mean(returns)) if returns else None,
+            normaliser=self._normaliser(),
+        )
         self._recorded_update = model._n_updates
 
     def _note(self) -> str | None:
         """Return in words how the run's environment differs from the simulator's; None where no difference is known."""
         notes, normaliser = [], self.model.get_vec_normalize_env()
-        if normaliser is not None and normaliser.norm_obs:
-            notes.append(
-                "observations were normalised by VecNormalize, whose statistics are not recorded: in the simulator "
-                "these policies do not reach the returns that they had"
-            )
+        if self._normaliser() is not None:
+            notes.append(FOLDED_NOTE.format(clip=self._normaliser().clip_obs))
+        elif normaliser is not None and normaliser.norm_obs:
+            notes.append("observations were normalised by VecNormalize, whose statistics are not recorded")
         changes = self._changes()
         if changes:
             notes.append(
@@ -143,6 +148,17 @@ class RecorderCallback(BaseCallback):
                 "registered, where these policies may not reach the returns that they had"
             )
         return "; ".join(notes) or None
+
+    def _normaliser(self) -> Any:
+        """Return the VecNormalize whose statistics are folded into the policy's first layer, or None."""
+        normaliser = self.model.get_vec_normalize_env()
+        if normaliser is None or not normaliser.norm_obs or not hasattr(normaliser.obs_rms, "mean"):
+            return None  # statistics of a Dict space are several
+        try:
+            find_actor(self.model.policy.state_dict() | live_statistics(normaliser).to_state(), actor=self._actor)
+        except ValueError:
+            return None  # not an MLP that it could be folded into
+        return normaliser
 
     def _changes(self) -> list[str]:
         """Return in words how the environment differs from the one registered under its id."""

@@ -170,6 +170,9 @@ class Import:
     step_pattern: str | None = None
     """A regular expression that finds the step in each file name, such as 'iter_([0-9]+)', where names hold several
     numbers."""
+    normaliser: PathArg | None = None
+    """The file with VecNormalize's statistics, which are folded into the first layer; "none" if observations were not
+    normalised. By default what lies beside the checkpoints of a run that says that it used VecNormalize."""
     num_checkpoints: int | None = None
     """Take this many checkpoints of each trial, from its first on; by default all, and all trials must hold equally
     many."""
@@ -186,6 +189,7 @@ class Import:
             activation=self.activation,
             actor=self.actor,
             step_pattern=self.step_pattern,
+            normaliser=self.normaliser,
             num_checkpoints=self.num_checkpoints,
             max_bytes=self.max_bytes,
         )
@@ -214,6 +218,9 @@ class Export:
     """Which trial to take, where the weights are a store's."""
     actor: tuple[str, ...] | None = None
     """How the actor's keys in --like begin, where that file holds several networks and the weights do not say which."""
+    normaliser: PathArg | None = None
+    """The file of VecNormalize's statistics that the new file will be used with, where they were folded into the
+    weights; by default the one beside --like."""
     max_bytes: int | None = None
     """The largest size of --like, and of what it unpacks to, as in `tipl import`."""
 
@@ -225,6 +232,7 @@ class Export:
             checkpoint=self.checkpoint,
             trial=self.trial,
             actor=self.actor,
+            normaliser=self.normaliser,
             max_bytes=self.max_bytes,
         )
         print(f"checkpoint {self.output}")

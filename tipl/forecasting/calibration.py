@@ -117,10 +117,10 @@ def _recalibrated(
     forecaster: Forecaster, stores: Sequence[Store], num_trials: int, num_threads: int | None, progress: bool
 ) -> Forecaster:
     """Return the forecaster with the confidence that the stores teach."""
-    sources = [source_to_judge(store, forecaster) for store in stores]
     for store in stores:
         if not _can_run(store):
             raise ValueError(f"calibrate: the simulator cannot run the policies of {store.path}")
+    sources = [source_to_judge(store, forecaster) for store in stores]
     config = TrainConfig(**{**forecaster.config["train"], "confidence_trials": num_trials})
     calibration = calibrate(forecaster, sources, config, num_threads=num_threads, progress=progress)
     if calibration is None:
@@ -134,7 +134,9 @@ def _recalibrated(
 
 
 def _can_run(store: Store) -> bool:
-    return isinstance(store.policy, PolicySpec) and can_run(store.env_id, store.policy)
+    if store.is_unnormalised or not isinstance(store.policy, PolicySpec):
+        return False
+    return can_run(store.env_id, store.policy)
 
 
 def _trials_of(source: Source, config: TrainConfig) -> list[int]:

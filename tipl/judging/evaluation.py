@@ -73,7 +73,7 @@ def evaluate(
 
     Raises FileExistsError where `output` exists; OutputInUse where another process is making it; ValueError where the
     model was not trained on this store, `fresh` is not of its kind, a prefix is too short for a basis, or the policies
-    are of a kind that the simulator cannot run.
+    are of a kind that the simulator cannot run, or saw normalised observations whose statistics the store lacks.
     """
     output = Path(output)
     with published(output, "evaluate") as aside:
@@ -113,6 +113,11 @@ def _judged_results(
         raise ValueError(
             f"evaluate: the simulator can run only MLPs with a Gaussian, and the store {store.path} "
             "holds others; `tipl.judging.weight_judgement.weight_errors` judges their weights"
+        )
+    if store.is_unnormalised:
+        raise ValueError(
+            f"evaluate: the runs in {store.path} saw observations through VecNormalize, and the store lacks its "
+            "statistics, without which the policies act otherwise: import them again with normaliser"
         )
     source, started = source_to_judge(store, forecaster), time.perf_counter()
     judges = source if fresh is None else _all_of(fresh, source, forecaster)

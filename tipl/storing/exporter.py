@@ -11,8 +11,9 @@ from tipl.files.locations import write_atomically
 from tipl.files.publishing import published
 from tipl.files.sealed import load_arrays
 from tipl.policy import Layout, PolicySpec, layout_from_dict
-from tipl.storing.foreign_actors import Actor, differences, shown
+from tipl.storing.foreign_actors import STATISTICS, Actor, differences, shown
 from tipl.storing.foreign_files import CheckpointFile, find_actor_in, read_checkpoint_file
+from tipl.storing.observation_statistics import ObservationStatistics, find_statistics, read_statistics
 from tipl.storing.store import Store
 
 
@@ -24,6 +25,7 @@ def export_checkpoint(
     checkpoint: int | None = None,
     trial: int = 0,
     actor: str | Sequence[str] | None = None,
+    normaliser: str | Path | None = None,
     max_bytes: int | None = None,
 ) -> Path:
     """Write flat weights as a checkpoint file of the same kind as the file `like`, and return its path, `output`.
@@ -39,6 +41,8 @@ def export_checkpoint(
         trial: index of the trial, if `weights` is a store.
         actor: the prefix of the actor's keys in `like`, or several prefixes; needed where `like` holds other networks
             too and `weights` has no record of its actor's keys.
+        normaliser: the file of VecNormalize's statistics that the new file will be used with, where statistics are
+            folded into the weights' first layer; by default the one that lies beside `like`.
         max_bytes: limit for `like`, as in `import_checkpoints`.
 
     Raises FileExistsError where `output` exists; OutputInUse where another process is making it; FileNotFoundError;
@@ -47,7 +51,7 @@ def export_checkpoint(
     """
     output = Path(output)
     with published(output, "export") as aside:
-        write_atomically(aside, _exported(weights, Path(like), checkpoint, trial, actor, max_bytes))
+        write_atomically(aside, _exported(weights, Path(like), checkpoint, trial, actor, normaliser, max_bytes))
     return output
 
 
@@ -57,6 +61,7 @@ def _exported(
     checkpoint: int | None,
     trial: int,
     actor: str | Sequence[str] | None,
+    normaliser: str | Path | None,
     max_bytes: int | None,
 ) -> bytes:
     """Return the bytes of the file that `export_checkpoint` writes."""
@@ -80,10 +85,27 @@ def _exported(
         raise ValueError(f"export: weights must be finite and of shape (p,), got {row.shape}")
     template = read_checkpoint_file(like, max_bytes=max_bytes)
     try:
+        folded = ((source.get("source") or {}).get("actor") or {}).get("normaliser") == STATISTICS
+        if folded or normaliser is not None:
+            template.state |= _statistics_beside(like, normaliser).to_state()
         _actor_of_template(template, like, source, len(row), actor).write(row, template.state)
     except ValueError as error:
         raise ValueError(f"export: {error}") from error
     return template.to_bytes()
+
+
+def _statistics_beside(like: Path, normaliser: str | Path | None) -> ObservationStatistics:
+    """Return the statistics that the exported file will be used with."""
+    path = find_statistics([like]).get(like) if normaliser is None else Path(normaliser)
+    if path is None:
+        raise ValueError(
+            "observation statistics are folded into the weights' first layer: pass as normaliser the file of those that"
+            f" belong to {shown(like)}, which divides them out again"
+        )
+    statistics = read_statistics(path)
+    if statistics is None:
+        raise ValueError(f"{shown(path)} does not normalise observations (norm_obs=False)")
+    return statistics
 
 
 def layout_record(store: Store) -> dict[str, Any]:

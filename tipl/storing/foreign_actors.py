@@ -14,7 +14,8 @@ rsl_rl normalises observations inside the actor, (obs - mean) / (std + 0.01). Th
 folded in, W / (std + 0.01) and b - W mean / (std + 0.01), so that each checkpoint is complete and its path consists of
 weights alone. Writing a row into a state divides out that state's own mean and std again. rsl_rl's `std` becomes
 log_std. Both are computed in float64 and rounded once, so that a state is recovered to within rounding; everything else
-is recovered exactly.
+is recovered exactly. The same is done with statistics that another file or object holds, such as those of VecNormalize,
+where they are put beside the state under `STATISTICS` (`observation_statistics.py`).
 """
 
 import dataclasses
@@ -33,6 +34,9 @@ from tipl.policy import ACTIVATIONS, Layout, ParameterLayout, PolicySpec, layout
 State = Mapping[str, Tensor]
 
 NORMALISER_EPS = 1e-2  # rsl_rl's default; its files do not say it
+
+STATISTICS = "observation_statistics."
+"""Prefix of the keys of statistics that are not the state's own, `_mean` and `_std`, which divides as it is."""
 
 _NOT_THE_ACTORS = re.compile(
     r"([^.]*_)?critics?\d*(_[^.]*)?(\.|$)|value_net\.|vf_features_extractor\.|mlp_extractor\.value_net\.|memory_c\."
@@ -68,8 +72,15 @@ class _Family:
 _OLD_NORMALISERS = ("actor_obs_normalizer.", "obs_norm_state_dict.")  # rsl_rl 3 and rsl_rl 2
 _SB3_ENCODERS = ("features_extractor.", "pi_features_extractor.", "lstm_actor.", "mlp_extractor.shared_net.")
 _FAMILIES = (
-    _Family("sb3", "log_std", "mlp_extractor.policy_net.", "action_net.", encoders=_SB3_ENCODERS),
-    _Family("cleanrl", "actor_logstd", "actor_mean."),
+    _Family(
+        "sb3",
+        "log_std",
+        "mlp_extractor.policy_net.",
+        "action_net.",
+        normalisers=(STATISTICS,),
+        encoders=_SB3_ENCODERS,
+    ),
+    _Family("cleanrl", "actor_logstd", "actor_mean.", normalisers=(STATISTICS,)),
     _Family("rsl_rl", "distribution.log_std_param", "mlp.", None, "elu", True, ("obs_normalizer.",), ("rnn.", "cnns.")),
     _Family("rsl_rl", "distribution.std_param", "mlp.", None, "elu", False, ("obs_normalizer.",), ("rnn.", "cnns.")),
     _Family("rsl_rl", "log_std", "actor.", None, "elu", True, _OLD_NORMALISERS, ("memory_a.",)),
@@ -152,10 +163,12 @@ class Actor:
         for key in keys:
             if key not in state or state[key].numel() != obs_dim:
                 raise ValueError(f"{key}, of the observation normaliser, must exist with {obs_dim} numbers")
-        mean, std = (_float32(key, state[key]).double() for key in keys)
+        mean, std = (state[key].detach().reshape(-1).cpu().double() for key in keys)
+        if not (mean.isfinite().all() and std.isfinite().all()):
+            raise ValueError(f"{shown(keys[0])} and {shown(keys[1])} must be finite")
         if (std < 0).any():
             raise ValueError(f"{shown(keys[1])} must not be negative, got {float(std.min()):g}")
-        return mean, std + NORMALISER_EPS
+        return mean, std if self.normaliser == STATISTICS else std + NORMALISER_EPS
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types, from which `from_dict` makes an equal actor."""
@@ -185,8 +198,9 @@ def find_actor(state: State, activation: str | None = None, actor: str | Sequenc
     places: dict[str, Tensor] = {}  # by the key without the root, which is the library's name
     seen = set()
     for key, tensor in state.items():
-        name = key[len(root) :]
-        if key.startswith(prefixes) and not _NOT_THE_ACTORS.match(name) and _is_parameter(key, tensor):
+        name = key if key.startswith(STATISTICS) else key[len(root) :]
+        is_meant = key.startswith((*prefixes, STATISTICS)) and not _NOT_THE_ACTORS.match(name)
+        if is_meant and _is_parameter(key, tensor):
             place = (tensor.data_ptr(), tensor.shape, tensor.stride())
             if place not in seen:
                 seen.add(place)
@@ -199,8 +213,14 @@ def find_actor(state: State, activation: str | None = None, actor: str | Sequenc
     for family in _FAMILIES:
         found = _match(family, shapes, activation)
         if found is not None:
-            normaliser = root + found.normaliser if found.normaliser else ""
+            in_state = found.normaliser not in ("", STATISTICS)
+            normaliser = root + found.normaliser if in_state else found.normaliser
             return dataclasses.replace(found, keys=tuple(root + key for key in found.keys), normaliser=normaliser)
+    if f"{STATISTICS}_mean" in shapes:
+        raise ValueError(
+            "observation statistics can be folded into an MLP of Stable-Baselines3's PPO or A2C, or of CleanRL's, and "
+            f"this is none: {_some(shapes)}"
+        )
     doubt = _doubt(shapes) if actor is None else ""
     if doubt:
         raise ValueError(f"{doubt}: {how_to_choose(shapes)}")

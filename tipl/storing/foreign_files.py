@@ -41,11 +41,6 @@ _BESIDE_THE_STATE = re.compile(r".*(optim|critic|sched|scaler|rng).*|rnd_.*|(pri
 _JSON_BYTES = 2**25  # most bytes of a safetensors header or SB3's settings; parsed, these take up to 25 times as much
 _LIBRARIES = ("stable_baselines3.", "sb3_contrib.")
 
-VEC_NORMALIZE_NOTE = (
-    "observations came through VecNormalize, whose statistics lie in pickles, which are not read: in the simulator "
-    "these policies do not reach the returns that they had"
-)
-
 
 @dataclass
 class CheckpointFile:
@@ -61,6 +56,8 @@ class CheckpointFile:
     """Why it is not clear which part of the file is the policy's state; `state` then holds all parts, as part.key."""
     own_class: str = ""
     """The module of an SB3 policy's class if that is not one of SB3's; its default activation is then unknown."""
+    normalised: bool = False
+    """Whether SB3 says that the policy's observations came through VecNormalize."""
     note: str = ""
     """What a user of the weights must know about them."""
     _content: Any = None
@@ -193,6 +190,7 @@ def _read_sb3(archive: zipfile.ZipFile, data: bytes, max_bytes: int | None) -> C
         _activation(chosen) if chosen else None if own_class else "tanh",
         doubt,
         own_class,
+        settings.get("_last_original_obs") is not None,  # set by VecNormalize only
         _sb3_note(settings),
         (data, policy),
     )
@@ -214,15 +212,10 @@ def _activation(chosen: str) -> str:
 
 
 def _sb3_note(settings: Mapping[str, Any]) -> str:
-    notes = []
-    if settings.get("_last_original_obs") is not None:  # set by VecNormalize only
-        notes.append(VEC_NORMALIZE_NOTE)
     extractor = _named(settings.get("policy_kwargs"), "features_extractor_class")
-    if extractor and not extractor.startswith(tuple(f"<class '{library}" for library in _LIBRARIES)):
-        notes.append(
-            f"observations pass through a features extractor of the run's own, {shown(extractor)}, not run here"
-        )
-    return "; ".join(notes)
+    if not extractor or extractor.startswith(tuple(f"<class '{library}" for library in _LIBRARIES)):
+        return ""
+    return f"observations pass through a features extractor of the run's own, {shown(extractor)}, not run here"
 
 
 def _read_torch(data: bytes, max_bytes: int | None, *, is_cleanrl: bool) -> CheckpointFile:

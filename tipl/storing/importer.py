@@ -17,8 +17,9 @@ from tipl.files.publishing import published, refuse_existing
 from tipl.policy import Layout, PolicySpec
 from tipl.storing.checkpoint_steps import chosen_steps, in_order
 from tipl.storing.foreign_actors import Actor, differences, shown
-from tipl.storing.foreign_files import SUFFIXES, VEC_NORMALIZE_NOTE, CheckpointFile, find_actor_in, read_checkpoint_file
-from tipl.storing.store import Store, Trial
+from tipl.storing.foreign_files import SUFFIXES, CheckpointFile, find_actor_in, read_checkpoint_file
+from tipl.storing.observation_statistics import FOLDED_NOTE, ObservationStatistics, find_statistics, read_statistics
+from tipl.storing.store import UNNORMALISED, Store, Trial
 
 BLOCK_BYTES = 2**26  # of weights that are read and then appended together
 
@@ -35,6 +36,7 @@ def import_checkpoints(
     activation: str | None = None,
     actor: str | Sequence[str] | None = None,
     step_pattern: str | None = None,
+    normaliser: str | Path | None = None,
     num_checkpoints: int | None = None,
     max_bytes: int | None = None,
 ) -> Store:
@@ -45,8 +47,9 @@ def import_checkpoints(
     actor's. The files of a folder are ordered by the step in their names, the one number in which the names differ;
     names without numbers are sorted. `env_steps` are the files' own counts (SB3's num_timesteps, rsl_rl's iteration) if
     these grow, otherwise the steps in the names, otherwise the index. The files hold no returns, so `episodic_return`
-    is NaN. The config's source["note"] says what a user must know, such as statistics that no file holds or an
-    activation that was assumed.
+    is NaN. The statistics of VecNormalize are folded into the first layer where they lie beside the checkpoints
+    (`observation_statistics`); without them `evaluate` refuses the policies of such a run. The config's source["note"]
+    says what a user must know, such as statistics that no file holds or an activation that was assumed.
 
     Args:
         sources: folders, one for each trial; or files, which together are one trial; or stores (from `Recorder`,
@@ -57,6 +60,8 @@ def import_checkpoints(
         actor: prefix of the actor's keys, or several, where files hold other networks too; "" takes all but critics.
         step_pattern: a regular expression searched in each name; its group, or without one the whole match, is the
             step, and env_steps are these.
+        normaliser: the file with VecNormalize's statistics of all checkpoints; "none" if the policies saw observations
+            as they were. By default what lies beside the checkpoints, for runs that say that they used VecNormalize.
         num_checkpoints: take only the first so many of each trial; by default all, if all trials have equally many.
         max_bytes: limit on each file's size and a zip's unpacked size; by default 1 GiB, for a zip less
             (`torch_files.py`).
@@ -76,7 +81,7 @@ def import_checkpoints(
     refuse_existing(output, "import")
     if num_checkpoints is not None and num_checkpoints < 1:
         raise ValueError(f"import: num_checkpoints must be at least 1, got {num_checkpoints}")
-    reading = _Reading(activation, actor, step_pattern, num_checkpoints, max_bytes)
+    reading = _Reading(activation, actor, step_pattern, normaliser, num_checkpoints, max_bytes)
     runs = _runs([Path(source) for source in sources], pattern, reading)
     env_ids = {run.env_id for run in runs} - {"unknown"} if env_id == "unknown" else {env_id}
     if len(env_ids) > 1:
@@ -86,6 +91,8 @@ def import_checkpoints(
     length = _common_length(runs, num_checkpoints)
     source = {**runs[0].source, "trials": [run.name for run in runs]}
     notes = dict.fromkeys(run.source["note"] for run in runs if "note" in run.source)
+    if any(run.source.get(UNNORMALISED) for run in runs):
+        source[UNNORMALISED] = True
     config = {"source": source | ({"note": "; ".join(notes)} if notes else {})}
     policy = runs[0].policy
     with published(output, "import", manifest=False) as aside:
@@ -104,7 +111,7 @@ def source_record(actor: Actor, file_format: str, *notes: str, activation_assume
     """Return the config's entry "source", plain JSON, with a note of everything that a user of the store must know."""
     record: dict[str, Any] = {"format": file_format, "actor": actor.to_dict()}
     all_notes = [note for note in notes if note]
-    if actor.kind == "cleanrl":
+    if actor.kind == "cleanrl" and not actor.normaliser:
         all_notes.append(
             "CleanRL does not save the statistics with which it normalised observations: in the simulator these "
             "policies do not reach the returns that they had"
@@ -128,12 +135,70 @@ class _Reading:
     activation: str | None
     actor: str | Sequence[str] | None
     step_pattern: str | None
+    normaliser: str | Path | None
     num_checkpoints: int | None
     max_bytes: int | None
 
-    def read(self, path: Path) -> tuple[CheckpointFile, Actor]:
+    def read(self, path: Path, statistics: ObservationStatistics | None) -> tuple[CheckpointFile, Actor]:
         file = read_checkpoint_file(path, max_bytes=self.max_bytes)
+        if statistics is not None:
+            file.state |= statistics.to_state()
         return file, find_actor_in(path, file, self.activation, self.actor)
+
+    def normalisers(self, paths: Sequence[Path], actor: Actor) -> "_Normalisers":
+        """Return the statistics of a run's checkpoints (in order), of which the last says whether it was normalised."""
+        last = read_checkpoint_file(paths[-1], max_bytes=self.max_bytes)
+        if str(self.normaliser) == "none":
+            return _Normalisers()
+        if self.normaliser is not None:
+            return _Normalisers.of(dict.fromkeys(paths, Path(self.normaliser)))
+        if last.format != "sb3":
+            return _Normalisers()
+        if actor.kind != "sb3":
+            return _Normalisers(note=_NOT_FOLDED if last.normalised else "")
+        try:
+            found = find_statistics(paths)
+        except ValueError as error:
+            if last.normalised:
+                raise ValueError(f"import: {error}") from error
+            found = {}
+        if last.normalised:
+            return _Normalisers.of(found) if found else _Normalisers(note=_WITHOUT_STATISTICS, unnormalised=True)
+        if not found:
+            return _Normalisers()
+        unused = next(iter(found.values())).name
+        return _Normalisers(
+            note=f"{shown(unused)} lies beside the checkpoints, which do not say that they used it: its statistics "
+            "are not folded in; pass it as normaliser if they did"
+        )
+
+
+_NOT_FOLDED = "observations came through VecNormalize, whose statistics are not folded into networks of this kind"
+_WITHOUT_STATISTICS = (
+    "observations came through VecNormalize, whose statistics do not lie beside the checkpoints: pass their file as "
+    "normaliser, without it these policies cannot be run in the simulator"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Normalisers:
+    """With which statistics a run's checkpoints saw their observations."""
+
+    of_path: dict[Path, ObservationStatistics] = dataclasses.field(default_factory=dict)
+    note: str = ""
+    unnormalised: bool = False
+
+    @classmethod
+    def of(cls, files: dict[Path, Path]) -> "_Normalisers":
+        """Return what the files of statistics hold, by the checkpoints that they belong to."""
+        read = {file: read_statistics(file) for file in dict.fromkeys(files.values())}
+        of_path = {path: it for path, file in files.items() if (it := read[file]) is not None}
+        if not of_path:
+            return cls()  # norm_obs=False
+        note = FOLDED_NOTE.format(clip=next(iter(of_path.values())).clip)
+        if len(read) == 1 and len(files) > 1:
+            note += f"; the statistics in {shown(next(iter(read)).name)} stand for all checkpoints, not the last alone"
+        return cls(of_path, note)
 
 
 class _Run(Protocol):
@@ -162,16 +227,17 @@ class _FileRun:
         ordered, named = in_order(self.name, paths, reading.step_pattern)
         self.num_checkpoints = len(paths)
         self.paths = ordered[: reading.num_checkpoints]
-        first, self.actor = reading.read(self.paths[0])
+        first, self.actor = reading.read(self.paths[0], None)
+        self.normalisers = reading.normalisers(self.paths, self.actor)
+        if self.paths[0] in self.normalisers.of_path:
+            first, self.actor = reading.read(self.paths[0], self.normalisers.of_path[self.paths[0]])
         self.policy = self.actor.policy
         self.said = [first.env_steps]
-        notes = {first.note: None}
+        notes = {self.normalisers.note: None, first.note: None}
         for path in self.paths[1:]:
             file = self._read_alike(path)
             self.said.append(file.env_steps)
             notes[file.note] = None
-        if first.format == "sb3" and _has_statistics({path.parent for path in self.paths}):
-            notes[VEC_NORMALIZE_NOTE] = None
         if named is not None and reading.step_pattern is not None:
             self.steps, note = named[: len(self.paths)], ""
         else:
@@ -184,6 +250,8 @@ class _FileRun:
             )
         assumed = first.activation is None and reading.activation is None
         self.source = source_record(self.actor, first.format, *notes, note, activation_assumed=assumed)
+        if self.normalisers.unnormalised:
+            self.source[UNNORMALISED] = True
 
     def read(self, start: int, stop: int) -> Rows:
         weights = np.empty((stop - start, self.policy.num_params), np.float32)
@@ -199,7 +267,7 @@ class _FileRun:
 
     def _read_alike(self, path: Path) -> CheckpointFile:
         """Return the file, whose actor must equal that of the first one."""
-        file, found = self.reading.read(path)
+        file, found = self.reading.read(path, self.normalisers.of_path.get(path))
         if found != self.actor:
             difference = differences(self.policy, found.policy) or "its keys are others"
             raise ValueError(f"import: {shown(path)} does not fit {shown(self.paths[0])}: {difference}")
@@ -256,12 +324,6 @@ def _runs(sources: list[Path], pattern: str, reading: _Reading) -> list[_Run]:
             )
         runs.append(_FileRun(str(folder), paths, reading))
     return runs
-
-
-def _has_statistics(folders: set[Path]) -> bool:
-    """Return whether a folder has VecNormalize's statistics, directly or one level deeper, where RL Zoo puts them."""
-    names = ("*vecnormalize*.pkl", "*vec_normalize*.pkl")
-    return any(any(folder.glob(place + name)) for folder in folders for name in names for place in ("", "*/"))
 
 
 def _common_length(runs: Sequence[_Run], num_checkpoints: int | None) -> int:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tipl.storing.foreign_actors import Actor, differences, find_actor
 from tipl.storing.importer import source_record
+from tipl.storing.observation_statistics import live_statistics
 from tipl.storing.store import Store
 
 
@@ -65,7 +66,12 @@ class Recorder:
             self._store = self._resume()
 
     def log(
-        self, policy: torch.nn.Module | Mapping[str, Tensor], *, env_steps: int, episodic_return: float | None = None
+        self,
+        policy: torch.nn.Module | Mapping[str, Tensor],
+        *,
+        env_steps: int,
+        episodic_return: float | None = None,
+        normaliser: Any = None,
     ) -> None:
         """Append the policy's weights as they are now.
 
@@ -73,12 +79,16 @@ class Recorder:
             policy: a module or a state_dict, with the same parameter names and shapes in every call.
             env_steps: environment steps that it has learned from; must grow from call to call.
             episodic_return: mean return of the last episodes; None or NaN where no episode has ended.
+            normaliser: what normalises the policy's observations: a VecNormalize, a NormalizeObservation of
+                Gymnasium's, or any object with `mean` and `var` (obs_dim,). Its statistics as they are now are folded
+                into the first layer, so that each checkpoint acts on observations as the environment gives them; what
+                it clips is not clipped. Given in every call or in none.
 
         Raises ValueError, and appends nothing, where the parameters' names or shapes differ from earlier ones, a value
         is NaN or Inf, or env_steps does not grow. After an OSError (a full disk) earlier checkpoints are intact, and
         a recorder with `resume` continues from them.
         """
-        state = _state(policy)
+        state = _state(policy, normaliser)
         if env_steps <= self.env_steps:
             raise ValueError(f"log: env_steps must grow: {self.env_steps} are recorded, got {env_steps}")
         try:
@@ -93,15 +103,16 @@ class Recorder:
         self._store.append(weights[None, None], np.array([[env_steps]], np.int64), returns)
         self.env_steps = env_steps
 
-    def holds(self, policy: torch.nn.Module | Mapping[str, Tensor]) -> bool:
-        """Return whether the last checkpoint on disk equals the policy's weights as they are now.
+    def holds(self, policy: torch.nn.Module | Mapping[str, Tensor], *, normaliser: Any = None) -> bool:
+        """Return whether the last checkpoint on disk equals the policy's weights as they are now, as `log` takes them.
 
         Raises ValueError where the parameters' names or shapes differ from those recorded, or a value is NaN or Inf.
         """
         if self._store is None or not self._store.num_checkpoints:
             return False
         try:
-            weights = self._first(_state(policy)).flatten(_state(policy))
+            state = _state(policy, normaliser)
+            weights = self._first(state).flatten(state)
         except ValueError as error:
             raise ValueError(f"Recorder: policy: {error}") from error
         last = self._store.num_checkpoints - 1
@@ -131,7 +142,8 @@ class Recorder:
         if self._store is not None:
             recorded = Actor.from_dict(self._store.config["source"]["actor"])
             if found != recorded:
-                raise ValueError(f"it does not fit {self.path}: {differences(recorded.policy, found.policy)}")
+                reason = differences(recorded.policy, found.policy) or "its keys or its normaliser are others"
+                raise ValueError(f"it does not fit {self.path}: {reason}")
         return found
 
     def _create(self, actor: Actor) -> Store:
@@ -149,6 +161,8 @@ class Recorder:
         return store
 
 
-def _state(policy: torch.nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _state(policy: torch.nn.Module | Mapping[str, Tensor], normaliser: Any) -> dict[str, Tensor]:
+    """Return the policy's tensors, and beside them the statistics of what normalises its observations."""
     state = policy.state_dict() if isinstance(policy, torch.nn.Module) else policy
-    return {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    return tensors if normaliser is None else tensors | live_statistics(normaliser).to_state()

@@ -44,6 +44,10 @@ CHUNK_BYTES = 2**18
 Result = TypeVar("Result")
 
 
+UNNORMALISED = "unnormalised"
+"""Entry of the config's "source": the policies saw normalised observations, and the store lacks the statistics."""
+
+
 class Store:
     """A store open for reading and, from `create` or `open(writable=True)`, for appending: one writer at a time."""
 
@@ -127,6 +131,11 @@ class Store:
                 writer.load_trials([trial.commit for trial in opened.values()], lambda i, *rows: opened[i]._read(*rows))
             store._writer = writer
         return store
+
+    @property
+    def is_unnormalised(self) -> bool:
+        """Whether the policies saw normalised observations whose statistics the store lacks: none can be run."""
+        return bool((self.config.get("source") or {}).get(UNNORMALISED))
 
     @property
     def num_trials(self) -> int:

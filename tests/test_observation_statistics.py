@@ -1,0 +1,399 @@
+"""VecNormalize's statistics: read from pickles of which nothing is run, and folded into policies."""
+
+import io
+import json
+import os
+import pickle
+import pickletools
+import random
+import sys
+import tracemalloc
+import types
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_ambiguous_checkpoints import sb3_zip
+
+import tipl
+from tipl.forecasting.calibration import recalibrate
+from tipl.forecasting.forecaster import load_pretrained
+from tipl.policy import mean_action
+from tipl.storing.exporter import export_checkpoint
+from tipl.storing.foreign_files import find_actor_in, read_checkpoint_file
+from tipl.storing.importer import import_checkpoints
+from tipl.storing.inert_pickle import Made, Name, PickleError, array_of, number_of, read_inert
+from tipl.storing.observation_statistics import find_statistics, live_statistics, read_statistics
+from tipl.storing.store import Store
+
+OBS_DIM = 3
+
+
+class RunningMeanStd:
+    def __init__(self, seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        self.mean, self.var, self.count = rng.normal(size=OBS_DIM), rng.uniform(0.1, 9.0, OBS_DIM), 64.0
+
+
+class VecNormalize:
+    def __init__(self, seed: int = 0, **others: Any) -> None:
+        self.norm_obs, self.norm_reward = True, True
+        self.obs_rms, self.ret_rms = RunningMeanStd(seed), RunningMeanStd(seed + 1)
+        self.clip_obs, self.epsilon = 10.0, 1e-8
+        self.space = {
+            "low": np.full(OBS_DIM, -np.inf, np.float32),
+            "dtype": np.dtype("f4"),
+            "rng": np.random.default_rng(),
+        }
+        self.old_obs, self.infos = np.zeros((2, OBS_DIM)), [{}, {"a": (1, 2.5, None, True, b"x", {3})}]
+        for name, value in others.items():
+            setattr(self, name, value)
+
+
+RunningMeanStd.__module__ = "stable_baselines3.common.running_mean_std"
+VecNormalize.__module__ = "stable_baselines3.common.vec_env.vec_normalize"
+
+
+@pytest.fixture(autouse=True)
+def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let pickle find the two classes where Stable-Baselines3 has them."""
+    for kind in (RunningMeanStd, VecNormalize):
+        module = types.ModuleType(kind.__module__)
+        setattr(module, kind.__name__, kind)
+        monkeypatch.setitem(sys.modules, kind.__module__, module)
+
+
+def pickled(normaliser: VecNormalize, path: Path, protocol: int = 4) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(pickle.dumps(normaliser, protocol))
+    return path
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_every_protocol_gives_the_numbers(protocol, tmp_path):
+    normaliser = VecNormalize(clip_obs=5.0)
+    found = read_statistics(pickled(normaliser, tmp_path / "a.pkl", protocol))
+    assert found is not None
+    np.testing.assert_array_equal(found.mean, normaliser.obs_rms.mean)
+    np.testing.assert_array_equal(found.std, np.sqrt(normaliser.obs_rms.var + 1e-8))
+    assert found.clip == 5.0
+    live = live_statistics(normaliser)
+    assert (live.mean.tobytes(), live.std.tobytes(), live.clip) == (found.mean.tobytes(), found.std.tobytes(), 5.0)
+    assert read_statistics(pickled(VecNormalize(norm_obs=False), tmp_path / "b.pkl", protocol)) is None
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_plain_values_come_out_as_they_are(protocol):
+    value = {"a": [1, -2, 2**70, 2.5, True, None, "text", b"bytes", bytearray(b"b"), (), (1, (2,)), {1, 2}], 3: {}}
+    if protocol < 5:
+        value["a"] = [it for it in value["a"] if not isinstance(it, bytearray)]  # pickled by a call
+    if protocol < 4:
+        value["a"] = [it for it in value["a"] if not isinstance(it, set)]
+    if protocol < 3:
+        value["a"] = [it for it in value["a"] if not isinstance(it, bytes)]
+    assert read_inert(pickle.dumps(value, protocol)) == value
+    shared: list[Any] = [[1]]
+    shared.append(shared[0])
+    found = read_inert(pickle.dumps(shared, protocol))
+    assert found[0] is found[1]
+
+
+@pytest.mark.parametrize("dtype", ["f2", "f4", "f8", "i1", "i4", "i8", "u2", "?", ">f8", ">i4"])
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+def test_arrays_and_numbers_of_numpy(dtype, protocol):
+    array = np.arange(24).reshape(2, 3, 4).astype(dtype)
+    for it in (array, np.asfortranarray(array), array[:0], array[0, 0, 0:1].reshape(())):
+        found = array_of(read_inert(pickle.dumps(it, protocol)))
+        assert found is not None
+        np.testing.assert_array_equal(found, it)
+    assert number_of(read_inert(pickle.dumps(array[1, 2, 3], protocol))) == float(array[1, 2, 3])
+    assert number_of(2) == 2.0
+    assert number_of(True) is None
+    assert number_of("2") is None
+    assert array_of([1.0]) is None
+
+
+def test_nothing_is_run(tmp_path):
+    class Evil:
+        def __reduce__(self) -> Any:
+            return os.system, (f"touch {tmp_path / 'ran'}",)
+
+    found = read_inert(pickle.dumps(Evil()))
+    assert isinstance(found, Made)
+    assert found.name == Name(os.system.__module__, "system")
+    (tmp_path / "evil.pkl").write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(
+        RuntimeError, match=r"evil.pkl holds no VecNormalize but posix.system, and nothing else is read"
+    ):
+        read_statistics(tmp_path / "evil.pkl")
+    inside = pickled(VecNormalize(), tmp_path / "inside.pkl")
+    normaliser = VecNormalize()
+    normaliser.venv = Evil()
+    inside.write_bytes(pickle.dumps(normaliser))
+    assert read_statistics(inside) is not None  # it is left as it is
+    normaliser.obs_rms = Evil()
+    inside.write_bytes(pickle.dumps(normaliser))
+    with pytest.raises(RuntimeError, match="its obs_rms has no mean and variance"):
+        read_statistics(inside)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "is damaged"),
+        (b"never a pickle", "is damaged"),
+        (pickle.dumps(5)[:-1], "is damaged"),
+        (b"cos\nsystem\nQ.", "holds BINPERSID, which reaches beyond the file"),
+        (b"Pname\n.", "holds PERSID, which reaches beyond the file"),
+        (b"\x82\x01.", "holds EXT1, which reaches beyond the file"),
+        (b"\x80\x05\x97.", "holds NEXT_BUFFER, which reaches beyond the file"),
+        (b"(.", "is damaged"),
+        (b"N(.", "is damaged"),
+        (b"0.", "is damaged"),
+        (b"]}b.", "sets a state on a list"),
+        (b"NNa.", "appends to a NoneType"),
+        (b"}(NtNs.", "has a key of type tuple"),
+        (b"N" * (2**20 + 1) + b".", "has more than 1,048,576 parts"),
+        (b"r\xff\xff\xff\xff.", "is damaged"),
+        (b"Nr\xff\xff\xff\xff.", None),  # a memo as large as its numbers would take gigabytes
+    ],
+)
+def test_what_is_no_pickle_or_reaches_beyond_it_is_refused(data, message):
+    if message is None:
+        assert read_inert(data) is None
+        return
+    with pytest.raises(PickleError, match=message):
+        read_inert(data)
+
+
+def outcome_of(path: Path) -> Any:
+    try:
+        return read_statistics(path)
+    except RuntimeError as error:
+        return error
+
+
+def test_damaged_files_run_nothing_and_take_little(tmp_path):
+    """Mutations of a file: whatever they hold is refused, or read as numbers."""
+    whole = pickle.dumps(VecNormalize(), 4)
+    rng, path = random.Random(0), tmp_path / "a.pkl"
+    opcodes = [ord(it.code) for it in pickletools.opcodes]
+    refused = 0
+    tracemalloc.start()
+    for _ in range(3000):
+        data = bytearray(whole)
+        for _ in range(rng.choice((1, 1, 2, 8))):
+            at = rng.randrange(len(data))
+            kind = rng.randrange(4)
+            if kind == 0:
+                data[at] = rng.randrange(256)
+            elif kind == 1:
+                data[at] = rng.choice(opcodes)
+            elif kind == 2:
+                del data[at : at + rng.randrange(1, 9)]
+            else:
+                data[at:at] = bytes(rng.choice(opcodes) for _ in range(rng.randrange(1, 5)))
+        path.write_bytes(data)
+        found = outcome_of(path)
+        if isinstance(found, RuntimeError):
+            assert str(path) in str(found)
+            assert len(str(found)) < 1000
+            refused += 1
+        else:
+            assert found is None or (np.isfinite(found.mean).all() and (found.std > 0.0).all())
+    assert tracemalloc.get_traced_memory()[1] < 2**26
+    tracemalloc.stop()
+    assert refused > 500
+
+
+# ---- where they lie
+
+SAID = {"_last_original_obs": {":type:": "<class 'numpy.ndarray'>", ":serialized:": "gASV"}}
+STEPS = (64, 128)
+
+
+def run_of(folder: Path, **settings: Any) -> list[Path]:
+    return [sb3_zip(folder / f"rl_model_{step}_steps.zip", step, **settings) for step in STEPS]
+
+
+LAYOUTS = {
+    "the documentation's": {"vec_normalize.pkl": STEPS},
+    "RL Zoo's": {"Pendulum-v1/vecnormalize.pkl": STEPS},
+    "CheckpointCallback's": {f"rl_model_vecnormalize_{step}_steps.pkl": (step,) for step in STEPS},
+    "CheckpointCallback's with the last beside": {
+        "rl_model_vecnormalize_64_steps.pkl": (64,),
+        "rl_model_vecnormalize_128_steps.pkl": (128,),
+        "vec_normalize.pkl": (),
+    },
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("one_by_one", [False, True])
+def test_statistics_are_found_in_every_layout_and_folded_into_the_first_layer(layout, one_by_one, tmp_path):
+    run = tmp_path / "run"
+    files = run_of(run, **SAID)
+    of_step = {}
+    for seed, (name, steps) in enumerate(LAYOUTS[layout].items()):
+        normaliser = VecNormalize(10 * seed)
+        pickled(normaliser, run / name)
+        of_step |= dict.fromkeys(steps, normaliser)
+    store = import_checkpoints(files if one_by_one else [run], tmp_path / "store")
+    note = store.config["source"]["note"]
+    assert note.startswith("the observation statistics of VecNormalize are folded into the first layer")
+    assert "beyond 10 standard deviations" in note
+    assert ("stand for all checkpoints" in note) == (len(LAYOUTS[layout]) == 1)
+    assert not store.is_unnormalised
+    obs = np.random.default_rng(5).normal(size=(1, 20, OBS_DIM)).astype(np.float32)
+    for i, (step, path) in enumerate(zip(STEPS, files, strict=True)):
+        file = read_checkpoint_file(path)
+        actor = find_actor_in(path, file)
+        running = of_step[step].obs_rms
+        seen = ((obs - running.mean) / np.sqrt(running.var + 1e-8)).astype(np.float32)
+        expected = mean_action(actor.policy, torch.from_numpy(actor.flatten(file.state))[None], torch.from_numpy(seen))
+        row = torch.from_numpy(store.trial(0).weights(i, i + 1).copy())
+        torch.testing.assert_close(
+            mean_action(store.policy, row, torch.from_numpy(obs)), expected, rtol=1e-5, atol=1e-5
+        )
+
+
+def test_an_export_divides_the_statistics_out_again(tmp_path):
+    files = run_of(tmp_path / "run", **SAID)
+    pickled(VecNormalize(), tmp_path / "run" / "vec_normalize.pkl")
+    store = import_checkpoints([tmp_path / "run"], tmp_path / "store")
+    exported = export_checkpoint(store.path, files[0], tmp_path / "run" / "exported.zip", checkpoint=1)
+    want, got = (read_checkpoint_file(path).state for path in (files[1], exported))
+    for key in want:
+        torch.testing.assert_close(got[key], read_checkpoint_file(files[0]).state[key] if "value" in key else want[key])
+    moved = tmp_path / "elsewhere" / "a.zip"
+    moved.parent.mkdir()
+    moved.write_bytes(files[0].read_bytes())
+    with pytest.raises(ValueError, match=r"pass as normaliser the file of those that belong to .*a\.zip"):
+        export_checkpoint(store.path, moved, tmp_path / "b.zip")
+    statistics = tmp_path / "run" / "vec_normalize.pkl"
+    again = export_checkpoint(store.path, moved, tmp_path / "b.zip", checkpoint=1, normaliser=statistics)
+    torch.testing.assert_close(read_checkpoint_file(again).state["action_net.weight"], want["action_net.weight"])
+    import_checkpoints([again], tmp_path / "again", normaliser=statistics)
+    np.testing.assert_allclose(
+        Store.open(tmp_path / "again").trial(0).weights()[0], store.trial(0).weights()[1], rtol=1e-6, atol=1e-7
+    )
+
+
+def test_a_normalised_run_without_statistics_is_imported_but_not_judged(tmp_path):
+    run_of(tmp_path / "run", **SAID)
+    store = import_checkpoints([tmp_path / "run"], tmp_path / "store", env_id="InvertedPendulum-v5")
+    assert store.is_unnormalised
+    assert (
+        "whose statistics do not lie beside the checkpoints: pass their file as normaliser"
+        in store.config["source"]["note"]
+    )
+    assert import_checkpoints([store.path], tmp_path / "joined").is_unnormalised
+    with pytest.raises(ValueError, match=r"saw observations through VecNormalize.*import them again with normaliser"):
+        tipl.evaluate(store, load_pretrained(), tmp_path / "evaluation")
+    with pytest.raises(ValueError, match="the simulator cannot run the policies"):
+        recalibrate([store], tmp_path / "calibrated")
+    ignored = import_checkpoints([tmp_path / "run"], tmp_path / "none", normaliser="none")
+    assert not ignored.is_unnormalised
+    assert ignored.trial(0).weights().tobytes() == store.trial(0).weights().tobytes()
+
+
+def test_statistics_of_an_env_that_left_observations_alone_are_not_missed(tmp_path):
+    run_of(tmp_path / "run", **SAID)
+    pickled(VecNormalize(norm_obs=False), tmp_path / "run" / "vec_normalize.pkl")
+    store = import_checkpoints([tmp_path / "run"], tmp_path / "store")
+    assert not store.is_unnormalised
+    assert "note" not in store.config["source"]
+
+
+def test_statistics_beside_a_run_that_does_not_say_so_are_not_used_but_named(tmp_path):
+    run_of(tmp_path / "run")
+    pickled(VecNormalize(), tmp_path / "run" / "vec_normalize.pkl")
+    store = import_checkpoints([tmp_path / "run"], tmp_path / "store")
+    assert (
+        "vec_normalize.pkl lies beside the checkpoints, which do not say that they used it"
+        in store.config["source"]["note"]
+    )
+    assert not store.is_unnormalised
+    used = import_checkpoints([tmp_path / "run"], tmp_path / "used", normaliser=tmp_path / "run" / "vec_normalize.pkl")
+    assert used.trial(0).weights().tobytes() != store.trial(0).weights().tobytes()
+
+
+def test_several_statistics_are_refused_with_the_choice(tmp_path):
+    run = tmp_path / "run"
+    files = run_of(run, **SAID)
+    for name in ("vec_normalize.pkl", "other_vecnormalize.pkl"):
+        pickled(VecNormalize(), run / name)
+    with pytest.raises(ValueError, match=r"not clear which statistics .*other_vecnormalize.pkl, .*choose one for all"):
+        import_checkpoints([run], tmp_path / "store")
+    assert not (tmp_path / "store").exists()
+    for name in ("vec_normalize.pkl", "other_vecnormalize.pkl"):
+        (run / name).unlink()
+    pickled(VecNormalize(), run / "rl_model_vecnormalize_64_steps.pkl")
+    with pytest.raises(
+        ValueError, match=r"belong to .*rl_model_128_steps.zip: .*vecnormalize_64_steps.pkl; choose one"
+    ):
+        find_statistics(files)
+
+
+def test_statistics_that_do_not_fit_are_refused(tmp_path):
+    run_of(tmp_path / "run", **SAID)
+    running = RunningMeanStd(0)
+    running.mean = running.var = np.ones(5)
+    pickled(VecNormalize(obs_rms=running), tmp_path / "run" / "vec_normalize.pkl")
+    with pytest.raises(ValueError, match="of the observation normaliser, must exist with 3 numbers"):
+        import_checkpoints([tmp_path / "run"], tmp_path / "store")
+    running.var = np.full(5, -1.0)
+    pickled(VecNormalize(obs_rms=running), tmp_path / "run" / "vec_normalize.pkl")
+    with pytest.raises(RuntimeError, match="mean and variance must be finite, and the variance not negative"):
+        import_checkpoints([tmp_path / "run"], tmp_path / "store")
+    pickled(VecNormalize(obs_rms={"a": running}), tmp_path / "run" / "vec_normalize.pkl")
+    with pytest.raises(RuntimeError, match="statistics of several observations, a Dict space"):
+        import_checkpoints([tmp_path / "run"], tmp_path / "store")
+
+
+# ---- live
+
+
+class Agent(torch.nn.Module):
+    """As CleanRL names its parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.actor_mean = torch.nn.Sequential(torch.nn.Linear(OBS_DIM, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
+        self.actor_logstd = torch.nn.Parameter(torch.zeros(1, 2))
+
+
+def test_a_recorder_folds_what_normalises_now(tmp_path):
+    agent, normaliser = Agent(), VecNormalize()
+    with tipl.Recorder(tmp_path / "a.zarr") as recorder:
+        recorder.log(agent, env_steps=0, normaliser=normaliser)
+        assert recorder.holds(agent, normaliser=normaliser)
+        normaliser.obs_rms.mean = normaliser.obs_rms.mean + 1.0
+        assert not recorder.holds(agent, normaliser=normaliser)
+        recorder.log(agent, env_steps=1, normaliser=normaliser.obs_rms)
+        with pytest.raises(ValueError, match="normaliser must have obs_rms, or mean and var, got object"):
+            recorder.log(agent, env_steps=2, normaliser=object())
+    store = Store.open(tmp_path / "a.zarr")
+    assert "statistics" not in store.config["source"].get("note", "")
+    obs = torch.randn(1, 9, OBS_DIM)
+    running = normaliser.obs_rms
+    seen = (obs.double() - torch.from_numpy(running.mean)) / torch.from_numpy(np.sqrt(running.var + 1e-8))
+    row = torch.from_numpy(store.trial(0).weights(1, 2).copy())
+    torch.testing.assert_close(mean_action(store.policy, row, obs)[0], agent.actor_mean(seen.float())[0].detach())
+    with (
+        tipl.Recorder(tmp_path / "a.zarr", resume=True) as recorder,
+        pytest.raises(ValueError, match="its keys or its normaliser are others"),
+    ):
+        recorder.log(agent, env_steps=5)
+
+
+def test_json_of_a_zip_is_enough_to_know(tmp_path):
+    path = sb3_zip(tmp_path / "a.zip", 1, **SAID)
+    with zipfile.ZipFile(io.BytesIO(path.read_bytes())) as archive:
+        assert json.loads(archive.read("data"))["_last_original_obs"]
+    assert read_checkpoint_file(path).normalised
+    assert not read_checkpoint_file(sb3_zip(tmp_path / "b.zip", 1)).normalised

@@ -1,0 +1,151 @@
+"""The statistics with which a run normalised its observations: VecNormalize's files, read safely.
+
+    vec_normalize.pkl                       Stable-Baselines3's documentation, and its models on the hub
+    rl_model_vecnormalize_64_steps.pkl      CheckpointCallback(save_vecnormalize=True), beside rl_model_64_steps.zip
+    <env_id>/vecnormalize.pkl               RL Zoo, one folder below the checkpoints
+
+VecNormalize pickles itself whole. Nothing of that is run (`inert_pickle.py`): the file must be an object of that one
+class, of which the numbers are taken and the rest is left.
+"""
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tipl.files.locations import read_file
+from tipl.storing.foreign_actors import STATISTICS, shown
+from tipl.storing.inert_pickle import MAX_BYTES, Made, Name, PickleError, array_of, number_of, read_inert
+
+FOLDED_NOTE = (
+    "the observation statistics of VecNormalize are folded into the first layer of each checkpoint; what VecNormalize "
+    "clips, observations beyond {clip:g} standard deviations, is not clipped"
+)
+
+_CLASS = Name("stable_baselines3.common.vec_env.vec_normalize", "VecNormalize")
+_PATTERNS = ("*vecnormalize*.pkl", "*vec_normalize*.pkl")
+_CHECKPOINT = re.compile(r"(?P<prefix>.+)_(?P<steps>\d+)_steps")  # as CheckpointCallback names its files
+
+
+@dataclasses.dataclass(frozen=True)
+class ObservationStatistics:
+    """A policy sees clip((observation - mean) / std, -clip, clip)."""
+
+    mean: NDArray[np.float64]
+    """(obs_dim,)"""
+    std: NDArray[np.float64]
+    """(obs_dim,), positive: the root of VecNormalize's variance + epsilon."""
+    clip: float
+
+    def to_state(self) -> dict[str, Tensor]:
+        """Return the statistics as tensors of a state, where `Actor` looks for them."""
+        return {
+            f"{STATISTICS}_mean": torch.from_numpy(self.mean.copy()),
+            f"{STATISTICS}_std": torch.from_numpy(self.std.copy()),
+        }
+
+
+def statistics_of(mean: Any, var: Any, *, epsilon: float, clip: float) -> ObservationStatistics:
+    """Return the statistics of a running mean and variance (obs_dim,). Raises ValueError where they are none."""
+    mean, var = np.asarray(mean, np.float64), np.asarray(var, np.float64)
+    if mean.ndim != 1 or mean.shape != var.shape or not mean.size:
+        raise ValueError(f"mean and variance must be of one shape (obs_dim,), got {mean.shape} and {var.shape}")
+    if not (np.isfinite(mean).all() and np.isfinite(var).all() and (var >= 0.0).all()):
+        raise ValueError("mean and variance must be finite, and the variance not negative")
+    if not (0.0 < epsilon < np.inf and clip > 0.0):
+        raise ValueError(f"epsilon and clip must be positive, got {epsilon} and {clip}")
+    return ObservationStatistics(mean, np.sqrt(var + epsilon), float(clip))
+
+
+def live_statistics(normaliser: Any) -> ObservationStatistics:
+    """Return the statistics that a normaliser has now: a VecNormalize, a NormalizeObservation of Gymnasium's, or any
+    object with `mean` and `var` (obs_dim,), such as their `obs_rms`. Raises ValueError where it has none."""
+    running = getattr(normaliser, "obs_rms", normaliser)
+    if not (hasattr(running, "mean") and hasattr(running, "var")):
+        raise ValueError(f"normaliser must have obs_rms, or mean and var, got {type(normaliser).__name__}")
+    epsilon, clip = getattr(normaliser, "epsilon", 1e-8), getattr(normaliser, "clip_obs", np.inf)
+    return statistics_of(running.mean, running.var, epsilon=epsilon, clip=clip)
+
+
+def read_statistics(path: str | Path) -> ObservationStatistics | None:
+    """Return the statistics in a file of VecNormalize's, None where it left observations as they are (norm_obs=False).
+
+    Raises RuntimeError where the file is damaged, holds anything but a VecNormalize, or statistics of several
+    observations (a Dict space); OSError where it cannot be read.
+    """
+    path = Path(path)
+    try:
+        return _statistics_in(read_file(path, max_bytes=MAX_BYTES))
+    except (PickleError, ValueError) as error:
+        raise RuntimeError(f"{shown(path)} {shown(error)}") from error
+
+
+def _statistics_in(data: bytes) -> ObservationStatistics | None:
+    found = read_inert(data)
+    name = found.name if isinstance(found, Made) else type(found).__name__
+    if name != _CLASS:
+        raise PickleError(f"holds no VecNormalize but {shown(name)}, and nothing else is read from a pickle")
+    settings = found.state
+    if not isinstance(settings, dict):
+        raise PickleError("is damaged: its VecNormalize has no settings")
+    if settings.get("norm_obs") is False:
+        return None
+    running = settings.get("obs_rms")
+    if isinstance(running, dict):
+        raise PickleError("holds statistics of several observations, a Dict space, which no first layer takes in")
+    values = running.state if isinstance(running, Made) else None
+    if not isinstance(values, dict):
+        raise PickleError("is damaged: its obs_rms has no mean and variance")
+    mean, var = (array_of(values.get(name)) for name in ("mean", "var"))
+    epsilon, clip = (number_of(settings.get(name)) for name in ("epsilon", "clip_obs"))
+    if mean is None or var is None or epsilon is None or clip is None:
+        raise PickleError("is damaged: it lacks obs_rms.mean, obs_rms.var, epsilon or clip_obs")
+    return statistics_of(mean, var, epsilon=epsilon, clip=clip)
+
+
+def find_statistics(paths: Sequence[Path]) -> dict[Path, Path]:
+    """Return which file has the statistics of each of a run's checkpoints, or {} where there is none.
+
+    Those that CheckpointCallback wrote beside a checkpoint are its own. Else there must be one file in the checkpoints'
+    folder or one level below, which stands for all of them. Raises ValueError where several could be meant.
+    """
+    own = {path: _beside(path) for path in paths}
+    own = {path: it for path, it in own.items() if it.is_file()}
+    if len(own) == len(paths):
+        return own
+    folders = sorted({path.parent for path in paths})
+    found = {
+        it
+        for folder in folders
+        for name in _PATTERNS
+        for place in ("", "*/")
+        for it in folder.glob(place + name)
+        if it.is_file()
+    }
+    general = sorted(it for it in found if not _CHECKPOINT.fullmatch(it.stem))
+    if len(general) == 1:
+        return dict.fromkeys(paths, general[0]) | own
+    if general or own:
+        missing = next(path for path in paths if path not in own)
+        several = ", ".join(map(shown, general[:4])) or shown(next(iter(own.values())))
+        raise ValueError(
+            f"it is not clear which statistics of VecNormalize belong to {shown(missing)}: {several}; choose one for "
+            "all with normaliser"
+        )
+    if len(found) == 1 and len(paths) == 1:
+        return dict.fromkeys(paths, found.pop())
+    return {}
+
+
+def _beside(path: Path) -> Path:
+    """Return where CheckpointCallback puts the statistics of a checkpoint: .../rl_model_vecnormalize_64_steps.pkl."""
+    match = _CHECKPOINT.fullmatch(path.stem)
+    if match is None:
+        return path.with_name(f"{path.stem}_vecnormalize.pkl")
+    return path.with_name(f"{match['prefix']}_vecnormalize_{match['steps']}_steps.pkl")
