@@ -658,6 +658,37 @@ def test_initial_weights_are_stable_baselines3s() -> None:
         assert not bias.any()
 
 
+@pytest.mark.parametrize("hidden_sizes", [(), (64, 32), (256, 256)])
+def test_initial_weights_that_are_not_orthogonal_are_torchs_defaults(hidden_sizes: tuple[int, ...]) -> None:
+    config = dataclasses.replace(SMALL, hidden_sizes=hidden_sizes, ortho_init=False, log_std_init=-2.0)
+    trials = population([3, 4], config, act_dim=2)
+    np.testing.assert_array_equal(population([4, 3], config, act_dim=2).params[::-1], trials.params)
+    assert (trials.params[0, 2:] != trials.params[1, 2:]).all()
+    np.testing.assert_array_equal(trials.params[:, :2], -2)
+    params = torch.from_numpy(trials.params)
+    actor, critic = (3, *hidden_sizes, 2), (3, *hidden_sizes, 1)
+    layers = [*layer_views(params[:, 2:], actor), *layer_views(params[:, trials.spec.num_params :], critic)]
+    for weight, bias in layers:
+        bound = weight.shape[-1] ** -0.5
+        assert max(abs(weight).max(), abs(bias).max()) <= bound * (1 + 1e-6)
+        if weight.numel() > 100:
+            assert abs(weight).max() > 0.9 * bound
+            assert abs(weight.std() / (bound / 3**0.5) - 1) < 0.1  # of a uniform distribution
+        assert (bias != 0).all()
+
+
+@pytest.mark.parametrize("hidden_sizes", [(64, 64), (24, 8)])
+def test_initial_weights_without_ortho_init_are_stable_baselines3s_to_the_bit(hidden_sizes: tuple[int, ...]) -> None:
+    sb3 = pytest.importorskip("stable_baselines3", reason="compares with stable-baselines3, which is not installed")
+    config = dataclasses.replace(SMALL, hidden_sizes=hidden_sizes, ortho_init=False, log_std_init=-0.5)
+    kwargs = {"net_arch": list(hidden_sizes), "ortho_init": False, "log_std_init": -0.5}
+    for seed in (0, 5):
+        state = sb3.PPO("MlpPolicy", "Pendulum-v1", policy_kwargs=kwargs, seed=seed, device="cpu").policy.state_dict()
+        order = [name for name in state if "value_net" not in name] + [name for name in state if "value_net" in name]
+        theirs = torch.cat([state[name].flatten() for name in order])
+        np.testing.assert_array_equal(population([seed], config).params[0], theirs)
+
+
 def test_log_std_starts_where_it_is_told_and_all_else_as_without() -> None:
     for kwargs in ({}, {"init_seed": 5}):
         own, default = (
@@ -762,6 +793,7 @@ def test_weights_that_are_not_finite_name_the_trial() -> None:
         ({"optimizer": "rmsprop"}, r"PPOConfig: optimizer must be one of \('adam', 'sgd'\), got 'rmsprop'"),
         ({"log_std_init": float("-inf")}, "PPOConfig: log_std_init must be finite, got -inf"),
         ({"learn_log_std": "no"}, "PPOConfig: learn_log_std must be a bool, got 'no'"),
+        ({"ortho_init": None}, "PPOConfig: ortho_init must be a bool, got None"),
         ({"activation": "gelu"}, r"activation must be one of \('tanh', 'relu', 'elu'\), got 'gelu'"),
     ],
 )

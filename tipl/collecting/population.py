@@ -138,10 +138,10 @@ class Population:
         self.env_steps = 0
         """Environment steps that each trial has taken."""
         self.generators = [torch.Generator().manual_seed(seed) for seed in self.seeds]
-        self.params = _initial_params(self.spec, config.log_std_init, self.generators)  # (N, P)
+        self.params = _initial_params(self.spec, config, self.generators)  # (N, P)
         if init_seed is not None:
             generator = torch.Generator().manual_seed(init_seed)
-            self.params[:] = _initial_params(self.spec, config.log_std_init, [generator])
+            self.params[:] = _initial_params(self.spec, config, [generator])
         self.moments = np.zeros((2, *self.params.shape), np.float32)
         self.num_updates = np.zeros(N, np.int64)
         self.engine = _core.PpoUpdate(obs_dim=env.obs_dim, act_dim=env.act_dim, config=config, num_threads=threads)
@@ -434,18 +434,24 @@ def _critic_sizes(spec: PolicySpec) -> tuple[int, ...]:
     return (*spec.layer_sizes[:-1], 1)
 
 
-def _initial_params(spec: PolicySpec, log_std: float, generators: Sequence[torch.Generator]) -> Singles:
-    """Return SB3's initial parameters (N, P): row i's weights are drawn from generators[i], biases are zero."""
+def _initial_params(spec: PolicySpec, config: PPOConfig, generators: Sequence[torch.Generator]) -> Singles:
+    """Return SB3's initial parameters (N, P); row i is drawn from generators[i]."""
     critic_sizes = _critic_sizes(spec)
     P = spec.num_params + sum(fan_out * (fan_in + 1) for fan_in, fan_out in itertools.pairwise(critic_sizes))
     params = torch.zeros(len(generators), P)
-    params[:, : spec.act_dim] = log_std
+    params[:, : spec.act_dim] = config.log_std_init
     with torch_threads(1):  # the last bits of orthogonal_'s QR decomposition depend on the number of threads
         for row, generator in zip(params, generators, strict=True):
-            nets = ((spec.act_dim, spec.layer_sizes, 0.01), (spec.num_params, critic_sizes, 1.0))
-            for offset, sizes, head_gain in nets:
-                *hidden, head = layer_views(row[None, offset:], sizes)
-                for weight, _ in hidden:
-                    torch.nn.init.orthogonal_(weight[0], math.sqrt(2), generator)
-                torch.nn.init.orthogonal_(head[0][0], head_gain, generator)
+            *actor, action_net = layer_views(row[None, spec.act_dim :], spec.layer_sizes)
+            *critic, value_net = layer_views(row[None, spec.num_params :], critic_sizes)
+            if config.ortho_init:
+                for hidden, head, head_gain in ((actor, action_net, 0.01), (critic, value_net, 1.0)):
+                    for weight, _ in hidden:
+                        torch.nn.init.orthogonal_(weight[0], math.sqrt(2), generator)
+                    torch.nn.init.orthogonal_(head[0][0], head_gain, generator)
+            else:
+                for weight, bias in (*actor, *critic, action_net, value_net):  # the order in which SB3 makes them
+                    bound = 1 / math.sqrt(weight.shape[-1])
+                    torch.nn.init.kaiming_uniform_(weight[0], math.sqrt(5), generator=generator)
+                    torch.nn.init.uniform_(bias[0], -bound, bound, generator)
     return params.numpy()

@@ -52,6 +52,8 @@ class PPOConfig:
     hidden_sizes: tuple[int, ...] = (64, 64)
     """Widths of the hidden layers, the same for actor and critic, which share no layers."""
     activation: Activation = "tanh"
+    ortho_init: bool = True
+    """Orthogonal initial weights and biases of 0; False: torch.nn.Linear's defaults, as SB3 with ortho_init=False."""
     log_std_init: float = 0.0
     """Initial value of log_std, the logarithm of the actions' standard deviation."""
     learn_log_std: bool = True
@@ -79,8 +81,9 @@ class PPOConfig:
             raise ValueError(f"PPOConfig: optimizer must be one of {OPTIMIZERS}, got {self.optimizer!r}")
         if not math.isfinite(self.log_std_init):
             raise ValueError(f"PPOConfig: log_std_init must be finite, got {self.log_std_init}")
-        if not isinstance(self.learn_log_std, bool):
-            raise ValueError(f"PPOConfig: learn_log_std must be a bool, got {self.learn_log_std!r}")
+        for name in ("ortho_init", "learn_log_std"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"PPOConfig: {name} must be a bool, got {getattr(self, name)!r}")
         PolicySpec(1, 1, self.hidden_sizes, self.activation)  # raises on bad sizes and activations
 
     @classmethod
