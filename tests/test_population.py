@@ -604,7 +604,7 @@ def test_same_seed_same_path_and_other_seed_other_path() -> None:
 
 @pytest.mark.parametrize("settings", [{}, {"hidden_sizes": (7,)}, {"num_steps": 60}, {"num_envs": 2}])
 def test_trial_does_not_depend_on_the_others_nor_on_threads(settings: dict[str, object]) -> None:
-    config = dataclasses.replace(SMALL, normalize_observations=True, **settings)
+    config = dataclasses.replace(SMALL, normalize_observations=True, normalize_reward=True, **settings)
     seeds = [3, 1, 4, 15, 9]
     together = path(seeds, config, act_dim=3, num_threads=1)
     for threads in (2, 7):
@@ -658,6 +658,37 @@ def test_initial_weights_are_stable_baselines3s() -> None:
         assert not bias.any()
 
 
+@pytest.mark.parametrize("hidden_sizes", [(), (64, 32), (256, 256)])
+def test_initial_weights_that_are_not_orthogonal_are_torchs_defaults(hidden_sizes: tuple[int, ...]) -> None:
+    config = dataclasses.replace(SMALL, hidden_sizes=hidden_sizes, ortho_init=False, log_std_init=-2.0)
+    trials = population([3, 4], config, act_dim=2)
+    np.testing.assert_array_equal(population([4, 3], config, act_dim=2).params[::-1], trials.params)
+    assert (trials.params[0, 2:] != trials.params[1, 2:]).all()
+    np.testing.assert_array_equal(trials.params[:, :2], -2)
+    params = torch.from_numpy(trials.params)
+    actor, critic = (3, *hidden_sizes, 2), (3, *hidden_sizes, 1)
+    layers = [*layer_views(params[:, 2:], actor), *layer_views(params[:, trials.spec.num_params :], critic)]
+    for weight, bias in layers:
+        bound = weight.shape[-1] ** -0.5
+        assert max(abs(weight).max(), abs(bias).max()) <= bound * (1 + 1e-6)
+        if weight.numel() > 100:
+            assert abs(weight).max() > 0.9 * bound
+            assert abs(weight.std() / (bound / 3**0.5) - 1) < 0.1  # of a uniform distribution
+        assert (bias != 0).all()
+
+
+@pytest.mark.parametrize("hidden_sizes", [(64, 64), (24, 8)])
+def test_initial_weights_without_ortho_init_are_stable_baselines3s_to_the_bit(hidden_sizes: tuple[int, ...]) -> None:
+    sb3 = pytest.importorskip("stable_baselines3", reason="compares with stable-baselines3, which is not installed")
+    config = dataclasses.replace(SMALL, hidden_sizes=hidden_sizes, ortho_init=False, log_std_init=-0.5)
+    kwargs = {"net_arch": list(hidden_sizes), "ortho_init": False, "log_std_init": -0.5}
+    for seed in (0, 5):
+        state = sb3.PPO("MlpPolicy", "Pendulum-v1", policy_kwargs=kwargs, seed=seed, device="cpu").policy.state_dict()
+        order = [name for name in state if "value_net" not in name] + [name for name in state if "value_net" in name]
+        theirs = torch.cat([state[name].flatten() for name in order])
+        np.testing.assert_array_equal(population([seed], config).params[0], theirs)
+
+
 def test_log_std_starts_where_it_is_told_and_all_else_as_without() -> None:
     for kwargs in ({}, {"init_seed": 5}):
         own, default = (
@@ -683,9 +714,10 @@ def test_log_std_that_is_not_learned_stays_to_the_bit(optimizer: Literal["adam",
 # ---- statistics, errors
 
 
-def test_episodic_return_is_a_mean_carried_on() -> None:
+@pytest.mark.parametrize("normalize_reward", [False, True])
+def test_episodic_return_is_a_mean_carried_on(normalize_reward: bool) -> None:
     # Episodes of 5 and 7 steps in turn; iterations of 4 steps end at steps 3, 7, 11, ...: none, one, one, one ended.
-    config = PPOConfig(num_steps=4, num_minibatches=2, update_epochs=1)
+    config = PPOConfig(num_steps=4, num_minibatches=2, update_epochs=1, normalize_reward=normalize_reward)
     trials = population([1, 2], config)
     stats = [trials.iterate() for _ in range(6)]
     # Ends at steps 4 (length 5), 11 (7), 16 (5), 23 (7).
@@ -700,6 +732,15 @@ def test_episodic_return_is_a_mean_carried_on() -> None:
     several = population([1], dataclasses.replace(SMALL, num_steps=128)).iterate()
     assert several.num_episodes == [21]
     np.testing.assert_allclose(several.episodic_return, 100.0 * sum(range(125)) / 21, rtol=0, atol=30)
+
+
+def test_normalised_rewards_change_what_is_learned_and_no_return() -> None:
+    plain, normalised = (population([1, 2], dataclasses.replace(SMALL, normalize_reward=x)) for x in (False, True))
+    np.testing.assert_array_equal(normalised.params, plain.params)
+    first, same_steps = plain.iterate(), normalised.iterate()
+    np.testing.assert_array_equal(same_steps.episodic_return, first.episodic_return)
+    assert (normalised.params != plain.params).any(1).all()
+    assert (same_steps.value_loss < 1e-3 * first.value_loss).all()  # rewards are hundreds as they are
 
 
 def test_seconds_add_up() -> None:
@@ -732,14 +773,16 @@ def test_the_learning_rate_is_annealed_over_the_iterations() -> None:
         population([1], config)
 
 
-def test_weights_that_are_not_finite_name_the_trial() -> None:
+@pytest.mark.parametrize("normalize_reward", [False, True])
+def test_weights_that_are_not_finite_name_the_trial(normalize_reward: bool) -> None:
     class Broken(ScriptedEnv):
         def _advance(self, actions: NDArray[np.float64], ids: NDArray[np.intp]):  # type: ignore[no-untyped-def]
             obs, reward, terminated, truncated = super()._advance(actions, ids)
             reward[1] = np.nan
             return obs, reward, terminated, truncated
 
-    trials = Population(Broken(3), SMALL, [11, 12, 13])
+    config = dataclasses.replace(SMALL, normalize_reward=normalize_reward)
+    trials = Population(Broken(3), config, [11, 12, 13])
     match = r"weights of trial 1 \(seed 12\) after 64 environment steps are no longer finite"
     with pytest.raises(FloatingPointError, match=match):
         trials.iterate()
@@ -762,6 +805,8 @@ def test_weights_that_are_not_finite_name_the_trial() -> None:
         ({"optimizer": "rmsprop"}, r"PPOConfig: optimizer must be one of \('adam', 'sgd'\), got 'rmsprop'"),
         ({"log_std_init": float("-inf")}, "PPOConfig: log_std_init must be finite, got -inf"),
         ({"learn_log_std": "no"}, "PPOConfig: learn_log_std must be a bool, got 'no'"),
+        ({"normalize_reward": 1}, "PPOConfig: normalize_reward must be a bool, got 1"),
+        ({"ortho_init": None}, "PPOConfig: ortho_init must be a bool, got None"),
         ({"activation": "gelu"}, r"activation must be one of \('tanh', 'relu', 'elu'\), got 'gelu'"),
     ],
 )

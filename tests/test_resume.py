@@ -125,6 +125,8 @@ OPTIONS = {
     "target_kl": 0.01,
     "clip_coef_vf": 0.2,
     "normalize_observations": True,
+    "normalize_reward": True,
+    "ortho_init": False,
     "activation": "elu",
     "optimizer": "sgd",
     "log_std_init": -0.5,
@@ -144,15 +146,18 @@ def test_every_option_goes_on(tmp_path, iterations):
     np.testing.assert_array_equal(store.trial(1).env_steps, 64 * np.arange(9))
 
 
-def test_every_row_and_the_running_episodes_go_on(tmp_path):
+@pytest.mark.parametrize("options", [{}, {"normalize_reward": True, "ortho_init": False}])
+def test_every_row_and_the_running_episodes_go_on(tmp_path, options):
     """Episodes last over several iterations here, and a mean return over iterations in which none ended."""
     arguments = {"env_id": "Reacher-v5", "seed": 3}  # 50 steps an episode, 32 an iteration
+    arguments["ppo"] = dataclasses.replace(TINY_PPO, **options)
     expected = run(tmp_path / "whole", **arguments)
     path = cut_off(tmp_path / "store", 4, **arguments)
     store = run(path, **arguments)
     for i in range(3):
         np.testing.assert_array_equal(store.trial(i).episodic_return, expected.trial(i).episodic_return)
         np.testing.assert_array_equal(store.trial(i).weights(), expected.trial(i).weights())
+    assert files(store.path) == files(expected.path)
 
 
 def test_without_a_state_all_is_computed_again(unfinished, whole, iterations, capfd):
@@ -367,7 +372,7 @@ def test_other_arguments_are_refused(unfinished, arguments, message):
 def test_settings_of_ppo_that_an_older_store_lacks_have_their_defaults(unfinished, whole, iterations):
     path = unfinished
     group = tipl.storing.zarr_files.read_group(path, "store")
-    for name in ("optimizer", "log_std_init", "learn_log_std"):
+    for name in ("optimizer", "log_std_init", "learn_log_std", "normalize_reward", "ortho_init"):
         del group["config"]["ppo"][name]
     tipl.storing.zarr_files.write_group(path, group)
     for i in range(3):
@@ -532,17 +537,20 @@ def filling(iterate: Callable, fill: Callable[[], None]) -> Callable:
 # The population's state
 
 
-def population(num_trials: int = 2, env_id: str = "Hopper-v5", num_threads: int = 1) -> Population:
+def population(num_trials: int = 2, env_id: str = "Hopper-v5", num_threads: int = 1, **options) -> Population:
     seeds = trial_seeds(0, num_trials)
-    return Population(make_vec(env_id, num_trials, seeds=seeds), TINY_PPO, seeds, num_threads=num_threads)
+    ppo = dataclasses.replace(TINY_PPO, **options)
+    return Population(make_vec(env_id, num_trials, seeds=seeds), ppo, seeds, num_threads=num_threads)
 
 
-def test_a_population_goes_on_from_a_state():
-    one = population()
+@pytest.mark.parametrize("options", [{}, {"normalize_reward": True}])
+def test_a_population_goes_on_from_a_state(options):
+    one = population(**options)
     one.iterate()
     state = one.get_state()
+    assert ("discounted_return" in state.arrays) == ("reward.var" in state.arrays) == bool(options)
     stats = [one.iterate() for _ in range(2)]
-    other = population(num_threads=2)
+    other = population(num_threads=2, **options)
     other.iterate()
     other.iterate()
     other.set_state(state)
@@ -557,8 +565,9 @@ def test_a_population_goes_on_from_a_state():
 
 def test_set_state_refuses_another_population():
     state = population(3).get_state()
-    with pytest.raises(ValueError, match="set_state: state must hold the arrays"):
-        population(2).set_state(state)
+    for others in ({"num_trials": 2}, {"num_trials": 3, "normalize_reward": True}):
+        with pytest.raises(ValueError, match="set_state: state must hold the arrays"):
+            population(**others).set_state(state)
     gymnasium_only = population(2, "Pendulum-v1")
     assert gymnasium_only.get_state() is None
     with pytest.raises(ValueError, match="set_state: the environments of Pendulum-v1 cannot be set to a saved state"):

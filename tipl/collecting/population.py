@@ -26,6 +26,7 @@ from tipl import _core
 from tipl.collecting.envs import MujocoState, MujocoVectorEnv, VectorEnv
 from tipl.collecting.observation_scaler import ObservationScaler
 from tipl.collecting.ppo_config import PPOConfig
+from tipl.collecting.reward_scaler import RewardScaler
 from tipl.collecting.transitions import FinalStep, Transitions, entropy, explained_variance, gae, log_prob
 from tipl.policy import ParameterLayout, PolicySpec, layer_views
 from tipl.threads import torch_threads
@@ -76,8 +77,9 @@ class PopulationState:
     arrays: dict[str, NDArray[Any]]
     """One row per trial: params (N, P), optimizer.step (N,), optimizer.exp_avg and optimizer.exp_avg_sq (N, P),
     generators (N, bytes), episodic_return (N,) and, where observations are normalised, obs.mean and obs.var (N, 1, O)
-    and obs.count (N, 1, 1). One row per environment: running_return (N * E,) and env.*, the fields of `MujocoState`
-    except rngs."""
+    and obs.count (N, 1, 1); where rewards are normalised, reward.mean, reward.var and reward.count (N, 1, 1). One row
+    per environment: running_return (N * E,), where rewards are normalised discounted_return (N * E,), and env.*, the
+    fields of `MujocoState` except rngs."""
     env_rngs: list[Any]
     """(N * E,): `MujocoState.rngs`, plain dicts."""
 
@@ -138,28 +140,29 @@ class Population:
         self.env_steps = 0
         """Environment steps that each trial has taken."""
         self.generators = [torch.Generator().manual_seed(seed) for seed in self.seeds]
-        self.params = _initial_params(self.spec, config.log_std_init, self.generators)  # (N, P)
+        self.params = _initial_params(self.spec, config, self.generators)  # (N, P)
         if init_seed is not None:
             generator = torch.Generator().manual_seed(init_seed)
-            self.params[:] = _initial_params(self.spec, config.log_std_init, [generator])
+            self.params[:] = _initial_params(self.spec, config, [generator])
         self.moments = np.zeros((2, *self.params.shape), np.float32)
         self.num_updates = np.zeros(N, np.int64)
         self.engine = _core.PpoUpdate(obs_dim=env.obs_dim, act_dim=env.act_dim, config=config, num_threads=threads)
         self.trials_at_once = max(MIN_TRIALS_AT_ONCE, 4 * threads)
         """Trials in one call of the native update: several for each thread."""
-        self.scaler = ObservationScaler(N, env.obs_dim) if config.normalize_observations else None
+        self.observation_scaler = ObservationScaler(N, env.obs_dim) if config.normalize_observations else None
+        self.reward_scaler = RewardScaler(N, config.num_envs, config.gamma) if config.normalize_reward else None
         self._obs = env.reset(environment_seeds(self.seeds, config.num_envs))
-        if self.scaler is not None:
-            self.scaler.update(self._obs)
+        if self.observation_scaler is not None:
+            self.observation_scaler.update(self._obs)
         self._running_return = np.zeros(env.num_envs)  # rewards so far in each environment's current episode
         self._episodic_return = np.full(N, np.nan)
 
     def weights(self) -> Singles:
         """Return a copy of the policies' flat weights, (N, p) in the layout of `spec`; they take raw observations."""
         weights = self.params[:, : self.spec.num_params].copy()
-        if self.scaler is not None:
+        if self.observation_scaler is not None:
             first_layer = list(self.spec.unflatten(torch.from_numpy(weights)).values())[1:3]  # after log_std
-            self.scaler.fold_into(*(part.numpy() for part in first_layer))
+            self.observation_scaler.fold_into(*(part.numpy() for part in first_layer))
         return weights
 
     @property
@@ -215,7 +218,7 @@ class Population:
         if not isinstance(self.env, MujocoVectorEnv):
             return KeptTrials(rows, arrays, None)
         env, envs = self.env.get_state(), self._envs_of(rows)
-        arrays |= {"running_return": self._running_return[envs]}
+        arrays |= {name: array[envs] for name, array in self._episodes().items()}
         arrays |= {f"env.{name}": getattr(env, name)[envs] for name in ENV_ARRAYS}
         return KeptTrials(rows, arrays, [env.rngs[j] for j in envs])
 
@@ -238,7 +241,8 @@ class Population:
             state.rngs[j] = rng
         self.env.set_state(state)
         self._obs = state.obs.copy()
-        self._running_return[envs] = kept.arrays["running_return"]
+        for name, array in self._episodes().items():
+            array[envs] = kept.arrays[name]
 
     def _learned(self) -> dict[str, NDArray[Any]]:
         """Return what trials have learned, one row for each, under the names of `PopulationState`; these are views."""
@@ -249,8 +253,16 @@ class Population:
             "optimizer.exp_avg_sq": self.moments[1],
             "episodic_return": self._episodic_return,
         }
-        if self.scaler is not None:
-            arrays |= {"obs.mean": self.scaler.mean, "obs.var": self.scaler.var, "obs.count": self.scaler.count}
+        for name, scaler in (("obs", self.observation_scaler), ("reward", self.reward_scaler)):
+            if scaler is not None:
+                arrays |= {f"{name}.mean": scaler.mean, f"{name}.var": scaler.var, f"{name}.count": scaler.count}
+        return arrays
+
+    def _episodes(self) -> dict[str, Floats]:
+        """Return sums over the environments' current episodes, each (N * E,), as `_learned` returns its arrays."""
+        arrays = {"running_return": self._running_return}
+        if self.reward_scaler is not None:
+            arrays["discounted_return"] = self.reward_scaler.discounted_return
         return arrays
 
     def _generator_rows(self, trials: Sequence[int]) -> NDArray[np.uint8]:
@@ -320,14 +332,15 @@ class Population:
             start = time.perf_counter()
             step = self.env.step(action.astype(np.float64))
             env_seconds += time.perf_counter() - start
-            transitions.rewards[t] = step.reward
             transitions.terminated[t] = step.terminated
             transitions.truncated[t] = step.truncated
             self._obs = step.obs
-            if self.scaler is not None:
-                self.scaler.update(step.obs)
-            self._running_return += step.reward
+            if self.observation_scaler is not None:
+                self.observation_scaler.update(step.obs)
             done = step.terminated | step.truncated
+            reward = step.reward if self.reward_scaler is None else self.reward_scaler.step(step.reward, done)
+            transitions.rewards[t] = reward
+            self._running_return += step.reward
             last = t == T - 1
             if last or done.any():
                 returns[done] += self._running_return[done]
@@ -351,7 +364,7 @@ class Population:
 
     def _seen(self, obs: Floats) -> Singles:
         """Return observations (N * E, O) as the networks see them: float32, normalised if the settings say so."""
-        return (obs if self.scaler is None else self.scaler.scaled(obs)).astype(np.float32)
+        return (obs if self.observation_scaler is None else self.observation_scaler.scaled(obs)).astype(np.float32)
 
     def update(self, transitions: Transitions, learning_rate: float) -> UpdateStats:
         """Run all epochs of one iteration's update."""
@@ -434,18 +447,24 @@ def _critic_sizes(spec: PolicySpec) -> tuple[int, ...]:
     return (*spec.layer_sizes[:-1], 1)
 
 
-def _initial_params(spec: PolicySpec, log_std: float, generators: Sequence[torch.Generator]) -> Singles:
-    """Return SB3's initial parameters (N, P): row i's weights are drawn from generators[i], biases are zero."""
+def _initial_params(spec: PolicySpec, config: PPOConfig, generators: Sequence[torch.Generator]) -> Singles:
+    """Return SB3's initial parameters (N, P); row i is drawn from generators[i]."""
     critic_sizes = _critic_sizes(spec)
     P = spec.num_params + sum(fan_out * (fan_in + 1) for fan_in, fan_out in itertools.pairwise(critic_sizes))
     params = torch.zeros(len(generators), P)
-    params[:, : spec.act_dim] = log_std
+    params[:, : spec.act_dim] = config.log_std_init
     with torch_threads(1):  # the last bits of orthogonal_'s QR decomposition depend on the number of threads
         for row, generator in zip(params, generators, strict=True):
-            nets = ((spec.act_dim, spec.layer_sizes, 0.01), (spec.num_params, critic_sizes, 1.0))
-            for offset, sizes, head_gain in nets:
-                *hidden, head = layer_views(row[None, offset:], sizes)
-                for weight, _ in hidden:
-                    torch.nn.init.orthogonal_(weight[0], math.sqrt(2), generator)
-                torch.nn.init.orthogonal_(head[0][0], head_gain, generator)
+            *actor, action_net = layer_views(row[None, spec.act_dim :], spec.layer_sizes)
+            *critic, value_net = layer_views(row[None, spec.num_params :], critic_sizes)
+            if config.ortho_init:
+                for hidden, head, head_gain in ((actor, action_net, 0.01), (critic, value_net, 1.0)):
+                    for weight, _ in hidden:
+                        torch.nn.init.orthogonal_(weight[0], math.sqrt(2), generator)
+                    torch.nn.init.orthogonal_(head[0][0], head_gain, generator)
+            else:
+                for weight, bias in (*actor, *critic, action_net, value_net):  # the order in which SB3 makes them
+                    bound = 1 / math.sqrt(weight.shape[-1])
+                    torch.nn.init.kaiming_uniform_(weight[0], math.sqrt(5), generator=generator)
+                    torch.nn.init.uniform_(bias[0], -bound, bound, generator)
     return params.numpy()

@@ -49,9 +49,14 @@ class PPOConfig:
     normalize_observations: bool = False
     """Subtract the running mean from observations, divide by the running standard deviation and clip to +-10, as SB3's
     VecNormalize does. In checkpoints this is folded into the first layer, without the clipping."""
+    normalize_reward: bool = False
+    """Divide rewards by the running standard deviation of the discounted returns and clip to +-10, as SB3's
+    VecNormalize does. Only learning sees them so: episodic returns are sums of the rewards as they are."""
     hidden_sizes: tuple[int, ...] = (64, 64)
     """Widths of the hidden layers, the same for actor and critic, which share no layers."""
     activation: Activation = "tanh"
+    ortho_init: bool = True
+    """Orthogonal initial weights and biases of 0; False: torch.nn.Linear's defaults, as SB3 with ortho_init=False."""
     log_std_init: float = 0.0
     """Initial value of log_std, the logarithm of the actions' standard deviation."""
     learn_log_std: bool = True
@@ -79,8 +84,9 @@ class PPOConfig:
             raise ValueError(f"PPOConfig: optimizer must be one of {OPTIMIZERS}, got {self.optimizer!r}")
         if not math.isfinite(self.log_std_init):
             raise ValueError(f"PPOConfig: log_std_init must be finite, got {self.log_std_init}")
-        if not isinstance(self.learn_log_std, bool):
-            raise ValueError(f"PPOConfig: learn_log_std must be a bool, got {self.learn_log_std!r}")
+        for name in ("normalize_reward", "ortho_init", "learn_log_std"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"PPOConfig: {name} must be a bool, got {getattr(self, name)!r}")
         PolicySpec(1, 1, self.hidden_sizes, self.activation)  # raises on bad sizes and activations
 
     @classmethod

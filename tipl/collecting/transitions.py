@@ -36,7 +36,7 @@ class Transitions:
     log_probs: Singles
     """(N * E, T)"""
     rewards: Singles
-    """(T, N * E)"""
+    """(T, N * E), normalised if the settings say so."""
     terminated: NDArray[np.bool_]
     """(T, N * E)"""
     truncated: NDArray[np.bool_]
