@@ -8,7 +8,8 @@
 that it chose. `tune` tries equally many settings of each arm on the same tuning seeds (those "on tuned PPO" begin with
 its choice, "tuned further" with as many more settings of PPO) and chooses the largest mean return over all iterations.
 `final` trains the chosen ones on fresh seeds, paired, and writes a ledger for each arm. `results` makes
-docs/results/train_faster.json and docs/figures/train_faster.svg of the ledgers. What is there is not computed again.
+docs/results/train_faster.json and docs/figures/train_faster_<task>.svg of the ledgers; rows and figures of tasks
+without ledgers stay. What is there is not computed again.
 
 Returns are those of training, with noise on the actions, of every iteration that the run paid for, undone ones too. The
 target is plain PPO's mean return over its last 5 iterations. A ratio to plain is the part of plain PPO's env steps
@@ -16,6 +17,7 @@ after which an arm's mean return reaches that. All intervals are paired bootstra
 """
 
 import argparse
+import dataclasses
 import functools
 import hashlib
 import itertools
@@ -47,7 +49,7 @@ from tipl.report.intervals import Estimate
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = Path(__file__).with_suffix(".json")
-RESULTS, FIGURE = ROOT / "docs/results/train_faster.json", ROOT / "docs/figures/train_faster.svg"
+RESULTS, FIGURES = ROOT / "docs/results/train_faster.json", ROOT / "docs/figures"
 Setting = dict[str, Any]
 """{"ppo": {...}} and, for what moves weights, {"move": name, ...its arguments}."""
 
@@ -85,9 +87,10 @@ def train(task: str, given: dict[str, Any], setting: Setting, forecaster: Foreca
     seeds = trial_seeds(
         given["final_seed" if final else "tuning_seed"], given["final_runs" if final else "tuning_runs"]
     )
-    ppo = PPOConfig(**{**given["ppo"], **setting.get("ppo", {})})
+    shared = PPOConfig(**given["ppo"])
+    ppo = dataclasses.replace(shared, **setting.get("ppo", {}))
     env = make_vec(task, len(seeds) * ppo.num_envs, seeds=environment_seeds(seeds, ppo.num_envs), num_threads=None)
-    iterations = given["iterations"]
+    iterations = given["iterations"] * shared.num_steps // ppo.num_steps  # as many env steps, whatever the arm
     population = JumpingPopulation(env, ppo, seeds, num_iterations=iterations, jumps=movers(setting, forecaster))
     for _ in range(iterations):
         population.iterate()
@@ -198,19 +201,18 @@ def _interval(name: str, short: str, estimate: Estimate) -> dict[str, float | No
 
 def results(output: Path) -> None:
     """Write the rows of all tasks whose final ledgers are there, and the figure."""
-    everything = json.loads(SETTINGS.read_text())
-    rows, tasks = [], []
-    for task, given in everything.items():
+    rows = []
+    for task, given in json.loads(SETTINGS.read_text()).items():
         if not (output / task / "final").is_dir():
+            rows += [row for row in json.loads(RESULTS.read_text())["rows"] if row["task"] == task]
             continue
         ledgers = {
             arm: ledger_of(task, arm, setting, given, None, output, final=True)
             for arm, setting in given["chosen"].items()
         }
         rows += rows_of(task, given, ledgers)
-        tasks.append(ledgers)
+        write_atomically(FIGURES / f"train_faster_{task}.svg", ledger_plot([ledgers]).svg())
     write_record(RESULTS, {"rows": rows}, indent=1)
-    write_atomically(FIGURE, ledger_plot(tasks).svg())
     for row in rows:
         print(
             f"{row['task']:22} {row['arm']:18} {row['ratio_to_plain']} [{row['ratio_low']}, {row['ratio_high']}]  "

@@ -82,7 +82,7 @@ def test_an_exception_of_a_call_is_raised_here(cluster: Cluster) -> None:
 
 def test_a_collection_is_that_of_one_process(tmp_path, address):
     ppo = dataclasses.replace(
-        TINY_PPO, num_envs=2, normalize_observations=True, normalize_reward=True, ortho_init=False, anneal_lr=True
+        TINY_PPO, num_envs=2, normalize_observations=True, normalize_rewards=True, ortho_init=False, anneal_lr=True
     )
     arguments = {**ARGUMENTS, "ppo": ppo, "total_timesteps": 64 * 8, "shared_init": True}
     collect(tmp_path / "alone", **arguments)

@@ -272,7 +272,7 @@ def state_of_trial(one: Population, trial: int) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize(
-    "arguments", [{}, {"num_envs": 2, "normalize_observations": True}, {"num_envs": 2, "normalize_reward": True}]
+    "arguments", [{}, {"num_envs": 2, "normalize_observations": True}, {"num_envs": 2, "normalize_rewards": True}]
 )
 def test_a_trial_is_put_back_to_the_bit(arguments):
     one, other = population(3, **arguments), population(3, **arguments)

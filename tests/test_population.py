@@ -604,7 +604,7 @@ def test_same_seed_same_path_and_other_seed_other_path() -> None:
 
 @pytest.mark.parametrize("settings", [{}, {"hidden_sizes": (7,)}, {"num_steps": 60}, {"num_envs": 2}])
 def test_trial_does_not_depend_on_the_others_nor_on_threads(settings: dict[str, object]) -> None:
-    config = dataclasses.replace(SMALL, normalize_observations=True, normalize_reward=True, **settings)
+    config = dataclasses.replace(SMALL, normalize_observations=True, normalize_rewards=True, **settings)
     seeds = [3, 1, 4, 15, 9]
     together = path(seeds, config, act_dim=3, num_threads=1)
     for threads in (2, 7):
@@ -714,10 +714,10 @@ def test_log_std_that_is_not_learned_stays_to_the_bit(optimizer: Literal["adam",
 # ---- statistics, errors
 
 
-@pytest.mark.parametrize("normalize_reward", [False, True])
-def test_episodic_return_is_a_mean_carried_on(normalize_reward: bool) -> None:
+@pytest.mark.parametrize("normalize_rewards", [False, True])
+def test_episodic_return_is_a_mean_carried_on(normalize_rewards: bool) -> None:
     # Episodes of 5 and 7 steps in turn; iterations of 4 steps end at steps 3, 7, 11, ...: none, one, one, one ended.
-    config = PPOConfig(num_steps=4, num_minibatches=2, update_epochs=1, normalize_reward=normalize_reward)
+    config = PPOConfig(num_steps=4, num_minibatches=2, update_epochs=1, normalize_rewards=normalize_rewards)
     trials = population([1, 2], config)
     stats = [trials.iterate() for _ in range(6)]
     # Ends at steps 4 (length 5), 11 (7), 16 (5), 23 (7).
@@ -735,7 +735,7 @@ def test_episodic_return_is_a_mean_carried_on(normalize_reward: bool) -> None:
 
 
 def test_normalised_rewards_change_what_is_learned_and_no_return() -> None:
-    plain, normalised = (population([1, 2], dataclasses.replace(SMALL, normalize_reward=x)) for x in (False, True))
+    plain, normalised = (population([1, 2], dataclasses.replace(SMALL, normalize_rewards=x)) for x in (False, True))
     np.testing.assert_array_equal(normalised.params, plain.params)
     first, same_steps = plain.iterate(), normalised.iterate()
     np.testing.assert_array_equal(same_steps.episodic_return, first.episodic_return)
@@ -773,15 +773,15 @@ def test_the_learning_rate_is_annealed_over_the_iterations() -> None:
         population([1], config)
 
 
-@pytest.mark.parametrize("normalize_reward", [False, True])
-def test_weights_that_are_not_finite_name_the_trial(normalize_reward: bool) -> None:
+@pytest.mark.parametrize("normalize_rewards", [False, True])
+def test_weights_that_are_not_finite_name_the_trial(normalize_rewards: bool) -> None:
     class Broken(ScriptedEnv):
         def _advance(self, actions: NDArray[np.float64], ids: NDArray[np.intp]):  # type: ignore[no-untyped-def]
             obs, reward, terminated, truncated = super()._advance(actions, ids)
             reward[1] = np.nan
             return obs, reward, terminated, truncated
 
-    config = dataclasses.replace(SMALL, normalize_reward=normalize_reward)
+    config = dataclasses.replace(SMALL, normalize_rewards=normalize_rewards)
     trials = Population(Broken(3), config, [11, 12, 13])
     match = r"weights of trial 1 \(seed 12\) after 64 environment steps are no longer finite"
     with pytest.raises(FloatingPointError, match=match):
@@ -805,7 +805,7 @@ def test_weights_that_are_not_finite_name_the_trial(normalize_reward: bool) -> N
         ({"optimizer": "rmsprop"}, r"PPOConfig: optimizer must be one of \('adam', 'sgd'\), got 'rmsprop'"),
         ({"log_std_init": float("-inf")}, "PPOConfig: log_std_init must be finite, got -inf"),
         ({"learn_log_std": "no"}, "PPOConfig: learn_log_std must be a bool, got 'no'"),
-        ({"normalize_reward": 1}, "PPOConfig: normalize_reward must be a bool, got 1"),
+        ({"normalize_rewards": 1}, "PPOConfig: normalize_rewards must be a bool, got 1"),
         ({"ortho_init": None}, "PPOConfig: ortho_init must be a bool, got None"),
         ({"activation": "gelu"}, r"activation must be one of \('tanh', 'relu', 'elu'\), got 'gelu'"),
     ],

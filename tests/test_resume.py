@@ -125,7 +125,7 @@ OPTIONS = {
     "target_kl": 0.01,
     "clip_coef_vf": 0.2,
     "normalize_observations": True,
-    "normalize_reward": True,
+    "normalize_rewards": True,
     "ortho_init": False,
     "activation": "elu",
     "optimizer": "sgd",
@@ -146,7 +146,7 @@ def test_every_option_goes_on(tmp_path, iterations):
     np.testing.assert_array_equal(store.trial(1).env_steps, 64 * np.arange(9))
 
 
-@pytest.mark.parametrize("options", [{}, {"normalize_reward": True, "ortho_init": False}])
+@pytest.mark.parametrize("options", [{}, {"normalize_rewards": True, "ortho_init": False}])
 def test_every_row_and_the_running_episodes_go_on(tmp_path, options):
     """Episodes last over several iterations here, and a mean return over iterations in which none ended."""
     arguments = {"env_id": "Reacher-v5", "seed": 3}  # 50 steps an episode, 32 an iteration
@@ -372,7 +372,7 @@ def test_other_arguments_are_refused(unfinished, arguments, message):
 def test_settings_of_ppo_that_an_older_store_lacks_have_their_defaults(unfinished, whole, iterations):
     path = unfinished
     group = tipl.storing.zarr_files.read_group(path, "store")
-    for name in ("optimizer", "log_std_init", "learn_log_std", "normalize_reward", "ortho_init"):
+    for name in ("optimizer", "log_std_init", "learn_log_std", "normalize_rewards", "ortho_init"):
         del group["config"]["ppo"][name]
     tipl.storing.zarr_files.write_group(path, group)
     for i in range(3):
@@ -543,7 +543,7 @@ def population(num_trials: int = 2, env_id: str = "Hopper-v5", num_threads: int 
     return Population(make_vec(env_id, num_trials, seeds=seeds), ppo, seeds, num_threads=num_threads)
 
 
-@pytest.mark.parametrize("options", [{}, {"normalize_reward": True}])
+@pytest.mark.parametrize("options", [{}, {"normalize_rewards": True}])
 def test_a_population_goes_on_from_a_state(options):
     one = population(**options)
     one.iterate()
@@ -565,7 +565,7 @@ def test_a_population_goes_on_from_a_state(options):
 
 def test_set_state_refuses_another_population():
     state = population(3).get_state()
-    for others in ({"num_trials": 2}, {"num_trials": 3, "normalize_reward": True}):
+    for others in ({"num_trials": 2}, {"num_trials": 3, "normalize_rewards": True}):
         with pytest.raises(ValueError, match="set_state: state must hold the arrays"):
             population(**others).set_state(state)
     gymnasium_only = population(2, "Pendulum-v1")

@@ -20,7 +20,7 @@ from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 
 GAMMA = 0.9
-NORMALIZED = dataclasses.replace(SMALL, normalize_reward=True, gamma=GAMMA)
+NORMALIZED = dataclasses.replace(SMALL, normalize_rewards=True, gamma=GAMMA)
 
 
 class Replayed(VecEnv):

@@ -45,7 +45,7 @@ def zoo_config(task: str) -> PPOConfig:
         num_steps=num_steps,
         num_minibatches=max(1, num_envs * num_steps // batch_size),  # SB3 cuts a minibatch to the steps that there are
         normalize_observations=True,
-        normalize_reward=True,
+        normalize_rewards=True,
         **{names.get(name, name): value for name, value in given.items()},
         **(large if task in LARGE else {}),
     )

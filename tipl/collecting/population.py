@@ -150,7 +150,7 @@ class Population:
         self.trials_at_once = max(MIN_TRIALS_AT_ONCE, 4 * threads)
         """Trials in one call of the native update: several for each thread."""
         self.observation_scaler = ObservationScaler(N, env.obs_dim) if config.normalize_observations else None
-        self.reward_scaler = RewardScaler(N, config.num_envs, config.gamma) if config.normalize_reward else None
+        self.reward_scaler = RewardScaler(N, config.num_envs, config.gamma) if config.normalize_rewards else None
         self._obs = env.reset(environment_seeds(self.seeds, config.num_envs))
         if self.observation_scaler is not None:
             self.observation_scaler.update(self._obs)

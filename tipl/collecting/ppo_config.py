@@ -49,7 +49,7 @@ class PPOConfig:
     normalize_observations: bool = False
     """Subtract the running mean from observations, divide by the running standard deviation and clip to +-10, as SB3's
     VecNormalize does. In checkpoints this is folded into the first layer, without the clipping."""
-    normalize_reward: bool = False
+    normalize_rewards: bool = False
     """Divide rewards by the running standard deviation of the discounted returns and clip to +-10, as SB3's
     VecNormalize does. Only learning sees them so: episodic returns are sums of the rewards as they are."""
     hidden_sizes: tuple[int, ...] = (64, 64)
@@ -84,7 +84,7 @@ class PPOConfig:
             raise ValueError(f"PPOConfig: optimizer must be one of {OPTIMIZERS}, got {self.optimizer!r}")
         if not math.isfinite(self.log_std_init):
             raise ValueError(f"PPOConfig: log_std_init must be finite, got {self.log_std_init}")
-        for name in ("normalize_reward", "ortho_init", "learn_log_std"):
+        for name in ("normalize_rewards", "ortho_init", "learn_log_std"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"PPOConfig: {name} must be a bool, got {getattr(self, name)!r}")
         PolicySpec(1, 1, self.hidden_sizes, self.activation)  # raises on bad sizes and activations
