@@ -19,12 +19,13 @@ import torch
 from test_ambiguous_checkpoints import sb3_zip
 
 import tipl
+from tipl.cli import main
 from tipl.forecasting.calibration import recalibrate
 from tipl.forecasting.forecaster import load_pretrained
 from tipl.policy import mean_action
 from tipl.storing.exporter import export_checkpoint
 from tipl.storing.foreign_files import find_actor_in, read_checkpoint_file
-from tipl.storing.importer import import_checkpoints
+from tipl.storing.importer import describe_import, import_checkpoints
 from tipl.storing.inert_pickle import Made, Name, PickleError, array_of, number_of, read_inert
 from tipl.storing.observation_statistics import find_statistics, live_statistics, read_statistics
 from tipl.storing.store import Store
@@ -397,3 +398,40 @@ def test_json_of_a_zip_is_enough_to_know(tmp_path):
         assert json.loads(archive.read("data"))["_last_original_obs"]
     assert read_checkpoint_file(path).normalised
     assert not read_checkpoint_file(sb3_zip(tmp_path / "b.zip", 1)).normalised
+
+
+# ---- what would be imported
+
+
+def test_a_dry_run_says_what_each_tensor_is_taken_for_and_writes_nothing(tmp_path, capsys, monkeypatch):
+    run = tmp_path / "run"
+    run_of(run, **SAID)
+    pickled(VecNormalize(), run / "vec_normalize.pkl")
+    lines = describe_import([run], env_id="Pendulum-v1")
+    assert ("file", str(run / "rl_model_64_steps.zip")) in lines
+    assert ("tensor", "log_std (1,): the actor's") in lines
+    assert ("tensor", "action_net.weight (1, 8): the actor's") in lines
+    assert ("tensor", "value_net.weight (1, 8): a critic's or a target network's") in lines
+    assert any(text.endswith("the observation normaliser's, folded into the first layer") for _, text in lines)
+    expected = f"{run}: 2 checkpoints, rl_model_64_steps.zip at env step 64 to rl_model_128_steps.zip at 128"
+    assert ("trial", expected) in lines
+    assert dict(lines)["note"].startswith("the observation statistics of VecNormalize are folded")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+    monkeypatch.setattr(sys, "argv", ["tipl", "import", str(run), "--dry-run"])
+    main()
+    said = capsys.readouterr().out
+    assert "tensor     mlp_extractor.policy_net.0.weight (8, 3): the actor's" in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+    stored = import_checkpoints([run], tmp_path / "store")
+    assert ("trial", f"{stored.path}, trial 0: 2 checkpoints, env steps 64 to 128") in describe_import([stored.path])
+
+
+def test_what_is_not_clear_is_refused_in_a_dry_run_too(tmp_path):
+    torch.save({"a": {"w.weight": torch.ones(2, 2)}, "b": {"w.weight": torch.ones(2, 2)}}, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match="not clear which is the policy's"):
+        describe_import([tmp_path / "a.pt"])
+    lines = describe_import([tmp_path / "a.pt"], actor="a.")
+    assert [text for label, text in lines if label == "tensor"] == [
+        "a.w.weight (2, 2): the actor's",
+        "b.w.weight (2, 2): not chosen",
+    ]

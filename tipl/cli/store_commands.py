@@ -13,7 +13,7 @@ from tipl.collecting.ppo_config import PPOConfig
 from tipl.policy import Activation
 from tipl.report import plot_store
 from tipl.storing.exporter import export_checkpoint
-from tipl.storing.importer import import_checkpoints
+from tipl.storing.importer import describe_import, import_checkpoints
 from tipl.storing.store import Store
 from tipl.verification import verify, verify_store
 
@@ -156,8 +156,11 @@ class Import:
     sources: tyro.conf.Positional[tuple[PathArg, ...]]
     """Folders of checkpoint files (.zip .cleanrl_model .pt .pth .safetensors), one folder for each trial; or files that
     together are one trial; or stores, whose trials are joined."""
-    output: PathArg
-    """Where the store goes; must not exist."""
+    output: PathArg | None = None
+    """Where the store goes; must not exist. Needed unless --dry-run."""
+    dry_run: bool = False
+    """Only print what would be imported: what each tensor of the first file is taken for, the order of the files, their
+    env steps, the notes."""
     env_id: str = "unknown"
     """The Gymnasium id, which checkpoint files do not hold and `tipl evaluate` needs."""
     pattern: str = "*"
@@ -181,18 +184,15 @@ class Import:
     many times its size."""
 
     def run(self) -> None:
-        store = import_checkpoints(
-            self.sources,
-            self.output,
-            env_id=self.env_id,
-            pattern=self.pattern,
-            activation=self.activation,
-            actor=self.actor,
-            step_pattern=self.step_pattern,
-            normaliser=self.normaliser,
-            num_checkpoints=self.num_checkpoints,
-            max_bytes=self.max_bytes,
-        )
+        options = {it.name: getattr(self, it.name) for it in dataclasses.fields(self)}
+        sources, output, dry_run = (options.pop(name) for name in ("sources", "output", "dry_run"))
+        if dry_run:
+            for label, text in describe_import(sources, **options):
+                print(f"{label:<10} {text}")
+            return
+        if output is None:
+            raise ValueError("import: --output must be given, where the store goes; or --dry-run")
+        store = import_checkpoints(sources, output, **options)
         print(f"store      {self.output}: {store.summary()}")
         note = store.config["source"].get("note")
         if note:

@@ -228,6 +228,26 @@ def find_actor(state: State, activation: str | None = None, actor: str | Sequenc
     return Actor("other", ParameterLayout(tuple(zip(keys, shapes.values(), strict=True))), keys)
 
 
+def roles_of(state: State, actor: Actor) -> list[tuple[str, tuple[int, ...], str]]:
+    """Return key, shape and part in words of each floating-point tensor of a state in which `actor` was found."""
+    names = dict(zip(actor.keys, actor.policy.shapes, strict=True))
+    taken = {(state[key].data_ptr(), state[key].shape) for key in names if key in state}
+    roles = []
+    for key, tensor in state.items():
+        if not tensor.is_floating_point() or not tensor.numel():
+            continue
+        if key in names:
+            role = "the actor's" if names[key] == key else f"the actor's {names[key]}"
+        elif actor.normaliser and key.startswith(actor.normaliser):
+            role = "the observation normaliser's, folded into the first layer"
+        elif (tensor.data_ptr(), tensor.shape) in taken:
+            role = "the actor's once more"
+        else:
+            role = "a critic's or a target network's" if _NOT_THE_ACTORS.match(key) else "not chosen"
+        roles.append((key, tuple(tensor.shape), role))
+    return roles
+
+
 def how_to_choose(keys: Iterable[str]) -> str:
     """Return the end of a message that tells the caller how to choose the actor's keys among these."""
     groups = dict.fromkeys(key[: key.find(".") + 1] or key for key in keys)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from tipl.files.publishing import published, refuse_existing
 from tipl.policy import Layout, PolicySpec
 from tipl.storing.checkpoint_steps import chosen_steps, in_order
-from tipl.storing.foreign_actors import Actor, differences, shown
+from tipl.storing.foreign_actors import Actor, differences, roles_of, shown
 from tipl.storing.foreign_files import SUFFIXES, CheckpointFile, find_actor_in, read_checkpoint_file
 from tipl.storing.observation_statistics import FOLDED_NOTE, ObservationStatistics, find_statistics, read_statistics
 from tipl.storing.store import UNNORMALISED, Store, Trial
@@ -79,32 +79,83 @@ def import_checkpoints(
     """
     output = Path(output)
     refuse_existing(output, "import")
-    if num_checkpoints is not None and num_checkpoints < 1:
-        raise ValueError(f"import: num_checkpoints must be at least 1, got {num_checkpoints}")
     reading = _Reading(activation, actor, step_pattern, normaliser, num_checkpoints, max_bytes)
-    runs = _runs([Path(source) for source in sources], pattern, reading)
-    env_ids = {run.env_id for run in runs} - {"unknown"} if env_id == "unknown" else {env_id}
-    if len(env_ids) > 1:
-        raise ValueError(f"import: the stores are of several env_ids, {sorted(env_ids)}; pass one if they are the same")
-    for run in runs[1:]:
-        _check_equal(runs[0], run)
-    length = _common_length(runs, num_checkpoints)
-    source = {**runs[0].source, "trials": [run.name for run in runs]}
-    notes = dict.fromkeys(run.source["note"] for run in runs if "note" in run.source)
-    if any(run.source.get(UNNORMALISED) for run in runs):
-        source[UNNORMALISED] = True
-    config = {"source": source | ({"note": "; ".join(notes)} if notes else {})}
-    policy = runs[0].policy
+    plan = _Plan.of([Path(source) for source in sources], env_id, pattern, reading)
     with published(output, "import", manifest=False) as aside:
         store = Store.create(
-            aside, env_id="".join(env_ids) or "unknown", policy=policy, seeds=range(len(runs)), config=config
+            aside, env_id=plan.env_id, policy=plan.policy, seeds=range(len(plan.runs)), config={"source": plan.source}
         )
         with store:
-            block = max(1, BLOCK_BYTES // (4 * policy.num_params * len(runs)))
-            for start in range(0, length, block):
-                parts = [run.read(start, min(start + block, length)) for run in runs]
+            block = max(1, BLOCK_BYTES // (4 * plan.policy.num_params * len(plan.runs)))
+            for start in range(0, plan.length, block):
+                parts = [run.read(start, min(start + block, plan.length)) for run in plan.runs]
                 store.append(*(np.stack(column) for column in zip(*parts, strict=True)))
     return Store.open(output)
+
+
+def describe_import(
+    sources: Sequence[str | Path],
+    *,
+    env_id: str = "unknown",
+    pattern: str = "*",
+    activation: str | None = None,
+    actor: str | Sequence[str] | None = None,
+    step_pattern: str | None = None,
+    normaliser: str | Path | None = None,
+    num_checkpoints: int | None = None,
+    max_bytes: int | None = None,
+) -> list[tuple[str, str]]:
+    """Return what `import_checkpoints` would do with these arguments, as pairs of a label and a text; writes nothing.
+
+    What each floating-point tensor of the first file is taken for, which files make a trial in which order and at which
+    env steps, and the notes. Raises what `import_checkpoints` raises.
+    """
+    reading = _Reading(activation, actor, step_pattern, normaliser, num_checkpoints, max_bytes)
+    plan = _Plan.of([Path(source) for source in sources], env_id, pattern, reading)
+    first = plan.runs[0]
+    lines = [("policy", f"{plan.policy}"), ("env_id", plan.env_id)]
+    if isinstance(first, _FileRun):
+        lines[:0] = [("file", shown(first.paths[0]))]
+        lines += [("tensor", f"{key} {shape}: {role}") for key, shape, role in first.tensors()]
+    for run in plan.runs:
+        lines.append(("trial", f"{run.name}: {plan.length} checkpoints{run.described(plan.length)}"))
+    return lines + ([("note", plan.source["note"])] if "note" in plan.source else [])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """What an import makes of its sources."""
+
+    runs: "list[_Run]"
+    env_id: str
+    length: int
+    """Checkpoints of each trial."""
+    source: dict[str, Any]
+    """The entry "source" of the store's config."""
+
+    @property
+    def policy(self) -> Layout:
+        return self.runs[0].policy
+
+    @classmethod
+    def of(cls, sources: list[Path], env_id: str, pattern: str, reading: "_Reading") -> "_Plan":
+        """Return the plan. Raises what `import_checkpoints` says."""
+        if reading.num_checkpoints is not None and reading.num_checkpoints < 1:
+            raise ValueError(f"import: num_checkpoints must be at least 1, got {reading.num_checkpoints}")
+        runs = _runs(sources, pattern, reading)
+        env_ids = {run.env_id for run in runs} - {"unknown"} if env_id == "unknown" else {env_id}
+        if len(env_ids) > 1:
+            raise ValueError(
+                f"import: the stores are of several env_ids, {sorted(env_ids)}; pass one if they are the same"
+            )
+        for run in runs[1:]:
+            _check_equal(runs[0], run)
+        length = _common_length(runs, reading.num_checkpoints)
+        source = {**runs[0].source, "trials": [run.name for run in runs]}
+        notes = dict.fromkeys(run.source["note"] for run in runs if "note" in run.source)
+        if any(run.source.get(UNNORMALISED) for run in runs):
+            source[UNNORMALISED] = True
+        return cls(runs, "".join(env_ids) or "unknown", length, source | ({"note": "; ".join(notes)} if notes else {}))
 
 
 def source_record(actor: Actor, file_format: str, *notes: str, activation_assumed: bool = False) -> dict[str, Any]:
@@ -212,6 +263,10 @@ class _Run(Protocol):
 
     def read(self, start: int, stop: int) -> Rows: ...
 
+    def described(self, length: int) -> str:
+        """Return in words where the first `length` checkpoints are."""
+        ...
+
 
 class _FileRun:
     """A trial in checkpoint files.
@@ -265,6 +320,15 @@ class _FileRun:
                 raise ValueError(f"import: {shown(path)}: {error}") from error
         return weights, np.array(self.steps[start:stop], np.int64), np.full(stop - start, np.nan)
 
+    def described(self, length: int) -> str:
+        names = [shown(self.paths[i].name) for i in (0, length - 1)]
+        return f", {names[0]} at env step {self.steps[0]:,} to {names[1]} at {self.steps[length - 1]:,}"
+
+    def tensors(self) -> list[tuple[str, tuple[int, ...], str]]:
+        """Return key, shape and part of each floating-point tensor of the first file, as `roles_of` does."""
+        first, _ = self.reading.read(self.paths[0], self.normalisers.of_path.get(self.paths[0]))
+        return [(shown(key), shape, role) for key, shape, role in roles_of(first.state, self.actor)]
+
     def _read_alike(self, path: Path) -> CheckpointFile:
         """Return the file, whose actor must equal that of the first one."""
         file, found = self.reading.read(path, self.normalisers.of_path.get(path))
@@ -288,6 +352,10 @@ class _StoredRun:
     def read(self, start: int, stop: int) -> Rows:
         part = slice(start, stop)
         return self.trial.weights(start, stop), self.trial.env_steps[part], self.trial.episodic_return[part]
+
+    def described(self, length: int) -> str:
+        steps = self.trial.env_steps
+        return f", env steps {int(steps[0]):,} to {int(steps[length - 1]):,}"
 
 
 def _runs(sources: list[Path], pattern: str, reading: _Reading) -> list[_Run]:

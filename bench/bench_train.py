@@ -1,0 +1,76 @@
+"""Training the forecaster: an optimiser step of the Transformer, beside torch's autograd doing the same."""
+
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+from measure import Clock, Row, rows_of, side_by_side
+from record import Record
+from roofs import Roofs
+
+from tipl import _core
+from tipl.forecasting.rollout_gradient import RolloutGradient
+from tipl.forecasting.transformer import ModelConfig, TrajectoryTransformer
+from tipl.threads import torch_threads
+
+BATCH, PREFIX_END, LENGTH = 32, 20, 51
+"""Sequences in a step; the prefix that each continues, and the checkpoints of a whole path, as in the demo."""
+
+SIZES = {"d64 L2": (64, 2), "d128 L3": (128, 3), "d256 L6": (256, 6)}
+"""The default model, and larger ones: d_model, n_layer."""
+
+
+def flops_of(config: ModelConfig, horizon: int) -> float:
+    """Return the multiplications and additions of one step that no algorithm can leave out.
+
+    Each parameter of a matrix counts six for each token. The last block asks only for keys and values of the tokens
+    that nothing is predicted from.
+    """
+    d, tokens, asked = config.d_model, PREFIX_END + horizon, horizon
+    block = d * (4 * d + 2 * config.d_ff)
+    always = config.token_width * d * tokens + (config.n_layer - 1) * block * tokens + 2 * d * d * tokens
+    return 6.0 * BATCH * (always + (block - 2 * d * d + config.n_components * d) * asked)
+
+
+def clock(work: Callable[[], None], num_threads: int) -> Clock:
+    def run() -> float:
+        with torch_threads(num_threads):
+            start = time.perf_counter()
+            work()
+            return time.perf_counter() - start
+
+    return run
+
+
+@pytest.mark.parametrize("size", SIZES)
+def bench_step(size: str, record: Record, roofs: Roofs) -> None:
+    """Rollouts from a prefix to the path's end, with dropout, and the gradient of their error through all of them."""
+    d_model, n_layer = SIZES[size]
+    config = ModelConfig(
+        n_components=16, n_layer=n_layer, n_head=4, d_model=d_model, d_ff=4 * d_model, max_len=LENGTH, dropout=0.4
+    )
+    torch.manual_seed(0)
+    model, horizon, cores = TrajectoryTransformer(config).train(), LENGTH - PREFIX_END - 1, _core.available_cpus()
+    paths = 0.1 * torch.randn(BATCH, LENGTH, config.n_components).cumsum(1)
+    past, future = paths[:, : PREFIX_END + 1], paths[:, PREFIX_END + 1 :]
+    native = RolloutGradient(model, batch_size=BATCH, num_tokens=LENGTH, generator=torch.Generator())
+
+    def step(unroll: Callable[[torch.Tensor, int], torch.Tensor]) -> Callable[[], None]:
+        def run() -> None:
+            model.zero_grad()
+            (unroll(past, horizon) - future).square().sum(-1).sqrt().mean().backward()
+
+        return run
+
+    clocks = {"tipl": clock(step(native.unroll), 1)}
+    clocks |= {f"torch autograd, {n} threads": clock(step(model.unroll), n) for n in sorted({1, cores})}
+
+    def measure() -> list[Row]:
+        seconds = side_by_side(clocks, rounds=(3, 15), budget_s=30)
+        ours = seconds.pop("tipl")
+        roof = 100 * flops_of(config, horizon) / roofs.gemm_gflops("float32") / 1e9 / ours, "flops"
+        peers = {name: 1e3 * value for name, value in seconds.items()}
+        return rows_of("train", f"{size}, batch {BATCH}", "ms", 1e3 * ours, peers, roof)
+
+    record(measure)
