@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,6 +17,7 @@ import pytest
 import safetensors.numpy
 from factories import TINY_EVALUATE, TINY_PPO, TINY_TRAIN, flags
 
+import tipl.progress
 from tipl import pipeline
 from tipl.files.publishing import claimed, published
 from tipl.files.sealed import load_json
@@ -93,8 +95,13 @@ def test_stages_one_by_one_give_what_run_gives(
 @pytest.mark.slow
 @pytest.mark.usefixtures("unrendered")
 def test_resume_keeps_finished_stages(
-    finished_run: Path, tmp_path: Path, run_tipl: Callable[..., int], capsys: pytest.CaptureFixture[str]
+    finished_run: Path,
+    tmp_path: Path,
+    run_tipl: Callable[..., int],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(tipl.progress, "_hidden", False)  # which --quiet changes for the whole process
     output = tmp_path / "run"
     shutil.copytree(finished_run, output)
     shutil.rmtree(output / "evaluation")
@@ -106,7 +113,10 @@ def test_resume_keeps_finished_stages(
     assert (output / "report" / "report.html").exists()
     assert run_tipl(*command) == 2
     assert "choose another folder or pass --resume" in capsys.readouterr().err
-    assert run_tipl(*command, "--resume") == 0
+    assert run_tipl("--quiet", *command, "--resume") == 0
+    said = capsys.readouterr()
+    assert said.err == ""
+    assert re.search(r"\nseconds    collect \d+, train \d+, evaluate \d+, report \d+: \d+ in all\n$", said.out)
     for name, value in (("--num-trials", 5), ("--train.steps", 11)):
         other = command.copy()
         other[other.index(name) + 1] = value

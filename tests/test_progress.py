@@ -5,7 +5,7 @@ import re
 import pytest
 
 import tipl.progress
-from tipl.progress import progress_bar
+from tipl.progress import hide_progress, progress_bar
 
 
 @pytest.fixture(autouse=True)
@@ -36,6 +36,13 @@ def test_a_line_every_ten_seconds_where_stderr_is_no_terminal(clock, capsys):
 def test_nothing_in_quick_stages_or_where_it_is_not_shown(clock, capsys):
     steps(clock, seconds=0.8)
     steps(clock, shown=False)
+    assert capsys.readouterr().err == ""
+
+
+def test_nothing_once_progress_is_hidden(clock, capsys, monkeypatch):
+    monkeypatch.setattr(tipl.progress, "_hidden", False)
+    hide_progress()
+    steps(clock)
     assert capsys.readouterr().err == ""
 
 

@@ -20,6 +20,15 @@ LINE_SECONDS = 10.0
 """Where stderr is no terminal: least time between two lines of a stage."""
 
 
+_hidden = False
+
+
+def hide_progress() -> None:
+    """Show no progress in this process from now on, neither bars nor lines."""
+    global _hidden
+    _hidden = True
+
+
 class RateColumn(ProgressColumn):
     """Steps per second."""
 
@@ -33,6 +42,7 @@ class SlowProgress(Progress):
 
     def __init__(self, *columns: ProgressColumn, shown: bool, note: str) -> None:
         """Make the bar of `columns`; `note` is the name of the field that ends each task's line."""
+        shown = shown and not _hidden
         console = Console(stderr=True)
         super().__init__(
             *columns,

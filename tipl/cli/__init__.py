@@ -17,6 +17,7 @@ from tipl.cli.jump_commands import Accelerate, Compare
 from tipl.cli.printing import one_line, print_versions, print_warning
 from tipl.cli.run_commands import Demo, Reproduce, Run
 from tipl.cli.store_commands import Collect, Export, Import, StoreCommands, Verify
+from tipl.progress import hide_progress
 
 Command = (
     Annotated[Collect, tyro.conf.subcommand("collect")]
@@ -46,11 +47,15 @@ def main() -> None:
         if sys.argv[1:] == ["--version"]:
             print_versions()
             return
+        if "--quiet" in sys.argv[1:]:
+            hide_progress()
         command = tyro.cli(
             Command,
             prog="tipl",
+            args=[argument for argument in sys.argv[1:] if argument != "--quiet"],
             description="Forecast where PPO takes a policy's weights. Start with `tipl demo`; `tipl --version` says "
-            "what is installed, and on which devices the engine can compute.",
+            "what is installed, and on which devices the engine can compute. With --quiet, a command says nothing of "
+            "its progress: on a terminal a bar, elsewhere a line every ten seconds.",
         )
         _refuse_urls(command)
         command.run()

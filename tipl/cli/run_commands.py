@@ -14,6 +14,7 @@ from tipl.collecting.ppo_config import PPOConfig
 from tipl.forecasting.train_config import TrainConfig
 from tipl.judging.evaluate_config import EvaluateConfig
 from tipl.reproduction import experiments, reproduce
+from tipl.stage_seconds import StageSeconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +49,9 @@ class Run:
     def run(self) -> None:
         settings = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         pipeline.run(**settings, on_stage=partial(print_stage, tables=True))
+        seconds = StageSeconds(self.output / "seconds.json").read()
+        parts = ", ".join(f"{stage} {value:,.0f}" for stage, value in seconds.items())
+        print(f"{'seconds':<10} {parts}: {sum(seconds.values()):,.0f} in all")
 
 
 @dataclasses.dataclass(frozen=True)
