@@ -556,8 +556,24 @@ def test_compare_finds_where_the_plain_return_is_reached():
     assert (arms["flat"].improvement, arms["plain"].improvement, arms["twice"].improvement) == (0.0, 0.5, 1.0)
     with pytest.raises(ValueError, match="compare: other must have the same seeds as plain"):
         tipl.compare({"plain": ledger_with(plain), "other": ledger_with(plain, [9] * 8)}, "plain")
-    with pytest.raises(ValueError, match="compare: other must have 20 iterations, as plain, got 10"):
+    with pytest.raises(ValueError, match="compare: other must have 200 env steps a run, as plain, got 100"):
         tipl.compare({"plain": ledger_with(plain), "other": ledger_with(plain[:, :10])}, "plain")
+
+
+def test_compare_averages_the_returns_of_shorter_iterations():
+    plain = np.linspace(0, 100, 20) + np.arange(8.0)[:, None]
+    finer = ledger_with(np.repeat(plain, 2, axis=1) + np.tile([-3.0, 3.0], 20))
+    finer.steps_per_iteration = 5
+    arms = tipl.compare({"plain": ledger_with(plain), "finer": finer}, "plain")
+    assert arms["finer"].steps == arms["plain"].steps
+    assert arms["finer"].gain.value == pytest.approx(0.0)
+    finer.steps_per_iteration = 50
+    with pytest.raises(ValueError, match="finer must have 200 env steps a run, as plain, got 2,000"):
+        tipl.compare({"plain": ledger_with(plain), "finer": finer}, "plain")
+    uneven = ledger_with(np.repeat(plain, 2, axis=1)[:, :25])
+    uneven.steps_per_iteration = 8
+    with pytest.raises(ValueError, match="uneven must have iterations that divide 10 env steps, got 8"):
+        tipl.compare({"plain": ledger_with(plain), "uneven": uneven}, "plain")
 
 
 def test_compare_prints_and_draws(tmp_path, monkeypatch, capsys):

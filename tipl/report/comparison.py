@@ -7,6 +7,7 @@ seeds for every arm.
 import dataclasses
 import itertools
 import math
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -44,7 +45,8 @@ class Arm:
 def compare(ledgers: Mapping[str, Ledger], plain: str) -> dict[str, Arm]:
     """Return how each arm did beside the arm `plain`, by name.
 
-    Raises ValueError where they are not of one task, the same seeds and equally many env steps.
+    Raises ValueError where they are not of one task, the same seeds and equally many env steps, in iterations of which
+    the longest are a multiple of all others.
     """
     curves = curves_of(ledgers)
     base, means = curves[plain], _resampled_means(curves)
@@ -83,21 +85,39 @@ def _resampled_means(curves: Mapping[str, FloatArray]) -> dict[str, FloatArray]:
 
 
 def curves_of(ledgers: Mapping[str, Ledger]) -> dict[str, FloatArray]:
-    """Return the learning curves (N, T) of each arm; 0 where no episode has ended yet. Raises what `compare` does."""
-    first, *others = ledgers.values()
-    for name, it in zip(list(ledgers)[1:], others, strict=True):
-        for what in ("env_id", "seeds", "steps_per_iteration"):
-            if getattr(it, what) != getattr(first, what):
+    """Return the learning curves (N, T) of each arm; 0 where no episode has ended yet. Raises what `compare` does.
+
+    T are the iterations of the arm with the longest ones, `coarsest_steps` env steps each; shorter ones are averaged.
+    """
+    first, steps = next(iter(ledgers)), coarsest_steps(ledgers)
+    length = len(ledgers[first].returns) * ledgers[first].steps_per_iteration
+    curves = {}
+    for name, it in ledgers.items():
+        for what in ("env_id", "seeds"):
+            if getattr(it, what) != getattr(ledgers[first], what):
                 raise ValueError(
-                    f"compare: {name} must have the same {what} as {next(iter(ledgers))}, "
-                    f"{getattr(first, what)!r:.60}, got {getattr(it, what)!r:.60}"
+                    f"compare: {name} must have the same {what} as {first}, "
+                    f"{getattr(ledgers[first], what)!r:.60}, got {getattr(it, what)!r:.60}"
                 )
-        if len(it.returns) != len(first.returns):
+        if len(it.returns) * it.steps_per_iteration != length:
             raise ValueError(
-                f"compare: {name} must have {len(first.returns)} iterations, as {next(iter(ledgers))}, "
-                f"got {len(it.returns)}"
+                f"compare: {name} must have {length:,} env steps a run, as {first}, "
+                f"got {len(it.returns) * it.steps_per_iteration:,}"
             )
-    return {name: np.nan_to_num(it.curves(), nan=0.0) for name, it in ledgers.items()}
+        if steps % it.steps_per_iteration or length % steps:
+            raise ValueError(
+                f"compare: {name} must have iterations that divide {steps} env steps, got {it.steps_per_iteration}"
+            )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # of a mean of nothing, which is NaN
+            means = np.nanmean(it.curves().reshape(len(it.seeds), length // steps, -1), axis=2)
+        curves[name] = np.nan_to_num(means, nan=0.0)
+    return curves
+
+
+def coarsest_steps(ledgers: Mapping[str, Ledger]) -> int:
+    """Return the env steps of an iteration in the arm with the longest iterations."""
+    return max(it.steps_per_iteration for it in ledgers.values())
 
 
 def crossing(means: FloatArray, targets: FloatArray) -> FloatArray:
@@ -129,7 +149,7 @@ def ledger_plot(tasks: list[Mapping[str, Ledger]]) -> Plot:
     marks = {name: Mark(name, "tipl" if name == "TIPL" else next(colors)) for name in names}
 
     def draw(ax: Axes, ledgers: Mapping[str, Ledger]) -> None:
-        steps = next(iter(ledgers.values())).steps_per_iteration
+        steps = coarsest_steps(ledgers)
         for name, it in curves_of(ledgers).items():
             x = steps * np.arange(1, it.shape[1] + 1)
             low, high = np.quantile(Bootstrap(len(it)).means(it), [0.025, 0.975], axis=0)
