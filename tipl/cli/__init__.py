@@ -12,7 +12,7 @@ from typing import Annotated
 
 import tyro
 
-from tipl.cli.forecast_commands import Calibrate, Evaluate, Report, Rollout, Train
+from tipl.cli.forecast_commands import Calibrate, Evaluate, Report, Rollout, Score, Train
 from tipl.cli.jump_commands import Accelerate, Compare
 from tipl.cli.printing import one_line, print_versions, print_warning
 from tipl.cli.run_commands import Demo, Reproduce, Run
@@ -30,6 +30,7 @@ Command = (
     | Annotated[Export, tyro.conf.subcommand("export")]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
     | Annotated[Report, tyro.conf.subcommand("report")]
+    | Annotated[Score, tyro.conf.subcommand("score")]
     | Annotated[Run, tyro.conf.subcommand("run")]
     | Annotated[Demo, tyro.conf.subcommand("demo")]
     | Annotated[Accelerate, tyro.conf.subcommand("accelerate")]

@@ -1,10 +1,12 @@
 """Commands that train, calibrate, use and judge a forecaster."""
 
+import contextlib
 import dataclasses
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tyro
 from numpy.typing import NDArray
 from tyro.conf import OmitArgPrefixes
 
@@ -19,7 +21,9 @@ from tipl.forecasting.train_config import TrainConfig
 from tipl.forecasting.training import train
 from tipl.judging.evaluate_config import EvaluateConfig
 from tipl.judging.evaluation import evaluate
-from tipl.report import write_report
+from tipl.report import plot_scores, score, write_report
+from tipl.report.intervals import Estimate
+from tipl.report.plot_file import plot_path
 from tipl.storing.exporter import layout_record
 from tipl.storing.store import Store
 
@@ -209,3 +213,62 @@ class Report:
             overwrite=self.overwrite,
         )
         print(f"report     {page}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """Run every checkpoint of every run in the simulator: which is the best of a run, and does it beat the last?
+
+    The best checkpoint of each run is run again beside the last one, on new episodes, so that luck is not taken for
+    skill; brackets are 95 % intervals over these episodes.
+
+    Example: tipl score runs/own/store.zarr --output runs/own/scores.json --plot runs/own/scores.svg
+    """
+
+    store: tyro.conf.Positional[StoreArg]
+    """A store of `tipl collect`, `tipl import` or a recorder."""
+    output: PathArg | None = None
+    """Write all returns into this JSON file; must not exist."""
+    num_episodes: int = 5
+    """Episodes of each checkpoint."""
+    every: int = 1
+    """Take every n-th checkpoint, counted back from the last."""
+    seed: int = 0
+    """The episodes derive from it."""
+    num_threads: int | None = None
+    """Cores to use; by default all."""
+    plot: PathArg | None = None
+    """Draw the returns into this .svg or .png file."""
+    overwrite: bool = False
+    """Replace a plot that is there."""
+
+    def run(self) -> None:
+        if self.plot is not None:
+            plot_path("score", self.plot, overwrite=self.overwrite)
+        with contextlib.nullcontext() if self.output is None else published(self.output, "score") as aside:
+            scores = score(
+                Store.open(self.store),
+                num_episodes=self.num_episodes,
+                every=self.every,
+                seed=self.seed,
+                num_threads=self.num_threads,
+            )
+            if aside is not None:
+                scores.save(aside)
+        last = scores.checkpoints[-1]
+        for it, means in zip(scores.best, scores.returns.mean(2), strict=True):
+            where = f"checkpoint {it.checkpoint} of {last}, env step {it.env_steps:,}"
+            gain = "the last" if it.checkpoint == last else _gain(it.gain)
+            print(f"{'trial ' + str(it.trial):<10} best {means.max():,.1f}: {where}, {gain}; last {means[-1]:,.1f}")
+        earlier = sum(it.beats_last for it in scores.best)
+        print(f"{'scores':<10} {earlier} of {len(scores.best)} runs had a policy that beats their last beyond chance")
+        if self.output is not None:
+            print(f"{'output':<10} {self.output}")
+        if self.plot is not None:
+            plot_scores(scores, self.plot, overwrite=self.overwrite)
+            print(f"{'plot':<10} {self.plot}")
+
+
+def _gain(gain: Estimate) -> str:
+    """Return in words what the best checkpoint returns more than the last, on new episodes."""
+    return f"{gain.value:+,.1f} [{gain.low:+,.1f}, {gain.high:+,.1f}] beside the last on new episodes"

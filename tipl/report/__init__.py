@@ -3,5 +3,17 @@
 from tipl.report.comparison import Arm, compare, plot_ledgers
 from tipl.report.document import write_report
 from tipl.report.paths import PathSpectrum, path_spectrum, plot_store
+from tipl.report.scores import Scores, plot_scores, score
 
-__all__ = ["Arm", "PathSpectrum", "compare", "path_spectrum", "plot_ledgers", "plot_store", "write_report"]
+__all__ = [
+    "Arm",
+    "PathSpectrum",
+    "Scores",
+    "compare",
+    "path_spectrum",
+    "plot_ledgers",
+    "plot_scores",
+    "plot_store",
+    "score",
+    "write_report",
+]

@@ -1,0 +1,97 @@
+"""Scores of all checkpoints: returns against `episodic_returns`, the best beside the last on new episodes."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from factories import SPEC
+
+import tipl
+from tipl.collecting.episodes import episodic_returns
+from tipl.files.sealed import load_json
+from tipl.policy import ParameterLayout
+from tipl.report import scores as module
+from tipl.storing.store import Store
+
+ENV_ID = "InvertedPendulum-v5"
+
+
+def store_of(path: Path, num_trials: int = 3, num_checkpoints: int = 7) -> Store:
+    rng = np.random.default_rng(0)
+    weights = 0.5 * rng.standard_normal((num_trials, num_checkpoints, SPEC.num_params))
+    steps = np.tile(64 * np.arange(num_checkpoints), (num_trials, 1))
+    with Store.create(path, env_id=ENV_ID, policy=SPEC, seeds=range(num_trials), config={}) as store:
+        store.append(weights.astype(np.float32), steps, np.full(steps.shape, np.nan))
+    return Store.open(path)
+
+
+@pytest.mark.parametrize("every", [1, 4])
+def test_scores_are_the_returns_of_the_checkpoints(every, tmp_path, monkeypatch):
+    store = store_of(tmp_path / "s.zarr")
+    scores = tipl.score(store, num_episodes=3, every=every, seed=5, progress=False)
+    assert scores.checkpoints == ([2, 6] if every == 4 else list(range(7)))
+    np.testing.assert_array_equal(scores.env_steps, np.tile(64 * np.array(scores.checkpoints), (3, 1)))
+    for i, best in enumerate(scores.best):
+        seeds = np.random.default_rng((5, i)).integers(2**31, size=15)
+        weights = store.trial(i).weights()
+        np.testing.assert_array_equal(
+            scores.returns[i], episodic_returns(ENV_ID, SPEC, weights[scores.checkpoints], seeds[:3])
+        )
+        at = scores.checkpoints[int(scores.returns[i].mean(1).argmax())]
+        assert (best.trial, best.checkpoint, best.env_steps) == (i, at, 64 * at)
+        again = episodic_returns(ENV_ID, SPEC, weights[[at, -1]], seeds[3:])
+        assert best.gain.value == pytest.approx(float((again[0] - again[1]).mean()))
+        assert best.beats_last == (best.gain.low > 0.0)
+    monkeypatch.setattr(module, "MAX_BYTES", 1)  # trial by trial
+    alone = tipl.score(store, num_episodes=3, every=every, seed=5, progress=False, num_threads=1)
+    assert alone.to_dict() == scores.to_dict()
+
+
+def test_the_last_checkpoint_may_be_the_best(tmp_path):
+    store = store_of(tmp_path / "s.zarr", num_trials=1, num_checkpoints=1)
+    best = tipl.score(store, num_episodes=1, progress=False).best[0]
+    assert best.checkpoint == 0
+    assert (best.gain.value, best.gain.low, best.gain.high) == (0.0, 0.0, 0.0)
+    assert not best.beats_last
+
+
+def test_what_cannot_be_scored_is_refused(tmp_path):
+    store = store_of(tmp_path / "s.zarr")
+    for arguments, message in (
+        ({"num_episodes": 0}, "num_episodes must be at least 1"),
+        ({"every": 0}, "every must be"),
+    ):
+        with pytest.raises(ValueError, match=f"score: {message}"):
+            tipl.score(store, **arguments)
+    other = Store.create(tmp_path / "o.zarr", env_id="E", policy=ParameterLayout((("w", (2,)),)), seeds=[0], config={})
+    other.close()
+    with pytest.raises(ValueError, match="score: the simulator can run only MLPs with a Gaussian"):
+        tipl.score(Store.open(tmp_path / "o.zarr"))
+    lost = Store.create(
+        tmp_path / "n.zarr", env_id=ENV_ID, policy=SPEC, seeds=[0], config={"source": {"unnormalised": True}}
+    )
+    lost.close()
+    with pytest.raises(ValueError, match=r"score: the runs in .* saw observations through VecNormalize"):
+        tipl.score(Store.open(tmp_path / "n.zarr"))
+
+
+def test_the_command_prints_writes_and_draws(tmp_path: Path, run_tipl: Callable[..., int], capsys) -> None:
+    store = store_of(tmp_path / "s.zarr")
+    output, plot = tmp_path / "scores.json", tmp_path / "scores.svg"
+    command = ["score", store.path, "--output", output, "--num-episodes", 2, "--plot", plot]
+    assert run_tipl(*command) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert len([line for line in said if line.startswith("trial ")]) == 3
+    assert said[3].startswith("scores ")
+    assert said[3].endswith("of 3 runs had a policy that beats their last beyond chance")
+    document = load_json(output, "test")
+    assert np.shape(document["returns"]) == (3, 7, 2)
+    assert all(it["low"] is None or math.isfinite(it["low"]) for it in document["best"])
+    assert plot.read_text().count("<svg") == 1
+    assert run_tipl("verify", output) == 0
+    output.write_text(json.dumps(document))
+    assert run_tipl(*command) == 2
+    assert "exists" in capsys.readouterr().err

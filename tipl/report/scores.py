@@ -1,0 +1,167 @@
+"""Score every checkpoint of every run in the simulator: which one is a run's best, and is it better than its last?
+
+Shapes  N trials, C checkpoints of each that are run, E episodes.
+
+The checkpoint with the highest mean return of many is partly the one with the luckiest episodes. So it is run once more
+beside the last checkpoint, both on the same new episodes, and only the difference on these says by how much it is
+better.
+"""
+
+import dataclasses
+import functools
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from numpy.typing import NDArray
+
+from tipl.collecting.episodes import run_episodes
+from tipl.files.sealed import save_json
+from tipl.policy import PolicySpec
+from tipl.progress import progress_bar
+from tipl.report.drawing import Mark, Panel, Plot, short_count
+from tipl.report.intervals import Bootstrap, Estimate
+from tipl.report.plot_file import plot_path, write_plot
+from tipl.report.results import FloatArray
+from tipl.storing.store import Store
+
+MAX_BYTES = 2**28  # of weights that are run together
+
+
+@dataclasses.dataclass(frozen=True)
+class BestCheckpoint:
+    """The checkpoint of a trial with the highest mean return, beside the last one."""
+
+    trial: int
+    checkpoint: int
+    """Its index in the path."""
+    env_steps: int
+    gain: Estimate
+    """Its mean return less the last checkpoint's, on new episodes that both run: a mean over episodes and its 95 %
+    interval; zero where the best checkpoint is the last."""
+
+    @property
+    def beats_last(self) -> bool:
+        """Whether it returns more than the last checkpoint beyond chance."""
+        return self.gain.low > 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """What the checkpoints of a store return."""
+
+    env_id: str
+    checkpoints: list[int]
+    """The indices of the checkpoints that were run, (C,); the last is the path's last."""
+    env_steps: NDArray[np.int64]
+    """(N, C)"""
+    returns: FloatArray
+    """(N, C, E), each trial on E episodes of its own, the same for all its checkpoints."""
+    best: list[BestCheckpoint]
+    """One for each trial."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON types."""
+        return {
+            "env_id": self.env_id,
+            "checkpoints": self.checkpoints,
+            "env_steps": self.env_steps.tolist(),
+            "returns": self.returns.tolist(),
+            "best": [
+                {
+                    **{name: getattr(it, name) for name in ("trial", "checkpoint", "env_steps", "beats_last")},
+                    **{name: _number(getattr(it.gain, name)) for name in ("value", "low", "high")},
+                }
+                for it in self.best
+            ],
+        }
+
+    def save(self, path: Path) -> None:
+        """Write the scores as JSON with a checksum to `path`, whole or not at all."""
+        save_json(path, self.to_dict())
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def score(
+    store: Store,
+    *,
+    num_episodes: int = 5,
+    every: int = 1,
+    seed: int = 0,
+    num_threads: int | None = None,
+    progress: bool = True,
+) -> Scores:
+    """Run the deterministic policies of all trials in the simulator, and find the best of each.
+
+    Args:
+        num_episodes: episodes of each checkpoint; the best and the last are run on four times as many new ones.
+        every: take every n-th checkpoint, counted back from the last.
+        seed: the episodes derive from it and from the trial's index.
+        num_threads: cores that step the simulator, by default all; results do not depend on it.
+
+    Raises ValueError where an argument is out of range, or the simulator cannot run the policies as they were.
+    """
+    policy = store.policy
+    if not isinstance(policy, PolicySpec):
+        raise ValueError(f"score: the simulator can run only MLPs with a Gaussian, and {store.path} holds others")
+    if store.is_unnormalised:
+        raise ValueError(
+            f"score: the runs in {store.path} saw observations through VecNormalize, and the store lacks its "
+            "statistics: import them again with normaliser"
+        )
+    for name, value in (("num_episodes", num_episodes), ("every", every)):
+        if value < 1:
+            raise ValueError(f"score: {name} must be at least 1, got {value}")
+    last = store.num_checkpoints - 1
+    if last < 0 or not store.num_trials:
+        raise ValueError(f"score: {store.path} holds no checkpoint")
+    checkpoints = list(range(last % every, last + 1, every))
+    N, C = store.num_trials, len(checkpoints)
+    seeds = [np.random.default_rng((seed, i)).integers(2**31, size=5 * num_episodes) for i in range(N)]
+    at_once = max(1, MAX_BYTES // (4 * policy.num_params * C))
+    returns, best = np.empty((N, C, num_episodes)), []
+    with progress_bar(progress) as bar:
+        run = functools.partial(run_episodes, store.env_id, policy, num_threads=num_threads, bar=bar)
+        for start in range(0, N, at_once):
+            trials = range(start, min(start + at_once, N))
+            rows = [store.trial(i).weights()[last % every :: every] for i in trials]
+            episodes = np.repeat([seeds[i][:num_episodes] for i in trials], C, axis=0)
+            returns[start : trials.stop] = run(np.concatenate(rows), episodes).returns.reshape(len(trials), C, -1)
+            chosen = returns[start : trials.stop].mean(2).argmax(1)
+            pairs = np.concatenate([weights[[at, -1]] for weights, at in zip(rows, chosen, strict=True)])
+            fresh = np.repeat([seeds[i][num_episodes:] for i in trials], 2, axis=0)
+            again = run(pairs, fresh).returns.reshape(len(trials), 2, -1)
+            best += [
+                BestCheckpoint(i, checkpoints[at], int(store.trial(i).env_steps[checkpoints[at]]), _gain(*both))
+                for i, at, both in zip(trials, chosen, again, strict=True)
+            ]
+    env_steps = np.array([store.trial(i).env_steps[last % every :: every] for i in range(N)], np.int64)
+    return Scores(store.env_id, checkpoints, env_steps, returns, best)
+
+
+def _gain(best: FloatArray, last: FloatArray) -> Estimate:
+    """Return the mean of best - last over episodes (E,) and its interval."""
+    return Bootstrap(len(best)).estimate(best - last)
+
+
+def plot_scores(scores: Scores, path: str | Path, *, overwrite: bool = False) -> None:
+    """Draw what each checkpoint returns, a line for each trial and their mean, into `path`, an .svg or .png file.
+
+    Raises ValueError for another suffix, FileExistsError where `path` exists and `overwrite` is not set.
+    """
+    path = plot_path("plot_scores", path, overwrite=overwrite)
+    runs, mean = Mark("each run", "faint"), Mark("mean", "tipl")
+
+    def draw(ax: Axes) -> None:
+        means = scores.returns.mean(2)
+        ax.plot(scores.env_steps.T, means.T, color=runs.rgb, linewidth=0.8)
+        ax.plot(scores.env_steps.mean(0), means.mean(0), color=mean.rgb, linewidth=2.0)
+        ax.xaxis.set_major_formatter(lambda value, _: short_count(value))
+        ax.set(xlabel="env steps", ylabel="return of the deterministic policy")
+
+    write_plot(Plot("scores", (Panel(scores.env_id, draw),), (runs, mean), columns=1, panel_inches=(8.0, 4.2)), path)
