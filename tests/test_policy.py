@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tipl import _core
-from tipl.policy import ACTIVATIONS, Activation, PolicySpec, layer_views, mean_action
+from tipl.policy import ACTIVATIONS, Activation, PolicySpec, layer_views, layout_from_dict, mean_action
 
 SPECS = [
     PolicySpec(17, 6),
@@ -250,3 +250,16 @@ def test_layer_views_leave_the_rest_of_a_row_alone() -> None:
         weight.fill_(1.0)
         bias.fill_(1.0)
     assert torch.equal(params, torch.tensor([1.0] * 11 + [0.0] * 9).expand(2, 20))
+
+
+def test_a_policy_with_gsde_has_a_matrix_of_log_stds_and_the_same_mean_action() -> None:
+    spec, plain = PolicySpec(3, 2, (5, 4), "relu", gsde=True), PolicySpec(3, 2, (5, 4), "relu")
+    assert spec.shapes["log_std"] == (4, 2)
+    assert spec.num_params == plain.num_params + 6
+    assert layout_from_dict(spec.to_dict()) == spec
+    assert "gsde" not in plain.to_dict()  # the record of a store by an older tipl
+    weights, obs = torch.randn(6, spec.num_params), torch.randn(6, 9, 3)
+    expected = mean_action(plain, torch.cat([weights[:, :2], weights[:, 8:]], 1), obs)
+    assert torch.equal(mean_action(spec, weights, obs), expected)
+    with pytest.raises(ValueError, match="gsde must be a bool, got 1"):
+        PolicySpec(3, 2, gsde=1)

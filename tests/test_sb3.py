@@ -219,8 +219,9 @@ def test_networks_of_all_kinds(kwargs: dict[str, Any], policy: PolicySpec | None
     np.testing.assert_array_equal(actor_of(sb3.PPO.load(written, device="cpu")), row + 1)
 
 
-def test_gsde_and_discrete_actions_are_not_for_the_simulator(tmp_path: Path) -> None:
-    gsde = ppo(use_sde=True, policy_kwargs={"net_arch": [8]})
+def test_reduced_gsde_and_discrete_actions_are_not_for_the_simulator(tmp_path: Path) -> None:
+    one_for_all = {"net_arch": [8], "full_std": False}  # both actions share a column of log_std
+    gsde = sb3.PPO("MlpPolicy", "Reacher-v5", use_sde=True, policy_kwargs=one_for_all, device="cpu")
     discrete = sb3.PPO("MlpPolicy", "CartPole-v1", n_steps=8, batch_size=8, device="cpu")
     for model in (gsde, discrete):
         with tipl.Recorder(tmp_path / str(id(model))) as recorder:
@@ -398,6 +399,42 @@ def test_policies_of_an_own_class_are_not_taken_for_sb3s(tmp_path: Path) -> None
     assert isinstance(Store.open(tmp_path / "alike").policy, ParameterLayout)
     named_alike.save(tmp_path / "alike.zip")
     assert isinstance(tipl.import_checkpoints([tmp_path / "alike.zip"], tmp_path / "b").policy, ParameterLayout)
+
+
+@pytest.mark.parametrize(("algorithm", "settings"), [(sb3.PPO, {"n_epochs": 1}), (sb3.A2C, {})])
+@pytest.mark.parametrize("hidden", [(64, 64), (7,), ()])
+def test_policies_with_gsde_are_run_by_their_mean_action(algorithm, settings, hidden, tmp_path):
+    layers = {"net_arch": {"pi": list(hidden), "vf": [8]}}
+    model = algorithm(
+        "MlpPolicy", ENV_ID, use_sde=True, n_steps=64, policy_kwargs=layers, seed=0, device="cpu", **settings
+    )
+    model.learn(64, callback=RecorderCallback(tmp_path / "recording"))
+    model.save(tmp_path / "model_64_steps.zip")
+    store = tipl.import_checkpoints([tmp_path / "model_64_steps.zip"], tmp_path / "store", env_id=ENV_ID)
+    assert store.policy == PolicySpec(4, 1, hidden, "tanh", gsde=True) == Store.open(tmp_path / "recording").policy
+    obs = np.random.default_rng(0).normal(size=(20, 4)).astype(np.float32)
+    row = torch.from_numpy(store.trial(0).weights())
+    own = model.predict(obs, deterministic=True)[0]
+    np.testing.assert_allclose(
+        mean_action(store.policy, row, torch.from_numpy(obs)[None])[0].clip(-3, 3), own, atol=1e-6
+    )
+    last = Store.open(tmp_path / "recording").trial(0).weights()[-1]
+    np.testing.assert_array_equal(last, store.trial(0).weights()[0])
+    exported = tipl.export_checkpoint(last, tmp_path / "model_64_steps.zip", tmp_path / "exported.zip")
+    again = algorithm.load(exported, device="cpu")
+    for name, tensor in model.policy.state_dict().items():
+        assert torch.equal(again.policy.state_dict()[name], tensor)
+    scores = tipl.score(store, num_episodes=2, progress=False)
+    seeds = np.random.default_rng((0, 0)).integers(2**31, size=10)[:2]
+    env, returns = gymnasium.make(ENV_ID), []
+    for seed in seeds:
+        (seen, _), total, ended = env.reset(seed=int(seed)), 0.0, False
+        while not ended:
+            action = model.predict(seen.astype(np.float32), deterministic=True)[0]
+            seen, reward, terminated, truncated, _ = env.step(action)
+            total, ended = total + float(reward), terminated or truncated
+        returns.append(total)
+    np.testing.assert_array_equal(scores.returns[0, 0], returns)
 
 
 def test_observation_statistics_travel_with_every_checkpoint(tmp_path: Path) -> None:

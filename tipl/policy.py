@@ -101,6 +101,10 @@ class PolicySpec(Layout):
     act_dim: int
     hidden_sizes: tuple[int, ...] = (64, 64)
     activation: Activation = "tanh"
+    gsde: bool = False
+    """Whether the standard deviations depend on the state (generalised state-dependent exploration, arXiv 2005.05719):
+    log_std is then a matrix, one number for each unit of the last hidden layer and each action. The mean action is the
+    same MLP's."""
 
     def __post_init__(self) -> None:
         for name in ("obs_dim", "act_dim"):
@@ -111,6 +115,8 @@ class PolicySpec(Layout):
             raise ValueError(f"PolicySpec: hidden_sizes must be a tuple of positive ints, got {self.hidden_sizes!r}")
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"PolicySpec: activation must be one of {ACTIVATIONS}, got {self.activation!r}")
+        if not isinstance(self.gsde, bool):
+            raise ValueError(f"PolicySpec: gsde must be a bool, got {self.gsde!r}")
 
     @property
     def layer_sizes(self) -> tuple[int, ...]:
@@ -120,7 +126,7 @@ class PolicySpec(Layout):
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape of each parameter, in SB3's order."""
-        shapes: dict[str, tuple[int, ...]] = {"log_std": (self.act_dim,)}
+        shapes: dict[str, tuple[int, ...]] = {"log_std": self.layer_sizes[-2:] if self.gsde else (self.act_dim,)}
         *hidden, head = itertools.pairwise(self.layer_sizes)
         for i, (fan_in, fan_out) in enumerate(hidden):
             shapes[f"policy_net.{2 * i}.weight"] = (fan_out, fan_in)  # odd indices are the activations
@@ -131,12 +137,13 @@ class PolicySpec(Layout):
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types, from which `from_dict` makes an equal spec."""
-        return dataclasses.asdict(self) | {"hidden_sizes": list(self.hidden_sizes)}
+        spec = dataclasses.asdict(self) | {"hidden_sizes": list(self.hidden_sizes)}
+        return spec if self.gsde else {name: value for name, value in spec.items() if name != "gsde"}
 
     @classmethod
     def from_dict(cls, spec: dict[str, Any]) -> "PolicySpec":
-        expected = {field.name for field in dataclasses.fields(cls)}
-        if set(spec) != expected:
+        expected = {field.name for field in dataclasses.fields(cls)} - {"gsde"}  # which others than gSDE's lack
+        if set(spec) - {"gsde"} != expected:
             raise ValueError(f"PolicySpec.from_dict: expected the keys {sorted(expected)}, got {sorted(spec)}")
         return cls(**spec | {"hidden_sizes": tuple(spec["hidden_sizes"])})
 
@@ -161,8 +168,9 @@ def mean_action(spec: PolicySpec, weights: Tensor, obs: Tensor) -> Tensor:
     if obs.ndim != 3 or obs.shape[0] != N or obs.shape[2] != spec.obs_dim:
         expected = f"(N, E, obs_dim) = ({N}, E, {spec.obs_dim})"
         raise ValueError(f"mean_action: obs must have shape {expected}, got {tuple(obs.shape)}")
+    first_layer = spec.num_params - sum((fan_in + 1) * out for fan_in, out in itertools.pairwise(spec.layer_sizes))
     actions = _core.mean_actions(
-        weights.detach().contiguous().numpy(),
+        weights.detach()[:, first_layer - spec.act_dim :].contiguous().numpy(),  # as if log_std were a vector
         obs.detach().contiguous().numpy(),
         act_dim=spec.act_dim,
         hidden_sizes=spec.hidden_sizes,

@@ -47,14 +47,14 @@ _SMALL = 1e-3  # added to an RMS of initial weights, which can be zero
 
 def kinds_of(layout: Layout) -> NDArray[np.int64]:
     """Return the index into `KINDS` of each weight (p,)."""
-    matrices = [name for name, shape in layout.shapes.items() if len(shape) > 1]
+    matrices = [name for name, shape in layout.shapes.items() if len(shape) > 1 and "log_std" not in name]
     kinds, place = [], "other"
     for name, shape in layout.shapes.items():
-        if len(shape) > 1:
+        if "log_std" in name:
+            kind = "log_std"
+        elif len(shape) > 1:
             place = "first " if name == matrices[0] else "last " if name == matrices[-1] else ""
             kind = f"{place}weight"
-        elif "log_std" in name:
-            kind = "log_std"
         else:
             kind = f"{place}bias" if place != "other" and len(shape) == 1 else "other"
         kinds.append(np.full(int(np.prod(shape)), KINDS.index(kind)))

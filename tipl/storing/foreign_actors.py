@@ -290,7 +290,8 @@ def _match(family: _Family, shapes: Mapping[str, tuple[int, ...]], activation: s
     if activation not in ACTIVATIONS or any(len(shape) != 2 for shape in weights):
         return None
     sizes = (weights[0][1], *(shape[0] for shape in weights))
-    policy = PolicySpec(sizes[0], sizes[-1], sizes[1:-1], activation)  # type: ignore[arg-type]  # checked above
+    gsde = family.kind == "sb3" and shapes[family.log_std] == sizes[-2:]
+    policy = PolicySpec(sizes[0], sizes[-1], sizes[1:-1], activation, gsde)  # type: ignore[arg-type]  # checked above
     if any(shapes[key] not in (shape, (1, *shape)) for key, shape in zip(keys, policy.shapes.values(), strict=True)):
         return None
     return Actor(family.kind, policy, keys, family.std_is_log, normaliser)
