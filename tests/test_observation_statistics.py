@@ -158,7 +158,7 @@ def test_nothing_is_run(tmp_path):
         (b"]}b.", "sets a state on a list"),
         (b"NNa.", "appends to a NoneType"),
         (b"}(NtNs.", "has a key of type tuple"),
-        (b"N" * (2**20 + 1) + b".", "has more than 1,048,576 parts"),
+        (b"N" * (2**18 + 1) + b".", "has more than 262,144 parts"),
         (b"r\xff\xff\xff\xff.", "is damaged"),
         (b"Nr\xff\xff\xff\xff.", None),  # a memo as large as its numbers would take gigabytes
     ],
@@ -293,7 +293,9 @@ def test_a_normalised_run_without_statistics_is_imported_but_not_judged(tmp_path
         in store.config["source"]["note"]
     )
     assert import_checkpoints([store.path], tmp_path / "joined").is_unnormalised
-    with pytest.raises(ValueError, match=r"saw observations through VecNormalize.*import them again with normaliser"):
+    with pytest.raises(
+        ValueError, match=r"saw observations through VecNormalize.*import the checkpoint files again with normaliser"
+    ):
         tipl.evaluate(store, load_pretrained(), tmp_path / "evaluation")
     with pytest.raises(ValueError, match="the simulator cannot run the policies"):
         recalibrate([store], tmp_path / "calibrated")
@@ -323,37 +325,89 @@ def test_statistics_beside_a_run_that_does_not_say_so_are_not_used_but_named(tmp
     assert used.trial(0).weights().tobytes() != store.trial(0).weights().tobytes()
 
 
-def test_several_statistics_are_refused_with_the_choice(tmp_path):
+def test_statistics_that_could_belong_to_another_checkpoint_are_refused_with_the_choice(tmp_path):
     run = tmp_path / "run"
     files = run_of(run, **SAID)
-    for name in ("vec_normalize.pkl", "other_vecnormalize.pkl"):
-        pickled(VecNormalize(), run / name)
-    with pytest.raises(ValueError, match=r"not clear which statistics .*other_vecnormalize.pkl, .*choose one for all"):
-        import_checkpoints([run], tmp_path / "store")
-    assert not (tmp_path / "store").exists()
-    for name in ("vec_normalize.pkl", "other_vecnormalize.pkl"):
-        (run / name).unlink()
+    several = {
+        "two for all": ["vec_normalize.pkl", "old/vecnormalize.pkl"],
+        "of one checkpoint alone": ["rl_model_vecnormalize_64_steps.pkl"],
+        "of another step": ["rl_model_vecnormalize_32_steps.pkl"],
+        "of another run": ["other_vecnormalize_64_steps.pkl", "other_vecnormalize_128_steps.pkl"],
+        "of another model": ["best_vecnormalize.pkl"],
+    }
+    for names in several.values():
+        for name in names:
+            pickled(VecNormalize(), run / name)
+        with pytest.raises(ValueError, match=r"not clear which statistics .*choose one for all with normaliser"):
+            import_checkpoints([run], tmp_path / "store")
+        assert not (tmp_path / "store").exists()
+        for name in names:
+            (run / name).unlink()
     pickled(VecNormalize(), run / "rl_model_vecnormalize_64_steps.pkl")
     with pytest.raises(
         ValueError, match=r"belong to .*rl_model_128_steps.zip: .*vecnormalize_64_steps.pkl; choose one"
     ):
         find_statistics(files)
+    pickled(VecNormalize(5), run / "vec_normalize.pkl")
+    note = import_checkpoints([run], tmp_path / "store").config["source"]["note"]
+    assert f"{run / 'vec_normalize.pkl'}" not in note  # it stands for one checkpoint
+    assert find_statistics(files) == dict(
+        zip(files, (run / "rl_model_vecnormalize_64_steps.pkl", run / "vec_normalize.pkl"), strict=True)
+    )
 
 
-def test_statistics_that_do_not_fit_are_refused(tmp_path):
+def test_statistics_that_do_not_fit_are_not_used(tmp_path):
     run_of(tmp_path / "run", **SAID)
     running = RunningMeanStd(0)
     running.mean = running.var = np.ones(5)
-    pickled(VecNormalize(obs_rms=running), tmp_path / "run" / "vec_normalize.pkl")
+    statistics = pickled(VecNormalize(obs_rms=running), tmp_path / "run" / "vec_normalize.pkl")
+    store = import_checkpoints([tmp_path / "run"], tmp_path / "store")
+    assert store.is_unnormalised
+    assert "not of as many observations as the policy has" in store.config["source"]["note"]
     with pytest.raises(ValueError, match="of the observation normaliser, must exist with 3 numbers"):
-        import_checkpoints([tmp_path / "run"], tmp_path / "store")
+        describe_import([tmp_path / "run"], normaliser=statistics)
+    with pytest.raises(ValueError, match=r"normaliser is for checkpoint files, and .* is a store"):
+        import_checkpoints([store.path], tmp_path / "again", normaliser=statistics)
+    with pytest.raises(FileNotFoundError, match=r"no file of VecNormalize's statistics .*lost\.pkl"):
+        describe_import([tmp_path / "run"], normaliser=tmp_path / "lost.pkl")
     running.var = np.full(5, -1.0)
     pickled(VecNormalize(obs_rms=running), tmp_path / "run" / "vec_normalize.pkl")
     with pytest.raises(RuntimeError, match="mean and variance must be finite, and the variance not negative"):
-        import_checkpoints([tmp_path / "run"], tmp_path / "store")
+        import_checkpoints([tmp_path / "run"], tmp_path / "other")
     pickled(VecNormalize(obs_rms={"a": running}), tmp_path / "run" / "vec_normalize.pkl")
     with pytest.raises(RuntimeError, match="statistics of several observations, a Dict space"):
-        import_checkpoints([tmp_path / "run"], tmp_path / "store")
+        import_checkpoints([tmp_path / "run"], tmp_path / "other")
+
+
+def laughing(depth: int = 40) -> bytes:
+    """A list of two lists of two lists ... that are the same: small until it is written out."""
+    return b"]q\x00" + b"".join(b"](h" + bytes([i]) + b"h" + bytes([i]) + b"eq" + bytes([i + 1]) for i in range(depth))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\x80\x04" + laughing() + b"h\x28\x8c\x01a\x93.",  # as a module
+        b"\x80\x04" + laughing() + b"h\x28)R.",  # called
+    ],
+)
+def test_names_are_text_and_nothing_large_is_written_out(data, tmp_path):
+    (tmp_path / "a.pkl").write_bytes(data)
+    with pytest.raises(RuntimeError, match=r"a\.pkl (is damaged|holds)") as refused:
+        read_statistics(tmp_path / "a.pkl")
+    assert len(str(refused.value)) < 500
+
+
+def test_arrays_are_of_plain_numbers_and_not_too_long(tmp_path):
+    for dtype, order in ((["f8"], "<"), ("f8", ["<"]), ("O", "|"), ("f8", "?")):
+        made = Made(Name("numpy", "dtype"), (dtype, False, True), (3, order, None, None, None, -1, -1, 0))
+        array = Made(Name("numpy.core.multiarray", "_reconstruct"), (), (1, (1,), made, False, bytes(8)))
+        with pytest.raises(PickleError, match="not of plain numbers"):
+            array_of(array)
+    running = RunningMeanStd(0)
+    running.mean = running.var = np.ones(2**20 + 1, np.uint8)
+    with pytest.raises(RuntimeError, match="an array of 1,048,577 numbers, at most 1,048,576 are read"):
+        read_statistics(pickled(VecNormalize(obs_rms=running), tmp_path / "a.pkl"))
 
 
 # ---- live
@@ -374,7 +428,15 @@ def test_a_recorder_folds_what_normalises_now(tmp_path):
         recorder.log(agent, env_steps=0, normaliser=normaliser)
         assert recorder.holds(agent, normaliser=normaliser)
         normaliser.obs_rms.mean = normaliser.obs_rms.mean + 1.0
+        assert recorder.holds(agent, normaliser=normaliser)  # statistics go on where weights stay
+        with torch.no_grad():
+            agent.actor_mean[2].bias += 1.0
         assert not recorder.holds(agent, normaliser=normaliser)
+        with pytest.raises(ValueError, match="normaliser must be given in every call or in none"):
+            recorder.log(agent, env_steps=1)
+        normaliser.norm_obs = False
+        with pytest.raises(ValueError, match="normaliser must be given in every call or in none"):
+            recorder.log(agent, env_steps=1, normaliser=normaliser)
         recorder.log(agent, env_steps=1, normaliser=normaliser.obs_rms)
         with pytest.raises(ValueError, match="normaliser must have obs_rms, or mean and var, got object"):
             recorder.log(agent, env_steps=2, normaliser=object())
@@ -424,6 +486,15 @@ def test_a_dry_run_says_what_each_tensor_is_taken_for_and_writes_nothing(tmp_pat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
     stored = import_checkpoints([run], tmp_path / "store")
     assert ("trial", f"{stored.path}, trial 0: 2 checkpoints, env steps 64 to 128") in describe_import([stored.path])
+
+
+def test_a_dry_run_reads_the_weights_too(tmp_path):
+    path = sb3_zip(tmp_path / "a.zip", 1)
+    state = read_checkpoint_file(path)
+    state.state["action_net.bias"][:] = np.nan
+    path.write_bytes(state.to_bytes())
+    with pytest.raises(ValueError, match=r"action_net.bias must be finite"):
+        describe_import([path])
 
 
 def test_what_is_not_clear_is_refused_in_a_dry_run_too(tmp_path):

@@ -474,6 +474,29 @@ def test_observation_statistics_travel_with_every_checkpoint(tmp_path: Path) -> 
     np.testing.assert_allclose(again, last, atol=1e-5)
 
 
+def test_a_normalised_run_can_be_resumed_and_other_normalisers_are_said(tmp_path: Path) -> None:
+    def normalised() -> Any:
+        return VecNormalize(DummyVecEnv([lambda: Monitor(gymnasium.make(ENV_ID))]))
+
+    env = normalised()
+    model = sb3.PPO("MlpPolicy", env, n_steps=64, n_epochs=1, seed=0, device="cpu")
+    model.learn(128, callback=RecorderCallback(tmp_path / "run"))
+    model.save(tmp_path / "model.zip")
+    env.save(tmp_path / "vec_normalize.pkl")
+    env = VecNormalize.load(tmp_path / "vec_normalize.pkl", DummyVecEnv([lambda: Monitor(gymnasium.make(ENV_ID))]))
+    again = sb3.PPO.load(tmp_path / "model.zip", env=env, device="cpu")
+    again.learn(128, callback=RecorderCallback(tmp_path / "run", resume=True), reset_num_timesteps=False)
+    assert Store.open(tmp_path / "run").trial(0).env_steps.tolist() == [0, 64, 128, 192, 256]
+    other = sb3.PPO("MlpPolicy", normalised(), n_steps=64, n_epochs=1, seed=1, device="cpu")
+    with pytest.raises(ValueError, match="with other weights"):
+        other.learn(64, callback=RecorderCallback(tmp_path / "run", resume=True))
+    stacked = sb3.PPO("MlpPolicy", VecFrameStack(normalised(), 2), n_steps=64, n_epochs=1, device="cpu")
+    stacked.learn(64, callback=RecorderCallback(tmp_path / "stacked"))
+    store = Store.open(tmp_path / "stacked")
+    assert store.is_unnormalised
+    assert "whose statistics are not recorded" in store.config["source"]["note"]
+
+
 def test_a_jump_that_does_not_hold_is_put_back(monkeypatch):
     """Every jump is refused: the run loses the iteration after it and goes on from the weights before it."""
     monkeypatch.setattr(Walk, "expected", lambda walk: (float("inf"), 0.0))

@@ -83,6 +83,7 @@ class RecorderCallback(BaseCallback):
             resume=resume,
             config={"algorithm": type(self.model).__name__, "seed": self.model.seed, **(self.config or {})},
             note=self._note(),
+            unnormalised=self._normaliser() is None and self._is_normalised(),
         )
         self._recorder = _open_recorders[self.path.resolve()] = recorder
         steps = self.model.num_timesteps
@@ -136,10 +137,10 @@ class RecorderCallback(BaseCallback):
 
     def _note(self) -> str | None:
         """Return in words how the run's environment differs from the simulator's; None where no difference is known."""
-        notes, normaliser = [], self.model.get_vec_normalize_env()
+        notes = []
         if self._normaliser() is not None:
             notes.append(FOLDED_NOTE.format(clip=self._normaliser().clip_obs))
-        elif normaliser is not None and normaliser.norm_obs:
+        elif self._is_normalised():
             notes.append("observations were normalised by VecNormalize, whose statistics are not recorded")
         changes = self._changes()
         if changes:
@@ -152,13 +153,19 @@ class RecorderCallback(BaseCallback):
     def _normaliser(self) -> Any:
         """Return the VecNormalize whose statistics are folded into the policy's first layer, or None."""
         normaliser = self.model.get_vec_normalize_env()
-        if normaliser is None or not normaliser.norm_obs or not hasattr(normaliser.obs_rms, "mean"):
-            return None  # statistics of a Dict space are several
         try:
-            find_actor(self.model.policy.state_dict() | live_statistics(normaliser).to_state(), actor=self._actor)
+            statistics = live_statistics(normaliser)
+            if statistics is None:
+                return None
+            state = self.model.policy.state_dict() | statistics.to_state()
+            find_actor(state, actor=self._actor).flatten(state)
         except ValueError:
-            return None  # not an MLP that it could be folded into
+            return None  # none, or of a Dict; not an MLP that they could be folded into; another number of observations
         return normaliser
+
+    def _is_normalised(self) -> bool:
+        normaliser = self.model.get_vec_normalize_env()
+        return normaliser is not None and bool(normaliser.norm_obs)
 
     def _changes(self) -> list[str]:
         """Return in words how the environment differs from the one registered under its id."""

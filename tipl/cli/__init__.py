@@ -45,15 +45,16 @@ def main() -> None:
     """
     warnings.showwarning = print_warning  # type: ignore[assignment]
     try:
-        if sys.argv[1:] == ["--version"]:
+        arguments = [argument for argument in sys.argv[1:] if argument != "--quiet"]
+        if arguments == ["--version"]:
             print_versions()
             return
-        if "--quiet" in sys.argv[1:]:
+        if arguments != sys.argv[1:]:
             hide_progress()
         command = tyro.cli(
             Command,
             prog="tipl",
-            args=[argument for argument in sys.argv[1:] if argument != "--quiet"],
+            args=arguments,
             description="Forecast where PPO takes a policy's weights. Start with `tipl demo`; `tipl --version` says "
             "what is installed, and on which devices the engine can compute. With --quiet, a command says nothing of "
             "its progress: on a terminal a bar, elsewhere a line every ten seconds.",

@@ -245,6 +245,8 @@ class Score:
     def run(self) -> None:
         if self.plot is not None:
             plot_path("score", self.plot, overwrite=self.overwrite)
+            if self.plot == self.output:
+                raise ValueError(f"score: output and plot must be two files, got {self.plot} for both")
         with contextlib.nullcontext() if self.output is None else published(self.output, "score") as aside:
             scores = score(
                 Store.open(self.store),

@@ -220,7 +220,7 @@ class Export:
     """How the actor's keys in --like begin, where that file holds several networks and the weights do not say which."""
     normaliser: PathArg | None = None
     """The file of VecNormalize's statistics that the new file will be used with, where they were folded into the
-    weights; by default the one beside --like."""
+    weights; by default the one beside --like; "none" leaves them folded in, for observations as they are."""
     max_bytes: int | None = None
     """The largest size of --like, and of what it unpacks to, as in `tipl import`."""
 

@@ -117,7 +117,7 @@ def _judged_results(
     if store.is_unnormalised:
         raise ValueError(
             f"evaluate: the runs in {store.path} saw observations through VecNormalize, and the store lacks its "
-            "statistics, without which the policies act otherwise: import them again with normaliser"
+            "statistics, without which the policies act otherwise: import the checkpoint files again with normaliser"
         )
     source, started = source_to_judge(store, forecaster), time.perf_counter()
     judges = source if fresh is None else _all_of(fresh, source, forecaster)

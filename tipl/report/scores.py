@@ -112,8 +112,10 @@ def score(
     if store.is_unnormalised:
         raise ValueError(
             f"score: the runs in {store.path} saw observations through VecNormalize, and the store lacks its "
-            "statistics: import them again with normaliser"
+            "statistics: import the checkpoint files again with normaliser"
         )
+    if store.env_id == "unknown":
+        raise ValueError(f"score: {store.path} does not know its environment: import the runs again with env_id")
     for name, value in (("num_episodes", num_episodes), ("every", every)):
         if value < 1:
             raise ValueError(f"score: {name} must be at least 1, got {value}")

@@ -42,7 +42,8 @@ def export_checkpoint(
         actor: the prefix of the actor's keys in `like`, or several prefixes; needed where `like` holds other networks
             too and `weights` has no record of its actor's keys.
         normaliser: the file of VecNormalize's statistics that the new file will be used with, where statistics are
-            folded into the weights' first layer; by default the one that lies beside `like`.
+            folded into the weights' first layer; by default the one that lies beside `like`. "none" leaves them
+            folded in, for use with observations as they are.
         max_bytes: limit for `like`, as in `import_checkpoints`.
 
     Raises FileExistsError where `output` exists; OutputInUse where another process is making it; FileNotFoundError;
@@ -86,7 +87,7 @@ def _exported(
     template = read_checkpoint_file(like, max_bytes=max_bytes)
     try:
         folded = ((source.get("source") or {}).get("actor") or {}).get("normaliser") == STATISTICS
-        if folded or normaliser is not None:
+        if str(normaliser) != "none" and (folded or normaliser is not None):
             template.state |= _statistics_beside(like, normaliser).to_state()
         _actor_of_template(template, like, source, len(row), actor).write(row, template.state)
     except ValueError as error:

@@ -4,6 +4,7 @@ One folder of checkpoint files is one trial. The store's config records under "s
 tensor each part of a row came from.
 """
 
+import collections
 import dataclasses
 import os
 from collections.abc import Sequence
@@ -112,6 +113,9 @@ def describe_import(
     """
     reading = _Reading(activation, actor, step_pattern, normaliser, num_checkpoints, max_bytes)
     plan = _Plan.of([Path(source) for source in sources], env_id, pattern, reading)
+    for run in plan.runs:
+        for i in range(plan.length):
+            run.read(i, i + 1)  # refuses what the import would
     first = plan.runs[0]
     lines = [("policy", f"{plan.policy}"), ("env_id", plan.env_id)]
     if isinstance(first, _FileRun):
@@ -205,16 +209,19 @@ class _Reading:
             return _Normalisers.of(dict.fromkeys(paths, Path(self.normaliser)))
         if last.format != "sb3":
             return _Normalisers()
-        if actor.kind != "sb3":
-            return _Normalisers(note=_NOT_FOLDED if last.normalised else "")
         try:
             found = find_statistics(paths)
         except ValueError as error:
-            if last.normalised:
+            if last.normalised and actor.kind == "sb3":
                 raise ValueError(f"import: {error}") from error
             found = {}
+        if actor.kind != "sb3":
+            return _Normalisers(note=_NOT_FOLDED if found else "")
         if last.normalised:
-            return _Normalisers.of(found) if found else _Normalisers(note=_WITHOUT_STATISTICS, unnormalised=True)
+            read = _Normalisers.of(found)
+            if not found or not read.fit(actor):
+                return _Normalisers(note=_UNFIT if found else _WITHOUT_STATISTICS, unnormalised=True)
+            return read
         if not found:
             return _Normalisers()
         unused = next(iter(found.values())).name
@@ -224,10 +231,18 @@ class _Reading:
         )
 
 
-_NOT_FOLDED = "observations came through VecNormalize, whose statistics are not folded into networks of this kind"
+_NOT_FOLDED = (
+    "statistics of VecNormalize lie beside the checkpoints: they are not folded into networks of this kind, and have to"
+    " stay with the weights"
+)
 _WITHOUT_STATISTICS = (
     "observations came through VecNormalize, whose statistics do not lie beside the checkpoints: pass their file as "
-    "normaliser, without it these policies cannot be run in the simulator"
+    'normaliser, or "none" if it left observations as they are (norm_obs=False); as it is, these policies cannot be run'
+    " in the simulator"
+)
+_UNFIT = (
+    "the statistics of VecNormalize beside the checkpoints are not of as many observations as the policy has: another "
+    "wrapper comes after it, and these policies cannot be run in the simulator"
 )
 
 
@@ -246,10 +261,18 @@ class _Normalisers:
         of_path = {path: it for path, file in files.items() if (it := read[file]) is not None}
         if not of_path:
             return cls()  # norm_obs=False
-        note = FOLDED_NOTE.format(clip=next(iter(of_path.values())).clip)
-        if len(read) == 1 and len(files) > 1:
-            note += f"; the statistics in {shown(next(iter(read)).name)} stand for all checkpoints, not the last alone"
-        return cls(of_path, note)
+        notes = [FOLDED_NOTE.format(clip=next(iter(of_path.values())).clip)]
+        uses = collections.Counter(files.values())
+        for file, count in uses.items():
+            if count > 1:
+                whose = "all checkpoints" if len(uses) == 1 else f"{count} checkpoints without a file of their own"
+                notes.append(f"the statistics in {shown(file)}, of one moment, stand for {whose}")
+        return cls(of_path, "; ".join(notes))
+
+    def fit(self, actor: Actor) -> bool:
+        """Return whether the statistics are of as many observations as the actor has."""
+        dims = {it.mean.size for it in self.of_path.values()}
+        return not isinstance(actor.policy, PolicySpec) or dims <= {actor.policy.obs_dim}
 
 
 class _Run(Protocol):
@@ -378,6 +401,10 @@ def _runs(sources: list[Path], pattern: str, reading: _Reading) -> list[_Run]:
     runs: list[_Run] = []
     for folder in folders:
         if (folder / "zarr.json").exists():
+            if reading.normaliser is not None:
+                raise ValueError(
+                    f"import: normaliser is for checkpoint files, and {shown(folder)} is a store: import its files"
+                )
             store = Store.open(folder)
             runs += [_StoredRun(store, store.trial(i)) for i in range(store.num_trials)]
             continue

@@ -8,6 +8,7 @@ another stream) are refused by name.
 """
 
 import dataclasses
+import math
 import pickletools
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 MAX_BYTES = 2**26
-MAX_OPCODES = 2**20  # about two seconds
+MAX_OPCODES = 2**18  # some seconds
+MAX_NUMBERS = 2**20  # of an array
 
 _MARK = object()
 
@@ -40,7 +42,7 @@ class Name:
 class Made:
     """What pickle would make by calling `name`, or by making an object of that class, with `arguments`."""
 
-    name: Any
+    name: Name
     arguments: Any
     state: Any = None
     """What pickle would set on it."""
@@ -114,7 +116,9 @@ class _Machine:
 
     def make(self, keywords: bool = False) -> None:
         arguments = (self.pop(), self.pop())[::-1] if keywords else self.pop()
-        self.stack.append(Made(self.pop(), arguments))
+        name = self.pop()
+        # What another call returned can be called too; its name is never asked for.
+        self.stack.append(Made(name if isinstance(name, Name) else Name("", "a call's result"), arguments))
 
     def import_name(self, text: Any) -> None:
         """Replace module and name on the stack, or those in the opcode itself, by a Name."""
@@ -122,7 +126,9 @@ class _Machine:
             name, module = self.pop(), self.pop()
         else:
             module, _, name = text.partition(" ")
-        self.stack.append(Name(str(module), str(name)))
+        if not (isinstance(module, str) and isinstance(name, str)):
+            raise PickleError("is damaged: a name is no text")
+        self.stack.append(Name(module, name))
 
     def build(self) -> None:
         state, made = self.pop(), self.stack[-1]
@@ -262,13 +268,13 @@ def _array(shape: Any, dtype: Any, content: Any, order: Any) -> NDArray[Any]:
         content = b"".join(_arguments(content, 0))
     if isinstance(content, str):
         content = content.encode("latin1")
-    is_shape = isinstance(shape, tuple) and all(type(size) is int and 0 <= size < 2**32 for size in shape)
+    is_shape = isinstance(shape, tuple) and all(type(size) is int and 0 <= size < 2**32 for size in shape[:9])
     if not is_shape or len(shape) > 8 or not isinstance(content, bytes | bytearray) or order not in ("C", "F"):
         raise PickleError("is damaged: an array's shape or content is none")
     kind = _dtype(dtype)
-    count = 1
-    for size in shape:
-        count *= size
+    count = math.prod(shape)
+    if count > MAX_NUMBERS:
+        raise PickleError(f"holds an array of {count:,} numbers, at most {MAX_NUMBERS:,} are read")
     if count * kind.itemsize != len(content):
         raise PickleError(f"is damaged: an array of shape {shape} of {kind} has {len(content)} bytes")
     return np.frombuffer(bytes(content), kind).reshape(shape, order=order)
@@ -279,6 +285,8 @@ def _dtype(value: Any) -> np.dtype[Any]:
     made = isinstance(value, Made) and value.name == Name("numpy", "dtype") and isinstance(value.arguments, tuple)
     code = value.arguments[0] if made and value.arguments else None
     order = value.state[1] if made and isinstance(value.state, tuple) and len(value.state) > 1 else "="
+    if not (isinstance(code, str) and isinstance(order, str)):
+        raise PickleError("holds an array that is not of plain numbers")
     if code not in {"f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1"} or order not in set("<>=|"):
         raise PickleError("holds an array that is not of plain numbers")
     return np.dtype(f"{order}{code}")

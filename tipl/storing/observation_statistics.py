@@ -63,9 +63,12 @@ def statistics_of(mean: Any, var: Any, *, epsilon: float, clip: float) -> Observ
     return ObservationStatistics(mean, np.sqrt(var + epsilon), float(clip))
 
 
-def live_statistics(normaliser: Any) -> ObservationStatistics:
+def live_statistics(normaliser: Any) -> ObservationStatistics | None:
     """Return the statistics that a normaliser has now: a VecNormalize, a NormalizeObservation of Gymnasium's, or any
-    object with `mean` and `var` (obs_dim,), such as their `obs_rms`. Raises ValueError where it has none."""
+    object with `mean` and `var` (obs_dim,), such as their `obs_rms`; None where it leaves observations as they are.
+    Raises ValueError where it has none."""
+    if getattr(normaliser, "norm_obs", True) is False:
+        return None
     running = getattr(normaliser, "obs_rms", normaliser)
     if not (hasattr(running, "mean") and hasattr(running, "var")):
         raise ValueError(f"normaliser must have obs_rms, or mean and var, got {type(normaliser).__name__}")
@@ -77,9 +80,11 @@ def read_statistics(path: str | Path) -> ObservationStatistics | None:
     """Return the statistics in a file of VecNormalize's, None where it left observations as they are (norm_obs=False).
 
     Raises RuntimeError where the file is damaged, holds anything but a VecNormalize, or statistics of several
-    observations (a Dict space); OSError where it cannot be read.
+    observations (a Dict space); FileNotFoundError, or another OSError where it cannot be read.
     """
     path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"there is no file of VecNormalize's statistics {shown(path)}")
     try:
         return _statistics_in(read_file(path, max_bytes=MAX_BYTES))
     except (PickleError, ValueError) as error:
@@ -112,8 +117,9 @@ def _statistics_in(data: bytes) -> ObservationStatistics | None:
 def find_statistics(paths: Sequence[Path]) -> dict[Path, Path]:
     """Return which file has the statistics of each of a run's checkpoints, or {} where there is none.
 
-    Those that CheckpointCallback wrote beside a checkpoint are its own. Else there must be one file in the checkpoints'
-    folder or one level below, which stands for all of them. Raises ValueError where several could be meant.
+    Those that CheckpointCallback wrote beside a checkpoint are its own. For the others there must be one
+    vecnormalize.pkl or vec_normalize.pkl in the checkpoints' folder or one level below. Raises ValueError where there
+    are several of these, or only files of other names.
     """
     own = {path: _beside(path) for path in paths}
     own = {path: it for path, it in own.items() if it.is_file()}
@@ -128,19 +134,17 @@ def find_statistics(paths: Sequence[Path]) -> dict[Path, Path]:
         for it in folder.glob(place + name)
         if it.is_file()
     }
-    general = sorted(it for it in found if not _CHECKPOINT.fullmatch(it.stem))
+    general = sorted(it for it in found if it.stem in ("vecnormalize", "vec_normalize"))
     if len(general) == 1:
         return dict.fromkeys(paths, general[0]) | own
-    if general or own:
-        missing = next(path for path in paths if path not in own)
-        several = ", ".join(map(shown, general[:4])) or shown(next(iter(own.values())))
-        raise ValueError(
-            f"it is not clear which statistics of VecNormalize belong to {shown(missing)}: {several}; choose one for "
-            "all with normaliser"
-        )
-    if len(found) == 1 and len(paths) == 1:
-        return dict.fromkeys(paths, found.pop())
-    return {}
+    if not found:
+        return {}
+    missing = next(path for path in paths if path not in own)
+    several = ", ".join(map(shown, (general or sorted(found))[:4]))
+    raise ValueError(
+        f"it is not clear which statistics of VecNormalize belong to {shown(missing)}: {several}; choose one for all "
+        "with normaliser"
+    )
 
 
 def _beside(path: Path) -> Path:

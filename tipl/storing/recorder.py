@@ -1,5 +1,6 @@
 """Record the path of a policy's weights in any torch training loop."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -9,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tipl.storing.foreign_actors import Actor, differences, find_actor
+from tipl.storing.foreign_actors import STATISTICS, Actor, differences, find_actor
 from tipl.storing.importer import source_record
 from tipl.storing.observation_statistics import live_statistics
-from tipl.storing.store import Store
+from tipl.storing.store import UNNORMALISED, Store
 
 
 class Recorder:
@@ -37,6 +38,7 @@ class Recorder:
         resume: bool = False,
         config: Mapping[str, Any] | None = None,
         note: str | None = None,
+        unnormalised: bool = False,
     ) -> None:
         """Record into a new store at `path`, which the first `log` creates.
 
@@ -49,13 +51,15 @@ class Recorder:
             resume: append to the store that an earlier recorder left at `path`, if there is one.
             config: the run's settings, plain JSON, kept in the store.
             note: what a user of the store must know, kept in its config and shown by `tipl import`.
+            unnormalised: the policy sees observations that are normalised, and `log` is not told how: it cannot be run
+                in the simulator.
 
         Raises FileExistsError where `path` exists and `resume` is not set; RuntimeError where the store is damaged or
         another recorder has it open; ValueError where it is not a recording of this env_id.
         """
         self.path = Path(path)
         self._env_id, self._activation, self._config = env_id, activation, dict(config or {})
-        self._keys, self._note = actor, note or ""
+        self._keys, self._note, self._unnormalised = actor, note or "", unnormalised
         self._store: Store | None = None
         self._actor: Actor | None = None
         self.env_steps = -1
@@ -94,6 +98,8 @@ class Recorder:
         try:
             if self._actor is None:
                 self._actor = self._first(state)
+            if (self._actor.normaliser == STATISTICS) != (f"{STATISTICS}_mean" in state):
+                raise ValueError("normaliser must be given in every call or in none")
             weights = self._actor.flatten(state)
         except ValueError as error:
             raise ValueError(f"log: policy: {error}") from error
@@ -106,17 +112,24 @@ class Recorder:
     def holds(self, policy: torch.nn.Module | Mapping[str, Tensor], *, normaliser: Any = None) -> bool:
         """Return whether the last checkpoint on disk equals the policy's weights as they are now, as `log` takes them.
 
+        With a normaliser the first layer is not compared: statistics go on where weights stay, as in a reset.
+
         Raises ValueError where the parameters' names or shapes differ from those recorded, or a value is NaN or Inf.
         """
         if self._store is None or not self._store.num_checkpoints:
             return False
         try:
             state = _state(policy, normaliser)
-            weights = self._first(state).flatten(state)
+            actor = self._first(state)
+            weights = actor.flatten(state)
         except ValueError as error:
             raise ValueError(f"Recorder: policy: {error}") from error
         last = self._store.num_checkpoints - 1
-        return np.array_equal(self._store.trial(0).weights(last, last + 1)[0], weights)
+        same = self._store.trial(0).weights(last, last + 1)[0] == weights
+        if actor.normaliser == STATISTICS:
+            for offset, shape in list(actor.policy.layout.values())[1:3]:  # the first layer's, after log_std
+                same[offset : offset + math.prod(shape)] = True
+        return bool(same.all())
 
     def close(self) -> None:
         """Close the store, so that another writer may open it; `log` can no longer append."""
@@ -148,7 +161,7 @@ class Recorder:
 
     def _create(self, actor: Actor) -> Store:
         source = source_record(actor, "recorder", self._note, activation_assumed=self._activation is None)
-        config = {**self._config, "source": source}
+        config = {**self._config, "source": source | ({UNNORMALISED: True} if self._unnormalised else {})}
         return Store.create(self.path, env_id=self._env_id, policy=actor.policy, seeds=[0], config=config)
 
     def _resume(self) -> Store:
@@ -165,4 +178,5 @@ def _state(policy: torch.nn.Module | Mapping[str, Tensor], normaliser: Any) -> d
     """Return the policy's tensors, and beside them the statistics of what normalises its observations."""
     state = policy.state_dict() if isinstance(policy, torch.nn.Module) else policy
     tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
-    return tensors if normaliser is None else tensors | live_statistics(normaliser).to_state()
+    statistics = None if normaliser is None else live_statistics(normaliser)
+    return tensors if statistics is None else tensors | statistics.to_state()
