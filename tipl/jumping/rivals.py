@@ -19,7 +19,7 @@ from tipl.jumping.jumps import At, Every, Forecasts, Jump, Jumps, Test, Walk, ro
 from tipl.jumping.learner import Learner, Singles
 from tipl.subspace.prefix import Prefix
 
-UNTESTED = JumpConfig(margin=None)
+UNTESTED = JumpConfig(margin=None, log_std_drop=None)
 
 
 class OuterSteps:
