@@ -173,6 +173,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "decode": decode_table,
     "svd": lambda record: plain_table(record, "svd", "rows x columns"),
     "collect": lambda record: plain_table(record, "collect", "task, trials"),
+    "train": lambda record: plain_table(record, "train", "model, batch"),
 }
 
 
