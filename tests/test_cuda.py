@@ -110,7 +110,9 @@ def test_weights_that_do_not_fit_into_shared_memory_are_read_where_they_are(dtyp
     for decoder in decoders:
         decoder.prefill(x[:, :4].copy())
     ours, theirs = (decoder.step(x[:, 4].copy()) for decoder in decoders)
-    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-3 * np.abs(theirs).max())
+    # With AVX512-BF16 the CPU rounds activations too, where weights are bfloat16.
+    tolerance = 1e-3 if dtype == "float32" else 5e-3
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerance * np.abs(theirs).max())
 
 
 # ---- arrays
