@@ -2,11 +2,10 @@
 
 import contextlib
 import functools
-import time
 
 import pytest
 import torch
-from measure import Clock, Row, rows_of, side_by_side
+from measure import Row, clock, rows_of, side_by_side
 from record import Record
 
 from tipl import JumpConfig, Jumper, PPOConfig, load_pretrained
@@ -16,15 +15,6 @@ from tipl.jumping.jumps import Jumps
 from tipl.jumping.learner import PopulationLearner
 
 NUM_TRIALS = 64
-
-
-def clock(work) -> Clock:
-    def run() -> float:
-        start = time.perf_counter()
-        work()
-        return time.perf_counter() - start
-
-    return run
 
 
 @pytest.mark.parametrize("env_id", ["HalfCheetah-v5", "InvertedPendulum-v5"])

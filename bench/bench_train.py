@@ -1,11 +1,11 @@
 """Training the forecaster: an optimiser step of the Transformer, beside torch's autograd doing the same."""
 
-import time
+import functools
 from collections.abc import Callable
 
 import pytest
 import torch
-from measure import Clock, Row, rows_of, side_by_side
+from measure import Row, clock, rows_of, side_by_side
 from record import Record
 from roofs import Roofs
 
@@ -33,16 +33,6 @@ def flops_of(config: ModelConfig, horizon: int) -> float:
     return 6.0 * BATCH * (always + (block - 2 * d * d + config.n_components * d) * asked)
 
 
-def clock(work: Callable[[], None], num_threads: int) -> Clock:
-    def run() -> float:
-        with torch_threads(num_threads):
-            start = time.perf_counter()
-            work()
-            return time.perf_counter() - start
-
-    return run
-
-
 @pytest.mark.parametrize("size", SIZES)
 def bench_step(size: str, record: Record, roofs: Roofs) -> None:
     """Rollouts from a prefix to the path's end, with dropout, and the gradient of their error through all of them."""
@@ -56,15 +46,15 @@ def bench_step(size: str, record: Record, roofs: Roofs) -> None:
     past, future = paths[:, : PREFIX_END + 1], paths[:, PREFIX_END + 1 :]
     native = RolloutGradient(model, batch_size=BATCH, num_tokens=LENGTH, generator=torch.Generator())
 
-    def step(unroll: Callable[[torch.Tensor, int], torch.Tensor]) -> Callable[[], None]:
-        def run() -> None:
+    def step(unroll: Callable[[torch.Tensor, int], torch.Tensor], num_threads: int) -> None:
+        with torch_threads(num_threads):
             model.zero_grad()
             (unroll(past, horizon) - future).square().sum(-1).sqrt().mean().backward()
 
-        return run
-
-    clocks = {"tipl": clock(step(native.unroll), 1)}
-    clocks |= {f"torch autograd, {n} threads": clock(step(model.unroll), n) for n in sorted({1, cores})}
+    clocks = {"tipl": clock(functools.partial(step, native.unroll, 1))}
+    clocks |= {
+        f"torch autograd, {n} threads": clock(functools.partial(step, model.unroll, n)) for n in sorted({1, cores})
+    }
 
     def measure() -> list[Row]:
         seconds = side_by_side(clocks, rounds=(3, 15), budget_s=30)

@@ -9,6 +9,17 @@ Clock = Callable[[], float]
 """Does the work once and returns the seconds that it took, per step or in total."""
 
 
+def clock(work: Callable[[], object]) -> Clock:
+    """Return the clock of a piece of work."""
+
+    def run() -> float:
+        start = time.perf_counter()
+        work()
+        return time.perf_counter() - start
+
+    return run
+
+
 @dataclass(frozen=True)
 class Row:
     """One case of tipl beside one peer; ratio > 1 where tipl is faster."""

@@ -34,7 +34,6 @@ struct RolloutBatch {
 
   ptrdiff_t predictions() const noexcept { return horizon == 0 ? tokens : horizon; }
   ptrdiff_t tokens_read() const noexcept { return horizon == 0 ? tokens : tokens + horizon - 1; }
-  bool rolls_out() const noexcept { return horizon > 0; }
 };
 
 // One call at a time: a second one gets std::runtime_error. Calls ask a Poll, and throw Interrupted.

@@ -68,6 +68,7 @@ class RecorderCallback(BaseCallback):
         self.path, self.env_id, self.every, self.resume, self.config = Path(path), env_id, every, resume, config
         self._actor = actor
         self._recorder: Recorder | None = None
+        self._normaliser: Any = None  # the VecNormalize whose statistics are folded into each checkpoint
         self._recorded_update: int | None = None  # model._n_updates at the last checkpoint; it counts epochs
         self._earlier_steps = 0  # env steps of earlier learn() calls, where this one starts its count again
 
@@ -75,6 +76,7 @@ class RecorderCallback(BaseCallback):
         resume = self.resume or self._recorder is not None  # learn() once more
         if resume and self.path.resolve() in _open_recorders:
             _open_recorders.pop(self.path.resolve()).close()
+        self._normaliser = self._find_normaliser()
         recorder = Recorder(
             self.path,
             env_id=self.env_id or self._own_env_id(),
@@ -83,12 +85,12 @@ class RecorderCallback(BaseCallback):
             resume=resume,
             config={"algorithm": type(self.model).__name__, "seed": self.model.seed, **(self.config or {})},
             note=self._note(),
-            unnormalised=self._normaliser() is None and self._is_normalised(),
+            unnormalised=self._normaliser is None and self._is_normalised(),
         )
         self._recorder = _open_recorders[self.path.resolve()] = recorder
         steps = self.model.num_timesteps
         try:
-            holds = recorder.holds(self.model.policy, normaliser=self._normaliser())
+            holds = recorder.holds(self.model.policy, normaliser=self._normaliser)
         except ValueError:
             self._close()
             raise
@@ -131,15 +133,15 @@ class RecorderCallback(BaseCallback):
             model.policy,
             env_steps=steps,
             episodic_return=float(np.mean(returns)) if returns else None,
-            normaliser=self._normaliser(),
+            normaliser=self._normaliser,
         )
         self._recorded_update = model._n_updates
 
     def _note(self) -> str | None:
         """Return in words how the run's environment differs from the simulator's; None where no difference is known."""
         notes = []
-        if self._normaliser() is not None:
-            notes.append(FOLDED_NOTE.format(clip=self._normaliser().clip_obs))
+        if self._normaliser is not None:
+            notes.append(FOLDED_NOTE.format(clip=self._normaliser.clip_obs))
         elif self._is_normalised():
             notes.append("observations were normalised by VecNormalize, whose statistics are not recorded")
         changes = self._changes()
@@ -150,7 +152,7 @@ class RecorderCallback(BaseCallback):
             )
         return "; ".join(notes) or None
 
-    def _normaliser(self) -> Any:
+    def _find_normaliser(self) -> Any:
         """Return the VecNormalize whose statistics are folded into the policy's first layer, or None."""
         normaliser = self.model.get_vec_normalize_env()
         try:

@@ -94,9 +94,9 @@ void SequenceGroup::forward(const float *param, const RolloutBatch &batch, ptrdi
   first_ = first;
   first_predicting_ = batch.tokens_read() - predictions;
   sequences_ = std::min(kSequences, batch.size - first);
-  take_tokens(batch, first);
   batch_ = batch;
-  take_masks(batch.dropout, batch.seed, first);
+  take_tokens();
+  take_masks();
   advance(param, {0, batch.tokens}, rank, poll);
   for (ptrdiff_t token = batch.tokens; token < batch.tokens_read(); ++token) {
     write_token(token, predictions_.data() + column_of(token - 1), tokens_.data() + column_of(token - 1));
@@ -111,17 +111,17 @@ void SequenceGroup::forward(const float *param, const RolloutBatch &batch, ptrdi
 }
 
 // Writes what embed reads of the tokens given; sequences that the group lacks are zero.
-void SequenceGroup::take_tokens(const RolloutBatch &batch, ptrdiff_t first) {
+void SequenceGroup::take_tokens() {
   const ptrdiff_t k = config_.n_components;
   float *const x = tokens_.data();
-  for (ptrdiff_t t = 0; t < batch.tokens_read(); ++t) {
+  for (ptrdiff_t t = 0; t < batch_.tokens_read(); ++t) {
     float *const since_prefix = x + 2 * k * stride_ + column_of(t);
     for (ptrdiff_t s = 0; s < kSequences; ++s) {
       const bool there = s < sequences_;
-      const double since = static_cast<double>(t) - static_cast<double>(there ? batch.prefix_ends[first + s] : t);
+      const double since = static_cast<double>(t) - static_cast<double>(there ? batch_.prefix_ends[first_ + s] : t);
       since_prefix[s] = static_cast<float>(since) / static_cast<float>(config_.max_len);
-      if (t >= batch.tokens) continue;
-      const float *const now = batch.x + ((first + s) * batch.tokens + t) * k;
+      if (t >= batch_.tokens) continue;
+      const float *const now = batch_.x + ((first_ + s) * batch_.tokens + t) * k;
       for (ptrdiff_t r = 0; r < k; ++r) {
         const float value = there ? now[r] : 0.0f, before = there && t > 0 ? now[r - k] : value;
         x[r * stride_ + column_of(t) + s] = value;
@@ -147,10 +147,10 @@ void SequenceGroup::write_token(ptrdiff_t token, const float *x, const float *be
 // Draws which outputs of the blocks are dropped: mask 2 l + i is that of layer l after attention (i = 0) and after fc2
 // (i = 1). Unit u of token t of sequence b is kept where half u mod 8 of philox4x32({u / 8, t, mask, b}, seed) is at
 // least dropout * 2^16, and is then divided by the share that is kept.
-void SequenceGroup::take_masks(float dropout, uint64_t seed, ptrdiff_t first) {
-  const auto threshold = static_cast<uint32_t>(std::min(std::lround(dropout * 0x1p16f), 0xffffL));
+void SequenceGroup::take_masks() {
+  const auto threshold = static_cast<uint32_t>(std::min(std::lround(batch_.dropout * 0x1p16f), 0xffffL));
   const float kept = 1.0f / (1.0f - static_cast<float>(threshold) * 0x1p-16f);
-  const std::array<uint32_t, 2> key{static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)};
+  const std::array<uint32_t, 2> key{static_cast<uint32_t>(batch_.seed), static_cast<uint32_t>(batch_.seed >> 32)};
   for (ptrdiff_t mask = 0; mask < 2 * std::ssize(blocks_); ++mask) {
     Block &block = blocks_[mask / 2];
     float *const to = (mask % 2 == 0 ? block.mask1 : block.mask2).data();
@@ -162,7 +162,7 @@ void SequenceGroup::take_masks(float dropout, uint64_t seed, ptrdiff_t first) {
       for (ptrdiff_t s = 0; s < sequences_; ++s) {
         for (ptrdiff_t unit = 0; unit < config_.d_model; unit += 8) {
           const auto words = philox4x32({static_cast<uint32_t>(unit / 8), static_cast<uint32_t>(t),
-                                         static_cast<uint32_t>(mask), static_cast<uint32_t>(first + s)},
+                                         static_cast<uint32_t>(mask), static_cast<uint32_t>(first_ + s)},
                                         key);
           for (ptrdiff_t i = 0; i < std::min<ptrdiff_t>(8, config_.d_model - unit); ++i) {
             const uint32_t half = words[i / 2] >> (16 * (i % 2)) & 0xffff;
@@ -212,20 +212,24 @@ void SequenceGroup::advance(const float *param, Tokens tokens, int rank, Poll &p
   }
 }
 
+HeadColumns SequenceGroup::head_columns(Block &block, ptrdiff_t head, ptrdiff_t token) {
+  const ptrdiff_t D = config_.head_dim(), to_keys = config_.d_model * stride_;
+  const float *const q = block.qkv.data() + head * D * stride_;
+  return {.head_dim = D,
+          .stride = stride_,
+          .tokens = token + 1,
+          .query = q + column_of(token),
+          .keys = q + to_keys,
+          .values = q + 2 * to_keys,
+          .log_sum = block.log_sums.data() + head * stride_ + column_of(token),
+          .weights = weights_.data()};
+}
+
 void SequenceGroup::attend(Block &block, Tokens tokens) {
-  const ptrdiff_t D = config_.head_dim(), d = config_.d_model;
+  const ptrdiff_t D = config_.head_dim();
   for (ptrdiff_t head = 0; head < config_.n_head; ++head) {
-    const float *const q = block.qkv.data() + head * D * stride_;
     for (ptrdiff_t t = tokens.begin; t < tokens.end; ++t) {
-      const HeadColumns columns{.head_dim = D,
-                                .stride = stride_,
-                                .tokens = t + 1,
-                                .query = q + column_of(t),
-                                .keys = q + d * stride_,
-                                .values = q + 2 * d * stride_,
-                                .log_sum = block.log_sums.data() + head * stride_ + column_of(t),
-                                .weights = weights_.data()};
-      kernels_.attend_columns(columns, block.attended.data() + head * D * stride_ + column_of(t));
+      kernels_.attend_columns(head_columns(block, head, t), block.attended.data() + head * D * stride_ + column_of(t));
     }
   }
 }
@@ -289,19 +293,10 @@ void SequenceGroup::attend_backward(Block &block, const float *dattended, Tokens
   const ptrdiff_t D = config_.head_dim(), d = config_.d_model;
   for (ptrdiff_t head = 0; head < config_.n_head; ++head) {
     const ptrdiff_t row = head * D * stride_;
-    const float *const q = block.qkv.data() + row;
     float *const dq = block.dqkv.data() + row;
     for (ptrdiff_t t = tokens.end - 1; t >= tokens.begin; --t) {
-      const HeadColumns columns{.head_dim = D,
-                                .stride = stride_,
-                                .tokens = t + 1,
-                                .query = q + column_of(t),
-                                .keys = q + d * stride_,
-                                .values = q + 2 * d * stride_,
-                                .log_sum = block.log_sums.data() + head * stride_ + column_of(t),
-                                .weights = weights_.data()};
-      kernels_.attend_columns_backward(columns, dattended + row + column_of(t), dq + column_of(t), dq + d * stride_,
-                                       dq + 2 * d * stride_, dweights_.data());
+      kernels_.attend_columns_backward(head_columns(block, head, t), dattended + row + column_of(t), dq + column_of(t),
+                                       dq + d * stride_, dq + 2 * d * stride_, dweights_.data());
     }
   }
 }

@@ -79,11 +79,12 @@ class SequenceGroup {
   AlignedFloats matrix(ptrdiff_t rows) const { return AlignedFloats({round_up(rows, kSequences), stride_}); }
   Normal normal(ptrdiff_t rows) const;
 
-  void take_tokens(const RolloutBatch &batch, ptrdiff_t first);
-  void take_masks(float dropout, uint64_t seed, ptrdiff_t first);
+  void take_tokens();
+  void take_masks();
   void write_token(ptrdiff_t token, const float *x, const float *before);
   void advance(const float *param, Tokens tokens, int rank, Poll &poll);
   void retreat(const float *param, Tokens tokens, int rank, Poll &poll);
+  HeadColumns head_columns(Block &block, ptrdiff_t head, ptrdiff_t token);
   void attend(Block &block, Tokens tokens);
   void attend_backward(Block &block, const float *dattended, Tokens tokens);
   void to_token_before(const float *param, ptrdiff_t token);

@@ -24,6 +24,7 @@ from rich.progress import Progress
 from tipl.cluster import Cluster
 from tipl.collecting.envs import make_vec
 from tipl.policy import PolicySpec, mean_action
+from tipl.storing.store import Store
 
 ENVS_AT_ONCE = 256
 """Simulations stepped together: enough to hide Python's cost per step, few enough for all weights to stay in cache."""
@@ -84,6 +85,25 @@ def episodic_returns(
 ) -> NDArray[np.float64]:
     """Return the episodic returns (N, E) of policies (N, p); keywords are those of `run_episodes`."""
     return run_episodes(env_id, policy, weights, episode_seeds, **kwargs).returns
+
+
+def policy_to_run(owner: str, store: Store) -> PolicySpec:
+    """Return the policy of a store's checkpoints, as they act; error texts begin with `owner`.
+
+    Raises ValueError where the simulator cannot run them: they are of another kind, or saw normalised observations
+    whose statistics the store lacks.
+    """
+    if not isinstance(store.policy, PolicySpec):
+        raise ValueError(
+            f"{owner}: the simulator can run only MLPs with a Gaussian, and the store {store.path} "
+            "holds others; `tipl.judging.weight_judgement.weight_errors` judges their weights"
+        )
+    if store.is_unnormalised:
+        raise ValueError(
+            f"{owner}: the runs in {store.path} saw observations through VecNormalize, and the store lacks its "
+            "statistics, without which the policies act otherwise: import the checkpoint files again with normaliser"
+        )
+    return store.policy
 
 
 def can_run(env_id: str, policy: PolicySpec) -> bool:

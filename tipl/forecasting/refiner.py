@@ -27,6 +27,7 @@ from torch.nn import functional as F
 from tipl.files.sealed import load_arrays, save_arrays
 from tipl.forecasting.transformer import arrays_of, set_arrays
 from tipl.policy import Layout
+from tipl.threads import torch_threads
 
 LAGS = tuple(0.1 * i for i in range(10))
 """At which shares of the prefix a weight's past is looked at; the last checkpoint but one is added."""
@@ -191,9 +192,7 @@ class Refiner(nn.Module):
 
         The weights of one horizon have the same bits whichever other horizons are asked for, with any number of
         threads."""
-        num_threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # the last bits of a matrix product depend on their number
-        try:
+        with torch_threads(1):  # the last bits of a matrix product depend on their number
             seen, last = Observed.of(prefix, layout), torch.from_numpy(prefix[-1].copy())
             parts = [slice(start, start + _BLOCK) for start in range(0, len(last), _BLOCK)]
             blocks = [seen.take(part) for part in parts]
@@ -205,8 +204,6 @@ class Refiner(nn.Module):
                     for block, part in zip(blocks, parts, strict=True)
                 ]
                 refined.append(last + torch.cat(answers))
-        finally:
-            torch.set_num_threads(num_threads)
         return torch.stack(refined).numpy()
 
     def save(self, path: Path) -> None:

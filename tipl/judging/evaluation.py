@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 
 from tipl import _core
 from tipl.cluster import connected
-from tipl.collecting.episodes import run_episodes
+from tipl.collecting.episodes import policy_to_run, run_episodes
 from tipl.files.locations import write_atomically
 from tipl.files.publishing import published
 from tipl.files.sealed import save_arrays
@@ -43,7 +43,6 @@ from tipl.forecasting.sources import Source, Split
 from tipl.judging.evaluate_config import EvaluateConfig
 from tipl.judging.return_judgement import NUM_STATES, ReturnJudgement, episode_seeds, judge_returns
 from tipl.judging.weight_judgement import FOLLOW, Case, judge_weights
-from tipl.policy import PolicySpec
 from tipl.progress import progress_bar
 from tipl.storing.store import Store
 
@@ -108,17 +107,7 @@ def _judged_results(
     progress: bool,
 ) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
     """Return what `evaluate` writes: results.json and coordinates.safetensors."""
-    policy = store.policy
-    if not isinstance(policy, PolicySpec):
-        raise ValueError(
-            f"evaluate: the simulator can run only MLPs with a Gaussian, and the store {store.path} "
-            "holds others; `tipl.judging.weight_judgement.weight_errors` judges their weights"
-        )
-    if store.is_unnormalised:
-        raise ValueError(
-            f"evaluate: the runs in {store.path} saw observations through VecNormalize, and the store lacks its "
-            "statistics, without which the policies act otherwise: import the checkpoint files again with normaliser"
-        )
+    policy = policy_to_run("evaluate", store)
     source, started = source_to_judge(store, forecaster), time.perf_counter()
     judges = source if fresh is None else _all_of(fresh, source, forecaster)
     config.prefix_ends(source.num_checkpoints)  # refuses what could not be judged, before anything is read

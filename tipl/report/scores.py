@@ -17,9 +17,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
-from tipl.collecting.episodes import run_episodes
+from tipl.collecting.episodes import policy_to_run, run_episodes
 from tipl.files.sealed import save_json
-from tipl.policy import PolicySpec
 from tipl.progress import progress_bar
 from tipl.report.drawing import Mark, Panel, Plot, short_count
 from tipl.report.intervals import Bootstrap, Estimate
@@ -106,14 +105,7 @@ def score(
 
     Raises ValueError where an argument is out of range, or the simulator cannot run the policies as they were.
     """
-    policy = store.policy
-    if not isinstance(policy, PolicySpec):
-        raise ValueError(f"score: the simulator can run only MLPs with a Gaussian, and {store.path} holds others")
-    if store.is_unnormalised:
-        raise ValueError(
-            f"score: the runs in {store.path} saw observations through VecNormalize, and the store lacks its "
-            "statistics: import the checkpoint files again with normaliser"
-        )
+    policy = policy_to_run("score", store)
     if store.env_id == "unknown":
         raise ValueError(f"score: {store.path} does not know its environment: import the runs again with env_id")
     for name, value in (("num_episodes", num_episodes), ("every", every)):

@@ -202,11 +202,11 @@ class _Reading:
 
     def normalisers(self, paths: Sequence[Path], actor: Actor) -> "_Normalisers":
         """Return the statistics of a run's checkpoints (in order), of which the last says whether it was normalised."""
-        last = read_checkpoint_file(paths[-1], max_bytes=self.max_bytes)
         if str(self.normaliser) == "none":
             return _Normalisers()
         if self.normaliser is not None:
             return _Normalisers.of(dict.fromkeys(paths, Path(self.normaliser)))
+        last = read_checkpoint_file(paths[-1], max_bytes=self.max_bytes)
         if last.format != "sb3":
             return _Normalisers()
         try:
