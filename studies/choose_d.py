@@ -24,7 +24,7 @@ from study import PREFIXES, command_line, interval, write_record
 
 from tipl.files.locations import write_atomically
 from tipl.forecasting.forecaster import Forecaster
-from tipl.forecasting.sources import Source, prefix_end_of
+from tipl.forecasting.sources import Source
 from tipl.forecasting.train_config import TrainConfig
 from tipl.forecasting.training import train
 from tipl.report.drawing import Panel, Plot, percent
@@ -32,6 +32,7 @@ from tipl.report.intervals import Bootstrap, Estimate
 from tipl.report.plots import predictor_marks
 from tipl.storing.store import Store
 from tipl.subspace.basis import Basis
+from tipl.subspace.prefix_end import prefix_end_of
 
 COMPONENTS = (2, 4, 8, 16, 32)
 NAMES = ("persistence", "shared_floor", "basis_floor", "transformer", "tipl")

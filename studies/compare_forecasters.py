@@ -39,7 +39,7 @@ from study import PREFIXES, command_line, interval, write_record
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tipl.forecasting.sources import Source, Split, prefix_end_of, thin
+from tipl.forecasting.sources import Source, Split, thin
 from tipl.forecasting.train_config import TrainConfig
 from tipl.forecasting.training import Trainer, fit
 from tipl.forecasting.training_data import Batch, Case, TrainingData, Validation, load_training_data
@@ -47,6 +47,7 @@ from tipl.forecasting.transformer import KeyValues, ModelConfig, TrajectoryTrans
 from tipl.progress import progress_bar
 from tipl.report.intervals import Bootstrap
 from tipl.storing.store import Store
+from tipl.subspace.prefix_end import prefix_end_of
 
 NUM_MODELS = 4  # in the ensemble
 NUM_SAMPLES = 64  # rollouts that *spread* samples

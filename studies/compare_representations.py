@@ -61,7 +61,7 @@ from study import PREFIXES, command_line, interval, write_record
 from tipl.files.locations import write_atomically
 from tipl.forecasting.forecaster import Forecaster
 from tipl.forecasting.refiner_training import train_refiner
-from tipl.forecasting.sources import Source, prefix_end_of
+from tipl.forecasting.sources import Source
 from tipl.forecasting.train_config import TrainConfig
 from tipl.forecasting.training_data import Validation, Written
 from tipl.judging.regression import Ridge
@@ -70,6 +70,7 @@ from tipl.report.drawing import THEME, Mark, Panel, Plot, percent
 from tipl.report.intervals import Bootstrap
 from tipl.storing.store import Store
 from tipl.subspace.prefix import Prefix
+from tipl.subspace.prefix_end import prefix_end_of
 from tipl.subspace.streaming_svd import StreamingSVD
 
 WIDTH = 16

@@ -20,11 +20,12 @@ from numpy.typing import NDArray
 from study import PREFIXES, command_line, interval, write_record
 
 from tipl.forecasting.forecaster import Forecaster
-from tipl.forecasting.sources import prefix_end_of, thin
+from tipl.forecasting.sources import thin
 from tipl.forecasting.train_config import TrainConfig
 from tipl.forecasting.training import train
 from tipl.report.intervals import Bootstrap
 from tipl.storing.store import Store
+from tipl.subspace.prefix_end import prefix_end_of
 
 TRUSTS = np.arange(1, 21) / 20
 CONFIG = TrainConfig(

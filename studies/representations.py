@@ -22,7 +22,8 @@ from tipl.forecasting.training import Trainer, fit
 from tipl.forecasting.training_data import Case, Examples, TrainingData, Validation, Written
 from tipl.judging.regression import PENALTIES
 from tipl.policy import Layout
-from tipl.subspace.basis import MIN_PREFIX_END, Basis, prefix_coordinates
+from tipl.subspace.basis import Basis, prefix_coordinates
+from tipl.subspace.prefix_end import MIN_PREFIX_END
 from tipl.subspace.running_gram import gram
 
 Tokens = list[NDArray[np.int64]]

@@ -24,12 +24,12 @@ from study import command_line, interval, write_record
 from tipl.collecting.envs import make_vec
 from tipl.collecting.population import Population, environment_seeds
 from tipl.collecting.ppo_config import PPOConfig
-from tipl.forecasting.sources import prefix_end_of
 from tipl.policy import PolicySpec
 from tipl.progress import progress_bar
 from tipl.report.intervals import Bootstrap
 from tipl.storing.store import Store
 from tipl.subspace.basis import Basis
+from tipl.subspace.prefix_end import prefix_end_of
 
 PREFIXES = (0.2, 0.4, 0.6)
 HORIZONS = (0.0, 0.1, 0.2)

@@ -8,8 +8,9 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from tipl.collecting.policy_network import mean_action
 from tipl.judging.action_metrics import action_bounds, action_differences, action_variance, kl_divergences, unit_actions
-from tipl.policy import PolicySpec, mean_action
+from tipl.policy import PolicySpec
 
 LINE = PolicySpec(obs_dim=1, act_dim=1, hidden_sizes=())  # weights: log_std, slope, intercept
 STATES = np.array([[0.0], [1.0]], np.float32)

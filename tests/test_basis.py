@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from factories import make_store, random_path
 
-from tipl.subspace.basis import MIN_PREFIX_END, Basis, Centre, prefix_coordinates, trajectory_gram
+from tipl.subspace.basis import Basis, Centre, prefix_coordinates, trajectory_gram
+from tipl.subspace.prefix_end import MIN_PREFIX_END
 
 EPS = np.finfo(np.float32).eps
 

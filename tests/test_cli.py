@@ -232,6 +232,25 @@ def test_help_teaches(run_tipl: Callable[..., int], capsys: pytest.CaptureFixtur
         assert name in text
 
 
+def test_help_loads_no_slow_library() -> None:
+    shown = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import atexit, sys; from tipl.cli import main\n"
+            "atexit.register(lambda: print('loaded', *({'torch', 'mujoco', 'matplotlib', 'zarr'} & set(sys.modules))))\n"
+            "main()",
+            "collect",
+            "--help",
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "--num-trials" in shown.stdout
+    assert shown.stdout.splitlines()[-1] == "loaded"
+
+
 @pytest.mark.slow
 def test_a_store_is_drawn_and_its_curves_go_where_they_are_asked_for(
     tmp_path: Path, run_tipl: Callable[..., int], capsys: pytest.CaptureFixture[str]

@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 
 from tipl.collecting import episodes
 from tipl.collecting.episodes import _StateSample, episodic_returns, run_episodes
-from tipl.policy import ACTIVATIONS, Activation, PolicySpec, mean_action
+from tipl.collecting.policy_network import mean_action
+from tipl.policy import ACTIVATIONS, Activation, PolicySpec
 
 ENV_ID = "InvertedPendulum-v5"
 

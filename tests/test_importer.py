@@ -17,8 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from tipl.collecting.policy_network import mean_action
 from tipl.files.sealed import save_arrays
-from tipl.policy import ParameterLayout, PolicySpec, mean_action
+from tipl.policy import ParameterLayout, PolicySpec
 from tipl.storing.exporter import export_checkpoint
 from tipl.storing.foreign_actors import Actor, find_actor
 from tipl.storing.foreign_files import read_checkpoint_file

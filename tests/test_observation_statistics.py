@@ -20,9 +20,9 @@ from test_ambiguous_checkpoints import sb3_zip
 
 import tipl
 from tipl.cli import main
+from tipl.collecting.policy_network import mean_action
 from tipl.forecasting.calibration import recalibrate
 from tipl.forecasting.forecaster import load_pretrained
-from tipl.policy import mean_action
 from tipl.storing.exporter import export_checkpoint
 from tipl.storing.foreign_files import find_actor_in, read_checkpoint_file
 from tipl.storing.importer import describe_import, import_checkpoints

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tipl import _core
-from tipl.policy import ACTIVATIONS, Activation, PolicySpec, layer_views, layout_from_dict, mean_action
+from tipl.collecting.policy_network import layer_views, mean_action
+from tipl.policy import ACTIVATIONS, Activation, PolicySpec, layout_from_dict
 
 SPECS = [
     PolicySpec(17, 6),

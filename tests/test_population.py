@@ -15,6 +15,7 @@ from processes import ISAS, run_on
 
 from tipl import _core
 from tipl.collecting.envs import VectorEnv
+from tipl.collecting.policy_network import layer_views, mean_action
 from tipl.collecting.population import (
     FinalStep,
     ObservationScaler,
@@ -26,7 +27,7 @@ from tipl.collecting.population import (
     gae,
     log_prob,
 )
-from tipl.policy import PolicySpec, layer_views, mean_action
+from tipl.policy import PolicySpec
 
 SMALL = PPOConfig(num_steps=64, num_minibatches=4, update_epochs=3)
 

@@ -15,8 +15,9 @@ from factories import TINY_EVALUATE, TINY_TRAIN, flags
 import tipl
 from tipl import JumpConfig
 from tipl.collecting.episodes import episodic_returns
+from tipl.collecting.policy_network import mean_action
 from tipl.jumping.jumps import Jump, Walk
-from tipl.policy import ParameterLayout, PolicySpec, mean_action
+from tipl.policy import ParameterLayout, PolicySpec
 from tipl.storing.store import Store
 
 sb3 = pytest.importorskip("stable_baselines3", reason="runs stable-baselines3, which is not installed")

@@ -1,12 +1,10 @@
-"""The policy network, the flat layout in which a checkpoint stores it, and the mean actions of many policies at once.
+"""The policy network, and the flat layout in which a checkpoint stores it.
 
 A policy is the actor of Stable-Baselines3's MlpPolicy for Box actions: an MLP gives the mean action, and a vector of
 parameters `log_std` the standard deviations of a diagonal Gaussian around it. The critic is not stored. One checkpoint
 is one row of p float32 numbers, in the order in which SB3 registers the actor's parameters; `PolicySpec` gives p and
 the position of each parameter in the row. Imported policies of any other kind have a `ParameterLayout`, which gives the
 same, but such policies cannot be run.
-
-Shapes  N networks, each one row of weights; E inputs to each; a layer's weight is (out, in), as in torch.nn.Linear.
 """
 
 import dataclasses
@@ -14,13 +12,10 @@ import functools
 import itertools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from torch import Tensor
-
-from tipl import _core
+if TYPE_CHECKING:  # the command line's settings need a layout, and torch takes seconds to load
+    from torch import Tensor
 
 Activation = Literal["tanh", "relu", "elu"]
 ACTIVATIONS = ("tanh", "relu", "elu")
@@ -50,7 +45,7 @@ class Layout(ABC):
         """Length p of the flat weights."""
         return sum(map(math.prod, self.shapes.values()))
 
-    def unflatten(self, weights: Tensor) -> dict[str, Tensor]:
+    def unflatten(self, weights: "Tensor") -> "dict[str, Tensor]":
         """Return name -> view (..., *shape) of flat weights (..., p); writing to a view changes `weights`.
 
         Raises ValueError for another last dimension than p.
@@ -146,51 +141,6 @@ class PolicySpec(Layout):
         if set(spec) - {"gsde"} != expected:
             raise ValueError(f"PolicySpec.from_dict: expected the keys {sorted(expected)}, got {sorted(spec)}")
         return cls(**spec | {"hidden_sizes": tuple(spec["hidden_sizes"])})
-
-
-def mean_action(spec: PolicySpec, weights: Tensor, obs: Tensor) -> Tensor:
-    """Return the mean actions (N, E, act_dim) of N policies (N, p), each seeing its own E observations (N, E, obs_dim).
-
-    The actions are not clipped (the deterministic policy is `mean_action` clipped to the action space), and no gradient
-    flows through them. An action's bits depend neither on the other policies and observations, nor on memory layout or
-    the number of threads, because the engine sums in a fixed order, on the calling thread. Another instruction set
-    (`tipl._core.isa()`) may change the last bit.
-
-    Raises TypeError for tensors that are not float32 on the CPU, ValueError for another shape.
-    """
-    for name, tensor in (("weights", weights), ("obs", obs)):
-        if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
-            got = f"{tensor.dtype} on {tensor.device}"
-            raise TypeError(f"mean_action: {name} must be torch.float32 on the CPU, got {got}")
-    N = len(weights) if weights.ndim else 0
-    if weights.shape != (N, spec.num_params):
-        raise ValueError(f"mean_action: weights must have shape (N, {spec.num_params}), got {tuple(weights.shape)}")
-    if obs.ndim != 3 or obs.shape[0] != N or obs.shape[2] != spec.obs_dim:
-        expected = f"(N, E, obs_dim) = ({N}, E, {spec.obs_dim})"
-        raise ValueError(f"mean_action: obs must have shape {expected}, got {tuple(obs.shape)}")
-    first_layer = spec.num_params - sum((fan_in + 1) * out for fan_in, out in itertools.pairwise(spec.layer_sizes))
-    actions = _core.mean_actions(
-        weights.detach()[:, first_layer - spec.act_dim :].contiguous().numpy(),  # as if log_std were a vector
-        obs.detach().contiguous().numpy(),
-        act_dim=spec.act_dim,
-        hidden_sizes=spec.hidden_sizes,
-        activation=spec.activation,
-    )
-    return torch.from_numpy(actions)
-
-
-def layer_views(params: Tensor, layer_sizes: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
-    """Return (weight (N, out, in), bias (N, 1, out)) of each layer, as views of the rows of `params`.
-
-    The layers begin with each row's first number; rows may be longer than the layers.
-    """
-    views, offset = [], 0
-    for fan_in, fan_out in itertools.pairwise(layer_sizes):
-        weight = params[:, offset : offset + fan_out * fan_in].view(-1, fan_out, fan_in)
-        offset += fan_out * fan_in
-        views.append((weight, params[:, None, offset : offset + fan_out]))
-        offset += fan_out
-    return views
 
 
 def _is_positive_int(value: object) -> bool:

@@ -3,29 +3,24 @@
 import contextlib
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tyro
 from numpy.typing import NDArray
 from tyro.conf import OmitArgPrefixes
 
+import tipl
 from tipl.cli.arguments import FreshArg, PathArg, RayArg, StoreArg
 from tipl.cli.printing import end_of_path_table, training_line
 from tipl.files.publishing import published
 from tipl.files.sealed import save_arrays
-from tipl.forecasting.calibration import recalibrate
-from tipl.forecasting.forecaster import Forecaster, check_and_forecast, load_pretrained
-from tipl.forecasting.sources import prefix_end_of
 from tipl.forecasting.train_config import TrainConfig
-from tipl.forecasting.training import train
 from tipl.judging.evaluate_config import EvaluateConfig
-from tipl.judging.evaluation import evaluate
-from tipl.report import plot_scores, score, write_report
-from tipl.report.intervals import Estimate
-from tipl.report.plot_file import plot_path
-from tipl.storing.exporter import layout_record
-from tipl.storing.store import Store
+from tipl.subspace.prefix_end import prefix_end_of
+
+if TYPE_CHECKING:
+    from tipl.report.intervals import Estimate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,8 +42,8 @@ class Train:
     train: OmitArgPrefixes[TrainConfig] = dataclasses.field(default_factory=TrainConfig)
 
     def run(self) -> None:
-        train(
-            [Store.open(path) for path in self.store],
+        tipl.train(
+            [tipl.Store.open(path) for path in self.store],
             self.output,
             self.train,
             num_threads=self.num_threads,
@@ -80,8 +75,8 @@ class Calibrate:
     """Cores that run policies; by default all."""
 
     def run(self) -> None:
-        recalibrate(
-            [Store.open(path) for path in self.store],
+        tipl.recalibrate(
+            [tipl.Store.open(path) for path in self.store],
             self.output,
             self.model,
             num_trials=self.num_trials,
@@ -125,10 +120,13 @@ class Rollout:
 
     def _forecast(self, path: Path) -> str:
         """Write the forecast to `path`; return what is to be said of it."""
-        store = Store.open(self.store)
+        from tipl.forecasting.forecaster import check_and_forecast
+        from tipl.storing.exporter import layout_record
+
+        store = tipl.Store.open(self.store)
         if not 0 <= self.trial < store.num_trials:
             raise ValueError(f"rollout: trial must lie in [0, {store.num_trials}), got {self.trial}")
-        forecaster = load_pretrained() if self.model is None else Forecaster.load(self.model)
+        forecaster = tipl.load_pretrained() if self.model is None else tipl.Forecaster.load(self.model)
         trial, max_len = store.trial(self.trial), forecaster.model.config.max_len
         every = -(-(trial.num_checkpoints - 1) // (max_len - 1)) if self.every is None else self.every
         if every < 1:
@@ -174,13 +172,13 @@ class Evaluate:
     evaluate: OmitArgPrefixes[EvaluateConfig] = dataclasses.field(default_factory=EvaluateConfig)
 
     def run(self) -> None:
-        forecaster = Forecaster.load(self.model)
-        target = evaluate(
-            Store.open(self.store),
+        forecaster = tipl.Forecaster.load(self.model)
+        target = tipl.evaluate(
+            tipl.Store.open(self.store),
             forecaster,
             self.output,
             self.evaluate,
-            fresh=None if self.fresh is None else Store.open(self.fresh),
+            fresh=None if self.fresh is None else tipl.Store.open(self.fresh),
             num_threads=self.num_threads,
             ray=self.ray,
             device=self.device,
@@ -205,10 +203,10 @@ class Report:
     """Replace a report that is there."""
 
     def run(self) -> None:
-        page = write_report(
+        page = tipl.write_report(
             self.output,
             evaluation=self.evaluation,
-            store=Store.open(self.store),
+            store=tipl.Store.open(self.store),
             training=None if self.model is None else self.model / "training.json",
             overwrite=self.overwrite,
         )
@@ -243,13 +241,15 @@ class Score:
     """Replace a plot that is there."""
 
     def run(self) -> None:
+        from tipl.report.plot_file import plot_path
+
         if self.plot is not None:
             plot_path("score", self.plot, overwrite=self.overwrite)
             if self.plot == self.output:
                 raise ValueError(f"score: output and plot must be two files, got {self.plot} for both")
         with contextlib.nullcontext() if self.output is None else published(self.output, "score") as aside:
-            scores = score(
-                Store.open(self.store),
+            scores = tipl.score(
+                tipl.Store.open(self.store),
                 num_episodes=self.num_episodes,
                 every=self.every,
                 seed=self.seed,
@@ -267,10 +267,10 @@ class Score:
         if self.output is not None:
             print(f"{'output':<10} {self.output}")
         if self.plot is not None:
-            plot_scores(scores, self.plot, overwrite=self.overwrite)
+            tipl.plot_scores(scores, self.plot, overwrite=self.overwrite)
             print(f"{'plot':<10} {self.plot}")
 
 
-def _gain(gain: Estimate) -> str:
+def _gain(gain: "Estimate") -> str:
     """Return in words what the best checkpoint returns more than the last, on new episodes."""
     return f"{gain.value:+,.1f} [{gain.low:+,.1f}, {gain.high:+,.1f}] beside the last on new episodes"

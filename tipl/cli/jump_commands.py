@@ -3,17 +3,18 @@
 import dataclasses
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import tyro
 
+import tipl
 from tipl.cli.arguments import PathArg
 from tipl.collecting.ppo_config import PPOConfig
-from tipl.jumping.accelerate import LEDGER, accelerate
 from tipl.jumping.jump_config import JumpConfig
-from tipl.jumping.ledger import Ledger
-from tipl.report import compare, plot_ledgers
-from tipl.report.intervals import Estimate
+
+if TYPE_CHECKING:
+    from tipl.report.intervals import Estimate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Accelerate:
     ppo: PPOConfig = dataclasses.field(default_factory=PPOConfig)
 
     def run(self) -> None:
-        ledger = accelerate(
+        ledger = tipl.accelerate(
             self.output,
             env_id=self.env_id,
             num_trials=self.num_trials,
@@ -91,8 +92,8 @@ class Compare:
     """Replace a plot that is there."""
 
     def run(self) -> None:
-        ledgers = {str(path): Ledger.load(_ledger_of(path)) for path in (self.plain, *self.others)}
-        for name, arm in compare(ledgers, str(self.plain)).items():
+        ledgers = {str(path): tipl.Ledger.load(_ledger_of(path)) for path in (self.plain, *self.others)}
+        for name, arm in tipl.compare(ledgers, str(self.plain)).items():
             spent = ledgers[name].env_steps
             print(
                 f"{name}: the plain runs' final return after {_shown(arm.steps, 2)} of their env steps; final return "
@@ -100,15 +101,17 @@ class Compare:
                 "the steps undone"
             )
         if self.plot is not None:
-            plot_ledgers(ledgers, self.plot, overwrite=self.overwrite)
+            tipl.plot_ledgers(ledgers, self.plot, overwrite=self.overwrite)
             print(f"plot       {self.plot}")
 
 
 def _ledger_of(path: Path) -> Path:
+    from tipl.jumping.accelerate import LEDGER
+
     return path / LEDGER if path.is_dir() else path
 
 
-def _shown(estimate: Estimate, digits: int) -> str:
+def _shown(estimate: "Estimate", digits: int) -> str:
     """Return "value [low, high]", with "never" for infinity."""
     value, low, high = (
         "never" if math.isinf(it) else f"{it:.{digits}f}" for it in (estimate.value, estimate.low, estimate.high)

@@ -4,16 +4,18 @@ import platform
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+import tipl
 from tipl import _core
 from tipl.device import cuda_engine, devices
 from tipl.files.manifest import read_listed
 from tipl.files.schema import parse_json
-from tipl.storing.store import Store
-from tipl.verification import Verification
+
+if TYPE_CHECKING:
+    from tipl.verification import Verification
 
 
 def one_line(error: Exception) -> str:
@@ -42,7 +44,7 @@ def print_warning(message: Warning | str, *place: Any) -> None:
     print(f"tipl: warning: {one_line(message) if isinstance(message, Exception) else message}", file=sys.stderr)
 
 
-def print_verification(path: str, found: Verification) -> None:
+def print_verification(path: str, found: "Verification") -> None:
     """Print what was found, and exit with status 1 where something is wrong."""
     for problem in found.problems:
         print(problem)
@@ -83,7 +85,7 @@ def print_stage(kind: str, path: Path | str, *, tables: bool = False) -> None:
     """Print that a stage's output is there, a "store", "model", "results" or "report", and what is in it."""
     note = ""
     if kind == "store":
-        note = f": {Store.open(path).summary()}"
+        note = f": {tipl.Store.open(path).summary()}"
     elif kind == "model":
         note = f": {training_line(Path(path))}"
     print(f"{kind:<10} {path}{note}", flush=True)

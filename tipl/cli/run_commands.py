@@ -7,13 +7,12 @@ from typing import Annotated
 
 from tyro.conf import arg
 
-from tipl import pipeline
+import tipl
 from tipl.cli.arguments import PathArg, RayArg
 from tipl.cli.printing import end_of_path_table, print_stage
 from tipl.collecting.ppo_config import PPOConfig
 from tipl.forecasting.train_config import TrainConfig
 from tipl.judging.evaluate_config import EvaluateConfig
-from tipl.reproduction import experiments, reproduce
 from tipl.stage_seconds import StageSeconds
 
 
@@ -48,7 +47,7 @@ class Run:
 
     def run(self) -> None:
         settings = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        pipeline.run(**settings, on_stage=partial(print_stage, tables=True))
+        tipl.pipeline.run(**settings, on_stage=partial(print_stage, tables=True))
         seconds = StageSeconds(self.output / "seconds.json").read()
         parts = ", ".join(f"{stage} {value:,.0f}" for stage, value in seconds.items())
         print(f"{'seconds':<10} {parts}: {sum(seconds.values()):,.0f} in all")
@@ -94,6 +93,8 @@ class Reproduce:
     """Cores to use; by default all."""
 
     def run(self) -> None:
+        from tipl.reproduction import experiments
+
         stores = {}
         for given in self.stores:
             env_id, _, path = given.partition("=")
@@ -101,7 +102,7 @@ class Reproduce:
                 raise ValueError(f"reproduce: --stores expects ENV=PATH, such as HalfCheetah-v4=c.zarr, got {given!r}")
             stores[env_id] = path
 
-        page = reproduce(self.output, stores=stores, num_threads=self.num_threads, on_stage=print_stage)
+        page = tipl.reproduce(self.output, stores=stores, num_threads=self.num_threads, on_stage=print_stage)
         for it in experiments(self.output):
             print(f"\n{it.env_id}, {it.regime.name}: {end_of_path_table(it.folder.results)}")
         print(f"\nreport     {page}")

@@ -5,17 +5,11 @@ from typing import Annotated
 
 import tyro
 
+import tipl
 from tipl.cli.arguments import FreshArg, PathArg, RayArg, StoreArg
 from tipl.cli.printing import print_verification
-from tipl.collecting.collection import collect
-from tipl.collecting.description import describe_store
 from tipl.collecting.ppo_config import PPOConfig
 from tipl.policy import Activation
-from tipl.report import plot_store
-from tipl.storing.exporter import export_checkpoint
-from tipl.storing.importer import describe_import, import_checkpoints
-from tipl.storing.store import Store
-from tipl.verification import verify, verify_store
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,8 +57,8 @@ class Collect:
         if self.record_critic is not None:
             print(f"critics    {self.record_critic}")
 
-    def collect(self) -> Store:
-        return collect(
+    def collect(self) -> "tipl.Store":
+        return tipl.collect(
             self.output,
             env_id=self.env_id,
             num_trials=self.num_trials,
@@ -92,7 +86,7 @@ class StoreVerify:
     """The store's folder or URL."""
 
     def run(self) -> None:
-        print_verification(self.store, verify_store(self.store, progress=True))
+        print_verification(self.store, tipl.verify_store(self.store, progress=True))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,11 +104,11 @@ class StoreInfo:
     """Replace a plot that is there."""
 
     def run(self) -> None:
-        for label, text in describe_store(Store.open(self.store)).items():
+        for label, text in tipl.describe_store(tipl.Store.open(self.store)).items():
             for i, line in enumerate(text.splitlines()):
                 print(f"{label if i == 0 else '':<11} {line}")
         if self.plot is not None:
-            plot_store(Store.open(self.store), self.plot, overwrite=self.overwrite)
+            tipl.plot_store(tipl.Store.open(self.store), self.plot, overwrite=self.overwrite)
             print(f"{'plot':<11} {self.plot}")
 
 
@@ -131,7 +125,7 @@ class Verify:
     """A folder, a file, or the URL of a store."""
 
     def run(self) -> None:
-        print_verification(self.path, verify(self.path, progress=True))
+        print_verification(self.path, tipl.verify(self.path, progress=True))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,12 +181,14 @@ class Import:
         options = {it.name: getattr(self, it.name) for it in dataclasses.fields(self)}
         sources, output, dry_run = (options.pop(name) for name in ("sources", "output", "dry_run"))
         if dry_run:
+            from tipl.storing.importer import describe_import
+
             for label, text in describe_import(sources, **options):
                 print(f"{label:<10} {text}")
             return
         if output is None:
             raise ValueError("import: --output must be given, where the store goes; or --dry-run")
-        store = import_checkpoints(sources, output, **options)
+        store = tipl.import_checkpoints(sources, output, **options)
         print(f"store      {self.output}: {store.summary()}")
         note = store.config["source"].get("note")
         if note:
@@ -225,7 +221,7 @@ class Export:
     """The largest size of --like, and of what it unpacks to, as in `tipl import`."""
 
     def run(self) -> None:
-        export_checkpoint(
+        tipl.export_checkpoint(
             self.weights,
             self.like,
             self.output,

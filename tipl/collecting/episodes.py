@@ -23,7 +23,8 @@ from rich.progress import Progress
 
 from tipl.cluster import Cluster
 from tipl.collecting.envs import make_vec
-from tipl.policy import PolicySpec, mean_action
+from tipl.collecting.policy_network import mean_action
+from tipl.policy import PolicySpec
 from tipl.storing.store import Store
 
 ENVS_AT_ONCE = 256

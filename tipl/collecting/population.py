@@ -25,10 +25,11 @@ from numpy.typing import NDArray
 from tipl import _core
 from tipl.collecting.envs import MujocoState, MujocoVectorEnv, VectorEnv
 from tipl.collecting.observation_scaler import ObservationScaler
+from tipl.collecting.policy_network import layer_views
 from tipl.collecting.ppo_config import PPOConfig
 from tipl.collecting.reward_scaler import RewardScaler
 from tipl.collecting.transitions import FinalStep, Transitions, entropy, explained_variance, gae, log_prob
-from tipl.policy import ParameterLayout, PolicySpec, layer_views
+from tipl.policy import ParameterLayout, PolicySpec
 from tipl.threads import torch_threads
 
 Floats = NDArray[np.float64]

@@ -15,12 +15,12 @@ from tipl.files.locations import read_file, write_atomically
 from tipl.files.publishing import published
 from tipl.forecasting.confidence import STRIDES, Confidence, FloatArray, Strides, features_of
 from tipl.forecasting.forecaster import PRETRAINED, Forecaster, source_to_judge
-from tipl.forecasting.sources import Source, prefix_end_of
+from tipl.forecasting.sources import Source
 from tipl.forecasting.train_config import TrainConfig
 from tipl.policy import PolicySpec
 from tipl.progress import progress_bar
 from tipl.storing.store import Store
-from tipl.subspace.basis import MIN_PREFIX_END
+from tipl.subspace.prefix_end import MIN_PREFIX_END, prefix_end_of
 
 CALIBRATION_PREFIXES = (0.2, 0.4, 0.6, 0.8)
 CALIBRATION_HORIZONS = (0.1, 0.2, 0.4, 1.0)

@@ -23,7 +23,7 @@ from tipl.forecasting.train_config import TrainConfig
 from tipl.forecasting.training_state import SavedState, pack, take_step, unpack
 from tipl.policy import Layout
 from tipl.progress import progress_bar
-from tipl.subspace.basis import MIN_PREFIX_END
+from tipl.subspace.prefix_end import MIN_PREFIX_END
 
 SAMPLE = 1024
 """About how many weights of a trial are learned from."""

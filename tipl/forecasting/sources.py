@@ -36,11 +36,6 @@ def split_trials(num_trials: int, config: TrainConfig) -> Split:
     return Split(sorted(train.tolist()), sorted(validation.tolist()), sorted(heldout.tolist()))
 
 
-def prefix_end_of(fraction: float, num_checkpoints: int) -> int:
-    """Return the index h of the last checkpoint seen when `fraction` of a path 0..T-1 has been walked."""
-    return round(fraction * (num_checkpoints - 1))
-
-
 @dataclass(frozen=True)
 class Source:
     """A store, how its trials are split, and how many checkpoints T of each path are looked at."""

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from typing import Literal
 
-from tipl.subspace.basis import MIN_PREFIX_END
+from tipl.subspace.prefix_end import MIN_PREFIX_END
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,10 +18,11 @@ from torch import Tensor
 
 from tipl.cluster import Cluster
 from tipl.forecasting.decoder import continue_paths
-from tipl.forecasting.sources import Source, prefix_end_of
+from tipl.forecasting.sources import Source
 from tipl.forecasting.train_config import TrainConfig
 from tipl.forecasting.transformer import TrajectoryTransformer
-from tipl.subspace.basis import MIN_PREFIX_END, Basis, Centre, prefix_coordinates, prefix_rank, trajectory_gram
+from tipl.subspace.basis import Basis, Centre, prefix_coordinates, prefix_rank, trajectory_gram
+from tipl.subspace.prefix_end import MIN_PREFIX_END, prefix_end_of
 
 Written = tuple[NDArray[np.float32], NDArray[np.float64], NDArray[np.float64]]
 """A trial in a basis: its coordinates (T, k) and, in their unit, |theta_t - theta_0| and the distance of theta_t from

@@ -14,7 +14,8 @@ import torch
 from numpy.typing import NDArray
 
 from tipl.collecting.envs import make_vec
-from tipl.policy import PolicySpec, mean_action
+from tipl.collecting.policy_network import mean_action
+from tipl.policy import PolicySpec
 
 FloatArray = NDArray[np.float64]
 

@@ -5,8 +5,7 @@ import dataclasses
 import numpy as np
 from numpy.typing import NDArray
 
-from tipl.forecasting.sources import prefix_end_of
-from tipl.subspace.basis import MIN_PREFIX_END
+from tipl.subspace.prefix_end import MIN_PREFIX_END, prefix_end_of
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 
-from tipl.subspace.basis import MIN_PREFIX_END
+from tipl.subspace.prefix_end import MIN_PREFIX_END
 
 MIN_ROWS = 2 * (MIN_PREFIX_END + 1)
 """The least number of checkpoints that a path is thinned to: half of them still make a prefix basis."""

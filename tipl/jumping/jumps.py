@@ -24,8 +24,8 @@ from tipl.judging.predictors import Predictor
 from tipl.jumping.jump_config import MIN_ROWS, JumpConfig
 from tipl.jumping.learner import Learner, Singles
 from tipl.policy import Layout
-from tipl.subspace.basis import MIN_PREFIX_END
 from tipl.subspace.prefix import Prefix
+from tipl.subspace.prefix_end import MIN_PREFIX_END
 
 NOISE_WINDOW = 8
 """Iterations whose returns say how much the mean return of an iteration varies by chance."""

@@ -31,11 +31,9 @@ from tipl import _core
 from tipl.cluster import Cluster
 from tipl.files.sealed import load_arrays, save_arrays
 from tipl.storing.store import Trial
+from tipl.subspace.prefix_end import MIN_PREFIX_END
 from tipl.subspace.running_gram import gram
 from tipl.subspace.streaming_svd import StreamingSVD
-
-MIN_PREFIX_END = 3
-"""The shortest prefix that shows a curvature: theta_0 and three checkpoints after it."""
 
 SKETCH_TRIALS = 16
 """How many trials go into one sketch, before sketches are merged."""
