@@ -1,4 +1,4 @@
-"""Training the forecaster: an optimiser step of the Transformer, beside torch's autograd doing the same."""
+"""Training the forecaster: a step of the Transformer and one of the refiner, beside torch's autograd doing the same."""
 
 import functools
 from collections.abc import Callable
@@ -10,6 +10,8 @@ from record import Record
 from roofs import Roofs
 
 from tipl import _core
+from tipl.forecasting.refiner import KINDS, Observed, Refiner, growth_of
+from tipl.forecasting.refiner_training import BATCH_SIZE, BATCH_WEIGHTS
 from tipl.forecasting.rollout_gradient import RolloutGradient
 from tipl.forecasting.transformer import ModelConfig, TrajectoryTransformer
 from tipl.threads import torch_threads
@@ -62,5 +64,42 @@ def bench_step(size: str, record: Record, roofs: Roofs) -> None:
         roof = 100 * flops_of(config, horizon) / roofs.gemm_gflops("float32") / 1e9 / ours, "flops"
         peers = {name: 1e3 * value for name, value in seconds.items()}
         return rows_of("train", f"{size}, batch {BATCH}", "ms", 1e3 * ours, peers, roof)
+
+    record(measure)
+
+
+@pytest.mark.parametrize("hidden", [64])
+def bench_refiner_step(hidden: int, record: Record, roofs: Roofs) -> None:
+    """The error of a batch of refined forecasts, and its gradient by all parameters."""
+    torch.manual_seed(0)
+    refiner, cores = Refiner(hidden, LENGTH), _core.available_cpus()
+    shape = (BATCH_SIZE, BATCH_WEIGHTS)
+    seen = Observed(torch.randn(*shape, 19), torch.ones(shape), torch.randint(len(KINDS), shape))
+    forecast, offset, gain = (torch.randn(shape) for _ in range(3))
+    steps = torch.randint(1, LENGTH - PREFIX_END, (BATCH_SIZE,)).float()
+    place, growth = refiner.place(PREFIX_END, steps)[:, None], growth_of(PREFIX_END, steps)[:, None]
+    inputs = [it.numpy() for it in (seen.features, seen.kind, forecast[:, None], place, gain * growth, offset)]
+    engine = refiner.engine(cores)
+
+    def natively() -> None:
+        engine.loss(refiner.flat(), *inputs)
+
+    def by_torch(num_threads: int) -> None:
+        with torch_threads(num_threads):
+            refiner.zero_grad()
+            moved = refiner(seen, forecast, PREFIX_END, steps) - forecast
+            (gain * moved + offset).square().sum(-1).sqrt().mean().backward()
+
+    clocks = {"tipl": clock(natively)}
+    clocks |= {f"torch autograd, {n} threads": clock(functools.partial(by_torch, n)) for n in sorted({1, cores})}
+    # Both signs go through the matrix between the hidden layers, forward and twice on the way back.
+    flops = 2 * 3 * 2.0 * hidden**2 * BATCH_SIZE * BATCH_WEIGHTS
+
+    def measure() -> list[Row]:
+        seconds = side_by_side(clocks, rounds=(20, 300), budget_s=15)
+        ours = seconds.pop("tipl")
+        roof = 100 * flops / roofs.gemm_gflops("float32") / 1e9 / ours, "flops"
+        peers = {name: 1e3 * value for name, value in seconds.items()}
+        return rows_of("train", f"refiner, {BATCH_SIZE} x {BATCH_WEIGHTS}", "ms", 1e3 * ours, peers, roof)
 
     record(measure)

@@ -1,4 +1,4 @@
-"""Print the tables of speed, Markdown, from bench/latest.json: decode steps, fitting a basis, collecting, a summary.
+"""Print the tables of speed, Markdown, from bench/latest.json, one for each suite, and a summary.
 
 python bench/table.py           # prints what the last run measured
 python bench/table.py --write   # puts each between its markers in docs/speed.md, such as <!-- bench:svd -->, and the
@@ -174,6 +174,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "svd": lambda record: plain_table(record, "svd", "rows x columns"),
     "collect": lambda record: plain_table(record, "collect", "task, trials"),
     "train": lambda record: plain_table(record, "train", "model, batch"),
+    "rollout": lambda record: plain_table(record, "rollout", "policy"),
 }
 
 

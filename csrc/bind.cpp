@@ -164,6 +164,7 @@ PYBIND11_MODULE(_core, m) {
   tipl::bind_engine(m);
   tipl::bind_decoder(m);
   tipl::bind_gradient(m);
+  tipl::bind_refiner(m);
   tipl::bind_svd(m);
   tipl::bind_ppo(m);
 }

@@ -22,6 +22,7 @@ namespace py = pybind11;
 void bind_decoder(py::module_ &m);
 void bind_gradient(py::module_ &m);
 void bind_ppo(py::module_ &m);
+void bind_refiner(py::module_ &m);
 void bind_svd(py::module_ &m);
 
 // ---- calls

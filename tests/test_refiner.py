@@ -51,9 +51,9 @@ def test_features_against_their_definitions() -> None:
         np.testing.assert_allclose(seen.scale[here], scale, rtol=1e-5)
         lags = [moved[round(share * H), here] - moved[-1, here] for share in LAGS]
         last_step = 3 * (moved[-1, here] - moved[-2, here])
-        np.testing.assert_allclose(seen.past[here].T, np.stack([*lags, last_step]) / scale, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(seen.signed[here, :-3].T, np.stack([*lags, last_step]) / scale, rtol=1e-4, atol=1e-5)
         start = path[0, here].astype(np.float64)
-        np.testing.assert_allclose(seen.signed[here, 0], start / (np.sqrt((start**2).mean()) + 1e-3), rtol=1e-4)
+        np.testing.assert_allclose(seen.signed[here, -3], start / (np.sqrt((start**2).mean()) + 1e-3), rtol=1e-4)
         matrix = moved[-1, here].reshape(shape)
         if len(shape) == 2:
             left, singular, right = np.linalg.svd(matrix, full_matrices=False)
@@ -61,7 +61,7 @@ def test_features_against_their_definitions() -> None:
             row = np.broadcast_to(np.sqrt((matrix**2).mean(1, keepdims=True)), shape)
         else:
             whole, row = matrix, abs(matrix)
-        np.testing.assert_allclose(seen.signed[here, 1], whole.ravel() / scale, rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(seen.signed[here, -2], whole.ravel() / scale, rtol=1e-3, atol=1e-4)
         np.testing.assert_allclose(seen.unsigned[here, 1], np.log(row.ravel() / scale + 1e-2), rtol=1e-4, atol=1e-4)
     bend = np.log(np.linalg.norm(moved[-1] - moved[H // 2]) / np.linalg.norm(moved[-1]))
     np.testing.assert_allclose(seen.unsigned[:, 3], bend, rtol=0, atol=1e-5)

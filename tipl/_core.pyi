@@ -33,6 +33,39 @@ class ThreadPool:
 
 # ---- training
 
+class Refiner:
+    def __init__(
+        self,
+        *,
+        hidden: int,
+        num_signed: int,
+        num_unsigned: int,
+        num_kinds: int,
+        bound: float,
+        linear_gain: float,
+        num_threads: int,
+    ) -> None: ...
+    @property
+    def num_params(self) -> int: ...
+    def answer(
+        self,
+        params: NDArray[np.float32],
+        features: NDArray[np.float32],
+        kinds: NDArray[np.int64],
+        forecasts: NDArray[np.float32],
+        places: NDArray[np.float32],
+    ) -> NDArray[np.float32]: ...
+    def loss(
+        self,
+        params: NDArray[np.float32],
+        features: NDArray[np.float32],
+        kinds: NDArray[np.int64],
+        forecasts: NDArray[np.float32],
+        places: NDArray[np.float32],
+        gain: NDArray[np.float32],
+        offset: NDArray[np.float32],
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]: ...
+
 class RolloutGradient:
     def __init__(
         self,

@@ -52,5 +52,6 @@ const DecodeKernels &decode_kernels() noexcept { return chosen->decode; }
 const SketchKernels &sketch_kernels() noexcept { return chosen->sketch; }
 const PolicyKernels &policy_kernels() noexcept { return chosen->policy; }
 const GradientKernels &gradient_kernels() noexcept { return chosen->gradient; }
+const RefinerKernels &refiner_kernels() noexcept { return chosen->refiner; }
 
 }  // namespace tipl

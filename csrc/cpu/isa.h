@@ -12,6 +12,7 @@ struct DecodeKernels;
 struct SketchKernels;
 struct PolicyKernels;
 struct GradientKernels;
+struct RefinerKernels;
 
 // Returns `name` if it is among `supported` (worst first), or the last of these if there is no name.
 // Throws std::runtime_error where the name is unknown, or not supported.
@@ -26,5 +27,6 @@ const DecodeKernels &decode_kernels() noexcept;
 const SketchKernels &sketch_kernels() noexcept;
 const PolicyKernels &policy_kernels() noexcept;
 const GradientKernels &gradient_kernels() noexcept;
+const RefinerKernels &refiner_kernels() noexcept;
 
 }  // namespace tipl

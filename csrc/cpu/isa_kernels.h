@@ -7,6 +7,7 @@
 #include "cpu/decode_kernels.h"
 #include "cpu/gradient_kernels.h"
 #include "cpu/policy_kernels.h"
+#include "cpu/refiner_kernels.h"
 #include "cpu/sketch_kernels.h"
 
 namespace tipl {
@@ -17,6 +18,7 @@ struct IsaKernels {
   SketchKernels sketch;
   PolicyKernels policy;
   GradientKernels gradient;
+  RefinerKernels refiner;
 };
 
 extern const IsaKernels kernels_baseline;

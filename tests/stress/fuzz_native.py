@@ -53,6 +53,15 @@ ABSURD = (
 )
 ABSURD += (True, b"", (), [1], {}, object, np.int64(-5), np.float32(2), np.zeros(()), 10**30)
 MODEL = {"n_components": 3, "n_layer": 1, "n_head": 2, "d_model": 8, "d_ff": 8, "max_len": 12}
+REFINERS: dict[str, Any] = {
+    "hidden": 5,
+    "num_signed": 3,
+    "num_unsigned": 2,
+    "num_kinds": 3,
+    "bound": 5.0,
+    "linear_gain": 0.3,
+    "num_threads": 1,
+}
 ROLLOUTS = MODEL | {"diff_scale": 10.0, "out_scale": 0.1, "batch_size": 20, "num_tokens": 9, "num_threads": 1}
 PPO = {"obs_dim": 3, "act_dim": 2, "hidden_sizes": [5], "activation": "tanh", "minibatch_size": 4, "update_epochs": 2}
 PPO |= {"clip_coef": 0.2, "clip_coef_vf": None, "vf_coef": 0.5, "ent_coef": 0.0, "max_grad_norm": 0.5, "num_threads": 1}
@@ -81,6 +90,7 @@ class Fuzzer:
         self.rows = [0] * len(self.sketches)
         self.decoders = [self.decoder(), self.decoder(dtype="int8", cache_dtype="bfloat16", num_threads=2)]
         self.rollouts = [_core.RolloutGradient(**ROLLOUTS), _core.RolloutGradient(**ROLLOUTS | {"num_threads": 2})]
+        self.refiners = [_core.Refiner(**REFINERS), _core.Refiner(**REFINERS | {"num_threads": 2, "hidden": 1})]
         self.ppo = [ppo_update(**PPO), ppo_update(**PPO | {"num_threads": 2, "hidden_sizes": []})]
 
     def one(self) -> None:
@@ -354,6 +364,25 @@ class Fuzzer:
         right(predicted.ndim == 3 and predicted.shape[2] == 3)
         grad = self.call("backward", rollout.backward, params, self.array(B, horizon or T, 3))
         right(grad.shape == (rollout.num_params,))
+
+    def call_Refiner(self) -> None:
+        made = self.call("Refiner", _core.Refiner, **self.all_scalars(REFINERS))
+        right(made.num_params >= 1)
+
+    def call_answer_loss(self) -> None:
+        refiner, R, m = self.random.choice(self.refiners), self.random.randint(0, 4), self.random.randint(0, 40)
+        J = self.random.randint(0, 3)
+        inputs = [
+            self.array(refiner.num_params),
+            self.array(R, m, 5),
+            self.array(R, m, dtype=np.int64, most=4 if self.off() else 3),
+            self.array(R, J, m),
+            self.array(R, J, 3),
+        ]
+        answers = self.call("answer", refiner.answer, *inputs)
+        right(answers.shape == inputs[3].shape)
+        errors, grad = self.call("loss", refiner.loss, *inputs, self.array(R, m), self.array(R, m))
+        right(errors.shape == (R,) and grad.shape == (refiner.num_params,))
 
     # ---- PPO
 

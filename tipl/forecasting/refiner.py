@@ -11,9 +11,14 @@ which looks at each weight alone.
 
 All inputs are divided by the root mean square displacement of the weight's tensor, so that runs, layers and tasks look
 alike. A policy stays the same if a hidden tanh unit and all its weights are negated; hence the network is odd: with
-every signed input negated it gives the negated answer."""
+every signed input negated it gives the negated answer.
+
+`Refiner.forward` is the definition, in torch. Forecasts and training use the native engine (`csrc/refiner.h`), which
+tests/test_refiner.py compares with it in float64.
+"""
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +28,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parameters_to_vector
 
+from tipl import _core
 from tipl.files.sealed import load_arrays, save_arrays
 from tipl.forecasting.transformer import arrays_of, set_arrays
 from tipl.policy import Layout
@@ -35,11 +42,12 @@ RANK = 2
 """Rank of the approximation to a matrix's displacement, which tells what moved together from what moved alone."""
 KINDS = ("log_std", "first weight", "first bias", "weight", "bias", "last weight", "last bias", "other")
 
-_SIGNED = len(LAGS) + 5  # lags, last step, start, whole, recent, forecast
+_SIGNED = len(LAGS) + 4  # lags, last step, start, whole, recent; the forecast makes one more
 _UNSIGNED = 5  # spread, row, column, bend, pace
 _PLACE = 3
 _BOUND = 5.0  # the network's inputs are clipped to this; outliers count in the linear part alone
-_BLOCK = 2048  # weights refined at once: their activations stay in the cache, twice as fast as all weights at once
+_BLOCK = 2**18  # weights refined at once, so that little memory is needed beside the forecast
+_LARGE = 512  # the least side of a matrix whose singular vectors are not all computed
 _LAST_STEP_GAIN = 3.0  # a single step is small beside the displacements at the lags
 _LINEAR_GAIN = 0.3  # keeps the linear part's first steps as small as the network's
 _MAX_GROWTH = 2.0  # of a displacement beyond the prefix: about the root of how much longer the path gets
@@ -66,15 +74,8 @@ def kinds_of(layout: Layout) -> NDArray[np.int64]:
 class Observed:
     """What a prefix shows of m weights, all float32."""
 
-    past: Tensor
-    """(..., m, len(LAGS) + 1): displacements from theta_h at the lags, and _LAST_STEP_GAIN times the last step, over
-    `scale`."""
-    signed: Tensor
-    """(..., m, 3): theta_0 over its tensor's RMS; rank-2 approximations of all that the tensor has moved, and of the
-    second half of it, over `scale`."""
-    unsigned: Tensor
-    """(..., m, 5), logarithms: `scale` over the RMS of theta_0; RMS of the row and of the column over `scale`; how much
-    of the run's path its second half and its last step are."""
+    features: Tensor
+    """(..., m, 19): `signed`, then `unsigned`."""
     scale: Tensor
     """(..., m): RMS of theta_h - theta_0 over the weight's tensor."""
     kind: Tensor
@@ -84,27 +85,42 @@ class Observed:
     def of(cls, prefix: NDArray[np.float32], layout: Layout) -> "Observed":
         """Return what a prefix (h+1, p) shows of all its p weights."""
         h = len(prefix) - 1
-        start = torch.from_numpy(prefix[0].copy())
         at = [round(share * h) for share in LAGS] + [h - 1, h // 2, h]
-        moved = torch.from_numpy(prefix[at]) - start  # (lags + 3, p)
-        *past, last, middle, end = moved
-        parts = []
+        features, scales = torch.empty(layout.num_params, _SIGNED + _UNSIGNED), torch.empty(layout.num_params)
         for offset, shape in layout.layout.values():
-            size = int(np.prod(shape))
-            here = slice(offset, offset + size)
-            parts.append(_of_tensor(start[here], end[here], (end - middle)[here], shape))
-        scale, first, whole, recent, spread, row, column = torch.cat(parts, 1)
-        unit = torch.where(scale > 0, scale, 1.0)  # a tensor that stood still: all its features are zero
-        bend, pace = (
-            torch.log((end - x).norm() / end.norm().clamp(min=1e-30) + 1e-6).expand_as(scale) for x in (middle, last)
-        )
-        return cls(
-            past=torch.stack([*((x - end) / unit for x in past), _LAST_STEP_GAIN * (end - last) / unit], -1),
-            signed=torch.stack([first, whole / unit, recent / unit], -1),
-            unsigned=torch.stack([spread, row, column, bend, pace], -1),
-            scale=scale,
-            kind=torch.from_numpy(kinds_of(layout)),
-        )
+            here = slice(offset, offset + int(np.prod(shape)))
+            *past, last, middle, end = (_moved(prefix[:, here], i) for i in at)
+            start = torch.from_numpy(prefix[0, here].copy())
+            scale, first, whole, recent, spread, row, column = _of_tensor(start, end, end - middle, shape)
+            unit = torch.where(scale > 0, scale, 1.0)  # a tensor that stood still: all its features are zero
+            scales[here] = scale
+            lags = ((x - end).div_(unit) for x in past)
+            last_step = _LAST_STEP_GAIN * (end - last) / unit
+            of_tensor = (first, whole / unit, recent / unit, spread, row, column)
+            for i, feature in enumerate(itertools.chain(lags, (last_step,), of_tensor)):
+                features[here, i] = feature
+        last, middle, end = (_moved(prefix, i) for i in at[-3:])
+        for i, x in ((-2, middle), (-1, last)):
+            features[:, i] = torch.log((end - x).norm() / end.norm().clamp(min=1e-30) + 1e-6)
+        return cls(features, scales, torch.from_numpy(kinds_of(layout)))
+
+    @property
+    def signed(self) -> Tensor:
+        """(..., m, 14): displacements from theta_h at the lags, and _LAST_STEP_GAIN times the last step, over `scale`;
+        theta_0 over its tensor's RMS; rank-2 approximations of all that the tensor has moved, and of the second half of
+        it, over `scale`."""
+        return self.features[..., :_SIGNED]
+
+    @property
+    def unsigned(self) -> Tensor:
+        """(..., m, 5), logarithms: `scale` over the RMS of theta_0; RMS of the row and of the column over `scale`; how
+        much of the run's path its second half and its last step are."""
+        return self.features[..., _SIGNED:]
+
+    @property
+    def unit(self) -> Tensor:
+        """(..., m): `scale`, or 1 for a tensor that stood still."""
+        return torch.where(self.scale > 0, self.scale, 1.0)
 
     def take(self, index: Any) -> "Observed":
         """Return what is known of some of the weights, or of some of the runs."""
@@ -114,6 +130,10 @@ class Observed:
     def stack(cls, runs: Sequence["Observed"]) -> "Observed":
         """Return what is known of several runs' weights, with an axis for the runs in front."""
         return cls(*(torch.stack(values) for values in zip(*(vars(run).values() for run in runs), strict=True)))
+
+
+def _moved(path: NDArray[np.float32], checkpoint: int) -> Tensor:
+    return torch.from_numpy(path[checkpoint] - path[0])
 
 
 def _of_tensor(start: Tensor, end: Tensor, recent: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -140,9 +160,21 @@ def _of_tensor(start: Tensor, end: Tensor, recent: Tensor, shape: tuple[int, ...
 
 
 def _low_rank(matrix: Tensor) -> Tensor:
+    """Return the nearest matrix of RANK; of a large one about the nearest, in time linear in its size."""
+    if min(matrix.shape) > _LARGE:
+        draws = torch.Generator().manual_seed(0)
+        rows = torch.randn(4 * RANK, len(matrix), generator=draws) @ matrix
+        for _ in range(8):  # subspace iteration
+            rows = torch.linalg.qr((rows @ matrix.T @ matrix).T).Q.T
+        return _low_rank(matrix @ rows.T) @ rows
     left, singular, right = torch.linalg.svd(matrix, full_matrices=False)
     nearest: Tensor = (left[:, :RANK] * singular[:RANK]) @ right[:RANK]
     return nearest
+
+
+def growth_of(prefix_end: int, horizon: Tensor) -> Tensor:
+    """Return about how much farther than in the prefix a path comes in `horizon` (...) more checkpoints."""
+    return (horizon / prefix_end).sqrt().clamp(max=_MAX_GROWTH)
 
 
 class Refiner(nn.Module):
@@ -152,11 +184,11 @@ class Refiner(nn.Module):
         super().__init__()
         self.hidden, self.max_len = hidden, max_len
         about = _UNSIGNED + len(KINDS) + _PLACE
-        self.signed = nn.Linear(_SIGNED, hidden, bias=False)
+        self.signed = nn.Linear(_SIGNED + 1, hidden, bias=False)
         self.unsigned = nn.Linear(about, hidden)
         self.middle = nn.Linear(hidden, hidden)
         self.head = nn.Linear(hidden, 1, bias=False)
-        self.linear = nn.Linear(len(KINDS) + _PLACE, _SIGNED)
+        self.linear = nn.Linear(len(KINDS) + _PLACE, _SIGNED + 1)
         for zero in (self.head.weight, self.linear.weight, self.linear.bias):
             nn.init.zeros_(zero)
 
@@ -165,24 +197,41 @@ class Refiner(nn.Module):
 
         `horizon` (...) counts checkpoints after `prefix_end`, one value for each run.
         """
-        unit = torch.where(seen.scale > 0, seen.scale, 1.0)
-        x = torch.cat([seen.past, seen.signed, (forecast / unit)[..., None]], -1)  # (..., m, X)
-        n = horizon[..., None, None].expand(*x.shape[:-1], 1)
-        place = torch.cat(
-            [torch.log(n / prefix_end), torch.full_like(n, prefix_end / self.max_len), n / self.max_len], -1
-        )
+        x = torch.cat([seen.signed, (forecast / seen.unit)[..., None]], -1)  # (..., m, X)
+        place = self.place(prefix_end, horizon)[..., None, :].expand(*x.shape[:-1], _PLACE)
         where = torch.cat([F.one_hot(seen.kind, len(KINDS)).to(x.dtype), place], -1)
         odd, even = self.signed(x.clamp(-_BOUND, _BOUND)), self.unsigned(torch.cat([seen.unsigned, where], -1))
         answer = 0.5 * (self._answer(even + odd) - self._answer(even - odd)) + _LINEAR_GAIN * (
             self.linear(where) * x
         ).sum(-1)
-        growth = (n[..., 0] / prefix_end).sqrt().clamp(max=_MAX_GROWTH)  # about how a path's displacement grows
-        refined: Tensor = forecast + seen.scale * growth * answer
+        refined: Tensor = forecast + seen.scale * growth_of(prefix_end, horizon)[..., None] * answer
         return refined
+
+    def place(self, prefix_end: int, horizon: Tensor) -> Tensor:
+        """Return what the network is told of horizons (...), (..., 3)."""
+        end = torch.full_like(horizon, prefix_end / self.max_len)
+        return torch.stack([torch.log(horizon / prefix_end), end, horizon / self.max_len], -1)
 
     def _answer(self, z: Tensor) -> Tensor:
         answer: Tensor = self.head(F.gelu(self.middle(F.gelu(z))))
         return answer.squeeze(-1)
+
+    def engine(self, num_threads: int | None = None) -> _core.Refiner:
+        """Return the native engine of networks of this size, on as many threads as torch has unless told otherwise."""
+        return _core.Refiner(
+            hidden=self.hidden,
+            num_signed=_SIGNED,
+            num_unsigned=_UNSIGNED,
+            num_kinds=len(KINDS),
+            bound=_BOUND,
+            linear_gain=_LINEAR_GAIN,
+            num_threads=torch.get_num_threads() if num_threads is None else num_threads,
+        )
+
+    @torch.inference_mode()
+    def flat(self) -> NDArray[np.float32]:
+        """Return a copy of all parameters (P,), as the engine reads them."""
+        return parameters_to_vector(self.parameters()).numpy()
 
     @torch.inference_mode()
     def refine(
@@ -192,19 +241,21 @@ class Refiner(nn.Module):
 
         The weights of one horizon have the same bits whichever other horizons are asked for, with any number of
         threads."""
-        with torch_threads(1):  # the last bits of a matrix product depend on their number
-            seen, last = Observed.of(prefix, layout), torch.from_numpy(prefix[-1].copy())
-            parts = [slice(start, start + _BLOCK) for start in range(0, len(last), _BLOCK)]
-            blocks = [seen.take(part) for part in parts]
-            refined = []
-            for row, n in zip(forecast, horizons, strict=True):
-                moved, horizon = torch.from_numpy(row) - last, torch.tensor(float(n))
-                answers = [
-                    self(block, moved[part], len(prefix) - 1, horizon)
-                    for block, part in zip(blocks, parts, strict=True)
-                ]
-                refined.append(last + torch.cat(answers))
-        return torch.stack(refined).numpy()
+        prefix_end, steps = len(prefix) - 1, torch.from_numpy(horizons).float()
+        with torch_threads(1):  # the last bits of what a prefix shows depend on their number
+            seen = Observed.of(prefix, layout)
+        engine, flat, place = self.engine(), self.flat(), self.place(prefix_end, steps)[None].numpy()
+        refined = np.empty_like(forecast, order="C")
+        for start in range(0, len(seen.scale), _BLOCK):
+            here = slice(start, start + _BLOCK)
+            block, given = seen.take(here), torch.from_numpy(forecast[:, here])
+            moved = torch.from_numpy(np.ascontiguousarray(forecast[:, here] - prefix[-1, here])).div_(block.unit)
+            answers = torch.from_numpy(
+                engine.answer(flat, block.features[None].numpy(), block.kind[None].numpy(), moved[None].numpy(), place)
+            )[0]
+            answers.mul_(growth_of(prefix_end, steps)[:, None]).mul_(block.scale)
+            torch.add(given, answers, out=torch.from_numpy(refined[:, here]))
+        return refined
 
     def save(self, path: Path) -> None:
         save_arrays(path, arrays_of(self), {"hidden": self.hidden, "max_len": self.max_len})

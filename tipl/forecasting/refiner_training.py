@@ -16,11 +16,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from tipl import _core
 from tipl.forecasting.forecaster import Forecaster
-from tipl.forecasting.refiner import Observed, Refiner
+from tipl.forecasting.refiner import Observed, Refiner, growth_of
 from tipl.forecasting.sources import Source
 from tipl.forecasting.train_config import TrainConfig
-from tipl.forecasting.training_state import SavedState, pack, take_step, unpack
+from tipl.forecasting.training_state import SavedState, pack, set_gradient, take_step, unpack
 from tipl.policy import Layout
 from tipl.progress import progress_bar
 from tipl.subspace.prefix_end import MIN_PREFIX_END
@@ -76,13 +77,44 @@ class RefinerExamples:
         self, refiner: Refiner, trials: Tensor, horizon: Tensor, columns: Tensor | slice = slice(None)
     ) -> Tensor:
         """Return |refined - truth| / |truth - theta_0| (B,) for trials (B,) at horizons (B,), both given as indices."""
-        seen = self.seen.take(trials).take((slice(None), columns))
-        forecast, truth = (x[trials, horizon][:, columns] for x in (self.forecast, self.truth))
-        error = (refiner(seen, forecast, self.prefix_end, self.horizons[horizon]) - truth).square()
-        count = self.count[columns]
-        share = self.count.sum() / count.sum()  # of a sample of the sample
-        errors: Tensor = ((error * count).sum(-1) * share + 1e-12).sqrt() / self.distance[trials, horizon]
+        batch = self.batch(refiner, trials, horizon, columns)
+        answers = torch.from_numpy(refiner.engine().answer(refiner.flat(), *batch.inputs()))[:, 0]
+        errors: Tensor = torch.linalg.vector_norm(batch.gain * answers + batch.offset, dim=-1)
         return errors
+
+    def batch(self, refiner: Refiner, trials: Tensor, horizon: Tensor, columns: Tensor | slice) -> "Batch":
+        """Return what the engine needs for these errors."""
+        seen = self.seen.take((trials[:, None], columns) if isinstance(columns, Tensor) else trials)
+        forecast, truth = (x[trials, horizon][:, columns] for x in (self.forecast, self.truth))
+        count, steps = self.count[columns], self.horizons[horizon]
+        share = self.count.sum() / count.sum()  # of a sample of the sample
+        weight = (count * share).sqrt() / self.distance[trials, horizon][:, None]
+        return Batch(
+            seen,
+            forecast / seen.unit,
+            refiner.place(self.prefix_end, steps),
+            gain=weight * seen.scale * growth_of(self.prefix_end, steps)[:, None],
+            offset=weight * (forecast - truth),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Weights (B, m) of B runs, each at one horizon: a run's error is |gain answer + offset| over its weights."""
+
+    seen: Observed
+    forecast: Tensor
+    """(B, m), over `seen.unit`."""
+    place: Tensor
+    """(B, 3)"""
+    gain: Tensor
+    offset: Tensor
+
+    def inputs(self) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]:
+        """Return features, kinds, forecasts and places as the engine reads them."""
+        tensors = (self.seen.features, self.seen.kind, self.forecast[:, None], self.place[:, None])
+        features, kinds, forecasts, places = (tensor.contiguous().numpy() for tensor in tensors)
+        return features, kinds, forecasts, places
 
 
 def load_examples(
@@ -195,6 +227,7 @@ class _RefinerTraining:
         self.training, self.validation, self.num_steps = training, validation, config.refine_steps
         self.generator = torch.Generator().manual_seed(config.seed)
         self.refiner = Refiner(config.d_refine, num_checkpoints)
+        self.engine = self.refiner.engine(_core.available_cpus())
         self.average = copy.deepcopy(self.refiner).eval()
         self.optimizer = torch.optim.AdamW(self.refiner.parameters(), lr=LEARNING_RATE, weight_decay=0.01, fused=True)
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -208,14 +241,16 @@ class _RefinerTraining:
         """Take one optimiser step; after each twentieth of all steps return what validation says, else None."""
         examples = self.training[int(self._draw(len(self.training)))]
         num_trials, num_weights = len(examples.distance), len(examples.count)
-        loss = examples.errors(
+        batch = examples.batch(
             self.refiner,
             self._draw(num_trials, BATCH_SIZE),
             self._draw(len(HORIZONS), BATCH_SIZE),
             self._draw(num_weights, min(BATCH_WEIGHTS, num_weights)),
-        ).mean()
+        )
+        _, grad = self.engine.loss(self.refiner.flat(), *batch.inputs(), batch.gain.numpy(), batch.offset.numpy())
+        set_gradient(self.refiner, torch.from_numpy(grad))
         self.step_count += 1
-        take_step(loss, self.refiner, self.average, self.optimizer, self.schedule, self.step_count, ema_decay=EMA_DECAY)
+        take_step(self.refiner, self.average, self.optimizer, self.schedule, self.step_count, ema_decay=EMA_DECAY)
         if self.step_count % max(1, self.num_steps // 20) and self.step_count != self.num_steps:
             return None
         error = _validation_error(self.average, self.validation)

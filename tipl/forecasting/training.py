@@ -133,9 +133,9 @@ class Trainer:
         with torch.autocast(self.device_type, torch.bfloat16) if in_bfloat16 else contextlib.nullcontext():
             loss = self.loss(batch, noise, teacher_forced=teacher_forced)
         self.step_count += 1
-        take_step(
-            loss, self.model, self.average, self.optimizer, self.schedule, self.step_count, ema_decay=config.ema_decay
-        )
+        self.optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        take_step(self.model, self.average, self.optimizer, self.schedule, self.step_count, ema_decay=config.ema_decay)
         return loss.detach().sqrt() if teacher_forced else loss.detach()
 
     @property

@@ -63,8 +63,15 @@ class SavedState:
             self._path.unlink(missing_ok=True)
 
 
+def set_gradient(model: nn.Module, grad: Tensor) -> None:
+    """Give each parameter its part of a gradient by all of them, (P,)."""
+    parameters = list(model.parameters())
+    parts = torch.split(grad, [parameter.numel() for parameter in parameters])
+    for parameter, part in zip(parameters, parts, strict=True):
+        parameter.grad = part.view_as(parameter)
+
+
 def take_step(
-    loss: Tensor,
     model: nn.Module,
     average: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -73,9 +80,7 @@ def take_step(
     *,
     ema_decay: float,
 ) -> None:
-    """Take step number `step_count`, counted from 1: `model` descends the loss, `average` follows its parameters."""
-    optimizer.zero_grad()
-    loss.backward()  # type: ignore[no-untyped-call]
+    """Take step number `step_count`, counted from 1: `model` follows its gradients, and `average` its parameters."""
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     schedule.step()

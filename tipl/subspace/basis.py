@@ -110,8 +110,9 @@ class Basis:
         Raises ValueError where the prefix is too short, does not move, or holds NaN or Inf.
         """
         mixing, scale = _prefix_svd(trajectory_gram(prefix) if gram is None else gram, n_components)
-        displacements = prefix.astype(np.float64) - prefix[0]  # (h+1, p)
-        return cls(prefix[0], (mixing.T @ displacements).astype(np.float32), scale).through(prefix[-1])
+        mixing[0] = -mixing[1:].sum(0)  # which turns a mixture of checkpoints into one of displacements from the first
+        directions = _core.combine(np.ascontiguousarray(prefix), mixing, num_threads=1)
+        return cls(prefix[0], directions.astype(np.float32, copy=False), scale).through(prefix[-1])
 
     @classmethod
     def from_trials(

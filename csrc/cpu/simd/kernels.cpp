@@ -9,6 +9,7 @@
 #include "cpu/simd/linear.h"
 #include "cpu/simd/math.h"
 #include "cpu/simd/ppo.h"
+#include "cpu/simd/refiner.h"
 #include "cpu/simd/sketch.h"
 
 #define TIPL_JOIN_(a, b) a##b
@@ -66,6 +67,13 @@ extern const IsaKernels TIPL_JOIN(kernels_, TIPL_ISA_NAME) = {
             .attend_columns = attend_columns,
             .attend_columns_backward = attend_columns_backward,
             .dot_rows = dot_rows,
+        },
+    .refiner =
+        {
+            .gelu_of_input = gelu_of_input,
+            .odd_head = odd_head,
+            .odd_head_backward = odd_head_backward,
+            .input_backward = input_backward,
         },
 };
 
