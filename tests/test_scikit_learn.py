@@ -100,8 +100,11 @@ def test_a_table_with_other_columns_is_refused() -> None:
             method(frame(rows)[[f"weight {i}" for i in (0, 3, 2, 1, 4)]])
     with pytest.raises(ValueError, match=r": X has 3 features, but StreamingSVD is expecting 5 features as input$"):
         estimator.transform(frame(rows[:, :3]))
-    with pytest.warns(UserWarning, match="^X does not have valid feature names, but StreamingSVD was fitted with"):
+    with pytest.warns(
+        UserWarning, match="^X does not have valid feature names, but StreamingSVD was fitted with"
+    ) as seen:
         estimator.transform(rows)
+    assert seen[0].filename == __file__  # the warning is about the caller's line
     with pytest.warns(UserWarning, match="^X has feature names, but StreamingSVD was fitted without feature names"):
         StreamingSVD(2).fit(rows).transform(frame(rows))
     assert results(estimator) == results(clean)

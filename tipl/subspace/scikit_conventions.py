@@ -118,9 +118,9 @@ def check_same_columns(where: str, owner: str, X: Any, shape: Any, names: Any, n
                 f"{_first_difference(names, given)}"
             )
     elif given is not None:
-        warnings.warn(f"X has feature names, but {owner} was fitted without feature names", stacklevel=4)
+        warnings.warn(f"X has feature names, but {owner} was fitted without feature names", stacklevel=5)
     elif names is not None:
-        warnings.warn(f"X does not have valid feature names, but {owner} was fitted with feature names", stacklevel=4)
+        warnings.warn(f"X does not have valid feature names, but {owner} was fitted with feature names", stacklevel=5)
 
 
 def _first_difference(expected: NDArray[np.object_], given: NDArray[np.object_]) -> str:
