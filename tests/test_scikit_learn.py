@@ -38,16 +38,19 @@ BESIDE = (
 """Checks that scikit-learn runs on its own estimators beside those of check_estimator."""
 
 
-def expected_to_fail(estimator: StreamingSVD) -> dict[str, str]:
-    return EXPECTED_TO_FAIL if estimator.passes > 1 else {}
-
-
 with warnings.catch_warnings():  # while the checks are listed, scikit-learn tells that there is no BaseEstimator
     warnings.filterwarnings("ignore", ".*does not inherit from `sklearn.base.BaseEstimator`", UserWarning)
+    CHECKS = [check for one in ONE_PASS for check in checks.estimator_checks_generator(one)]
+    CHECKS += checks.estimator_checks_generator(TWO_PASSES, expected_failed_checks=EXPECTED_TO_FAIL, mark="xfail")
 
-    @checks.parametrize_with_checks([*ONE_PASS, TWO_PASSES], expected_failed_checks=expected_to_fail)
-    def test_scikit_learn_checks_it(estimator: StreamingSVD, check: Any) -> None:
-        check(estimator)
+
+def named(value: Any) -> str:
+    return repr(value) if isinstance(value, StreamingSVD) else value.func.__name__
+
+
+@pytest.mark.parametrize(("estimator", "check"), CHECKS, ids=named)
+def test_scikit_learn_checks_it(estimator: StreamingSVD, check: Any) -> None:
+    check(estimator)
 
 
 @pytest.mark.filterwarnings("ignore:X (has|does not have valid) feature names")  # they pass tables after arrays
