@@ -1,6 +1,7 @@
 from . import pipeline as pipeline
 from .collecting.collection import collect as collect
 from .collecting.description import describe_store as describe_store
+from .collecting.onnx_export import export_onnx as export_onnx
 from .collecting.ppo_config import PPOConfig as PPOConfig
 from .device import Device as Device
 from .device import devices as devices

@@ -1,7 +1,7 @@
 """Commands that make stores, look into them, and bring weights in and out of them."""
 
 import dataclasses
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -197,17 +197,22 @@ class Import:
 
 @dataclasses.dataclass(frozen=True)
 class Export:
-    """Write the weights of a forecast or a store as a checkpoint file that your own library loads.
+    """Write the weights of a forecast or a store as a checkpoint file that your own library loads, or as ONNX.
 
     Example: tipl export forecast.safetensors --like logs/seed0/rl_model_100000_steps.zip --output forecast.zip
+
+    Example: tipl export forecast.safetensors --format onnx --output policy.onnx
     """
 
     weights: tyro.conf.Positional[PathArg]
     """A forecast written by `tipl rollout`, or a store."""
-    like: PathArg
-    """A checkpoint file of the same policy. The new file is a copy of it with other weights in the actor."""
     output: PathArg
     """The new file; must not exist."""
+    format: Literal["checkpoint", "onnx"] = "checkpoint"
+    """A file like --like, or an ONNX model of the deterministic policy: observations in, actions out."""
+    like: PathArg | None = None
+    """A checkpoint file of the same policy. The new file is a copy of it with other weights in the actor. Needed unless
+    --format onnx."""
     checkpoint: int | None = None
     """Which checkpoint to write, as its index in the path; by default the last."""
     trial: int = 0
@@ -216,11 +221,32 @@ class Export:
     """How the actor's keys in --like begin, where that file holds several networks and the weights do not say which."""
     normaliser: PathArg | None = None
     """The file of VecNormalize's statistics that the new file will be used with, where they were folded into the
-    weights; by default the one beside --like; "none" leaves them folded in, for observations as they are."""
+    weights; by default the one beside --like; "none" leaves them folded in, for observations as they are. An ONNX model
+    holds them inside: with this file it also clips observations as VecNormalize does."""
+    env_id: str | None = None
+    """For ONNX, the Gymnasium id of the task, whose action space actions are clipped to; by default the store's; "none"
+    leaves actions as they are."""
     max_bytes: int | None = None
     """The largest size of --like, and of what it unpacks to, as in `tipl import`."""
 
     def run(self) -> None:
+        others = ("like", "actor", "max_bytes") if self.format == "onnx" else ("env_id",)
+        for name in others:
+            if getattr(self, name) is not None:
+                raise ValueError(f"export: --{name.replace('_', '-')} must not be given with --format {self.format}")
+        if self.format == "onnx":
+            tipl.export_onnx(
+                self.weights,
+                self.output,
+                checkpoint=self.checkpoint,
+                trial=self.trial,
+                env_id=self.env_id,
+                normaliser=self.normaliser,
+            )
+            print(f"model      {self.output}")
+            return
+        if self.like is None:
+            raise ValueError("export: --like must be given, the file that the new one is a copy of; or --format onnx")
         tipl.export_checkpoint(
             self.weights,
             self.like,

@@ -66,24 +66,7 @@ def _exported(
     max_bytes: int | None,
 ) -> bytes:
     """Return the bytes of the file that `export_checkpoint` writes."""
-    source: dict[str, Any] = {}
-    if isinstance(weights, np.ndarray):
-        row = weights
-    elif Path(weights).is_dir():
-        store = Store.open(weights)
-        if not 0 <= trial < store.num_trials:
-            raise ValueError(f"export: trial must lie in [0, {store.num_trials}), got {trial}")
-        source, path = layout_record(store), store.trial(trial)
-        t = path.num_checkpoints - 1 if checkpoint is None else checkpoint
-        if not 0 <= t < path.num_checkpoints:
-            raise ValueError(f"export: checkpoint must lie in [0, {path.num_checkpoints}) of trial {trial}, got {t}")
-        row = path.weights(t, t + 1)[0]
-    else:
-        row, source = _forecast_row(Path(weights), checkpoint)
-    if row.dtype != np.float32:
-        raise TypeError(f"export: weights must be float32, got {row.dtype}")
-    if row.ndim != 1 or not np.isfinite(row).all():
-        raise ValueError(f"export: weights must be finite and of shape (p,), got {row.shape}")
+    row, source = row_and_record(weights, checkpoint, trial)
     template = read_checkpoint_file(like, max_bytes=max_bytes)
     try:
         folded = ((source.get("source") or {}).get("actor") or {}).get("normaliser") == STATISTICS
@@ -95,6 +78,34 @@ def _exported(
     return template.to_bytes()
 
 
+def row_and_record(
+    weights: str | Path | NDArray[np.float32], checkpoint: int | None, trial: int
+) -> tuple[NDArray[np.float32], dict[str, Any]]:
+    """Return one row of flat weights (p,), and what `layout_record` says of it; {} of an array.
+
+    Arguments and errors are those of `export_checkpoint`.
+    """
+    record: dict[str, Any] = {}
+    if isinstance(weights, np.ndarray):
+        row = weights
+    elif Path(weights).is_dir():
+        store = Store.open(weights)
+        if not 0 <= trial < store.num_trials:
+            raise ValueError(f"export: trial must lie in [0, {store.num_trials}), got {trial}")
+        record, path = layout_record(store), store.trial(trial)
+        t = path.num_checkpoints - 1 if checkpoint is None else checkpoint
+        if not 0 <= t < path.num_checkpoints:
+            raise ValueError(f"export: checkpoint must lie in [0, {path.num_checkpoints}) of trial {trial}, got {t}")
+        row = path.weights(t, t + 1)[0]
+    else:
+        row, record = _forecast_row(Path(weights), checkpoint)
+    if row.dtype != np.float32:
+        raise TypeError(f"export: weights must be float32, got {row.dtype}")
+    if row.ndim != 1 or not np.isfinite(row).all():
+        raise ValueError(f"export: weights must be finite and of shape (p,), got {row.shape}")
+    return row, record
+
+
 def _statistics_beside(like: Path, normaliser: str | Path | None) -> ObservationStatistics:
     """Return the statistics that the exported file will be used with."""
     path = find_statistics([like]).get(like) if normaliser is None else Path(normaliser)
@@ -103,6 +114,13 @@ def _statistics_beside(like: Path, normaliser: str | Path | None) -> Observation
             "observation statistics are folded into the weights' first layer: pass as normaliser the file of those that"
             f" belong to {shown(like)}, which divides them out again"
         )
+    return needed_statistics(path)
+
+
+def needed_statistics(path: str | Path) -> ObservationStatistics:
+    """Return the statistics in a file of VecNormalize's. Raises ValueError where it left observations as they are, and
+    what `read_statistics` raises.
+    """
     statistics = read_statistics(path)
     if statistics is None:
         raise ValueError(f"{shown(path)} does not normalise observations (norm_obs=False)")
@@ -111,7 +129,7 @@ def _statistics_beside(like: Path, normaliser: str | Path | None) -> Observation
 
 def layout_record(store: Store) -> dict[str, Any]:
     """Return the record, plain JSON, that a forecast from this store must carry so that it can be exported."""
-    return {"policy": store.policy.to_dict(), "source": store.config.get("source")}
+    return {"policy": store.policy.to_dict(), "source": store.config.get("source"), "env_id": store.env_id}
 
 
 def _forecast_row(path: Path, checkpoint: int | None) -> tuple[NDArray[np.float32], dict[str, Any]]:
@@ -120,7 +138,7 @@ def _forecast_row(path: Path, checkpoint: int | None) -> tuple[NDArray[np.float3
         raise FileNotFoundError(f"export: there is no forecast and no store {shown(path)}")
     arrays, record = load_arrays(path, "export")
     try:
-        _layout_and_actor(record)
+        layout_and_actor(record)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise RuntimeError(f"export: {shown(path)} is damaged, or no forecast: {shown(error)}") from error
     weights, steps = (arrays.get(name, np.empty(0)) for name in ("weights", "checkpoint"))
@@ -132,7 +150,7 @@ def _forecast_row(path: Path, checkpoint: int | None) -> tuple[NDArray[np.float3
     return weights[-1 if checkpoint is None else indices.index(checkpoint)], record
 
 
-def _layout_and_actor(record: dict[str, Any]) -> tuple[Layout | None, Actor | None]:
+def layout_and_actor(record: dict[str, Any]) -> tuple[Layout | None, Actor | None]:
     """Return the weights' layout and, where they were imported, the actor in the files they came from; else None."""
     imported = (record.get("source") or {}).get("actor")
     return (
@@ -145,7 +163,7 @@ def _actor_of_template(
     template: CheckpointFile, like: Path, record: dict[str, Any], num_params: int, keys: str | Sequence[str] | None
 ) -> Actor:
     """Return the actor in the template: found by the template's keys, or as recorded when the weights were imported."""
-    policy, known = _layout_and_actor(record)
+    policy, known = layout_and_actor(record)
     activation = policy.activation if isinstance(policy, PolicySpec) else None
     fits = known is not None and known.fits(template.state) and template.activation in (None, activation)
     try:

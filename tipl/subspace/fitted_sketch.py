@@ -26,6 +26,8 @@ class FittedSketch:
     """The estimator's parameters when the sketch was built."""
     factors: tuple[int, Factors] | None = None
     """What was last derived from the sketch, and from how many rows."""
+    feature_names: NDArray[np.object_] | None = None
+    """(p,) the names of the columns, where the first rows had any."""
 
     @classmethod
     def build(

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from tipl import _core
 from tipl.device import cuda_engine, cuda_index
-from tipl.subspace.joint_calls import check_rows, fit_together, set_fitted, turns
+from tipl.subspace.joint_calls import check_rows, fit_together, saying_nan, set_fitted, turns
 from tipl.subspace.row_blocks import Rows, numbered, row_blocks, where_it_was
 from tipl.subspace.streaming_svd import StreamingSVD
 
@@ -52,6 +52,7 @@ class GroupedSVD:
         fit_together([(self.estimators_[name], slice(*ends)) for name, ends in self.groups.items()], X)
         return self
 
+    @saying_nan()
     def partial_fit(self, X: Rows, y: None = None) -> Self:
         """Take the rows of X (n, p). Raises as `StreamingSVD.partial_fit` does; then no group took any row.
 
@@ -87,6 +88,7 @@ class GroupedSVD:
             set_fitted(estimators, [ours._merged(other) for ours, other in zip(estimators, theirs, strict=True)])
         return self
 
+    @saying_nan()
     def transform(self, X: Rows) -> Any:
         """Return coordinates (n, sum of all k) of the rows of X (n, p), group after group."""
         self._check_columns("transform", X)

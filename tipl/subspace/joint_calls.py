@@ -1,7 +1,8 @@
 """Calls in which several `StreamingSVD` estimators take part: they change together, or none of them does."""
 
+import contextlib
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,8 @@ from tipl import _core
 from tipl.device import cuda_index
 from tipl.subspace.fitted_sketch import FittedSketch
 from tipl.subspace.parameters import checked_integer
-from tipl.subspace.row_blocks import SKETCH_ROWS, Rows, numbered, row_blocks
+from tipl.subspace.row_blocks import SKETCH_ROWS, Rows, as_matrix, numbered, row_blocks
+from tipl.subspace.scikit_conventions import column_names
 
 if TYPE_CHECKING:
     from tipl.subspace.streaming_svd import StreamingSVD
@@ -26,11 +28,24 @@ def set_fitted(estimators: Sequence["StreamingSVD"], fitted: Sequence[FittedSket
     deque(map(setattr, estimators, repeat("_fitted"), fitted), maxlen=0)
 
 
+@contextlib.contextmanager
+def saying_nan() -> Iterator[None]:
+    """Write NaN as scikit-learn does where the engine, in C++, refuses a row for its nan."""
+    try:
+        yield
+    except ValueError as error:
+        if "X must be finite, got nan" not in str(error):
+            raise
+        raise ValueError(str(error).replace("got nan", "got NaN")) from None
+
+
+@saying_nan()
 def fit_together(parts: Sequence[tuple["StreamingSVD", slice]], X: Rows) -> None:
     """Fit each estimator to its columns of X, reading X as often as the one with the most passes asks."""
     estimators = [estimator for estimator, _ in parts]
     max_rows = None if all(columns == slice(None) for _, columns in parts) else SKETCH_ROWS
     index = cuda_index("fit", estimators[0].device)
+    matrix, names = as_matrix("fit", X), column_names(X)
     with turns("fit", estimators):
         fresh = [type(estimator)(**estimator.get_params()) for estimator in estimators]
         for number in range(max([1] + [checked_integer("passes", estimator.passes) for estimator in fresh])):
@@ -41,7 +56,9 @@ def fit_together(parts: Sequence[tuple["StreamingSVD", slice]], X: Rows) -> None
                 if number == 0 or (number < estimator.passes and not estimator._seen_rows("fit").is_exact)
             }
             now: dict[int, FittedSketch] = {}
-            blocks = row_blocks("fit", X, max_rows=max_rows, read_ahead=True, cuda_index=index) if directions else ()
+            blocks = (
+                row_blocks("fit", matrix, max_rows=max_rows, read_ahead=True, cuda_index=index) if directions else ()
+            )
             for first_row, block in numbered(blocks):
                 for i in directions:
                     rows = columns_of(block, parts[i][1])
@@ -50,6 +67,8 @@ def fit_together(parts: Sequence[tuple["StreamingSVD", slice]], X: Rows) -> None
                     now[i].core.partial_fit(rows, first_row=first_row, all_or_none=False)
             for i, fitted in now.items():
                 fitted.core.settle()
+                if parts[i][1] == slice(None):
+                    fitted.feature_names = names
                 fresh[i]._fitted = fitted
         set_fitted(estimators, [estimator._fitted for estimator in fresh])
 

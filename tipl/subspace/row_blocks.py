@@ -34,26 +34,27 @@ class Rows(Protocol):
 def row_blocks(
     where: str,
     X: Rows,
-    columns: int | None = None,
     max_rows: int | None = None,
     read_ahead: bool = False,
     cuda_index: int | None = None,
 ) -> Iterator[Any]:
     """Yield the rows of X (n, p) in order, as float32 blocks with contiguous rows. float32 arrays are not copied.
 
-    `columns`: what p must be. `max_rows`: the most rows of one block. `read_ahead`: read a memory-mapped file from disk
-    before its blocks are due. `cuda_index`: the device that takes the blocks; an array on a device is one block, where
-    it lies. Raises TypeError for another dtype and ValueError for another shape, naming `where`.
+    `max_rows`: the most rows of one block. `read_ahead`: read a memory-mapped file from disk before its blocks are due.
+    `cuda_index`: the device that takes the blocks; an array on a device is one block, where it lies. Raises TypeError
+    where X holds no numbers, ValueError for complex ones and for another shape, naming `where`.
     """
-    shape = tuple(getattr(X, "shape", ()))
-    if not shape or not hasattr(X, "dtype") or isinstance(X, np.ma.MaskedArray):
-        raise TypeError(f"{where}: X must be an array of rows, got {type(X).__name__}")
-    if len(shape) != 2 or shape[0] < 1 or shape[1] < 1 or (columns is not None and shape[1] != columns):
-        expected = "(n, p)" if columns is None else f"(n, p) = (n, {columns})"
-        raise ValueError(f"{where}: X must have shape {expected}, at least one row and one column, got {shape}")
+    X = as_matrix(where, X)
+    shape = tuple(X.shape)
+    if len(shape) != 2 or 0 in shape:
+        what = "sample" if shape and shape[0] == 0 else "feature"
+        got = f"0 {what}(s) (shape={shape}) while a minimum of 1 is required." if len(shape) == 2 else f"{shape}"
+        if len(shape) == 1:
+            got += ". Reshape your data: X.reshape(1, -1) if it is one row, X.reshape(-1, 1) if it is one column"
+        raise ValueError(f"{where}: X must have shape (n, p), at least one row and one column, got {got}")
     if cuda_index is not None and on_a_device(X):
         tensor: Any = X
-        yield tensor.float() if hasattr(tensor, "is_floating_point") and tensor.is_floating_point() else tensor
+        yield tensor.float() if hasattr(tensor, "is_complex") and not tensor.is_complex() else tensor
         return
     usable_in_place = isinstance(X, np.ndarray) and X.dtype == np.float32 and _rows_are_contiguous(X)
     reader = _core.ReadAhead(X) if read_ahead and isinstance(X, np.ndarray) and _is_mapped_file(X) else None
@@ -67,6 +68,24 @@ def row_blocks(
             reader.want((start + step) * row_bytes + AHEAD_BYTES)
         block = X[start : start + step]
         yield block if usable_in_place else _as_float32(where, block)
+
+
+def as_matrix(where: str, X: Any) -> Any:
+    """Return X as it is, if rows can be read from it; a table or a list of rows as a NumPy array.
+
+    Raises TypeError for anything else, naming `where`.
+    """
+    if hasattr(X, "tocoo"):
+        raise TypeError(f"{where}: X must be dense, got sparse {type(X).__name__}; X.toarray() makes it so")
+    is_masked = isinstance(X, np.ma.MaskedArray)
+    if hasattr(X, "shape") and hasattr(X, "dtype") and not is_masked:
+        return X
+    if is_masked or not (isinstance(X, list | tuple) or hasattr(X, "__array__")):
+        raise TypeError(f"{where}: X must be an array of rows, got {type(X).__name__}")
+    try:
+        return np.asarray(X)
+    except ValueError as error:  # rows of several lengths
+        raise ValueError(f"{where}: X must have shape (n, p): {error}") from None
 
 
 def where_it_was(argument: Any, result: NDArray[np.float32], cuda_index: int | None) -> Any:
@@ -102,11 +121,18 @@ def _as_float32(where: str, block: Any) -> NDArray[np.float32]:
     is_tensor = hasattr(block, "detach")  # a torch tensor: NumPy does not know its bfloat16
     if not is_tensor and on_a_device(block):
         raise ValueError(f"{where}: X must be in the host's memory, as the estimator is on the CPU")
-    block = block if is_tensor else np.asarray(block)
-    name = str(block.dtype).removeprefix("torch.") if is_tensor else block.dtype.name
-    if name not in ("float16", "bfloat16", "float32", "float64"):
-        raise TypeError(f"{where}: X must be float32, float64, float16 or bfloat16, got {name}")
-    if is_tensor:
+    if is_tensor and not block.is_complex():
         block = block.detach().float().cpu().numpy()
+    block = np.asarray(block)
+    if block.dtype.kind == "c":
+        raise ValueError(f"{where}: Complex data not supported: X must be real, got {block.dtype}")
+    if block.dtype.kind == "O":
+        try:
+            block = block.astype(np.float64)
+        except (TypeError, ValueError) as error:
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(f"{where}: X must hold numbers: {error}") from None
+    if block.dtype.kind not in "biuf" and block.dtype.name != "bfloat16":
+        raise TypeError(f"{where}: X must hold numbers, got {block.dtype}")
     with np.errstate(over="ignore"):  # values too large for float32 become Inf, which the engine refuses by row
         return np.require(block.astype(np.float32, copy=False), requirements=["C", "ALIGNED"])

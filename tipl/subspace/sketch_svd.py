@@ -80,7 +80,7 @@ class Factors:
     def project(self, X: Rows, num_threads: int, cuda_index: int | None = None) -> NDArray[np.float32]:
         """Return the coordinates (n, k) of the rows of X (n, p): (X - mean) components^T, summed in float64."""
         mean_coordinates = self.components.astype(np.float64) @ self.mean
-        blocks = row_blocks("transform", X, self.components.shape[1], cuda_index=cuda_index)
+        blocks = row_blocks("transform", X, cuda_index=cuda_index)
         parts = [
             products("transform", block, self.components, None, num_threads, first_row, cuda_index) - mean_coordinates
             for first_row, block in numbered(blocks)

@@ -14,25 +14,30 @@ from numpy.typing import NDArray
 from tipl import _core
 from tipl.device import cuda_index
 from tipl.subspace.fitted_sketch import FittedSketch
-from tipl.subspace.joint_calls import check_rows, fit_together, turns
+from tipl.subspace.joint_calls import check_rows, fit_together, saying_nan, turns
 from tipl.subspace.parameters import checked_threads, same_value
-from tipl.subspace.row_blocks import Rows, numbered, row_blocks, where_it_was
+from tipl.subspace.row_blocks import Rows, as_matrix, numbered, row_blocks, where_it_was
 from tipl.subspace.saved_sketch import load_sketch, save_sketch
+from tipl.subspace.scikit_conventions import (
+    ScikitTransformer,
+    check_same_columns,
+    checked_names_in,
+    column_names,
+    table,
+)
 from tipl.subspace.sketch_svd import Factors
-
-_PARAMETERS = ("n_components", "n_oversamples", "passes", "center", "origin", "seed", "num_threads", "device")
 
 
 class NotFittedError(ValueError, AttributeError):
     """Raised where an estimator that has seen no rows is asked for a result."""
 
 
-class StreamingSVD:
+class StreamingSVD(ScikitTransformer):
     """The k leading right singular vectors of a matrix A whose rows come in blocks.
 
-    Follows the conventions of scikit-learn's estimators (it works in a Pipeline, with clone and with get_params)
-    without depending on scikit-learn. `fit` reads its rows `passes` times; `partial_fit` takes rows as they come, once.
-    Memory: 8 (l + 9) p bytes whatever the number of rows, and 4 l bytes for each row, for `coordinates_`.
+    Passes scikit-learn's `check_estimator` without depending on scikit-learn: it works in a Pipeline, with
+    GridSearchCV, clone and `set_output`. `fit` reads its rows `passes` times; `partial_fit` takes rows as they come,
+    once. Memory: 8 (l + 9) p bytes whatever the number of rows, and 4 l bytes for each row, for `coordinates_`.
 
     Results have the same bits for any number of threads and any chunking of the rows, except that rows which follow a
     `fit` begin a new chunk. They are equal within rounding for any order of the rows and of merging. Reading results
@@ -77,7 +82,11 @@ class StreamingSVD:
         residual_bound_: |A - A V^T V|_F is at most this. Not an estimate.
         optimum_bound_: no k directions leave less than this. Not an estimate.
         n_components_, n_samples_seen_, n_features_in_: k, n and p.
+        feature_names_in_: (p,) the columns' names, where the first rows were a table (a DataFrame of pandas or polars)
+            whose columns are named by strings; tables that follow must have the same. Files of `save` do not keep them.
     """
+
+    _parameters = ("n_components", "n_oversamples", "passes", "center", "origin", "seed", "num_threads", "device")
 
     def __init__(
         self,
@@ -102,9 +111,6 @@ class StreamingSVD:
         self._fitted: FittedSketch | None = None  # may be a sketch without rows
         self._in_use = _core.InUse()
 
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.get_params().items())})"
-
     def __sklearn_is_fitted__(self) -> bool:
         with turns("check_is_fitted", [self]):
             return self._seen() is not None
@@ -114,51 +120,30 @@ class StreamingSVD:
         with turns("pickle", [self]):
             state = self.__dict__ | {"_in_use": None, "_fitted": None}
             if (fitted := self._seen()) is not None:
-                state["_fitted"] = (fitted.arrays(), fitted.core.directions, fitted.parameters, fitted.factors)
+                arrays, directions = fitted.arrays(), fitted.core.directions
+                state["_fitted"] = (arrays, directions, fitted.parameters, fitted.factors, fitted.feature_names)
             return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state | {"_in_use": _core.InUse(), "_fitted": None})
         if state["_fitted"] is not None:
-            arrays, directions, parameters, factors = state["_fitted"]
+            arrays, directions, parameters, factors, names = state["_fitted"]
             self._fitted = FittedSketch.restore(
                 parameters, arrays, owner=type(self).__name__, directions=directions if directions.size else None
             )
-            self._fitted.factors = factors
-
-    def __sklearn_tags__(self) -> Any:
-        """Return scikit-learn's tags; only scikit-learn calls this."""
-        from sklearn.utils import InputTags, Tags, TargetTags, TransformerTags
-
-        return Tags(
-            estimator_type="transformer",
-            target_tags=TargetTags(required=False),
-            transformer_tags=TransformerTags(),
-            input_tags=InputTags(),
-        )
-
-    def get_params(self, deep: bool = True) -> dict[str, Any]:
-        """Return the constructor's arguments. `deep` is scikit-learn's: no parameter here is an estimator."""
-        return {name: getattr(self, name) for name in _PARAMETERS}
-
-    def set_params(self, **params: Any) -> Self:
-        """Set constructor arguments, for the next `fit`. Raises ValueError for an unknown one."""
-        for name in params:
-            if name not in _PARAMETERS:
-                raise ValueError(f"set_params: parameters are {', '.join(_PARAMETERS)}, got {name!r}")
-        for name, value in params.items():
-            setattr(self, name, value)
-        return self
+            self._fitted.factors, self._fitted.feature_names = factors, names
 
     # ---- rows in
 
     def fit(self, X: Rows, y: None = None) -> Self:
         """Forget all rows, then read those of X `passes` times. `y` is ignored; scikit-learn passes it.
 
-        X (n, p) of float32, float64, float16 or bfloat16: an array or a tensor in memory, a memory-mapped file, or
-        anything with `shape` and slices of rows, such as a Zarr array. float32 arrays are read in place; the rest
-        becomes float32 in blocks of 64 MB. Where X holds NaN or Inf the error names the row, and the previous fit is
-        kept.
+        X (n, p) of real numbers: an array or a tensor in memory, a memory-mapped file, anything with `shape`, `dtype`
+        and slices of rows, such as a Zarr array, or a table or list, which is first copied to an array. float32 arrays
+        are read in place; the rest becomes float32 in blocks of 64 MB. After an error the previous fit is kept.
+
+        Raises TypeError where X holds no numbers or is sparse; ValueError for another shape, complex numbers, or NaN or
+        Inf, naming the row.
         """
         fit_together([(self, slice(None))], X)
         return self
@@ -168,15 +153,17 @@ class StreamingSVD:
         coordinates: NDArray[np.float32] = self.fit(X).transform(X)
         return coordinates
 
+    @saying_nan()
     def partial_fit(self, X: Rows, y: None = None) -> Self:
         """Take the rows of X (n, p), any n >= 1, of the types that `fit` takes. `y` is ignored; scikit-learn passes it.
 
-        Raises TypeError for another dtype, and ValueError for another shape or for NaN or Inf, naming the row; then no
-        row of X was taken. After Ctrl-C `n_samples_seen_` tells how many were.
+        Raises as `fit` does, and ValueError where the columns are not those of the first rows; then no row of X was
+        taken. After Ctrl-C `n_samples_seen_` tells how many were.
         """
         with turns("partial_fit", [self]):
-            blocks = list(row_blocks("partial_fit", X, cuda_index=cuda_index("partial_fit", self.device)))
-            self._fitted = fitted = self._ready("partial_fit", blocks[0].shape[1])
+            rows = self._same_columns("partial_fit", X)
+            blocks = list(row_blocks("partial_fit", rows, cuda_index=cuda_index("partial_fit", self.device)))
+            self._fitted = fitted = self._ready("partial_fit", blocks[0].shape[1], column_names(X))
             check_rows([fitted.core], [slice(None)], blocks)
             for first_row, block in numbered(blocks):
                 fitted.core.partial_fit(block, first_row=first_row, all_or_none=len(blocks) == 1)
@@ -196,14 +183,30 @@ class StreamingSVD:
 
     # ---- rows out
 
+    @saying_nan()
     def transform(self, X: Rows) -> Any:
         """Return coordinates (n, k) of the rows of X (n, p): (X - mean_) components_^T, summed in float64.
 
-        Of an array on a device they are there too: as a torch tensor, or an array that speaks DLPack.
+        Of an array on a device they are there too: as a torch tensor, or an array that speaks DLPack. After
+        `set_output` they are a table. Raises as `partial_fit` does.
         """
         index = cuda_index("transform", self.device)
-        coordinates = self._factors("transform").project(X, self._threads(), index)
+        factors = self._factors("transform")
+        coordinates = factors.project(self._same_columns("transform", X), self._threads(), index)
+        library = self._table_library()
+        if library is not None:
+            return table(library, coordinates, self.get_feature_names_out(), X)
         return where_it_was(X, coordinates, index)
+
+    def get_feature_names_out(self, input_features: Any = None) -> NDArray[np.object_]:
+        """Return the names (k,) of what `transform` returns: streamingsvd0, streamingsvd1, ...
+
+        Raises ValueError where `input_features` are given and are not the p columns that were seen.
+        """
+        k = len(self._factors("get_feature_names_out").components)
+        if input_features is not None:
+            checked_names_in(input_features, getattr(self, "feature_names_in_", None), self.n_features_in_)
+        return np.array([f"{type(self).__name__.lower()}{i}" for i in range(k)], dtype=object)
 
     def inverse_transform(self, X: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return the rows (n, p) of coordinates X (n, k), X components_ + mean_."""
@@ -268,6 +271,14 @@ class StreamingSVD:
         with turns("n_features_in_", [self]):
             return self._seen_rows("n_features_in_").core.num_features
 
+    @property
+    def feature_names_in_(self) -> NDArray[np.object_]:
+        with turns("feature_names_in_", [self]):
+            names = self._seen_rows("feature_names_in_").feature_names
+        if names is None:
+            raise AttributeError("feature_names_in_: the first rows had no names of columns")
+        return names
+
     # ---- files
 
     def save(self, path: Path | str) -> None:
@@ -324,17 +335,33 @@ class StreamingSVD:
             merged = self._build(theirs.core.num_features)
         else:
             merged = FittedSketch(ours.core.snapshot(settled=False), ours.parameters)
+        names = (theirs if ours is None else ours).feature_names
+        if names is not None and theirs.feature_names is not None and not np.array_equal(names, theirs.feature_names):
+            raise ValueError("merge: other must have the same feature_names_in_")
+        merged.feature_names = names
         if theirs.cuda_index != merged.cuda_index:  # brings what they have seen to our device
             theirs = FittedSketch.restore(merged.parameters, theirs.arrays(), owner=type(self).__name__)
         merged.core.merge(theirs.core)
         return merged
 
-    def _ready(self, where: str, num_features: int) -> FittedSketch:
+    def _same_columns(self, where: str, X: Any) -> Any:
+        """Return X as a matrix. Raises ValueError where its columns are not those that were seen first."""
+        rows, fitted = as_matrix(where, X), self._seen()
+        if fitted is not None:
+            shape, names = tuple(rows.shape), fitted.feature_names
+            check_same_columns(where, type(self).__name__, X, shape, names, fitted.core.num_features)
+        return rows
+
+    def _ready(self, where: str, num_features: int, names: NDArray[np.object_] | None = None) -> FittedSketch:
         """Return the sketch that is to take rows of `num_features` columns: the present one, or an empty one."""
         if self.passes != 1:
             raise ValueError(f"{where}: passes must be 1, since rows come once, got {self.passes!r}; use fit")
         self._check_unchanged(where)
-        return self._seen() or self._build(num_features)
+        fitted = self._seen()
+        if fitted is None:
+            fitted = self._build(num_features)
+            fitted.feature_names = names
+        return fitted
 
     def _check_unchanged(self, where: str) -> None:
         fitted = self._seen()
