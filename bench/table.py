@@ -141,6 +141,24 @@ def plain_table(record: dict[str, Any], suite: str, what: str) -> list[str]:
     ]
 
 
+def busy_table(record: dict[str, Any]) -> list[str]:
+    """A line for each stage, and a column for each number of competitors."""
+    rows = [row for row in record["rows"] if row["suite"] == "busy"]
+    stages = dict.fromkeys(row["case"].split(" beside ")[0] for row in rows)
+    fair = {row["case"].split(" beside ")[1]: row["peer_value"] for row in rows}
+    took = {row["case"]: number(row["ours"]) for row in rows}
+    return [
+        "Medians of one run.",
+        "",
+        f"| time over that on the quiet machine | {' | '.join(f'{k} competitors' for k in fair)} |",
+        "|---" * (len(fair) + 1) + "|",
+        f"| *fair share* | {' | '.join(map(number, fair.values()))} |",
+        *(f"| {stage} | {' | '.join(took[f'{stage} beside {k}'] for k in fair)} |" for stage in stages),
+        "",
+        machine_line(record),
+    ]
+
+
 def summary_table(record: dict[str, Any]) -> list[str]:
     """A few lines of all suites, for the README."""
     rows = {(row["case"], row["peer"]): row for row in record["rows"]}
@@ -175,6 +193,8 @@ TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "collect": lambda record: plain_table(record, "collect", "task, trials"),
     "train": lambda record: plain_table(record, "train", "model, batch"),
     "rollout": lambda record: plain_table(record, "rollout", "policy"),
+    "evaluate": lambda record: plain_table(record, "evaluate", "task"),
+    "busy": busy_table,
 }
 
 

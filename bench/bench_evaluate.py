@@ -1,0 +1,71 @@
+"""Judging: deterministic policies in the simulator, beside SB3's evaluate_policy; the simulator is the roof."""
+
+import functools
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from bench_collect import NUM_TRIALS, SIMULATED_STEPS, sb3_model, seconds_a_step, simulation
+from measure import Row, rows_of, side_by_side
+from record import Record
+
+from tipl import _core
+from tipl.collecting.episodes import run_episodes
+from tipl.policy import PolicySpec
+
+TASKS = {"HalfCheetah-v5": (17, 6, 1000), "Reacher-v5": (10, 2, 50)}
+"""Tasks whose episodes all have one length: observations, actions, env steps."""
+
+STEPS = 256_000
+"""Env steps of ours in one measurement; a peer's are fewer."""
+
+
+@functools.cache
+def sb3_env(env_id: str) -> Any:
+    from stable_baselines3.common.env_util import make_vec_env
+
+    return make_vec_env(env_id, n_envs=4, seed=0)
+
+
+def sb3_evaluate(env_id: str, num_episodes: int) -> None:
+    """Judge one policy in this process, one of several."""
+    from stable_baselines3.common.evaluation import evaluate_policy
+
+    torch.set_num_threads(1)
+    evaluate_policy(sb3_model(env_id), sb3_env(env_id), n_eval_episodes=num_episodes)
+
+
+@pytest.mark.parametrize("env_id", TASKS)
+def bench_episodes(env_id: str, record: Record) -> None:
+    """Different policies of 64 x 64 on episodes of their own; SB3 has one policy and as many processes as cores."""
+    obs_dim, act_dim, length = TASKS[env_id]
+    policy, cores = PolicySpec(obs_dim, act_dim), _core.available_cpus()
+    rng = np.random.default_rng(0)
+    weights = 0.1 * rng.standard_normal((64, policy.num_params), np.float32)
+    seeds = rng.integers(2**31, size=(64, STEPS // 64 // length))
+    returns = run_episodes(env_id, policy, weights[:2], seeds[:2, :3]).returns
+    assert len(np.unique(returns)) == returns.size
+    sb3_episodes = max(4, 8000 // length)
+    with ProcessPoolExecutor(cores, get_context("spawn")) as processes:
+
+        def sb3() -> None:
+            list(processes.map(sb3_evaluate, [env_id] * cores, [sb3_episodes] * cores))
+
+        sb3()  # imports, and builds models and environments
+        clocks = {
+            "tipl": seconds_a_step(functools.partial(run_episodes, env_id, policy, weights, seeds), STEPS),
+            "Stable-Baselines3": seconds_a_step(sb3, cores * sb3_episodes * length),
+            "mujoco.batch": seconds_a_step(simulation(env_id), SIMULATED_STEPS * NUM_TRIALS),
+        }
+
+        def measure() -> list[Row]:
+            rates = {name: 1 / s for name, s in side_by_side(clocks, rounds=(3, 10)).items()}
+            ours, roof = rates.pop("tipl"), rates.pop("mujoco.batch")
+            record.say(f"evaluate {env_id}: mujoco.batch alone makes {roof:,.0f} env steps/s")
+            case = f"{env_id}, 64 policies"
+            return rows_of("evaluate", case, "env steps/s", ours, rates, (100 * ours / roof, "mujoco.batch"))
+
+        record(measure)
