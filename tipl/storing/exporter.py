@@ -11,7 +11,8 @@ from tipl.files.locations import write_atomically
 from tipl.files.publishing import published
 from tipl.files.sealed import load_arrays
 from tipl.policy import Layout, PolicySpec, layout_from_dict
-from tipl.storing.foreign_actors import STATISTICS, Actor, differences, shown
+from tipl.storing.actor_families import STATISTICS
+from tipl.storing.foreign_actors import Actor, differences, shown
 from tipl.storing.foreign_files import CheckpointFile, find_actor_in, read_checkpoint_file
 from tipl.storing.observation_statistics import ObservationStatistics, find_statistics, read_statistics
 from tipl.storing.store import Store
@@ -147,7 +148,8 @@ def _actor_of_template(
     """Return the actor in the template: found by the template's keys, or as recorded when the weights were imported."""
     policy, known = _layout_and_actor(record)
     activation = policy.activation if isinstance(policy, PolicySpec) else None
-    fits = known is not None and known.fits(template.state) and template.activation in (None, activation)
+    alike = activation is None or template.activation in (None, activation)
+    fits = known is not None and known.fits(template.state) and alike
     try:
         found = find_actor_in(like, template, activation, keys)
     except ValueError:
