@@ -84,8 +84,8 @@ _SAC = Family(
     "actor.mu.",
     activation="relu",
     normalisers=(STATISTICS,),
-    # The last two: batch normalisation between the layers (CrossQ), or gSDE of an unknown kind.
-    encoders=("actor.features_extractor.", "actor.latent_pi.", "actor.log_std"),
+    # With more of its own parts it has batch normalisation between the layers (CrossQ), or is of another library.
+    encoders=("actor.features_extractor.", "actor.latent_pi.", "actor.mu.", "actor.log_std"),
     spread="head",
     squash=True,
 )
