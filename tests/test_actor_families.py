@@ -305,6 +305,17 @@ def test_a_layout_of_other_weights_is_not_exported_into_an_actor(tmp_path: Path)
     store = import_checkpoints([sac], tmp_path / "store")
     with pytest.raises(ValueError, match=r"does not fit the weights: log_std\.weight \(2, 6\) is missing"):
         export_checkpoint(store.path, td3, tmp_path / "out.zip")
+    clipped, otherwise = (
+        sb3_zip(tmp_path / f"clip{limit}_1.zip", whole(KINDS[2]), policy_kwargs={"clip_mean": limit})
+        for limit in (1.0, 3.0)
+    )
+    gsde = import_checkpoints([clipped], tmp_path / "gsde")
+    with pytest.raises(ValueError, match=r"does not fit the weights: the mean_limit is 3\.0 instead of 1\.0"):
+        export_checkpoint(gsde.path, otherwise, tmp_path / "out.zip")
+    torch.save(whole(KINDS[2], 3), tmp_path / "bare.pt")  # which does not say its limit
+    written = read_checkpoint_file(export_checkpoint(gsde.path, tmp_path / "bare.pt", tmp_path / "out.pt")).state
+    for key, it in written.items():
+        assert torch.equal(it, whole(KINDS[2], 0 if key.startswith("actor.") else 3)[key])
     tanh = {"activation_fn": "<class 'torch.nn.modules.activation.Tanh'>"}
     other = sb3_zip(tmp_path / "tanh_1.zip", whole("SAC"), policy_kwargs=tanh)
     with pytest.raises(ValueError, match="does not fit the weights: the activation is tanh instead of relu"):

@@ -148,8 +148,7 @@ def _actor_of_template(
     """Return the actor in the template: found by the template's keys, or as recorded when the weights were imported."""
     policy, known = _layout_and_actor(record)
     activation = policy.activation if isinstance(policy, PolicySpec) else None
-    alike = activation is None or template.activation in (None, activation)
-    fits = known is not None and known.fits(template.state) and alike
+    fits = known is not None and known.fits(template.state) and template.activation in (None, activation)
     try:
         found = find_actor_in(like, template, activation, keys)
     except ValueError:
@@ -161,6 +160,10 @@ def _actor_of_template(
     difference = "" if policy is None else differences(policy, found.policy)
     if not difference:
         return found
-    if known is not None and fits and keys is None:
-        return known  # the recorder was given a part of the policy that the template holds
+    if known is not None and keys is None:
+        if fits and known.keys != found.keys:
+            return known  # the recorder was given a part of the policy that the template holds
+        is_new = isinstance(found.policy, PolicySpec) and found.policy.squash and known.kind == "other"
+        if is_new and known.keys == found.keys and known.fits(template.state):
+            return known  # by a tipl that did not know this kind
     raise ValueError(f"{shown(like)} does not fit the weights: {difference}")

@@ -189,7 +189,7 @@ def _not_run(keys: Sequence[str]) -> str:
     reason = ""
     if any(key.endswith("latent_pi.0.ra_mean") for key in keys):
         reason = " with batch normalisation (CrossQ)"
-    elif any(key.endswith("actor.mu.0.weight") for key in keys) and any(key.endswith("actor.log_std") for key in keys):
+    elif {key.rpartition("actor.")[2] for key in keys} >= {"log_std", "latent_pi.0.weight", "mu.0.weight"}:
         reason = " with gSDE, whose clip_mean nothing says"
     return f"the simulator cannot run these policies{reason}: train and rollout work, evaluate does not"
 
