@@ -163,6 +163,8 @@ def test_what_no_file_says_is_in_a_note(kind: str, tmp_path: Path) -> None:
 
 def test_the_roles_of_all_tensors_are_said(tmp_path: Path) -> None:
     lines = describe_import([sb3_zip(tmp_path / "m_1.zip", whole("TD3"))])
+    said = "layers 3 -> 8 -> 6 -> 2, relu, no log_std, actions are its tanh, rescaled to the action space"
+    assert ("policy", said) in lines
     for line in (
         "actor.mu.4.weight (2, 6): the actor's action_net.weight",
         "actor_target.mu.4.weight (2, 6): a target network's",
@@ -224,6 +226,31 @@ def test_a_network_that_is_nearly_one_of_these_is_not_run(state: dict[str, Tenso
     store = import_checkpoints([sb3_zip(tmp_path / "m_1.zip", state)], tmp_path / "store")
     assert isinstance(store.policy, ParameterLayout)
     assert "the simulator cannot run these policies: train" in store.config["source"]["note"]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.sampled_from(KINDS), st.randoms(use_true_random=False), st.integers(1, 4))
+def test_no_tensor_of_a_damaged_file_is_left_out_in_silence(kind: str, random: Any, changes: int) -> None:
+    """Keys lost, renamed or of other shapes: it is refused, or every tensor but critics' and targets' is in the row."""
+    state = whole(kind)
+    for _ in range(changes):
+        key = random.choice(list(state))
+        tensor = state.pop(key)
+        change = random.choice(["lost", "renamed", "longer", "another's"])
+        if change == "renamed":
+            state[key.replace("weight", "scale").replace(".0.", ".1.")] = tensor
+        elif change == "longer":
+            state[key] = torch.cat([tensor, tensor])
+        elif change == "another's":
+            state[key] = torch.randn(whole(kind)[random.choice(list(whole(kind)))].shape)
+    expected = {key for key in state if not key.startswith(("critic", "actor_target."))}
+    try:
+        actor = find_actor(state, Settings(mean_limit=1.5))
+    except ValueError as error:
+        assert "actor" in str(error)
+    else:
+        assert set(actor.keys) == expected
+        assert sum(state[key].numel() for key in actor.keys) == actor.policy.num_params == len(actor.flatten(state))
 
 
 def array(values: Any) -> dict[str, str]:

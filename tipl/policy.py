@@ -134,6 +134,15 @@ class PolicySpec(Layout):
         if limit is not None and not (isinstance(limit, float) and 0.0 < limit < math.inf):
             raise ValueError(f"PolicySpec: mean_limit must be a finite positive float or None, got {limit!r}")
 
+    def __str__(self) -> str:
+        """Return the layers and what tells the policy from one of plain PPO, in words."""
+        words = [f"layers {' -> '.join(map(str, self.layer_sizes))}", self.activation]
+        words += {"parameter": [], "head": ["log_std by a layer of its own"], "none": ["no log_std"]}[self.spread]
+        words += ["gSDE"] if self.gsde else []
+        words += [] if self.mean_limit is None else [f"mean clipped to +-{self.mean_limit:g}"]
+        words += ["actions are its tanh, rescaled to the action space"] if self.squash else []
+        return ", ".join(words)
+
     @property
     def layer_sizes(self) -> tuple[int, ...]:
         """Widths of the policy's MLP from the observation to the mean action."""

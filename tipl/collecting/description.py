@@ -22,7 +22,7 @@ def describe_store(store: Store) -> dict[str, str]:
         "policy": f"p = {policy.num_params:,} float32 weights",
     }
     if isinstance(policy, PolicySpec):
-        lines["policy"] += f", layers {' -> '.join(map(str, policy.layer_sizes))}, {policy.activation}{_kind(policy)}"
+        lines["policy"] += f", {policy}"
     lines["layout"] = "\n".join(
         f"{offset:>9,} {name} {shape}" for name, (offset, shape) in policy.layout.items()
     )  # with the index of each parameter's first weight in the flat weights
@@ -37,15 +37,6 @@ def describe_store(store: Store) -> dict[str, str]:
         )
     lines["config"] = "\n".join(f"{name} = {value}" for name, value in flat_config(store.config).items())
     return lines
-
-
-def _kind(policy: PolicySpec) -> str:
-    """Return in words what tells a policy from one of plain PPO."""
-    spreads = {"parameter": "", "head": ", log_std by a layer of its own", "none": ", no log_std"}
-    kind = ", gSDE" if policy.gsde else spreads[policy.spread]
-    if policy.mean_limit is not None:
-        kind += f", mean clipped to +-{policy.mean_limit:g}"
-    return kind + (", actions are its tanh, rescaled to the action space" if policy.squash else "")
 
 
 def _completeness(store: Store) -> str:

@@ -161,7 +161,8 @@ def _actor_of_template(
     if not difference:
         return found
     if known is not None and keys is None:
-        if fits and known.keys != found.keys:
+        acts_otherwise = isinstance(policy, PolicySpec) and isinstance(found.policy, PolicySpec)
+        if fits and not (known.keys == found.keys and acts_otherwise):
             return known  # the recorder was given a part of the policy that the template holds
         is_new = isinstance(found.policy, PolicySpec) and found.policy.squash and known.kind == "other"
         if is_new and known.keys == found.keys and known.fits(template.state):
