@@ -140,7 +140,7 @@ class PolicySpec(Layout):
         words += {"parameter": [], "head": ["log_std by a layer of its own"], "none": ["no log_std"]}[self.spread]
         words += ["gSDE"] if self.gsde else []
         words += [] if self.mean_limit is None else [f"mean clipped to +-{self.mean_limit:g}"]
-        words += ["actions are its tanh, rescaled to the action space"] if self.squash else []
+        words += ["actions are tanh of the mean, rescaled to the action space"] if self.squash else []
         return ", ".join(words)
 
     @property

@@ -116,7 +116,8 @@ class Actor:
     @property
     def _first_layer(self) -> slice:
         """Where the layout has weight and bias of the layer that a normaliser is folded into."""
-        assert isinstance(self.policy, PolicySpec)
+        if not isinstance(self.policy, PolicySpec):
+            raise ValueError(f"a normaliser, {shown(self.normaliser)}, must come before an MLP, got other parameters")
         return slice(self.policy.first_layer, self.policy.first_layer + 2)
 
     def _find(self, state: State) -> list[Tensor]:
@@ -202,6 +203,7 @@ def find_actor(state: State, settings: Settings = Settings(), actor: str | Seque
 
 
 def _longer(name: str) -> str:
+    """Return the name of a parameter whose key's "actor." was taken for the root."""
     return name if name.startswith(STATISTICS) else f"actor.{name}"
 
 
@@ -263,9 +265,9 @@ def differences(one: Layout, other: Layout) -> str:
     ]
     if not found and one != other:
         if isinstance(one, PolicySpec) and isinstance(other, PolicySpec):
-            first, second = one.to_dict(), other.to_dict()
-            names = [name for name in {**first, **second} if first.get(name) != second.get(name)]
-            return "; ".join(f"the {name} is {getattr(other, name)} instead of {getattr(one, name)}" for name in names)
+            settings = {"the activation": "activation", "squashing": "squash", "the limit of the mean": "mean_limit"}
+            both = {words: (getattr(one, name), getattr(other, name)) for words, name in settings.items()}
+            return "; ".join(f"{words} is {new} instead of {old}" for words, (old, new) in both.items() if old != new)
         return "the parameters have another order"
     return "; ".join(found[:3]) + ("; ..." if len(found) > 3 else "")
 
