@@ -8,7 +8,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from tipl.collecting.policy_network import mean_action
+from tipl.collecting.policy_network import log_stds, mean_action
 from tipl.judging.action_metrics import action_bounds, action_differences, action_variance, kl_divergences, unit_actions
 from tipl.policy import PolicySpec
 
@@ -91,6 +91,32 @@ def test_divergences_equal_those_of_torch(networks: NDArray[np.float32], states:
     np.testing.assert_allclose(got, expected, rtol=1e-11)
     backwards = torch.distributions.kl_divergence(gaussians[1], gaussians[0]).mean().item()
     assert got[0] != pytest.approx(backwards, rel=0.01)  # the true policy comes first
+
+
+def test_policies_that_squash_are_compared_as_they_act(states: NDArray[np.float32]) -> None:
+    spec = PolicySpec(5, 3, (16, 8), "relu", spread="head", squash=True)
+    policies = (0.6 * np.random.default_rng(0).standard_normal((6, spec.num_params))).astype(np.float32)
+    seen = torch.from_numpy(states).expand(6, -1, -1)
+    means = mean_action(spec, torch.from_numpy(policies), seen).double()
+    spread = log_stds(spec, torch.from_numpy(policies), seen)
+    assert spread is not None
+    # In half action ranges, tanh is the action but for the middle of the space.
+    middle = WIDE.mean(0) / np.array([1.0, 0.4, 2.0])
+    actions = means.tanh().numpy() + middle
+    np.testing.assert_allclose(unit_actions(spec, policies, states, WIDE), actions, rtol=1e-5, atol=1e-6)
+    expected = [np.sqrt(np.mean((it - actions[0]) ** 2)) for it in actions[1:]]
+    np.testing.assert_allclose(action_differences(spec, policies[0], policies[1:], states, WIDE), expected, rtol=1e-5)
+    normals = [torch.distributions.Independent(torch.distributions.Normal(*it), 1) for it in
+               zip(means, spread.double().exp(), strict=True)]  # fmt: skip
+    expected = [torch.distributions.kl_divergence(normals[0], it).mean().item() for it in normals[1:]]
+    np.testing.assert_allclose(kl_divergences(spec, policies[0], policies[1:], states), expected, rtol=1e-11)
+
+
+def test_policies_without_a_gaussian_of_their_own_have_no_divergence(states: NDArray[np.float32]) -> None:
+    for spec in (PolicySpec(5, 3, (8,), spread="none", squash=True), PolicySpec(5, 3, (8,), gsde=True)):
+        policies = np.random.default_rng(0).standard_normal((4, spec.num_params)).astype(np.float32)
+        assert np.isnan(kl_divergences(spec, policies[0], policies[1:], states)).all()
+        assert (action_differences(spec, policies[0], policies[1:], states, WIDE) > 0).all()
 
 
 def test_a_forecast_is_judged_alike_whatever_is_judged_beside_it(

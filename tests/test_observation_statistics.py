@@ -473,7 +473,7 @@ def test_a_dry_run_says_what_each_tensor_is_taken_for_and_writes_nothing(tmp_pat
     assert ("file", str(run / "rl_model_64_steps.zip")) in lines
     assert ("tensor", "log_std (1,): the actor's") in lines
     assert ("tensor", "action_net.weight (1, 8): the actor's") in lines
-    assert ("tensor", "value_net.weight (1, 8): a critic's or a target network's") in lines
+    assert ("tensor", "value_net.weight (1, 8): a critic's") in lines
     assert any(text.endswith("the observation normaliser's, folded into the first layer") for _, text in lines)
     expected = f"{run}: 2 checkpoints, rl_model_64_steps.zip at env step 64 to rl_model_128_steps.zip at 128"
     assert ("trial", expected) in lines

@@ -2,6 +2,7 @@ import itertools
 import json
 import math
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tipl import _core
-from tipl.collecting.policy_network import layer_views, mean_action
+from tipl.collecting.policy_network import actions_of, layer_views, log_stds, mean_action
 from tipl.policy import ACTIVATIONS, Activation, PolicySpec, layout_from_dict
 
 SPECS = [
@@ -264,3 +265,126 @@ def test_a_policy_with_gsde_has_a_matrix_of_log_stds_and_the_same_mean_action() 
     assert torch.equal(mean_action(spec, weights, obs), expected)
     with pytest.raises(ValueError, match="gsde must be a bool, got 1"):
         PolicySpec(3, 2, gsde=1)
+
+
+SAC = PolicySpec(5, 2, (7, 4), "relu", spread="head", squash=True)
+KINDS = {
+    "SAC": SAC,
+    "SAC without hidden layers": PolicySpec(5, 2, (), "relu", spread="head", squash=True),
+    "SAC with gSDE": PolicySpec(5, 2, (7, 4), "relu", gsde=True, squash=True, mean_limit=0.5),
+    "TD3": PolicySpec(5, 2, (7,), "elu", spread="none", squash=True),
+    "TD3 without hidden layers": PolicySpec(5, 2, (), spread="none", squash=True),
+    "PPO with squashed gSDE": PolicySpec(5, 2, (3, 3), gsde=True, squash=True),
+}
+LOW, HIGH = np.array([-1.0, -0.4]), np.array([3.0, 0.4])
+
+
+def test_a_layout_has_log_std_where_sb3_registers_it() -> None:
+    assert [*SAC.shapes.items()][-4:] == [
+        ("action_net.weight", (2, 4)),
+        ("action_net.bias", (2,)),
+        ("log_std.weight", (2, 4)),
+        ("log_std.bias", (2,)),
+    ]
+    assert [*KINDS["TD3"].shapes] == [
+        "policy_net.0.weight",
+        "policy_net.0.bias",
+        "action_net.weight",
+        "action_net.bias",
+    ]
+    for spec in (*KINDS.values(), *SPECS):
+        assert [*spec.shapes.values()][spec.first_layer] == (spec.layer_sizes[1], spec.obs_dim)
+
+
+def test_only_what_is_not_plain_is_written() -> None:
+    plain = {"obs_dim": 17, "act_dim": 6, "hidden_sizes": [64, 64], "activation": "tanh"}
+    assert PolicySpec(17, 6).to_dict() == plain  # the bytes of stores by an older tipl
+    assert PolicySpec(17, 6, gsde=True).to_dict() == plain | {"gsde": True}
+    for spec in KINDS.values():
+        assert layout_from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
+    with pytest.raises(ValueError, match=r"expected the keys .* got \['act_dim', .*'squish'\]"):
+        PolicySpec.from_dict(plain | {"squish": True})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"squash": 1}, "squash must be a bool, got 1"),
+        ({"spread": "vector"}, r"spread must be one of \('parameter', 'head', 'none'\), got 'vector'"),
+        ({"spread": "head", "gsde": True}, "spread must be 'parameter' with gsde, got 'head'"),
+        ({"mean_limit": 0.0}, "mean_limit must be a finite positive float or None, got 0.0"),
+        ({"mean_limit": 2}, "mean_limit must be a finite positive float or None, got 2"),
+        ({"mean_limit": math.inf}, "mean_limit must be a finite positive float or None, got inf"),
+    ],
+)
+def test_a_policy_of_no_kind_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"PolicySpec: {message}"):
+        PolicySpec(3, 2, **changes)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_acts_as_torch_modules(kind: str) -> None:
+    spec = KINDS[kind]
+    plain = PolicySpec(spec.obs_dim, spec.act_dim, spec.hidden_sizes, spec.activation)
+    weights, obs = 2 * random_weights(spec, 9), torch.randn(9, 6, spec.obs_dim)
+    parts = spec.unflatten(weights)
+    mlp = torch.cat([part.flatten(1) for name, part in parts.items() if not name.startswith("log_std")], 1)
+    mlp = torch.nn.functional.pad(mlp, (spec.act_dim, 0))
+    limit = math.inf if spec.mean_limit is None else spec.mean_limit
+    means = mean_action(spec, weights, obs)
+    assert torch.equal(means, mean_action(plain, mlp, obs).clamp(-limit, limit))
+    assert (means.abs() == limit).any() == (spec.mean_limit is not None)
+    oracle = torch.stack([torch_actor(plain, w)(x) for w, x in zip(mlp.double(), obs.double(), strict=True)])
+    unit = torch.tanh(oracle.detach().clamp(-limit, limit)).numpy()
+    actions = actions_of(spec, means.numpy(), LOW, HIGH)
+    bound = rounding_bound(plain, mlp.double(), obs.double()).numpy()  # tanh makes no error larger
+    eps = np.finfo(np.float32).eps
+    expected = LOW + (unit + 1) / 2 * (HIGH - LOW)
+    assert (abs(actions - expected) <= (bound / 2 + 4 * eps) * (HIGH - LOW) + eps).all()
+    assert ((actions >= LOW.astype(np.float32)) & (actions <= HIGH.astype(np.float32))).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_squashed_action_has_the_same_bits_alone_as_in_any_company(kind: str) -> None:
+    spec, rng = KINDS[kind], np.random.default_rng(0)
+    weights, obs = random_weights(spec, 13), torch.randn(13, 8, spec.obs_dim)
+
+    def act(rows: Any, seen: Any) -> np.ndarray:
+        return actions_of(spec, mean_action(spec, weights[rows], obs[rows][:, seen]).numpy(), LOW, HIGH)
+
+    alone = np.array([[act([i], [j])[0, 0] for j in range(8)] for i in range(13)])
+    for N, E in itertools.product(range(1, 14), (1, 2, 3, 5, 8)):
+        rows, seen = rng.permutation(13)[:N], rng.permutation(8)[:E]
+        np.testing.assert_array_equal(act(rows, seen), alone[rows][:, seen])
+    means = mean_action(spec, weights, obs).numpy()
+    np.testing.assert_array_equal(actions_of(spec, np.asfortranarray(means), LOW, HIGH), alone)
+    np.testing.assert_array_equal(actions_of(spec, means[::2, 1::3], LOW, HIGH), alone[::2, 1::3])
+
+
+def test_a_policy_that_squashes_needs_bounds() -> None:
+    means = np.zeros((1, 1, 2), np.float32)
+    with pytest.raises(ValueError, match=r"needs an action space with bounds, got \[-1\.  -0\.4\] to \[inf 0\.4\]"):
+        actions_of(SAC, means, LOW, np.array([math.inf, 0.4]))
+    plain = actions_of(PolicySpec(5, 2), means + np.float32(9), LOW, np.array([math.inf, 0.4]))
+    np.testing.assert_array_equal(plain, [[[9.0, 9.0]]])  # as the network says; the simulator clips
+
+
+def test_log_stds_are_where_the_kind_has_them() -> None:
+    weights, obs = 3 * random_weights(SAC, 3), 3 * torch.randn(3, 9, 5)
+    parts = SAC.unflatten(weights)
+    found = log_stds(SAC, weights, obs)
+    assert found is not None
+    for i in range(3):
+        x = obs[i]
+        for layer in (0, 2):
+            x = torch.relu(x @ parts[f"policy_net.{layer}.weight"][i].T + parts[f"policy_net.{layer}.bias"][i])
+        expected = x @ parts["log_std.weight"][i].T + parts["log_std.bias"][i]
+        torch.testing.assert_close(found[i], expected.clamp(-20, 2), rtol=1e-5, atol=1e-5)
+    assert found.max() == 2.0  # SB3's bound
+    plain = PolicySpec(5, 2)
+    weights = random_weights(plain, 3)
+    found = log_stds(plain, weights, obs)
+    assert found is not None
+    assert torch.equal(found, weights[:, None, :2].expand(3, 9, 2))
+    for kind in ("SAC with gSDE", "TD3"):
+        assert log_stds(KINDS[kind], random_weights(KINDS[kind], 3), obs) is None

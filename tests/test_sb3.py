@@ -242,33 +242,6 @@ def test_a2c_is_recorded_and_comes_back(tmp_path: Path) -> None:
     np.testing.assert_array_equal(actor_of(sb3.A2C.load(written, device="cpu")), store.trial(0).weights()[1])
 
 
-@pytest.mark.parametrize("algorithm", ["SAC", "TD3"])
-def test_off_policy_actors_are_recorded_imported_and_exported(algorithm: str, tmp_path: Path) -> None:
-    make = getattr(sb3, algorithm)
-    model = make("MlpPolicy", ENV_ID, learning_starts=10, batch_size=8, buffer_size=500, seed=0, device="cpu",
-                 policy_kwargs={"net_arch": [8, 8]})  # fmt: skip
-    checkpoints = CheckpointCallback(50, str(tmp_path / "run"))
-    model.learn(220, callback=[RecorderCallback(tmp_path / "recording", every=100), checkpoints])
-    recorded = Store.open(tmp_path / "recording")
-    assert recorded.trial(0).env_steps.tolist() == [0, 100, 200, 220]
-    actor = torch.nn.utils.parameters_to_vector(model.actor.parameters()).detach().numpy()
-    np.testing.assert_array_equal(recorded.trial(0).weights()[-1], actor)
-
-    store = tipl.import_checkpoints([tmp_path / "run"], tmp_path / "store", env_id=ENV_ID)
-    assert store.trial(0).env_steps.tolist() == [50, 100, 150, 200]
-    assert isinstance(store.policy, ParameterLayout)
-    assert store.policy == recorded.policy
-    assert all(name.startswith("actor.") for name in store.policy.shapes)
-    originals = [tmp_path / "run" / f"rl_model_{steps}_steps.zip" for steps in (50, 200)]
-    written = tipl.export_checkpoint(store.path, originals[0], tmp_path / "out.zip")
-    after, template, source = (make.load(path, device="cpu") for path in (written, *originals))
-    np.testing.assert_array_equal(*(it.predict(OBS, deterministic=True)[0] for it in (after, source)))
-    for key, tensor in after.policy.state_dict().items():
-        assert torch.equal(tensor, (source if key.startswith("actor.") else template).policy.state_dict()[key])
-    with pytest.raises(ValueError, match="the simulator can run only MLPs with a Gaussian"):
-        tipl.evaluate(store, tipl.Forecaster(tipl.TrajectoryTransformer(tipl.ModelConfig())), tmp_path / "evaluation")
-
-
 def test_learning_on_is_recorded_behind_and_a_new_start_is_refused(tmp_path: Path) -> None:
     model, callback = ppo(), RecorderCallback(tmp_path / "run")
     model.learn(2 * NUM_STEPS, callback=callback)

@@ -68,7 +68,7 @@ def test_what_cannot_be_scored_is_refused(tmp_path):
             tipl.score(store, **arguments)
     other = Store.create(tmp_path / "o.zarr", env_id="E", policy=ParameterLayout((("w", (2,)),)), seeds=[0], config={})
     other.close()
-    with pytest.raises(ValueError, match="score: the simulator can run only MLPs with a Gaussian"):
+    with pytest.raises(ValueError, match="score: the simulator can run only MLPs that it knows"):
         tipl.score(Store.open(tmp_path / "o.zarr"))
     lost = Store.create(
         tmp_path / "n.zarr", env_id=ENV_ID, policy=SPEC, seeds=[0], config={"source": {"unnormalised": True}}

@@ -1,10 +1,11 @@
 """The policy network, and the flat layout in which a checkpoint stores it.
 
 A policy is the actor of Stable-Baselines3's MlpPolicy for Box actions: an MLP gives the mean action, and a vector of
-parameters `log_std` the standard deviations of a diagonal Gaussian around it. The critic is not stored. One checkpoint
-is one row of p float32 numbers, in the order in which SB3 registers the actor's parameters; `PolicySpec` gives p and
-the position of each parameter in the row. Imported policies of any other kind have a `ParameterLayout`, which gives the
-same, but such policies cannot be run.
+parameters `log_std` the standard deviations of a diagonal Gaussian around it. Imported actors of SAC and TD3 differ in
+where their standard deviations come from, and take the tanh of the MLP's output. The critic is not stored. One
+checkpoint is one row of p float32 numbers, in the order in which SB3 registers the actor's parameters; `PolicySpec`
+gives p and the position of each parameter in the row. Imported policies of any other kind have a `ParameterLayout`,
+which gives the same, but such policies cannot be run.
 """
 
 import dataclasses
@@ -19,6 +20,8 @@ if TYPE_CHECKING:  # the command line's settings need a layout, and torch takes 
 
 Activation = Literal["tanh", "relu", "elu"]
 ACTIVATIONS = ("tanh", "relu", "elu")
+Spread = Literal["parameter", "head", "none"]
+SPREADS = ("parameter", "head", "none")
 
 
 class Layout(ABC):
@@ -90,7 +93,10 @@ def layout_from_dict(layout: dict[str, Any]) -> Layout:
 
 @dataclasses.dataclass(frozen=True)
 class PolicySpec(Layout):
-    """Sizes and activation of a policy, which determine the layout of its flat weights."""
+    """Sizes, activation and kind of a policy, which determine the layout of its flat weights and how it acts.
+
+    Raises ValueError for a size, an activation or a kind that does not exist, or does not go with the others.
+    """
 
     obs_dim: int
     act_dim: int
@@ -100,6 +106,13 @@ class PolicySpec(Layout):
     """Whether the standard deviations depend on the state (generalised state-dependent exploration, arXiv 2005.05719):
     log_std is then a matrix, one number for each unit of the last hidden layer and each action. The mean action is the
     same MLP's."""
+    spread: Spread = "parameter"
+    """Where the logarithms of the standard deviations come from: the parameter log_std; "head", a second linear layer
+    log_std on the last hidden layer, as in SAC; or "none", for a policy without noise of its own, as in TD3."""
+    squash: bool = False
+    """Whether an action is the tanh of the mean, rescaled from [-1, 1] to the action space, and not the mean itself."""
+    mean_limit: float | None = None
+    """The mean is clipped to [-mean_limit, mean_limit], as in SAC with gSDE; None: it is not."""
 
     def __post_init__(self) -> None:
         for name in ("obs_dim", "act_dim"):
@@ -110,8 +123,25 @@ class PolicySpec(Layout):
             raise ValueError(f"PolicySpec: hidden_sizes must be a tuple of positive ints, got {self.hidden_sizes!r}")
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"PolicySpec: activation must be one of {ACTIVATIONS}, got {self.activation!r}")
-        if not isinstance(self.gsde, bool):
-            raise ValueError(f"PolicySpec: gsde must be a bool, got {self.gsde!r}")
+        for name in ("gsde", "squash"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"PolicySpec: {name} must be a bool, got {getattr(self, name)!r}")
+        if self.spread not in SPREADS:
+            raise ValueError(f"PolicySpec: spread must be one of {SPREADS}, got {self.spread!r}")
+        if self.gsde and self.spread != "parameter":
+            raise ValueError(f"PolicySpec: spread must be 'parameter' with gsde, got {self.spread!r}")
+        limit = self.mean_limit
+        if limit is not None and not (isinstance(limit, float) and 0.0 < limit < math.inf):
+            raise ValueError(f"PolicySpec: mean_limit must be a finite positive float or None, got {limit!r}")
+
+    def __str__(self) -> str:
+        """Return the layers and what tells the policy from one of plain PPO, in words."""
+        words = [f"layers {' -> '.join(map(str, self.layer_sizes))}", self.activation]
+        words += {"parameter": [], "head": ["log_std by a layer of its own"], "none": ["no log_std"]}[self.spread]
+        words += ["gSDE"] if self.gsde else []
+        words += [] if self.mean_limit is None else [f"mean clipped to +-{self.mean_limit:g}"]
+        words += ["actions are tanh of the mean, rescaled to the action space"] if self.squash else []
+        return ", ".join(words)
 
     @property
     def layer_sizes(self) -> tuple[int, ...]:
@@ -121,26 +151,41 @@ class PolicySpec(Layout):
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape of each parameter, in SB3's order."""
-        shapes: dict[str, tuple[int, ...]] = {"log_std": self.layer_sizes[-2:] if self.gsde else (self.act_dim,)}
+        shapes: dict[str, tuple[int, ...]] = {}
+        if self.spread == "parameter":
+            shapes["log_std"] = self.layer_sizes[-2:] if self.gsde else (self.act_dim,)
         *hidden, head = itertools.pairwise(self.layer_sizes)
         for i, (fan_in, fan_out) in enumerate(hidden):
             shapes[f"policy_net.{2 * i}.weight"] = (fan_out, fan_in)  # odd indices are the activations
             shapes[f"policy_net.{2 * i}.bias"] = (fan_out,)
-        shapes["action_net.weight"] = (head[1], head[0])
-        shapes["action_net.bias"] = (head[1],)
+        for name in ("action_net", "log_std") if self.spread == "head" else ("action_net",):
+            shapes[f"{name}.weight"] = (head[1], head[0])
+            shapes[f"{name}.bias"] = (head[1],)
         return shapes
+
+    @property
+    def first_layer(self) -> int:
+        """Index, in the layout, of the weight of the layer that sees the observation; its bias follows."""
+        return 1 if self.spread == "parameter" else 0
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types, from which `from_dict` makes an equal spec."""
         spec = dataclasses.asdict(self) | {"hidden_sizes": list(self.hidden_sizes)}
-        return spec if self.gsde else {name: value for name, value in spec.items() if name != "gsde"}
+        # A store whose policy is plain has the same bytes as one by a tipl that knew no others.
+        return {name: value for name, value in spec.items() if name not in _LATER or value != _LATER[name]}
 
     @classmethod
     def from_dict(cls, spec: dict[str, Any]) -> "PolicySpec":
-        expected = {field.name for field in dataclasses.fields(cls)} - {"gsde"}  # which others than gSDE's lack
-        if set(spec) - {"gsde"} != expected:
+        """Return the spec whose `to_dict` returned `spec`. Raises ValueError for other keys or values."""
+        expected = {field.name for field in dataclasses.fields(cls)} - set(_LATER)
+        if set(spec) - set(_LATER) != expected:
             raise ValueError(f"PolicySpec.from_dict: expected the keys {sorted(expected)}, got {sorted(spec)}")
         return cls(**spec | {"hidden_sizes": tuple(spec["hidden_sizes"])})
+
+
+_LATER: dict[str, Any] = {
+    field.name: field.default for field in dataclasses.fields(PolicySpec)[4:]
+}  # from gsde on: written only where they differ from these
 
 
 def _is_positive_int(value: object) -> bool:

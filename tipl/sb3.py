@@ -1,6 +1,8 @@
 """Callbacks of Stable-Baselines3: one records the path of the actor's weights, one lets a run jump along a forecast of
 it. They need the extra `sb3`."""
 
+import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from tipl.forecasting.forecaster import Forecaster
 from tipl.jumping.jump_config import JumpConfig
 from tipl.jumping.jumper import Jumper
 from tipl.jumping.jumps import Jump
+from tipl.storing.actor_families import Settings
 from tipl.storing.foreign_actors import find_actor, shown
 from tipl.storing.observation_statistics import FOLDED_NOTE, live_statistics
 from tipl.storing.recorder import Recorder
@@ -80,12 +83,12 @@ class RecorderCallback(BaseCallback):
         recorder = Recorder(
             self.path,
             env_id=self.env_id or self._own_env_id(),
-            activation=_activation(self.model.policy),
             actor=self._actor,
             resume=resume,
             config={"algorithm": type(self.model).__name__, "seed": self.model.seed, **(self.config or {})},
             note=self._note(),
             unnormalised=self._normaliser is None and self._is_normalised(),
+            **dataclasses.asdict(_settings(self.model.policy)),
         )
         self._recorder = _open_recorders[self.path.resolve()] = recorder
         steps = self.model.num_timesteps
@@ -160,7 +163,7 @@ class RecorderCallback(BaseCallback):
             if statistics is None:
                 return None
             state = self.model.policy.state_dict() | statistics.to_state()
-            find_actor(state, actor=self._actor).flatten(state)
+            find_actor(state, _settings(self.model.policy), self._actor).flatten(state)
         except ValueError:
             return None  # none, or of a Dict; not an MLP that they could be folded into; another number of observations
         return normaliser
@@ -263,6 +266,13 @@ class JumpCallback(BaseCallback):
             self._seen_updates = self.model._n_updates
             self._jumper.step(self._returns, is_last=is_last)
             self._returns = []
+
+
+def _settings(policy: torch.nn.Module) -> Settings:
+    """Return what the policy's parameters do not say of how it acts."""
+    limit = getattr(getattr(policy, "actor", None), "clip_mean", None)
+    is_limit = isinstance(limit, float) and 0.0 < limit < math.inf
+    return Settings(_activation(policy), bool(getattr(policy, "squash_output", False)), limit if is_limit else None)
 
 
 def _activation(policy: torch.nn.Module) -> str | None:

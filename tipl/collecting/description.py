@@ -22,7 +22,7 @@ def describe_store(store: Store) -> dict[str, str]:
         "policy": f"p = {policy.num_params:,} float32 weights",
     }
     if isinstance(policy, PolicySpec):
-        lines["policy"] += f", layers {' -> '.join(map(str, policy.layer_sizes))}, {policy.activation}"
+        lines["policy"] += f", {policy}"
     lines["layout"] = "\n".join(
         f"{offset:>9,} {name} {shape}" for name, (offset, shape) in policy.layout.items()
     )  # with the index of each parameter's first weight in the flat weights

@@ -1,9 +1,9 @@
 """Run deterministic policies in the simulator: their episodic returns, and a sample of the states that they visit.
 
-A deterministic policy takes the mean action, clipped to the action space. Bit for bit, its results depend only on its
-weights and its episode seeds: not on which policies step together, the number of threads, or which machine of a cluster
-runs it, provided that all have the same libraries and instruction set (`tipl._core.isa()`). Another instruction set may
-round an action differently, and chaotic dynamics turn that into a different return.
+A deterministic policy takes the mean action, clipped to the action space or squashed into it. Bit for bit, its results
+depend only on its weights and its episode seeds: not on which policies step together, the number of threads, or which
+machine of a cluster runs it, provided that all have the same libraries and instruction set (`tipl._core.isa()`).
+Another instruction set may round an action differently, and chaotic dynamics turn that into a different return.
 
 Shapes  N policies, M of them in a group that steps together, E episodes per policy, S states kept per policy,
         p weights.
@@ -23,7 +23,7 @@ from rich.progress import Progress
 
 from tipl.cluster import Cluster
 from tipl.collecting.envs import make_vec
-from tipl.collecting.policy_network import mean_action
+from tipl.collecting.policy_network import actions_of, mean_of_rows, mlp_rows
 from tipl.policy import PolicySpec
 from tipl.storing.store import Store
 
@@ -95,9 +95,10 @@ def policy_to_run(owner: str, store: Store) -> PolicySpec:
     whose statistics the store lacks.
     """
     if not isinstance(store.policy, PolicySpec):
+        note = (store.config.get("source") or {}).get("note", "")
         raise ValueError(
-            f"{owner}: the simulator can run only MLPs with a Gaussian, and the store {store.path} "
-            "holds others; `tipl.judging.weight_judgement.weight_errors` judges their weights"
+            f"{owner}: the simulator can run only MLPs that it knows, and the store {store.path} holds others"
+            f"{f' ({note})' if note else ''}; `tipl.judging.weight_judgement.weight_errors` judges their weights"
         )
     if store.is_unnormalised:
         raise ValueError(
@@ -108,10 +109,12 @@ def policy_to_run(owner: str, store: Store) -> PolicySpec:
 
 
 def can_run(env_id: str, policy: PolicySpec) -> bool:
-    """Return whether the environment exists here and has as many observations and actions as the policy."""
+    """Return whether the environment exists here and its observations and actions are those of the policy."""
     try:
         with contextlib.closing(make_vec(env_id, 1, seeds=[0], num_threads=1)) as env:
-            return (policy.obs_dim, policy.act_dim) == (env.obs_dim, env.act_dim)
+            has_bounds = bool(np.isfinite(env.action_high - env.action_low).all())
+            sizes = (env.obs_dim, env.act_dim)
+            return (policy.obs_dim, policy.act_dim) == sizes and (has_bounds or not policy.squash)
     except (ValueError, gymnasium.error.Error):
         return False
 
@@ -139,7 +142,7 @@ def _run_group(
                 f"got {policy.obs_dim} and {policy.act_dim}"
             )
         # A copy, because arrays from Ray's object store are read-only, and torch warns of those.
-        group, total = torch.from_numpy(weights.copy()), np.zeros(env.num_envs)
+        group, total = mlp_rows(policy, torch.from_numpy(weights.copy())), np.zeros(env.num_envs)
         sample = _StateSample(num_states, env.obs_dim, episode_seeds)
         obs = env.reset(seeds)
         running = np.ones(env.num_envs, bool)
@@ -151,7 +154,8 @@ def _run_group(
             actions = np.zeros((*shape, env.act_dim))
             everybody = len(busy) == len(group)
             chosen = group if everybody else group[torch.from_numpy(busy)]
-            actions[busy] = mean_action(policy, chosen, torch.from_numpy(seen if everybody else seen[busy])).numpy()
+            means = mean_of_rows(policy, chosen, torch.from_numpy(seen if everybody else seen[busy])).numpy()
+            actions[busy] = actions_of(policy, means, env.action_low, env.action_high)
             step = env.step(actions.reshape(env.num_envs, -1), running)
             obs = step.obs
             total += step.reward

@@ -1,47 +1,120 @@
 """The policy network on flat weights: its layers as views, and the mean actions of many policies at once.
 
-Shapes  N networks, each one row of weights; E inputs to each; a layer's weight is (out, in), as in torch.nn.Linear.
+Shapes  N networks, each one row of p weights; E inputs to each; a layer's weight is (out, in), as in torch.nn.Linear;
+        A = act_dim; m = weights of the MLP from the observation to the mean action.
 """
 
 import itertools
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tipl import _core
 from tipl.policy import PolicySpec
 
+LOG_STD_RANGE = (-20.0, 2.0)
+"""To what Stable-Baselines3 and sb3-contrib clip what a head `log_std` says."""
+
 
 def mean_action(spec: PolicySpec, weights: Tensor, obs: Tensor) -> Tensor:
-    """Return the mean actions (N, E, act_dim) of N policies (N, p), each seeing its own E observations (N, E, obs_dim).
+    """Return the mean actions (N, E, A) of N policies (N, p), each seeing its own E observations (N, E, obs_dim).
 
-    The actions are not clipped (the deterministic policy is `mean_action` clipped to the action space), and no gradient
-    flows through them. An action's bits depend neither on the other policies and observations, nor on memory layout or
-    the number of threads, because the engine sums in a fixed order, on the calling thread. Another instruction set
+    These are the network's: `actions_of` makes of them what the deterministic policy does. No gradient flows through
+    them. A mean's bits depend neither on the other policies and observations, nor on memory layout or the number of
+    threads, because the engine sums in a fixed order, on the calling thread. Another instruction set
     (`tipl._core.isa()`) may change the last bit.
 
     Raises TypeError for tensors that are not float32 on the CPU, ValueError for another shape.
     """
-    for name, tensor in (("weights", weights), ("obs", obs)):
-        if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
-            got = f"{tensor.dtype} on {tensor.device}"
-            raise TypeError(f"mean_action: {name} must be torch.float32 on the CPU, got {got}")
+    return mean_of_rows(spec, mlp_rows(spec, weights), obs)
+
+
+def mlp_rows(spec: PolicySpec, weights: Tensor) -> Tensor:
+    """Return the weights of the MLPs, (N, A + m) or more columns, as the engine takes them, of policies (N, p).
+
+    The first A columns are not read. Where the policies' own rows are like that, they are returned as they are.
+    Raises what `mean_action` raises for its weights.
+    """
+    _check_kind("weights", weights)
     N = len(weights) if weights.ndim else 0
     if weights.shape != (N, spec.num_params):
         raise ValueError(f"mean_action: weights must have shape (N, {spec.num_params}), got {tuple(weights.shape)}")
+    m = _mlp_size(spec)
+    if spec.spread != "parameter":
+        return torch.nn.functional.pad(weights[:, :m], (spec.act_dim, 0))
+    return weights[:, spec.num_params - m - spec.act_dim :].contiguous()
+
+
+def mean_of_rows(spec: PolicySpec, rows: Tensor, obs: Tensor) -> Tensor:
+    """Return what `mean_action` returns, and raise what it raises for obs; `rows` come from `mlp_rows`."""
+    _check_kind("obs", obs)
+    N = len(rows)
     if obs.ndim != 3 or obs.shape[0] != N or obs.shape[2] != spec.obs_dim:
         expected = f"(N, E, obs_dim) = ({N}, E, {spec.obs_dim})"
         raise ValueError(f"mean_action: obs must have shape {expected}, got {tuple(obs.shape)}")
-    first_layer = spec.num_params - sum((fan_in + 1) * out for fan_in, out in itertools.pairwise(spec.layer_sizes))
-    actions = _core.mean_actions(
-        weights.detach()[:, first_layer - spec.act_dim :].contiguous().numpy(),  # as if log_std were a vector
+    means = _core.mean_actions(
+        rows.detach().contiguous().numpy(),
         obs.detach().contiguous().numpy(),
         act_dim=spec.act_dim,
         hidden_sizes=spec.hidden_sizes,
         activation=spec.activation,
     )
-    return torch.from_numpy(actions)
+    if spec.mean_limit is not None:
+        np.clip(means, -spec.mean_limit, spec.mean_limit, out=means)
+    return torch.from_numpy(means)
+
+
+def actions_of(
+    spec: PolicySpec, means: NDArray[np.float32], low: NDArray[np.float64], high: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Return the actions (..., A) that deterministic policies take, of their mean actions (..., A).
+
+    The action space lies between `low` and `high`, (A,) each. Where the policy squashes, an action is tanh(mean),
+    rescaled to the action space, in float32 and in the order in which Stable-Baselines3 computes it, and its bits
+    depend on this mean alone. Elsewhere it is the mean, which the caller clips to the action space.
+
+    Raises ValueError where the policy squashes and the action space has no bounds.
+    """
+    if not spec.squash:
+        return means.astype(np.float64)
+    least, most = low.astype(np.float32), high.astype(np.float32)
+    if not np.isfinite(most - least).all():
+        raise ValueError(f"a policy that squashes needs an action space with bounds, got {low} to {high}")
+    # NumPy's tanh has the same bits wherever in an array a number lies.
+    unit = np.tanh(np.ascontiguousarray(means, np.float32))  # in [-1, 1]
+    actions: NDArray[np.float32] = least + np.float32(0.5) * (unit + np.float32(1.0)) * (most - least)
+    return actions.astype(np.float64)
+
+
+def log_stds(spec: PolicySpec, weights: Tensor, obs: Tensor) -> Tensor | None:
+    """Return the logarithms of the standard deviations (N, E, A) of N policies (N, p) that see obs (N, E, obs_dim).
+
+    Where the policy squashes, they are those of the Gaussian before the tanh. None for policies that have no standard
+    deviations (TD3), or that draw them from the last hidden layer's units (gSDE).
+
+    Raises what `mean_action` raises for a head of its own.
+    """
+    if spec.gsde or spec.spread == "none":
+        return None
+    if spec.spread == "parameter":
+        return weights[:, None, : spec.act_dim].expand(-1, obs.shape[1], -1)
+    head = spec.num_params - _mlp_size(spec)  # as large as the mean's, whose place it takes
+    hidden = spec.num_params - 2 * head
+    one_head = torch.cat([weights[:, : spec.act_dim], weights[:, :hidden], weights[:, -head:]], 1)
+    plain = PolicySpec(spec.obs_dim, spec.act_dim, spec.hidden_sizes, spec.activation)
+    return mean_action(plain, one_head, obs).clamp(*LOG_STD_RANGE)
+
+
+def _check_kind(name: str, tensor: Tensor) -> None:
+    if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
+        raise TypeError(f"mean_action: {name} must be torch.float32 on the CPU, got {tensor.dtype} on {tensor.device}")
+
+
+def _mlp_size(spec: PolicySpec) -> int:
+    return sum((fan_in + 1) * out for fan_in, out in itertools.pairwise(spec.layer_sizes))
 
 
 def layer_views(params: Tensor, layer_sizes: Sequence[int]) -> list[tuple[Tensor, Tensor]]:

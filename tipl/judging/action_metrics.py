@@ -3,8 +3,8 @@
 Shapes  N policies, S states, A = act_dim, p weights. Actions are computed in float32 as the simulator gets them; all
 else is in float64.
 
-An action is the policy's mean, clipped to the action space, in units of half the action range: every action space is 2
-wide, so that tasks can be compared. A dimension without bounds keeps its unit.
+An action is the policy's mean, clipped or squashed to the action space, in units of half the action range: every action
+space is 2 wide, so that tasks can be compared. A dimension without bounds keeps its unit.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from tipl.collecting.envs import make_vec
-from tipl.collecting.policy_network import mean_action
+from tipl.collecting.policy_network import actions_of, log_stds, mean_action
 from tipl.policy import PolicySpec
 
 FloatArray = NDArray[np.float64]
@@ -32,7 +32,8 @@ def unit_actions(
     """Return the deterministic actions (N, S, A) of policies (N, p) in states (S, obs_dim), in half action ranges."""
     low, high = bounds
     half_range = np.where(np.isfinite(high - low), (high - low) / 2, 1.0)
-    actions: FloatArray = np.clip(_mean_actions(policy, weights, states), low, high) / half_range
+    means = mean_action(policy, *_each(weights, states)).numpy()
+    actions: FloatArray = np.clip(actions_of(policy, means, low, high), low, high) / half_range
     return actions
 
 
@@ -54,12 +55,16 @@ def kl_divergences(
 ) -> FloatArray:
     """Return KL(true || forecast) (N,) of the Gaussian policies (p,) and (N, p), mean over states, in nats.
 
-    Not finite where a forecast's spread is so small that float64 overflows (log_std below about -350).
+    The tanh of a policy that squashes does not change it. NaN where the policies are no Gaussians with a log_std of
+    their own: those of TD3, and with gSDE. Not finite where a forecast's spread is so small that float64 overflows
+    (log_std below about -350).
     """
-    weights = np.concatenate([true[None], forecasts])
-    means = _mean_actions(policy, weights, states)  # (1 + N, S, A)
-    offset, (size,) = policy.layout["log_std"]
-    log_std = weights[:, None, offset : offset + size].astype(np.float64)  # (1 + N, 1, A)
+    each = _each(np.concatenate([true[None], forecasts]), states)
+    found = log_stds(policy, *each)
+    if found is None:
+        return np.full(len(forecasts), np.nan)
+    log_std = found.numpy().astype(np.float64)  # (1 + N, S, A)
+    means = mean_action(policy, *each).numpy().astype(np.float64)  # (1 + N, S, A)
     log_ratio = log_std[1:] - log_std[0]
     with np.errstate(over="ignore", invalid="ignore"):
         shift = ((means[1:] - means[0]) * np.exp(-log_std[1:])) ** 2  # in standard deviations of the forecast
@@ -74,7 +79,7 @@ def action_variance(
     return float(unit_actions(policy, weights, states, bounds).var(0, ddof=1).mean())
 
 
-def _mean_actions(policy: PolicySpec, weights: NDArray[np.float32], states: NDArray[np.float32]) -> FloatArray:
-    """Return the mean actions (N, S, A), not clipped."""
+def _each(weights: NDArray[np.float32], states: NDArray[np.float32]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return policies (N, p) and what each of them sees (N, S, obs_dim): all the same states."""
     each = torch.from_numpy(states.copy()).expand(len(weights), -1, -1)  # what came through Ray cannot be written
-    return mean_action(policy, torch.from_numpy(weights), each).numpy().astype(np.float64)
+    return torch.from_numpy(weights), each

@@ -24,8 +24,8 @@ class JumpConfig:
     critic: bool = True
     """Forecast the critic too. Without it the actor jumps and the critic has to follow."""
     log_std_drop: float | None = 0.5
-    """How far a jump may lower each log_std at most; None: as far as it is forecast. Where actions have hardly any
-    noise left, the same learning rate tears the policy apart some iterations later."""
+    """How far a jump may lower each log_std at most, where it is a parameter; None: as far as it is forecast. Where
+    actions have hardly any noise left, the same learning rate tears the policy apart some iterations later."""
     margin: float | None = 2.0
     """A jump holds if the mean return of the next iteration is above what the run's own trend leads to expect without
     it by at least this many deviations of an iteration's mean return; None: every jump holds."""

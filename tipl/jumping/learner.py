@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tipl.collecting.population import Population
 from tipl.policy import Layout, ParameterLayout
+from tipl.storing.actor_families import Settings
 from tipl.storing.foreign_actors import Actor, find_actor
 
 Singles = NDArray[np.float32]
@@ -94,7 +95,7 @@ class TorchLearner:
         self._policy, self._optimizer, self._normalisers = policy, optimizer, dict(normalisers or {})
         state = _parameters(policy)
         try:
-            self._actor: Actor = find_actor(policy.state_dict(), activation, actor)
+            self._actor: Actor = find_actor(policy.state_dict(), Settings(activation), actor)
         except ValueError as error:
             raise ValueError(f"Jumper: policy: {error}") from error
         if self._actor.normaliser:

@@ -252,36 +252,36 @@ class _Report:
     def _actions(self) -> Html:
         results = self.results
         names = [n for n in results.names if n != "return_floor"]  # the true policy acts as the true policy does
-        parts = []
-        if any(results.has_values("action_difference", n) for n in names):
-            details = page.join(
-                self._error_table("Action difference at the end of the path.", "action_difference", names),
-                self._error_table("KL divergence at the end of the path (IQM), in nats.", "kl", names, "iqm"),
+        if not any(results.has_values("action_difference", n) for n in names):
+            return element("p", "These results hold no comparison of actions.")
+        tables = [self._error_table("Action difference at the end of the path.", "action_difference", names)]
+        plot = plots.error_plot(
+            "action_difference", results, self.bootstrap, "action_difference", "action difference", BASIS_FLOORS
+        )
+        parts = [
+            element("h3", "Action difference"),
+            self._figure(
+                plot,
+                "Root mean square difference between the actions of the forecast and of the true policy on states that "
+                "the true policy visits, in units of half the action range: means over held-out trials, with 95 % "
+                "bands for TIPL, persistence and the floor.",
+            ),
+        ]
+        if any(results.has_values("kl", n) for n in names):  # not of TD3's policies, nor with gSDE
+            tables.append(self._error_table("KL divergence at the end of the path (IQM), in nats.", "kl", names, "iqm"))
+            plot = plots.error_plot(
+                "kl", results, self.bootstrap, "kl", "KL divergence (nats)", BASIS_FLOORS, statistic="iqm", is_log=True
             )
             parts += [
-                element("h3", "Action difference"),
-                self._figure(
-                    plots.error_plot(
-                        "action_difference", results, self.bootstrap, "action_difference", "action difference",
-                        BASIS_FLOORS,
-                    ),
-                    "Root mean square difference between the actions of the forecast and of the true policy on states "
-                    "that the true policy visits, in units of half the action range: means over held-out "
-                    "trials, with 95 % bands for TIPL, persistence and the floor.",
-                ),
                 element("h3", "KL divergence"),
                 self._figure(
-                    plots.error_plot(
-                        "kl", results, self.bootstrap, "kl", "KL divergence (nats)", BASIS_FLOORS,
-                        statistic="iqm", is_log=True,
-                    ),
+                    plot,
                     "KL divergence of the forecast from the true policy, both stochastic as in training, on the same "
                     "states: interquartile means over held-out trials, because a single forecast with a very small "
                     "standard deviation can outweigh all others; with 95 % bands for TIPL, persistence and the floor.",
                 ),
-                element("details", element("summary", "At the end of the path"), details),
-            ]  # fmt: skip
-        return page.join(*parts) if parts else element("p", "These results hold no comparison of actions.")
+            ]
+        return page.join(*parts, element("details", element("summary", "At the end of the path"), page.join(*tables)))
 
     # ------------------------------------------------------------------------------------------- paths and runs
 

@@ -11,7 +11,8 @@ from tipl.files.locations import write_atomically
 from tipl.files.publishing import published
 from tipl.files.sealed import load_arrays
 from tipl.policy import Layout, PolicySpec, layout_from_dict
-from tipl.storing.foreign_actors import STATISTICS, Actor, differences, shown
+from tipl.storing.actor_families import STATISTICS
+from tipl.storing.foreign_actors import Actor, differences, shown
 from tipl.storing.foreign_files import CheckpointFile, find_actor_in, read_checkpoint_file
 from tipl.storing.observation_statistics import ObservationStatistics, find_statistics, read_statistics
 from tipl.storing.store import Store
@@ -177,6 +178,11 @@ def _actor_of_template(
     difference = "" if policy is None else differences(policy, found.policy)
     if not difference:
         return found
-    if known is not None and fits and keys is None:
-        return known  # the recorder was given a part of the policy that the template holds
+    if known is not None and keys is None:
+        acts_otherwise = isinstance(policy, PolicySpec) and isinstance(found.policy, PolicySpec)
+        if fits and not (known.keys == found.keys and acts_otherwise):
+            return known  # the recorder was given a part of the policy that the template holds
+        is_new = isinstance(found.policy, PolicySpec) and found.policy.squash and known.kind == "other"
+        if is_new and known.keys == found.keys and known.fits(template.state):
+            return known  # by a tipl that did not know this kind
     raise ValueError(f"{shown(like)} does not fit the weights: {difference}")

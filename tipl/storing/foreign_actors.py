@@ -1,10 +1,10 @@
 """Which parameters in another library's state are the actor's, and their conversion to flat weights and back.
 
 A state is what `torch.nn.Module.state_dict()` returns: key -> tensor. Its *actor* is every floating-point tensor except
-those of critics and target networks; a tensor under two keys counts once. Where the actor is an MLP with a Gaussian
-whose log_std is a parameter, from Stable-Baselines3 (PPO, A2C), CleanRL or rsl_rl, it gets the layout of a
-`PolicySpec`, so that the simulator can run it. Any other actor keeps its names, order and shapes, as a
-`ParameterLayout`. Rows are float32; float64 parameters are rounded.
+those of critics and target networks; a tensor under two keys counts once. Where the actor is an MLP of
+Stable-Baselines3, CleanRL or rsl_rl, as `actor_families.py` lists them, it gets the layout of a `PolicySpec`, so that
+the simulator can run it. Any other actor keeps its names, order and shapes, as a `ParameterLayout`. Rows are float32;
+float64 parameters are rounded.
 
 Nothing is guessed. A state is refused if some of its tensors may belong to another network (critics under an unknown
 prefix, a second policy, tensors besides those of a library's actor), until the caller gives the prefixes of the
@@ -29,14 +29,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tipl.policy import ACTIVATIONS, Layout, ParameterLayout, PolicySpec, layout_from_dict
+from tipl.policy import Layout, ParameterLayout, PolicySpec, layout_from_dict
+from tipl.storing.actor_families import FAMILIES, STATISTICS, Settings, layers_of, match
 
 State = Mapping[str, Tensor]
 
 NORMALISER_EPS = 1e-2  # rsl_rl's default; its files do not say it
-
-STATISTICS = "observation_statistics."
-"""Prefix of the keys of statistics that are not the state's own, `_mean` and `_std`, which divides as it is."""
 
 _NOT_THE_ACTORS = re.compile(
     r"([^.]*_)?critics?\d*(_[^.]*)?(\.|$)|value_net\.|vf_features_extractor\.|mlp_extractor\.value_net\.|memory_c\."
@@ -44,48 +42,13 @@ _NOT_THE_ACTORS = re.compile(
 )
 """Prefixes of the keys of critics and target networks, as the libraries name them."""
 
+_TARGETS = re.compile(r"[^.]*_target\.")
+
 _Q_NETWORK = r"[qv]_?(nets?|networks?|func|head)|[qv]f|quantile_net"
 _MAYBE_ANOTHERS = re.compile(
     rf"([^.]*_)?(critics?|values?|baseline|teacher|targets?|old|ema|discriminator|{_Q_NETWORK})\d*(_[^.]*)?|q\d+"
 )
 """Parts of keys, between dots, that may name a network other than the actor."""
-
-
-@dataclasses.dataclass(frozen=True)
-class _Family:
-    """How one library names the parameters of an MLP actor: keys <hidden><2 i>.weight, and a head."""
-
-    kind: str
-    log_std: str
-    hidden: str
-    head: str | None = None
-    """None where the head is numbered like the hidden layers, after the last of them."""
-    activation: str = "tanh"
-    """The library's default."""
-    std_is_log: bool = True
-    normalisers: tuple[str, ...] = ()
-    """Possible prefixes of an observation normaliser's keys."""
-    encoders: tuple[str, ...] = ()
-    """Prefixes of keys of networks that may precede the MLP; with one, the actor is of kind "other"."""
-
-
-_OLD_NORMALISERS = ("actor_obs_normalizer.", "obs_norm_state_dict.")  # rsl_rl 3 and rsl_rl 2
-_SB3_ENCODERS = ("features_extractor.", "pi_features_extractor.", "lstm_actor.", "mlp_extractor.shared_net.")
-_FAMILIES = (
-    _Family(
-        "sb3",
-        "log_std",
-        "mlp_extractor.policy_net.",
-        "action_net.",
-        normalisers=(STATISTICS,),
-        encoders=_SB3_ENCODERS,
-    ),
-    _Family("cleanrl", "actor_logstd", "actor_mean.", normalisers=(STATISTICS,)),
-    _Family("rsl_rl", "distribution.log_std_param", "mlp.", None, "elu", True, ("obs_normalizer.",), ("rnn.", "cnns.")),
-    _Family("rsl_rl", "distribution.std_param", "mlp.", None, "elu", False, ("obs_normalizer.",), ("rnn.", "cnns.")),
-    _Family("rsl_rl", "log_std", "actor.", None, "elu", True, _OLD_NORMALISERS, ("memory_a.",)),
-    _Family("rsl_rl", "std", "actor.", None, "elu", False, _OLD_NORMALISERS, ("memory_a.",)),
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,10 +78,13 @@ class Actor:
             parts[0] = state[key].detach().reshape(-1).cpu().double().log().float()
         if self.normaliser:
             mean, std = self._statistics(state)
-            weight, bias = (state[key].detach().cpu().double() for key in self.keys[1:3])
+            first = self._first_layer
+            weight, bias = (state[key].detach().cpu().double() for key in self.keys[first])
             weight = weight / std
             folded = weight.reshape(-1), bias - weight @ mean
-            parts[1:3] = (_float32(f"{key}, normalised,", it) for key, it in zip(self.keys[1:3], folded, strict=True))
+            parts[first] = (
+                _float32(f"{key}, normalised,", it) for key, it in zip(self.keys[first], folded, strict=True)
+            )
         return torch.cat(parts).numpy()
 
     def write(self, weights: NDArray[np.float32], state: State) -> None:
@@ -132,8 +98,8 @@ class Actor:
             parts[0] = parts[0].double().exp()
         if self.normaliser:
             mean, std = self._statistics(state)
-            weight, bias = parts[1].double(), parts[2].double()
-            parts[1:3] = weight * std, bias + weight @ mean
+            weight, bias = (part.double() for part in parts[self._first_layer])
+            parts[self._first_layer] = weight * std, bias + weight @ mean
         with torch.no_grad():
             for key, target, part in zip(self.keys, targets, parts, strict=True):
                 target.copy_(part.reshape(target.shape))
@@ -147,6 +113,13 @@ class Actor:
         except ValueError:
             return False
 
+    @property
+    def _first_layer(self) -> slice:
+        """Where the layout has weight and bias of the layer that a normaliser is folded into."""
+        if not isinstance(self.policy, PolicySpec):
+            raise ValueError(f"a normaliser, {shown(self.normaliser)}, must come before an MLP, got other parameters")
+        return slice(self.policy.first_layer, self.policy.first_layer + 2)
+
     def _find(self, state: State) -> list[Tensor]:
         """Return the actor's tensors, in the order of the row."""
         for key, (name, shape) in zip(self.keys, self.policy.shapes.items(), strict=True):
@@ -159,7 +132,7 @@ class Actor:
     def _statistics(self, state: State) -> tuple[Tensor, Tensor]:
         """Return the mean that the normaliser subtracts and the number it divides by, (obs_dim,) float64 each."""
         keys = [f"{self.normaliser}{name}" for name in ("_mean", "_std")]
-        obs_dim = state[self.keys[1]].shape[1]
+        obs_dim = state[self.keys[self._first_layer][0]].shape[1]
         for key in keys:
             if key not in state or state[key].numel() != obs_dim:
                 raise ValueError(f"{key}, of the observation normaliser, must exist with {obs_dim} numbers")
@@ -185,11 +158,11 @@ class Actor:
         return cls(**actor | {"policy": layout_from_dict(actor["policy"]), "keys": tuple(actor["keys"])})
 
 
-def find_actor(state: State, activation: str | None = None, actor: str | Sequence[str] | None = None) -> Actor:
+def find_actor(state: State, settings: Settings = Settings(), actor: str | Sequence[str] | None = None) -> Actor:
     """Return the actor in `state`, a dict of tensors.
 
-    No state says which activation lies between the layers: `activation` does, by default that of the library whose
-    names the keys have. `actor` is the prefix of the actor's keys, or several; "" takes all tensors but the critics'.
+    No state says which activation lies between the layers: `settings` do, by default that of the library whose names
+    the keys have. `actor` is the prefix of the actor's keys, or several; "" takes all tensors but the critics'.
     Raises ValueError where there is no tensor of an actor, one cannot go into a row, or it is not clear which tensors
     are the actor's.
     """
@@ -210,22 +183,39 @@ def find_actor(state: State, activation: str | None = None, actor: str | Sequenc
         raise ValueError(f"no floating-point tensor of an actor{wanted} is there, got the keys {_some(state)}")
     _check_apart(places)
     shapes = {name: tuple(tensor.shape) for name, tensor in places.items()}
-    for family in _FAMILIES:
-        found = _match(family, shapes, activation)
+    if prefixes == (root,) and root.endswith("actor."):  # the whole key is what the library names
+        found = _known(root.removesuffix("actor."), {_longer(name): it for name, it in shapes.items()}, settings)
         if found is not None:
-            in_state = found.normaliser not in ("", STATISTICS)
-            normaliser = root + found.normaliser if in_state else found.normaliser
-            return dataclasses.replace(found, keys=tuple(root + key for key in found.keys), normaliser=normaliser)
+            return found
+    found = _known(root, shapes, settings)
+    if found is not None:
+        return found
     if f"{STATISTICS}_mean" in shapes:
         raise ValueError(
-            "observation statistics can be folded into an MLP of Stable-Baselines3's PPO or A2C, or of CleanRL's, and "
-            f"this is none: {_some(shapes)}"
+            "observation statistics can be folded into an MLP of Stable-Baselines3's, or of CleanRL's PPO, and this is "
+            f"none: {_some(shapes)}"
         )
     doubt = _doubt(shapes) if actor is None else ""
     if doubt:
         raise ValueError(f"{doubt}: {how_to_choose(shapes)}")
     keys = tuple(root + name for name in shapes)
     return Actor("other", ParameterLayout(tuple(zip(keys, shapes.values(), strict=True))), keys)
+
+
+def _longer(name: str) -> str:
+    """Return the name of a parameter whose key's "actor." was taken for the root."""
+    return name if name.startswith(STATISTICS) else f"actor.{name}"
+
+
+def _known(root: str, shapes: Mapping[str, tuple[int, ...]], settings: Settings) -> Actor | None:
+    """Return the actor if the keys <root><name of `shapes`> are those of a library's MLP, else None."""
+    found = match(shapes, settings)
+    if found is None:
+        return None
+    in_state = found.normaliser not in ("", STATISTICS)
+    normaliser = root + found.normaliser if in_state else found.normaliser
+    keys = tuple(root + key for key in found.keys)
+    return Actor(found.family.kind, found.policy, keys, found.family.std_is_log, normaliser)
 
 
 def roles_of(state: State, actor: Actor) -> list[tuple[str, tuple[int, ...], str]]:
@@ -242,8 +232,10 @@ def roles_of(state: State, actor: Actor) -> list[tuple[str, tuple[int, ...], str
             role = "the observation normaliser's, folded into the first layer"
         elif (tensor.data_ptr(), tensor.shape) in taken:
             role = "the actor's once more"
+        elif _TARGETS.match(key):
+            role = "a target network's"
         else:
-            role = "a critic's or a target network's" if _NOT_THE_ACTORS.match(key) else "not chosen"
+            role = "a critic's" if _NOT_THE_ACTORS.match(key) else "not chosen"
         roles.append((key, tuple(tensor.shape), role))
     return roles
 
@@ -273,37 +265,11 @@ def differences(one: Layout, other: Layout) -> str:
     ]
     if not found and one != other:
         if isinstance(one, PolicySpec) and isinstance(other, PolicySpec):
-            return f"the activation is {other.activation} instead of {one.activation}"
+            settings = {"the activation": "activation", "squashing": "squash", "the limit of the mean": "mean_limit"}
+            both = {words: (getattr(one, name), getattr(other, name)) for words, name in settings.items()}
+            return "; ".join(f"{words} is {new} instead of {old}" for words, (old, new) in both.items() if old != new)
         return "the parameters have another order"
     return "; ".join(found[:3]) + ("; ..." if len(found) > 3 else "")
-
-
-def _match(family: _Family, shapes: Mapping[str, tuple[int, ...]], activation: str | None) -> Actor | None:
-    """Return the actor if `shapes` are exactly the parameters of an MLP as the family names them, else None."""
-    layers, keys = _layers(family, shapes)
-    normaliser = next((prefix for prefix in family.normalisers if f"{prefix}_mean" in shapes), "")
-    if {key for key in shapes if not (normaliser and key.startswith(normaliser))} != set(keys) or not layers:
-        return None
-    weights = [shapes[f"{layer}weight"] for layer in layers]
-    if activation is None:
-        activation = family.activation
-    if activation not in ACTIVATIONS or any(len(shape) != 2 for shape in weights):
-        return None
-    sizes = (weights[0][1], *(shape[0] for shape in weights))
-    gsde = family.kind == "sb3" and shapes[family.log_std] == sizes[-2:]
-    policy = PolicySpec(sizes[0], sizes[-1], sizes[1:-1], activation, gsde)  # type: ignore[arg-type]  # checked above
-    if any(shapes[key] not in (shape, (1, *shape)) for key, shape in zip(keys, policy.shapes.values(), strict=True)):
-        return None
-    return Actor(family.kind, policy, keys, family.std_is_log, normaliser)
-
-
-def _layers(family: _Family, shapes: Mapping[str, tuple[int, ...]]) -> tuple[list[str], tuple[str, ...]]:
-    """Return the prefixes of the layers' keys, and all keys of the actor in the order of a PolicySpec."""
-    layers: list[str] = []
-    while f"{family.hidden}{2 * len(layers)}.weight" in shapes:
-        layers.append(f"{family.hidden}{2 * len(layers)}.")
-    layers += [family.head] if family.head else []
-    return layers, (family.log_std, *(layer + name for layer in layers for name in ("weight", "bias")))
 
 
 def _doubt(shapes: Mapping[str, tuple[int, ...]]) -> str:
@@ -319,8 +285,8 @@ def _doubt(shapes: Mapping[str, tuple[int, ...]]) -> str:
     is_dqn = all(re.match(rf"({_Q_NETWORK})\d*\.", key) for key in shapes)  # its Q network is its policy
     if others and not is_dqn:
         return f"{_some(others)} may be a critic's or another network's"
-    for family in _FAMILIES:
-        layers, keys = _layers(family, shapes)
+    for family in FAMILIES:
+        layers, keys = layers_of(family, shapes)
         known = (*family.encoders, *family.normalisers)
         beside = [key for key in shapes if key not in keys and not key.startswith(known)]
         if layers and beside and set(keys) <= set(shapes):

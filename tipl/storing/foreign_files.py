@@ -1,6 +1,6 @@
 """Checkpoint files of other libraries, read without running code, and written back as the same kind of file.
 
-    Stable-Baselines3   .zip with a member policy.pth; its member `data` holds pickles, which are never decoded
+    Stable-Baselines3   .zip with a member policy.pth; its member `data` holds pickles, none of which is run
     safetensors         key -> tensor
     torch.save          a state_dict (CleanRL, plain), a tuple (actor's state_dict, ...) as CleanRL's SAC and TD3 save,
                         or a dict with a state_dict under model_state_dict, actor_state_dict (rsl_rl) or state_dict
@@ -10,8 +10,10 @@ refused if it changes meanwhile. The sizes and objects that it declares are limi
 (`torch_files.py`).
 """
 
+import base64
 import io
 import json
+import math
 import os
 import pickle
 import re
@@ -22,14 +24,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import safetensors
 import safetensors.torch
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tipl.files.locations import read_file
 from tipl.files.sealed import sorted_metadata
+from tipl.storing.actor_families import Settings
 from tipl.storing.foreign_actors import Actor, find_actor, how_to_choose, shown
+from tipl.storing.inert_pickle import PickleError, array_of, read_inert
 from tipl.storing.torch_files import MAX_BYTES, NotReadableError, load_torch, open_zip
 
 SUFFIXES = (".zip", ".cleanrl_model", ".pt", ".pth", ".safetensors")
@@ -40,6 +46,7 @@ _BESIDE_THE_STATE = re.compile(r".*(optim|critic|sched|scaler|rng).*|rnd_.*|(pri
 """Entries that the libraries save beside a state, none of them the actor's."""
 _JSON_BYTES = 2**25  # most bytes of a safetensors header or SB3's settings; parsed, these take up to 25 times as much
 _LIBRARIES = ("stable_baselines3.", "sb3_contrib.")
+_CLIP_MEAN = 2.0  # SB3's default
 
 
 @dataclass
@@ -52,12 +59,16 @@ class CheckpointFile:
     """SB3's num_timesteps, or rsl_rl's iteration; None where the file does not say."""
     activation: str | None = None
     """None where the file does not say."""
+    squash: bool = False
+    """Whether SB3 says that a policy with gSDE takes the tanh of its mean; those of SAC and TD3 always do."""
+    mean_limit: float | None = None
+    """To what SB3 says that SAC with gSDE clips its mean, where it clips it."""
     doubt: str = ""
     """Why it is not clear which part of the file is the policy's state; `state` then holds all parts, as part.key."""
     own_class: str = ""
     """The module of an SB3 policy's class if that is not one of SB3's; its default activation is then unknown."""
-    normalised: bool = False
-    """Whether SB3 says that the policy's observations came through VecNormalize."""
+    normalised: bool | None = False
+    """Whether SB3 says that the policy's observations came through VecNormalize; None where it may be either."""
     note: str = ""
     """What a user of the weights must know about them."""
     _content: Any = None
@@ -121,7 +132,7 @@ def find_actor_in(
     try:
         if file.doubt and actor is None:
             raise ValueError(f"{file.doubt}: {how_to_choose(file.state)}")
-        found = find_actor(file.state, file.activation or activation, actor)
+        found = find_actor(file.state, Settings(file.activation or activation, file.squash, file.mean_limit), actor)
         if found.kind == "sb3" and file.own_class and not (file.activation or activation):
             raise ValueError(
                 f"its policy is of a class of its own, from {shown(file.own_class)}, and the file does not say the "
@@ -180,18 +191,25 @@ def _read_sb3(archive: zipfile.ZipFile, data: bytes, max_bytes: int | None) -> C
     if not isinstance(settings, dict):
         raise NotReadableError("is damaged: its member data, the settings, is no JSON object")
     state, doubt = _state(policy, is_cleanrl=False)
-    chosen = _named(settings.get("policy_kwargs"), "activation_fn")
+    kwargs = settings.get("policy_kwargs")
+    kwargs = kwargs if isinstance(kwargs, dict) else {}
+    chosen = _named(kwargs, "activation_fn")
     module = _named(settings.get("policy_class"), "__module__")
     own_class = "" if f"{module}.".startswith(_LIBRARIES) else module
+    state, doubt = _state(policy, is_cleanrl=False)
+    is_on_policy = any(key.startswith(("action_net.", "mlp_extractor.")) for key in state)
+    default = "tanh" if is_on_policy else "relu"
     return CheckpointFile(
         "sb3",
         state,
         _steps(settings.get("num_timesteps"), "num_timesteps"),
-        _activation(chosen) if chosen else None if own_class else "tanh",
+        _activation(chosen) if chosen else None if own_class else default,
+        kwargs.get("squash_output") is True,
+        _mean_limit(kwargs),
         doubt,
         own_class,
-        settings.get("_last_original_obs") is not None,  # set by VecNormalize only
-        _sb3_note(settings),
+        _saw_normalised(settings, is_on_policy=is_on_policy),
+        _sb3_note(kwargs),
         (data, policy),
     )
 
@@ -211,8 +229,44 @@ def _activation(chosen: str) -> str:
     return match[1].lower() if match else chosen
 
 
-def _sb3_note(settings: Mapping[str, Any]) -> str:
-    extractor = _named(settings.get("policy_kwargs"), "features_extractor_class")
+def _saw_normalised(settings: Mapping[str, Any], *, is_on_policy: bool) -> bool | None:
+    """Return whether the run's observations came through VecNormalize, None where the settings leave it open.
+
+    On-policy algorithms keep the last original observation only then. Off-policy ones always do; there the numbers tell
+    where the environment's are float64, because VecNormalize makes float32 of them.
+    """
+    if settings.get("_last_original_obs") is None:
+        return False
+    if is_on_policy:
+        return True
+    seen, original = (_array_in(settings.get(name)) for name in ("_last_obs", "_last_original_obs"))
+    if seen is None or original is None:
+        return None
+    if seen.dtype != np.float32 or np.array_equal(seen, original):  # the latter with norm_obs=False
+        return False
+    return True if original.dtype != np.float32 else None
+
+
+def _array_in(setting: Any) -> NDArray[Any] | None:
+    """Return the array that one of SB3's settings holds as a pickle, which is not run; None for anything else."""
+    pickled = setting.get(":serialized:") if isinstance(setting, dict) else None
+    if not isinstance(pickled, str):
+        return None
+    try:
+        return array_of(read_inert(base64.b64decode(pickled, validate=True)))
+    except (PickleError, ValueError):
+        return None
+
+
+def _mean_limit(kwargs: Mapping[str, Any]) -> float | None:
+    """Return SB3's clip_mean, None where it is no positive number."""
+    limit = kwargs.get("clip_mean", _CLIP_MEAN)
+    is_number = isinstance(limit, int | float) and not isinstance(limit, bool)
+    return float(limit) if is_number and 0.0 < limit < math.inf else None
+
+
+def _sb3_note(kwargs: Mapping[str, Any]) -> str:
+    extractor = _named(kwargs, "features_extractor_class")
     if not extractor or extractor.startswith(tuple(f"<class '{library}" for library in _LIBRARIES)):
         return ""
     return f"observations pass through a features extractor of the run's own, {shown(extractor)}, not run here"

@@ -43,14 +43,14 @@ def import_checkpoints(
 ) -> Store:
     """Return a new store at `output` with the checkpoints of other libraries' runs, one trial per folder.
 
-    Reads Stable-Baselines3's .zip (PPO, A2C, SAC, TD3, ...), CleanRL's .cleanrl_model, rsl_rl's model_*.pt, and
-    state_dicts in .safetensors, .pt and .pth; never with pickle. `foreign_actors` describes which tensors are the
-    actor's. The files of a folder are ordered by the step in their names, the one number in which the names differ;
-    names without numbers are sorted. `env_steps` are the files' own counts (SB3's num_timesteps, rsl_rl's iteration) if
-    these grow, otherwise the steps in the names, otherwise the index. The files hold no returns, so `episodic_return`
-    is NaN. The statistics of VecNormalize are folded into the first layer where they lie beside the checkpoints
-    (`observation_statistics`); without them `evaluate` refuses the policies of such a run. The config's source["note"]
-    says what a user must know, such as statistics that no file holds or an activation that was assumed.
+    Reads the .zip of Stable-Baselines3 and sb3-contrib (PPO, A2C, SAC, TD3, ...), CleanRL's .cleanrl_model, rsl_rl's
+    model_*.pt, and state_dicts in .safetensors, .pt and .pth; without running a pickle. `foreign_actors` describes
+    which tensors are the actor's. The files of a folder are ordered by the step in their names, the one number in which
+    the names differ; names without numbers are sorted. `env_steps` are the files' own counts (SB3's num_timesteps,
+    rsl_rl's iteration) if these grow, otherwise the steps in the names, otherwise the index. The files hold no returns,
+    so `episodic_return` is NaN. The statistics of VecNormalize are folded into the first layer where they lie beside
+    the checkpoints (`observation_statistics`); without them `evaluate` refuses the policies of such a run. The config's
+    source["note"] says what a user must know, such as statistics that no file holds or an activation that was assumed.
 
     Args:
         sources: folders, one for each trial; or files, which together are one trial; or stores (from `Recorder`,
@@ -174,13 +174,24 @@ def source_record(actor: Actor, file_format: str, *notes: str, activation_assume
     elif actor.kind == "rsl_rl" and actor.normaliser:
         all_notes.append("the observation normaliser of each checkpoint is folded into its first layer")
     elif actor.kind == "other":
-        all_notes.append("the simulator cannot run these policies: train and rollout work, evaluate does not")
+        all_notes.append(_not_run(actor.keys))
     if activation_assumed and isinstance(actor.policy, PolicySpec):
+        squashed = ", and actions are taken to be the tanh of the network's output" if actor.policy.squash else ""
         all_notes.append(
             f"nothing says the activation: {actor.policy.activation} was assumed, the library's default; pass "
-            "activation if it was another"
+            f"activation if it was another{squashed}"
         )
     return record | ({"note": "; ".join(dict.fromkeys(all_notes))} if all_notes else {})
+
+
+def _not_run(keys: Sequence[str]) -> str:
+    """Return in words that the simulator cannot run policies with these keys, and where it is known, why."""
+    reason = ""
+    if any(key.endswith("latent_pi.0.ra_mean") for key in keys):
+        reason = " with batch normalisation (CrossQ)"
+    elif {key.rpartition("actor.")[2] for key in keys} >= {"log_std", "latent_pi.0.weight", "mu.0.weight"}:
+        reason = " with gSDE, whose clip_mean nothing says"
+    return f"the simulator cannot run these policies{reason}: train and rollout work, evaluate does not"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,7 +223,7 @@ class _Reading:
         try:
             found = find_statistics(paths)
         except ValueError as error:
-            if last.normalised and actor.kind == "sb3":
+            if last.normalised is not False and actor.kind == "sb3":
                 raise ValueError(f"import: {error}") from error
             found = {}
         if actor.kind != "sb3":
@@ -223,7 +234,9 @@ class _Reading:
                 return _Normalisers(note=_UNFIT if found else _WITHOUT_STATISTICS, unnormalised=True)
             return read
         if not found:
-            return _Normalisers()
+            return _Normalisers(note="" if last.normalised is False else _MAYBE_NORMALISED)
+        if last.normalised is None and (read := _Normalisers.of(found)).fit(actor):
+            return read
         unused = next(iter(found.values())).name
         return _Normalisers(
             note=f"{shown(unused)} lies beside the checkpoints, which do not say that they used it: its statistics "
@@ -239,6 +252,10 @@ _WITHOUT_STATISTICS = (
     "observations came through VecNormalize, whose statistics do not lie beside the checkpoints: pass their file as "
     'normaliser, or "none" if it left observations as they are (norm_obs=False); as it is, these policies cannot be run'
     " in the simulator"
+)
+_MAYBE_NORMALISED = (
+    "the files do not say whether observations came through VecNormalize, and none of its statistics lie beside them: "
+    "observations are taken to be as the environment gives them"
 )
 _UNFIT = (
     "the statistics of VecNormalize beside the checkpoints are not of as many observations as the policy has: another "

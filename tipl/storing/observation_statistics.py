@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tipl.files.locations import read_file
-from tipl.storing.foreign_actors import STATISTICS, shown
+from tipl.storing.actor_families import STATISTICS
+from tipl.storing.foreign_actors import shown
 from tipl.storing.inert_pickle import MAX_BYTES, Made, Name, PickleError, array_of, number_of, read_inert
 
 FOLDED_NOTE = (

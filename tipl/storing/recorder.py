@@ -10,7 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tipl.storing.foreign_actors import STATISTICS, Actor, differences, find_actor
+from tipl.policy import PolicySpec
+from tipl.storing.actor_families import STATISTICS, Settings
+from tipl.storing.foreign_actors import Actor, differences, find_actor
 from tipl.storing.importer import source_record
 from tipl.storing.observation_statistics import live_statistics
 from tipl.storing.store import UNNORMALISED, Store
@@ -39,6 +41,8 @@ class Recorder:
         config: Mapping[str, Any] | None = None,
         note: str | None = None,
         unnormalised: bool = False,
+        squash: bool = False,
+        mean_limit: float | None = None,
     ) -> None:
         """Record into a new store at `path`, which the first `log` creates.
 
@@ -53,12 +57,17 @@ class Recorder:
             note: what a user of the store must know, kept in its config and shown by `tipl import`.
             unnormalised: the policy sees observations that are normalised, and `log` is not told how: it cannot be run
                 in the simulator.
+            squash: the actions of a policy of Stable-Baselines3's PPO or A2C with gSDE are the tanh of its mean
+                (squash_output=True). Those of SAC and TD3 always are.
+            mean_limit: to what a policy of Stable-Baselines3's SAC with gSDE clips its mean (clip_mean); without it,
+                such a policy cannot be run in the simulator.
 
         Raises FileExistsError where `path` exists and `resume` is not set; RuntimeError where the store is damaged or
         another recorder has it open; ValueError where it is not a recording of this env_id.
         """
         self.path = Path(path)
-        self._env_id, self._activation, self._config = env_id, activation, dict(config or {})
+        self._env_id, self._config = env_id, dict(config or {})
+        self._settings = Settings(activation, squash, mean_limit)
         self._keys, self._note, self._unnormalised = actor, note or "", unnormalised
         self._store: Store | None = None
         self._actor: Actor | None = None
@@ -127,7 +136,9 @@ class Recorder:
         last = self._store.num_checkpoints - 1
         same = self._store.trial(0).weights(last, last + 1)[0] == weights
         if actor.normaliser == STATISTICS:
-            for offset, shape in list(actor.policy.layout.values())[1:3]:  # the first layer's, after log_std
+            assert isinstance(actor.policy, PolicySpec)
+            first = actor.policy.first_layer
+            for offset, shape in list(actor.policy.layout.values())[first : first + 2]:
                 same[offset : offset + math.prod(shape)] = True
         return bool(same.all())
 
@@ -151,16 +162,18 @@ class Recorder:
 
     def _first(self, state: Mapping[str, Tensor]) -> Actor:
         """Return the actor in `state`, which must equal that of the recording if one is resumed."""
-        found = find_actor(state, self._activation, self._keys)
+        found = find_actor(state, self._settings, self._keys)
         if self._store is not None:
             recorded = Actor.from_dict(self._store.config["source"]["actor"])
+            if recorded.kind == "other" != found.kind and recorded.keys == found.keys:
+                return recorded  # by a tipl that did not know this kind
             if found != recorded:
                 reason = differences(recorded.policy, found.policy) or "its keys or its normaliser are others"
                 raise ValueError(f"it does not fit {self.path}: {reason}")
         return found
 
     def _create(self, actor: Actor) -> Store:
-        source = source_record(actor, "recorder", self._note, activation_assumed=self._activation is None)
+        source = source_record(actor, "recorder", self._note, activation_assumed=self._settings.activation is None)
         config = {**self._config, "source": source | ({UNNORMALISED: True} if self._unnormalised else {})}
         return Store.create(self.path, env_id=self._env_id, policy=actor.policy, seeds=[0], config=config)
 
