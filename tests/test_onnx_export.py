@@ -15,7 +15,7 @@ import torch
 from factories import ENV_ID, SPEC, make_store
 
 import tipl
-from tipl.collecting.policy_network import mean_action
+from tipl.collecting.policy_network import actions_of, mean_action
 from tipl.files.sealed import save_arrays
 from tipl.policy import ParameterLayout, PolicySpec
 from tipl.storing.exporter import layout_record
@@ -85,6 +85,25 @@ def test_it_acts_as_the_engine_and_the_definition_do(activation: Any, hidden: An
         obs = observations(n, 11)
         np.testing.assert_allclose(acting(path, obs), own(spec, row, obs), **TOLERANCE)
         np.testing.assert_allclose(acting(path, obs), exact(spec, row, obs), **TOLERANCE)
+
+
+@pytest.mark.parametrize("limit", [None, 0.3])
+@pytest.mark.parametrize("spread", ["head", "none"])
+def test_a_squashed_mean_is_rescaled_to_the_action_space(spread: Any, limit: float | None, tmp_path: Path) -> None:
+    spec = PolicySpec(11, 3, (8, 8), "relu", spread=spread, squash=True, mean_limit=limit)
+    row, obs = random_row(spec), observations(50, 11, 3.0)
+    means = mean_action(spec, torch.from_numpy(row[None]), torch.from_numpy(obs[None]))[0].numpy()
+    path = tipl.export_onnx(row, tmp_path / "p.onnx", policy=spec, env_id="Hopper-v5")
+    np.testing.assert_allclose(acting(path, obs), actions_of(spec, means, -np.ones(3), np.ones(3)), **TOLERANCE)
+    unit = tipl.export_onnx(row, tmp_path / "unit.onnx", policy=spec, env_id="none")
+    np.testing.assert_allclose(acting(unit, obs), np.tanh(means), **TOLERANCE)
+    wide = PolicySpec(4, 1, (8,), squash=True)
+    row, obs = random_row(wide), observations(50, 4, 3.0)
+    means = mean_action(wide, torch.from_numpy(row[None]), torch.from_numpy(obs[None]))[0].numpy()
+    path = tipl.export_onnx(row, tmp_path / "wide.onnx", policy=wide, env_id="InvertedPendulum-v5")
+    expected = actions_of(wide, means, -3 * np.ones(1), 3 * np.ones(1))
+    assert np.abs(expected).max() > 2
+    np.testing.assert_allclose(acting(path, obs), expected, **TOLERANCE)
 
 
 def test_a_model_is_valid_and_says_its_shapes(tmp_path: Path) -> None:
@@ -236,7 +255,7 @@ def test_weights_that_are_no_mlps_or_of_an_unknown_task_are_refused(tmp_path: Pa
         (row, {"policy": PolicySpec(4, 1)}, ValueError, r"weights must have shape \(p,\) = \(4546,\), got \(\d+,\)$"),
         (row, {"policy": SPEC}, ValueError, 'env_id must be given, .*; "none" leaves them as they are$'),
         (unknown.path, {}, ValueError, 'env_id must be given, .*; "none" leaves them as they are$'),
-        (unknown.path, {"policy": PolicySpec(4, 1)}, ValueError, r"policy must be that of the weights, PolicySpec\("),
+        (unknown.path, {"policy": PolicySpec(4, 1)}, ValueError, r"policy must be that of the weights, layers 4 -> "),
         (wrong.path, {}, ValueError, "the policy must have the 4 observations and 1 actions of .*, got 5 and 1$"),
         (lost.path, {}, ValueError, 'normaliser must be given, .*; "none" makes a model that takes normalised'),
         (row.astype(np.float64), {"policy": SPEC}, TypeError, "weights must be float32, got float64$"),

@@ -1,6 +1,6 @@
 """Export to ONNX: the deterministic policy as a model that needs neither tipl nor torch.
 
-    observation (batch, obs_dim) -> [clip] -> MLP -> clip to the action space -> action (batch, act_dim)
+    observation (batch, obs_dim) -> [clip] -> MLP -> clip, or tanh and rescale -> action (batch, act_dim)
 
 All float32, the batch of any size. The package onnx (the extra `onnx`) writes the file; any runtime reads it.
 """
@@ -43,9 +43,9 @@ def export_onnx(
     """Write the deterministic policy of flat weights as an ONNX model, and return its path, `output`.
 
     The model takes `observation` (batch, obs_dim) float32, as the environment gives it, and returns `action` (batch,
-    act_dim) float32: the mean action clipped to the action space, as `model.predict(obs, deterministic=True)` of
-    Stable-Baselines3 does. Statistics of observations that are folded into the weights act in it; what VecNormalize
-    clips is clipped if `normaliser` names its file.
+    act_dim) float32, as `model.predict(obs, deterministic=True)` of Stable-Baselines3 does: the mean action clipped to
+    the action space, or squashed into it where the policy does so. Statistics of observations that are folded into the
+    weights act in it; what VecNormalize clips is clipped if `normaliser` names its file.
 
     Args:
         weights: a forecast that `tipl rollout` wrote, a store, or weights (p,) float32.
@@ -53,7 +53,7 @@ def export_onnx(
         checkpoint: index of the checkpoint in the path, as in the forecast's `checkpoint`; by default the last one.
         trial: index of the trial, if `weights` is a store.
         env_id: the Gymnasium id of the task, whose action space actions are clipped to; by default the one that the
-            file says. "none" leaves actions as they are.
+            file says. "none" leaves actions as they are, those of a policy that squashes between -1 and 1.
         normaliser: the file of VecNormalize's statistics. Where they are folded into the weights, as in an array's and
             in a store's whose import or recording found them, the model clips observations to mean +- clip_obs
             standard deviations; where they are not, it normalises observations first. By default, and with "none", it
@@ -183,14 +183,26 @@ def _model(
     parameters = {
         name: constant(name, row[offset : offset + math.prod(shape)].reshape(shape))
         for name, (offset, shape) in spec.layout.items()
-        if name != "log_std"
+        if not name.startswith("log_std")
     }
     layers = [name.removesuffix(".weight") for name in parameters if name.endswith(".weight")]
     for layer in layers:
         apply("Gemm", f"{layer}.weight", f"{layer}.bias", transB=1)
         if layer != layers[-1]:
             apply(_ACTIVATIONS[spec.activation])
-    clip("action", bounds)
+    if spec.mean_limit is not None:
+        limit = np.array(spec.mean_limit)
+        clip("mean", (-limit, limit))
+    if spec.squash:
+        apply("Tanh")
+        if bounds is not None:  # as `actions_of` rescales
+            low, high = bounds
+            apply("Add", constant("one", np.array(1.0)))
+            apply("Mul", constant("half", np.array(0.5)))
+            apply("Mul", constant("action.range", high.astype(np.float32) - low.astype(np.float32)))
+            apply("Add", constant("action.low", low))
+    else:
+        clip("action", bounds)
     nodes[-1].output[0] = "action"
 
     ends = [
