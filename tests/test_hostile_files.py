@@ -146,7 +146,7 @@ def test_a_file_that_is_replaced_between_two_readings_is_refused(
         return read_checkpoint_file(path)
 
     torch.save({"w": torch.zeros(2)}, path)
-    monkeypatch.setattr("tipl.storing.importer.read_checkpoint_file", replacing)
+    monkeypatch.setattr("tipl.storing.imported_runs.read_checkpoint_file", replacing)
     with pytest.raises(RuntimeError, match=r"model_1\.pt changed while it was read"):
         import_checkpoints([path], tmp_path / "store")
     assert not (tmp_path / "store").exists()

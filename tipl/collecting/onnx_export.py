@@ -18,8 +18,9 @@ from tipl.collecting.envs import make_vec
 from tipl.files.locations import write_atomically
 from tipl.files.publishing import published
 from tipl.policy import Layout, PolicySpec
+from tipl.storing.actor_families import STATISTICS
 from tipl.storing.exporter import layout_and_actor, needed_statistics, row_and_record
-from tipl.storing.foreign_actors import STATISTICS, Actor
+from tipl.storing.foreign_actors import Actor
 from tipl.storing.store import UNNORMALISED
 
 Vector: TypeAlias = NDArray[np.float64]

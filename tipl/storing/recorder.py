@@ -13,7 +13,7 @@ from torch import Tensor
 from tipl.policy import PolicySpec
 from tipl.storing.actor_families import STATISTICS, Settings
 from tipl.storing.foreign_actors import Actor, differences, find_actor
-from tipl.storing.importer import source_record
+from tipl.storing.imported_runs import source_record
 from tipl.storing.observation_statistics import live_statistics
 from tipl.storing.store import UNNORMALISED, Store
 

@@ -1,0 +1,319 @@
+"""The runs of an import: the checkpoints of one trial each, in order, from files of other libraries or from a store."""
+
+import collections
+import dataclasses
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tipl.policy import Layout, PolicySpec
+from tipl.storing.checkpoint_steps import chosen_steps, in_order
+from tipl.storing.foreign_actors import Actor, differences, roles_of, shown
+from tipl.storing.foreign_files import SUFFIXES, CheckpointFile, find_actor_in, read_checkpoint_file
+from tipl.storing.observation_statistics import FOLDED_NOTE, ObservationStatistics, find_statistics, read_statistics
+from tipl.storing.store import UNNORMALISED, Store, Trial
+
+Rows = tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.float64]]  # (b, p), (b,), (b,)
+
+
+def source_record(actor: Actor, file_format: str, *notes: str, activation_assumed: bool = False) -> dict[str, Any]:
+    """Return the config's entry "source", plain JSON, with a note of everything that a user of the store must know."""
+    record: dict[str, Any] = {"format": file_format, "actor": actor.to_dict()}
+    all_notes = [note for note in notes if note]
+    if actor.kind == "cleanrl" and not actor.normaliser:
+        all_notes.append(
+            "CleanRL does not save the statistics with which it normalised observations: in the simulator these "
+            "policies do not reach the returns that they had"
+        )
+    elif actor.kind == "rsl_rl" and actor.normaliser:
+        all_notes.append("the observation normaliser of each checkpoint is folded into its first layer")
+    elif actor.kind == "other":
+        all_notes.append(_not_run(actor.keys))
+    if activation_assumed and isinstance(actor.policy, PolicySpec):
+        squashed = ", and actions are taken to be the tanh of the network's output" if actor.policy.squash else ""
+        all_notes.append(
+            f"nothing says the activation: {actor.policy.activation} was assumed, the library's default; pass "
+            f"activation if it was another{squashed}"
+        )
+    return record | ({"note": "; ".join(dict.fromkeys(all_notes))} if all_notes else {})
+
+
+def _not_run(keys: Sequence[str]) -> str:
+    """Return in words that the simulator cannot run policies with these keys, and where it is known, why."""
+    reason = ""
+    if any(key.endswith("latent_pi.0.ra_mean") for key in keys):
+        reason = " with batch normalisation (CrossQ)"
+    elif {key.rpartition("actor.")[2] for key in keys} >= {"log_std", "latent_pi.0.weight", "mu.0.weight"}:
+        reason = " with gSDE, whose clip_mean nothing says"
+    return f"the simulator cannot run these policies{reason}: train and rollout work, evaluate does not"
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """The arguments of `import_checkpoints` that say how to read files."""
+
+    activation: str | None
+    actor: str | Sequence[str] | None
+    step_pattern: str | None
+    normaliser: str | Path | None
+    num_checkpoints: int | None
+    max_bytes: int | None
+
+    def read(self, path: Path, statistics: ObservationStatistics | None) -> tuple[CheckpointFile, Actor]:
+        file = read_checkpoint_file(path, max_bytes=self.max_bytes)
+        if statistics is not None:
+            file.state |= statistics.to_state()
+        return file, find_actor_in(path, file, self.activation, self.actor)
+
+    def normalisers(self, paths: Sequence[Path], actor: Actor) -> "_Normalisers":
+        """Return the statistics of a run's checkpoints (in order), of which the last says whether it was normalised."""
+        if str(self.normaliser) == "none":
+            return _Normalisers()
+        if self.normaliser is not None:
+            return _Normalisers.of(dict.fromkeys(paths, Path(self.normaliser)))
+        last = read_checkpoint_file(paths[-1], max_bytes=self.max_bytes)
+        if last.format != "sb3":
+            return _Normalisers()
+        try:
+            found = find_statistics(paths)
+        except ValueError as error:
+            if last.normalised is not False and actor.kind == "sb3":
+                raise ValueError(f"import: {error}") from error
+            found = {}
+        if actor.kind != "sb3":
+            return _Normalisers(note=_NOT_FOLDED if found else "")
+        if last.normalised:
+            read = _Normalisers.of(found)
+            if not found or not read.fit(actor):
+                return _Normalisers(note=_UNFIT if found else _WITHOUT_STATISTICS, unnormalised=True)
+            return read
+        if not found:
+            return _Normalisers(note="" if last.normalised is False else _MAYBE_NORMALISED)
+        if last.normalised is None and (read := _Normalisers.of(found)).fit(actor):
+            return read
+        unused = next(iter(found.values())).name
+        return _Normalisers(
+            note=f"{shown(unused)} lies beside the checkpoints, which do not say that they used it: its statistics "
+            "are not folded in; pass it as normaliser if they did"
+        )
+
+
+_NOT_FOLDED = (
+    "statistics of VecNormalize lie beside the checkpoints: they are not folded into networks of this kind, and have to"
+    " stay with the weights"
+)
+_WITHOUT_STATISTICS = (
+    "observations came through VecNormalize, whose statistics do not lie beside the checkpoints: pass their file as "
+    'normaliser, or "none" if it left observations as they are (norm_obs=False); as it is, these policies cannot be run'
+    " in the simulator"
+)
+_MAYBE_NORMALISED = (
+    "the files do not say whether observations came through VecNormalize, and none of its statistics lie beside them: "
+    "observations are taken to be as the environment gives them"
+)
+_UNFIT = (
+    "the statistics of VecNormalize beside the checkpoints are not of as many observations as the policy has: another "
+    "wrapper comes after it, and these policies cannot be run in the simulator"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Normalisers:
+    """With which statistics a run's checkpoints saw their observations."""
+
+    of_path: dict[Path, ObservationStatistics] = dataclasses.field(default_factory=dict)
+    note: str = ""
+    unnormalised: bool = False
+
+    @classmethod
+    def of(cls, files: dict[Path, Path]) -> "_Normalisers":
+        """Return what the files of statistics hold, by the checkpoints that they belong to."""
+        read = {file: read_statistics(file) for file in dict.fromkeys(files.values())}
+        of_path = {path: it for path, file in files.items() if (it := read[file]) is not None}
+        if not of_path:
+            return cls()  # norm_obs=False
+        notes = [FOLDED_NOTE.format(clip=next(iter(of_path.values())).clip)]
+        uses = collections.Counter(files.values())
+        for file, count in uses.items():
+            if count > 1:
+                whose = "all checkpoints" if len(uses) == 1 else f"{count} checkpoints without a file of their own"
+                notes.append(f"the statistics in {shown(file)}, of one moment, stand for {whose}")
+        return cls(of_path, "; ".join(notes))
+
+    def fit(self, actor: Actor) -> bool:
+        """Return whether the statistics are of as many observations as the actor has."""
+        dims = {it.mean.size for it in self.of_path.values()}
+        return not isinstance(actor.policy, PolicySpec) or dims <= {actor.policy.obs_dim}
+
+
+class Run(Protocol):
+    """The checkpoints of one trial, from files or from a store."""
+
+    name: str
+    env_id: str
+    policy: Layout
+    source: dict[str, Any]
+    num_checkpoints: int
+
+    def read(self, start: int, stop: int) -> Rows: ...
+
+    def described(self, length: int) -> str:
+        """Return in words where the first `length` checkpoints are."""
+        ...
+
+
+class FileRun:
+    """A trial in checkpoint files.
+
+    Every file is read twice: first for its step and layout, on which the new store's settings depend, and then, once
+    the store exists, for its weights. Keeping the weights from the first reading could exceed the memory.
+    """
+
+    env_id = "unknown"
+
+    def __init__(self, name: str, paths: Sequence[Path], reading: Reading) -> None:
+        self.name, self.reading = shown(name), reading
+        ordered, named = in_order(self.name, paths, reading.step_pattern)
+        self.num_checkpoints = len(paths)
+        self.paths = ordered[: reading.num_checkpoints]
+        first, self.actor = reading.read(self.paths[0], None)
+        self.normalisers = reading.normalisers(self.paths, self.actor)
+        if self.paths[0] in self.normalisers.of_path:
+            first, self.actor = reading.read(self.paths[0], self.normalisers.of_path[self.paths[0]])
+        self.policy = self.actor.policy
+        self.said = [first.env_steps]
+        notes = {self.normalisers.note: None, first.note: None}
+        for path in self.paths[1:]:
+            file = self._read_alike(path)
+            self.said.append(file.env_steps)
+            notes[file.note] = None
+        if named is not None and reading.step_pattern is not None:
+            self.steps, note = named[: len(self.paths)], ""
+        else:
+            self.steps, note = chosen_steps(
+                self.paths,
+                None if named is None else named[: len(self.paths)],
+                self.said,
+                said_by="num_timesteps" if first.format == "sb3" else "iter",
+                is_unit=first.format == "sb3",
+            )
+        assumed = first.activation is None and reading.activation is None
+        self.source = source_record(self.actor, first.format, *notes, note, activation_assumed=assumed)
+        if self.normalisers.unnormalised:
+            self.source[UNNORMALISED] = True
+
+    def read(self, start: int, stop: int) -> Rows:
+        weights = np.empty((stop - start, self.policy.num_params), np.float32)
+        for i, path in enumerate(self.paths[start:stop]):
+            file = self._read_alike(path)
+            if file.env_steps != self.said[start + i]:
+                raise RuntimeError(f"import: {shown(path)} changed while it was read")
+            try:
+                weights[i] = self.actor.flatten(file.state)
+            except ValueError as error:
+                raise ValueError(f"import: {shown(path)}: {error}") from error
+        return weights, np.array(self.steps[start:stop], np.int64), np.full(stop - start, np.nan)
+
+    def described(self, length: int) -> str:
+        names = [shown(self.paths[i].name) for i in (0, length - 1)]
+        return f", {names[0]} at env step {self.steps[0]:,} to {names[1]} at {self.steps[length - 1]:,}"
+
+    def tensors(self) -> list[tuple[str, tuple[int, ...], str]]:
+        """Return key, shape and part of each floating-point tensor of the first file, as `roles_of` does."""
+        first, _ = self.reading.read(self.paths[0], self.normalisers.of_path.get(self.paths[0]))
+        return [(shown(key), shape, role) for key, shape, role in roles_of(first.state, self.actor)]
+
+    def _read_alike(self, path: Path) -> CheckpointFile:
+        """Return the file, whose actor must equal that of the first one."""
+        file, found = self.reading.read(path, self.normalisers.of_path.get(path))
+        if found != self.actor:
+            difference = differences(self.policy, found.policy) or "its keys are others"
+            raise ValueError(f"import: {shown(path)} does not fit {shown(self.paths[0])}: {difference}")
+        return file
+
+
+class StoredRun:
+    """A trial of another store."""
+
+    def __init__(self, store: Store, trial: Trial) -> None:
+        self.name = f"{shown(store.path)}, trial {trial.index}"
+        self.env_id = store.env_id
+        self.policy = store.policy
+        self.source = {name: value for name, value in store.config.get("source", {}).items() if name != "trials"}
+        self.num_checkpoints = trial.num_checkpoints
+        self.trial = trial
+
+    def read(self, start: int, stop: int) -> Rows:
+        part = slice(start, stop)
+        return self.trial.weights(start, stop), self.trial.env_steps[part], self.trial.episodic_return[part]
+
+    def described(self, length: int) -> str:
+        steps = self.trial.env_steps
+        return f", env steps {int(steps[0]):,} to {int(steps[length - 1]):,}"
+
+
+def runs_of(sources: list[Path], pattern: str, reading: Reading) -> list[Run]:
+    """Return the trials that the sources hold, in their order."""
+    if not sources:
+        raise ValueError("import: sources must be some folders or files, got none")
+    for source in sources:
+        try:
+            source.stat()
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"import: there is no {shown(source)}") from error
+    folders = [source for source in sources if source.is_dir()]
+    files = [source for source in sources if not source.is_dir()]
+    if files and folders:
+        raise ValueError(
+            f"import: sources must be folders, or files, not both, got {shown(folders[0])} and {shown(files[0])}"
+        )
+    if files:
+        return [FileRun(f"the files from {files[0]} on", files, reading)]
+    runs: list[Run] = []
+    for folder in folders:
+        if (folder / "zarr.json").exists():
+            if reading.normaliser is not None:
+                raise ValueError(
+                    f"import: normaliser is for checkpoint files, and {shown(folder)} is a store: import its files"
+                )
+            store = Store.open(folder)
+            runs += [StoredRun(store, store.trial(i)) for i in range(store.num_trials)]
+            continue
+        os.scandir(folder).close()  # raises if the folder may not be read, where glob would find nothing
+        # Paths that are not files, such as broken links, stay in the list, so that reading them raises an error.
+        names = sorted(path for path in folder.glob(pattern) if not path.name.startswith("."))
+        paths = [path for path in names if path.suffix.lower() in SUFFIXES]
+        if not paths:
+            raise FileNotFoundError(
+                f"import: {shown(folder)} holds no checkpoint: no file {shown(pattern)} that ends in one of "
+                f"{', '.join(SUFFIXES)}"
+            )
+        runs.append(FileRun(str(folder), paths, reading))
+    return runs
+
+
+def common_length(runs: Sequence[Run], num_checkpoints: int | None) -> int:
+    """Return how many checkpoints to take from each trial. Raises ValueError where a trial has too few, or too many."""
+    lengths = [run.num_checkpoints for run in runs]
+    wanted = lengths[0] if num_checkpoints is None else num_checkpoints
+    for run in runs:
+        if wanted < 1 or (run.num_checkpoints != wanted if num_checkpoints is None else run.num_checkpoints < wanted):
+            raise ValueError(
+                f"import: all trials must hold equally many checkpoints, but {runs[0].name} holds {lengths[0]} and "
+                f"{run.name} {run.num_checkpoints}; num_checkpoints takes the first {min(lengths)} or fewer of each, "
+                f"got {num_checkpoints}"
+            )
+    return wanted
+
+
+def check_equal(first: Run, other: Run) -> None:
+    """Raise ValueError unless both trials fit into one store."""
+    difference = differences(first.policy, other.policy)
+    if not difference and first.source.get("actor") != other.source.get("actor"):
+        difference = "the kind of its checkpoints is another"
+    if difference:
+        raise ValueError(f"import: {other.name} does not fit {first.name}: {difference}")
