@@ -144,15 +144,15 @@ def test_what_may_hold_more_than_an_actor_is_refused_until_one_is_chosen(name: s
     with pytest.raises(ValueError, match=rf"model_1\.pt: .*{message}.*: choose with actor the beginnings of its keys"):
         import_checkpoints([path], tmp_path / "store")
     assert not (tmp_path / "store").exists()
-    store = import_checkpoints([path], tmp_path / "store", actor=actor)
+    store = import_checkpoints([path], tmp_path / "store", actor=actor, activation="tanh")
     assert list(store.policy.shapes) == parameters
     row = store.trial(0).weights()[0]
     written = export_checkpoint(row + 1, path, tmp_path / "out.pt", actor=actor)
-    again = import_checkpoints([written], tmp_path / "again", actor=actor)
+    again = import_checkpoints([written], tmp_path / "again", actor=actor, activation="tanh")
     assert (again.trial(0).weights()[0] == row + 1).all()
     # A forecast of the store knows the keys by itself.
     export_checkpoint(store.path, path, tmp_path / "own.pt")
-    everything = import_checkpoints([path], tmp_path / "everything", actor="")
+    everything = import_checkpoints([path], tmp_path / "everything", actor="", activation="tanh")
     assert everything.policy.num_params >= store.policy.num_params
 
 
@@ -238,7 +238,7 @@ def test_a_standard_deviation_must_be_positive(value: float, tmp_path: Path) -> 
     content["actor_state_dict"]["distribution.std_param"][1] = value
     path = save(content, tmp_path / "model_3.pt")
     with pytest.raises(ValueError, match=rf"model_3\.pt: distribution\.std_param must be positive, .* got {value:g}"):
-        import_checkpoints([path], tmp_path / "store")
+        import_checkpoints([path], tmp_path / "store", activation="elu")
 
 
 OWN_CLASS = {"policy_class": {":type:": "<class 'abc.ABCMeta'>", ":serialized:": "AA==", "__module__": "__main__"}}
@@ -263,15 +263,27 @@ def test_the_activation_of_an_own_policy_class_is_asked_for(tmp_path: Path) -> N
         assert find_actor_in(path, read_checkpoint_file(path)).kind == "other"
 
 
-def test_what_was_assumed_or_is_lost_is_in_the_note(tmp_path: Path) -> None:
+def test_an_activation_that_no_file_says_is_asked_for(tmp_path: Path) -> None:
+
+    files = {"tanh": CleanRL().state_dict(), "elu": RslRl().release_5()}
+    for default, content in files.items():
+        path = save(content, tmp_path / f"{default}.pt")
+        message = rf"^import: .*{default}\.pt: activation must be given, one of tanh, .* default is {default}$"
+        with pytest.raises(ValueError, match=message):
+            import_checkpoints([path], tmp_path / "none")
+        assert not (tmp_path / "none").exists()
+    assert import_checkpoints([path], tmp_path / "relu", activation="relu").policy.activation == "relu"
+    weights_only = save({"w": torch.zeros(3, 2)}, tmp_path / "w.pt")
+    import_checkpoints([weights_only], tmp_path / "weights")  # which nothing runs
+
+
+def test_what_is_lost_is_in_the_note(tmp_path: Path) -> None:
     def note(path: Path, **arguments: Any) -> str:
         name = f"store{len(list(tmp_path.glob('store*')))}"
         return str(import_checkpoints([path], tmp_path / name, **arguments).config["source"].get("note", ""))
 
     cleanrl, rsl_rl = save(CleanRL().state_dict(), tmp_path / "a.pt"), save(RslRl().release_5(), tmp_path / "b.pt")
-    assert "nothing says the activation: tanh was assumed" in note(cleanrl)
-    assert "does not save the statistics" in note(cleanrl)
-    assert "nothing says the activation: elu was assumed" in note(rsl_rl)
+    assert "does not save the statistics" in note(cleanrl, activation="tanh")
     assert "activation" not in note(rsl_rl, activation="elu")
     assert note(sb3_zip(tmp_path / "plain.zip", **SB3_CLASS)) == ""
     extractor = {"policy_kwargs": KWARGS | {"features_extractor_class": "<class 'own.Scaled'>"}}
@@ -380,7 +392,7 @@ def test_rsl_rls_names_count_where_iter_is_another(said: list[int], tmp_path: Pa
     """rsl_rl 1.0.2 writes where learn() began into all but the last file."""
     for name, steps in zip((0, 50, 100, 150), said, strict=True):
         save(RslRl().release_3() | {"iter": steps}, tmp_path / "run" / f"model_{name}.pt")
-    steps, note = env_steps([tmp_path / "run"], tmp_path / "store")
+    steps, note = env_steps([tmp_path / "run"], tmp_path / "store", activation="elu")
     assert steps == [0, 50, 100, 150]
     assert f"not what the files say (iter), {said[0]} to {said[-1]}" in note
 

@@ -61,8 +61,8 @@ def load(path: Path) -> Any:
 def test_mlp_actors_act_in_the_simulators_layout_as_they_did_in_their_library(name: str, tmp_path: Path) -> None:
     pattern, make = FORMATS[name]
     library = CleanRL if name == "cleanrl" else RslRl
-    store = import_checkpoints([save_run(tmp_path / "run", make, pattern)], tmp_path / "store", env_id="Some-v0")
-    activation = "tanh" if library is CleanRL else "elu"
+    folder, activation = save_run(tmp_path / "run", make, pattern), "tanh" if library is CleanRL else "elu"
+    store = import_checkpoints([folder], tmp_path / "store", env_id="Some-v0", activation=activation)
     assert store.policy == PolicySpec(OBS_DIM, ACT_DIM, (8, 8), activation)
     assert (store.env_id, store.num_trials, store.num_checkpoints) == ("Some-v0", 1, 3)
     trial = store.trial(0)
@@ -81,7 +81,7 @@ def test_mlp_actors_act_in_the_simulators_layout_as_they_did_in_their_library(na
 def test_export_replaces_the_actor_and_nothing_else(name: str, tmp_path: Path) -> None:
     pattern, make = FORMATS[name]
     folder = save_run(tmp_path / "run", make, pattern)
-    store = import_checkpoints([folder], tmp_path / "store")
+    store = import_checkpoints([folder], tmp_path / "store", activation="tanh")
     like = folder / pattern.format(0)
     written = export_checkpoint(store.path, like, tmp_path / "out", checkpoint=2)
     before, after, source = tensors(load(like)), tensors(load(written)), tensors(load(folder / pattern.format(100)))
@@ -96,7 +96,7 @@ def test_export_replaces_the_actor_and_nothing_else(name: str, tmp_path: Path) -
         if key not in in_actor:
             torch.testing.assert_close(tensor, before[key], rtol=0, atol=0)
     # Read back, the file holds the row.
-    again = import_checkpoints([written], tmp_path / "again", activation=None)
+    again = import_checkpoints([written], tmp_path / "again", activation="tanh")
     np.testing.assert_allclose(again.trial(0).weights()[0], store.trial(0).weights()[2], rtol=1e-5, atol=1e-6)
     if exact:
         np.testing.assert_array_equal(again.trial(0).weights()[0], store.trial(0).weights()[2])
@@ -104,7 +104,7 @@ def test_export_replaces_the_actor_and_nothing_else(name: str, tmp_path: Path) -
 
 def test_a_checkpoint_with_a_normaliser_is_exported_unchanged_to_within_rounding(tmp_path: Path) -> None:
     folder = save_run(tmp_path / "run", FORMATS["rsl_rl 5, std"][1])
-    import_checkpoints([folder], tmp_path / "store")
+    import_checkpoints([folder], tmp_path / "store", activation="elu")
     written = export_checkpoint(tmp_path / "store", folder / "model_50.pt", tmp_path / "out.pt", checkpoint=1)
     for key, tensor in tensors(load(written)).items():
         torch.testing.assert_close(tensor, tensors(load(folder / "model_50.pt"))[key], rtol=1e-6, atol=1e-6)
@@ -183,11 +183,13 @@ def test_half_precision_goes_there_and_back(tmp_path: Path) -> None:
 def test_folders_are_trials_and_stores_join(tmp_path: Path) -> None:
     make = FORMATS["cleanrl"][1]
     folders = [save_run(tmp_path / f"seed{i}", lambda t, i=i: make(10 * i + t)) for i in range(2)]
-    one = import_checkpoints(folders, tmp_path / "one", env_id="Hopper-v5")
+    one = import_checkpoints(folders, tmp_path / "one", env_id="Hopper-v5", activation="tanh")
     assert one.num_trials == 2
     assert one.config["source"]["trials"] == [str(folder) for folder in folders]
     assert "CleanRL does not save the statistics" in one.config["source"]["note"]
-    apart = [import_checkpoints([folder], tmp_path / f"apart{i}") for i, folder in enumerate(folders)]
+    apart = [
+        import_checkpoints([folder], tmp_path / f"apart{i}", activation="tanh") for i, folder in enumerate(folders)
+    ]
     joined = import_checkpoints([one.path, *(store.path for store in apart)], tmp_path / "joined")
     assert (joined.num_trials, joined.env_id) == (4, "Hopper-v5")
     for i in range(4):
@@ -339,7 +341,7 @@ NAN_BIAS = torch.tensor([0.0, float("nan")])
 def test_a_checkpoint_unlike_the_first_is_refused(second: Callable[[int], Any], message: str, tmp_path: Path) -> None:
     folder = save_run(tmp_path / "run", lambda i: second(i) if i == 1 else CleanRL(i).state_dict())
     with pytest.raises((ValueError, RuntimeError), match=message):
-        import_checkpoints([folder], tmp_path / "store")
+        import_checkpoints([folder], tmp_path / "store", activation="tanh")
     assert not (tmp_path / "store").exists()
 
 
@@ -361,8 +363,9 @@ def test_trials_that_differ_are_refused_and_the_difference_is_named(tmp_path: Pa
         import_checkpoints([wide], tmp_path / "store", num_checkpoints=0)
     cleanrl = save_run(tmp_path / "cleanrl", FORMATS["cleanrl"][1])
     elu = save_run(tmp_path / "elu", FORMATS["rsl_rl 5, std"][1])
+    tanh = import_checkpoints([cleanrl], tmp_path / "tanh", activation="tanh").path
     with pytest.raises(ValueError, match="the activation is elu instead of tanh"):
-        import_checkpoints([cleanrl, elu], tmp_path / "store")
+        import_checkpoints([tanh, elu], tmp_path / "store", activation="elu")
     with pytest.raises(ValueError, match="the kind of its checkpoints is another"):
         import_checkpoints([cleanrl, elu], tmp_path / "store", activation="tanh")
     assert not (tmp_path / "store").exists()
@@ -404,13 +407,14 @@ def test_sources_that_make_no_trial(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"iter_b\.pt says that it is of step 50, but comes after .*iter_a\.pt of step 100"
     ):
-        import_checkpoints([folder], out, pattern="iter_*")
+        import_checkpoints([folder], out, pattern="iter_*", activation="elu")
     assert not out.exists()
 
 
 def test_export_refuses_what_does_not_fit(tmp_path: Path) -> None:
     folder = save_run(tmp_path / "run", FORMATS["cleanrl"][1])
-    store, like, out = import_checkpoints([folder], tmp_path / "store").path, folder / "model_0.pt", tmp_path / "out.pt"
+    store = import_checkpoints([folder], tmp_path / "store", activation="tanh").path
+    like, out = folder / "model_0.pt", tmp_path / "out.pt"
     p = Store.open(store).policy.num_params
     torch.save({"w": torch.zeros(3)}, tmp_path / "other.pt")
     torch.save({"w": torch.zeros(p)}, tmp_path / "flat.pt")

@@ -149,3 +149,27 @@ def test_a_recording_of_a_part_is_written_back_into_the_whole(tmp_path: Path) ->
         assert torch.equal(written["encoder.weight"], agent["encoder"].weight)
     with pytest.raises(ValueError, match=r"checkpoint must lie in \[7, 8\], got 6"):
         tipl.export_checkpoint(tmp_path / "f.safetensors", tmp_path / "agent.pt", tmp_path / "x", checkpoint=6)
+
+
+def test_the_activation_is_that_of_the_modules_or_asked_for(tmp_path: Path) -> None:
+    def agent(*activations: nn.Module) -> nn.Module:
+        first, second = activations
+        actor = nn.Sequential(nn.Linear(3, 4), first, nn.Linear(4, 4), second, nn.Linear(4, 2))
+        module = nn.Module()
+        module.actor_mean, module.actor_logstd = actor, nn.Parameter(torch.zeros(1, 2))  # CleanRL's names
+        return module
+
+    with tipl.Recorder(tmp_path / "relu") as recorder:
+        recorder.log(agent(nn.ReLU(), nn.ReLU()), env_steps=0)
+    assert Store.open(tmp_path / "relu").policy == PolicySpec(3, 2, (4, 4), "relu")
+    mixed = agent(nn.ReLU(), nn.Tanh())
+    for policy in (mixed, dict(agent(nn.ReLU(), nn.ReLU()).state_dict())):
+        with (
+            tipl.Recorder(tmp_path / "none") as recorder,
+            pytest.raises(ValueError, match=r"^log: policy: activation must be given, one of .*default is tanh$"),
+        ):
+            recorder.log(policy, env_steps=0)
+        assert not (tmp_path / "none").exists()
+    with tipl.Recorder(tmp_path / "elu", activation="elu") as recorder:
+        recorder.log(mixed, env_steps=0)
+    assert Store.open(tmp_path / "elu").policy == PolicySpec(3, 2, (4, 4), "elu")

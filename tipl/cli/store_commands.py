@@ -160,7 +160,7 @@ class Import:
     pattern: str = "*"
     """Which file names to take in each folder. Files are ordered by the steps in their names."""
     activation: Activation | None = None
-    """The policy's activation, where the files do not say it; by default the library's default."""
+    """The policy's activation. Must be given where the files do not say it and the simulator can run the policy."""
     actor: tuple[str, ...] | None = None
     """How the actor's keys begin, such as "policy.", where a file holds several networks; "" takes all keys but the
     critics'."""

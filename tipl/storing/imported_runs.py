@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from tipl.policy import Layout, PolicySpec
+from tipl.policy import ACTIVATIONS, Layout, PolicySpec
 from tipl.storing.checkpoint_steps import chosen_steps, in_order
 from tipl.storing.foreign_actors import Actor, differences, roles_of, shown
 from tipl.storing.foreign_files import SUFFIXES, CheckpointFile, find_actor_in, read_checkpoint_file
@@ -20,7 +20,15 @@ from tipl.storing.store import UNNORMALISED, Store, Trial
 Rows = tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.float64]]  # (b, p), (b,), (b,)
 
 
-def source_record(actor: Actor, file_format: str, *notes: str, activation_assumed: bool = False) -> dict[str, Any]:
+def activation_missing(policy: PolicySpec) -> str:
+    """Return what to say where nothing says the activation of a policy, which has its library's default for now."""
+    return (
+        f"activation must be given, one of {', '.join(ACTIVATIONS)}, as nothing says which lies between the layers; "
+        f"the library's default is {policy.activation}"
+    )
+
+
+def source_record(actor: Actor, file_format: str, *notes: str) -> dict[str, Any]:
     """Return the config's entry "source", plain JSON, with a note of everything that a user of the store must know."""
     record: dict[str, Any] = {"format": file_format, "actor": actor.to_dict()}
     all_notes = [note for note in notes if note]
@@ -33,12 +41,6 @@ def source_record(actor: Actor, file_format: str, *notes: str, activation_assume
         all_notes.append("the observation normaliser of each checkpoint is folded into its first layer")
     elif actor.kind == "other":
         all_notes.append(_not_run(actor.keys))
-    if activation_assumed and isinstance(actor.policy, PolicySpec):
-        squashed = ", and actions are taken to be the tanh of the network's output" if actor.policy.squash else ""
-        all_notes.append(
-            f"nothing says the activation: {actor.policy.activation} was assumed, the library's default; pass "
-            f"activation if it was another{squashed}"
-        )
     return record | ({"note": "; ".join(dict.fromkeys(all_notes))} if all_notes else {})
 
 
@@ -111,6 +113,7 @@ _WITHOUT_STATISTICS = (
     'normaliser, or "none" if it left observations as they are (norm_obs=False); as it is, these policies cannot be run'
     " in the simulator"
 )
+_SQUASHED = "nothing says what becomes of the network's output: actions are taken to be its tanh, as in TD3 and SAC"
 _MAYBE_NORMALISED = (
     "the files do not say whether observations came through VecNormalize, and none of its statistics lie beside them: "
     "observations are taken to be as the environment gives them"
@@ -181,6 +184,8 @@ class FileRun:
         self.num_checkpoints = len(paths)
         self.paths = ordered[: reading.num_checkpoints]
         first, self.actor = reading.read(self.paths[0], None)
+        if isinstance(self.actor.policy, PolicySpec) and first.activation is None and reading.activation is None:
+            raise ValueError(f"import: {shown(self.paths[0])}: {activation_missing(self.actor.policy)}")
         self.normalisers = reading.normalisers(self.paths, self.actor)
         if self.paths[0] in self.normalisers.of_path:
             first, self.actor = reading.read(self.paths[0], self.normalisers.of_path[self.paths[0]])
@@ -201,8 +206,8 @@ class FileRun:
                 said_by="num_timesteps" if first.format == "sb3" else "iter",
                 is_unit=first.format == "sb3",
             )
-        assumed = first.activation is None and reading.activation is None
-        self.source = source_record(self.actor, first.format, *notes, note, activation_assumed=assumed)
+        squashes = isinstance(self.policy, PolicySpec) and self.policy.squash and first.activation is None
+        self.source = source_record(self.actor, first.format, *notes, note, _SQUASHED if squashes else "")
         if self.normalisers.unnormalised:
             self.source[UNNORMALISED] = True
 

@@ -43,14 +43,15 @@ def import_checkpoints(
     rsl_rl's iteration) if these grow, otherwise the steps in the names, otherwise the index. The files hold no returns,
     so `episodic_return` is NaN. The statistics of VecNormalize are folded into the first layer where they lie beside
     the checkpoints (`observation_statistics`); without them `evaluate` refuses the policies of such a run. The config's
-    source["note"] says what a user must know, such as statistics that no file holds or an activation that was assumed.
+    source["note"] says what a user must know, such as statistics that no file holds.
 
     Args:
         sources: folders, one for each trial; or files, which together are one trial; or stores (from `Recorder`,
             `tipl import`, ...), from which all trials are taken.
         env_id: the Gymnasium id, which the files do not hold; `tipl evaluate` needs it. By default that of the stores.
         pattern: glob pattern of the file names to take in each folder, such as "rl_model_*_steps.zip".
-        activation: between the layers, where the files do not say it: tanh, relu or elu. By default the library's own.
+        activation: between the layers, where the files do not say it: tanh, relu or elu. It must be given there if
+            the simulator can run the policy.
         actor: prefix of the actor's keys, or several, where files hold other networks too; "" takes all but critics.
         step_pattern: a regular expression searched in each name; its group, or without one the whole match, is the
             step, and env_steps are these.

@@ -1,5 +1,6 @@
 """Record the path of a policy's weights in any torch training loop."""
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tipl.policy import PolicySpec
+from tipl.policy import ACTIVATIONS, PolicySpec
 from tipl.storing.actor_families import STATISTICS, Settings
 from tipl.storing.foreign_actors import Actor, differences, find_actor
-from tipl.storing.imported_runs import source_record
+from tipl.storing.imported_runs import activation_missing, source_record
 from tipl.storing.observation_statistics import live_statistics
 from tipl.storing.store import UNNORMALISED, Store
 
@@ -48,8 +49,8 @@ class Recorder:
 
         Args:
             env_id: the Gymnasium id; `tipl evaluate` needs it.
-            activation: between the policy's layers, tanh, relu or elu; by default that of the library whose names its
-                parameters have. Used only for policies that the simulator can run.
+            activation: between the policy's layers, tanh, relu or elu; by default that of the policy's modules. It must
+                be given where these have none, or several, and the simulator can run the policy.
             actor: prefix of the actor's keys, or several, where the policy holds other networks too; "" takes all
                 parameters but critics'.
             resume: append to the store that an earlier recorder left at `path`, if there is one.
@@ -106,7 +107,11 @@ class Recorder:
             raise ValueError(f"log: env_steps must grow: {self.env_steps} are recorded, got {env_steps}")
         try:
             if self._actor is None:
+                if self._settings.activation is None:
+                    self._settings = dataclasses.replace(self._settings, activation=self._activation_of(policy))
                 self._actor = self._first(state)
+                if self._settings.activation is None and isinstance(self._actor.policy, PolicySpec):
+                    raise ValueError(activation_missing(self._actor.policy))
             if (self._actor.normaliser == STATISTICS) != (f"{STATISTICS}_mean" in state):
                 raise ValueError("normaliser must be given in every call or in none")
             weights = self._actor.flatten(state)
@@ -160,6 +165,16 @@ class Recorder:
     ) -> None:
         self.close()
 
+    def _activation_of(self, policy: torch.nn.Module | Mapping[str, Tensor]) -> str | None:
+        """Return the one kind of activation among the policy's modules, or that of the recording that is resumed; None
+        where neither says one."""
+        modules = policy.modules() if isinstance(policy, torch.nn.Module) else ()
+        names = {type(module).__name__.lower() for module in modules} & set(ACTIVATIONS)
+        if len(names) == 1:
+            return names.pop()
+        recorded = None if self._store is None else self._store.policy
+        return recorded.activation if isinstance(recorded, PolicySpec) else None
+
     def _first(self, state: Mapping[str, Tensor]) -> Actor:
         """Return the actor in `state`, which must equal that of the recording if one is resumed."""
         found = find_actor(state, self._settings, self._keys)
@@ -173,7 +188,7 @@ class Recorder:
         return found
 
     def _create(self, actor: Actor) -> Store:
-        source = source_record(actor, "recorder", self._note, activation_assumed=self._settings.activation is None)
+        source = source_record(actor, "recorder", self._note)
         config = {**self._config, "source": source | ({UNNORMALISED: True} if self._unnormalised else {})}
         return Store.create(self.path, env_id=self._env_id, policy=actor.policy, seeds=[0], config=config)
 
