@@ -282,6 +282,17 @@ def test_learn_once_more_with_the_same_callback(tmp_path: Path) -> None:
     assert Store.open(tmp_path / "run").trial(0).env_steps.tolist() == [0, 64, 128, 192]
 
 
+def test_the_same_callback_goes_on_after_ctrl_c(tmp_path: Path) -> None:
+    whole = make()
+    whole.learn(TOTAL, callback=recorder(tmp_path / "whole"))
+    expected = everything(whole, tmp_path / "whole")
+    callback, model = RecorderCallback(tmp_path / "run", full_state=True), make()
+    with pytest.raises(KeyboardInterrupt):
+        model.learn(TOTAL, callback=[callback, CutOff(200)])
+    model.learn(TOTAL, callback=callback)
+    assert_equal(everything(model, tmp_path / "run"), expected)
+
+
 def test_a_model_made_otherwise_is_refused(begun: Path) -> None:
     for named, message in (
         ({"policy_kwargs": {"net_arch": {"pi": [16], "vf": [8]}}}, r"parameters differ: expected .*\(16, 4\), got "),
@@ -361,6 +372,10 @@ def test_damaged_states_and_those_of_other_runs_are_refused(begun: Path, tmp_pat
         resume(begun, make())
     with pytest.raises(ValueError, match=r"run, which has no full state, ends at env step 384 with other weights"):
         make().learn(TOTAL, callback=recorder(begun))
+    with tipl.Recorder(tmp_path / "own", env_id=ENV_ID) as own:
+        own.log(make().policy, env_steps=1, state={"a": 1})
+    with pytest.raises(ValueError, match=r"own must be of Stable-Baselines3, but holds \['a'\]"):
+        resume(tmp_path / "own", make())
     with pytest.raises(FileNotFoundError, match="there is no trajectory store at"):
         resume(tmp_path / "nothing", make())
 

@@ -111,7 +111,10 @@ def _snapshot_of(layer: Any) -> tuple[Tree, list[str]]:
     if _has_own_state(layer):
         return {"": ["own", layer.state_dict()]}, []
     kept, lost = {}, []
+    inside = {id(it) for it in layers(layer)}
     for name, value in _attributes(layer).items():
+        if id(value) in inside:
+            continue
         try:
             kept[name] = _snapshot(value, _DEPTH)
         except Lost as error:
@@ -126,12 +129,7 @@ def _has_own_state(layer: Any) -> bool:
 def _attributes(layer: Any) -> Tree:
     """Return what may be state among the attributes of an environment, a wrapper or an object within one."""
     without = _NOT_STATE | (_MONITORS_RECORD if type(layer).__name__ == "Monitor" else set())
-    inside = {id(it) for it in layers(layer)}
-    return {
-        name: value
-        for name, value in vars(layer).items()
-        if name not in without and id(value) not in inside and not isinstance(value, _CONSTANTS)
-    }
+    return {k: v for k, v in vars(layer).items() if k not in without and not isinstance(v, _CONSTANTS)}
 
 
 def _snapshot(value: Any, depth: int) -> list[Any]:
@@ -204,17 +202,22 @@ def _set_simulation(data: mujoco.MjData, kept: Tree) -> None:
 
 
 def _computed(data: mujoco.MjData) -> list[NDArray[np.float64]]:
-    return _floats(data, lambda name: not name.startswith(_OF_CONTACTS))
+    return _floats(data, [name for name in _names(mujoco.MjData) if not name.startswith(_OF_CONTACTS)])
 
 
 def _model_digest(model: mujoco.MjModel) -> int:
     """Return a checksum of what environments change in a model: bodies, joints, actuators, gravity, the time step."""
-    arrays = _floats(model, lambda name: name.startswith(_OF_MODEL))
+    arrays = _floats(model, [name for name in _names(mujoco.MjModel) if name.startswith(_OF_MODEL)])
     parts = [*arrays, model.opt.gravity, np.float64(model.opt.timestep)]
     return int(crc32c(b"".join(part.tobytes() for part in parts)))
 
 
-def _floats(thing: Any, wanted: Any) -> list[NDArray[np.float64]]:
-    """Return the arrays of floats among the attributes with such names, in the order of their names."""
-    found = [getattr(thing, name) for name in dir(thing) if not name.startswith("_") and wanted(name)]
+@functools.cache
+def _names(kind: type) -> list[str]:
+    return [name for name in dir(kind) if not name.startswith("_")]
+
+
+def _floats(thing: Any, names: list[str]) -> list[NDArray[np.float64]]:
+    """Return the arrays of floats among these attributes."""
+    found = [getattr(thing, name) for name in names]
     return [it for it in found if isinstance(it, np.ndarray) and it.dtype == np.float64]

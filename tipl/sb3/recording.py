@@ -86,8 +86,7 @@ class RecorderCallback(BaseCallback):
             _check_on_policy(self.model, "RecorderCallback: full_state")
         once_more = self._recorder is not None  # learn() again with this callback
         resume = self.resume or once_more
-        if resume:
-            _close_open_recorder(self.path)
+        interrupted = resume and _close_open_recorder(self.path)
         self._normaliser = self._find_normaliser()
         recorder = Recorder(
             self.path,
@@ -101,7 +100,8 @@ class RecorderCallback(BaseCallback):
         )
         self._recorder = _open_recorders[self.path.resolve()] = recorder
         try:
-            saved = recorder.restore() if self._full_state and not once_more else None
+            restores = self._full_state and (interrupted or not once_more)
+            saved = recorder.restore() if restores else None
             if saved is None:
                 self._begin(recorder)
             else:
@@ -290,7 +290,9 @@ def _check_on_policy(model: Any, what: str) -> None:
         raise TypeError(f"{what} must be an on-policy algorithm, as PPO is, got {type(model).__name__}")
 
 
-def _close_open_recorder(path: Path) -> None:
-    """Close the store that an interrupted callback of this process holds open."""
-    if path.resolve() in _open_recorders:
-        _open_recorders.pop(path.resolve()).close()
+def _close_open_recorder(path: Path) -> bool:
+    """Close the store if an interrupted callback of this process holds it open; return whether one did."""
+    recorder = _open_recorders.pop(path.resolve(), None)
+    if recorder is not None:
+        recorder.close()
+    return recorder is not None

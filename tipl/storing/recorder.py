@@ -128,8 +128,9 @@ class Recorder:
         `objects`, the state_dict is returned. A checkpoint that was not appended, because the process was killed as it
         saved its state, is appended now.
 
-        Raises ValueError where an object's parameters are not those that were saved, or `objects` has a name that the
-        state lacks; RuntimeError where the state is damaged or of another run, or the run was recorded on without it.
+        Raises ValueError where an object has other parameters than were saved, or `objects` has a name that the state
+        lacks; TypeError where an object can take no state; RuntimeError where the state is damaged or of another run,
+        or the run was recorded on without it.
         """
         saved = None if self._store is None else load_state(self._store, "restore")
         if self._store is None or saved is None:
@@ -142,7 +143,8 @@ class Recorder:
             try:
                 put_back(entry, saved.entries[name])
             except (TypeError, ValueError) as error:
-                raise type(error)(f"restore: {name}: {error}") from error
+                kind = TypeError if isinstance(error, TypeError) else ValueError
+                raise kind(f"restore: {name}: {error}") from error
         set_global_random_states(saved.random)
         if self._store.num_checkpoints < saved.num_checkpoints:
             self._append(saved.weights, saved.env_steps, saved.episodic_return)

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tipl.files.sealed import Arrays
@@ -41,7 +42,7 @@ def is_tree(value: Any) -> bool:
 
 
 def encode(value: Any, arrays: Arrays, where: str) -> Any:
-    """Return the value as JSON, and add its arrays to `arrays`, without copying those on the CPU.
+    """Return the value as JSON, and add its arrays to `arrays`, without copying those that lie on the CPU in order.
 
     Raises TypeError where it holds anything else; the message begins with `where`, followed by the place in the tree.
     """
@@ -63,12 +64,17 @@ def encode(value: Any, arrays: Arrays, where: str) -> Any:
 def _encode_array(value: Any, arrays: Arrays) -> dict[str, str]:
     name = str(len(arrays))
     if not isinstance(value, Tensor):
-        arrays[name] = np.asarray(value)
+        arrays[name] = _in_order(np.asarray(value))
         return {"array" if isinstance(value, np.ndarray) else "scalar": name}
     dtype = str(value.dtype).removeprefix("torch.")
     cpu = value.detach().cpu()
-    arrays[name] = (cpu if dtype in _DTYPES else cpu.view(_VIEWED[cpu.element_size()])).numpy()
+    arrays[name] = _in_order((cpu if dtype in _DTYPES else cpu.view(_VIEWED[cpu.element_size()])).numpy())
     return {"tensor": name, "dtype": dtype}
+
+
+def _in_order(array: NDArray[Any]) -> NDArray[Any]:
+    """Return the array C-contiguous and in the machine's byte order, which safetensors takes for granted."""
+    return np.asarray(array, array.dtype.newbyteorder("="), order="C")
 
 
 def decode(node: Any, arrays: Arrays) -> Any:

@@ -88,19 +88,18 @@ def _content(entry: Any) -> Any:
 def put_back(entry: Any, saved: Any) -> None:
     """Put what was saved back into an object with a load_state_dict or a generator of random numbers.
 
-    Raises ValueError where the object has other parameters, TypeError where it is neither.
+    Raises ValueError where the object is another one than was saved, TypeError where it is neither.
     """
-    if isinstance(entry, RANDOM_NUMBERS):
-        set_random_state(entry, saved)
-    elif hasattr(entry, "load_state_dict"):
-        try:
+    if not isinstance(entry, RANDOM_NUMBERS) and not hasattr(entry, "load_state_dict"):
+        kind = type(entry).__name__
+        raise TypeError(f"it must have a load_state_dict or be a generator of random numbers, got {kind}")
+    try:
+        if isinstance(entry, RANDOM_NUMBERS):
+            set_random_state(entry, saved)
+        else:
             entry.load_state_dict(saved)
-        except (LookupError, RuntimeError) as error:  # of torch, for a module
-            raise ValueError(str(error)) from error
-    else:
-        raise TypeError(
-            f"it must have a load_state_dict or be a generator of random numbers, got {type(entry).__name__}"
-        )
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:  # of torch, NumPy and Python
+        raise ValueError(" ".join(str(error).split())) from error
 
 
 def save_state(
