@@ -117,17 +117,19 @@ def assert_equal(a: Any, b: Any) -> None:
         np.testing.assert_array_equal(a, b)
 
 
-KINDS = {
+KINDS: dict[str, dict[str, Any]] = {
     "plain": {},
     "VecNormalize": {"normalise": True},
     "gSDE": {"use_sde": True},
     "gSDE, drawn often, and VecNormalize": {"use_sde": True, "sde_sample_freq": 5, "normalise": True},
     "Ant, whose reward reads what the step before computed": {"env_id": "Ant-v5"},
-    "Pendulum, whose state is Python's": {"env_id": "Pendulum-v1"},
+    "Pendulum, whose state is Python's, cut by a TimeLimit": {
+        "env_id": "Pendulum-v1", "wrap": lambda env: Monitor(gymnasium.wrappers.TimeLimit(env, 40)),
+    },
     "Gymnasium's NormalizeObservation": {
         "wrap": lambda env: Monitor(gymnasium.wrappers.NormalizeReward(gymnasium.wrappers.NormalizeObservation(env)))
     },
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -142,6 +144,10 @@ def test_a_run_that_was_cut_off_equals_one_that_was_not(kind: str, tmp_path: Pat
     assert_equal(everything(model, tmp_path / "parts"), expected)
     assert expected["env_steps"].tolist() == [ITERATION * i for i in range(7)]
     assert not tipl.verify(tmp_path / "parts").problems
+    groups = dict(Store.open(tmp_path / "parts").zarr_group().groups())
+    assert groups.keys() == {"trial_0000", "training_state"}
+    imported = tipl.import_checkpoints([tmp_path / "parts"], tmp_path / "store")
+    np.testing.assert_array_equal(imported.trial(0).weights(), expected["weights"])
 
 
 @pytest.mark.parametrize("algorithm", [sb3.PPO, sb3.A2C])

@@ -7,6 +7,7 @@ that was cut off: `total_timesteps` is the env step at which the whole run ends.
 
 import operator
 import warnings
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from tipl.files.versions import changed_versions, versions
 from tipl.sb3 import env_state
 from tipl.sb3.env_state import Lost
 from tipl.storing.foreign_actors import shown
+from tipl.storing.state_tree import is_tree
 
 _COUNTS = (
     "num_timesteps", "_episode_num", "_n_updates", "_current_progress_remaining", "ep_info_buffer",
@@ -40,13 +42,19 @@ def training_state(model: Any, *, in_rollout: bool) -> tuple[dict[str, Any], lis
         "settings": _settings(model),
         "versions": _versions(),
         "networks": {name: network.state_dict() for name, network in _networks(model).items()},
-        "model": {name: getattr(model, name) for name in _COUNTS} | last,
+        "model": {name: getattr(model, name) for name in _COUNTS} | {"ep_info_buffer": _episodes(model)} | last,
         "total_timesteps": model._total_timesteps,
         "exploration": exploration,
         "envs": envs,
         "lost": lost,
         "in_rollout": in_rollout,
     }, lost
+
+
+def _episodes(model: Any) -> deque[dict[str, Any]]:
+    """Return the results of the last episodes, without what a Monitor's info_keywords add that is no plain value."""
+    episodes = ({key: it for key, it in episode.items() if is_tree(it)} for episode in model.ep_info_buffer)
+    return deque(episodes, maxlen=model.ep_info_buffer.maxlen)
 
 
 def check(model: Any, saved: dict[str, Any], path: Path) -> None:

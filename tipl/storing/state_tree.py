@@ -47,7 +47,7 @@ def encode(value: Any, arrays: Arrays, where: str) -> Any:
     Raises TypeError where it holds anything else; the message begins with `where`, followed by the place in the tree.
     """
     kind = type(value)
-    if not isinstance(value, np.generic) and kind in _PLAIN:
+    if kind in _PLAIN:
         return value
     if isinstance(value, (np.ndarray, np.generic, Tensor)) and is_tree(value):
         return _encode_array(value, arrays)
