@@ -1,5 +1,6 @@
 """Runs of Stable-Baselines3 that were cut off and went on: equal, to the bit, to runs that were not."""
 
+import json
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,15 +13,16 @@ import torch
 from processes import run_python
 
 import tipl
-from tipl.files.sealed import load_arrays, save_arrays
+from tipl.files.sealed import Arrays, load_arrays, save_arrays
+from tipl.storing.state_tree import decode, encode
 from tipl.storing.store import Store
 
 sb3 = pytest.importorskip("stable_baselines3", reason="runs stable-baselines3, which is not installed")
 from stable_baselines3.common.callbacks import BaseCallback  # noqa: E402
 from stable_baselines3.common.monitor import Monitor  # noqa: E402
-from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNormalize  # noqa: E402
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecMonitor, VecNormalize  # noqa: E402
 
-from tipl.sb3 import RecorderCallback, resume  # noqa: E402
+from tipl.sb3 import RecorderCallback, env_state, resume  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
@@ -471,3 +473,34 @@ def test_environments_in_other_processes_begin_new_episodes(tmp_path: Path) -> N
         model.learn(3 * N_STEPS, callback=recorder(tmp_path / "run"))
     model.env.close()
     assert Store.open(tmp_path / "run").trial(0).env_steps.tolist() == [0, 32, 64, 96]
+
+
+@pytest.mark.parametrize(
+    "env_id",
+    ["Ant-v5", "HalfCheetah-v5", "Hopper-v5", "Humanoid-v5", "HumanoidStandup-v5", "InvertedDoublePendulum-v5",
+     "Pusher-v5", "Reacher-v5", "Swimmer-v5", "Walker2d-v5", "CartPole-v1", "Acrobot-v1", "MountainCarContinuous-v0",
+     "Taxi-v4", "FrozenLake-v1", "Blackjack-v1"],
+)  # fmt: skip
+def test_every_environment_goes_on_where_it_was(env_id: str) -> None:
+    """A fresh environment takes the state of another in the middle of an episode: the same bits in every later step."""
+    envs = [VecMonitor(DummyVecEnv([lambda: gymnasium.make(env_id)] * 2)) for _ in range(2)]
+    for env in envs:
+        env.action_space.seed(0)
+        env.seed(0)
+        env.reset()
+    actions = [np.stack([envs[0].action_space.sample() for _ in range(2)]) for _ in range(150)]
+    for action in actions[:50]:
+        envs[0].step(action)
+    state, lost = env_state.envs_state(envs[0])
+    arrays: Arrays = {}
+    state = decode(json.loads(json.dumps(encode(state, arrays, "state"))), arrays)
+    assert not lost
+    env_state.set_wrappers_state(envs[1], state)
+    env_state.set_envs_state(envs[1], state)
+    for action in actions[50:]:
+        (obs, rewards, dones, infos), other = (env.step(action) for env in envs)
+        assert_equal([obs, rewards, dones], list(other[:3]))
+        episodes = [
+            [[it["episode"][key] for key in "rl"] for it in some if "episode" in it] for some in (infos, other[3])
+        ]
+        assert_equal(*episodes)

@@ -21,6 +21,7 @@ TREES = [
     None, True, 3, 2**127 + 1, 0.1, float("nan"), float("-inf"), "text", [], (), {}, [1, (2, [3.0])],
     {1: "a", None: (), "": {}}, deque([1, 2], maxlen=3), deque(["a"]), np.zeros((0, 4)), np.array(True),
     np.arange(6, dtype=np.uint16).reshape(2, 3).T, np.float32(0.1), np.float64(np.nan), np.int64(-1),
+    np.array([["a", "bcd"]]), np.array([b"a"]), np.array([], "U3"), np.str_("a"),
     torch.arange(4.0)[::2], torch.tensor(2), torch.zeros(0), torch.tensor([True]),
     torch.tensor([1.5, float("nan")], dtype=torch.bfloat16), torch.ones(2, dtype=torch.float8_e4m3fn),
 ]  # fmt: skip
@@ -49,7 +50,7 @@ def test_trees_come_back(value: Any, tmp_path: Path) -> None:
     [
         ({"a": [1, {2}]}, r"x\['a'\]\[1\] must be a tensor, an array, a plain value or a tree of these, got set"),
         ({(1, 2): 3}, "x must be .* got dict"),
-        (np.array(["a"]), "x must be .* got ndarray"),
+        (np.array([{}]), "x must be .* got ndarray"),
         (torch.zeros(1, dtype=torch.complex64), "x must be .* got Tensor"),
         (np.longdouble(1), "x must be .* got longdouble"),
         (Path("a"), "x must be .* got PosixPath"),

@@ -4,6 +4,7 @@ None, bool, int, float, str and lists stand for themselves. Everything else is a
 
     {"tuple": [...]}   {"deque": [...], "maxlen": 100}   {"dict": [[key, value], ...]}
     {"array": "3"}     {"scalar": "4"}, a NumPy scalar   {"tensor": "5", "dtype": "bfloat16"}
+    {"texts": "6", "dtype": "<U2", "shape": [3]}, an array of texts, kept as bytes; {"text": ...}, a NumPy text
 
 "3" is the name of the array among those beside the JSON. Reading makes nothing but these types.
 """
@@ -22,7 +23,8 @@ from tipl.files.sealed import Arrays
 _PLAIN = (type(None), bool, int, float, str)
 _DTYPES = {"bool"} | {f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)}
 _DTYPES |= {"float16", "float32", "float64"}
-_KINDS = ("tuple", "deque", "dict", "array", "scalar", "tensor")
+_TEXTS = "SU"  # kinds of dtype
+_KINDS = ("tuple", "deque", "dict", "array", "scalar", "texts", "text", "tensor")
 _VIEWED = {1: torch.uint8, 2: torch.int16}
 """Bytes of a dtype that NumPy lacks, such as bfloat16 or float8, and the dtype as which its bits are kept."""
 
@@ -33,7 +35,7 @@ def is_tree(value: Any) -> bool:
     if kind in _PLAIN:
         return True
     if isinstance(value, (np.ndarray, np.generic)):
-        return value.dtype.name in _DTYPES
+        return value.dtype.name in _DTYPES or value.dtype.kind in _TEXTS
     if isinstance(value, Tensor):
         return str(value.dtype).removeprefix("torch.") in _DTYPES or value.element_size() in _VIEWED
     if kind in (list, tuple, deque):
@@ -61,10 +63,14 @@ def encode(value: Any, arrays: Arrays, where: str) -> Any:
     raise TypeError(f"{where} must be a tensor, an array, a plain value or a tree of these, got {kind.__name__}")
 
 
-def _encode_array(value: Any, arrays: Arrays) -> dict[str, str]:
+def _encode_array(value: Any, arrays: Arrays) -> dict[str, Any]:
     name = str(len(arrays))
     if not isinstance(value, Tensor):
-        arrays[name] = _in_order(np.asarray(value))
+        arrays[name] = array = _in_order(np.asarray(value))
+        if array.dtype.kind in _TEXTS:
+            arrays[name] = np.frombuffer(array.tobytes(), np.uint8)
+            kind = "texts" if isinstance(value, np.ndarray) else "text"
+            return {kind: name, "dtype": array.dtype.str, "shape": list(array.shape)}
         return {"array" if isinstance(value, np.ndarray) else "scalar": name}
     dtype = str(value.dtype).removeprefix("torch.")
     cpu = value.detach().cpu()
@@ -92,6 +98,9 @@ def decode(node: Any, arrays: Arrays) -> Any:
     if kind == "dict":
         return {key: decode(it, arrays) for key, it in content}
     array = arrays[content]
+    if kind in ("texts", "text"):
+        texts = np.frombuffer(array.tobytes(), np.dtype(node["dtype"])).reshape(node["shape"])
+        return texts.copy() if kind == "texts" else texts[()]
     if kind == "scalar":
         return array[()]
     if kind == "array":
