@@ -1,7 +1,10 @@
 """Runs of Stable-Baselines3 that were cut off and went on: equal, to the bit, to runs that were not."""
 
+import enum
 import json
+import random
 import signal
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -128,6 +131,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "Pendulum, whose state is Python's, cut by a TimeLimit": {
         "env_id": "Pendulum-v1", "wrap": lambda env: Monitor(gymnasium.wrappers.TimeLimit(env, 40)),
     },
+    "A wrapper with odd attributes": {"wrap": lambda env: Monitor(Odd(env))},
     "Gymnasium's NormalizeObservation": {
         "wrap": lambda env: Monitor(gymnasium.wrappers.NormalizeReward(gymnasium.wrappers.NormalizeObservation(env)))
     },
@@ -399,6 +403,32 @@ class Foreign(gymnasium.Wrapper):
     def __init__(self, env: Any) -> None:
         super().__init__(env)
         self.motor = Motor()
+
+
+class Phase(enum.Enum):
+    LEFT, RIGHT = 0, 1
+
+
+class Odd(gymnasium.Wrapper):
+    """Keeps its state under names and in types that others use for something else."""
+
+    def __init__(self, env: Any) -> None:
+        super().__init__(env)
+        self.clock, self.keys, self.actions, self.phase = 0.0, [], [], Phase.LEFT
+        self.window, self.envs, self.view = deque(maxlen=3), {"a": 1}, self.unwrapped.data.qpos[:1]
+        self.spaces, self.own, self.mean = {"a": env.action_space}, random.Random(1), Motor.__new__(Motor)
+        self.mean.value = np.zeros(2)
+
+    def step(self, action: Any) -> Any:
+        self.clock += 0.1
+        self.actions.append(float(action[0]))
+        self.window.append(self.own.random())
+        self.mean.value = self.mean.value + self.own.random()
+        self.envs["a"] += 1
+        self.phase = Phase(1 - self.phase.value)
+        obs, _, terminated, truncated, info = super().step(action)
+        reward = self.clock + sum(self.actions) + sum(self.window) + self.mean.value.sum() + self.envs["a"]
+        return obs, reward + self.phase.value + self.view[0], terminated, truncated, info
 
 
 class Own(Foreign):

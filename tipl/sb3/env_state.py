@@ -3,8 +3,8 @@
 Gymnasium has no way to ask an environment for its state. What is kept of each environment, of each of its wrappers and
 of SB3's own is every attribute that can change in an episode or between episodes: plain values, arrays, generators of
 random numbers, MuJoCo's simulation, and objects with such attributes (a NormalizeObservation's running mean). Not kept
-are spaces, functions, renderers and the like. An environment that has `state_dict` and `load_state_dict` is kept by
-these instead.
+are spaces, functions, renderers and the like, which do not change. An environment that has `state_dict` and
+`load_state_dict` is kept by these instead.
 """
 
 import enum
@@ -21,28 +21,24 @@ import mujoco
 import numpy as np
 from google_crc32c import value as crc32c
 from gymnasium.envs.registration import EnvSpec
+from gymnasium.wrappers import PassiveEnvChecker
 from numpy.typing import NDArray
+from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.vec_env import VecEnv
 
 from tipl.storing.state_tree import RANDOM_NUMBERS, is_tree, random_state, set_random_state
 
 _CONSTANTS = (
     gymnasium.Space, EnvSpec, type, types.ModuleType, types.FunctionType, types.MethodType, types.BuiltinFunctionType,
-    functools.partial, pathlib.PurePath, enum.Enum, np.dtype, logging.Logger, mujoco.MjModel,
+    functools.partial, pathlib.PurePath, np.dtype, logging.Logger, mujoco.MjModel,
 )  # fmt: skip
-_NOT_STATE = {
-    # What is inside, and is kept for itself.
-    "env", "envs", "venv", "unwrapped",
-    # How it was made.
-    "spec", "_cached_spec", "metadata", "_metadata", "class_attributes", "_saved_kwargs", "_ezpickle_args",
-    "_ezpickle_kwargs", "observation_structure", "obs_spaces",
-    # Of a DummyVecEnv, written anew in every step.
-    "actions", "keys", "buf_obs", "buf_dones", "buf_rews", "buf_infos", "reset_infos",
-    # Files, windows and pictures.
-    "results_writer", "mujoco_renderer", "viewer", "window", "screen", "clock", "surf", "isopen",
-    # Of a Monitor, a growing record of earlier episodes; of Gymnasium's checker, what its first checks compare.
-    "episode_times", "_previous_data",
+_HOW_MADE = {"spec", "_cached_spec", "metadata", "_metadata", "_saved_kwargs", "_ezpickle_args", "_ezpickle_kwargs"}
+_PICTURES = {"mujoco_renderer", "viewer", "window", "screen", "clock", "surf"}  # where they are no plain values
+_OF_VEC_ENV = {  # what is kept for itself, or written anew in every step
+    "envs", "venv", "actions", "keys", "buf_obs", "buf_dones", "buf_rews", "buf_infos", "reset_infos", "obs_spaces",
+    "class_attributes", "results_writer",
 }  # fmt: skip
-_MONITORS_RECORD = {"episode_returns", "episode_lengths"}  # a VecMonitor has its current episodes there
+_OF_MONITOR = {"results_writer", "episode_returns", "episode_lengths", "episode_times"}  # of all episodes before
 _DEPTH = 3  # of objects in objects
 _OF_CONTACTS = ("efc_", "iefc_", "ifrc_", "iacc", "efm_con")  # MuJoCo's arrays whose sizes change with the contacts
 _OF_MODEL = ("body_", "geom_", "jnt_", "dof_", "actuator_", "tendon_", "site_")
@@ -128,8 +124,24 @@ def _has_own_state(layer: Any) -> bool:
 
 def _attributes(layer: Any) -> Tree:
     """Return what may be state among the attributes of an environment, a wrapper or an object within one."""
-    without = _NOT_STATE | (_MONITORS_RECORD if type(layer).__name__ == "Monitor" else set())
-    return {k: v for k, v in vars(layer).items() if k not in without and not isinstance(v, _CONSTANTS)}
+    without = _HOW_MADE
+    if isinstance(layer, VecEnv):
+        without = without | _OF_VEC_ENV
+    elif isinstance(layer, Monitor):
+        without = without | _OF_MONITOR
+    elif isinstance(layer, PassiveEnvChecker):
+        without = without | {"_previous_data"}  # for its first checks
+    return {
+        name: value
+        for name, value in vars(layer).items()
+        if name not in without and not _is_constant(value) and (name not in _PICTURES or is_tree(value))
+    }
+
+
+def _is_constant(value: Any) -> bool:
+    if type(value) in (list, tuple, dict) and value:
+        return all(map(_is_constant, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, _CONSTANTS)
 
 
 def _snapshot(value: Any, depth: int) -> list[Any]:
@@ -137,6 +149,8 @@ def _snapshot(value: Any, depth: int) -> list[Any]:
         return ["value", value]
     if isinstance(value, RANDOM_NUMBERS):
         return ["random", random_state(value)]
+    if isinstance(value, enum.Enum):
+        return ["enum", value.name]
     if isinstance(value, mujoco.MjData):
         return ["mujoco", _simulation(value)]
     if _has_own_state(value):
@@ -164,6 +178,8 @@ def _put_back(thing: Any, kept: Tree) -> None:
                 now[...] = content  # a view, say of MuJoCo's memory, must stay one
             elif kind == "value":
                 setattr(thing, name, content)
+            elif kind == "enum":
+                setattr(thing, name, type(now)[content])
             elif kind == "random":
                 _put_back_random(thing, name, now, content)
             elif kind == "mujoco":
