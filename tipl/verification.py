@@ -15,6 +15,7 @@ from tipl.files.sealed import UncheckedWarning, load_arrays, load_json
 from tipl.progress import progress_bar
 from tipl.storing.store import Store
 from tipl.storing.store_records import Commit, trial_name
+from tipl.storing.training_state import state_problems
 
 BAR_SECONDS = 2.0  # verifications that take longer show a bar
 
@@ -102,7 +103,8 @@ def verify_store(path: str | Location, *, progress: bool = False) -> Verificatio
 
     Every trial's documents and commit record must be intact and consistent. Every chunk with committed rows must exist,
     with the right size and checksum, and be the one that was committed in its place. The saved states of an unfinished
-    collection must be intact and belong to it; in any other store all trials must have equally many checkpoints.
+    collection, and the state of a recorded run's training, must be intact and belong to it; in any other store than an
+    unfinished one all trials must have equally many checkpoints.
     `progress` shows a bar on stderr, or lines where that is no terminal.
 
     Raises FileNotFoundError where there is no store.
@@ -127,6 +129,8 @@ def verify_store(path: str | Location, *, progress: bool = False) -> Verificatio
         found.problems += Unfinished(store).problems()
     else:
         found.problems += _differing(commits)
+    if len(commits) == store.num_trials:
+        found.problems += state_problems(store)
     if not found.problems:
         fewest = min(commit.num_checkpoints for commit in commits.values())
         checkpoints = f"{store.num_trials} trials x {fewest} checkpoints"

@@ -12,9 +12,7 @@ collection is unfinished. It is removed last, so that a finished store is the sa
 """
 
 import contextlib
-import importlib.metadata
 import json
-import platform
 import re
 import sys
 import warnings
@@ -26,14 +24,13 @@ import google_crc32c
 import numpy as np
 import safetensors
 import safetensors.numpy
-import torch
 from numpy.typing import NDArray
 from pydantic import Field
 
-from tipl import _core
 from tipl.collecting.population import PopulationState
 from tipl.files.locations import Location, local_copy, make_folder, remove_folder, written_aside
 from tipl.files.schema import parse
+from tipl.files.versions import changed_versions, versions
 from tipl.storing.store import Store
 from tipl.storing.store_records import trial_name
 from tipl.storing.zarr_files import read_group, write_group
@@ -100,8 +97,7 @@ class Unfinished:
         """
         if not (self.folder / "zarr.json").exists():  # interrupted before writing it, and so before any checkpoint
             return {}
-        then, now = self._begun().versions, _versions()
-        return {name: (then.get(name, "none"), now[name]) for name in now if then.get(name, "none") != now[name]}
+        return changed_versions(self._begun().versions, _versions())
 
     def _begun(self) -> _Begun:
         path = self.folder / "zarr.json"
@@ -232,7 +228,4 @@ def _checksum(described: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) 
 
 
 def _versions() -> dict[str, str]:
-    """Return the package versions and instruction sets on which the last bits of a collection depend."""
-    packages = {name: importlib.metadata.version(name) for name in ("tipl", "torch", "numpy", "mujoco", "gymnasium")}
-    cpu = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} {_core.isa()}"
-    return {**packages, "cpu": cpu}
+    return versions("tipl", "torch", "numpy", "mujoco", "gymnasium")

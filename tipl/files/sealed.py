@@ -15,7 +15,7 @@ import safetensors
 import safetensors.numpy
 from numpy.typing import NDArray
 
-from tipl.files.locations import read_file, write_atomically
+from tipl.files.locations import Location, read_file, write_atomically
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -23,18 +23,18 @@ Arrays = dict[str, NDArray[Any]]
 class UncheckedWarning(UserWarning):
     """A file or folder has no checksum, because an older tipl wrote it: damage in it cannot be found."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Location) -> None:
         super().__init__(f"{path} has no checksum (an older tipl wrote it): damage in it cannot be found")
 
 
-def save_arrays(path: Path, arrays: Mapping[str, NDArray[Any]], record: Mapping[str, Any] | None = None) -> None:
+def save_arrays(path: Location, arrays: Mapping[str, NDArray[Any]], record: Mapping[str, Any] | None = None) -> None:
     """Write arrays and a record of plain JSON as one safetensors file."""
     text = json.dumps(record or {}, sort_keys=True)
     metadata = {"tipl": text, "sha256": _digest(text, arrays)}
     write_atomically(path, sorted_metadata(safetensors.numpy.save(dict(arrays), metadata)))
 
 
-def load_arrays(path: Path, owner: str) -> tuple[Arrays, dict[str, Any]]:
+def load_arrays(path: Location, owner: str) -> tuple[Arrays, dict[str, Any]]:
     """Return the arrays and the record of a file that `save_arrays` wrote; error texts begin with `owner`.
 
     A file without a checksum, written by an older tipl, is read with a warning. Raises FileNotFoundError; RuntimeError

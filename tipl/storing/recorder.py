@@ -9,6 +9,7 @@ from typing import Any, Self
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tipl.policy import ACTIVATIONS, PolicySpec
@@ -16,7 +17,9 @@ from tipl.storing.actor_families import STATISTICS, Settings
 from tipl.storing.foreign_actors import Actor, differences, find_actor
 from tipl.storing.imported_runs import activation_missing, source_record
 from tipl.storing.observation_statistics import live_statistics
+from tipl.storing.state_tree import set_global_random_states
 from tipl.storing.store import UNNORMALISED, Store
+from tipl.storing.training_state import encode_state, load_state, put_back, save_state
 
 
 class Recorder:
@@ -28,7 +31,8 @@ class Recorder:
                 recorder.log(agent, env_steps=global_step, episodic_return=mean_return)
 
     `log` copies the actor's parameters (`foreign_actors` describes which those are) and appends them. When it returns,
-    the checkpoint is on disk, and a killed process does not lose it.
+    the checkpoint is on disk, and a killed process does not lose it. With `state` it also keeps what training needs to
+    go on, and `restore` puts that back.
     """
 
     def __init__(
@@ -86,6 +90,7 @@ class Recorder:
         env_steps: int,
         episodic_return: float | None = None,
         normaliser: Any = None,
+        state: Mapping[str, Any] | None = None,
     ) -> None:
         """Append the policy's weights as they are now.
 
@@ -97,31 +102,67 @@ class Recorder:
                 Gymnasium's, or any object with `mean` and `var` (obs_dim,). Its statistics as they are now are folded
                 into the first layer, so that each checkpoint acts on observations as the environment gives them; what
                 it clips is not clipped. Given in every call or in none.
+            state: all else that training needs to go on, for `restore`: by name, objects with a state_dict (modules,
+                optimisers, schedulers), generators of random numbers, and trees of tensors, arrays and plain values.
+                The random numbers of Python, NumPy and torch are kept with it. Only the newest state is kept.
 
         Raises ValueError, and appends nothing, where the parameters' names or shapes differ from earlier ones, a value
-        is NaN or Inf, or env_steps does not grow. After an OSError (a full disk) earlier checkpoints are intact, and
-        a recorder with `resume` continues from them.
+        is NaN or Inf, or env_steps does not grow; TypeError where an entry of `state` is none of these. After an
+        OSError (a full disk) earlier checkpoints are intact, and a recorder with `resume` continues from them.
         """
-        state = _state(policy, normaliser)
+        tensors = _tensors(policy, normaliser)
         if env_steps <= self.env_steps:
             raise ValueError(f"log: env_steps must grow: {self.env_steps} are recorded, got {env_steps}")
         try:
             if self._actor is None:
                 if self._settings.activation is None:
                     self._settings = dataclasses.replace(self._settings, activation=self._activation_of(policy))
-                self._actor = self._first(state)
+                self._actor = self._first(tensors)
                 if self._settings.activation is None and isinstance(self._actor.policy, PolicySpec):
                     raise ValueError(activation_missing(self._actor.policy))
-            if (self._actor.normaliser == STATISTICS) != (f"{STATISTICS}_mean" in state):
+            if (self._actor.normaliser == STATISTICS) != (f"{STATISTICS}_mean" in tensors):
                 raise ValueError("normaliser must be given in every call or in none")
-            weights = self._actor.flatten(state)
+            weights = self._actor.flatten(tensors)
         except ValueError as error:
             raise ValueError(f"log: policy: {error}") from error
+        encoded = None if state is None else encode_state(state)
         if self._store is None:
             self._store = self._create(self._actor)
-        returns = np.array([[np.nan if episodic_return is None else episodic_return]], np.float64)
-        self._store.append(weights[None, None], np.array([[env_steps]], np.int64), returns)
-        self.env_steps = env_steps
+        if encoded is not None:
+            save_state(self._store, encoded, weights, int(env_steps), episodic_return)
+        self._append(weights, env_steps, np.nan if episodic_return is None else episodic_return)
+
+    def restore(self, objects: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
+        """Put the newest state that `log` kept back into objects, and return its other entries; None without a state.
+
+            saved = recorder.restore({"agent": agent, "optimiser": optimiser})
+            first_update = 0 if saved is None else saved["update"] + 1
+
+        The random numbers of Python, NumPy and torch go on as well. Of an entry that had a state_dict and is not among
+        `objects`, the state_dict is returned. A checkpoint that was not appended, because the process was killed as it
+        saved its state, is appended now.
+
+        Raises ValueError where an object has other parameters than were saved, or `objects` has a name that the state
+        lacks; TypeError where an object can take no state; RuntimeError where the state is damaged or of another run,
+        or the run was recorded on without it.
+        """
+        saved = None if self._store is None else load_state(self._store, "restore")
+        if self._store is None or saved is None:
+            return None
+        objects = objects or {}
+        missing = objects.keys() - saved.entries.keys()
+        if missing:
+            raise ValueError(f"restore: objects must be among {sorted(saved.entries)}, got {sorted(missing)}")
+        for name, entry in objects.items():
+            try:
+                put_back(entry, saved.entries[name])
+            except (TypeError, ValueError) as error:
+                kind = TypeError if isinstance(error, TypeError) else ValueError
+                raise kind(f"restore: {name}: {error}") from error
+        set_global_random_states(saved.random)
+        if self._store.num_checkpoints < saved.num_checkpoints:
+            self._append(saved.weights, saved.env_steps, saved.episodic_return)
+        return {name: entry for name, entry in saved.entries.items() if name not in objects}
 
     def holds(self, policy: torch.nn.Module | Mapping[str, Tensor], *, normaliser: Any = None) -> bool:
         """Return whether the last checkpoint on disk equals the policy's weights as they are now, as `log` takes them.
@@ -133,9 +174,9 @@ class Recorder:
         if self._store is None or not self._store.num_checkpoints:
             return False
         try:
-            state = _state(policy, normaliser)
-            actor = self._first(state)
-            weights = actor.flatten(state)
+            tensors = _tensors(policy, normaliser)
+            actor = self._first(tensors)
+            weights = actor.flatten(tensors)
         except ValueError as error:
             raise ValueError(f"Recorder: policy: {error}") from error
         last = self._store.num_checkpoints - 1
@@ -164,6 +205,12 @@ class Recorder:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+    def _append(self, weights: NDArray[np.float32], env_steps: int, episodic_return: float) -> None:
+        assert self._store is not None
+        returns = np.array([[episodic_return]], np.float64)
+        self._store.append(weights[None, None], np.array([[env_steps]], np.int64), returns)
+        self.env_steps = env_steps
 
     def _activation_of(self, policy: torch.nn.Module | Mapping[str, Tensor]) -> str | None:
         """Return the one kind of activation among the policy's modules, or that of the recording that is resumed; None
@@ -202,7 +249,7 @@ class Recorder:
         return store
 
 
-def _state(policy: torch.nn.Module | Mapping[str, Tensor], normaliser: Any) -> dict[str, Tensor]:
+def _tensors(policy: torch.nn.Module | Mapping[str, Tensor], normaliser: Any) -> dict[str, Tensor]:
     """Return the policy's tensors, and beside them the statistics of what normalises its observations."""
     state = policy.state_dict() if isinstance(policy, torch.nn.Module) else policy
     tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}

@@ -131,7 +131,7 @@ class Writer:
         path = self.trials.path
         if not isinstance(path, Path):
             return
-        folders = [path, path / "resume"]
+        folders = [path, path / "resume", path / "training_state"]
         for i in self.writable:
             folder = path / trial_name(i)
             folders += [folder, path / "resume" / trial_name(i), *(folder / array.name for array in self.trials.arrays)]

@@ -1,31 +1,24 @@
-"""Callbacks of Stable-Baselines3: one records the path of the actor's weights, one lets a run jump along a forecast of
-it. They need the extra `sb3`."""
+"""The callback that records runs of Stable-Baselines3, and lets those that were cut off go on."""
 
 import dataclasses
-import math
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import gymnasium
 import numpy as np
-import torch
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.vec_env import VecEnvWrapper
 
-from tipl.forecasting.forecaster import Forecaster
-from tipl.jumping.jump_config import JumpConfig
-from tipl.jumping.jumper import Jumper
-from tipl.jumping.jumps import Jump
-from tipl.storing.actor_families import Settings
+from tipl.sb3 import full_state
+from tipl.sb3.policies import settings_of
 from tipl.storing.foreign_actors import find_actor, shown
 from tipl.storing.observation_statistics import FOLDED_NOTE, live_statistics
 from tipl.storing.recorder import Recorder
-
-try:
-    from stable_baselines3.common.callbacks import BaseCallback
-    from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
-    from stable_baselines3.common.vec_env import VecEnvWrapper
-except ModuleNotFoundError as error:
-    raise ModuleNotFoundError("tipl.sb3 needs stable-baselines3, the extra `sb3` of tipl", name=error.name) from error
+from tipl.storing.state_tree import global_random_states, set_global_random_states
+from tipl.storing.store import Store
 
 _open_recorders: dict[Path, Recorder] = {}
 """By path. SB3 calls no hook when learn() is interrupted, so that only the next callback can close the store."""
@@ -40,6 +33,11 @@ class RecorderCallback(BaseCallback):
         model.learn(1_000_000, callback=RecorderCallback("runs/seed1.zarr"))
 
     Each checkpoint has its env steps and SB3's ep_rew_mean. The last weights are recorded when training ends.
+
+    A run that may be cut off at any moment, and goes on when the same program is started again:
+
+        callback = RecorderCallback("runs/seed1.zarr", resume=True, full_state=True)
+        model.learn(1_000_000, callback=callback)
     """
 
     def __init__(
@@ -50,6 +48,7 @@ class RecorderCallback(BaseCallback):
         every: int = 2048,
         actor: str | Sequence[str] | None = None,
         resume: bool = False,
+        full_state: bool = False,
         config: Mapping[str, Any] | None = None,
     ) -> None:
         """Record into a new store at `path`, or with `resume` after the checkpoints that are there.
@@ -60,25 +59,35 @@ class RecorderCallback(BaseCallback):
             resume: the last checkpoint at `path` must be the model as learn() begins, whether learn() continues the
                 count of env steps (reset_num_timesteps=False) or starts it again. A store that an interrupted callback
                 of this process holds open is closed first.
+            full_state: keep all that training needs beside the newest checkpoint (on-policy algorithms). With `resume`
+                learn() then goes on there, on the CPU to the bit as if it had not been cut off: with a model and
+                environments made as before, and the same call, whose total_timesteps counts the whole run.
             actor, config: as in `Recorder`.
 
         Raises ValueError for a wrong `every`. Training raises what `Recorder` raises, and ValueError where the
-        checkpoints at `path` are of another model.
+        checkpoints at `path` are of another model; with `full_state`, TypeError where the algorithm is not on-policy,
+        RuntimeError where the state is damaged or of another run, and ValueError where the model or its environments
+        are made otherwise, or learn() would not train. It warns of what cannot be kept or put back.
         """
         super().__init__()
         if every < 1:
             raise ValueError(f"RecorderCallback: every must be at least 1, got {every}")
         self.path, self.env_id, self.every, self.resume, self.config = Path(path), env_id, every, resume, config
-        self._actor = actor
+        self._actor, self._full_state = actor, full_state
         self._recorder: Recorder | None = None
         self._normaliser: Any = None  # the VecNormalize whose statistics are folded into each checkpoint
         self._recorded_update: int | None = None  # model._n_updates at the last checkpoint; it counts epochs
         self._earlier_steps = 0  # env steps of earlier learn() calls, where this one starts its count again
+        self._at_rollout: tuple[dict[str, Any], dict[str, Any]] | None = None
+        """The state and the random numbers to be put back when the first rollout has started."""
+        self._warned_of: list[str] = []
 
     def _on_training_start(self) -> None:
-        resume = self.resume or self._recorder is not None  # learn() once more
-        if resume and self.path.resolve() in _open_recorders:
-            _open_recorders.pop(self.path.resolve()).close()
+        if self._full_state:
+            _check_on_policy(self.model, "RecorderCallback: full_state")
+        once_more = self._recorder is not None  # learn() again with this callback
+        resume = self.resume or once_more
+        interrupted = resume and _close_open_recorder(self.path)
         self._normaliser = self._find_normaliser()
         recorder = Recorder(
             self.path,
@@ -88,34 +97,64 @@ class RecorderCallback(BaseCallback):
             config={"algorithm": type(self.model).__name__, "seed": self.model.seed, **(self.config or {})},
             note=self._note(),
             unnormalised=self._normaliser is None and self._is_normalised(),
-            **dataclasses.asdict(_settings(self.model.policy)),
+            **dataclasses.asdict(settings_of(self.model.policy)),
         )
         self._recorder = _open_recorders[self.path.resolve()] = recorder
-        steps = self.model.num_timesteps
         try:
-            holds = recorder.holds(self.model.policy, normaliser=self._normaliser)
-        except ValueError:
+            restores = self._full_state and (interrupted or not once_more)
+            saved = recorder.restore() if restores else None
+            if saved is None:
+                self._begin(recorder)
+            else:
+                self._go_on(recorder, saved)
+        except BaseException:
             self._close()
             raise
+
+    def _begin(self, recorder: Recorder) -> None:
+        """Record the model as it is, after the checkpoints that are there."""
+        steps, holds = self.model.num_timesteps, recorder.holds(self.model.policy, normaliser=self._normaliser)
         if recorder.env_steps >= steps and not holds:
-            self._close()
+            without = ", which has no full state," if self._full_state else ""
             raise ValueError(
-                f"RecorderCallback: {shown(self.path)} ends at env step {recorder.env_steps} with other weights, but "
-                f"learn() begins at {steps}: to go on with the model recorded there, pass reset_num_timesteps=False to "
-                "learn(); for another run, another path"
+                f"RecorderCallback: {shown(self.path)}{without} ends at env step {recorder.env_steps} with other "
+                f"weights, but learn() begins at {steps}: to go on with the model recorded there, pass "
+                "reset_num_timesteps=False to learn(); for another run, another path"
+            )
+        if self._full_state and recorder.env_steps > steps:
+            raise ValueError(
+                f"RecorderCallback: with full_state env steps are counted on, but {shown(self.path)} ends at "
+                f"{recorder.env_steps} and learn() begins at {steps}: pass reset_num_timesteps=False to learn()"
             )
         self._recorded_update = self.model._n_updates if holds else None
         self._earlier_steps = max(0, recorder.env_steps - steps)
 
+    def _go_on(self, recorder: Recorder, saved: dict[str, Any]) -> None:
+        """Put the recorded run's state back into the model, whose learn() has prepared itself to begin anew."""
+        random = global_random_states()  # those that the recorder has put back
+        full_state.check(self.model, saved, self.path)
+        full_state.check_target(self.model, saved, self.path)
+        full_state.put_back(self.model, saved, self.path)
+        set_global_random_states(random)  # a reset may have drawn some
+        if not recorder.holds(self.model.policy, normaliser=self._normaliser):
+            raise RuntimeError(f"RecorderCallback: the state in {shown(self.path)} is not that of its last checkpoint")
+        self._at_rollout = (saved, random) if saved["in_rollout"] else None
+        self._recorded_update, self._earlier_steps = self.model._n_updates, 0
+
     # SB3 has no hook after an update: the next hook is the start of another rollout, or the end of training.
     def _on_rollout_start(self) -> None:
+        if self._at_rollout is not None:  # SB3 has drawn exploration matrices once more
+            saved, random = self._at_rollout
+            self._at_rollout = None
+            full_state.put_exploration_back(self.model, saved)
+            set_global_random_states(random)
         self._record(1 if isinstance(self.model, OnPolicyAlgorithm) else self.every)
 
     def _on_step(self) -> bool:
         return True
 
     def _on_training_end(self) -> None:
-        self._record(1)
+        self._record(1, in_rollout=False)
         self._close()
 
     def _close(self) -> None:
@@ -123,7 +162,7 @@ class RecorderCallback(BaseCallback):
             self._recorder.close()
             _open_recorders.pop(self.path.resolve(), None)
 
-    def _record(self, least_steps: int) -> None:
+    def _record(self, least_steps: int, *, in_rollout: bool = True) -> None:
         """Append a checkpoint if the weights have changed, at least `least_steps` env steps after the last one."""
         model, recorder = self.model, self._recorder
         if recorder is None or model._n_updates == self._recorded_update:
@@ -137,8 +176,21 @@ class RecorderCallback(BaseCallback):
             env_steps=steps,
             episodic_return=float(np.mean(returns)) if returns else None,
             normaliser=self._normaliser,
+            state=self._state(in_rollout) if self._full_state else None,
         )
         self._recorded_update = model._n_updates
+
+    def _state(self, in_rollout: bool) -> dict[str, Any]:
+        state, lost = full_state.training_state(self.model, in_rollout=in_rollout)
+        if lost != self._warned_of:
+            self._warned_of = lost
+            if lost:
+                warnings.warn(
+                    f"RecorderCallback: the state of the environments cannot be kept ({'; '.join(lost)}): after a "
+                    f"resume they begin new episodes, and {full_state.NOT_EQUAL}",
+                    stacklevel=2,
+                )
+        return state
 
     def _note(self) -> str | None:
         """Return in words how the run's environment differs from the simulator's; None where no difference is known."""
@@ -163,7 +215,7 @@ class RecorderCallback(BaseCallback):
             if statistics is None:
                 return None
             state = self.model.policy.state_dict() | statistics.to_state()
-            find_actor(state, _settings(self.model.policy), self._actor).flatten(state)
+            find_actor(state, settings_of(self.model.policy), self._actor).flatten(state)
         except ValueError:
             return None  # none, or of a Dict; not an MLP that they could be folded into; another number of observations
         return normaliser
@@ -205,79 +257,43 @@ class RecorderCallback(BaseCallback):
         return "unknown" if spec is None else str(spec.id)
 
 
-class JumpCallback(BaseCallback):
-    """Lets an on-policy algorithm (PPO, A2C) jump along forecasts of its own weights, and undoes what does not hold.
+def resume(path: str | Path, model: Any, *, actor: str | Sequence[str] | None = None) -> RecorderCallback:
+    """Put the run that was recorded at `path` with full_state back into `model`; return the callback to go on with.
 
-        model.learn(100_000, callback=JumpCallback("runs/pendulum/model"))
+        model = PPO(...)  # made as before
+        model.learn(1_000_000, callback=tipl.sb3.resume("runs/seed1.zarr", model))  # the end of the whole run
 
-    See `tipl.Jumper`. A jump that is undone puts back the policy, its optimiser and VecNormalize's statistics; the
-    environments and random numbers go on. `jumps` lists what happened.
+    The same as learn() with RecorderCallback(path, resume=True, full_state=True), except that the model is as it was
+    already now, to be looked at or saved, and that there must be something to resume.
+
+    Raises FileNotFoundError where nothing is recorded at `path`, ValueError where it has no full state or the model or
+    its environments are made otherwise, RuntimeError where the state is damaged or of another run, TypeError where the
+    algorithm is not on-policy. It warns of what cannot be put back.
     """
-
-    def __init__(self, model: Forecaster | str | Path | None = None, *, config: JumpConfig = JumpConfig()) -> None:
-        """Forecast with the forecaster in the folder `model`, by default the one that comes with tipl.
-
-        `config` says when the run jumps, how far, and what a jump must hold against. Training raises TypeError where
-        the algorithm is not on-policy.
-        """
-        super().__init__()
-        self._forecaster, self._config = model, config
-        self._jumper: Jumper | None = None
-        self._returns: list[float] = []
-
-    @property
-    def jumps(self) -> list[Jump]:
-        """All jumps so far."""
-        return [] if self._jumper is None else self._jumper.jumps
-
-    def _on_training_start(self) -> None:
-        if not isinstance(self.model, OnPolicyAlgorithm):
-            raise TypeError(
-                f"JumpCallback: the algorithm must be on-policy, as PPO is, got {type(self.model).__name__}"
-            )
-        if self._jumper is not None:
-            return  # learn() once more goes on with the same run
-        normaliser, normalisers = self.model.get_vec_normalize_env(), {}
-        if normaliser is not None:
-            normalisers = {"obs_rms": normaliser.obs_rms, "ret_rms": normaliser.ret_rms}
-        self._jumper = Jumper(
-            self.model.policy,
-            self.model.policy.optimizer,
-            model=self._forecaster,
-            config=self._config,
-            activation=_activation(self.model.policy),
-            normalisers=normalisers,
-        )
-        self._seen_updates = self.model._n_updates
-
-    # SB3 has no hook after an update: the next hook is the start of another rollout.
-    def _on_rollout_start(self) -> None:
-        self._after_update()
-
-    def _on_step(self) -> bool:
-        self._returns += [info["episode"]["r"] for info in self.locals["infos"] if "episode" in info]
-        return True
-
-    def _on_training_end(self) -> None:
-        self._after_update(is_last=True)
-
-    def _after_update(self, *, is_last: bool = False) -> None:
-        if self._jumper is not None and self.model._n_updates != self._seen_updates:
-            self._seen_updates = self.model._n_updates
-            self._jumper.step(self._returns, is_last=is_last)
-            self._returns = []
+    path = Path(path)
+    _check_on_policy(model, "resume: model")
+    _close_open_recorder(path)
+    env_id = Store.open(path).env_id
+    with Recorder(path, env_id=env_id, resume=True) as recorder:
+        saved = recorder.restore()
+        if saved is None:
+            raise ValueError(f"resume: {shown(path)} has no full state: it must be recorded with full_state=True")
+        random = global_random_states()
+    full_state.check(model, saved, path)
+    full_state.put_back(model, saved, path)
+    full_state.put_exploration_back(model, saved)
+    set_global_random_states(random)
+    return RecorderCallback(path, env_id=env_id, actor=actor, resume=True, full_state=True)
 
 
-def _settings(policy: torch.nn.Module) -> Settings:
-    """Return what the policy's parameters do not say of how it acts."""
-    limit = getattr(getattr(policy, "actor", None), "clip_mean", None)
-    is_limit = isinstance(limit, float) and 0.0 < limit < math.inf
-    return Settings(_activation(policy), bool(getattr(policy, "squash_output", False)), limit if is_limit else None)
+def _check_on_policy(model: Any, what: str) -> None:
+    if not isinstance(model, OnPolicyAlgorithm):
+        raise TypeError(f"{what} must be an on-policy algorithm, as PPO is, got {type(model).__name__}")
 
 
-def _activation(policy: torch.nn.Module) -> str | None:
-    """Return the name of the policy's activation: "tanh" for torch's Tanh, the full repr of a custom one, or None."""
-    activation = getattr(policy, "activation_fn", None)
-    if activation is None or getattr(activation, "__module__", "") != torch.nn.Tanh.__module__:
-        return None if activation is None else repr(activation)
-    return str(activation.__name__).lower()
+def _close_open_recorder(path: Path) -> bool:
+    """Close the store if an interrupted callback of this process holds it open; return whether one did."""
+    recorder = _open_recorders.pop(path.resolve(), None)
+    if recorder is not None:
+        recorder.close()
+    return recorder is not None
