@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import os
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -316,7 +317,7 @@ def test_notes_of_all_trials_are_kept(tmp_path: Path) -> None:
         (["model_0.5.pt", "model_0.10.pt"], r"the step in model_0\.10\.pt must be a whole number, got 0\.10"),
         (["model_1e5.pt", "model_1e6.pt"], "the step in model_1e5.pt must be a whole number, got 1e5"),
         (["m_1.pt", "m_99999999999999999999.pt"], r"the step in m_9+\.pt must be below 2\^63"),
-        (["model_10_7.pt"], "neither its name nor the file says the step: say with step_pattern"),
+        (["model_10_7.pt"], "neither its name nor the file says the step: say with order"),
     ],
 )
 def test_names_whose_step_is_not_clear_are_refused(names: list[str], message: str, tmp_path: Path) -> None:
@@ -332,19 +333,19 @@ def env_steps(sources: list[Path], output: Path, **arguments: Any) -> tuple[list
     return store.trial(0).env_steps.tolist(), store.config["source"]["note"]
 
 
-def test_step_pattern_says_which_number_it_is(tmp_path: Path) -> None:
+def test_a_pattern_says_which_number_it_is(tmp_path: Path) -> None:
     run = tmp_path / "run"
     for name in ("r12.5_iter_20_a.pt", "r3.5_iter_3_b.pt"):
         save({"w": torch.ones(2)}, run / name)
-    assert env_steps([run], tmp_path / "a", step_pattern=r"iter_([0-9]+)")[0] == [3, 20]
-    assert env_steps([run], tmp_path / "b", step_pattern=r"(?<=iter_)\d+")[0] == [3, 20]
+    assert env_steps([run], tmp_path / "a", order=r"iter_([0-9]+)")[0] == [3, 20]
+    assert env_steps([run], tmp_path / "b", order=r"(?<=iter_)\d+")[0] == [3, 20]
     for pattern, message in (
-        ("(", r"step_pattern must be a regular expression, got '\('"),
-        ("nothing", r"step_pattern 'nothing' finds no step in r12\.5_iter_20_a\.pt"),
+        ("(", r"order must be step, name, mtime or a regular expression, got '\('"),
+        ("nothing", r"order 'nothing' finds no step in r12\.5_iter_20_a\.pt"),
         ("r([0-9.]+)", r"the step in r12\.5_iter_20_a\.pt must be a whole number, got 12\.5"),
     ):
         with pytest.raises(ValueError, match=message):
-            import_checkpoints([run], tmp_path / "out", step_pattern=pattern)
+            import_checkpoints([run], tmp_path / "out", order=pattern)
 
 
 def test_one_file_of_a_versioned_task_has_no_step_in_its_name(tmp_path: Path) -> None:
@@ -358,7 +359,7 @@ def test_files_without_numbers_are_taken_as_they_are_given(tmp_path: Path) -> No
     ]
     store = import_checkpoints(files, tmp_path / "store")
     assert store.trial(0).weights()[:, 0].tolist() == [0, 1]
-    assert "the names hold no steps" in store.config["source"]["note"]
+    assert "the files are taken in the order of their names" in store.config["source"]["note"]
 
 
 @pytest.mark.parametrize(
@@ -395,6 +396,25 @@ def test_rsl_rls_names_count_where_iter_is_another(said: list[int], tmp_path: Pa
     steps, note = env_steps([tmp_path / "run"], tmp_path / "store", activation="elu")
     assert steps == [0, 50, 100, 150]
     assert f"not what the files say (iter), {said[0]} to {said[-1]}" in note
+
+
+def test_files_go_by_name_or_by_time_where_asked(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    for i, name in enumerate(("seed1_b_7", "seed2_a_9", "seed1_c")):
+        save({"w": torch.full((2,), float(i))}, run / f"{name}.pt")
+        os.utime(run / f"{name}.pt", ns=(0, 10**9 * (3 - i)))
+    for order, rows in (("name", [0, 2, 1]), ("mtime", [2, 1, 0])):
+        store = import_checkpoints([run], tmp_path / order, order=order)
+        assert store.trial(0).weights()[:, 0].tolist() == rows
+        assert store.trial(0).env_steps.tolist() == [0, 1, 2]
+        assert "indices: the files are taken in the order of their" in store.config["source"]["note"]
+    os.utime(run / "seed1_c.pt", ns=(0, 3 * 10**9))
+    with pytest.raises(ValueError, match=r"seed1_b_7\.pt and seed1_c\.pt were modified at the same moment"):
+        import_checkpoints([run], tmp_path / "none", order="mtime")
+    for i, steps in enumerate((30, 20)):  # what the files say must agree
+        sb3_zip(tmp_path / "said" / f"{i}_{9 - i}.zip", steps)
+    with pytest.raises(ValueError, match=r"says that it is of step 20, but comes after .* of step 30"):
+        import_checkpoints([tmp_path / "said"], tmp_path / "none", order="name")
 
 
 @pytest.mark.parametrize("steps", [-5, 2**63, True, "12"])

@@ -383,7 +383,7 @@ def test_sources_that_make_no_trial(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"copy_50\.pt and model_50\.pt are named differently, as if of several runs"):
         import_checkpoints([folder], out, pattern="*_*")
     with pytest.raises(ValueError, match=r"copy_50\.pt and model_50\.pt are both of step 50"):
-        import_checkpoints([folder], out, pattern="*_*", step_pattern="[0-9]+")
+        import_checkpoints([folder], out, pattern="*_*", order="[0-9]+")
     with pytest.raises(FileNotFoundError, match="empty holds no checkpoint"):
         import_checkpoints([tmp_path / "empty"], out)
     with pytest.raises(FileNotFoundError, match=r"there is no .*nowhere"):

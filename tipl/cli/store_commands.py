@@ -158,15 +158,15 @@ class Import:
     env_id: str = "unknown"
     """The Gymnasium id, which checkpoint files do not hold and `tipl evaluate` needs."""
     pattern: str = "*"
-    """Which file names to take in each folder. Files are ordered by the steps in their names."""
+    """Which file names to take in each folder."""
     activation: Activation | None = None
     """The policy's activation. Must be given where the files do not say it and the simulator can run the policy."""
     actor: tuple[str, ...] | None = None
     """How the actor's keys begin, such as "policy.", where a file holds several networks; "" takes all keys but the
     critics'."""
-    step_pattern: str | None = None
-    """A regular expression that finds the step in each file name, such as 'iter_([0-9]+)', where names hold several
-    numbers."""
+    order: str = "step"
+    """What orders the files of a folder: step, the one number in which their names differ; name; mtime, the time of
+    modification; or a regular expression that finds the step in each name, such as 'iter_([0-9]+)'."""
     normaliser: PathArg | None = None
     """The file with VecNormalize's statistics, which are folded into the first layer; "none" if observations were not
     normalised. By default what lies beside the checkpoints of a run that says that it used VecNormalize."""

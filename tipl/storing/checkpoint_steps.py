@@ -2,7 +2,7 @@
 
 rl_model_100_steps.zip and rl_model_200_steps.zip differ in one number, which is the step. Names that differ in several
 numbers, in their words, or in the number after "seed" may belong to several runs, and are refused unless the caller
-says with a pattern which number is the step.
+says which number is the step, or by what else the files are ordered.
 """
 
 import itertools
@@ -21,14 +21,27 @@ _STEP_BEFORE, _STEP_BEHIND = (
 )
 
 
-def in_order(run: str, paths: Sequence[Path], step_pattern: str | None = None) -> tuple[list[Path], list[int] | None]:
-    """Return the files ordered by the steps in their names, and those steps.
+STEP, NAME, MTIME = "step", "name", "mtime"
+"""What files can be ordered by; any other order is a regular expression."""
 
-    If the names hold no numbers, return the files as given, and None. `step_pattern` is a regular expression searched
-    in each name; its group, or without one the whole match, is the step. Raises ValueError where it is not clear which
-    number is the step.
+
+def is_pattern(order: str) -> bool:
+    return order not in (STEP, NAME, MTIME)
+
+
+def in_order(run: str, paths: Sequence[Path], order: str = STEP) -> tuple[list[Path], list[int] | None]:
+    """Return the files in order, and the steps in their names, by which they are ordered.
+
+    With "step" the names say which number it is; if they hold none, the files are returned as given, and None. "name"
+    and "mtime" order by the names as texts and by the times of modification, without steps. Anything else is a regular
+    expression searched in each name; its group, or without one the whole match, is the step. Raises ValueError where
+    the order is not clear.
     """
-    texts = _matched(run, paths, step_pattern) if step_pattern is not None else _steps_in_names(run, paths)
+    if order == NAME:
+        return sorted(paths, key=lambda path: path.name), None
+    if order == MTIME:
+        return _by_mtime(run, paths), None
+    texts = _steps_in_names(run, paths) if order == STEP else _matched(run, paths, order)
     if texts is None:
         return list(paths), None
     for path, text in zip(paths, texts, strict=True):
@@ -46,8 +59,25 @@ def in_order(run: str, paths: Sequence[Path], step_pattern: str | None = None) -
     return [path for _, path in ordered], [step for step, _ in ordered]
 
 
+def _by_mtime(run: str, paths: Sequence[Path]) -> list[Path]:
+    timed = sorted((path.stat().st_mtime_ns, path) for path in paths)
+    for (time, path), (next_time, next_path) in itertools.pairwise(timed):
+        if time == next_time:
+            raise ValueError(
+                f"import: {run}: {shown(path.name)} and {shown(next_path.name)} were modified at the same moment: order "
+                "them by something else than mtime"
+            )
+    return [path for _, path in timed]
+
+
 def chosen_steps(
-    paths: Sequence[Path], named: Sequence[int] | None, said: Sequence[int | None], *, said_by: str, is_unit: bool
+    paths: Sequence[Path],
+    named: Sequence[int] | None,
+    said: Sequence[int | None],
+    order: str,
+    *,
+    said_by: str,
+    is_unit: bool,
 ) -> tuple[list[int], str]:
     """Return the env steps of `paths`, which are in order, and a note if names and files disagree or both are silent.
 
@@ -57,9 +87,11 @@ def chosen_steps(
     """
     known = [step for step in said if step is not None]
     if len(known) < len(paths):
-        if named is None and (known or (len(paths) == 1 and _NUMBER.search(_ENV_ID.sub("", paths[0].stem)))):
+        may_say = len(paths) == 1 and _NUMBER.search(_ENV_ID.sub("", paths[0].stem))
+        if named is None and (known or (order == STEP and may_say)):
             raise ValueError(f"import: {shown(paths[0])}: neither its name nor the file says the step: {_HOW}")
-        note = "" if named is not None else "the names hold no steps: the files are taken in the order of their names"
+        by = "times of modification" if order == MTIME else "names"
+        note = "" if named is not None else f"env_steps are indices: the files are taken in the order of their {by}"
         return list(range(len(paths)) if named is None else named), note if len(paths) > 1 else ""
     if named == known:
         return known, ""
@@ -79,7 +111,7 @@ def chosen_steps(
     )
 
 
-_HOW = "say with step_pattern which number it is, such as 'iter_([0-9]+)'"
+_HOW = "say with order which number it is, such as 'iter_([0-9]+)', or to go by name or mtime"
 
 
 def _range(steps: Sequence[int]) -> str:
@@ -91,12 +123,14 @@ def _matched(run: str, paths: Sequence[Path], pattern: str) -> list[str]:
     try:
         step = re.compile(pattern)
     except re.error as error:
-        raise ValueError(f"import: step_pattern must be a regular expression, got {pattern!r}: {error}") from error
+        raise ValueError(
+            f"import: order must be step, name, mtime or a regular expression, got {pattern!r}: {error}"
+        ) from error
     found = []
     for path in paths:
         match = step.search(path.name)
         if match is None or match[match.lastindex or 0] is None:
-            raise ValueError(f"import: {run}: step_pattern {pattern!r} finds no step in {shown(path.name)}")
+            raise ValueError(f"import: {run}: order {pattern!r} finds no step in {shown(path.name)}")
         found.append(match[match.lastindex or 0])
     return found
 

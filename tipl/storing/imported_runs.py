@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tipl.policy import ACTIVATIONS, Layout, PolicySpec
-from tipl.storing.checkpoint_steps import chosen_steps, in_order
+from tipl.storing.checkpoint_steps import chosen_steps, in_order, is_pattern
 from tipl.storing.foreign_actors import Actor, differences, roles_of, shown
 from tipl.storing.foreign_files import SUFFIXES, CheckpointFile, find_actor_in, read_checkpoint_file
 from tipl.storing.observation_statistics import FOLDED_NOTE, ObservationStatistics, find_statistics, read_statistics
@@ -60,7 +60,7 @@ class Reading:
 
     activation: str | None
     actor: str | Sequence[str] | None
-    step_pattern: str | None
+    order: str
     normaliser: str | Path | None
     num_checkpoints: int | None
     max_bytes: int | None
@@ -180,7 +180,7 @@ class FileRun:
 
     def __init__(self, name: str, paths: Sequence[Path], reading: Reading) -> None:
         self.name, self.reading = shown(name), reading
-        ordered, named = in_order(self.name, paths, reading.step_pattern)
+        ordered, named = in_order(self.name, paths, reading.order)
         self.num_checkpoints = len(paths)
         self.paths = ordered[: reading.num_checkpoints]
         first, self.actor = reading.read(self.paths[0], None)
@@ -196,13 +196,14 @@ class FileRun:
             file = self._read_alike(path)
             self.said.append(file.env_steps)
             notes[file.note] = None
-        if named is not None and reading.step_pattern is not None:
+        if named is not None and is_pattern(reading.order):
             self.steps, note = named[: len(self.paths)], ""
         else:
             self.steps, note = chosen_steps(
                 self.paths,
                 None if named is None else named[: len(self.paths)],
                 self.said,
+                reading.order,
                 said_by="num_timesteps" if first.format == "sb3" else "iter",
                 is_unit=first.format == "sb3",
             )

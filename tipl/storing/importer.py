@@ -29,7 +29,7 @@ def import_checkpoints(
     pattern: str = "*",
     activation: str | None = None,
     actor: str | Sequence[str] | None = None,
-    step_pattern: str | None = None,
+    order: str = "step",
     normaliser: str | Path | None = None,
     num_checkpoints: int | None = None,
     max_bytes: int | None = None,
@@ -53,8 +53,9 @@ def import_checkpoints(
         activation: between the layers, where the files do not say it: tanh, relu or elu. It must be given there if
             the simulator can run the policy.
         actor: prefix of the actor's keys, or several, where files hold other networks too; "" takes all but critics.
-        step_pattern: a regular expression searched in each name; its group, or without one the whole match, is the
-            step, and env_steps are these.
+        order: what orders the files of a trial: "step", the steps in their names; "name"; "mtime", the time of
+            modification; or a regular expression searched in each name, whose group, or without one the whole match, is
+            the step.
         normaliser: the file with VecNormalize's statistics of all checkpoints; "none" if the policies saw observations
             as they were. By default what lies beside the checkpoints, for runs that say that they used VecNormalize.
         num_checkpoints: take only the first so many of each trial; by default all, if all trials have equally many.
@@ -74,7 +75,7 @@ def import_checkpoints(
     """
     output = Path(output)
     refuse_existing(output, "import")
-    reading = Reading(activation, actor, step_pattern, normaliser, num_checkpoints, max_bytes)
+    reading = Reading(activation, actor, order, normaliser, num_checkpoints, max_bytes)
     plan = _Plan.of([Path(source) for source in sources], env_id, pattern, reading)
     with published(output, "import", manifest=False) as aside:
         store = Store.create(
@@ -95,7 +96,7 @@ def describe_import(
     pattern: str = "*",
     activation: str | None = None,
     actor: str | Sequence[str] | None = None,
-    step_pattern: str | None = None,
+    order: str = "step",
     normaliser: str | Path | None = None,
     num_checkpoints: int | None = None,
     max_bytes: int | None = None,
@@ -105,7 +106,7 @@ def describe_import(
     What each floating-point tensor of the first file is taken for, which files make a trial in which order and at which
     env steps, and the notes. Raises what `import_checkpoints` raises.
     """
-    reading = Reading(activation, actor, step_pattern, normaliser, num_checkpoints, max_bytes)
+    reading = Reading(activation, actor, order, normaliser, num_checkpoints, max_bytes)
     plan = _Plan.of([Path(source) for source in sources], env_id, pattern, reading)
     for run in plan.runs:
         for i in range(plan.length):
