@@ -64,8 +64,8 @@ def _by_mtime(run: str, paths: Sequence[Path]) -> list[Path]:
     for (time, path), (next_time, next_path) in itertools.pairwise(timed):
         if time == next_time:
             raise ValueError(
-                f"import: {run}: {shown(path.name)} and {shown(next_path.name)} were modified at the same moment: order "
-                "them by something else than mtime"
+                f"import: {run}: {shown(path.name)} and {shown(next_path.name)} were modified at the same moment: "
+                "order them by something else"
             )
     return [path for _, path in timed]
 

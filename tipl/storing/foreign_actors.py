@@ -49,6 +49,11 @@ _MAYBE_ANOTHERS = re.compile(
     rf"([^.]*_)?(critics?|values?|baseline|teacher|targets?|old|ema|discriminator|{_Q_NETWORK})\d*(_[^.]*)?|q\d+"
 )
 """Parts of keys, between dots, that may name a network other than the actor."""
+_BESIDE_NETWORKS = re.compile(
+    r"([^.]*_)?(rms|running_mean_std|normali[sz]ers?|normali[sz]ation)(_[^.]*)?|(obs|observation|rew|reward|ret|return)s?_"
+    r"(norm|mean|var|std|stats?|statistics)(_[^.]*)?|(log_)?(alpha|temp|temperature|ent(ropy)?_coef)"
+)
+"""Parts of keys that may name statistics of observations or rewards, or SAC's temperature."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -291,6 +296,9 @@ def _doubt(shapes: Mapping[str, tuple[int, ...]]) -> str:
         beside = [key for key in shapes if key not in keys and not key.startswith(known)]
         if layers and beside and set(keys) <= set(shapes):
             return f"beside the actor of {family.kind} ({_some(keys)}) lies {_some(beside)}"
+    beside = [key for key in shapes if any(map(_BESIDE_NETWORKS.fullmatch, key.split(".")))]
+    if beside:
+        return f"{_some(beside)} may be statistics or a temperature, not weights of the policy"
     return _twins(shapes)
 
 
