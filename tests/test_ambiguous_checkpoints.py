@@ -157,6 +157,20 @@ def test_what_may_hold_more_than_an_actor_is_refused_until_one_is_chosen(name: s
     assert everything.policy.num_params >= store.policy.num_params
 
 
+def test_what_is_no_weight_can_be_left_out(tmp_path: Path) -> None:
+    content = ACTOR | {"obs_rms.mean": torch.ones(3), "obs_rms.var": torch.ones(3), "log_alpha": torch.ones(1)}
+    path = save(content, tmp_path / "m.pt")
+    with pytest.raises(ValueError, match=r"\[obs_rms.mean, obs_rms.var, log_alpha\] may be statistics .*as ignore"):
+        import_checkpoints([path], tmp_path / "store")
+    with pytest.raises(ValueError, match=r"m\.pt: ignore 'rms\.\*' matches none of its tensors$"):
+        import_checkpoints([path], tmp_path / "store", ignore="rms.*")
+    store = import_checkpoints([path], tmp_path / "store", ignore=["obs_rms.*", "log_alpha"])
+    assert list(store.policy.shapes) == list(ACTOR)
+    after = export_checkpoint(store.trial(0).weights()[0] + 1, path, tmp_path / "out.pt", actor=("0.", "2."))
+    assert torch.equal(torch.load(after)["obs_rms.mean"], torch.ones(3))
+    assert torch.equal(torch.load(after)["2.bias"], ACTOR["2.bias"] + 1)
+
+
 def test_the_recorder_is_told_the_same_way(tmp_path: Path) -> None:
     agent = nn.ModuleDict({"net": nn.ModuleDict({"pi": nn.Linear(3, 2), "vf": nn.Linear(3, 1)})})
     with (

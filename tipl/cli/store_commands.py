@@ -164,6 +164,8 @@ class Import:
     actor: tuple[str, ...] | None = None
     """How the actor's keys begin, such as "policy.", where a file holds several networks; "" takes all keys but the
     critics'."""
+    ignore: tuple[str, ...] = ()
+    """Patterns of keys that are no weights of the policy, such as 'obs_rms.*', where a file holds such."""
     order: str = "step"
     """What orders the files of a folder: step, the one number in which their names differ; name; mtime, the time of
     modification; or a regular expression that finds the step in each name, such as 'iter_([0-9]+)'."""

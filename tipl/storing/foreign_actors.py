@@ -298,7 +298,7 @@ def _doubt(shapes: Mapping[str, tuple[int, ...]]) -> str:
             return f"beside the actor of {family.kind} ({_some(keys)}) lies {_some(beside)}"
     beside = [key for key in shapes if any(map(_BESIDE_NETWORKS.fullmatch, key.split(".")))]
     if beside:
-        return f"{_some(beside)} may be statistics or a temperature, not weights of the policy"
+        return f"{_some(beside)} may be statistics or a temperature: pass such keys as ignore"
     return _twins(shapes)
 
 

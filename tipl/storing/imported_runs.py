@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import fnmatch
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -60,6 +61,7 @@ class Reading:
 
     activation: str | None
     actor: str | Sequence[str] | None
+    ignore: tuple[str, ...]
     order: str
     normaliser: str | Path | None
     num_checkpoints: int | None
@@ -67,6 +69,12 @@ class Reading:
 
     def read(self, path: Path, statistics: ObservationStatistics | None) -> tuple[CheckpointFile, Actor]:
         file = read_checkpoint_file(path, max_bytes=self.max_bytes)
+        for pattern in self.ignore:
+            ignored = fnmatch.filter(file.state, pattern)
+            if not ignored:
+                raise ValueError(f"import: {shown(path)}: ignore {pattern!r} matches none of its tensors")
+            for key in ignored:
+                del file.state[key]
         if statistics is not None:
             file.state |= statistics.to_state()
         return file, find_actor_in(path, file, self.activation, self.actor)

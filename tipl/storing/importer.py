@@ -29,6 +29,7 @@ def import_checkpoints(
     pattern: str = "*",
     activation: str | None = None,
     actor: str | Sequence[str] | None = None,
+    ignore: str | Sequence[str] = (),
     order: str = "step",
     normaliser: str | Path | None = None,
     num_checkpoints: int | None = None,
@@ -53,6 +54,7 @@ def import_checkpoints(
         activation: between the layers, where the files do not say it: tanh, relu or elu. It must be given there if
             the simulator can run the policy.
         actor: prefix of the actor's keys, or several, where files hold other networks too; "" takes all but critics.
+        ignore: glob pattern of keys, or several, that are no weights of the policy, such as "obs_rms.*".
         order: what orders the files of a trial: "step", the steps in their names; "name"; "mtime", the time of
             modification; or a regular expression searched in each name, whose group, or without one the whole match, is
             the step.
@@ -75,7 +77,7 @@ def import_checkpoints(
     """
     output = Path(output)
     refuse_existing(output, "import")
-    reading = Reading(activation, actor, order, normaliser, num_checkpoints, max_bytes)
+    reading = Reading(activation, actor, _patterns(ignore), order, normaliser, num_checkpoints, max_bytes)
     plan = _Plan.of([Path(source) for source in sources], env_id, pattern, reading)
     with published(output, "import", manifest=False) as aside:
         store = Store.create(
@@ -96,6 +98,7 @@ def describe_import(
     pattern: str = "*",
     activation: str | None = None,
     actor: str | Sequence[str] | None = None,
+    ignore: str | Sequence[str] = (),
     order: str = "step",
     normaliser: str | Path | None = None,
     num_checkpoints: int | None = None,
@@ -106,7 +109,7 @@ def describe_import(
     What each floating-point tensor of the first file is taken for, which files make a trial in which order and at which
     env steps, and the notes. Raises what `import_checkpoints` raises.
     """
-    reading = Reading(activation, actor, order, normaliser, num_checkpoints, max_bytes)
+    reading = Reading(activation, actor, _patterns(ignore), order, normaliser, num_checkpoints, max_bytes)
     plan = _Plan.of([Path(source) for source in sources], env_id, pattern, reading)
     for run in plan.runs:
         for i in range(plan.length):
@@ -119,6 +122,10 @@ def describe_import(
     for run in plan.runs:
         lines.append(("trial", f"{run.name}: {plan.length} checkpoints{run.described(plan.length)}"))
     return lines + ([("note", plan.source["note"])] if "note" in plan.source else [])
+
+
+def _patterns(ignore: str | Sequence[str]) -> tuple[str, ...]:
+    return (ignore,) if isinstance(ignore, str) else tuple(ignore)
 
 
 @dataclasses.dataclass(frozen=True)
