@@ -13,9 +13,9 @@ from tipl.files.manifest import NAME as MANIFEST
 from tipl.files.manifest import problems_in
 from tipl.files.sealed import UncheckedWarning, load_arrays, load_json
 from tipl.progress import progress_bar
+from tipl.storing.run_state import state_problems
 from tipl.storing.store import Store
 from tipl.storing.store_records import Commit, trial_name
-from tipl.storing.training_state import state_problems
 
 BAR_SECONDS = 2.0  # verifications that take longer show a bar
 
