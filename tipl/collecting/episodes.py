@@ -136,7 +136,7 @@ def misfit(policy: PolicySpec, env: VectorEnv) -> str:
 def _acting(num_actions: int, is_discrete: bool) -> str:
     if is_discrete:
         return f"choose one of {num_actions} discrete actions"
-    return f"give a continuous action of {num_actions} numbers"
+    return f"give continuous actions of size {num_actions}"
 
 
 def _no_tick(num_ended: int) -> None:
