@@ -3,10 +3,10 @@
 A policy is the actor of Stable-Baselines3's MlpPolicy for Box actions: an MLP gives the mean action, and a vector of
 parameters `log_std` the standard deviations of a diagonal Gaussian around it. Imported actors of SAC and TD3 differ in
 where their standard deviations come from, and take the tanh of the MLP's output; those of discrete actions have one
-output for each action, and the greatest is taken. The critic is not stored. One
-checkpoint is one row of p float32 numbers, in the order in which SB3 registers the actor's parameters; `PolicySpec`
-gives p and the position of each parameter in the row. Imported policies of any other kind have a `ParameterLayout`,
-which gives the same, but such policies cannot be run.
+output for each action, and take the action with the greatest. The critic is not stored. One checkpoint is one row of p
+float32 numbers, in the order in which SB3 registers the actor's parameters; `PolicySpec` gives p and the position of
+each parameter in the row. Imported policies of any other kind have a `ParameterLayout`, which gives the same, but such
+policies cannot be run.
 """
 
 import dataclasses

@@ -1,10 +1,10 @@
 """How the libraries name the parameters of their MLP actors, and which `PolicySpec` such an actor is.
 
 Stable-Baselines3   PPO, A2C                        mlp_extractor.policy_net.<2 i>, action_net, log_std
+                    these with discrete actions     the same without log_std
                     SAC, and sb3-contrib's TQC      actor.latent_pi.<2 i>, actor.mu, actor.log_std: a layer
                     these with gSDE                 actor.latent_pi.<2 i>, actor.mu or actor.mu.0, actor.log_std
                     TD3, DDPG                       actor.mu.<2 i>
-                    PPO, A2C, discrete actions      the same without log_std
                     DQN                             q_net.q_net.<2 i>
 CleanRL             continuous PPO                  actor_mean.<2 i>, actor_logstd
                     PPO, discrete actions           actor.<2 i>
