@@ -164,7 +164,7 @@ class Drift(gymnasium.Env[np.ndarray, np.ndarray]):
 REFUSED_SPACES = {
     "MatrixObservation": {"observation_space": gymnasium.spaces.Box(0.0, 1.0, (2, 3))},
     "DictObservation": {"observation_space": gymnasium.spaces.Dict(x=gymnasium.spaces.Box(0.0, 1.0, (2,)))},
-    "DiscreteAction": {"action_space": gymnasium.spaces.Discrete(4)},
+    "SeveralDiscreteActions": {"action_space": gymnasium.spaces.MultiDiscrete([4, 2])},
     "MatrixAction": {"action_space": gymnasium.spaces.Box(0.0, 1.0, (2, 3))},
     "IntegerAction": {"action_space": gymnasium.spaces.Box(0, 9, (2,), np.int64)},
 }
@@ -365,10 +365,9 @@ def test_making_an_environment_prints_and_writes_nothing(tmp_path: Any, monkeypa
         ({"env_id": "no.such.module:A-v0"}, r"'no.such.module:A-v0' names a module that cannot be imported: No module"),
         ({"env_id": "Pusher-v4"}, r"Gymnasium refuses Pusher-v4: `Pusher-v4` is only supported on `mujoco<3`"),
         ({"env_id": "HalfCheetah-v3"}, r"Gymnasium refuses HalfCheetah-v3: .*moved to the gymnasium-robotics project"),
-        ({"env_id": "CartPole-v1"}, r"the actions of CartPole-v1 must be a Box, got Discrete\(2\)"),
         (
-            {"env_id": "tipl/DiscreteAction-v0"},
-            r"the actions of tipl/DiscreteAction-v0 must be a Box, got Discrete\(4\)",
+            {"env_id": "tipl/SeveralDiscreteActions-v0"},
+            r"the actions of tipl/SeveralDiscreteActions-v0 must be a Box or Discrete, got MultiDiscrete\(\[4 2\]\)",
         ),
         ({"env_id": "tipl/MatrixAction-v0"}, r"the actions of .* must be vectors, got shape \(2, 3\)"),
         ({"env_id": "tipl/IntegerAction-v0"}, r"the actions of .* must be continuous, got int64"),

@@ -256,7 +256,12 @@ def test_weights_that_are_no_mlps_or_of_an_unknown_task_are_refused(tmp_path: Pa
         (row, {"policy": SPEC}, ValueError, 'env_id must be given, .*; "none" leaves them as they are$'),
         (unknown.path, {}, ValueError, 'env_id must be given, .*; "none" leaves them as they are$'),
         (unknown.path, {"policy": PolicySpec(4, 1)}, ValueError, r"policy must be that of the weights, layers 4 -> "),
-        (wrong.path, {}, ValueError, "the policy must have the 4 observations and 1 actions of .*, got 5 and 1$"),
+        (
+            wrong.path,
+            {},
+            ValueError,
+            "a policy of .* must have 4 observations and 1 actions, got 5 and 1$",
+        ),
         (lost.path, {}, ValueError, 'normaliser must be given, .*; "none" makes a model that takes normalised'),
         (row.astype(np.float64), {"policy": SPEC}, TypeError, "weights must be float32, got float64$"),
         (row * np.float32(np.nan), {"policy": SPEC}, ValueError, "weights must be finite"),

@@ -220,7 +220,7 @@ def test_networks_of_all_kinds(kwargs: dict[str, Any], policy: PolicySpec | None
     np.testing.assert_array_equal(actor_of(sb3.PPO.load(written, device="cpu")), row + 1)
 
 
-def test_reduced_gsde_and_discrete_actions_are_not_for_the_simulator(tmp_path: Path) -> None:
+def test_reduced_gsde_and_discrete_actions_that_nothing_says_are_not_for_the_simulator(tmp_path: Path) -> None:
     one_for_all = {"net_arch": [8], "full_std": False}  # both actions share a column of log_std
     gsde = sb3.PPO("MlpPolicy", "Reacher-v5", use_sde=True, policy_kwargs=one_for_all, device="cpu")
     discrete = sb3.PPO("MlpPolicy", "CartPole-v1", n_steps=8, batch_size=8, device="cpu")

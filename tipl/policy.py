@@ -2,10 +2,11 @@
 
 A policy is the actor of Stable-Baselines3's MlpPolicy for Box actions: an MLP gives the mean action, and a vector of
 parameters `log_std` the standard deviations of a diagonal Gaussian around it. Imported actors of SAC and TD3 differ in
-where their standard deviations come from, and take the tanh of the MLP's output. The critic is not stored. One
-checkpoint is one row of p float32 numbers, in the order in which SB3 registers the actor's parameters; `PolicySpec`
-gives p and the position of each parameter in the row. Imported policies of any other kind have a `ParameterLayout`,
-which gives the same, but such policies cannot be run.
+where their standard deviations come from, and take the tanh of the MLP's output; those of discrete actions have one
+output for each action, and take the action with the greatest. The critic is not stored. One checkpoint is one row of p
+float32 numbers, in the order in which SB3 registers the actor's parameters; `PolicySpec` gives p and the position of
+each parameter in the row. Imported policies of any other kind have a `ParameterLayout`, which gives the same, but such
+policies cannot be run.
 """
 
 import dataclasses
@@ -22,6 +23,8 @@ Activation = Literal["tanh", "relu", "elu"]
 ACTIVATIONS = ("tanh", "relu", "elu")
 Spread = Literal["parameter", "head", "none"]
 SPREADS = ("parameter", "head", "none")
+Outputs = Literal["means", "logits", "values"]
+OUTPUTS = ("means", "logits", "values")
 
 
 class Layout(ABC):
@@ -100,6 +103,7 @@ class PolicySpec(Layout):
 
     obs_dim: int
     act_dim: int
+    """Numbers of a continuous action, or how many discrete actions there are."""
     hidden_sizes: tuple[int, ...] = (64, 64)
     activation: Activation = "tanh"
     gsde: bool = False
@@ -113,6 +117,10 @@ class PolicySpec(Layout):
     """Whether an action is the tanh of the mean, rescaled from [-1, 1] to the action space, and not the mean itself."""
     mean_limit: float | None = None
     """The mean is clipped to [-mean_limit, mean_limit], as in SAC with gSDE; None: it is not."""
+    outputs: Outputs = "means"
+    """What the MLP gives: the mean of a continuous action; "logits" of discrete actions, whose softmax is the
+    probability of each, as in PPO; or "values" of discrete actions, as in DQN. The deterministic policy takes the
+    discrete action with the greatest output, the first of several."""
 
     def __post_init__(self) -> None:
         for name in ("obs_dim", "act_dim"):
@@ -133,10 +141,19 @@ class PolicySpec(Layout):
         limit = self.mean_limit
         if limit is not None and not (isinstance(limit, float) and 0.0 < limit < math.inf):
             raise ValueError(f"PolicySpec: mean_limit must be a finite positive float or None, got {limit!r}")
+        if self.outputs not in OUTPUTS:
+            raise ValueError(f"PolicySpec: outputs must be one of {OUTPUTS}, got {self.outputs!r}")
+        if self.discrete and (self.spread, self.squash, limit) != ("none", False, None):
+            raise ValueError(
+                "PolicySpec: spread, squash and mean_limit must be 'none', False and None with discrete actions, got "
+                f"{self.spread!r}, {self.squash} and {limit}"
+            )
 
     def __str__(self) -> str:
         """Return the layers and what tells the policy from one of plain PPO, in words."""
         words = [f"layers {' -> '.join(map(str, self.layer_sizes))}", self.activation]
+        if self.discrete:
+            return ", ".join([*words, f"discrete actions, the greatest of {self.act_dim} {self.outputs}"])
         words += {"parameter": [], "head": ["log_std by a layer of its own"], "none": ["no log_std"]}[self.spread]
         words += ["gSDE"] if self.gsde else []
         words += [] if self.mean_limit is None else [f"mean clipped to +-{self.mean_limit:g}"]
@@ -144,8 +161,13 @@ class PolicySpec(Layout):
         return ", ".join(words)
 
     @property
+    def discrete(self) -> bool:
+        """Whether the policy takes one of `act_dim` discrete actions."""
+        return self.outputs != "means"
+
+    @property
     def layer_sizes(self) -> tuple[int, ...]:
-        """Widths of the policy's MLP from the observation to the mean action."""
+        """Widths of the policy's MLP from the observation to its outputs."""
         return (self.obs_dim, *self.hidden_sizes, self.act_dim)
 
     @property

@@ -1,9 +1,10 @@
-"""Vectorised environments: Gymnasium's MuJoCo tasks over `mujoco.batch.Batch`, any other Box environment one by one.
+"""Vectorised environments: Gymnasium's MuJoCo tasks over `mujoco.batch.Batch`, any other one of vectors one by one.
 
 `make_vec(env_id, num_envs, seeds=...)` returns a `VectorEnv`. Environment i's randomness depends on seeds[i] alone and
 equals Gymnasium's: its first episode is that of `env.reset(seed=seeds[i])`, later ones continue the same generator.
 
-Shapes  N = num_envs; observations (N, obs_dim) and actions (N, act_dim) are float64.
+Shapes  N = num_envs; observations (N, obs_dim) and actions (N, act_dim) are float64. A discrete action, k of a
+        Discrete(n, start=k), ..., k + n - 1, is a vector of one whole number.
 """
 
 import difflib
@@ -19,11 +20,12 @@ import gymnasium
 import mujoco
 import numpy as np
 from gymnasium.envs.registration import EnvSpec
-from gymnasium.spaces import Box
+from gymnasium.spaces import Box, Discrete
 from mujoco.batch import Batch
 from numpy.typing import NDArray
 
 from tipl.collecting.mujoco_tasks import TASKS, Bools, Floats, MujocoTask, Rows
+from tipl.collecting.spaces import ActionSpace, bounds, checked_actions, flat_box
 
 Ids = NDArray[np.intp]
 
@@ -55,16 +57,18 @@ class VectorEnv(ABC):
     """(act_dim,)"""
     action_high: Floats
     """(act_dim,)"""
+    num_actions: int | None
+    """How many discrete actions there are; None where actions are continuous."""
     max_episode_steps: int | None
     """None where Gymnasium registers no time limit."""
 
     def __init__(
-        self, env_id: str, num_envs: int, obs_dim: int, action_space: Box, max_episode_steps: int | None
+        self, env_id: str, num_envs: int, obs_dim: int, action_space: ActionSpace, max_episode_steps: int | None
     ) -> None:
         self.env_id, self.num_envs, self.obs_dim = env_id, num_envs, obs_dim
-        self.act_dim = action_space.shape[0]
-        self.action_low = action_space.low.astype(np.float64)
-        self.action_high = action_space.high.astype(np.float64)
+        self.action_low, self.action_high = bounds(action_space)
+        self.act_dim = len(self.action_low)
+        self.num_actions = int(action_space.n) if isinstance(action_space, Discrete) else None
         self.max_episode_steps = max_episode_steps
         self._all: Ids = np.arange(num_envs)
         self._obs = np.zeros((num_envs, obs_dim))  # the current observations
@@ -88,8 +92,8 @@ class VectorEnv(ABC):
         Where active (N,) is False an environment is not stepped, costs nothing and its action is ignored; its outputs
         are its current observation, reward 0, False, False. The arrays returned are not reused by later steps.
 
-        Raises RuntimeError before the first reset, TypeError for a wrong dtype, ValueError for a wrong shape or actions
-        that are not finite.
+        Raises RuntimeError before the first reset, TypeError for a wrong dtype, ValueError for a wrong shape, actions
+        that are not finite, or discrete actions that are not whole.
         """
         ids = self._checked_ids(actions, active)
         index = slice(None) if ids is self._all else ids
@@ -126,6 +130,8 @@ class VectorEnv(ABC):
             bad = [int(i) for i in ids if not finite[i].all()]
             if bad:
                 raise ValueError(f"step: actions must be finite, got {actions[bad[0]]} in row {bad[0]}")
+        if self.num_actions is not None and (actions[ids] != np.rint(actions[ids])).any():
+            raise ValueError(f"step: actions must be whole numbers, got {actions[ids, 0]}")
         return ids
 
     @abstractmethod
@@ -263,7 +269,7 @@ class MujocoVectorEnv(VectorEnv):
 
 
 class GymnasiumVectorEnv(VectorEnv):
-    """Any environment registered with Gymnasium whose observations and actions are flat Boxes, stepped one by one."""
+    """Any registered environment of vector observations and of vector or Discrete actions, stepped one by one."""
 
     def __init__(self, env_id: str, num_envs: int, *, seeds: list[int], max_episode_steps: int | None) -> None:
         kwargs: dict[str, Any] = {} if max_episode_steps is None else {"max_episode_steps": max_episode_steps}
@@ -274,8 +280,8 @@ class GymnasiumVectorEnv(VectorEnv):
         except (ImportError, gymnasium.error.Error) as error:
             raise ValueError(f"make_vec: Gymnasium refuses {env_id}: {error}") from error
         try:
-            action_space = _flat_box(env_id, "actions", vec.single_action_space)
-            observation_space = _flat_box(env_id, "observations", vec.single_observation_space)
+            action_space = checked_actions(env_id, vec.single_action_space)
+            observation_space = flat_box(env_id, "observations", vec.single_observation_space)
         except ValueError:
             vec.close()
             raise
@@ -293,7 +299,10 @@ class GymnasiumVectorEnv(VectorEnv):
         n = len(ids)
         obs, reward = np.empty((n, self.obs_dim)), np.empty(n)
         terminated, truncated = np.empty(n, np.bool_), np.empty(n, np.bool_)
-        for row, (i, action) in enumerate(zip(ids, actions.astype(self._action_dtype), strict=True)):
+        taken: Any = actions.astype(self._action_dtype)
+        if self.num_actions is not None:
+            taken = taken[:, 0]
+        for row, (i, action) in enumerate(zip(ids, taken, strict=True)):
             obs[row], reward[row], terminated[row], truncated[row], _ = self._envs[i].step(action)
         return obs, reward, terminated, truncated
 
@@ -327,8 +336,8 @@ def make_vec(
 
     Raises:
         TypeError: an argument that should be an int is not one.
-        ValueError: Gymnasium does not know the id or refuses it; the actions or observations are not a Box of vectors;
-            there are not `num_envs` seeds.
+        ValueError: Gymnasium does not know the id or refuses it; the observations are not a Box of vectors, or the
+            actions neither that nor Discrete; there are not `num_envs` seeds.
     """
     num_envs = _checked_int("num_envs", num_envs, 1)
     if num_threads is not None:
@@ -362,16 +371,6 @@ def _spec(env_id: str) -> EnvSpec:
         hint = f"; did you mean {' or '.join(close)}?" if close else ""
         raise ValueError(f"make_vec: unknown env_id {env_id!r}{hint}")
     return spec
-
-
-def _flat_box(env_id: str, name: str, space: Any) -> Box[Any]:
-    if not isinstance(space, Box):
-        raise ValueError(f"make_vec: the {name} of {env_id} must be a Box, got {space}")
-    if len(space.shape) != 1:
-        raise ValueError(f"make_vec: the {name} of {env_id} must be vectors, got shape {space.shape}")
-    if name == "actions" and not np.issubdtype(space.dtype, np.floating):
-        raise ValueError(f"make_vec: the actions of {env_id} must be continuous, got {space.dtype}")
-    return space
 
 
 def _checked_int(name: str, value: int, low: int) -> int:

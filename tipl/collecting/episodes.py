@@ -1,9 +1,10 @@
 """Run deterministic policies in the simulator: their episodic returns, and a sample of the states that they visit.
 
-A deterministic policy takes the mean action, clipped to the action space or squashed into it. Bit for bit, its results
-depend only on its weights and its episode seeds: not on which policies step together, the number of threads, or which
-machine of a cluster runs it, provided that all have the same libraries and instruction set (`tipl._core.isa()`).
-Another instruction set may round an action differently, and chaotic dynamics turn that into a different return.
+A deterministic policy takes the mean action, clipped to the action space or squashed into it, or of discrete actions
+the one with the greatest output. Bit for bit, its results depend only on its weights and its episode seeds: not on
+which policies step together, the number of threads, or which machine of a cluster runs it, provided that all have the
+same libraries and instruction set (`tipl._core.isa()`). Another instruction set may round an action differently, and
+chaotic dynamics turn that into a different return.
 
 Shapes  N policies, M of them in a group that steps together, E episodes per policy, S states kept per policy,
         p weights.
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 from rich.progress import Progress
 
 from tipl.cluster import Cluster
-from tipl.collecting.envs import make_vec
+from tipl.collecting.envs import VectorEnv, make_vec
 from tipl.collecting.policy_network import actions_of, mean_of_rows, mlp_rows
 from tipl.policy import PolicySpec
 from tipl.storing.store import Store
@@ -57,7 +58,7 @@ def run_episodes(
     `episode_seeds` is (E,), the same for all policies, or (N, E). Policies and episodes step together in groups of up
     to `ENVS_AT_ONCE` simulations; an episode that has ended is not stepped further. On a cluster, workers take these
     groups one by one, each with `num_threads` threads, by default 1. Raises ValueError where the policies have not the
-    environment's numbers of observations and actions.
+    environment's numbers of observations and actions, or not its kind of actions.
     """
     seeds = np.broadcast_to(episode_seeds, (len(weights), np.shape(episode_seeds)[-1]))
     num_episodes = seeds.shape[1]
@@ -113,10 +114,29 @@ def can_run(env_id: str, policy: PolicySpec) -> bool:
     try:
         with contextlib.closing(make_vec(env_id, 1, seeds=[0], num_threads=1)) as env:
             has_bounds = bool(np.isfinite(env.action_high - env.action_low).all())
-            sizes = (env.obs_dim, env.act_dim)
-            return (policy.obs_dim, policy.act_dim) == sizes and (has_bounds or not policy.squash)
+            return not misfit(policy, env) and (has_bounds or not policy.squash)
     except (ValueError, gymnasium.error.Error):
         return False
+
+
+def misfit(policy: PolicySpec, env: VectorEnv) -> str:
+    """Return in words what the environment's policies must do, and what this one does instead; "" where it fits."""
+    is_discrete = env.num_actions is not None
+    num_actions = env.act_dim if env.num_actions is None else env.num_actions
+    if policy.discrete != is_discrete:
+        expected, got = _acting(num_actions, is_discrete), _acting(policy.act_dim, policy.discrete)
+        return f"must {expected}, got policies that {got}"
+    if (policy.obs_dim, policy.act_dim) != (env.obs_dim, num_actions):
+        return (
+            f"must have {env.obs_dim} observations and {num_actions} actions, got {policy.obs_dim} and {policy.act_dim}"
+        )
+    return ""
+
+
+def _acting(num_actions: int, is_discrete: bool) -> str:
+    if is_discrete:
+        return f"choose one of {num_actions} discrete actions"
+    return f"give continuous actions of size {num_actions}"
 
 
 def _no_tick(num_ended: int) -> None:
@@ -136,11 +156,9 @@ def _run_group(
     shape, seeds = episode_seeds.shape, episode_seeds.ravel().tolist()
     env = make_vec(env_id, len(seeds), seeds=seeds, num_threads=num_threads)
     with contextlib.closing(env):
-        if (policy.obs_dim, policy.act_dim) != (env.obs_dim, env.act_dim):
-            raise ValueError(
-                f"evaluate: the policies of {env_id} must have {env.obs_dim} observations and {env.act_dim} actions, "
-                f"got {policy.obs_dim} and {policy.act_dim}"
-            )
+        difference = misfit(policy, env)
+        if difference:
+            raise ValueError(f"evaluate: the policies of {env_id} {difference}")
         # A copy, because arrays from Ray's object store are read-only, and torch warns of those.
         group, total = mlp_rows(policy, torch.from_numpy(weights.copy())), np.zeros(env.num_envs)
         sample = _StateSample(num_states, env.obs_dim, episode_seeds)

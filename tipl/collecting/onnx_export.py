@@ -1,8 +1,9 @@
 """Export to ONNX: the deterministic policy as a model that needs neither tipl nor torch.
 
     observation (batch, obs_dim) -> [clip] -> MLP -> clip, or tanh and rescale -> action (batch, act_dim)
+                                                  -> argmax                    -> discrete action (batch,) int64
 
-All float32, the batch of any size. The package onnx (the extra `onnx`) writes the file; any runtime reads it.
+All else float32, the batch of any size. The package onnx (the extra `onnx`) writes the file; any runtime reads it.
 """
 
 import contextlib
@@ -15,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tipl.collecting.envs import make_vec
+from tipl.collecting.episodes import misfit
 from tipl.files.locations import write_atomically
 from tipl.files.publishing import published
 from tipl.policy import Layout, PolicySpec
@@ -45,7 +47,8 @@ def export_onnx(
 
     The model takes `observation` (batch, obs_dim) float32, as the environment gives it, and returns `action` (batch,
     act_dim) float32, as `model.predict(obs, deterministic=True)` of Stable-Baselines3 does: the mean action clipped to
-    the action space, or squashed into it where the policy does so. Statistics of observations that are folded into the
+    the action space, or squashed into it where the policy does so. Of discrete actions `action` is (batch,) int64, the
+    environment's numbers of those with the greatest output. Statistics of observations that are folded into the
     weights act in it; what VecNormalize clips is clipped if `normaliser` names its file.
 
     Args:
@@ -54,7 +57,8 @@ def export_onnx(
         checkpoint: index of the checkpoint in the path, as in the forecast's `checkpoint`; by default the last one.
         trial: index of the trial, if `weights` is a store.
         env_id: the Gymnasium id of the task, whose action space actions are clipped to; by default the one that the
-            file says. "none" leaves actions as they are, those of a policy that squashes between -1 and 1.
+            file says. "none" leaves actions as they are, those of a policy that squashes between -1 and 1, discrete
+            ones counted from 0.
         normaliser: the file of VecNormalize's statistics. Where they are folded into the weights, as in an array's and
             in a store's whose import or recording found them, the model clips observations to mean +- clip_obs
             standard deviations; where they are not, it normalises observations first. By default, and with "none", it
@@ -134,7 +138,7 @@ def _mlp(policy: PolicySpec | None, layout: Layout | None, num_params: int) -> P
 
 
 def _action_bounds(spec: PolicySpec, env_id: Any) -> tuple[Vector, Vector] | None:
-    """Return the least and the greatest action (act_dim,), or None for no bounds."""
+    """Return the least and the greatest action (act_dim,), of discrete ones (1,); or None for no bounds."""
     if env_id == "none":
         return None
     if not isinstance(env_id, str) or env_id == "unknown":
@@ -143,12 +147,34 @@ def _action_bounds(spec: PolicySpec, env_id: Any) -> tuple[Vector, Vector] | Non
             '"none" leaves them as they are'
         )
     with contextlib.closing(make_vec(env_id, 1, seeds=[0], num_threads=1)) as env:
-        if (env.obs_dim, env.act_dim) != (spec.obs_dim, spec.act_dim):
-            raise ValueError(
-                f"export: the policy must have the {env.obs_dim} observations and {env.act_dim} actions of {env_id}, "
-                f"got {spec.obs_dim} and {spec.act_dim}"
-            )
+        difference = misfit(spec, env)
+        if difference:
+            raise ValueError(f"export: a policy of {env_id} {difference}")
         return env.action_low, env.action_high
+
+
+class _Graph:
+    """The nodes of a model, each of which takes what the one before it returns."""
+
+    def __init__(self, onnx: Any) -> None:
+        self.onnx = onnx
+        self.nodes: list[Any] = []
+        self.constants: list[Any] = []
+        self._value = "observation"
+
+    def constant(self, name: str, array: NDArray[Any], dtype: type = np.float32) -> str:
+        self.constants.append(self.onnx.numpy_helper.from_array(np.ascontiguousarray(array, dtype), name))
+        return name
+
+    def apply(self, operation: str, *inputs: str, **attributes: Any) -> None:
+        """Add a node that takes the present value, and then the inputs; its output is the value from now on."""
+        output = f"{len(self.nodes)}.{operation.lower()}"
+        self.nodes.append(self.onnx.helper.make_node(operation, [self._value, *inputs], [output], **attributes))
+        self._value = output
+
+    def clip(self, name: str, limits: tuple[Vector, Vector] | None) -> None:
+        for operation, word, limit in zip(("Max", "Min"), ("low", "high"), limits or (), strict=False):
+            self.apply(operation, self.constant(f"{name}.{word}", limit))
 
 
 def _model(
@@ -156,62 +182,32 @@ def _model(
 ) -> bytes:
     """Return the bytes of the ONNX model, checked."""
     onnx = _onnx()
-    helper, float32 = onnx.helper, onnx.TensorProto.FLOAT
-    nodes: list[Any] = []
-    constants: list[Any] = []
-    value = "observation"
-
-    def constant(name: str, array: NDArray[Any]) -> str:
-        constants.append(onnx.numpy_helper.from_array(np.ascontiguousarray(array, np.float32), name))
-        return name
-
-    def apply(operation: str, *inputs: str, **attributes: Any) -> None:
-        """Add a node that takes the present value, and then the inputs; its output is the value from now on."""
-        nonlocal value
-        output = f"{len(nodes)}.{operation.lower()}"
-        nodes.append(helper.make_node(operation, [value, *inputs], [output], **attributes))
-        value = output
-
-    def clip(name: str, limits: tuple[Vector, Vector] | None) -> None:
-        for operation, word, limit in zip(("Max", "Min"), ("low", "high"), limits or (), strict=False):
-            apply(operation, constant(f"{name}.{word}", limit))
-
-    clip("observation", observations.limits)
+    helper, graph = onnx.helper, _Graph(onnx)
+    graph.clip("observation", observations.limits)
     if observations.shift_and_scale is not None:
         mean, std = observations.shift_and_scale
-        apply("Sub", constant("observation.mean", mean))
-        apply("Div", constant("observation.std", std))
+        graph.apply("Sub", graph.constant("observation.mean", mean))
+        graph.apply("Div", graph.constant("observation.std", std))
     parameters = {
-        name: constant(name, row[offset : offset + math.prod(shape)].reshape(shape))
+        name: graph.constant(name, row[offset : offset + math.prod(shape)].reshape(shape))
         for name, (offset, shape) in spec.layout.items()
         if not name.startswith("log_std")
     }
     layers = [name.removesuffix(".weight") for name in parameters if name.endswith(".weight")]
     for layer in layers:
-        apply("Gemm", f"{layer}.weight", f"{layer}.bias", transB=1)
+        graph.apply("Gemm", f"{layer}.weight", f"{layer}.bias", transB=1)
         if layer != layers[-1]:
-            apply(_ACTIVATIONS[spec.activation])
-    if spec.mean_limit is not None:
-        limit = np.array(spec.mean_limit)
-        clip("mean", (-limit, limit))
-    if spec.squash:
-        apply("Tanh")
-        if bounds is not None:  # as `actions_of` rescales
-            low, high = bounds
-            apply("Add", constant("one", np.array(1.0)))
-            apply("Mul", constant("half", np.array(0.5)))
-            apply("Mul", constant("action.range", high.astype(np.float32) - low.astype(np.float32)))
-            apply("Add", constant("action.low", low))
-    else:
-        clip("action", bounds)
-    nodes[-1].output[0] = "action"
+            graph.apply(_ACTIVATIONS[spec.activation])
+    _act(graph, spec, bounds)
+    graph.nodes[-1].output[0] = "action"
 
-    ends = [
-        helper.make_tensor_value_info(name, float32, ["batch", size])
-        for name, size in (("observation", spec.obs_dim), ("action", spec.act_dim))
-    ]
+    float32, int64 = onnx.TensorProto.FLOAT, onnx.TensorProto.INT64
+    before = helper.make_tensor_value_info("observation", float32, ["batch", spec.obs_dim])
+    after = helper.make_tensor_value_info("action", float32, ["batch", spec.act_dim])
+    if spec.discrete:
+        after = helper.make_tensor_value_info("action", int64, ["batch"])
     model = helper.make_model(
-        helper.make_graph(nodes, "policy", ends[:1], ends[1:], constants),
+        helper.make_graph(graph.nodes, "policy", [before], [after], graph.constants),
         producer_name="tipl",
         opset_imports=[helper.make_opsetid("", OPSET)],
         ir_version=IR_VERSION,
@@ -219,6 +215,28 @@ def _model(
     onnx.checker.check_model(model, full_check=True)
     written: bytes = model.SerializeToString(deterministic=True)
     return written
+
+
+def _act(graph: _Graph, spec: PolicySpec, bounds: tuple[Vector, Vector] | None) -> None:
+    """Add what makes actions of the network's outputs, as `actions_of` does."""
+    if spec.discrete:
+        graph.apply("ArgMax", axis=1, keepdims=0)  # the first of several
+        if bounds is not None and bounds[0].any():
+            graph.apply("Add", graph.constant("action.low", bounds[0], np.int64))
+        return
+    if spec.mean_limit is not None:
+        limit = np.array(spec.mean_limit)
+        graph.clip("mean", (-limit, limit))
+    if not spec.squash:
+        graph.clip("action", bounds)
+        return
+    graph.apply("Tanh")
+    if bounds is not None:
+        low, high = bounds
+        graph.apply("Add", graph.constant("one", np.array(1.0)))
+        graph.apply("Mul", graph.constant("half", np.array(0.5)))
+        graph.apply("Mul", graph.constant("action.range", high.astype(np.float32) - low.astype(np.float32)))
+        graph.apply("Add", graph.constant("action.low", low))
 
 
 def _onnx() -> Any:

@@ -22,10 +22,10 @@ LOG_STD_RANGE = (-20.0, 2.0)
 def mean_action(spec: PolicySpec, weights: Tensor, obs: Tensor) -> Tensor:
     """Return the mean actions (N, E, A) of N policies (N, p), each seeing its own E observations (N, E, obs_dim).
 
-    These are the network's: `actions_of` makes of them what the deterministic policy does. No gradient flows through
-    them. A mean's bits depend neither on the other policies and observations, nor on memory layout or the number of
-    threads, because the engine sums in a fixed order, on the calling thread. Another instruction set
-    (`tipl._core.isa()`) may change the last bit.
+    These are the network's outputs, of A discrete actions one for each: `actions_of` makes of them what the
+    deterministic policy does. No gradient flows through them. A mean's bits depend neither on the other policies and
+    observations, nor on memory layout or the number of threads, because the engine sums in a fixed order, on the
+    calling thread. Another instruction set (`tipl._core.isa()`) may change the last bit.
 
     Raises TypeError for tensors that are not float32 on the CPU, ValueError for another shape.
     """
@@ -74,10 +74,15 @@ def actions_of(
 
     The action space lies between `low` and `high`, (A,) each. Where the policy squashes, an action is tanh(mean),
     rescaled to the action space, in float32 and in the order in which Stable-Baselines3 computes it, and its bits
-    depend on this mean alone. Elsewhere it is the mean, which the caller clips to the action space.
+    depend on this mean alone. Of n discrete actions, the outputs (..., n) become actions (..., 1): `low` (1,) plus the
+    index of the greatest output, the first of several. Elsewhere it is the mean, which the caller clips to the action
+    space.
 
     Raises ValueError where the policy squashes and the action space has no bounds.
     """
+    if spec.discrete:
+        chosen: NDArray[np.float64] = low + means.argmax(-1, keepdims=True)
+        return chosen
     if not spec.squash:
         return means.astype(np.float64)
     least, most = low.astype(np.float32), high.astype(np.float32)

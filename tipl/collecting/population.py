@@ -131,6 +131,11 @@ class Population:
         for seed in self.seeds:
             if not 0 <= seed < 2**32:  # torch's generator takes no more bits
                 raise ValueError(f"Population: seeds must lie in [0, 2**32), got {seed}")
+        if env.num_actions is not None:
+            raise ValueError(
+                f"Population: env must have continuous actions to learn in, but {env.env_id} has {env.num_actions} "
+                "discrete ones; runs of other libraries there can be imported"
+            )
         threads = _core.available_cpus() if num_threads is None else num_threads
         if threads < 1:
             raise ValueError(f"Population: num_threads must be at least 1, got {num_threads}")

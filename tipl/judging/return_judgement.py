@@ -30,7 +30,7 @@ class ReturnJudgement:
 
     action_difference: float | None
     kl: float | None
-    """None too where it is infinite, and for policies that are no Gaussians with a log_std of their own."""
+    """None too where it is infinite, and for policies without a distribution of their own."""
     return_true: float
     return_predicted: float
 

@@ -263,11 +263,12 @@ class _Report:
             self._figure(
                 plot,
                 "Root mean square difference between the actions of the forecast and of the true policy on states that "
-                "the true policy visits, in units of half the action range: means over held-out trials, with 95 % "
-                "bands for TIPL, persistence and the floor.",
+                "the true policy visits, in units of half the action range, or the share of these states in which "
+                "discrete actions differ: means over held-out trials, with 95 % bands for TIPL, persistence and the "
+                "floor.",
             ),
         ]
-        if any(results.has_values("kl", n) for n in names):  # not of TD3's policies, nor with gSDE
+        if any(results.has_values("kl", n) for n in names):  # not of TD3's and DQN's policies, nor with gSDE
             tables.append(self._error_table("KL divergence at the end of the path (IQM), in nats.", "kl", names, "iqm"))
             plot = plots.error_plot(
                 "kl", results, self.bootstrap, "kl", "KL divergence (nats)", BASIS_FLOORS, statistic="iqm", is_log=True

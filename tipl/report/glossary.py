@@ -43,17 +43,20 @@ TERMS = (
     (
         "action difference",
         "difference between the deterministic actions of the forecast and the true policy, clipped to the action space "
-        "and divided by half its range; root mean square over states and action dimensions, at most 2",
+        "and divided by half its range; root mean square over states and action dimensions, at most 2; for discrete "
+        "actions the share of states in which the two differ",
     ),
     (
         "KL",
-        "KL(true || forecast) of the two Gaussian policies, with their standard deviations; mean over states that the "
-        "true policy visits, in nats; none for policies of TD3 and with gSDE",
+        "KL(true || forecast) of the two policies as they act in training, Gaussians or the probabilities of discrete "
+        "actions; mean over states that the true policy visits, in nats; none for policies of TD3 and DQN, nor with "
+        "gSDE",
     ),
     (
         "action variance",
         "variance of the deterministic actions of the held-out trials' policies in the same state, in the units of the "
-        "action difference; mean over states and action dimensions",
+        "action difference; mean over states and action dimensions; for discrete actions the probability that two of "
+        "the policies differ",
     ),
     (
         "confidence",

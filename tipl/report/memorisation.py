@@ -260,8 +260,9 @@ def _diversity_table(results: Results, names: Sequence[str]) -> Html:
         rows.append(row)
     caption = (
         "Variance of the actions of the held-out trials' policies at the end of the path, mean over one set of "
-        "states that their true policies visit, in units of half the action range; below it the standard "
-        "deviation of their returns. Both would be zero if all forecasts were one average policy."
+        "states that their true policies visit, in units of half the action range, or the probability that two of "
+        "them take different discrete actions; below it the standard deviation of their returns. Both would be zero if "
+        "all forecasts were one average policy."
     )
     head = [element("th", "prefix"), element("th", "true policies"), *map(page.column_head, names)]
     return page.table(caption, head, rows)

@@ -3,6 +3,7 @@
 import math
 
 import torch
+from gymnasium.spaces import Discrete
 
 from tipl.storing.actor_families import Settings
 
@@ -11,7 +12,13 @@ def settings_of(policy: torch.nn.Module) -> Settings:
     """Return what the policy's parameters do not say of how it acts."""
     limit = getattr(getattr(policy, "actor", None), "clip_mean", None)
     is_limit = isinstance(limit, float) and 0.0 < limit < math.inf
-    return Settings(activation_of(policy), bool(getattr(policy, "squash_output", False)), limit if is_limit else None)
+    return Settings(
+        activation_of(policy),
+        bool(getattr(policy, "squash_output", False)),
+        limit if is_limit else None,
+        # Masks, which no weights hold, decide with sb3-contrib's MaskablePPO which actions there are.
+        isinstance(policy.action_space, Discrete) and ".maskable." not in f"{type(policy).__module__}.",
+    )
 
 
 def activation_of(policy: torch.nn.Module) -> str | None:

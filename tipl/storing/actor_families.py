@@ -1,17 +1,20 @@
 """How the libraries name the parameters of their MLP actors, and which `PolicySpec` such an actor is.
 
 Stable-Baselines3   PPO, A2C                        mlp_extractor.policy_net.<2 i>, action_net, log_std
+                    these with discrete actions     the same without log_std
                     SAC, and sb3-contrib's TQC      actor.latent_pi.<2 i>, actor.mu, actor.log_std: a layer
                     these with gSDE                 actor.latent_pi.<2 i>, actor.mu or actor.mu.0, actor.log_std
                     TD3, DDPG                       actor.mu.<2 i>
+                    DQN                             q_net.q_net.<2 i>
 CleanRL             continuous PPO                  actor_mean.<2 i>, actor_logstd
+                    PPO, discrete actions           actor.<2 i>
 rsl_rl              PPO                             mlp.<2 i> or actor.<2 i>, and one of four names of the spread
 """
 
 import dataclasses
 from collections.abc import Mapping
 
-from tipl.policy import ACTIVATIONS, PolicySpec, Spread
+from tipl.policy import ACTIVATIONS, Outputs, PolicySpec, Spread
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -41,6 +44,8 @@ class Family:
     needs_gsde: bool = False
     needs_limit: bool = False
     """Whether the mean is clipped, to what no key says."""
+    outputs: Outputs = "means"
+    """Where these are of discrete actions, no key says so: `Settings.discrete` must."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +58,8 @@ class Settings:
     """Whether actions are the tanh of the mean also where the library's default is that they are not."""
     mean_limit: float | None = None
     """To what the mean is clipped where the library's network clips it; None where that is not known."""
+    discrete: bool = False
+    """Whether an MLP without standard deviations chooses one of several discrete actions."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,11 +99,31 @@ _SAC = Family(
 _SAC_GSDE = dataclasses.replace(_SAC, log_std="actor.log_std", spread="parameter", needs_gsde=True)
 FAMILIES = (
     _PPO,
+    dataclasses.replace(_PPO, log_std="", spread="none", outputs="logits"),
+    Family(
+        "sb3",
+        "",
+        "q_net.q_net.",
+        activation="relu",
+        normalisers=(STATISTICS,),
+        encoders=("q_net.features_extractor.",),
+        spread="none",
+        outputs="values",
+    ),  # DQN
     _SAC,
     _SAC_GSDE,  # with clip_mean=0
     dataclasses.replace(_SAC_GSDE, head="actor.mu.0.", needs_limit=True),  # mu.1 clips
     dataclasses.replace(_SAC, log_std="", hidden="actor.mu.", head=None, spread="none"),  # TD3 and DDPG
     Family("cleanrl", "actor_logstd", "actor_mean.", normalisers=(STATISTICS,)),
+    Family(
+        "cleanrl",
+        "",
+        "actor.",
+        normalisers=(STATISTICS,),
+        encoders=("network.", "extra_layer."),
+        spread="none",
+        outputs="logits",
+    ),
     Family("rsl_rl", "distribution.log_std_param", "mlp.", None, "elu", True, ("obs_normalizer.",), ("rnn.", "cnns.")),
     Family("rsl_rl", "distribution.std_param", "mlp.", None, "elu", False, ("obs_normalizer.",), ("rnn.", "cnns.")),
     Family("rsl_rl", "log_std", "actor.", None, "elu", True, _OLD_NORMALISERS, ("memory_a.",)),
@@ -106,8 +133,13 @@ FAMILIES = (
 
 def match(shapes: Shapes, settings: Settings) -> Match | None:
     """Return the actor if the keys of `shapes` are exactly those of an MLP of one of the libraries, else None."""
-    found = (_match(family, shapes, settings) for family in FAMILIES)
+    found = (_match(family, shapes, settings) for family in families(settings))
     return next((it for it in found if it is not None), None)
+
+
+def families(settings: Settings) -> list[Family]:
+    """Return the families that an actor of these settings can be of."""
+    return [it for it in FAMILIES if it.outputs == "means" or settings.discrete]
 
 
 def _match(family: Family, shapes: Shapes, settings: Settings) -> Match | None:
@@ -134,6 +166,7 @@ def _match(family: Family, shapes: Shapes, settings: Settings) -> Match | None:
         spread=family.spread,
         squash=squash,
         mean_limit=limit,
+        outputs=family.outputs,
     )
     if any(shapes[key] not in (shape, (1, *shape)) for key, shape in zip(keys, policy.shapes.values(), strict=True)):
         return None

@@ -182,7 +182,7 @@ def _actor_of_template(
         acts_otherwise = isinstance(policy, PolicySpec) and isinstance(found.policy, PolicySpec)
         if fits and not (known.keys == found.keys and acts_otherwise):
             return known  # the recorder was given a part of the policy that the template holds
-        is_new = isinstance(found.policy, PolicySpec) and found.policy.squash and known.kind == "other"
-        if is_new and known.keys == found.keys and known.fits(template.state):
+        of_new_kind = isinstance(found.policy, PolicySpec) and (found.policy.squash or found.policy.discrete)
+        if of_new_kind and known.kind == "other" and known.keys == found.keys and known.fits(template.state):
             return known  # by a tipl that did not know this kind
     raise ValueError(f"{shown(like)} does not fit the weights: {difference}")

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tipl.policy import Layout, ParameterLayout, PolicySpec, layout_from_dict
-from tipl.storing.actor_families import FAMILIES, STATISTICS, Settings, layers_of, match
+from tipl.storing.actor_families import STATISTICS, Settings, families, layers_of, match
 
 State = Mapping[str, Tensor]
 
@@ -200,7 +200,7 @@ def find_actor(state: State, settings: Settings = Settings(), actor: str | Seque
             "observation statistics can be folded into an MLP of Stable-Baselines3's, or of CleanRL's PPO, and this is "
             f"none: {_some(shapes)}"
         )
-    doubt = _doubt(shapes) if actor is None else ""
+    doubt = _doubt(shapes, settings) if actor is None else ""
     if doubt:
         raise ValueError(f"{doubt}: {how_to_choose(shapes)}")
     keys = tuple(root + name for name in shapes)
@@ -271,13 +271,14 @@ def differences(one: Layout, other: Layout) -> str:
     if not found and one != other:
         if isinstance(one, PolicySpec) and isinstance(other, PolicySpec):
             settings = {"the activation": "activation", "squashing": "squash", "the limit of the mean": "mean_limit"}
+            settings |= {"the kind of the outputs": "outputs"}
             both = {words: (getattr(one, name), getattr(other, name)) for words, name in settings.items()}
             return "; ".join(f"{words} is {new} instead of {old}" for words, (old, new) in both.items() if old != new)
         return "the parameters have another order"
     return "; ".join(found[:3]) + ("; ..." if len(found) > 3 else "")
 
 
-def _doubt(shapes: Mapping[str, tuple[int, ...]]) -> str:
+def _doubt(shapes: Mapping[str, tuple[int, ...]], settings: Settings) -> str:
     """Return in words why some of `shapes` may not be the actor's, or "" where there is no reason to doubt it."""
     parts = {part for key in shapes for part in key.split(".")}
     others = [
@@ -290,7 +291,7 @@ def _doubt(shapes: Mapping[str, tuple[int, ...]]) -> str:
     is_dqn = all(re.match(rf"({_Q_NETWORK})\d*\.", key) for key in shapes)  # its Q network is its policy
     if others and not is_dqn:
         return f"{_some(others)} may be a critic's or another network's"
-    for family in FAMILIES:
+    for family in families(settings):
         layers, keys = layers_of(family, shapes)
         known = (*family.encoders, *family.normalisers)
         beside = [key for key in shapes if key not in keys and not key.startswith(known)]

@@ -47,6 +47,7 @@ _BESIDE_THE_STATE = re.compile(r".*(optim|critic|sched|scaler|rng).*|rnd_.*|(pri
 _JSON_BYTES = 2**25  # most bytes of a safetensors header or SB3's settings; parsed, these take up to 25 times as much
 _LIBRARIES = ("stable_baselines3.", "sb3_contrib.")
 _CLIP_MEAN = 2.0  # SB3's default
+_DISCRETE = ".spaces.discrete.Discrete'>"  # of gymnasium, or of gym in older files
 
 
 @dataclass
@@ -63,6 +64,9 @@ class CheckpointFile:
     """Whether SB3 says that a policy with gSDE takes the tanh of its mean; those of SAC and TD3 always do."""
     mean_limit: float | None = None
     """To what SB3 says that SAC with gSDE clips its mean, where it clips it."""
+    discrete: bool = False
+    """Whether SB3 says that the action space is Discrete; or the file is CleanRL's, whose only MLP without standard
+    deviations under the name `actor` is that of its PPO for discrete actions."""
     doubt: str = ""
     """Why it is not clear which part of the file is the policy's state; `state` then holds all parts, as part.key."""
     own_class: str = ""
@@ -132,7 +136,8 @@ def find_actor_in(
     try:
         if file.doubt and actor is None:
             raise ValueError(f"{file.doubt}: {how_to_choose(file.state)}")
-        found = find_actor(file.state, Settings(file.activation or activation, file.squash, file.mean_limit), actor)
+        settings = Settings(file.activation or activation, file.squash, file.mean_limit, file.discrete)
+        found = find_actor(file.state, settings, actor)
         if found.kind == "sb3" and file.own_class and not (file.activation or activation):
             raise ValueError(
                 f"its policy is of a class of its own, from {shown(file.own_class)}, and the file does not say the "
@@ -206,6 +211,8 @@ def _read_sb3(archive: zipfile.ZipFile, data: bytes, max_bytes: int | None) -> C
         _activation(chosen) if chosen else None if own_class else default,
         kwargs.get("squash_output") is True,
         _mean_limit(kwargs),
+        # Masks, which no file holds, decide with sb3-contrib's MaskablePPO which actions there are.
+        _named(settings.get("action_space"), ":type:").endswith(_DISCRETE) and ".maskable." not in f"{module}.",
         doubt,
         own_class,
         _saw_normalised(settings, is_on_policy=is_on_policy),
@@ -276,7 +283,8 @@ def _read_torch(data: bytes, max_bytes: int | None, *, is_cleanrl: bool) -> Chec
     content = load_torch(data, max_bytes)
     iteration = content.get("iter") if isinstance(content, Mapping) else None
     state, doubt = _state(content, is_cleanrl=is_cleanrl)
-    return CheckpointFile("torch", state, _steps(iteration, "iter"), doubt=doubt, _content=content)
+    steps = _steps(iteration, "iter")
+    return CheckpointFile("torch", state, steps, discrete=is_cleanrl, doubt=doubt, _content=content)
 
 
 def _steps(value: Any, name: str) -> int | None:

@@ -33,7 +33,8 @@ def source_record(actor: Actor, file_format: str, *notes: str) -> dict[str, Any]
     """Return the config's entry "source", plain JSON, with a note of everything that a user of the store must know."""
     record: dict[str, Any] = {"format": file_format, "actor": actor.to_dict()}
     all_notes = [note for note in notes if note]
-    if actor.kind == "cleanrl" and not actor.normaliser:
+    is_discrete = isinstance(actor.policy, PolicySpec) and actor.policy.discrete
+    if actor.kind == "cleanrl" and not actor.normaliser and not is_discrete:
         all_notes.append(
             "CleanRL does not save the statistics with which it normalised observations: in the simulator these "
             "policies do not reach the returns that they had"

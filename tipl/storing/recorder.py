@@ -48,6 +48,7 @@ class Recorder:
         unnormalised: bool = False,
         squash: bool = False,
         mean_limit: float | None = None,
+        discrete: bool = False,
     ) -> None:
         """Record into a new store at `path`, which the first `log` creates.
 
@@ -66,13 +67,15 @@ class Recorder:
                 (squash_output=True). Those of SAC and TD3 always are.
             mean_limit: to what a policy of Stable-Baselines3's SAC with gSDE clips its mean (clip_mean); without it,
                 such a policy cannot be run in the simulator.
+            discrete: the policy chooses one of several discrete actions, as those of Stable-Baselines3's and CleanRL's
+                PPO can and DQN's do; without it, such a policy cannot be run in the simulator.
 
         Raises FileExistsError where `path` exists and `resume` is not set; RuntimeError where the store is damaged or
         another recorder has it open; ValueError where it is not a recording of this env_id.
         """
         self.path = Path(path)
         self._env_id, self._config = env_id, dict(config or {})
-        self._settings = Settings(activation, squash, mean_limit)
+        self._settings = Settings(activation, squash, mean_limit, discrete)
         self._keys, self._note, self._unnormalised = actor, note or "", unnormalised
         self._store: Store | None = None
         self._actor: Actor | None = None
