@@ -25,6 +25,7 @@ from .report import PathSpectrum as PathSpectrum
 from .report import Scores as Scores
 from .report import compare as compare
 from .report import path_spectrum as path_spectrum
+from .report import plot_forecast as plot_forecast
 from .report import plot_ledgers as plot_ledgers
 from .report import plot_scores as plot_scores
 from .report import plot_store as plot_store

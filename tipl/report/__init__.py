@@ -2,6 +2,7 @@
 
 from tipl.report.comparison import Arm, compare, plot_ledgers
 from tipl.report.document import write_report
+from tipl.report.forecast_plot import plot_forecast
 from tipl.report.paths import PathSpectrum, path_spectrum, plot_store
 from tipl.report.scores import Scores, plot_scores, score
 
@@ -11,6 +12,7 @@ __all__ = [
     "Scores",
     "compare",
     "path_spectrum",
+    "plot_forecast",
     "plot_ledgers",
     "plot_scores",
     "plot_store",
