@@ -29,6 +29,7 @@ from .report import plot_forecast as plot_forecast
 from .report import plot_ledgers as plot_ledgers
 from .report import plot_scores as plot_scores
 from .report import plot_store as plot_store
+from .report import record_video as record_video
 from .report import score as score
 from .report import write_report as write_report
 from .reproduction import reproduce as reproduce

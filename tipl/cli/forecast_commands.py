@@ -172,6 +172,72 @@ def _words(found: TrialForecast) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
+class Video:
+    """Film policies of one trial side by side, from the same start: the last one observed, the forecast, the true one.
+
+    It needs the extra `video` (pip install 'tipl[video]'), and OpenGL through EGL or OSMesa, but no screen.
+
+    Example: tipl video --model runs/demo/model --store runs/demo/store.zarr --trial 3 --output trial3.mp4
+    """
+
+    store: StoreArg
+    """Runs of a MuJoCo task."""
+    output: PathArg
+    """An .mp4 file; must not exist."""
+    model: PathArg | None = None
+    """A model folder written by `tipl train`; by default the forecaster that comes with tipl."""
+    trial: int = 0
+    prefix: float = 0.4
+    """Share of the trial's path that is observed."""
+    every: int | None = None
+    """Take every n-th checkpoint; by default the smallest n with which the path fits the model."""
+    horizon: int | None = None
+    """How many checkpoints ahead the forecast and the true policy are; by default those at the end of the path."""
+    seed: int | None = None
+    """The episode's seed; by default that of the first episode on which `tipl evaluate` judges this trial."""
+    seconds: float = 10.0
+    """How much of the episode is shown, in seconds of the simulation."""
+    width: int = 400
+    """Of one policy's picture, in pixels."""
+    height: int = 300
+
+    def run(self) -> None:
+        from tipl.collecting.offscreen import offscreen_platform
+
+        offscreen_platform()  # before mujoco is imported: see there
+        from tipl.judging.return_judgement import episode_seeds
+
+        found = TrialForecast.of(
+            "video",
+            self.store,
+            self.model,
+            trial=self.trial,
+            prefix=self.prefix,
+            every=self.every,
+            horizon=self.horizon,
+        )
+        policies = {
+            f"last observed, checkpoint {found.every * found.prefix_end}": found.observed[-1],
+            f"TIPL's forecast of {found.checkpoints[-1]}": found.ahead.weights[-1],
+        }
+        if len(found.truth) == len(found.ahead.weights):
+            policies[f"true policy, checkpoint {found.checkpoints[-1]}"] = found.truth[-1]
+        seed = int(episode_seeds(EvaluateConfig(), self.trial)[0, 0]) if self.seed is None else self.seed
+        returns = tipl.record_video(
+            self.output,
+            found.store,
+            policies,
+            seed=seed,
+            seconds=self.seconds,
+            width=self.width,
+            height=self.height,
+        )
+        for name, it in returns.items():
+            print(f"return     {it:,.1f}: {name}")
+        print(f"video      {self.output}: the episode of seed {seed}")
+
+
+@dataclasses.dataclass(frozen=True)
 class Evaluate:
     """Judge the forecasts of held-out trials in weight space and in the simulator, beside baselines and floors.
 

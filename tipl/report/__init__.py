@@ -5,6 +5,7 @@ from tipl.report.document import write_report
 from tipl.report.forecast_plot import plot_forecast
 from tipl.report.paths import PathSpectrum, path_spectrum, plot_store
 from tipl.report.scores import Scores, plot_scores, score
+from tipl.report.video import record_video
 
 __all__ = [
     "Arm",
@@ -16,6 +17,7 @@ __all__ = [
     "plot_ledgers",
     "plot_scores",
     "plot_store",
+    "record_video",
     "score",
     "write_report",
 ]
