@@ -76,8 +76,8 @@ def test_the_picture_says_what_it_shows_and_what_it_hides(tmp_path: Path) -> Non
     for label in ("observed", "what came", "TIPL", "persistence", "mean path", "a rival of mine"):
         assert label in text
     for direction, share in enumerate(plane.shares, 1):
-        assert f"direction {direction}: {100 * share:.3g} % of the squared displacement" in text
-    assert f"Outside this plane: {100 * plane.hidden:.3g} % of the squared displacement of the true path" in text
+        assert f"direction {direction}: {100 * round(share, 4):.3g} % of the squared displacement" in text
+    assert f"Outside this plane: {100 * round(plane.hidden, 4):.3g} % of the squared displacement of the true path" in text
     everywhere, seen = plane.distances(FORECAST[-1], TRUTH[-1])
     assert "the truth 18 checkpoints ahead, in all weights (in this plane)" in text
     assert text.count(f"{everywhere:.2f} ({seen:.2f})") == 2  # TIPL's and that of the rival with the same forecast
@@ -89,7 +89,7 @@ def test_the_picture_says_what_it_shows_and_what_it_hides(tmp_path: Path) -> Non
 def test_without_a_truth_the_plane_is_that_of_the_forecast(tmp_path: Path) -> None:
     tipl.plot_forecast(tmp_path / "plot.svg", OBSERVED, FORECAST)
     text, plane = text_of(tmp_path / "plot.svg"), Plane.of(np.concatenate([OBSERVED, FORECAST]))
-    assert f"direction 1: {100 * plane.shares[0]:.3g} %" in text
+    assert f"direction 1: {100 * round(plane.shares[0], 4):.3g} %" in text
     assert "What really came is not known." in text
     assert "what came" not in text
     assert "linear" in text

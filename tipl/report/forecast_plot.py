@@ -7,7 +7,7 @@ Shapes  p weights, h = prefix_end, n and m checkpoints after it.
 """
 
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +15,16 @@ from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
 from tipl.judging.predictors import Linear
-from tipl.report.drawing import NBSP, THEME, Mark, Panel, Plot, percent
+from tipl.report.drawing import NBSP, THEME, Mark, Panel, Plot, note, percent
 from tipl.report.plot_file import plot_path, write_plot
 from tipl.report.plots import predictor_marks
+from tipl.report.results import CoordinatePath
 from tipl.subspace.plane import Plane
 from tipl.subspace.prefix import Prefix
 from tipl.subspace.prefix_end import MIN_PREFIX_END
 
 Weights = NDArray[np.float32]
+Points = NDArray[np.floating]
 
 MAX_DOTS = 60
 """Of a longer path, every n-th checkpoint has a dot."""
@@ -87,29 +89,66 @@ def _checked(name: str, weights: Weights, least: int, num_params: int | None = N
 def forecast_plot(observed: Weights, forecasts: Mapping[str, Weights], truth: Weights | None, title: str) -> Plot:
     """Return the figure of `plot_forecast`; `forecasts` (m, p) are by the names of predictors, "tipl" among them."""
     plane = Plane.of(np.concatenate([observed, forecasts["tipl"] if truth is None else truth]))
-    observed_mark = Mark("observed", "ink", 2.0, marker="o")
-    truth_mark = Mark("what came", "muted", 2.0, marker="*")
-    marks = predictor_marks(["persistence", *forecasts])
-    legend = [observed_mark, *([] if truth is None else [truth_mark]), marks.pop("persistence"), *marks.values()]
+    points = {name: plane.points(weights) for name, weights in forecasts.items()}
+    what_came = None if truth is None else plane.points(truth)
+    legend = _legend(list(forecasts), has_truth=truth is not None)
+    notes = textwrap.fill(_notes(plane, observed, forecasts, truth), _LINE_CHARACTERS)
 
     def draw(ax: Axes) -> None:
-        last = observed[-1:]
-        for name, weights in reversed([*forecasts.items()]):  # the first is drawn over the others
-            _draw_path(ax, plane.points(np.concatenate([last, weights])), marks[name], 4 if name == "tipl" else 3)
-        if truth is not None:
-            _draw_path(ax, plane.points(np.concatenate([last, truth])), truth_mark, 2.5)
-        _draw_path(ax, plane.points(observed), observed_mark, 3.5, has_end=False)
-        _draw_start_and_last(ax, plane.points(observed[[0, -1]]), legend[-len(forecasts) - 1])
-        ax.set_aspect("equal", adjustable="datalim")  # an angle in the picture is an angle in the plane
-        first, second = (f"{percent(round(share, 5))} of the squared displacement" for share in plane.shares)
+        _draw_forecast(ax, plane.points(observed), points, what_came, legend)
+        first, second = (f"{percent(round(share, 4))} of the squared displacement" for share in plane.shares)
         ax.set(xlabel=f"direction 1: {first}", ylabel=f"direction 2: {second}")
-        notes = textwrap.fill(_notes(plane, observed, forecasts, truth), _LINE_CHARACTERS)
         ax.figure.supxlabel(notes, x=0.02, ha="left", fontsize=8.5, color=THEME["muted"][0])
 
-    return Plot("forecast", (Panel(title, draw),), tuple(legend), columns=2, panel_inches=INCHES)
+    return Plot("forecast", (Panel(title, draw),), tuple(legend.values()), panel_inches=INCHES)
 
 
-def _draw_path(ax: Axes, points: NDArray[np.float32], mark: Mark, zorder: float, *, has_end: bool = True) -> None:
+def planes_plot(paths: Sequence[CoordinatePath]) -> Plot:
+    """Return the report's figure: held-out paths and their forecasts on each path's plane, one panel for each."""
+    names = [name for name in paths[0].plane if name not in ("true", "shares")]
+    names.sort(key=lambda name: name != "tipl")
+    legend = _legend(names, has_truth=True)
+
+    def draw(ax: Axes, path: CoordinatePath) -> None:
+        true = path.plane["true"]
+        ahead = {name: path.plane[name] for name in names if name in path.plane}
+        _draw_forecast(ax, true[: path.prefix_end + 1], ahead, true[path.prefix_end + 1 :], legend)
+        first, second = path.plane["shares"]
+        ax.set(xlabel=f"direction 1 ({percent(round(first, 4))})", ylabel=f"direction 2 ({percent(round(second, 4))})")
+        note(ax, f"outside the plane: {percent(round(max(0.0, 1.0 - first - second), 4))}")
+
+    def panel(path: CoordinatePath) -> Panel:
+        return Panel(f"trial {path.trial}, prefix {path.percent}{NBSP}%", lambda ax: draw(ax, path))
+
+    return Plot("plane", tuple(map(panel, paths)), tuple(legend.values()))
+
+
+def _legend(names: Sequence[str], *, has_truth: bool) -> dict[str, Mark]:
+    """Return the mark of each path that is drawn, "observed", "truth" and "persistence" among them, by name."""
+    marks = {"observed": Mark("observed", "ink", 2.0, marker="o")}
+    if has_truth:
+        marks["truth"] = Mark("what came", "muted", 2.0, marker="*")
+    return marks | predictor_marks(["persistence", *names])
+
+
+def _draw_forecast(
+    ax: Axes, observed: Points, forecasts: Mapping[str, Points], truth: Points | None, marks: Mapping[str, Mark]
+) -> None:
+    """Draw what was observed (h+1, 2), and what came and was forecast after it, (m, 2) each."""
+    last = observed[-1:]
+    for name, points in reversed([*forecasts.items()]):  # the first is drawn over the others
+        _draw_path(ax, np.concatenate([last, points]), marks[name], 4 if name == "tipl" else 3)
+    if truth is not None:
+        _draw_path(ax, np.concatenate([last, truth]), marks["truth"], 2.5)
+    _draw_path(ax, observed, marks["observed"], 3.5, has_end=False)
+    persistence = marks["persistence"]
+    _draw_point(ax, observed[0], "o", THEME["ink"][0], 7.5, 6)
+    _draw_point(ax, observed[-1], persistence.marker, persistence.rgb, 7, 5.5)
+    ax.annotate("θ₀", observed[0], xytext=(-6, 6), textcoords="offset points", ha="right", zorder=6)
+    ax.set_aspect("equal", adjustable="datalim")  # an angle in the picture is an angle in the plane
+
+
+def _draw_path(ax: Axes, points: Points, mark: Mark, zorder: float, *, has_end: bool = True) -> None:
     """Draw a path (m, 2) with a dot at each checkpoint and, if `has_end`, the mark's own shape at the last."""
     ax.plot(*points.T, color=mark.rgb, linewidth=0.6 * mark.width, zorder=zorder)
     dots = points[:: -(-len(points) // MAX_DOTS)]
@@ -118,23 +157,16 @@ def _draw_path(ax: Axes, points: NDArray[np.float32], mark: Mark, zorder: float,
         _draw_point(ax, points[-1], mark.marker, mark.rgb, 12 if mark.marker == "*" else 7.5, zorder + 2)
 
 
-def _draw_point(ax: Axes, point: NDArray[np.float32], shape: str, color: str, size: float, zorder: float) -> None:
+def _draw_point(ax: Axes, point: Points, shape: str, color: str, size: float, zorder: float) -> None:
     """Draw one marker with a rim in the colour of the page, which parts it from what lies below."""
     (drawn,) = ax.plot(*point, color=color, linewidth=0, marker=shape, markersize=size, zorder=zorder)
     drawn.set(markeredgecolor=THEME["surface"][0], markeredgewidth=0.9)
 
 
-def _draw_start_and_last(ax: Axes, points: NDArray[np.float32], persistence: Mark) -> None:
-    """Mark the first checkpoint, and the last observed, which is what persistence forecasts."""
-    _draw_point(ax, points[0], "o", THEME["ink"][0], 7.5, 6)
-    _draw_point(ax, points[1], persistence.marker, persistence.rgb, 7, 5.5)
-    ax.annotate("θ₀", points[0], xytext=(-6, 6), textcoords="offset points", ha="right", zorder=6)
-
-
 def _notes(plane: Plane, observed: Weights, forecasts: Mapping[str, Weights], truth: Weights | None) -> str:
     """Return in words what the picture hides."""
     whole = "observed path and forecast together" if truth is None else "true path"
-    text = f"Outside this plane: {percent(round(plane.hidden, 5))} of the squared displacement of the {whole}. "
+    text = f"Outside this plane: {percent(round(plane.hidden, 4))} of the squared displacement of the {whole}. "
     text += f"Unit: the distance from first to last checkpoint of the {whole}. "
     if truth is None:
         return text + "What really came is not known."
