@@ -11,7 +11,9 @@ from factories import SPEC, bare_forecaster, make_store, random_path
 import tipl
 from tipl.cli.trial_forecast import TrialForecast
 from tipl.forecasting.forecaster import check_and_forecast
-from tipl.judging.predictors import Linear
+from tipl.judging.predictors import Linear, MeanPath, canonical_coordinates
+from tipl.judging.training_path import TrainingPath
+from tipl.storing.store import Store
 from tipl.subspace.plane import Plane
 from tipl.subspace.prefix import Prefix
 
@@ -77,7 +79,8 @@ def test_the_picture_says_what_it_shows_and_what_it_hides(tmp_path: Path) -> Non
         assert label in text
     for direction, share in enumerate(plane.shares, 1):
         assert f"direction {direction}: {100 * round(share, 4):.3g} % of the squared displacement" in text
-    assert f"Outside this plane: {100 * round(plane.hidden, 4):.3g} % of the squared displacement of the true path" in text
+    hidden = f"{100 * round(plane.hidden, 4):.3g} %"
+    assert f"Outside this plane: {hidden} of the squared displacement of the true path" in text
     everywhere, seen = plane.distances(FORECAST[-1], TRUTH[-1])
     assert "the truth 18 checkpoints ahead, in all weights (in this plane)" in text
     assert text.count(f"{everywhere:.2f} ({seen:.2f})") == 2  # TIPL's and that of the rival with the same forecast
@@ -153,6 +156,18 @@ def test_rivals_learn_from_the_other_trials(tmp_path: Path) -> None:
     )
     windows = [Linear(w).forecast(Prefix(path[:9]), found.horizons) for w in (1, 2, 4, 6, 8)]
     assert any(np.array_equal(rivals["linear"], it) for it in windows)
+    weights = np.stack([store.trial(i).weights() for i in range(3)])
+    weights[0] = weights[0, 0]  # a run that stands still teaches nothing
+    still = Store.create(tmp_path / "still.zarr", env_id=store.env_id, policy=SPEC, seeds=range(3), config={})
+    still.append(weights, np.zeros((3, 20), np.int64), np.zeros((3, 20)))
+    still.close()
+    for number, teachers in ((1, [2]), (2, [1])):
+        it = TrialForecast(Store.open(still.path), forecaster, number, 1, weights[number], 8, ahead)
+        mean = MeanPath.fit(canonical_coordinates([TrainingPath.of(weights[i], SPEC, 0) for i in teachers], 8, 6))
+        found_rivals = it.rivals()
+        assert found_rivals is not None
+        expected = mean.forecast(Prefix(weights[number, :9]), it.horizons)
+        np.testing.assert_array_equal(found_rivals["mean_path"], expected)
     alone = TrialForecast(make_store(tmp_path / "one.zarr", 1, 20), forecaster, 0, 1, path, 8, ahead)
     assert alone.rivals() is None
 

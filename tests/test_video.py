@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 import tipl
 from tipl.collecting import offscreen
+from tipl.collecting.envs import MujocoVectorEnv, make_vec
 from tipl.collecting.episodes import Recording, record_episodes, run_episodes
 from tipl.collecting.mujoco_tasks import TASKS
 from tipl.policy import ParameterLayout, PolicySpec
@@ -68,8 +69,6 @@ def test_what_is_recorded_is_what_is_judged() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("env_id", ["HalfCheetah-v5", "Hopper-v5", "Ant-v5", "Reacher-v4"])
 def test_of_every_kind_of_task_the_returns_are_the_judged_ones(env_id: str) -> None:
-    from tipl.collecting.envs import make_vec
-
     env = make_vec(env_id, 1, seeds=[0], num_threads=1)
     policy = PolicySpec(env.obs_dim, env.act_dim, (8,))
     weights = random_policies(policy, 2)
@@ -331,12 +330,13 @@ def real_platform() -> str:
 def test_real_pictures_show_the_simulation() -> None:
     real_platform()
     for env_id in ("InvertedDoublePendulum-v5", "HalfCheetah-v5"):
-        policy_env = tipl.collecting.envs.make_vec(env_id, 1, seeds=[0], num_threads=1)
-        policy_env.reset()
-        states = [policy_env.get_state().simulations[0]]
+        env = make_vec(env_id, 1, seeds=[0], num_threads=1)
+        assert isinstance(env, MujocoVectorEnv)
+        env.reset()
+        states = [env.get_state().simulations[0]]
         for _ in range(10):
-            policy_env.step(np.ones((1, policy_env.act_dim)))
-        states.append(policy_env.get_state().simulations[0])
+            env.step(np.ones((1, env.act_dim)))
+        states.append(env.get_state().simulations[0])
         with offscreen.open_renderer(TASKS[env_id].load_model(), 96, 64) as render:
             before, after, again = render(states[0]), render(states[1]), render(states[0])
         assert before.shape == (64, 96, 3)

@@ -194,7 +194,8 @@ class Video:
     horizon: int | None = None
     """How many checkpoints ahead the forecast and the true policy are; by default those at the end of the path."""
     seed: int | None = None
-    """The episode's seed; by default that of the first episode on which `tipl evaluate` judges this trial."""
+    """The episode's seed; by default that of the first episode on which `tipl evaluate` judges this trial under its own
+    default seed."""
     seconds: float = 10.0
     """How much of the episode is shown, in seconds of the simulation."""
     width: int = 400

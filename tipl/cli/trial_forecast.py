@@ -83,16 +83,15 @@ class TrialForecast:
         path = of_trial.weights()[::every]
         prefix_end = prefix_end_of(prefix, len(path))
         horizon = len(path) - 1 - prefix_end if horizon is None else horizon
-        forecast = check_and_forecast(forecaster, path[: prefix_end + 1], horizon, layout=opened.policy, device=device)[
-            0
-        ]
+        observed = path[: prefix_end + 1]
+        (forecast,) = check_and_forecast(forecaster, observed, horizon, layout=opened.policy, device=device)
         return cls(opened, forecaster, trial, every, path, prefix_end, forecast.at())
 
     def rivals(self) -> dict[str, NDArray[np.float32]] | None:
         """Return what linear extrapolation and the mean path forecast, taught by other trials of the store.
 
-        Teachers are the trials that the forecaster was trained on, of a store that it does not know all others. None
-        where no other trial is as long as this one, or the prefix is the whole path.
+        These are the trials that taught the forecaster or, where it was trained on other stores, any; MAX_TEACHERS at
+        most. None where no other trial is as long as this one, or the prefix is the whole path.
         """
         from tipl.judging.predictors import Linear, MeanPath, canonical_coordinates
         from tipl.judging.training_path import TrainingPath
@@ -103,10 +102,11 @@ class TrialForecast:
         among = range(store.num_trials) if source is None else source["split"]["train"]
         teachers = [i for i in among if i != self.trial and store.trial(i).num_checkpoints == length][:MAX_TEACHERS]
         horizons = self.horizons[: len(self.truth)]
-        if not teachers or not len(horizons):
-            return None
-        paths = (store.trial(i).weights()[:: self.every] for i in teachers)
+        paths = (store.trial(i).weights()[:: self.every] for i in teachers) if len(horizons) else ()
         training = [TrainingPath.of(path, store.policy, seed) for seed, path in enumerate(paths)]
+        training = [it for it in training if it.walked(self.prefix_end) > 0]  # one that stands still teaches nothing
+        if not training:
+            return None
         coordinates = canonical_coordinates(training, self.prefix_end, self.forecaster.model.config.n_components)
         prefix = Prefix(self.observed)
         return {
