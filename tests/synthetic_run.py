@@ -14,6 +14,7 @@ from tipl.files.manifest import write_manifest
 from tipl.report import write_report
 from tipl.report.results import Results, read_results
 from tipl.storing.store import Store
+from tipl.subspace.plane import Plane
 
 PREFIXES = (0.2, 0.4, 0.6, 0.8)
 NUM_COMPONENTS = 8
@@ -125,6 +126,12 @@ def make_coordinates(store: Store, heldout: list[int], prefixes: tuple[float, ..
             stem = f"trial{trial}_prefix{round(100 * prefix)}_"
             arrays[stem + "true"], arrays[stem + "tipl"] = true.astype(np.float32), forecast.astype(np.float32)
             arrays[stem + "h"] = np.array([h])
+            if trial == heldout[0]:
+                path = store.trial(trial).weights()
+                plane, away = Plane.of(path), np.arange(1, len(path) - h)[:, None] * (path[h] - path[h - 1])
+                arrays[stem + "plane_true"], arrays[stem + "plane_shares"] = plane.points(path), np.array(plane.shares)
+                arrays[stem + "plane_tipl"] = plane.points(path[h] + np.float32(0.6) * (path[h + 1 :] - path[h]))
+                arrays[stem + "plane_linear"] = plane.points((path[h] + away).astype(np.float32))
     return arrays
 
 

@@ -238,7 +238,7 @@ def test_help_loads_no_slow_library() -> None:
             sys.executable,
             "-c",
             "import atexit, sys; from tipl.cli import main\n"
-            "slow = {'torch', 'mujoco', 'matplotlib', 'zarr', 'onnx'}\n"
+            "slow = {'torch', 'mujoco', 'matplotlib', 'zarr', 'onnx', 'imageio_ffmpeg'}\n"
             "atexit.register(lambda: print('loaded', *(slow & set(sys.modules))))\n"
             "main()",
             "collect",

@@ -22,6 +22,7 @@ from tipl.report import write_report
 from tipl.report.results import read_results
 from tipl.storing.store import Store
 from tipl.subspace.basis import Basis
+from tipl.subspace.plane import Plane
 from tipl.subspace.prefix import Prefix
 
 pytestmark = pytest.mark.usefixtures("hasty_nowcaster", "unrendered")
@@ -102,6 +103,12 @@ def test_rows_floors_and_report(tiny_store: Store, tiny_model: Path, forecaster:
     stem = f"trial{heldout[0]}_prefix40"
     np.testing.assert_array_equal(paths[f"{stem}_true"][:7], paths[f"{stem}_tipl"][:7])
     assert paths[f"{stem}_h"].tolist() == [6]
+    path = store.trial(heldout[0]).weights()
+    plane, forecast = Plane.of(path), forecaster.forecast([path[:7]], [len(path) - 7], layout=store.policy)[0]
+    np.testing.assert_array_equal(paths[f"{stem}_plane_true"], plane.points(path))
+    np.testing.assert_allclose(paths[f"{stem}_plane_tipl"], plane.points(forecast.weights()), atol=1e-5)
+    np.testing.assert_array_equal(paths[f"{stem}_plane_shares"], plane.shares)
+    assert paths[f"{stem}_plane_mean_path"].shape == paths[f"{stem}_plane_linear"].shape == (len(path) - 7, 2)
     page = write_report(
         tmp_path / "report", evaluation=target.parent, store=store, training=tiny_model / "training.json"
     )

@@ -191,6 +191,21 @@ def test_damaged_coordinates_are_named(tmp_path: Path) -> None:
             {"true": paths, "tipl": paths, "h": np.array([5])},
             r"trial3_prefix20_h must hold one index below T = 5, got \[5\]",
         ),
+        (
+            {"true": paths, "tipl": paths, "h": np.array([1]), "plane_true": paths, "plane_shares": np.ones(2)},
+            "it lacks trial3_prefix20_plane_tipl",
+        ),
+        (
+            {
+                "true": paths,
+                "tipl": paths,
+                "h": np.array([1]),
+                "plane_true": paths,
+                "plane_shares": np.ones(2),
+                "plane_tipl": paths,
+            },
+            r"trial3_prefix20_plane_tipl must be finite and have the shape \(3, 2\), got \(5, 2\)",
+        ),
     ):
         safetensors.numpy.save_file({stem + name: array for name, array in arrays.items()}, path)
         write_manifest(tmp_path)

@@ -25,9 +25,11 @@ from .report import PathSpectrum as PathSpectrum
 from .report import Scores as Scores
 from .report import compare as compare
 from .report import path_spectrum as path_spectrum
+from .report import plot_forecast as plot_forecast
 from .report import plot_ledgers as plot_ledgers
 from .report import plot_scores as plot_scores
 from .report import plot_store as plot_store
+from .report import record_video as record_video
 from .report import score as score
 from .report import write_report as write_report
 from .reproduction import reproduce as reproduce

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import tyro
 
-from tipl.cli.forecast_commands import Calibrate, Evaluate, Report, Rollout, Score, Train
+from tipl.cli.forecast_commands import Calibrate, Evaluate, Report, Rollout, Score, Train, Video
 from tipl.cli.jump_commands import Accelerate, Compare
 from tipl.cli.printing import one_line, print_versions, print_warning
 from tipl.cli.run_commands import Demo, Reproduce, Run
@@ -26,6 +26,7 @@ Command = (
     | Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Calibrate, tyro.conf.subcommand("calibrate")]
     | Annotated[Rollout, tyro.conf.subcommand("rollout")]
+    | Annotated[Video, tyro.conf.subcommand("video")]
     | Annotated[Import, tyro.conf.subcommand("import")]
     | Annotated[Export, tyro.conf.subcommand("export")]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]

@@ -5,7 +5,6 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import tyro
 from numpy.typing import NDArray
 from tyro.conf import OmitArgPrefixes
@@ -13,11 +12,11 @@ from tyro.conf import OmitArgPrefixes
 import tipl
 from tipl.cli.arguments import FreshArg, PathArg, RayArg, StoreArg
 from tipl.cli.printing import end_of_path_table, training_line
+from tipl.cli.trial_forecast import TrialForecast, check_prefix
 from tipl.files.publishing import published
 from tipl.files.sealed import save_arrays
 from tipl.forecasting.train_config import TrainConfig
 from tipl.judging.evaluate_config import EvaluateConfig
-from tipl.subspace.prefix_end import prefix_end_of
 
 if TYPE_CHECKING:
     from tipl.report.intervals import Estimate
@@ -91,7 +90,7 @@ class Rollout:
 
     Example: tipl rollout --model runs/demo/model --store runs/demo/store.zarr --trial 3 --output f.safetensors
 
-    Example: tipl rollout --store runs/own/store.zarr --output f.safetensors
+    Example: tipl rollout --store runs/own/store.zarr --output f.safetensors --plot path.svg
     """
 
     store: StoreArg
@@ -110,43 +109,133 @@ class Rollout:
     """How many checkpoints to forecast; by default to the end of the path."""
     device: str = "cpu"
     """Where the Transformer runs: cpu, cuda, cuda:1 ..., or auto, which takes the faster one."""
+    plot: PathArg | None = None
+    """Draw the observed path, what came, the forecast and simple rivals, all projected on the two leading directions of
+    the path, into this .svg or .png file."""
+    overwrite: bool = False
+    """Replace a plot that is there."""
 
     def run(self) -> None:
-        if not 0.0 < self.prefix <= 1.0:
-            raise ValueError(f"rollout: prefix must be a share of the path in (0, 1], got {self.prefix}")
-        with published(self.output, "rollout") as aside:
-            said = self._forecast(aside)
-        print(f"forecast   {self.output}: {said}")
+        from tipl.report.drawing import percent
+        from tipl.report.plot_file import plot_path
 
-    def _forecast(self, path: Path) -> str:
-        """Write the forecast to `path`; return what is to be said of it."""
-        from tipl.forecasting.forecaster import check_and_forecast
+        check_prefix("rollout", self.prefix)
+        if self.plot is not None:
+            plot_path("rollout", self.plot, overwrite=self.overwrite)
+            if self.plot == self.output:
+                raise ValueError(f"rollout: output and plot must be two files, got {self.plot} for both")
+        with published(self.output, "rollout") as aside:
+            found = self._forecast(aside)
+        print(f"forecast   {self.output}: {_words(found)}")
+        if self.plot is not None:
+            tipl.plot_forecast(
+                self.plot,
+                found.observed,
+                found.ahead.weights,
+                truth=found.truth if len(found.truth) else None,
+                rivals=found.rivals(),
+                title=f"{found.store.env_id}, trial {self.trial}, {percent(self.prefix)} of the path observed",
+                overwrite=self.overwrite,
+            )
+            print(f"plot       {self.plot}")
+
+    def _forecast(self, path: Path) -> TrialForecast:
+        """Write the forecast to `path`, and return it."""
         from tipl.storing.exporter import layout_record
 
-        store = tipl.Store.open(self.store)
-        if not 0 <= self.trial < store.num_trials:
-            raise ValueError(f"rollout: trial must lie in [0, {store.num_trials}), got {self.trial}")
-        forecaster = tipl.load_pretrained() if self.model is None else tipl.Forecaster.load(self.model)
-        trial, max_len = store.trial(self.trial), forecaster.model.config.max_len
-        every = -(-(trial.num_checkpoints - 1) // (max_len - 1)) if self.every is None else self.every
-        if every < 1:
-            raise ValueError(f"rollout: every must be at least 1, got {every}")
-        weights = trial.weights()[::every]
-        prefix_end = prefix_end_of(self.prefix, len(weights))
-        horizon = len(weights) - 1 - prefix_end if self.horizon is None else self.horizon
-        forecast = check_and_forecast(
-            forecaster, weights[: prefix_end + 1], horizon, layout=store.policy, device=self.device
-        )[0]
-        checkpoint = every * np.arange(prefix_end + 1, prefix_end + 1 + horizon)
-        ahead = forecast.at()
-        arrays: dict[str, NDArray[Any]] = {"weights": ahead.weights, "checkpoint": checkpoint}
-        trusted = ""
-        if ahead.confidence is not None:
-            arrays["confidence"] = ahead.confidence
-            trusted = f"; the last beats the policy at {every * prefix_end} with p = {arrays['confidence'][-1]:.2f}"
-        save_arrays(path, arrays, layout_record(store))
-        thinned = f", every {every}," if every > 1 else ""
-        return f"checkpoints {checkpoint[0]} to {checkpoint[-1]}{thinned} of trial {self.trial}{trusted}"
+        found = TrialForecast.of(
+            "rollout",
+            self.store,
+            self.model,
+            trial=self.trial,
+            prefix=self.prefix,
+            every=self.every,
+            horizon=self.horizon,
+            device=self.device,
+        )
+        arrays: dict[str, NDArray[Any]] = {"weights": found.ahead.weights, "checkpoint": found.checkpoints}
+        if found.ahead.confidence is not None:
+            arrays["confidence"] = found.ahead.confidence
+        save_arrays(path, arrays, layout_record(found.store))
+        return found
+
+
+def _words(found: TrialForecast) -> str:
+    """Return in words which checkpoints are forecast, and how far the last is to be trusted."""
+    trusted = ""
+    if found.ahead.confidence is not None:
+        last, p = found.every * found.prefix_end, found.ahead.confidence[-1]
+        trusted = f"; the last beats the policy at {last} with p = {p:.2f}"
+    thinned = f", every {found.every}," if found.every > 1 else ""
+    checkpoint = found.checkpoints
+    return f"checkpoints {checkpoint[0]} to {checkpoint[-1]}{thinned} of trial {found.trial}{trusted}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Video:
+    """Film policies of one trial side by side, from the same start: the last one observed, the forecast, the true one.
+
+    It needs the extra `video` (pip install 'tipl[video]'), and OpenGL through EGL or OSMesa, but no screen.
+
+    Example: tipl video --model runs/demo/model --store runs/demo/store.zarr --trial 3 --output trial3.mp4
+    """
+
+    store: StoreArg
+    """Runs of a MuJoCo task."""
+    output: PathArg
+    """An .mp4 file; must not exist."""
+    model: PathArg | None = None
+    """A model folder written by `tipl train`; by default the forecaster that comes with tipl."""
+    trial: int = 0
+    prefix: float = 0.4
+    """Share of the trial's path that is observed."""
+    every: int | None = None
+    """Take every n-th checkpoint; by default the smallest n with which the path fits the model."""
+    horizon: int | None = None
+    """How many checkpoints ahead the forecast and the true policy are; by default those at the end of the path."""
+    seed: int | None = None
+    """The episode's seed; by default that of the first episode on which `tipl evaluate` judges this trial under its own
+    default seed."""
+    seconds: float = 10.0
+    """How much of the episode is shown, in seconds of the simulation."""
+    width: int = 400
+    """Of one policy's picture, in pixels."""
+    height: int = 300
+
+    def run(self) -> None:
+        from tipl.collecting.offscreen import offscreen_platform
+
+        offscreen_platform()  # before mujoco is imported: see there
+        from tipl.judging.return_judgement import episode_seeds
+
+        found = TrialForecast.of(
+            "video",
+            self.store,
+            self.model,
+            trial=self.trial,
+            prefix=self.prefix,
+            every=self.every,
+            horizon=self.horizon,
+        )
+        policies = {
+            f"last observed, checkpoint {found.every * found.prefix_end}": found.observed[-1],
+            f"TIPL's forecast of {found.checkpoints[-1]}": found.ahead.weights[-1],
+        }
+        if len(found.truth) == len(found.ahead.weights):
+            policies[f"true policy, checkpoint {found.checkpoints[-1]}"] = found.truth[-1]
+        seed = int(episode_seeds(EvaluateConfig(), self.trial)[0, 0]) if self.seed is None else self.seed
+        returns = tipl.record_video(
+            self.output,
+            found.store,
+            policies,
+            seed=seed,
+            seconds=self.seconds,
+            width=self.width,
+            height=self.height,
+        )
+        for name, it in returns.items():
+            print(f"return     {it:,.1f}: {name}")
+        print(f"video      {self.output}: the episode of seed {seed}")
 
 
 @dataclasses.dataclass(frozen=True)

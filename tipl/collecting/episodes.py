@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from rich.progress import Progress
 
 from tipl.cluster import Cluster
-from tipl.collecting.envs import VectorEnv, make_vec
+from tipl.collecting.envs import MujocoVectorEnv, VectorEnv, make_vec
 from tipl.collecting.policy_network import actions_of, mean_of_rows, mlp_rows
 from tipl.policy import PolicySpec
 from tipl.storing.store import Store
@@ -80,6 +80,40 @@ def run_episodes(
         calls = [(env_id, policy, *group, num_states, threads) for group in groups]
         parts = cluster.map(_run_group, calls, num_cpus=threads, poll=poll)
     return Episodes(np.concatenate([part.returns for part in parts]), [kept for part in parts for kept in part.states])
+
+
+@dataclasses.dataclass(frozen=True)
+class Recording:
+    """One episode of each of M policies, all from the same start: at most S steps, the longest episode's."""
+
+    states: NDArray[np.float64]
+    """MuJoCo's mjSTATE_INTEGRATION before each step, (S, M, nstate); after an episode's end its last one."""
+    returns: NDArray[np.float64]
+    """Return so far before each step, and in the end, (S+1, M)."""
+    lengths: NDArray[np.int64]
+    """Steps of each episode, (M,)."""
+
+
+def record_episodes(env_id: str, policy: PolicySpec, weights: NDArray[np.float32], seed: int) -> Recording:
+    """Return what happens in the episode of `seed` under each of the policies (M, p): just what `run_episodes` judges.
+
+    Raises ValueError where the environment is not one of `TASKS`, whose state alone can be read, or does not fit.
+    """
+    states: list[NDArray[np.float64]] = []
+    returns: list[NDArray[np.float64]] = []
+    lengths = np.zeros(len(weights), np.int64)
+
+    def watch(env: VectorEnv, running: NDArray[np.bool_], total: NDArray[np.float64]) -> None:
+        if not isinstance(env, MujocoVectorEnv):
+            raise ValueError(f"record_episodes: env_id must be one of tipl's MuJoCo tasks, got {env_id!r}")
+        returns.append(total.copy())
+        if running.any():  # an episode that has ended was reset: its last state stays
+            now = env.get_state().simulations
+            states.append(now if not states else np.where(running[:, None], now, states[-1]))
+        lengths[:] += running
+
+    _run_group(env_id, policy, weights, np.full((len(weights), 1), seed), 0, None, watch=watch)
+    return Recording(np.stack(states), np.stack(returns), lengths)
 
 
 def episodic_returns(
@@ -143,6 +177,10 @@ def _no_tick(num_ended: int) -> None:
     pass
 
 
+def _no_watch(env: VectorEnv, running: NDArray[np.bool_], total: NDArray[np.float64]) -> None:
+    pass
+
+
 def _run_group(
     env_id: str,
     policy: PolicySpec,
@@ -151,8 +189,12 @@ def _run_group(
     num_states: int,
     num_threads: int | None,
     tick: Callable[[int], None] = _no_tick,
+    watch: Callable[[VectorEnv, NDArray[np.bool_], NDArray[np.float64]], None] = _no_watch,
 ) -> Episodes:
-    """Run policies (M, p) on episodes (M, E) that step together; `tick` gets each number of ended episodes."""
+    """Run policies (M, p) on episodes (M, E) that step together; `tick` gets each number of ended episodes.
+
+    `watch` is called before each step and after the last, with which episodes are running and their returns so far.
+    """
     shape, seeds = episode_seeds.shape, episode_seeds.ravel().tolist()
     env = make_vec(env_id, len(seeds), seeds=seeds, num_threads=num_threads)
     with contextlib.closing(env):
@@ -165,6 +207,7 @@ def _run_group(
         obs = env.reset(seeds)
         running = np.ones(env.num_envs, bool)
         while running.any():
+            watch(env, running, total)
             # Only policies with a running episode compute actions: (M, E, obs_dim) -> (M, E, act_dim)
             busy = np.flatnonzero(running.reshape(shape).any(1))
             seen = obs.reshape(*shape, -1).astype(np.float32)
@@ -181,6 +224,7 @@ def _run_group(
             running &= ~ended
             if ended.any():
                 tick(int(ended.sum()))
+        watch(env, running, total)
     return Episodes(total.reshape(shape), sample.states())
 
 

@@ -18,6 +18,7 @@ from tipl.judging.memorisation import future_leak, nearest_distances, training_f
 from tipl.judging.predictors import NearestPath, Predictor, fit_baselines
 from tipl.judging.training_path import TrainingPath
 from tipl.subspace.basis import Basis
+from tipl.subspace.plane import Plane
 from tipl.subspace.prefix import Prefix
 
 COORDINATE_TRIALS = 4
@@ -147,8 +148,9 @@ def judge_weights(
             judgement.memorisation.append({"trial": trial, "prefix": share, **distances, "mean_nearest": mean_nearest})
             if number == 0:
                 judgement.leaks.append(future_leak(forecaster.model, forecast.basis.encode(path), end))
+                judgement.coordinates |= _on_plane(forecast, baselines, prefix, path, _stem(trial, share))
             if number < COORDINATE_TRIALS:
-                judgement.coordinates |= _coordinates(forecast, path, f"trial{trial}_prefix{round(100 * share)}")
+                judgement.coordinates |= _coordinates(forecast, path, _stem(trial, share))
     return judgement
 
 
@@ -204,10 +206,29 @@ def _cases(
     return cases
 
 
+def _stem(trial: int, share: float) -> str:
+    return f"trial{trial}_prefix{round(100 * share)}"
+
+
 def _coordinates(forecast: Forecast, path: NDArray[np.float32], stem: str) -> dict[str, NDArray[Any]]:
     """Return a held-out path (T, p) in coordinates, true and forecast, under the names that the report reads."""
     return {
         f"{stem}_true": forecast.basis.encode(path),
         f"{stem}_tipl": np.concatenate([forecast.observed, forecast.future]),
         f"{stem}_h": np.array([len(forecast.observed) - 1]),
+    }
+
+
+def _on_plane(
+    forecast: Forecast, baselines: Mapping[str, Predictor], prefix: Prefix, path: NDArray[np.float32], stem: str
+) -> dict[str, NDArray[Any]]:
+    """Return a held-out path (T, p) and forecasts of all that follows the prefix as points of the path's plane, and how
+    much that shows, under the names that the report reads."""
+    plane, horizons = Plane.of(path), np.arange(1, len(path) - prefix.end)
+    ahead = {"tipl": forecast.weights()}
+    ahead |= {name: baselines[name].forecast(prefix, horizons) for name in ("linear", "mean_path")}
+    return {
+        f"{stem}_plane_true": plane.points(path),
+        f"{stem}_plane_shares": np.array(plane.shares),
+        **{f"{stem}_plane_{name}": plane.points(weights) for name, weights in ahead.items()},
     }

@@ -2,9 +2,9 @@
 
 Reads `results.json` and `coordinates.safetensors` from `evaluate`, the store from `collect`, the loss curves from
 `train`. This module writes the report and puts its sections together. Longer sections have modules of their own:
-`verdict`, `returns`, `confidence`, `memorisation` and `glossary`. Below these, `intervals` computes means and their
-intervals, `plots` and `run_plots` the figures, `paths` the spectra of paths; `page` makes the HTML, `drawing` the
-pictures.
+`verdict`, `returns`, `confidence`, `memorisation`, `paths_section` and `glossary`. Below these, `intervals` computes
+means and their intervals, `plots` and `run_plots` the figures, `forecast_plot` the forecasts in two dimensions, `paths`
+the spectra of paths; `page` makes the HTML, `drawing` the pictures.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ from tipl.report.intervals import (
 )
 from tipl.report.memorisation import dynamics_section
 from tipl.report.page import Html, element, fmt, fmt_interval, fmt_seconds
-from tipl.report.paths import path_spectrum
+from tipl.report.paths_section import paths_section
 from tipl.report.predictor_info import BASIS_FLOORS, predictor_info
 from tipl.report.results import CoordinatePath, Results, Training, read_coordinates, read_results, read_training
 from tipl.report.returns import returns_section
@@ -52,12 +52,12 @@ FIGURES = (
     "memorisation",
     "action_variance",
     "return_distribution",
+    "plane",
     "coordinates",
     "spectrum",
     "learning_curves",
     "training",
 )
-COORDINATE_TRIALS = 2
 
 
 def write_report(
@@ -142,7 +142,7 @@ class _Report:
             ("actions", "Actions", self._actions()),
             ("confidence", "Confidence", confidence_section(self.results, self.bootstrap, self._figure)),
             ("dynamics", "Dynamics or the average?", dynamics_section(self.results, self.bootstrap, self._figure)),
-            ("paths", "Paths", self._paths()),
+            ("paths", "Paths", paths_section(self.results, self.store, self.paths, self._figure)),
             ("runs", "Runs", self._runs()),
             ("reading", "How to read this", reading(self.results)),
             ("settings", "Settings", self._settings()),
@@ -284,36 +284,7 @@ class _Report:
             ]
         return page.join(*parts, element("details", element("summary", "At the end of the path"), page.join(*tables)))
 
-    # ------------------------------------------------------------------------------------------- paths and runs
-
-    def _paths(self) -> Html:
-        parts = [element("h3", "Coordinates")]
-        trials = sorted({path.trial for path in self.paths})[:COORDINATE_TRIALS]
-        if trials:
-            parts.append(
-                self._figure(
-                    run_plots.coordinates_plot([path for path in self.paths if path.trial in trials]),
-                    f"The first {run_plots.COORDINATES_SHOWN} coordinates of held-out paths in the basis of each "
-                    "prefix, numbered at the right: the truth, and TIPL's forecast from the prefix's end (vertical "
-                    "line) on.",
-                )
-            )
-        else:
-            parts.append(element("p", "The evaluation left no coordinates of held-out paths."))
-        spectra = [path_spectrum(self.store.trial(i)).singular_values for i in self.results.trials]
-        spectra = [singular_values for singular_values in spectra if len(singular_values) > 2]
-        if spectra:
-            k = self.results.settings.get("n_components")
-            parts.append(element("h3", "Singular spectrum"))
-            parts.append(
-                self._figure(
-                    run_plots.spectrum_plot(spectra, k if isinstance(k, int) else None),
-                    "Singular values of whole held-out paths, θₜ \N{MINUS SIGN} θ₀, and the relative error of "
-                    "projecting each path on its first k directions. A forecast has only the directions of its prefix, "
-                    "whose error the basis floor shows. Dotted: the forecaster's number of coordinates k.",
-                )
-            )
-        return page.join(*parts)
+    # ------------------------------------------------------------------------------------------- runs
 
     def _runs(self) -> Html:
         trials = [self.store.trial(i) for i in range(self.store.num_trials)]

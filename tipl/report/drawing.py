@@ -113,7 +113,8 @@ class Mark:
 
     @property
     def marker_size(self) -> float:
-        return 3.5 + self.width / 2 if self.width else 6.0
+        size = 3.5 + self.width / 2 if self.width else 6.0
+        return 2 * size if self.marker == "*" else size  # a star's points are thin
 
     def line(self, ax: Axes, x: NDArray[np.generic], y: NDArray[np.generic], *, zorder: float = 2.0) -> None:
         markers = self.marker if len(x) <= 30 else ""  # more would hide the line

@@ -317,6 +317,9 @@ class CoordinatePath:
     prefix_end: int
     true: NDArray[np.float32]  # (T, k)
     forecast: NDArray[np.float32]  # (T, k)
+    plane: Mapping[str, NDArray[np.floating]] = dataclasses.field(default_factory=dict)
+    """The same on the plane of the true path, where that was kept: "true" (T, 2), what each predictor forecasts by its
+    name, (T-1-h, 2), and "shares" (2,)."""
 
 
 def read_coordinates(path: Path) -> list[CoordinatePath]:
@@ -333,7 +336,20 @@ def read_coordinates(path: Path) -> list[CoordinatePath]:
                 raise ValueError(f"{stem}tipl must have the shape (T, k) = {true.shape}, got {forecast.shape}")
             if h.shape != (1,) or not 0 <= int(h[0]) < len(true):
                 raise ValueError(f"{stem}h must hold one index below T = {len(true)}, got {h.tolist()}")
-            found.append(CoordinatePath(int(match[2]), int(match[3]), int(h[0]), true, forecast))
+            points = {n.removeprefix(f"{stem}plane_"): a for n, a in arrays.items() if n.startswith(f"{stem}plane_")}
+            _check_plane(f"{stem}plane_", points, len(true), int(h[0]))
+            found.append(CoordinatePath(int(match[2]), int(match[3]), int(h[0]), true, forecast, points))
     except ValueError as error:
         raise RuntimeError(f"read_coordinates: {path} is damaged or not of tipl: {error}") from error
     return sorted(found, key=lambda path: (path.trial, path.percent))
+
+
+def _check_plane(stem: str, points: Mapping[str, NDArray[Any]], num_checkpoints: int, prefix_end: int) -> None:
+    """Raise ValueError where `CoordinatePath.plane` is not as it must be; earlier evaluations have none."""
+    if points and (missing := {"true", "tipl", "shares"} - points.keys()):
+        raise ValueError(f"it lacks {stem}{min(missing)}")
+    known = {"true": (num_checkpoints, 2), "shares": (2,)}
+    for name, array in points.items():
+        expected = known.get(name, (num_checkpoints - 1 - prefix_end, 2))
+        if array.shape != expected or not np.isfinite(array).all():
+            raise ValueError(f"{stem}{name} must be finite and have the shape {expected}, got {array.shape}")
