@@ -75,7 +75,7 @@ def test_the_picture_says_what_it_shows_and_what_it_hides(tmp_path: Path) -> Non
     assert (tmp_path / "one.svg").read_bytes() == (tmp_path / "two.svg").read_bytes()
     text, plane = text_of(tmp_path / "one.svg"), Plane.of(PATH)
     assert "a run, 40 % seen" in text
-    for label in ("observed", "what came", "TIPL", "persistence", "mean path", "a rival of mine"):
+    for label in ("observed", "true path", "TIPL", "persistence", "mean path", "a rival of mine"):
         assert label in text
     for direction, share in enumerate(plane.shares, 1):
         assert f"direction {direction}: {100 * round(share, 4):.3g} % of the squared displacement" in text
@@ -94,7 +94,7 @@ def test_without_a_truth_the_plane_is_that_of_the_forecast(tmp_path: Path) -> No
     text, plane = text_of(tmp_path / "plot.svg"), Plane.of(np.concatenate([OBSERVED, FORECAST]))
     assert f"direction 1: {100 * round(plane.shares[0], 4):.3g} %" in text
     assert "What really came is not known." in text
-    assert "what came" not in text
+    assert "true path" not in text
     assert "linear" in text
 
 
@@ -187,7 +187,7 @@ def test_the_command_draws_what_it_forecast(tmp_path: Path, run_tipl: Callable[.
     assert forecast.startswith("forecast ")
     assert drawn == f"plot       {plot}"
     text = text_of(plot)
-    for words in ("trial 1, 50 % of the path observed", "what came", "mean path", "9 checkpoints ahead"):
+    for words in ("trial 1, 50 % of the path observed", "true path", "mean path", "9 checkpoints ahead"):
         assert words in text
     further = [*command[:-1], tmp_path / "further.svg", "--output", tmp_path / "g.safetensors", "--horizon", 20]
     assert run_tipl(*further) == 0  # the mean path and the truth end before the forecast does

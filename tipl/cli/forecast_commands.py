@@ -110,8 +110,8 @@ class Rollout:
     device: str = "cpu"
     """Where the Transformer runs: cpu, cuda, cuda:1 ..., or auto, which takes the faster one."""
     plot: PathArg | None = None
-    """Draw the observed path, what came, the forecast and simple rivals, all projected on the two leading directions of
-    the path, into this .svg or .png file."""
+    """Draw the observed path, the true one, the forecast and simple rivals, all projected on the two leading directions
+    of the path, into this .svg or .png file."""
     overwrite: bool = False
     """Replace a plot that is there."""
 

@@ -1,4 +1,4 @@
-"""A forecast in two dimensions: the observed path, what came, what was forecast, and what simple rivals say.
+"""A forecast in two dimensions: the observed path, the true one after it, the forecast, and what rivals say.
 
 All are projected on one plane, which cannot show everything: the picture says what share lies outside, and how far the
 forecasts end from the truth in all weights.
@@ -127,14 +127,14 @@ def _legend(names: Sequence[str], *, has_truth: bool) -> dict[str, Mark]:
     """Return the mark of each path that is drawn, "observed", "truth" and "persistence" among them, by name."""
     marks = {"observed": Mark("observed", "ink", 2.0, marker="o")}
     if has_truth:
-        marks["truth"] = Mark("what came", "muted", 2.0, marker="*")
+        marks["truth"] = Mark("true path", "muted", 2.0, marker="*")
     return marks | predictor_marks(["persistence", *names])
 
 
 def _draw_forecast(
     ax: Axes, observed: Points, forecasts: Mapping[str, Points], truth: Points | None, marks: Mapping[str, Mark]
 ) -> None:
-    """Draw what was observed (h+1, 2), and what came and was forecast after it, (m, 2) each."""
+    """Draw what was observed (h+1, 2), and what is true and was forecast after it, (m, 2) each."""
     last = observed[-1:]
     for name, points in reversed([*forecasts.items()]):  # the first is drawn over the others
         _draw_path(ax, np.concatenate([last, points]), marks[name], 4 if name == "tipl" else 3)

@@ -25,8 +25,9 @@ def paths_section(
             figure(
                 planes_plot([path for path in on_planes if path.trial == on_planes[0].trial]),
                 "One held-out path, projected on the two leading directions of its displacements from θ₀, at each "
-                "prefix: what was observed, what came, and what was forecast, with a dot at each checkpoint. Unit: the "
-                "distance from first to last checkpoint. The axes say which share of the path's squared displacement "
+                "prefix: what was observed, the true path after it, and the forecast, with a dot at each checkpoint. "
+                "Unit: the distance from first to last checkpoint. The axes say which share of the path's squared "
+                "displacement "
                 "each direction holds. Forecasts may lie close together here and far apart in the directions that are "
                 "not seen: the tables above judge all weights.",
             )
