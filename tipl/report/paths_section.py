@@ -27,9 +27,8 @@ def paths_section(
                 "One held-out path, projected on the two leading directions of its displacements from θ₀, at each "
                 "prefix: what was observed, the true path after it, and the forecast, with a dot at each checkpoint. "
                 "Unit: the distance from first to last checkpoint. The axes say which share of the path's squared "
-                "displacement "
-                "each direction holds. Forecasts may lie close together here and far apart in the directions that are "
-                "not seen: the tables above judge all weights.",
+                "displacement each direction holds. Forecasts may lie close together here and far apart in "
+                "the directions that are not seen: the tables above judge all weights.",
             )
         )
     parts.append(element("h3", "Coordinates"))
