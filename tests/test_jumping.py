@@ -107,12 +107,34 @@ def test_a_jump_that_does_not_hold_is_undone():
 def test_a_jump_must_beat_the_trend_beyond_noise():
     returns = [1.0, 3.0, 5.0, 4.0]  # steps 2, 2, -1: trend 4.5 + 1.5 = 6, deviation sqrt(2 / 2) = 1
     for margin, last, held in ((1.0, 7.01, True), (1.0, 6.99, False), (0.0, 6.01, True), (-1.0, 4.99, False)):
-        jumps = Jumps(Line(), At((4,), (10,)), Ahead(), config=JumpConfig(margin=margin))
+        jumps = Jumps(Line(), At((4,), (10,)), Ahead(), config=JumpConfig(margin=margin, test_iterations=1))
         train(jumps, [*returns, last])
         assert jumps.jumps[0].held is held
-    without_test = Jumps(Line(), At((4,), (10,)), Ahead(), config=JumpConfig(margin=None))
+    without_test = Jumps(Line(), At((4,), (10,)), Ahead(), config=JumpConfig(margin=None, test_iterations=1))
     train(without_test, [*returns, -1000.0])
     assert without_test.jumps[0].held is True
+
+
+def test_several_iterations_must_keep_to_the_trend():
+    config = JumpConfig(test_iterations=3, margin=0.0)  # the trend goes on by one in each iteration: 5, 6, 7
+
+    def jump(*returns):
+        jumps = Jumps(Line(), At((4,), (10,)), Ahead(), config=config)
+        return jumps, train(jumps, [1, 2, 3, 4, *returns])
+
+    jumps, far = jump(5, 6, 7, 0)
+    assert jumps.jumps == [Jump(0, 4, 10, held=True)]
+    assert far == [1, 2, 3, 14, 15, 16, 17, 18]
+    jumps, far = jump(9, 9, 6.9, 5)
+    assert jumps.jumps == [Jump(0, 4, 10, held=False, lost=3)]
+    assert far == [1, 2, 3, 14, 15, 16, 4, 5]
+    assert (jumps.walks[0].iteration, jumps.walks[0].returns) == (8, [1, 2, 3, 4, 5])
+    jumps, far = jump(9, NAN, 9, 7.9)  # the second that tells anything is the third, the third the fourth: 8
+    assert jumps.jumps == [Jump(0, 4, 10, held=False, lost=4)]
+    jumps, _ = jump(4.9)
+    assert jumps.jumps == [Jump(0, 4, 10, held=False, lost=1)]
+    short = Jumps(Line(), At((4,), (10,)), Ahead(), config=config)
+    assert train(short, [1, 2, 3, 4, 9, 9], ends=True)[-1] == 16  # two tests are what there was time for
 
 
 def test_it_is_tested_until_an_episode_has_ended():
@@ -208,7 +230,7 @@ def test_a_torch_policy_that_diverges_is_put_back():
 
 
 def test_runs_jump_on_their_own():
-    jumps = Jumps(Line(2), At((4,), (10,)), Ahead())
+    jumps = Jumps(Line(2), At((4,), (10,)), Ahead(), config=JumpConfig(test_iterations=1))
     for value in (1, 2, 3, 4):
         jumps.learner.learn()
         jumps.after_iteration([value, value])
@@ -245,6 +267,7 @@ def test_a_long_path_is_thinned_evenly():
         ({"margin": math.nan}, "margin must be finite"),
         ({"log_std_drop": -1.0}, "log_std_drop must be finite and not negative"),
         ({"max_rows": 9}, "max_rows must be even and at least 8, got 9"),
+        ({"test_iterations": 0}, "test_iterations must be an int of at least 1, got 0"),
         ({"max_jumps": -1}, "max_jumps must be an int of at least 0"),
     ],
 )
@@ -442,15 +465,16 @@ def test_a_trials_jumps_depend_on_its_seed_alone():
     assert [jump for jump in together.jumps.jumps if jump.run == 0] == alone.jumps.jumps != []
 
 
-def test_a_jumping_population_goes_on_from_any_state():
-    whole = jumping()
+@pytest.mark.parametrize("test_iterations", [1, 2])
+def test_a_jumping_population_goes_on_from_any_state(test_iterations):
+    whole = jumping(test_iterations=test_iterations)
     states = [whole.get_state()]
     for _ in range(10):
         whole.iterate()
         states.append(whole.get_state())
     assert {jump.held for jump in whole.jumps.jumps} == {True, False}
     for start in range(0, 10, 3):
-        other = jumping()
+        other = jumping(test_iterations=test_iterations)
         other.set_state(states[start])
         for _ in range(start, 10):
             other.iterate()
@@ -460,7 +484,7 @@ def test_a_jumping_population_goes_on_from_any_state():
 
 def test_jumps_that_are_all_undone_leave_plain_training(monkeypatch):
     """Random forecasts, a test that nothing passes: after what was lost, each trial goes on as if nothing had been."""
-    monkeypatch.setattr(Walk, "expected", lambda walk: (math.inf, 0.0))
+    monkeypatch.setattr(Walk, "expected", lambda walk, ahead=1: (math.inf, 0.0))
     refusing = jumping(max_undone=2)
     for _ in range(10):
         refusing.iterate()

@@ -29,11 +29,14 @@ class JumpConfig:
     margin: float | None = 2.0
     """A jump holds if the mean return of the next iteration is above what the run's own trend leads to expect without
     it by at least this many deviations of an iteration's mean return; None: every jump holds."""
+    test_iterations: int = 2
+    """Iterations after a jump that must each be above the trend, continued, before it holds. More of them find more
+    jumps that begin well and end badly, and cost more where they do."""
     max_rows: int = 32
     """Checkpoints of a run's path that forecasts see, even; a longer path is thinned."""
 
     def __post_init__(self) -> None:
-        for name, least in (("start", MIN_PREFIX_END), ("max_jumps", 0), ("max_undone", 0)):
+        for name, least in (("start", MIN_PREFIX_END), ("max_jumps", 0), ("max_undone", 0), ("test_iterations", 1)):
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"JumpConfig: {name} must be an int of at least {least}, got {value!r}")

@@ -4,10 +4,10 @@ Shapes  N runs that learn in lockstep; P weights of a run, the actor's p first; 
 
 Between two iterations of training every run is in one of two states. While it *walks*, a schedule says whether to jump
 now and how far. A jump keeps all that the run's next iteration depends on, and sets the weights to the forecast. Then
-the run is *tested*: its next iteration trains on, as ever, and the returns of that iteration's episodes are compared
-with what the trend of those before the jump leads to expect without it. If they are higher, by more than chance, the
-jump is kept and has cost nothing. If not, the run is put back to what it was before, and the iteration's env steps are
-lost; they are counted. No other episode is run to judge.
+the run is *tested*: it trains on, as ever, and the returns of each iteration's episodes are compared with what the
+trend of those before the jump leads to expect without it. If they are higher, by more than chance, in the next few
+iterations, the jump is kept and has cost nothing. If not, the run is put back to what it was before, and the env steps
+since then are lost; they are counted. No other episode is run to judge.
 """
 
 import dataclasses
@@ -71,15 +71,15 @@ class Walk:
         """Iterations since the last jump, or since the run began."""
         return self.iteration - (self.last_jump or 0)
 
-    def expected(self) -> tuple[float, float]:
-        """Return the next iteration's mean return as the trend of the last four iterations has it, and the deviation of
+    def expected(self, ahead: int = 1) -> tuple[float, float]:
+        """Return the mean return `ahead` iterations later, as the trend of the last four has it, and the deviation of
         one iteration's from the trend; NaN and infinity where too few are known."""
         known = np.array([value for value in self.returns if not math.isnan(value)])
         if len(known) < 2:
             return (float(known[-1]) if len(known) else math.nan), math.inf
         steps = np.diff(known[-NOISE_WINDOW:])
         noise = math.sqrt(float(np.mean((steps - steps.mean()) ** 2)) / 2)
-        return float(known[-2:].mean() + 1.5 * steps[-3:].mean()), noise
+        return float(known[-2:].mean() + (ahead + 0.5) * steps[-3:].mean()), noise
 
     def add(self, weights: Singles, value: float, max_rows: int) -> bool:
         """Add an iteration that was kept; return whether its weights are a checkpoint of the path."""
@@ -251,7 +251,7 @@ class Jumps:
             walk.iteration += 1
             if not finite[run]:
                 value = -math.inf  # whatever its episodes returned
-            if run in self.tests and (is_last or not math.isnan(value)) and self._judge(run, walk, value):
+            if run in self.tests and (is_last or not math.isnan(value)) and self._judge(run, walk, value, is_last):
                 continue
             if not finite[run]:
                 continue
@@ -262,16 +262,20 @@ class Jumps:
             if walk.due and is_checkpoint and len(walk.path) > MIN_PREFIX_END:
                 self._jump(run, walk)
 
-    def _judge(self, run: int, walk: Walk, value: float) -> bool:
-        """Judge the jump of a run by the iteration after it, and undo it if need be; return whether it was undone.
+    def _judge(self, run: int, walk: Walk, value: float, is_last: bool) -> bool:
+        """Judge the jump of a run by an iteration after it, and undo it if need be; return whether it was undone.
 
         Where fewer than two iterations before the jump had episodes that ended, there is nothing to compare with, and
         it is undone.
         """
-        test = self.tests.pop(run)
-        expected, noise = test.walk.expected()
+        test = self.tests[run]
+        tested = 1 + sum(not math.isnan(it) for it in walk.returns[len(test.walk.returns) :])
+        expected, noise = test.walk.expected(walk.iteration - test.walk.iteration)
         margin = self.config.margin
         held = value != -math.inf and (margin is None or value >= expected + margin * noise)  # False for NaN
+        if held and tested < self.config.test_iterations and not is_last:
+            return False
+        del self.tests[run]
         jump = self.jumps[test.jump]
         lost = 0 if held else walk.iteration - jump.iteration
         self.jumps[test.jump] = dataclasses.replace(jump, held=held, lost=lost)
