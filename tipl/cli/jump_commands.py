@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 class Accelerate:
     """Train many PPO trials at once that jump along forecasts of their own weights, and keep what holds.
 
-    After a few iterations a trial's weights are replaced by a forecast of them. Its own next iteration is the test: if
-    its episodes return no more than the trial's trend leads to expect without a jump, the trial is put back bit for
-    bit, and the iteration is lost and counted. With --jumps.max-jumps 0 the same trials train without jumps, to compare
-    with. If it is interrupted, the same command goes on from there.
+    After a few iterations a trial's weights are replaced by a forecast of them. Its own next two iterations are the
+    test: if their episodes return no more than the trial's trend leads to expect without a jump, the trial is put back
+    bit for bit, and the iterations are lost and counted. With --jumps.max-jumps 0 the same trials train without jumps,
+    to compare with. If it is interrupted, the same command goes on from there.
 
     Example: tipl accelerate --env-id InvertedPendulum-v5 --total-timesteps 25600 --ppo.num-steps 512
     --ppo.num-minibatches 8 --ppo.learning-rate 0.0024 --output runs/faster

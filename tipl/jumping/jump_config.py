@@ -27,11 +27,11 @@ class JumpConfig:
     """How far a jump may lower each log_std at most, where it is a parameter; None: as far as it is forecast. Where
     actions have hardly any noise left, the same learning rate tears the policy apart some iterations later."""
     margin: float | None = 2.0
-    """A jump holds if the mean return of the next iteration is above what the run's own trend leads to expect without
-    it by at least this many deviations of an iteration's mean return; None: every jump holds."""
+    """A jump holds if the mean return of each iteration that tests it is above what the run's own trend leads to expect
+    without it by at least this many deviations of an iteration's mean return; None: every jump holds."""
     test_iterations: int = 2
-    """Iterations after a jump that must each be above the trend, continued, before it holds. More of them find more
-    jumps that begin well and end badly, and cost more where they do."""
+    """Iterations that test a jump. One alone lets some through that return more at once and learn worse; more cost more
+    where a jump fails."""
     max_rows: int = 32
     """Checkpoints of a run's path that forecasts see, even; a longer path is thinned."""
 

@@ -22,9 +22,9 @@ class Jumper:
             ...                                  # act and update, as ever
             jumper.step(returns_of_the_episodes_that_ended)
 
-    A jump changes the parameters in place. The run's own next iteration is the test: where its episodes return no more
-    than the run's trend leads to expect without a jump, parameters, optimiser and normalisers are put back, and the
-    iteration is lost. No episode is run to judge. Environments and random numbers go on as they are.
+    A jump changes the parameters in place. The run's own next iterations are the test: where its episodes return no
+    more than the run's trend leads to expect without a jump, parameters, optimiser and normalisers are put back, and
+    the iterations are lost. No episode is run to judge. Environments and random numbers go on as they are.
     """
 
     def __init__(

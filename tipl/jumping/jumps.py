@@ -1,4 +1,4 @@
-"""Jumps: a run's weights are replaced by a forecast of them, and put back where its own next iteration is the worse.
+"""Jumps: a run's weights are replaced by a forecast of them, and put back where its own next iterations are worse.
 
 Shapes  N runs that learn in lockstep; P weights of a run, the actor's p first; h+1 checkpoints of its path.
 
