@@ -473,7 +473,7 @@ def test_a_normalised_run_can_be_resumed_and_other_normalisers_are_said(tmp_path
 
 def test_a_jump_that_does_not_hold_is_put_back(monkeypatch):
     """Every jump is refused: the run loses the iteration after it and goes on from the weights before it."""
-    monkeypatch.setattr(Walk, "expected", lambda walk: (float("inf"), 0.0))
+    monkeypatch.setattr(Walk, "expected", lambda walk, ahead=1: (float("inf"), 0.0))
 
     def normalised() -> Any:
         env = VecNormalize(DummyVecEnv([lambda: Monitor(gymnasium.make(ENV_ID))]))
