@@ -199,7 +199,7 @@ def arguments_of(command: str, box: Box, output: str | None = None) -> list[str]
         "train": ["train", "--store", store, *train, placed],
         "calibrate": ["calibrate", "--store", store, "--model", model, "--num-trials", "2", placed],
         "rollout": ["rollout", "--store", store, "--model", model, "--prefix", "0.5", placed],
-        "import": ["import", str(box.input("checkpoints")), "--env-id", ENV_ID, placed],
+        "import": ["import", str(box.input("checkpoints")), "--env-id", ENV_ID, "--activation", "tanh", placed],
         "import tensors": ["import", str(box.input("tensors")), "--env-id", ENV_ID, placed],
         "import stores": ["import", store, placed],
         "export": [
@@ -504,7 +504,7 @@ def _foreign_cases() -> Iterator[Case]:
         folder.mkdir()
         path = make(folder, rng)
         if command == "import":
-            return ["import", str(path), "--env-id", ENV_ID, f"--output={box.output / 'out'}"]
+            return ["import", str(path), "--env-id", ENV_ID, "--activation", "tanh", f"--output={box.output / 'out'}"]
         return ["export", str(box.input(FORECAST)), "--like", str(path), f"--output={box.output / 'out'}"]
 
     for kind, make in makers.items():

@@ -80,7 +80,9 @@ COMMANDS = {
             lambda p: ["rollout", "--store", p.of("collect"), "--model", p.of("train"), "--prefix", 0.5],
             "forecast.safetensors",
         ),
-        Command("import", lambda p: ["import", p.checkpoints, "--env-id", ENV_ID], "imported.zarr"),
+        Command(
+            "import", lambda p: ["import", p.checkpoints, "--env-id", ENV_ID, "--activation", "tanh"], "imported.zarr"
+        ),
         Command("import stores", lambda p: ["import", p.of("collect"), p.of("collect")], "joined.zarr"),
         Command(
             "export",

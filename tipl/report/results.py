@@ -336,7 +336,9 @@ def read_coordinates(path: Path) -> list[CoordinatePath]:
                 raise ValueError(f"{stem}tipl must have the shape (T, k) = {true.shape}, got {forecast.shape}")
             if h.shape != (1,) or not 0 <= int(h[0]) < len(true):
                 raise ValueError(f"{stem}h must hold one index below T = {len(true)}, got {h.tolist()}")
-            points = {n.removeprefix(f"{stem}plane_"): a for n, a in arrays.items() if n.startswith(f"{stem}plane_")}
+            points = {
+                n.removeprefix(f"{stem}plane_"): a for n, a in sorted(arrays.items()) if n.startswith(f"{stem}plane_")
+            }
             _check_plane(f"{stem}plane_", points, len(true), int(h[0]))
             found.append(CoordinatePath(int(match[2]), int(match[3]), int(h[0]), true, forecast, points))
     except ValueError as error:
