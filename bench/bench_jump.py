@@ -24,7 +24,9 @@ def bench_population(env_id: str, record: Record) -> None:
     with contextlib.closing(make_vec(env_id, NUM_TRIALS, seeds=seeds)) as env:
         population = Population(env, PPOConfig(), seeds)
         never, always = (
-            Jumps.by_forecasts(PopulationLearner(population), load_pretrained(), JumpConfig(start=3, max_jumps=n))
+            Jumps.by_forecasts(
+                PopulationLearner(population), load_pretrained(), JumpConfig(start=3, max_jumps=n, test_iterations=1)
+            )
             for n in (0, 10**6)
         )
         for _ in range(4):
