@@ -83,6 +83,21 @@ def simulation(env_id: str) -> Callable[[], None]:
     return simulate
 
 
+def record_beside_simulator(
+    record: Record, suite: str, env_id: str, case: str, clocks: dict[str, Clock], rounds: tuple[int, int]
+) -> None:
+    """Record env steps/s of "tipl" beside the other clocks' and, as the roof, those of `mujoco.batch` alone."""
+    clocks = {**clocks, "mujoco.batch": seconds_a_step(simulation(env_id), SIMULATED_STEPS * NUM_TRIALS)}
+
+    def measure() -> list[Row]:
+        rates = {name: 1 / s for name, s in side_by_side(clocks, rounds=rounds).items()}
+        ours, roof = rates.pop("tipl"), rates.pop("mujoco.batch")
+        record.say(f"{suite} {env_id}: mujoco.batch alone makes {roof:,.0f} env steps/s")
+        return rows_of(suite, case, "env steps/s", ours, rates, (100 * ours / roof, "mujoco.batch"))
+
+    record(measure)
+
+
 @pytest.mark.parametrize("env_id", ENV_IDS)
 def bench_population(env_id: str, record: Record) -> None:
     seeds, cores = range(NUM_TRIALS), _core.available_cpus()
@@ -103,17 +118,8 @@ def bench_population(env_id: str, record: Record) -> None:
         clocks = {
             "tipl": seconds_a_step(population.iterate, steps),
             "Stable-Baselines3": seconds_a_step(sb3, cores * SB3_STEPS),
-            "mujoco.batch": seconds_a_step(simulation(env_id), SIMULATED_STEPS * NUM_TRIALS),
         }
-
-        def measure() -> list[Row]:
-            rates = {name: 1 / s for name, s in side_by_side(clocks, rounds=(5, 20)).items()}
-            ours, roof = rates.pop("tipl"), rates.pop("mujoco.batch")
-            record.say(f"collect {env_id}: mujoco.batch alone makes {roof:,.0f} env steps/s")
-            case = f"{env_id} {NUM_TRIALS}"
-            return rows_of("collect", case, "env steps/s", ours, rates, (100 * ours / roof, "mujoco.batch"))
-
-        record(measure)
+        record_beside_simulator(record, "collect", env_id, f"{env_id} {NUM_TRIALS}", clocks, (5, 20))
     env.close()
 
 

@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from bench_collect import NUM_TRIALS, SIMULATED_STEPS, sb3_model, seconds_a_step, simulation
-from measure import Row, rows_of, side_by_side
+from bench_collect import record_beside_simulator, sb3_model, seconds_a_step
 from record import Record
 
 from tipl import _core
@@ -58,14 +57,5 @@ def bench_episodes(env_id: str, record: Record) -> None:
         clocks = {
             "tipl": seconds_a_step(functools.partial(run_episodes, env_id, policy, weights, seeds), STEPS),
             "Stable-Baselines3": seconds_a_step(sb3, cores * sb3_episodes * length),
-            "mujoco.batch": seconds_a_step(simulation(env_id), SIMULATED_STEPS * NUM_TRIALS),
         }
-
-        def measure() -> list[Row]:
-            rates = {name: 1 / s for name, s in side_by_side(clocks, rounds=(3, 10)).items()}
-            ours, roof = rates.pop("tipl"), rates.pop("mujoco.batch")
-            record.say(f"evaluate {env_id}: mujoco.batch alone makes {roof:,.0f} env steps/s")
-            case = f"{env_id}, 64 policies"
-            return rows_of("evaluate", case, "env steps/s", ours, rates, (100 * ours / roof, "mujoco.batch"))
-
-        record(measure)
+        record_beside_simulator(record, "evaluate", env_id, f"{env_id}, 64 policies", clocks, (3, 10))

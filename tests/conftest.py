@@ -61,6 +61,15 @@ def run_tipl() -> Callable[..., int]:
     return run
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Networks as small as a test's gain nothing from torch's threads, which on busy cores wait for each other."""
+    from tipl.threads import torch_threads
+
+    with torch_threads(1):
+        yield
+
+
 @pytest.fixture(scope="session")
 def render_nothing() -> Callable[[pytest.MonkeyPatch], None]:
     """Let figures be drawn but not rendered, which takes most of a report's ten seconds: pictures are empty."""

@@ -1,6 +1,10 @@
-"""Checkpoints as CleanRL and rsl_rl save them, made by hand: input for the tests of import and export."""
+"""Checkpoints as CleanRL, rsl_rl and Stable-Baselines3 save them, made by hand, for the tests of import and export."""
 
+import io
+import json
+import zipfile
 from collections import OrderedDict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -81,3 +85,31 @@ class RslRl:
             "privileged_obs_norm_state_dict": OrderedDict(self.normaliser()),
             **self.rest(),
         }
+
+
+def sb3_zip(path: Path, state: dict[str, Tensor], **data: Any) -> Path:
+    """A zip as SB3's `save` lays it out: policy.pth, an optimiser that nothing reads, and plain JSON in `data`."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("data", json.dumps({"num_timesteps": 0, "policy_kwargs": {}} | data))
+        archive.writestr("policy.pth", file.getvalue())
+        archive.writestr("actor.optimizer.pth", b"never read")
+    return path
+
+
+def damaged(whole: dict[str, Tensor], random: Any, changes: int) -> dict[str, Tensor]:
+    """Return a state some of whose keys are lost or renamed, or have tensors of other shapes."""
+    state, others = dict(whole), list(whole.values())
+    for _ in range(changes):
+        key = random.choice(list(state))
+        tensor = state.pop(key)
+        change = random.choice(["lost", "renamed", "longer", "another's"])
+        if change == "renamed":
+            state[key.replace("weight", "scale").replace(".0.", ".1.")] = tensor
+        elif change == "longer":
+            state[key] = torch.cat([tensor, tensor])
+        elif change == "another's":
+            state[key] = torch.randn(random.choice(others).shape)
+    return state

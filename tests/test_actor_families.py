@@ -1,17 +1,16 @@
 """Actors of SAC, TD3 and their like among any keys: found where they are meant, and nothing else taken for them."""
 
 import base64
-import io
 import json
 import math
 import pickle
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from foreign_checkpoints import damaged, sb3_zip
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -72,17 +71,6 @@ def whole(kind: str, seed: int = 0, obs_dim: int = 3, act_dim: int = 2, hidden: 
     critic = linear("critic.qf0.0", obs_dim + act_dim, 8) | linear("critic.qf1.0", obs_dim + act_dim, 8)
     shapes |= critic | {key.replace("critic.", "critic_target."): shape for key, shape in critic.items()}
     return tensors(shapes, seed)
-
-
-def sb3_zip(path: Path, state: dict[str, Tensor], **data: Any) -> Path:
-    file = io.BytesIO()
-    torch.save(state, file)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("data", json.dumps({"num_timesteps": 0, "policy_kwargs": {}} | data))
-        archive.writestr("policy.pth", file.getvalue())
-        archive.writestr("actor.optimizer.pth", b"never read")
-    return path
 
 
 sizes = st.integers(1, 5)
@@ -231,17 +219,7 @@ def test_a_network_that_is_nearly_one_of_these_is_not_run(state: dict[str, Tenso
 @given(st.sampled_from(KINDS), st.randoms(use_true_random=False), st.integers(1, 4))
 def test_no_tensor_of_a_damaged_file_is_left_out_in_silence(kind: str, random: Any, changes: int) -> None:
     """Keys lost, renamed or of other shapes: it is refused, or every tensor but critics' and targets' is in the row."""
-    state = whole(kind)
-    for _ in range(changes):
-        key = random.choice(list(state))
-        tensor = state.pop(key)
-        change = random.choice(["lost", "renamed", "longer", "another's"])
-        if change == "renamed":
-            state[key.replace("weight", "scale").replace(".0.", ".1.")] = tensor
-        elif change == "longer":
-            state[key] = torch.cat([tensor, tensor])
-        elif change == "another's":
-            state[key] = torch.randn(whole(kind)[random.choice(list(whole(kind)))].shape)
+    state = damaged(whole(kind), random, changes)
     expected = {key for key in state if not key.startswith(("critic", "actor_target."))}
     try:
         actor = find_actor(state, Settings(mean_limit=1.5))

@@ -1,13 +1,11 @@
 """Import guesses nothing: what could be read in two ways is refused with a way to choose, or said in a note."""
 
-import io
 import itertools
-import json
 import os
-import zipfile
 from pathlib import Path
 from typing import Any
 
+import foreign_checkpoints
 import pytest
 import torch
 from foreign_checkpoints import ACT_DIM, OBS_DIM, CleanRL, RslRl, prefixed
@@ -45,13 +43,7 @@ def sb3_zip(path: Path, num_timesteps: Any = 0, **settings: Any) -> Path:
         "value_net.weight": torch.ones(1, 8),
         "value_net.bias": torch.ones(1),
     }
-    file = io.BytesIO()
-    torch.save(state, file)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("data", json.dumps({"num_timesteps": num_timesteps, "policy_kwargs": {}} | settings))
-        archive.writestr("policy.pth", file.getvalue())
-    return path
+    return foreign_checkpoints.sb3_zip(path, state, num_timesteps=num_timesteps, **settings)
 
 
 ACTOR, CRITIC = mlp("", 3, 8, 2), mlp("", 3, 8, 1, seed=1)

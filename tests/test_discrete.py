@@ -1,13 +1,12 @@
 """Policies of discrete actions: found where a file says so, run, compared and exported as they act in their library."""
 
-import io
 import json
 import math
-import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import foreign_checkpoints
 import gymnasium
 import numpy as np
 import onnxruntime
@@ -108,14 +107,7 @@ DISCRETE = space("discrete.Discrete")
 
 
 def sb3_zip(path: Path, state: dict[str, Tensor], action_space: Any = DISCRETE, **data: Any) -> Path:
-    file = io.BytesIO()
-    torch.save(state, file)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with zipfile.ZipFile(path, "w") as archive:
-        said = {"num_timesteps": 0, "policy_kwargs": {}, "action_space": action_space}
-        archive.writestr("data", json.dumps(said | data))
-        archive.writestr("policy.pth", file.getvalue())
-    return path
+    return foreign_checkpoints.sb3_zip(path, state, action_space=action_space, **data)
 
 
 def saved(kind: str, folder: Path, seed: int = 0, sizes: tuple[int, ...] = (3, 8, 6, 2)) -> Path:
@@ -276,17 +268,7 @@ def test_a_file_without_a_clear_actor_is_refused(state: dict[str, Tensor], messa
 @settings(max_examples=100, deadline=None)
 @given(st.sampled_from(KINDS), st.randoms(use_true_random=False), st.integers(1, 4))
 def test_no_tensor_of_a_damaged_file_is_left_out_in_silence(kind: str, random: Any, changes: int) -> None:
-    state = whole(kind)
-    for _ in range(changes):
-        key = random.choice(list(state))
-        tensor = state.pop(key)
-        change = random.choice(["lost", "renamed", "longer", "another's"])
-        if change == "renamed":
-            state[key.replace("weight", "scale").replace(".0.", ".1.")] = tensor
-        elif change == "longer":
-            state[key] = torch.cat([tensor, tensor])
-        elif change == "another's":
-            state[key] = torch.randn(whole(kind)[random.choice(list(whole(kind)))].shape)
+    state = foreign_checkpoints.damaged(whole(kind), random, changes)
     expected = {
         key for key in state if not key.startswith(("critic", "q_net_target.", "value_net", "mlp_extractor.value"))
     }

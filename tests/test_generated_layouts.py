@@ -6,17 +6,15 @@ layout that made it.
 """
 
 import dataclasses
-import io
 import itertools
-import json
 import random
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from foreign_checkpoints import sb3_zip
 from torch import Tensor
 
 from tipl.storing.foreign_files import find_actor_in, read_checkpoint_file
@@ -138,12 +136,7 @@ def save(made: Layout, folder: Path) -> Path:
     if not made.as_zip:
         torch.save(made.content, folder / "model_7.pt")
         return folder / "model_7.pt"
-    file = io.BytesIO()
-    torch.save(made.content, file)
-    with zipfile.ZipFile(folder / "model_7.zip", "w") as archive:
-        archive.writestr("data", json.dumps({"num_timesteps": 7, "policy_kwargs": {}}))
-        archive.writestr("policy.pth", file.getvalue())
-    return folder / "model_7.zip"
+    return sb3_zip(folder / "model_7.zip", made.content, num_timesteps=7)
 
 
 def taken(made: Layout, folder: Path) -> list[list[float]] | str:

@@ -1,6 +1,6 @@
 """SAC, TQC, TD3 and DDPG of Stable-Baselines3 and sb3-contrib: recorded, imported, judged and exported as they act."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize  # noqa: 
 
 from tipl.sb3 import RecorderCallback  # noqa: E402
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 ENV_ID = "InvertedPendulum-v5"
 SQUASHED = {"squash": True}
@@ -50,15 +50,6 @@ KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     ),
     "PPO with squashed gSDE": ("PPO", {"use_sde": True}, {"squash_output": True}, {"gsde": True}),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Networks this small gain nothing from torch's threads, which on busy cores wait for each other."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
 
 
 def algorithm_of(name: str) -> Any:

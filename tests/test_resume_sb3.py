@@ -5,7 +5,7 @@ import json
 import random
 import signal
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,21 +27,13 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecMoni
 
 from tipl.sb3 import RecorderCallback, env_state, resume  # noqa: E402
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 ENV_ID = "InvertedPendulum-v5"
 N_ENVS, N_STEPS = 2, 32
 ITERATION = N_ENVS * N_STEPS  # env steps
 TOTAL = 6 * ITERATION
 STATE = "training_state/state.safetensors"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
 
 
 def falling(remaining: float) -> float:

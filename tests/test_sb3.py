@@ -1,7 +1,7 @@
 """Runs of Stable-Baselines3: recorded, imported, forecast, exported, loaded again and judged."""
 
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,20 +29,11 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecMoni
 
 from tipl.sb3 import JumpCallback, RecorderCallback  # noqa: E402
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 ENV_ID = "InvertedPendulum-v5"
 NUM_STEPS, NUM_UPDATES, NUM_RUNS = 128, 12, 4
 OBS = np.random.default_rng(0).normal(size=(20, 4)).astype(np.float32)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Networks this small gain nothing from torch's threads, which on busy cores wait for each other."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
 
 
 def ppo(seed: int = 0, **arguments: Any) -> Any:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tipl import _core
+from tipl.forecasting.training_state import split_like
 from tipl.forecasting.transformer import TrajectoryTransformer
 
 
@@ -86,6 +87,4 @@ class _Rollout(torch.autograd.Function):
         if ctx.call != ctx.rollout._calls:
             raise RuntimeError("RolloutGradient: backward must follow its own forward, but another call came between")
         flat = torch.from_numpy(ctx.rollout._engine.backward(ctx.flat, grads[0].contiguous().numpy()))
-        parts = torch.split(flat, [parameter.numel() for parameter in ctx.parameters])
-        by_parameters = [part.view_as(it) for part, it in zip(parts, ctx.parameters, strict=True)]
-        return (None,) * 6 + tuple(by_parameters)
+        return (None,) * 6 + tuple(split_like(flat, ctx.parameters))

@@ -9,7 +9,7 @@ hash of the settings, stores and versions that it belongs to, and a call with ot
 
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,12 +63,17 @@ class SavedState:
             self._path.unlink(missing_ok=True)
 
 
+def split_like(flat: Tensor, parameters: Iterable[Tensor]) -> list[Tensor]:
+    """Return views of all parameters' numbers one after the other, (P,): one of each parameter's shape."""
+    like = list(parameters)
+    parts = torch.split(flat, [parameter.numel() for parameter in like])
+    return [part.view_as(parameter) for part, parameter in zip(parts, like, strict=True)]
+
+
 def set_gradient(model: nn.Module, grad: Tensor) -> None:
     """Give each parameter its part of a gradient by all of them, (P,)."""
-    parameters = list(model.parameters())
-    parts = torch.split(grad, [parameter.numel() for parameter in parameters])
-    for parameter, part in zip(parameters, parts, strict=True):
-        parameter.grad = part.view_as(parameter)
+    for parameter, part in zip(model.parameters(), split_like(grad, model.parameters()), strict=True):
+        parameter.grad = part
 
 
 def take_step(
