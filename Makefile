@@ -65,7 +65,7 @@ format: $(VENV)/.develop  ## Apply ruff and clang-format
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
 
-wheel: $(VENV)/.runtime  ## Build the wheel into dist/
+wheel: | $(BIN)/pip  ## Build the wheel into dist/
 	PIP_CONSTRAINT=constraints.txt $(BIN)/pip wheel --quiet --no-deps -C build-dir=build/wheel --wheel-dir dist .
 
 wheels: $(VENV)/.develop  ## Build and test wheels for Python 3.11 to 3.14 into dist/, in Docker

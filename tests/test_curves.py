@@ -14,7 +14,8 @@ from tensorboard.backend.event_processing.event_accumulator import SCALARS, Even
 
 from tipl.collecting.collection import collect
 from tipl.collecting.curves import LOSSES, TAGS, Curves
-from tipl.collecting.population import IterationStats, Population
+from tipl.collecting.population import Population
+from tipl.collecting.population_records import IterationStats
 from tipl.storing.store import Store
 
 PPO = dataclasses.replace(TINY_PPO, learning_rate=1e-3)

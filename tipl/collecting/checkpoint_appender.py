@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tipl.collecting.curves import Curves
-from tipl.collecting.population import IterationStats, Population, PopulationState
+from tipl.collecting.population import Population
+from tipl.collecting.population_records import IterationStats, PopulationState
 from tipl.collecting.resume import Unfinished
 from tipl.storing.store import Store, Trial
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tipl.collecting.population import IterationStats
+from tipl.collecting.population_records import IterationStats
 from tipl.storing.store_records import trial_name
 
 LOSSES = ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac", "explained_variance")

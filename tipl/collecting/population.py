@@ -13,7 +13,6 @@ A trial's results have the same bits for any number of threads and whichever tri
 
 import dataclasses
 import itertools
-import math
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -24,77 +23,19 @@ from numpy.typing import NDArray
 
 from tipl import _core
 from tipl.collecting.envs import MujocoState, MujocoVectorEnv, VectorEnv
+from tipl.collecting.initial_parameters import critic_sizes, initial_parameters
 from tipl.collecting.observation_scaler import ObservationScaler
-from tipl.collecting.policy_network import layer_views
+from tipl.collecting.population_records import IterationStats, KeptTrials, PopulationState, UpdateStats
 from tipl.collecting.ppo_config import PPOConfig
 from tipl.collecting.reward_scaler import RewardScaler
 from tipl.collecting.transitions import FinalStep, Transitions, entropy, explained_variance, gae, log_prob
 from tipl.policy import ParameterLayout, PolicySpec
-from tipl.threads import torch_threads
 
 Floats = NDArray[np.float64]
 Singles = NDArray[np.float32]
 
 ENV_ARRAYS = [field.name for field in dataclasses.fields(MujocoState) if field.name != "rngs"]
 MIN_TRIALS_AT_ONCE = 64  # in one call of the native update, which takes all trials where there are fewer
-
-
-@dataclasses.dataclass(frozen=True)
-class UpdateStats:
-    """Diagnostics of one iteration's update for each trial, (N,), with CleanRL's names and SB3's averages."""
-
-    policy_loss: Floats
-    value_loss: Floats
-    """Mean squared error of the values. Like policy_loss and clipfrac, a mean over all minibatches."""
-    entropy: Floats
-    """Entropy of the action distribution after the update."""
-    approx_kl: Floats
-    """Mean of (r - 1) - log r over the last epoch, where r is the probability ratio, new policy over old."""
-    clipfrac: Floats
-    """Share of the steps whose r lay outside the clip range."""
-    explained_variance: Floats
-    """1 - Var(returns - values) / Var(returns), before the update; NaN where all returns are equal."""
-
-
-@dataclasses.dataclass(frozen=True)
-class IterationStats(UpdateStats):
-    """Returns, losses and timings of one iteration; arrays have one entry per trial, (N,)."""
-
-    episodic_return: Floats
-    """Mean return of the episodes that ended in this iteration; where none did, the last iteration's value; NaN before
-    the first episode has ended."""
-    num_episodes: NDArray[np.int64]
-    """Episodes that ended in this iteration."""
-    learning_rate: float
-    seconds: dict[str, float]
-    """Wall-clock time of "env" (the environments' steps), "policy" (the rest of acting) and "update"."""
-
-
-@dataclasses.dataclass(frozen=True)
-class PopulationState:
-    """Everything that the next iterations of a population depend on."""
-
-    env_steps: int
-    arrays: dict[str, NDArray[Any]]
-    """One row per trial: params (N, P), optimizer.step (N,), optimizer.exp_avg and optimizer.exp_avg_sq (N, P),
-    generators (N, bytes), episodic_return (N,) and, where observations are normalised, obs.mean and obs.var (N, 1, O)
-    and obs.count (N, 1, 1); where rewards are normalised, reward.mean, reward.var and reward.count (N, 1, 1). One row
-    per environment: running_return (N * E,), where rewards are normalised discounted_return (N * E,), and env.*, the
-    fields of `MujocoState` except rngs."""
-    env_rngs: list[Any]
-    """(N * E,): `MujocoState.rngs`, plain dicts."""
-
-
-@dataclasses.dataclass(frozen=True)
-class KeptTrials:
-    """Some trials of a population as they were between two iterations."""
-
-    trials: Sequence[int]
-    """Their indices in the population, (K,)."""
-    arrays: dict[str, NDArray[Any]]
-    """Their rows of `PopulationState.arrays`."""
-    env_rngs: list[Any] | None
-    """(K * E,): `MujocoState.rngs`; None where the environments' state could not be saved, as in Gymnasium's own."""
 
 
 class Population:
@@ -146,10 +87,10 @@ class Population:
         self.env_steps = 0
         """Environment steps that each trial has taken."""
         self.generators = [torch.Generator().manual_seed(seed) for seed in self.seeds]
-        self.params = _initial_params(self.spec, config, self.generators)  # (N, P)
+        self.params = initial_parameters(self.spec, config, self.generators)  # (N, P)
         if init_seed is not None:
             generator = torch.Generator().manual_seed(init_seed)
-            self.params[:] = _initial_params(self.spec, config, [generator])
+            self.params[:] = initial_parameters(self.spec, config, [generator])
         self.moments = np.zeros((2, *self.params.shape), np.float32)
         self.num_updates = np.zeros(N, np.int64)
         self.engine = _core.PpoUpdate(obs_dim=env.obs_dim, act_dim=env.act_dim, config=config, num_threads=threads)
@@ -174,7 +115,7 @@ class Population:
     @property
     def critic_layout(self) -> ParameterLayout:
         """Which of a trial's parameters is which behind the policy's p."""
-        sizes = _critic_sizes(self.spec)
+        sizes = critic_sizes(self.spec)
         parameters: list[tuple[str, tuple[int, ...]]] = []
         for i, (fan_in, fan_out) in enumerate(itertools.pairwise(sizes)):
             name = "value_net" if i == len(sizes) - 2 else f"critic_net.{2 * i}"
@@ -446,31 +387,3 @@ def environment_seeds(seeds: Sequence[int], num_envs: int) -> list[int]:
         for seed in seeds
         for j in range(num_envs)
     ]
-
-
-def _critic_sizes(spec: PolicySpec) -> tuple[int, ...]:
-    """Return the widths of the critic's MLP, from the observation to the value."""
-    return (*spec.layer_sizes[:-1], 1)
-
-
-def _initial_params(spec: PolicySpec, config: PPOConfig, generators: Sequence[torch.Generator]) -> Singles:
-    """Return SB3's initial parameters (N, P); row i is drawn from generators[i]."""
-    critic_sizes = _critic_sizes(spec)
-    P = spec.num_params + sum(fan_out * (fan_in + 1) for fan_in, fan_out in itertools.pairwise(critic_sizes))
-    params = torch.zeros(len(generators), P)
-    params[:, : spec.act_dim] = config.log_std_init
-    with torch_threads(1):  # the last bits of orthogonal_'s QR decomposition depend on the number of threads
-        for row, generator in zip(params, generators, strict=True):
-            *actor, action_net = layer_views(row[None, spec.act_dim :], spec.layer_sizes)
-            *critic, value_net = layer_views(row[None, spec.num_params :], critic_sizes)
-            if config.ortho_init:
-                for hidden, head, head_gain in ((actor, action_net, 0.01), (critic, value_net, 1.0)):
-                    for weight, _ in hidden:
-                        torch.nn.init.orthogonal_(weight[0], math.sqrt(2), generator)
-                    torch.nn.init.orthogonal_(head[0][0], head_gain, generator)
-            else:
-                for weight, bias in (*actor, *critic, action_net, value_net):  # the order in which SB3 makes them
-                    bound = 1 / math.sqrt(weight.shape[-1])
-                    torch.nn.init.kaiming_uniform_(weight[0], math.sqrt(5), generator=generator)
-                    torch.nn.init.uniform_(bias[0], -bound, bound, generator)
-    return params.numpy()

@@ -27,7 +27,7 @@ import safetensors.numpy
 from numpy.typing import NDArray
 from pydantic import Field
 
-from tipl.collecting.population import PopulationState
+from tipl.collecting.population_records import PopulationState
 from tipl.files.locations import Location, local_copy, make_folder, remove_folder, written_aside
 from tipl.files.schema import parse
 from tipl.files.versions import changed_versions, versions

@@ -133,14 +133,7 @@ def judge_weights(
             forecast, (path, prefix) = next(following)
             future, ahead = path[end + horizons], forecast.at(horizons)
             predictions = _predictions(ahead, forecast.refiner is not None, baselines, prefix, horizons)
-            other = prefix.basis(n_components) if shared is None else shared
-            predictions |= {
-                "basis_floor": _projected(future, forecast.basis),
-                "prefix_floor" if shared is None else "shared_floor": _projected(
-                    future, other.through(prefix.weights[-1])
-                ),
-                "return_floor": future,
-            }
+            predictions |= _floors(future, forecast.basis, prefix, shared, n_components)
             judgement.cases += _cases(judgement.policies, trial, share, end, horizons, path, predictions, ahead)
             reached = np.stack([predictions["tipl"][-1], future[-1]])
             (forecast_nearest, true_nearest), mean_nearest = nearest_distances(prefix, reached, futures)
@@ -152,6 +145,19 @@ def judge_weights(
             if number < COORDINATE_TRIALS:
                 judgement.coordinates |= _coordinates(forecast, path, _stem(trial, share))
     return judgement
+
+
+def _floors(
+    future: NDArray[np.float32], basis: Basis, prefix: Prefix, shared: Basis | None, n_components: int
+) -> dict[str, NDArray[np.float32]]:
+    """Return the true weights (n, p), and what is left of them in the forecast's basis and in that of the other kind:
+    `shared`, or where there is none the prefix's own."""
+    other = prefix.basis(n_components) if shared is None else shared
+    return {
+        "basis_floor": _projected(future, basis),
+        "prefix_floor" if shared is None else "shared_floor": _projected(future, other.through(prefix.weights[-1])),
+        "return_floor": future,
+    }
 
 
 def _predictions(

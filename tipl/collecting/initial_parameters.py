@@ -1,0 +1,47 @@
+"""The parameters that trials start from: those of Stable-Baselines3's actor and critic, to the bit.
+
+Shapes  N trials; P parameters of a trial, ordered log_std | actor | critic.
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from tipl.collecting.policy_network import layer_views
+from tipl.collecting.ppo_config import PPOConfig
+from tipl.policy import PolicySpec
+from tipl.threads import torch_threads
+
+Singles = NDArray[np.float32]
+
+
+def critic_sizes(spec: PolicySpec) -> tuple[int, ...]:
+    """Return the widths of the critic's MLP, from the observation to the value."""
+    return (*spec.layer_sizes[:-1], 1)
+
+
+def initial_parameters(spec: PolicySpec, config: PPOConfig, generators: Sequence[torch.Generator]) -> Singles:
+    """Return SB3's initial parameters (N, P); row i is drawn from generators[i]."""
+    sizes = critic_sizes(spec)
+    P = spec.num_params + sum(fan_out * (fan_in + 1) for fan_in, fan_out in itertools.pairwise(sizes))
+    params = torch.zeros(len(generators), P)
+    params[:, : spec.act_dim] = config.log_std_init
+    with torch_threads(1):  # the last bits of orthogonal_'s QR decomposition depend on the number of threads
+        for row, generator in zip(params, generators, strict=True):
+            *actor, action_net = layer_views(row[None, spec.act_dim :], spec.layer_sizes)
+            *critic, value_net = layer_views(row[None, spec.num_params :], sizes)
+            if config.ortho_init:
+                for hidden, head, head_gain in ((actor, action_net, 0.01), (critic, value_net, 1.0)):
+                    for weight, _ in hidden:
+                        torch.nn.init.orthogonal_(weight[0], math.sqrt(2), generator)
+                    torch.nn.init.orthogonal_(head[0][0], head_gain, generator)
+            else:
+                for weight, bias in (*actor, *critic, action_net, value_net):  # the order in which SB3 makes them
+                    bound = 1 / math.sqrt(weight.shape[-1])
+                    torch.nn.init.kaiming_uniform_(weight[0], math.sqrt(5), generator=generator)
+                    torch.nn.init.uniform_(bias[0], -bound, bound, generator)
+    return params.numpy()
