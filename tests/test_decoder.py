@@ -245,8 +245,8 @@ def test_stored_weights_are_those_of_the_reference(dtype, stated, batch, config,
     with torch.inference_mode():
         torch_float32 = model(torch.from_numpy(x), torch.from_numpy(prefix_end)).numpy()[:, 14:]
     ours = feed(decoder_of_weights(config, weights, batch, dtype=dtype), x, 15)
-    if device == "cpu" and dtype == "bfloat16" and _core.isa() == "avx512bf16":  # rounds the inputs of a product too
-        assert 1e-5 < relative_error(ours, exact_rounded, x[:, 14:]) < stated
+    if device == "cpu" and _core.isa() == "avx512bf16":  # rounds the inputs of a product too, beside int8 to 16 bits
+        assert 1e-5 < relative_error(ours, exact_rounded, x[:, 14:]) < (stated if dtype == "bfloat16" else 1e-4)
     else:
         assert_as_exact_as_torch(ours, torch_float32, exact_rounded)
     assert 1e-3 < relative_error(ours, exact, x[:, 14:]) < stated
@@ -292,7 +292,21 @@ def test_rows_of_zeros_stay_zero_in_int8():
     weights, x = reference.random_forecaster(SMALL_MODEL, 0), make_paths(SMALL_MODEL, 1, 12)
     weights["blocks.0.fc1.weight"][::2] = 0
     exact = reference.forecaster(SMALL_MODEL, reference.stored(weights, "int8"), x, np.array([5]))[:, 5:]
-    assert relative_error(feed(decoder_of_weights(SMALL_MODEL, weights, 1, dtype="int8"), x, 6), exact, x[:, 5:]) < 1e-5
+    ours = feed(decoder_of_weights(SMALL_MODEL, weights, 1, dtype="int8"), x, 6)
+    assert relative_error(ours, exact, x[:, 5:]) < (1e-4 if _core.isa() == "avx512bf16" else 1e-5)
+
+
+@cpu_only
+def test_rows_of_inputs_of_any_length_and_size_in_int8():
+    """One row rounds its first 4096 inputs once, and later ones with the weights; other rows do the latter throughout."""
+    config = dataclasses.replace(SMALL_MODEL, d_model=39, d_ff=4500)
+    weights, x = reference.random_forecaster(config, 0), make_paths(config, 4, 8)
+    exact = reference.forecaster(config, reference.stored(weights, "int8"), x, np.full(4, 3))[:, 3:]
+    together = feed(decoder_of_weights(config, weights, 4, dtype="int8"), x, 4)
+    assert relative_error(together, exact, x[:, 3:]) < 1e-4
+    for row, ours in enumerate(together):
+        alone = feed(decoder_of_weights(config, weights, 1, dtype="int8"), x[row : row + 1], 4)
+        np.testing.assert_array_equal(alone[0], ours)
 
 
 # ---- the same bits

@@ -21,8 +21,9 @@ struct HeadCache {
 constexpr ptrdiff_t kCacheBlock = 64;  // a multiple of every N
 
 struct DecodeKernels {
-  int lanes;  // floats in a register, N
-  int group;  // outputs in a group of PackedLinear, G * N
+  int lanes;      // floats in a register, N
+  int group;      // outputs in a group of PackedLinear, G * N
+  int int8_zero;  // how much more than they are int8 weights are stored as, modulo 256
 
   LinearKernel linear;
 

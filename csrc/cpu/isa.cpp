@@ -20,7 +20,9 @@ std::vector<const IsaKernels *> supported_kernels() {
   if (fma && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
     supported.push_back(&kernels_avx512);
-    if (__builtin_cpu_supports("avx512bf16")) supported.push_back(&kernels_avx512bf16);
+    if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni")) {
+      supported.push_back(&kernels_avx512bf16);
+    }
   }
 #endif
   return supported;

@@ -64,7 +64,8 @@ Weights::Linear::Linear(Tensors &tensors, int all_inputs, int out, Precision pre
       uint32_t value = std::bit_cast<uint32_t>(from[i]);
       if (precision == Precision::kBfloat16) value = to_bfloat16(from[i]);
       if (precision == Precision::kInt8) {
-        value = static_cast<uint8_t>(step > 0 ? std::clamp(std::lrint(from[i] / step), -127L, 127L) : 0);
+        const long steps = step > 0 ? std::clamp(std::lrint(from[i] / step), -127L, 127L) : 0;
+        value = static_cast<uint8_t>(steps + kernels.int8_zero);
       }
       column[i / per_word * stride] |= value << (i % per_word * bits);
     }

@@ -25,6 +25,7 @@ extern const IsaKernels TIPL_JOIN(kernels_, TIPL_ISA_NAME) = {
         {
             .lanes = kLanes,
             .group = kGroupWords,
+            .int8_zero = kInt8Zero,
             .linear = linear,
             .layer_norm = layer_norm,
             .append = append,

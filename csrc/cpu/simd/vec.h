@@ -136,6 +136,25 @@ inline Packed load_as_bfloat16(const float *p) {
 }
 #endif
 
+#if defined(__AVX512VNNI__)
+#define TIPL_INT8_DOT 1
+typedef int8_t Bytes __attribute__((vector_size(kLanes)));
+typedef int8_t UnalignedBytes __attribute__((vector_size(kLanes), aligned(1), may_alias));
+
+// c + a * b over the four numbers of every word, those of a unsigned and those of b signed.
+inline Ints dot_int8(Packed a, Packed b, Ints c) {
+  return reinterpret_cast<Ints>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(c), reinterpret_cast<__m512i>(a.v),
+                                                    reinterpret_cast<__m512i>(b.v)));
+}
+// The nearest integer to each lane; ties to even. (Masked, as square_root is.)
+inline Ints nearest_integer(Vec a) { return reinterpret_cast<Ints>(_mm512_maskz_cvtps_epi32(0xffff, a.v)); }
+// The lowest byte of each lane, four a word.
+inline void store_bytes(uint32_t *p, Ints a) {
+  *reinterpret_cast<UnalignedBytes *>(p) = __builtin_convertvector(a, Bytes);
+}
+inline Vec as_floats(Ints a) { return {__builtin_convertvector(a, Floats)}; }
+#endif
+
 // 2^n, where the low bits of a's representation hold n, as in n + 1.5 * 2^23.
 inline Vec power_of_two(Vec a) { return {reinterpret_cast<Floats>((reinterpret_cast<Ints>(a.v) << 23) + 0x3f800000)}; }
 
