@@ -128,7 +128,7 @@ def draw(rows: list[dict[str, Any]], output: Path) -> None:
     axes[1].axhline(1, color=THEME["muted"][0], lw=0.8, ls=":")
     axes[1].set_xticks(range(len(rows)), labels, rotation=60, ha="right", fontsize=8)
     for ax in axes:
-        ax.legend(ncols=6, frameon=False, fontsize=9)
+        ax.legend(ncols=6, frameon=False, fontsize=9, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.2)
     figure.savefig(output)
 
 

@@ -125,7 +125,7 @@ def workers(name: str) -> list[int]:
 def test_a_killed_worker_loses_and_doubles_nothing(tmp_path, address, monkeypatch):
     monkeypatch.setattr(sys.modules["tipl.collecting.collection"], "SAVE_SECONDS", 0.2)
     ppo = dataclasses.replace(TINY_PPO, num_steps=512, update_epochs=10, num_minibatches=8, hidden_sizes=(64, 64))
-    arguments = {**ARGUMENTS, "num_trials": 2, "ppo": ppo, "total_timesteps": 512 * 300}
+    arguments = {**ARGUMENTS, "num_trials": 2, "ppo": ppo, "total_timesteps": 512 * 100}
     collect(tmp_path / "alone", **arguments)
     killed: list[int] = []
 
@@ -144,7 +144,7 @@ def test_a_killed_worker_loses_and_doubles_nothing(tmp_path, address, monkeypatc
     store = collect(tmp_path / "store", **arguments, ray=address)
     thread.join()
     assert len(killed) == 2
-    assert store.num_checkpoints == 301
+    assert store.num_checkpoints == 101
     assert files(tmp_path / "store") == files(tmp_path / "alone")
 
 
@@ -158,7 +158,7 @@ def test_a_failure_in_a_worker_is_raised_here(tmp_path, address):
 
 
 def test_ctrl_c_then_the_same_command_without_ray(tmp_path, run_tipl):
-    arguments = ["collect", "--num-trials", "4", "--total-timesteps", str(512 * 80), "--ppo.num-steps", "512"]
+    arguments = ["collect", "--num-trials", "4", "--total-timesteps", str(512 * 40), "--ppo.num-steps", "512"]
     assert run_tipl(*arguments, "--output", tmp_path / "alone") == 0
     with subprocess.Popen(
         [
@@ -178,7 +178,7 @@ def test_ctrl_c_then_the_same_command_without_ray(tmp_path, run_tipl):
         _, error = command.communicate(timeout=60)
     assert command.returncode == 130
     assert "tipl: interrupted. collect: interrupted; " in error
-    assert "of 81 checkpoints of each of 4 trials are kept in" in error
+    assert "of 41 checkpoints of each of 4 trials are kept in" in error
     assert "Traceback" not in error
     assert not is_complete(Store.open(tmp_path / "store"))
     assert run_tipl(*arguments, "--output", tmp_path / "store") == 0
