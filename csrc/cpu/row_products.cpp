@@ -14,16 +14,19 @@
 namespace tipl {
 namespace {
 
-constexpr ptrdiff_t kWideRow = 1 << 20;    // columns from which on fewer rows are multiplied at once:
-constexpr ptrdiff_t kWideBlock = 4;        //   so many on each side
-constexpr ptrdiff_t kColumnTile = 128;     // columns that a thread combines at once,
-constexpr ptrdiff_t kCombineOutputs = 64;  //   for so many outputs
+constexpr ptrdiff_t kWideRow = 1 << 20;      // columns from which on fewer rows are multiplied at once:
+constexpr ptrdiff_t kWideBlock = 4;          //   so many on each side
+constexpr ptrdiff_t kColumnTile = 128;       // columns that a thread combines at once,
+constexpr ptrdiff_t kCombineOutputs = 64;    //   for so many outputs
+constexpr double kSharedProducts = 1 << 23;  // fewer multiplications take less time than threads take to start
 
 std::vector<const float *> pointers(RowView x) {
   std::vector<const float *> rows(x.count);
   for (ptrdiff_t i = 0; i < x.count; ++i) rows[i] = x.row(i);
   return rows;
 }
+
+int threads_for(double products, int num_threads) { return products < kSharedProducts ? 1 : num_threads; }
 
 }  // namespace
 
@@ -116,14 +119,14 @@ void check_finite_rows(const char *where, RowView x, int64_t first_row, ptrdiff_
 
 void products(const char *where, RowView x, int64_t first_row, RowView y, const float *origin, ptrdiff_t p, bool same,
               double *out, int num_threads, Poll &poll) {
-  ThreadPool pool(num_threads);
+  ThreadPool pool(threads_for(static_cast<double>(x.count) * y.count * p, num_threads));
   check_finite(pool, poll, where, "X", x, first_row, p);
   if (origin != nullptr) check_finite(pool, poll, where, "origin", {origin, 1, p}, 0, p);
   products_of(pool, poll, x, y, origin, p, same, out);
 }
 
 void combine(RowView x, ptrdiff_t p, const double *weights, ptrdiff_t r, float *out, int num_threads, Poll &poll) {
-  ThreadPool pool(num_threads);
+  ThreadPool pool(threads_for(static_cast<double>(x.count) * r * p, num_threads));
   combine_rows(pool, poll, pointers(x), p, weights, r, out);
 }
 
