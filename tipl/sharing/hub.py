@@ -202,7 +202,8 @@ def _refuse_card(card: str, kind: Kind) -> None:
     try:
         hub_library("push").RepoCard(card).validate(kind.repo_type)
     except ValueError as error:
-        raise ValueError(f"push: the hub refuses the card: {' '.join(str(error).split())}") from error
+        said = getattr(error.__context__, "server_message", None) or str(error)
+        raise ValueError(f"push: the hub refuses the card: {' '.join(said.split())}") from error
 
 
 def _commit(

@@ -1,6 +1,5 @@
 """Making a zoo of stores."""
 
-import itertools
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,13 +41,11 @@ def make_zoo(
             raise RuntimeError(f"zoo: {store.path} is damaged: {problems[0]}")
     with published(Path(output), "zoo", manifest=False) as aside:
         tasks: dict[str, list[dict[str, object]]] = {}
-        for store in opened:
-            entries = tasks.setdefault(store.env_id, [])
-            folder = _unused(aside, re.sub(r"[^A-Za-z0-9_-]", "-", store.env_id))
-            copy_store(store, folder)
-            entries.append(
+        for store, name in zip(opened, _names([store.env_id for store in opened]), strict=True):
+            copy_store(store, aside / name)
+            tasks.setdefault(store.env_id, []).append(
                 {
-                    "path": folder.name,
+                    "path": name,
                     "fingerprint": store.fingerprint(),
                     "num_trials": store.num_trials,
                     "num_checkpoints": store.num_checkpoints,
@@ -59,7 +56,8 @@ def make_zoo(
     return Path(output)
 
 
-def _unused(parent: Path, name: str) -> Path:
-    """Return parent/name, or parent/name-2 and so on where that exists."""
-    names = itertools.chain([name], (f"{name}-{i}" for i in itertools.count(2)))
-    return next(path for path in map(parent.joinpath, names) if not path.exists())
+def _names(env_ids: Sequence[str]) -> list[str]:
+    """Return a folder's name for each store: its task's, numbered where there are several."""
+    stems = [re.sub(r"[^A-Za-z0-9_-]", "-", env_id) or "-" for env_id in env_ids]
+    count = {stem: iter(range(1, len(stems) + 1)) for stem in stems if stems.count(stem) > 1}
+    return [f"{stem}-{next(count[stem])}" if stem in count else stem for stem in stems]

@@ -59,6 +59,13 @@ class _Index:
     license: str | None
     tasks: dict[str, Annotated[list[ZooEntry], Field(min_length=1)]]
 
+    def __post_init__(self) -> None:
+        paths = [entry.path for entries in self.tasks.values() for entry in entries]
+        several = [task for task, entries in self.tasks.items() if len(entries) > 1]
+        names = [*paths, *several]
+        if doubled := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"tasks: {min(doubled)!r:.80} must name one store, not several")
+
 
 @dataclass(frozen=True)
 class Zoo:
