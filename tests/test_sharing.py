@@ -1,6 +1,7 @@
 """Stores, zoos and models go to the Hugging Face hub and come back the same; what goes wrong is said in one line."""
 
 import builtins
+import hashlib
 import json
 import re
 import shutil
@@ -16,6 +17,7 @@ from factories import TINY_PPO, make_store
 from hub_server import TOKEN, Hub, Refused, Repository
 
 import tipl
+from tipl.files.sealed import json_digest
 from tipl.forecasting.forecaster import PRETRAINED
 from tipl.sharing import hub as sharing
 from tipl.storing.store import Store
@@ -278,6 +280,20 @@ def test_only_files_that_belong_there_are_pulled(hub: Hub, small_store: Store, t
     assert [path.name for path in tmp_path.rglob("*") if "out" not in path.parts] == ["folder"]
 
 
+@pytest.mark.parametrize("name", ["report.html", "../evil.json", ".hidden.json"])
+def test_a_model_folder_with_other_files_is_refused(hub: Hub, tmp_path: Path, name: str) -> None:
+    entry = {"bytes": 4, "sha256": hashlib.sha256(b"evil").hexdigest()}
+    listed = {name: entry} | json.loads((PRETRAINED / "manifest.json").read_text())["files"]
+    manifest = {"format": "tipl-manifest", "version": 1, "files": listed, "sha256": json_digest(listed)}
+    hub.repositories["model", "user/evil"] = repository = Repository()
+    files = files_of(PRETRAINED) | {"manifest.json": json.dumps(manifest).encode(), name: b"evil"}
+    repository.commit("main", files)
+    message = rf"user/evil/manifest.json lists '{re.escape(name)}', which is no file of a model folder"
+    with pytest.raises(RuntimeError, match=message):
+        tipl.pull("user/evil", tmp_path / "folder" / "out", progress=False)
+    assert [path.name for path in tmp_path.rglob("*")] == ["folder"]
+
+
 # Mistakes, each in one line
 
 
@@ -308,7 +324,9 @@ def test_each_mistake_ends_in_one_line(
         (["pull", "user/runs", "out", "--revision", "no"], "user/runs has no revision no"),
         (["pull", "user/runs", "there"], "pull: output there exists already"),
         (["pull", "user/empty", "out"], "pull: the dataset repository user/empty holds no store, zoo or model of tipl"),
-        (["pull", "a/b/c", "out"], "a/b/c"),
+        (["pull", "a/b/c", "out"], "pull: repo_id must be user/name, got 'a/b/c'"),
+        (["push", store, "runs"], "push: repo_id must be user/name, got 'runs'"),
+        (["push", store, "user/a..b"], "a..b"),
         (["pull", "user/runs", "s3://bucket/out"], "output must be a local path"),
         (["push", tmp_path / "none", "user/x"], f"push: {tmp_path}/none must be the folder of a store"),
         (["push", tmp_path, "user/x"], f"push: {tmp_path} must be the folder of a store, of a zoo or of a model"),

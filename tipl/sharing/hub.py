@@ -6,6 +6,7 @@ what arrived before it appears under its name.
 """
 
 import contextlib
+import re
 import shutil
 import time
 from collections.abc import Iterable, Iterator
@@ -62,6 +63,7 @@ def push(
     the branch holds files already; OSError where the hub cannot be reached or refuses.
     """
     folder, hub = Path(path), hub_library("push")
+    _check_repo_id("push", repo_id)
     names = files_in(folder)
     kind = kind_among(names)
     if kind is None:
@@ -108,6 +110,7 @@ def pull(
     not installed; RuntimeError where a file is damaged; OSError where the hub cannot be reached or refuses.
     """
     output, api = Path(output), hub_library("pull").HfApi(library_name="tipl")
+    _check_repo_id("pull", repo_id)
     with published(output, "pull", manifest=False) as aside:
         with hub_errors("pull", repo_id, revision):
             repo_type, commit = _found(api, repo_id, repo_type, revision)
@@ -129,6 +132,11 @@ def pull(
         with _named(aside, repo_id):
             _refuse_damage("pull", aside, progress)
     return output
+
+
+def _check_repo_id(command: str, repo_id: str) -> None:
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id, re.ASCII):
+        raise ValueError(f"{command}: repo_id must be user/name, got {repo_id!r:.80}")
 
 
 def _refuse_damage(command: str, folder: Path, progress: bool) -> None:
@@ -217,7 +225,7 @@ def _commit(
 ) -> str:
     """Make `files` (name -> contents, or where they are) all that the branch holds, in one commit; return the URL."""
     hub, (before, head) = hub_library("push"), branch
-    where = {"repo_id": repo_id, "repo_type": kind.repo_type, "revision": revision}
+    where: dict[str, Any] = {"repo_id": repo_id, "repo_type": kind.repo_type, "revision": revision}
     additions = [hub.CommitOperationAdd(name, data) for name, data in files.items()]
     _show("push", sum(it.upload_info.size for it in additions), _uploads(api, additions, where), progress)
     gone = [hub.CommitOperationDelete(name) for name in sorted(before - files.keys() - {ATTRIBUTES})]

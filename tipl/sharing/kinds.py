@@ -13,7 +13,7 @@ from tipl.storing.zoo import INDEX, load_zoo
 
 RepoType = Literal["dataset", "model"]
 
-_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")  # no folder, nothing hidden
+_OF_MODEL = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*\.(json|safetensors)")  # none of which a program would run
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,18 @@ class Kind:
     """The name of the file that says which other files belong to the folder."""
 
     def parts(self, folder: Path, names: Iterable[str]) -> list[str]:
-        """Return those of `names`, relative to `folder`, that belong to it, as its index, which must be there, says."""
+        """Return those of `names`, relative to `folder`, that belong to it, as its index, which must be there, says.
+
+        Raises RuntimeError where the index is damaged, or names a file that such a folder does not hold.
+        """
         if self.name == "store":
             return [name for name in names if is_part(name)]
         if self.name == "model":
             listed = {MANIFEST, *listed_names(folder)}
-            return [name for name in names if name in listed and _NAME.fullmatch(name)]
+            for name in sorted(listed):
+                if not _OF_MODEL.fullmatch(name):
+                    raise RuntimeError(f"{folder / MANIFEST} lists {name!r:.80}, which is no file of a model folder")
+            return [name for name in names if name in listed]
         stores = {f"{entry.path}/" for entries in load_zoo(folder).tasks.values() for entry in entries}
         return [name for name in names if name == INDEX or _is_part_of_any(name, stores)]
 
