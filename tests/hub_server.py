@@ -173,8 +173,12 @@ class Handler(BaseHTTPRequestHandler):
         start, recursive = int(self.query.get("cursor", ["0"])[0]), self.query.get("recursive") == ["true"]
         under = f"{folder}/" if folder else ""
         files = {name: data for name, data in repository.commits[oid].items() if name.startswith(under)}
-        folders = {str(parent) for name in files for parent in PurePosixPath(name).parents} - {".", folder}
-        entries = [{"type": "directory", "path": name, "oid": "0", "size": 0} for name in sorted(folders)]
+        folders = {str(parent) for name in files for parent in PurePosixPath(name).parents} - {"."}
+        entries = [
+            {"type": "directory", "path": name, "oid": "0", "size": 0}
+            for name in sorted(folders)
+            if name.startswith(under)
+        ]
         entries += [self._entry(name, data) for name, data in sorted(files.items())]
         if not recursive:
             entries = [entry for entry in entries if "/" not in entry["path"].removeprefix(under)]

@@ -78,18 +78,25 @@ def test_a_model_comes_back_and_loads(hub: Hub, tmp_path: Path) -> None:
 def test_a_zoo_comes_back_and_is_read_where_it_is(
     hub: Hub, zoo_folder: Path, small_store: Store, tmp_path: Path
 ) -> None:
+    with pytest.raises(FileNotFoundError, match=r"load_zoo: there is no zoo in hf://datasets/user/zoo"):
+        tipl.load_zoo("hf://datasets/user/zoo")
     tipl.push(zoo_folder, "user/zoo", progress=False)
     assert files_of(tipl.pull("user/zoo", tmp_path / "zoo", progress=False)) == files_of(zoo_folder)
     zoo = tipl.load_zoo("hf://datasets/user/zoo")
     assert not any("/weights/c" in request for request in hub.requests if "resolve/main" in request)
     store = zoo.store(small_store.env_id)
     assert store.fingerprint() == small_store.fingerprint()
-    assert (store.trial(1).weights() == small_store.trial(1).weights()).all()
+    np.testing.assert_array_equal(store.trial(1).weights(), small_store.trial(1).weights())
 
 
 def test_a_pushed_store_is_read_where_it_is(hub: Hub, small_store: Store) -> None:
     tipl.push(small_store.path, "user/runs", progress=False)
-    assert tipl.Store.open("hf://datasets/user/runs").fingerprint() == small_store.fingerprint()
+    store = tipl.Store.open("hf://datasets/user/runs")
+    assert store.fingerprint() == small_store.fingerprint()
+    assert tipl.verify(store.path).problems == []
+    assert tipl.describe_store(store)["bytes"].startswith(
+        f"{sum(map(len, hub.repository('user/runs').files().values())):,}"
+    )
 
 
 # Cards
@@ -357,6 +364,8 @@ def test_no_network(hub: Hub, small_store: Store, tmp_path: Path, monkeypatch: p
     ):
         with pytest.raises(ConnectionError, match=r"http://127.0.0.1:9: cannot be reached: \[Errno 111\]"):
             share()
+    with pytest.raises(OSError, match=r"hf://datasets/user/zoo: .*\[Errno 111\]"):
+        tipl.load_zoo("hf://datasets/user/zoo")
     assert hub.requests == []
 
 
