@@ -16,7 +16,6 @@ from tipl.files.schema import parse, parse_json
 from tipl.forecasting.forecaster import TrainedFolder
 from tipl.forecasting.transformer import BareFolder
 from tipl.policy import PolicySpec, layout_from_dict
-from tipl.sharing.hub_errors import hub_library
 from tipl.sharing.kinds import Kind
 from tipl.sharing.origin import origin_of
 from tipl.storing.store import Store
@@ -121,8 +120,9 @@ _SPLIT = {"train": "training", "validation": "validation", "heldout": "held-out"
 
 def _head(repo_type: str, license: str | None, tags: Sequence[str]) -> str:
     """Return the YAML head."""
-    hub = hub_library("push")
-    kind = hub.DatasetCardData if repo_type == "dataset" else hub.ModelCardData
+    from huggingface_hub import DatasetCardData, ModelCardData
+
+    kind = DatasetCardData if repo_type == "dataset" else ModelCardData
     data = kind(license=license, library_name="tipl", tags=["tipl", *tags])
     return f"---\n{data.to_yaml()}\n---\n\n"
 

@@ -18,7 +18,7 @@ from tipl.collecting.settings import is_complete
 from tipl.files.publishing import published
 from tipl.progress import progress_bar
 from tipl.sharing.cards import CARD, card_of
-from tipl.sharing.hub_errors import hub_errors, hub_library
+from tipl.sharing.hub_errors import check_installed, hub_errors
 from tipl.sharing.kinds import KINDS, Kind, RepoType, kind_among
 from tipl.storing.store import Store
 from tipl.storing.store_files import files_in
@@ -62,26 +62,27 @@ def push(
     know the licence, or huggingface_hub is not installed; RuntimeError where a file is damaged; FileExistsError where
     the branch holds files already; OSError where the hub cannot be reached or refuses.
     """
-    folder, hub = Path(path), hub_library("push")
+    check_installed("push")
+    from huggingface_hub import HfApi, get_token
+
     _check_repo_id("push", repo_id)
-    names = files_in(folder)
-    kind = kind_among(names)
+    folder, api = Path(path), HfApi(library_name="tipl")
+    kind = kind_among([it.name for it in folder.iterdir()]) if folder.is_dir() else None
     if kind is None:
         raise ValueError(f"push: {path} must be the folder of a store, of a zoo or of a model with its manifest.json")
     if kind.name == "store" and not is_complete(Store.open(folder)):
         raise ValueError(f"push: {path} is an unfinished collection; `tipl collect` finishes it")
-    if hub.get_token() is None:
+    if get_token() is None:
         raise ValueError(
             "push: there is no token for the Hugging Face hub: `hf auth login` stores one, or set HF_TOKEN"
         )
     _refuse_damage("push", folder, progress)
     card = card_of(kind, folder, repo_id, license)
-    api = hub.HfApi(library_name="tipl")
     with hub_errors("push", repo_id, revision):
         _refuse_card(card, kind)
         api.create_repo(repo_id, private=private or None, repo_type=kind.repo_type, exist_ok=True)
         branch = _branch(api, repo_id, kind, revision, private=private, overwrite=overwrite)
-        files = {name: folder / name for name in kind.parts(folder, names)}
+        files = {name: folder / name for name in kind.parts(folder, files_in(folder))}
         return _commit(api, repo_id, kind, revision, branch, {CARD: card.encode(), **files}, progress)
 
 
@@ -109,8 +110,11 @@ def pull(
     not read it; ValueError where the repository holds none of these, there is no such revision, or huggingface_hub is
     not installed; RuntimeError where a file is damaged; OSError where the hub cannot be reached or refuses.
     """
-    output, api = Path(output), hub_library("pull").HfApi(library_name="tipl")
+    check_installed("pull")
+    from huggingface_hub import HfApi
+
     _check_repo_id("pull", repo_id)
+    output, api = Path(output), HfApi(library_name="tipl")
     with published(output, "pull", manifest=False) as aside:
         with hub_errors("pull", repo_id, revision):
             repo_type, commit = _found(api, repo_id, repo_type, revision)
@@ -158,18 +162,19 @@ def _named(folder: Path, name: str) -> Iterator[None]:
 
 def _found(api: "HfApi", repo_id: str, repo_type: RepoType | None, revision: str | None) -> tuple[RepoType, str]:
     """Return the type of the repository and its commit at `revision`."""
-    errors = hub_library("pull").errors
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
     found: dict[RepoType, str] = {}
     missing = []
     for kind in dict.fromkeys(kind.repo_type for kind in KINDS) if repo_type is None else [repo_type]:
         try:
             found[kind] = str(api.repo_info(repo_id, repo_type=kind, revision=revision).sha)
-        except errors.RepositoryNotFoundError as error:
+        except RepositoryNotFoundError as error:
             missing.append(error)
     if len(found) > 1:
         raise ValueError(f"pull: the hub has a dataset and a model {repo_id}: say which with repo_type (--repo-type)")
     if not found:
-        raise max(missing, key=lambda error: isinstance(error, errors.GatedRepoError))
+        raise max(missing, key=lambda error: isinstance(error, GatedRepoError))
     return next(iter(found.items()))
 
 
@@ -177,6 +182,8 @@ def _branch(
     api: "HfApi", repo_id: str, kind: Kind, revision: str | None, *, private: bool, overwrite: bool
 ) -> tuple[set[str], str]:
     """Return the names of the files in the branch to push to, which is made unless it exists, and its newest commit."""
+    from huggingface_hub.errors import RevisionNotFoundError
+
     info = api.repo_info(repo_id, repo_type=kind.repo_type)
     if private and not info.private:
         raise FileExistsError(
@@ -186,7 +193,7 @@ def _branch(
     if revision is not None:
         try:
             info = api.repo_info(repo_id, repo_type=kind.repo_type, revision=revision)
-        except hub_library("push").errors.RevisionNotFoundError:
+        except RevisionNotFoundError:
             api.create_branch(repo_id, branch=revision, repo_type=kind.repo_type)
             info, is_new = api.repo_info(repo_id, repo_type=kind.repo_type, revision=revision), True
     names = set(_tree(api, repo_id, kind.repo_type, str(info.sha)))
@@ -207,8 +214,10 @@ def _tree(api: "HfApi", repo_id: str, repo_type: RepoType, revision: str) -> dic
 
 def _refuse_card(card: str, kind: Kind) -> None:
     """Raise ValueError where the hub refuses the card's head, such as a licence that it does not know."""
+    from huggingface_hub import RepoCard
+
     try:
-        hub_library("push").RepoCard(card).validate(kind.repo_type)
+        RepoCard(card).validate(kind.repo_type)
     except ValueError as error:
         said = getattr(error.__context__, "server_message", None) or str(error)
         raise ValueError(f"push: the hub refuses the card: {' '.join(said.split())}") from error
@@ -224,11 +233,13 @@ def _commit(
     progress: bool,
 ) -> str:
     """Make `files` (name -> contents, or where they are) all that the branch holds, in one commit; return the URL."""
-    hub, (before, head) = hub_library("push"), branch
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+    before, head = branch
     where: dict[str, Any] = {"repo_id": repo_id, "repo_type": kind.repo_type, "revision": revision}
-    additions = [hub.CommitOperationAdd(name, data) for name, data in files.items()]
+    additions = [CommitOperationAdd(name, data) for name, data in files.items()]
     _show("push", sum(it.upload_info.size for it in additions), _uploads(api, additions, where), progress)
-    gone = [hub.CommitOperationDelete(name) for name in sorted(before - files.keys() - {ATTRIBUTES})]
+    gone = [CommitOperationDelete(name) for name in sorted(before - files.keys() - {ATTRIBUTES})]
     message = f"Push a {kind.name} with tipl"
     commit = api.create_commit(operations=[*gone, *additions], commit_message=message, parent_commit=head, **where)
     if missing := sorted(files.keys() - _tree(api, repo_id, kind.repo_type, commit.oid).keys()):
