@@ -208,7 +208,8 @@ class Handler(BaseHTTPRequestHandler):
     def preupload(self, kind: str, repo_id: str, revision: str) -> Any:
         repository = self._repository(kind, repo_id, write=True)
         files = repository.commits[self._oid(repository, revision)]
-        ignored = files.get(".gitignore", b"").decode().split()
+        asked = json.loads(self.body)
+        ignored = (asked.get("gitIgnore") or files.get(".gitignore", b"").decode()).split()
         return {
             "files": [
                 {
@@ -216,7 +217,7 @@ class Handler(BaseHTTPRequestHandler):
                     "uploadMode": "regular" if _is_text(base64.b64decode(file["sample"])) else "lfs",
                     "shouldIgnore": file["path"] in ignored,
                 }
-                for file in json.loads(self.body)["files"]
+                for file in asked["files"]
             ]
         }
 

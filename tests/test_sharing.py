@@ -209,11 +209,11 @@ def test_a_push_that_another_one_overtook_is_refused(
     assert hub.repository("user/runs").files() == {"other": b"theirs"}
 
 
-def test_a_file_that_the_repository_ignores_is_missed(hub: Hub, small_store: Store) -> None:
+def test_a_gitignore_in_the_repository_has_no_effect(hub: Hub, small_store: Store, tmp_path: Path) -> None:
     hub.repositories["dataset", "user/runs"] = repository = Repository()
-    repository.commit("main", {".gitignore": b"trial_0001/zarr.json"})
-    with pytest.raises(OSError, match=r"did not take trial_0001/zarr.json: its .gitignore names it"):
-        tipl.push(small_store.path, "user/runs", overwrite=True, progress=False)
+    repository.commit("main", {".gitignore": b"trial_0001/zarr.json trial_0001/weights/c.0.0"})
+    tipl.push(small_store.path, "user/runs", overwrite=True, progress=False)
+    assert files_of(tipl.pull("user/runs", tmp_path / "out", progress=False)) == files_of(small_store.path)
 
 
 def test_a_dataset_and_a_model_of_one_name(hub: Hub, small_store: Store, tmp_path: Path) -> None:
