@@ -18,8 +18,10 @@ from hub_server import TOKEN, Hub, Refused, Repository
 from huggingface_hub import constants
 
 import tipl
+from tipl.files.manifest import write_manifest
 from tipl.files.sealed import json_digest
 from tipl.forecasting.forecaster import PRETRAINED
+from tipl.forecasting.transformer import ModelConfig, TrajectoryTransformer, save_model
 from tipl.sharing import hub as sharing
 from tipl.storing.store import Store
 from tipl.storing.zoo import INCLUDED
@@ -143,9 +145,21 @@ def test_the_card_of_a_model_says_what_it_was_trained_on(hub: Hub) -> None:
     assert "license" not in head_of(card)
     assert head_of(card)["tags"][:3] == ["tipl", "reinforcement-learning", "InvertedPendulum-v4"]
     text = card.decode()
-    assert "| Reacher-v4 | 5,060 weights, layers 11 -> 64 -> 64 -> 2, tanh | 39 | 7 | 2 |" in text
+    assert "| Reacher-v4 | 5,060 weights, layers 11 -> 64 -> 64 -> 2, tanh | 39 | 7 |" in text
+    assert "| InvertedPendulum-v4 | 4,546 weights, layers 4 -> 64 -> 64 -> 1, tanh | 48 | 12 |" in text
     assert "16 runs of Reacher-v4" in text
     assert "| max_prefixes | 64 |" in text
+
+
+def test_a_bare_model_has_a_card_of_what_it_states(hub: Hub, tmp_path: Path) -> None:
+    folder = tmp_path / "bare"
+    folder.mkdir()
+    save_model(TrajectoryTransformer(ModelConfig(n_layer=1, n_head=2, d_model=16, d_ff=32, max_len=9)), folder)
+    write_manifest(folder)
+    tipl.push(folder, "user/bare", progress=False)
+    text = hub.repository("user/bare", "model").files()["README.md"].decode()
+    assert "on paths of at most 9 checkpoints" in text
+    assert "## Training" not in text
 
 
 def test_the_card_of_a_zoo_lists_its_stores_and_has_its_licence(hub: Hub, zoo_folder: Path) -> None:

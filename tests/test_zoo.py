@@ -205,6 +205,15 @@ def test_a_changed_index_is_refused(zoo: Path) -> None:
     assert any("zoo.json is damaged" in problem for problem in tipl.verify(zoo).problems)
 
 
+def test_every_changed_byte_of_the_index_is_refused(zoo: Path) -> None:
+    index = zoo / "zoo.json"
+    whole = index.read_bytes()
+    for i in range(len(whole)):
+        index.write_bytes(whole[:i] + bytes([whole[i] ^ 4]) + whole[i + 1 :])
+        with pytest.raises(RuntimeError, match=r"zoo/zoo.json"):
+            tipl.load_zoo(zoo)
+
+
 def test_no_zoo(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"there is no zoo in .*: zoo.json is missing"):
         tipl.load_zoo(tmp_path)

@@ -87,22 +87,21 @@ def model_card(folder: Path, repo_id: str, license: str | None) -> str:
     """Return the card of a model folder."""
     path = folder / "config.json"
     config = parse_json(read_listed(path), path)
-    parse(TrainedFolder if "train" in config else BareFolder, config, path)
-    stores = config.get("stores", [])
-    rows = [(it["env_id"], _policy(it["policy"]), *(len(it["split"][part]) for part in _SPLIT)) for it in stores]
-    tags = ["reinforcement-learning", *dict.fromkeys(it["env_id"] for it in stores)]
+    trained = parse(TrainedFolder, config, path) if "train" in config else None
+    parse(BareFolder, config, path, more=True)
+    tags = ["reinforcement-learning", *dict.fromkeys(it.env_id for it in (trained.stores if trained else []))]
     parts = [
         "# A forecaster of policy weights",
         "A model of tipl (TIPL, arXiv 2503.04074): from the first checkpoints of a run it forecasts the later ones, "
         f"on paths of at most {config['model']['max_len']} checkpoints.",
     ]
-    if rows:
-        parts += ["## Runs", _table(("task", "policy", *(f"{part} runs" for part in _SPLIT.values())), rows)]
+    if trained:
+        parts += ["## Trained on", _table(("task", "policy", "training runs", "validation runs"), _runs(trained))]
     if calibrated := config.get("calibrated_on"):
         on = ", ".join(f"{len(it['seeds'])} runs of {it['env_id']}" for it in calibrated)
         parts.append(f"Its confidence was calibrated on {on}.")
     parts += ["## Model", _table(("setting", "value"), flat_config(config["model"]).items())]
-    if "train" in config:
+    if trained:
         parts += ["## Training", _table(("setting", "value"), flat_config(config["train"]).items())]
     name = repo_id.rpartition("/")[2]
     parts.append(
@@ -113,9 +112,6 @@ def model_card(folder: Path, repo_id: str, license: str | None) -> str:
         )
     )
     return _head("model", license, tags) + "\n\n".join(parts) + "\n"
-
-
-_SPLIT = {"train": "training", "validation": "validation", "heldout": "held-out"}
 
 
 def _head(repo_type: str, license: str | None, tags: Sequence[str]) -> str:
@@ -140,6 +136,18 @@ def _returns(store: Store) -> str:
         return "not known"
     spread = f", standard deviation {np.std(last, ddof=1):,.1f}" if len(last) > 1 else ""
     return f"mean {np.mean(last):,.1f}{spread}, from {min(last):,.1f} to {max(last):,.1f} over {len(last)} runs"
+
+
+def _runs(trained: TrainedFolder) -> Iterable[Sequence[object]]:
+    """Return task, policy and numbers of runs of each store that taught the forecaster."""
+    most = trained.train.max_trials
+    for it in trained.stores:
+        yield (
+            it.env_id,
+            _policy(it.policy),
+            min(most, len(it.split.train)),
+            min(max(1, most // 4), len(it.split.validation)),
+        )
 
 
 def _policy(described: Mapping[str, Any]) -> str:
