@@ -6,6 +6,7 @@ what arrived before it appears under its name.
 """
 
 import contextlib
+import os
 import re
 import time
 from collections.abc import Iterable, Iterator
@@ -134,6 +135,9 @@ def pull(
         remove(aside / ".cache")  # huggingface_hub's notes on what it loaded
         with _named(aside, repo_id):
             _refuse_damage("pull", aside, progress)
+        for name in files_in(aside):
+            with open(aside / name, "rb") as file:
+                os.fsync(file.fileno())  # before the folder gets its name
     return output
 
 

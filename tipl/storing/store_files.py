@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from tipl.files.locations import Location, read_file
+from tipl.files.locations import Location, read_file, write_atomically
 from tipl.storing.store import Store
 
 _PART = re.compile(
@@ -32,4 +32,4 @@ def copy_store(store: Store, target: Path) -> None:
     for name in filter(is_part, files_in(store.path)):
         path = target / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(read_file(store.path / name, max_bytes=None))
+        write_atomically(path, read_file(store.path / name, max_bytes=None))
