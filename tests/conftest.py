@@ -14,6 +14,8 @@ import cuda_devices  # first of all: it loads what stands in for the CUDA runtim
 import pytest
 
 if TYPE_CHECKING:
+    from hub_server import Hub
+
     from tipl.storing.store import Store
 
 
@@ -180,3 +182,24 @@ def no_faults() -> Iterator[None]:
     """After the test no call of CUDA fails any more on the emulator."""
     yield
     cuda_devices.emulator.ptxrunFail(None)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Hub]":
+    """The state of a server of the Hugging Face hub, which huggingface_hub asks in this test, with a user's token."""
+    from hub_server import TOKEN, Server
+    from huggingface_hub import HfFileSystem, constants
+
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    home = tmp_path_factory.mktemp("hub-home")
+    with Server() as server:
+        for name, value in {
+            "ENDPOINT": server.url,
+            "HUGGINGFACE_CO_URL_TEMPLATE": server.url + "/{repo_id}/resolve/{revision}/{filename}",
+            "HF_HUB_DISABLE_XET": True,  # which speaks to another server
+            "HF_HUB_CACHE": str(home),
+            "HF_TOKEN_PATH": str(home / "token"),
+        }.items():
+            monkeypatch.setattr(constants, name, value)
+        yield server.hub
+    HfFileSystem.clear_instance_cache()

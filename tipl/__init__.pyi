@@ -33,10 +33,15 @@ from .report import record_video as record_video
 from .report import score as score
 from .report import write_report as write_report
 from .reproduction import reproduce as reproduce
+from .sharing.hub import pull as pull
+from .sharing.hub import push as push
+from .sharing.making import make_zoo as make_zoo
 from .storing.exporter import export_checkpoint as export_checkpoint
 from .storing.importer import import_checkpoints as import_checkpoints
 from .storing.recorder import Recorder as Recorder
 from .storing.store import Store as Store
+from .storing.zoo import Zoo as Zoo
+from .storing.zoo import load_zoo as load_zoo
 from .subspace.basis import Basis as Basis
 from .subspace.grouped_svd import GroupedSVD as GroupedSVD
 from .subspace.running_gram import RunningGram as RunningGram

@@ -16,6 +16,7 @@ from tipl.progress import progress_bar
 from tipl.storing.run_state import state_problems
 from tipl.storing.store import Store
 from tipl.storing.store_records import Commit, trial_name
+from tipl.storing.zoo import INDEX, load_zoo
 
 BAR_SECONDS = 2.0  # verifications that take longer show a bar
 
@@ -39,7 +40,7 @@ class Verification:
 
 
 def verify(path: str | Location, *, progress: bool = False) -> Verification:
-    """Check everything that tipl wrote at `path`: a store, a folder with a manifest, a file, or a folder of these.
+    """Check all that tipl wrote at `path`: a store, a zoo, a folder with a manifest, a file, or a folder of these.
 
     Nothing is changed. Raises FileNotFoundError where `path` does not exist, ValueError where tipl wrote nothing there.
     """
@@ -71,6 +72,9 @@ def _verify_folder(folder: Path, found: Verification, progress: bool) -> None:
         found.problems += problems
         if not problems:
             found.whole.append(f"the files of {folder}")
+    if (folder / INDEX).exists():
+        with _noted(found):
+            found.problems += load_zoo(folder).problems()
     for path in sorted(folder.iterdir()):
         if path.name.startswith("."):
             continue

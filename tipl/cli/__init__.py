@@ -16,6 +16,7 @@ from tipl.cli.forecast_commands import Calibrate, Evaluate, Report, Rollout, Sco
 from tipl.cli.jump_commands import Accelerate, Compare
 from tipl.cli.printing import one_line, print_versions, print_warning
 from tipl.cli.run_commands import Demo, Reproduce, Run
+from tipl.cli.share_commands import MakeZoo, Pull, Push
 from tipl.cli.store_commands import Collect, Export, Import, StoreCommands, Verify
 from tipl.progress import hide_progress
 
@@ -37,6 +38,9 @@ Command = (
     | Annotated[Accelerate, tyro.conf.subcommand("accelerate")]
     | Annotated[Compare, tyro.conf.subcommand("compare")]
     | Annotated[Reproduce, tyro.conf.subcommand("reproduce")]
+    | Annotated[Push, tyro.conf.subcommand("push")]
+    | Annotated[Pull, tyro.conf.subcommand("pull")]
+    | Annotated[MakeZoo, tyro.conf.subcommand("zoo")]
 )
 
 

@@ -31,6 +31,7 @@ def location(path: "str | Location") -> Location:
         return path if isinstance(path, UPath) else Path(path)
     try:
         url = UPath(path, use_listings_cache=False)  # other processes write there too
+        url.fs.invalidate_cache()  # huggingface_hub's file system has a cache of its own
         url.exists()
     except (ImportError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error

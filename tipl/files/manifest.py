@@ -57,6 +57,14 @@ def _read_listed(path: Path, files: dict[str, Any]) -> bytes:
     return data
 
 
+def listed_names(folder: Path) -> list[str]:
+    """Return the names of the files that the manifest of `folder` lists; none, with a warning, where there is none.
+
+    Raises RuntimeError where the manifest is damaged.
+    """
+    return list(_read_manifest(folder) or {})
+
+
 def check_folder(folder: Path) -> bool:
     """Check all files of a folder against its manifest; return False, with a warning, where an older tipl wrote none.
 

@@ -1,0 +1,1 @@
+"""Sharing: zoos of stores, and stores, models and zoos on the Hugging Face hub."""

@@ -1,0 +1,74 @@
+"""What goes wrong on the Hugging Face hub, in one line each: huggingface_hub says it in several."""
+
+import contextlib
+import importlib
+from collections.abc import Iterator
+
+
+def check_installed(command: str) -> None:
+    """Raise ValueError unless huggingface_hub is installed; `command` begins the text."""
+    try:
+        importlib.import_module("huggingface_hub")
+    except ImportError:
+        raise ValueError(f"{command}: the package huggingface_hub is not installed: pip install 'tipl[hub]'") from None
+
+
+@contextlib.contextmanager
+def hub_errors(command: str, repo_id: str, revision: str | None) -> Iterator[None]:
+    """Raise what huggingface_hub raises as an error of one line, and hide its progress bars, for tipl has its own."""
+    from httpx2 import HTTPError
+    from huggingface_hub import constants, errors
+
+    try:
+        with _without_bars():
+            yield
+    except (
+        HTTPError,
+        errors.EntryNotFoundError,
+        errors.HFValidationError,
+        errors.OfflineModeIsEnabled,
+        errors.XetDownloadError,
+        RuntimeError,
+    ) as error:
+        found = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError | RuntimeError) else error
+        if isinstance(error, RuntimeError) and not isinstance(found, HTTPError):
+            raise  # not of the hub
+        raise _in_one_line(found or error, f"{command}: {constants.ENDPOINT}", repo_id, revision) from error
+
+
+def _in_one_line(error: BaseException, who: str, repo_id: str, revision: str | None) -> Exception:
+    """Return the exception of the standard library that says what an exception of huggingface_hub means."""
+    from httpx2 import HTTPError
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.RevisionNotFoundError):
+        return ValueError(f"{who}: {repo_id} has no revision {revision}")
+    if isinstance(error, errors.GatedRepoError):
+        return PermissionError(f"{who}: {repo_id} is gated: ask for access on its page")
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return FileNotFoundError(f"{who}: there is no {repo_id}, or it is private and the token does not open it")
+    if isinstance(error, errors.HfHubHTTPError):
+        status = error.response.status_code
+        said = _line(error.server_message or error.response.reason_phrase)
+        return (PermissionError if status in (401, 403) else OSError)(f"{who}: {repo_id}: {status}, {said}")
+    if isinstance(error, HTTPError | errors.OfflineModeIsEnabled):
+        return ConnectionError(f"{who}: cannot be reached: {_line(error)}")
+    kind = ValueError if isinstance(error, ValueError) else OSError
+    return kind(f"{who}: {repo_id}: {_line(error)}")
+
+
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    utils = importlib.import_module("huggingface_hub.utils")  # whose types do not export these functions
+    if utils.are_progress_bars_disabled():
+        yield
+        return
+    utils.disable_progress_bars()
+    try:
+        yield
+    finally:
+        utils.enable_progress_bars()
+
+
+def _line(message: object) -> str:
+    return " ".join(str(message).split())
