@@ -1,4 +1,4 @@
-"""A tiny pipeline: every command of tipl on a few trials of a small policy, in a second or less each.
+"""A tiny pipeline: the commands of tipl on a few trials of a small policy, in a second or less each.
 
 Commands are run in a fork of this process, by `tipl.cli.main`, as typed, but for four things: the sizes that `demo` and
 `reproduce` have built in; the seconds between two saved states of a collection, which are none, so that every iteration
