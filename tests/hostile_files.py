@@ -137,9 +137,19 @@ content(
 content("code, legacy", "was not loaded", lambda random: torch_bytes({"w": Calls(os.system, "exit 1")}, legacy=True))
 content("code, protocol 4", "protocol 4", lambda random: torch_zip(pickle.dumps(Calls(eval, "1"), 4)))
 content(
-    "NumPy scalar",
-    r"a numpy.*multiarray\.scalar",
-    lambda random: torch_bytes(weights(random) | {"mean": np.float64(1)}),
+    "NumPy array",
+    r"a numpy.*multiarray\._reconstruct",
+    lambda random: torch_bytes(weights(random) | {"mean": np.ones(3)}),
+)
+content(
+    "NumPy scalar, of a long text",
+    "encodes bytes, beside a text of 1,000 letters",
+    lambda random: torch_bytes(weights(random) | {"mean": np.float64(1), "text": "a" * 1000}),
+)
+content(
+    "NumPy scalar of another kind",
+    "a NumPy number is of no plain kind|is damaged",
+    lambda random: torch_bytes(weights(random) | {"when": np.datetime64(1, "s")}),
 )
 
 

@@ -164,6 +164,11 @@ class Import:
     actor: tuple[str, ...] | None = None
     """How the actor's keys begin, such as "policy.", where a file holds several networks; "" takes all keys but the
     critics'."""
+    discrete: Literal["logits", "values"] | None = None
+    """Says that the policy chooses discrete actions, and what its outputs are, one for each action, where the files do
+    not say it: logits, as in PPO, or values, as in DQN."""
+    squash: bool | None = None
+    """For TorchRL: whether actions are the tanh of the network's output (TanhNormal), or the output itself."""
     ignore: tuple[str, ...] = ()
     """Patterns of keys that are no weights of the policy, such as 'obs_rms.*', where a file holds such."""
     order: str = "step"

@@ -148,7 +148,7 @@ def can_run(env_id: str, policy: PolicySpec) -> bool:
     try:
         with contextlib.closing(make_vec(env_id, 1, seeds=[0], num_threads=1)) as env:
             has_bounds = bool(np.isfinite(env.action_high - env.action_low).all())
-            return not misfit(policy, env) and (has_bounds or not policy.squash)
+            return not misfit(policy, env) and (has_bounds or not (policy.squash or policy.rescale))
     except (ValueError, gymnasium.error.Error):
         return False
 

@@ -74,22 +74,24 @@ def actions_of(
 
     The action space lies between `low` and `high`, (A,) each. Where the policy squashes, an action is tanh(mean),
     rescaled to the action space, in float32 and in the order in which Stable-Baselines3 computes it, and its bits
-    depend on this mean alone. Of n discrete actions, the outputs (..., n) become actions (..., 1): `low` (1,) plus the
-    index of the greatest output, the first of several. Elsewhere it is the mean, which the caller clips to the action
-    space.
+    depend on this mean alone. Where it rescales, the same is done with the mean in the place of its tanh. Of n
+    discrete actions, the outputs (..., n) become actions (..., 1): `low` (1,) plus the index of the greatest output,
+    the first of several. Elsewhere it is the mean, which the caller clips to the action space.
 
-    Raises ValueError where the policy squashes and the action space has no bounds.
+    Raises ValueError where the policy squashes or rescales and the action space has no bounds.
     """
     if spec.discrete:
         chosen: NDArray[np.float64] = low + means.argmax(-1, keepdims=True)
         return chosen
-    if not spec.squash:
+    if not (spec.squash or spec.rescale):
         return means.astype(np.float64)
     least, most = low.astype(np.float32), high.astype(np.float32)
     if not np.isfinite(most - least).all():
-        raise ValueError(f"a policy that squashes needs an action space with bounds, got {low} to {high}")
-    # NumPy's tanh has the same bits wherever in an array a number lies.
-    unit = np.tanh(np.ascontiguousarray(means, np.float32))  # in [-1, 1]
+        kind = "squashes" if spec.squash else "rescales"
+        raise ValueError(f"a policy that {kind} needs an action space with bounds, got {low} to {high}")
+    unit = np.ascontiguousarray(means, np.float32)  # in [-1, 1]
+    if spec.squash:
+        unit = np.tanh(unit)  # which has the same bits wherever in an array a number lies
     actions: NDArray[np.float32] = least + np.float32(0.5) * (unit + np.float32(1.0)) * (most - least)
     return actions.astype(np.float64)
 

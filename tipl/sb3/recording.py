@@ -14,11 +14,12 @@ from stable_baselines3.common.vec_env import VecEnvWrapper
 
 from tipl.sb3 import full_state
 from tipl.sb3.policies import settings_of
-from tipl.storing.foreign_actors import find_actor, shown
+from tipl.storing.foreign_actors import find_actor
 from tipl.storing.observation_statistics import FOLDED_NOTE, live_statistics
 from tipl.storing.recorder import Recorder
 from tipl.storing.state_tree import global_random_states, set_global_random_states
 from tipl.storing.store import Store
+from tipl.storing.tensor_checks import shown
 
 _open_recorders: dict[Path, Recorder] = {}
 """By path. SB3 calls no hook when learn() is interrupted, so that only the next callback can close the store."""

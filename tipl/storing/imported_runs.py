@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import fnmatch
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,13 +12,17 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from tipl.policy import ACTIVATIONS, Layout, PolicySpec
-from tipl.storing.checkpoint_steps import chosen_steps, in_order, is_pattern
-from tipl.storing.foreign_actors import Actor, differences, roles_of, shown
+from tipl.policy import ACTIVATIONS, Layout, Outputs, PolicySpec
+from tipl.storing.actor_families import STATISTICS, Settings, match, normaliser_of
+from tipl.storing.checkpoint_steps import STEP, chosen_steps, in_order, is_pattern
+from tipl.storing.foreign_actors import Actor, differences, roles_of
 from tipl.storing.foreign_files import SUFFIXES, CheckpointFile, find_actor_in, read_checkpoint_file
 from tipl.storing.observation_statistics import FOLDED_NOTE, ObservationStatistics, find_statistics, read_statistics
 from tipl.storing.store import UNNORMALISED, Store, Trial
+from tipl.storing.tensor_checks import shown
 
+_INSIDE = ("checkpoints", "nn")
+"""Where skrl and rl_games put the checkpoints in a run's folder."""
 Rows = tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.float64]]  # (b, p), (b,), (b,)
 
 
@@ -39,16 +44,43 @@ def source_record(actor: Actor, file_format: str, *notes: str) -> dict[str, Any]
             "CleanRL does not save the statistics with which it normalised observations: in the simulator these "
             "policies do not reach the returns that they had"
         )
-    elif actor.kind == "rsl_rl" and actor.normaliser:
+    elif actor.normaliser not in ("", STATISTICS):
         all_notes.append("the observation normaliser of each checkpoint is folded into its first layer")
-    elif actor.kind == "other":
-        all_notes.append(_not_run(actor.keys))
+        if clip := normaliser_of(actor.normaliser).clip:
+            all_notes.append(f"what it clips, observations beyond {clip:g} standard deviations, is not clipped")
+    if isinstance(actor.policy, PolicySpec):
+        all_notes += _unsaid(actor, actor.policy)
+    else:
+        all_notes.append(_not_run(actor))
     return record | ({"note": "; ".join(dict.fromkeys(all_notes))} if all_notes else {})
 
 
-def _not_run(keys: Sequence[str]) -> str:
-    """Return in words that the simulator cannot run policies with these keys, and where it is known, why."""
-    reason = ""
+def _unsaid(actor: Actor, policy: PolicySpec) -> list[str]:
+    """Return what is taken to be so of an actor's actions, because its library's files do not say it."""
+    notes = []
+    if actor.kind == "rl_games" and not policy.discrete:
+        notes.append(
+            "actions are taken to be clipped to [-1, 1] and rescaled to the action space, as rl_games does by default "
+            "(clip_actions)"
+        )
+    if actor.kind in ("skrl", "flax") and not policy.discrete:
+        notes.append(
+            "nothing says what becomes of the network's output: actions are taken to be the output itself, clipped to "
+            "the action space"
+        )
+    if actor.normaliser.endswith("state_preprocessor."):
+        notes.append(
+            "state_preprocessor is taken for the policy's, as in skrl 1; where it is the value network's alone, as it "
+            "can be in skrl 2, pass 'state_preprocessor.*' as ignore"
+        )
+    return notes
+
+
+def _not_run(actor: Actor) -> str:
+    """Return in words that the simulator cannot run the policies, and where it is known, why."""
+    keys, reason = actor.keys, ""
+    if match(actor.policy.shapes, Settings(outputs="logits")) is not None:
+        reason = ", unless they choose discrete actions, which discrete says"
     if any(key.endswith("latent_pi.0.ra_mean") for key in keys):
         reason = " with batch normalisation (CrossQ)"
     elif {key.rpartition("actor.")[2] for key in keys} >= {"log_std", "latent_pi.0.weight", "mu.0.weight"}:
@@ -62,6 +94,8 @@ class Reading:
 
     activation: str | None
     actor: str | Sequence[str] | None
+    discrete: Outputs | None
+    squash: bool | None
     ignore: tuple[str, ...]
     order: str
     normaliser: str | Path | None
@@ -78,7 +112,20 @@ class Reading:
                 del file.state[key]
         if statistics is not None:
             file.state |= statistics.to_state()
-        return file, find_actor_in(path, file, self.activation, self.actor)
+        found = find_actor_in(path, file, self.activation, self.actor, self.discrete, self.squash is True)
+        if self.squash is not None and found.kind != "torchrl":
+            raise ValueError(
+                f"import: {shown(path)}: squash is for the policies of TorchRL, whose files do not say it; this one is "
+                f"of kind {found.kind}"
+            )
+        return file, found
+
+    def order_of(self, paths: Sequence[Path]) -> str:
+        """Return what orders the files: where nothing was said, the number that their library puts into all names."""
+        if self.order != STEP:
+            return self.order
+        known = read_checkpoint_file(paths[0], max_bytes=self.max_bytes).step_in_name
+        return known if known and all(re.search(known, path.name) for path in paths) else STEP
 
     def normalisers(self, paths: Sequence[Path], actor: Actor) -> "_Normalisers":
         """Return the statistics of a run's checkpoints (in order), of which the last says whether it was normalised."""
@@ -189,12 +236,17 @@ class FileRun:
 
     def __init__(self, name: str, paths: Sequence[Path], reading: Reading) -> None:
         self.name, self.reading = shown(name), reading
-        ordered, named = in_order(self.name, paths, reading.order)
+        ordered, named = in_order(self.name, paths, reading.order_of(paths))
         self.num_checkpoints = len(paths)
         self.paths = ordered[: reading.num_checkpoints]
         first, self.actor = reading.read(self.paths[0], None)
         if isinstance(self.actor.policy, PolicySpec) and first.activation is None and reading.activation is None:
             raise ValueError(f"import: {shown(self.paths[0])}: {activation_missing(self.actor.policy)}")
+        if self.actor.kind == "torchrl" and reading.squash is None:
+            raise ValueError(
+                f"import: {shown(self.paths[0])}: squash must be given, whether actions are the tanh of the network's "
+                "output, rescaled to the action space (TanhNormal), or the output itself, as nothing says it"
+            )
         self.normalisers = reading.normalisers(self.paths, self.actor)
         if self.paths[0] in self.normalisers.of_path:
             first, self.actor = reading.read(self.paths[0], self.normalisers.of_path[self.paths[0]])
@@ -213,10 +265,11 @@ class FileRun:
                 None if named is None else named[: len(self.paths)],
                 self.said,
                 reading.order,
-                said_by="num_timesteps" if first.format == "sb3" else "iter",
-                is_unit=first.format == "sb3",
+                said_by=first.said_by,
+                is_unit=first.said_by != "iter",
             )
-        squashes = isinstance(self.policy, PolicySpec) and self.policy.squash and first.activation is None
+        squashes = isinstance(self.policy, PolicySpec) and self.policy.squash
+        squashes = squashes and first.activation is None and reading.squash is None
         self.source = source_record(self.actor, first.format, *notes, note, _SQUASHED if squashes else "")
         if self.normalisers.unnormalised:
             self.source[UNNORMALISED] = True
@@ -299,9 +352,8 @@ def runs_of(sources: list[Path], pattern: str, reading: Reading) -> list[Run]:
             runs += [StoredRun(store, store.trial(i)) for i in range(store.num_trials)]
             continue
         os.scandir(folder).close()  # raises if the folder may not be read, where glob would find nothing
-        # Paths that are not files, such as broken links, stay in the list, so that reading them raises an error.
-        names = sorted(path for path in folder.glob(pattern) if not path.name.startswith("."))
-        paths = [path for path in names if path.suffix.lower() in SUFFIXES]
+        inside = [found for name in _INSIDE if (found := _checkpoints(folder / name, pattern))]
+        paths = _checkpoints(folder, pattern) or (inside[0] if len(inside) == 1 else [])
         if not paths:
             raise FileNotFoundError(
                 f"import: {shown(folder)} holds no checkpoint: no file {shown(pattern)} that ends in one of "
@@ -309,6 +361,13 @@ def runs_of(sources: list[Path], pattern: str, reading: Reading) -> list[Run]:
             )
         runs.append(FileRun(str(folder), paths, reading))
     return runs
+
+
+def _checkpoints(folder: Path, pattern: str) -> list[Path]:
+    """Return the files of a folder that the pattern and their suffixes say are checkpoints."""
+    # Paths that are not files, such as broken links, stay in the list, so that reading them raises an error.
+    names = sorted(path for path in folder.glob(pattern) if not path.name.startswith("."))
+    return [path for path in names if path.suffix.lower() in SUFFIXES]
 
 
 def common_length(runs: Sequence[Run], num_checkpoints: int | None) -> int:

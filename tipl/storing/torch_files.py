@@ -7,6 +7,7 @@ torch.save writes for tensors and plain values. The number of a zip's members an
 and their checksums are compared, which torch does not do.
 """
 
+import contextlib
 import io
 import pickletools
 import re
@@ -16,6 +17,8 @@ from collections import Counter
 from typing import Any
 
 import torch
+
+from tipl.storing import numpy_scalars
 
 MAX_BYTES = 2**30
 """Largest file, and largest unpacked size of a zip, unless the caller allows more."""
@@ -75,24 +78,26 @@ def load_torch(data: bytes, max_bytes: int | None = None) -> Any:
     Raises NotReadableError where it holds more than tensors and plain values, or torch.save did not write it; torch
     raises other errors for damaged files. `max_bytes` is as in `open_zip`.
     """
+    names: set[str] = set()
     if data.startswith(_LEGACY):
         start = 0
         for _ in range(_LEGACY_PICKLES):
-            start += _check_pickle(data[start : start + _PICKLE_BYTES + 1])
+            start += _check_pickle(data[start : start + _PICKLE_BYTES + 1], names)
     elif data.startswith(b"PK\x03\x04") and zipfile.is_zipfile(io.BytesIO(data)):
         with open_zip(data, max_bytes) as archive:
             if data[-22:-18] != b"PK\x05\x06" or int.from_bytes(data[-6:-2], "little") != archive.start_dir:
                 # zipfile and torch would look for the directory in different places, and see different members
                 raise NotReadableError("is a zip with bytes before its beginning or behind its end, and was not loaded")
-            _check_zip(archive)
+            _check_zip(archive, names)
     else:
         raise NotReadableError(_what_else(data))
-    with warnings.catch_warnings(action="ignore"):  # torch warns of deprecated formats
+    numbers = numpy_scalars.scalars_allowed() if names & numpy_scalars.NAMES else contextlib.nullcontext()
+    with numbers, warnings.catch_warnings(action="ignore"):  # torch warns of deprecated formats
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
 
 
-def _check_zip(archive: zipfile.ZipFile) -> None:
-    """Raise NotReadableError unless torch may load the zip."""
+def _check_zip(archive: zipfile.ZipFile, used: set[str]) -> None:
+    """Raise NotReadableError unless torch may load the zip. The names that its pickles use are added to `used`."""
     names = archive.namelist()
     if any(name.endswith("/constants.pkl") or "/code/" in name for name in names):
         raise NotReadableError(
@@ -105,14 +110,15 @@ def _check_zip(archive: zipfile.ZipFile) -> None:
         )
     for name in pickles:
         with archive.open(name) as file:
-            _check_pickle(file.read(_PICKLE_BYTES + 1))
+            _check_pickle(file.read(_PICKLE_BYTES + 1), used)
 
 
-def _check_pickle(data: bytes) -> int:
+def _check_pickle(data: bytes, used: set[str]) -> int:
     """Return the length of the pickle at the beginning of `data`; raise NotReadableError if it is not safe to load.
 
-    `data` must be cut off one byte after the longest pickle allowed.
+    `data` must be cut off one byte after the longest pickle allowed. The names that it uses are added to `used`.
     """
+    longest = 0  # of its texts
     left = _PICKLE_OBJECTS
     # For each item on the stack, its number of objects. The items of a tuple count again whenever the tuple is used,
     # because hashing it as a dict's key visits them all. None is a mark.
@@ -125,7 +131,11 @@ def _check_pickle(data: bytes) -> int:
             if name == "PROTO" and argument != 2:
                 raise NotReadableError(f"is a pickle of protocol {argument}, which torch.save writes only if told to")
             if name in ("GLOBAL", "INST", "STACK_GLOBAL"):
-                _check_name(str(argument or name).replace(" ", "."))
+                imported = str(argument or name).replace(" ", ".")
+                _check_name(imported)
+                used.add(imported)
+            if isinstance(argument, str) and name not in ("GLOBAL", "INST"):
+                longest = max(longest, len(argument))
             if name in ("PUT", "BINPUT", "LONG_BINPUT"):
                 memo[argument] = sizes[-1] or 1
             elif name == "MARK":
@@ -146,15 +156,17 @@ def _check_pickle(data: bytes) -> int:
                 f"holds more than {_PICKLE_BYTES:,} bytes of pickle besides its tensors, and was not loaded"
             ) from error
         raise
+    if longest > numpy_scalars.MAX_TEXT and "_codecs.encode" in used:
+        raise NotReadableError(f"encodes bytes, beside a text of {longest:,} letters, and was not loaded")
     return file.tell()
 
 
 def _check_name(name: str) -> None:
     """Raise NotReadableError where a pickle uses a name that no state_dict needs."""
-    if not _HARMLESS.fullmatch(name):
+    if not _HARMLESS.fullmatch(name) and name not in numpy_scalars.NAMES:
         raise NotReadableError(
             f"holds more than tensors and plain values, a {name}, and was not loaded, because loading it could run "
-            "code: save a state_dict, and NumPy's numbers as float() or int()"
+            "code: save a state_dict, and arrays of NumPy's as tensors"
         )
 
 
