@@ -14,8 +14,8 @@ rl_games            A2C, PPO                        a2c_network.actor_mlp.<2 i>,
 skrl                Gaussian models                 policy.net.<2 i> or policy.net_container.<2 i>, one of four names of
                                                     the last layer or none, policy.log_std_parameter
 TorchRL             ProbabilisticActor              module.0.module.0.<2 i>, module.0.module.1.state_independent_scale
-Flax                a module with log_std           params.Dense_<i>, whose kernels are read transposed, params.log_std
-any other           discrete actions, if said       <prefix><i> or <prefix><2 i>, and nothing else
+Flax                a module with log_std           Dense_<i>, whose kernels are read transposed, log_std
+any other           discrete actions, if said       <prefix><i> or <prefix><2 i>, and nothing else; Flax's Dense_<i> too
 """
 
 import dataclasses
@@ -191,17 +191,7 @@ _SKRL = tuple(
 _TORCHRL = Family(
     "torchrl", "module.0.module.1.state_independent_scale", "module.0.module.0.", normalisers=(STATISTICS,)
 )
-_FLAX = tuple(
-    Family(
-        "flax",
-        f"{root}log_std",
-        f"{root}Dense_",
-        normalisers=(STATISTICS,),
-        every=1,
-        names=("kernel", "bias"),
-    )
-    for root in ("params.", "")
-)
+_FLAX = Family("flax", "log_std", "Dense_", normalisers=(STATISTICS,), every=1, names=("kernel", "bias"))
 FAMILIES = (
     _PPO,
     dataclasses.replace(_PPO, log_std="", spread="none", outputs="logits"),
@@ -232,12 +222,15 @@ FAMILIES = (
     *_RL_GAMES,
     *_SKRL,
     _TORCHRL,
-    *_FLAX,
+    _FLAX,
     Family("rsl_rl", "distribution.log_std_param", "mlp.", None, "elu", True, ("obs_normalizer.",), ("rnn.", "cnns.")),
     Family("rsl_rl", "distribution.std_param", "mlp.", None, "elu", False, ("obs_normalizer.",), ("rnn.", "cnns.")),
     Family("rsl_rl", "log_std", "actor.", None, "elu", True, _OLD_NORMALISERS, ("memory_a.",)),
     Family("rsl_rl", "std", "actor.", None, "elu", False, _OLD_NORMALISERS, ("memory_a.",)),
 )
+
+
+_NUMBERED = re.compile(r"((?:.*\.)?(?:Dense_)?)(\d+)\.(weight|kernel|bias)")
 
 
 def match(shapes: Shapes, settings: Settings) -> Match | None:
@@ -259,14 +252,16 @@ def families(settings: Settings) -> list[Family]:
 def _of_any_names(shapes: Shapes, outputs: Outputs | None) -> Family | None:
     """Return how the layers are named that a torch.nn.Sequential or ModuleList numbers, if that is all there is."""
     keys = [key for key in shapes if not key.startswith(STATISTICS)]
-    found = [it for key in keys if (it := re.fullmatch(r"((?:.*\.)?)(\d+)\.(weight|bias)", key)) is not None]
+    found = [it for key in keys if (it := _NUMBERED.fullmatch(key)) is not None]
     if outputs is None or not found or len(found) < len(keys) or len({it[1] for it in found}) > 1:
         return None
     numbers = sorted({int(it[2]) for it in found})
     every = numbers[1] - numbers[0] if len(numbers) > 1 else 2
     if every > 2:  # a layer without parameters but an effect, such as a normalisation, may lie between
         return None
-    return Family("mlp", "", found[0][1], normalisers=(STATISTICS,), spread="none", outputs=outputs, every=every)
+    names = ("kernel" if any(it[3] == "kernel" for it in found) else "weight", "bias")
+    plain = Family("mlp", "", found[0][1], normalisers=(STATISTICS,), spread="none", outputs=outputs, every=every)
+    return dataclasses.replace(plain, names=names)
 
 
 def _match(family: Family, shapes: Shapes, settings: Settings) -> Match | None:

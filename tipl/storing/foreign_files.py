@@ -2,6 +2,7 @@
 
     Stable-Baselines3   .zip with a member policy.pth; its member `data` holds pickles, none of which is run
     safetensors         key -> tensor
+    Flax's msgpack, .npz    parameters by name (`array_files.py`)
     torch.save          a state_dict, or what `state_dicts.py` finds one in: files of CleanRL, rsl_rl, rl_games, skrl
 
 torch files are loaded with weights_only=True; a file that needs more is refused. A file is read whole into memory, and
@@ -34,15 +35,20 @@ from tipl.files.locations import read_file
 from tipl.files.sealed import sorted_metadata
 from tipl.policy import Outputs
 from tipl.storing.actor_families import Settings
+from tipl.storing.array_files import flax_bytes, is_flax, npz_bytes, read_flax, read_npz
 from tipl.storing.foreign_actors import Actor, find_actor, how_to_choose
 from tipl.storing.inert_pickle import PickleError, array_of, read_inert
 from tipl.storing.state_dicts import find_state, step_of
 from tipl.storing.tensor_checks import shown
 from tipl.storing.torch_files import MAX_BYTES, NotReadableError, load_torch, open_zip
 
-SUFFIXES = (".zip", ".cleanrl_model", ".pt", ".pth", ".safetensors")
+SUFFIXES = (".zip", ".cleanrl_model", ".pt", ".pth", ".safetensors", ".msgpack", ".npz")
 
 _POLICY = "policy.pth"
+_SBX = (
+    "is a zip of SBX, or of Stable-Baselines3 without a policy.pth: its policy is a pickle, which was not loaded, "
+    "because loading it could run code: save model.policy.actor_state.params with flax.serialization.to_bytes"
+)
 _JSON_BYTES = 2**25  # most bytes of a safetensors header or SB3's settings; parsed, these take up to 25 times as much
 _LIBRARIES = ("stable_baselines3.", "sb3_contrib.")
 _CLIP_MEAN = 2.0  # SB3's default
@@ -53,7 +59,7 @@ _DISCRETE = ".spaces.discrete.Discrete'>"  # of gymnasium, or of gym in older fi
 class CheckpointFile:
     """A checkpoint file in memory. Writing to the tensors of `state` changes what `to_bytes` returns."""
 
-    format: Literal["sb3", "safetensors", "torch"]
+    format: Literal["sb3", "safetensors", "torch", "flax", "npz"]
     state: dict[str, Tensor]
     env_steps: int | None = None
     """SB3's num_timesteps, rl_games' frame, or rsl_rl's iteration; None where the file does not say."""
@@ -87,6 +93,10 @@ class CheckpointFile:
             return sorted_metadata(safetensors.torch.save(self.state, self._content))
         if self.format == "torch":
             return _torch_bytes(self._content)
+        if self.format == "flax":
+            return flax_bytes(self._content)
+        if self.format == "npz":
+            return npz_bytes(self._content)
         archive, policy = self._content
         written = io.BytesIO()
         with zipfile.ZipFile(io.BytesIO(archive)) as source, zipfile.ZipFile(written, "w") as target:
@@ -112,8 +122,17 @@ def read_checkpoint_file(path: str | Path, *, max_bytes: int | None = None) -> C
             return _read_safetensors(data)
         if zipfile.is_zipfile(io.BytesIO(data)):
             with open_zip(data, max_bytes) as archive:
-                if _POLICY in archive.namelist():
+                names = archive.namelist()
+                if _POLICY in names:
                     return _read_sb3(archive, data, max_bytes)
+                if "_stable_baselines3_version" in names:
+                    raise NotReadableError(_SBX)
+                if names and all(name.endswith(".npy") for name in names):
+                    state, doubt, arrays = read_npz(archive)
+                    return CheckpointFile("npz", state, doubt=doubt, _content=arrays)
+        if is_flax(data):
+            state, doubt, tree = read_flax(data)
+            return CheckpointFile("flax", state, doubt=doubt, _content=tree)
         return _read_torch(data, max_bytes, is_cleanrl=path.suffix == ".cleanrl_model")
     except NotReadableError as error:
         raise RuntimeError(f"{shown(path)} {shown(error)}") from error
