@@ -20,7 +20,7 @@ any other           discrete actions, if said       <prefix><i> or <prefix><2 i>
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from tipl.policy import ACTIVATIONS, Outputs, PolicySpec, Spread
 
@@ -235,8 +235,14 @@ _NUMBERED = re.compile(r"((?:.*\.)?(?:Dense_)?)(\d+)\.(weight|kernel|bias)")
 
 def match(shapes: Shapes, settings: Settings) -> Match | None:
     """Return the actor if the keys of `shapes` are exactly those of an MLP of one of the libraries, else None."""
-    of_any_names = _of_any_names(shapes, settings.outputs)
-    candidates = [*families(settings), *([] if of_any_names is None else [of_any_names])]
+    found = _first(families(settings), shapes, settings)
+    numbered = _of_any_names(shapes, settings.outputs)
+    if found is not None or numbered is None or _first(FAMILIES, shapes, settings) is not None:
+        return found  # keys of another library's policy say more than the caller
+    return _match(numbered, shapes, settings)
+
+
+def _first(candidates: Iterable[Family], shapes: Shapes, settings: Settings) -> Match | None:
     found = (_match(family, shapes, settings) for family in candidates)
     return next((it for it in found if it is not None), None)
 

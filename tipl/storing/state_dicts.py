@@ -5,6 +5,7 @@
     model_state_dict, actor_state_dict, iter    rsl_rl
     state_dict                                  plain
     model, frame                                rl_games, whose keys begin with a2c_network.
+    actor_network_params.<key>                  a loss of TorchRL's; the other networks are left out
     policy, value, <name>_preprocessor          skrl; the state's keys are policy.<key>, value.<key>, ...
 
 The tensors are those of the content itself, so that writing to them changes what torch.save writes of it.
@@ -24,6 +25,7 @@ _SECTIONS = ("actor_state_dict", "model_state_dict", "state_dict")
 _BESIDE_THE_STATE = re.compile(r".*(optim|critic|sched|scaler|rng).*|rnd_.*|(privileged_)?obs_norm_state_dict|infos")
 """Entries that the libraries save beside a state, none of them the actor's."""
 _SKRL = ("policy", "value", "observation_preprocessor", "state_preprocessor", "value_preprocessor")
+_TORCHRL = "actor_network_params."
 _COMPILED = "_orig_mod."
 
 
@@ -50,6 +52,9 @@ def find_state(content: Any, *, is_cleanrl: bool) -> StateDict:
             )
         if (state := _of_skrl(content)) is not None:
             return StateDict(state, step_in_name=r"^agent_([0-9]+)\.pt$")
+        actor = {key: it for key, it in _tensors(content).items() if key.startswith(_TORCHRL)}
+        if actor:
+            return StateDict({key.removeprefix(_TORCHRL): it for key, it in actor.items()})
     state, doubt = _state(content, is_cleanrl=is_cleanrl)
     return StateDict(state, doubt, step_of(content.get("iter"), "iter") if isinstance(content, Mapping) else None)
 
