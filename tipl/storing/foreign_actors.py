@@ -256,18 +256,19 @@ def _known(root: str, shapes: Mapping[str, tuple[int, ...]], settings: Settings)
     return Actor(found.family.kind, found.policy, keys, found.family.std_is_log, normaliser)
 
 
-def roles_of(state: State, actor: Actor) -> list[tuple[str, tuple[int, ...], str]]:
-    """Return key, shape and part in words of each floating-point tensor of a state in which `actor` was found."""
-    names = dict(zip(actor.keys, actor.policy.shapes, strict=True))
+def roles_of(state: State, actor: Actor | None) -> list[tuple[str, tuple[int, ...], str]]:
+    """Return key, shape and part in words of each floating-point tensor of a state and its actor, if found."""
+    names = {} if actor is None else dict(zip(actor.keys, actor.policy.shapes, strict=True))
+    kind, normaliser = ("", "") if actor is None else (actor.kind, actor.normaliser)
     taken = {(state[key].data_ptr(), state[key].shape) for key in names if key in state}
-    critics = tuple({prefix for it in FAMILIES if it.kind == actor.kind for prefix in it.others})
+    critics = tuple({prefix for it in FAMILIES if it.kind == kind for prefix in it.others})
     roles = []
     for key, tensor in state.items():
         if not tensor.is_floating_point() or not tensor.numel():
             continue
         if key in names:
             role = "the actor's" if names[key] == key else f"the actor's {names[key]}"
-        elif actor.normaliser and key.startswith(actor.normaliser):
+        elif normaliser and key.startswith(normaliser):
             role = "the observation normaliser's, folded into the first layer"
         elif (tensor.data_ptr(), tensor.shape) in taken:
             role = "the actor's once more"

@@ -12,80 +12,17 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from tipl.policy import ACTIVATIONS, Layout, Outputs, PolicySpec
-from tipl.storing.actor_families import STATISTICS, Settings, match, normaliser_of
+from tipl.policy import Layout, Outputs, PolicySpec
 from tipl.storing.checkpoint_steps import STEP, chosen_steps, in_order, is_pattern
 from tipl.storing.foreign_actors import Actor, differences, roles_of
 from tipl.storing.foreign_files import SUFFIXES, CheckpointFile, find_actor_in, read_checkpoint_file
+from tipl.storing.import_notes import activation_missing, source_record
 from tipl.storing.observation_statistics import FOLDED_NOTE, ObservationStatistics, find_statistics, read_statistics
 from tipl.storing.store import UNNORMALISED, Store, Trial
 from tipl.storing.tensor_checks import shown
 
 _INSIDE = ("checkpoints", "nn")
-"""Where skrl and rl_games put the checkpoints in a run's folder."""
 Rows = tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.float64]]  # (b, p), (b,), (b,)
-
-
-def activation_missing(policy: PolicySpec) -> str:
-    """Return what to say where nothing says the activation of a policy, which has its library's default for now."""
-    return (
-        f"activation must be given, one of {', '.join(ACTIVATIONS)}, as nothing says which lies between the layers; "
-        f"the library's default is {policy.activation}"
-    )
-
-
-def source_record(actor: Actor, file_format: str, *notes: str) -> dict[str, Any]:
-    """Return the config's entry "source", plain JSON, with a note of everything that a user of the store must know."""
-    record: dict[str, Any] = {"format": file_format, "actor": actor.to_dict()}
-    all_notes = [note for note in notes if note]
-    is_discrete = isinstance(actor.policy, PolicySpec) and actor.policy.discrete
-    if actor.kind == "cleanrl" and not actor.normaliser and not is_discrete:
-        all_notes.append(
-            "CleanRL does not save the statistics with which it normalised observations: in the simulator these "
-            "policies do not reach the returns that they had"
-        )
-    elif actor.normaliser not in ("", STATISTICS):
-        all_notes.append("the observation normaliser of each checkpoint is folded into its first layer")
-        if clip := normaliser_of(actor.normaliser).clip:
-            all_notes.append(f"what it clips, observations beyond {clip:g} standard deviations, is not clipped")
-    if isinstance(actor.policy, PolicySpec):
-        all_notes += _unsaid(actor, actor.policy)
-    else:
-        all_notes.append(_not_run(actor))
-    return record | ({"note": "; ".join(dict.fromkeys(all_notes))} if all_notes else {})
-
-
-def _unsaid(actor: Actor, policy: PolicySpec) -> list[str]:
-    """Return what is taken to be so of an actor's actions, because its library's files do not say it."""
-    notes = []
-    if actor.kind == "rl_games" and not policy.discrete:
-        notes.append(
-            "actions are taken to be clipped to [-1, 1] and rescaled to the action space, as rl_games does by default "
-            "(clip_actions)"
-        )
-    if actor.kind in ("skrl", "flax") and not policy.discrete:
-        notes.append(
-            "nothing says what becomes of the network's output: actions are taken to be the output itself, clipped to "
-            "the action space"
-        )
-    if actor.normaliser.endswith("state_preprocessor."):
-        notes.append(
-            "state_preprocessor is taken for the policy's, as in skrl 1; where it is the value network's alone, as it "
-            "can be in skrl 2, pass 'state_preprocessor.*' as ignore"
-        )
-    return notes
-
-
-def _not_run(actor: Actor) -> str:
-    """Return in words that the simulator cannot run the policies, and where it is known, why."""
-    keys, reason = actor.keys, ""
-    if match(actor.policy.shapes, Settings(outputs="logits")) is not None:
-        reason = ", unless they choose discrete actions, which discrete says"
-    if any(key.endswith("latent_pi.0.ra_mean") for key in keys):
-        reason = " with batch normalisation (CrossQ)"
-    elif {key.rpartition("actor.")[2] for key in keys} >= {"log_std", "latent_pi.0.weight", "mu.0.weight"}:
-        reason = " with gSDE, whose clip_mean nothing says"
-    return f"the simulator cannot run these policies{reason}: train and rollout work, evaluate does not"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -352,8 +289,7 @@ def runs_of(sources: list[Path], pattern: str, reading: Reading) -> list[Run]:
             runs += [StoredRun(store, store.trial(i)) for i in range(store.num_trials)]
             continue
         os.scandir(folder).close()  # raises if the folder may not be read, where glob would find nothing
-        inside = [found for name in _INSIDE if (found := _checkpoints(folder / name, pattern))]
-        paths = _checkpoints(folder, pattern) or (inside[0] if len(inside) == 1 else [])
+        paths = _checkpoints(folder, pattern)
         if not paths:
             raise FileNotFoundError(
                 f"import: {shown(folder)} holds no checkpoint: no file {shown(pattern)} that ends in one of "
@@ -364,10 +300,20 @@ def runs_of(sources: list[Path], pattern: str, reading: Reading) -> list[Run]:
 
 
 def _checkpoints(folder: Path, pattern: str) -> list[Path]:
-    """Return the files of a folder that the pattern and their suffixes say are checkpoints."""
-    # Paths that are not files, such as broken links, stay in the list, so that reading them raises an error.
-    names = sorted(path for path in folder.glob(pattern) if not path.name.startswith("."))
-    return [path for path in names if path.suffix.lower() in SUFFIXES]
+    """Return the files that the pattern and their suffixes say are a run's checkpoints: in its folder, or where skrl
+    and rl_games put them in it."""
+    for place in (folder, *(folder / name for name in _INSIDE)):
+        # Paths that are not files, such as broken links, stay in the list, so that reading them raises an error.
+        names = sorted(path for path in place.glob(pattern) if not path.name.startswith("."))
+        if paths := [path for path in names if path.suffix.lower() in SUFFIXES]:
+            return paths
+    return []
+
+
+def first_file(sources: Sequence[Path], pattern: str) -> Path | None:
+    """Return the first checkpoint file among the sources, None where they are stores or hold none."""
+    files = [file for it in sources for file in (_checkpoints(it, pattern) if it.is_dir() else [it])]
+    return files[0] if files and not (sources[0] / "zarr.json").exists() else None
 
 
 def common_length(runs: Sequence[Run], num_checkpoints: int | None) -> int:

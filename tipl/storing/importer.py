@@ -13,7 +13,9 @@ import numpy as np
 
 from tipl.files.publishing import published, refuse_existing
 from tipl.policy import Layout, Outputs
-from tipl.storing.imported_runs import FileRun, Reading, Run, check_equal, common_length, runs_of
+from tipl.storing.foreign_actors import roles_of
+from tipl.storing.foreign_files import read_checkpoint_file
+from tipl.storing.imported_runs import FileRun, Reading, Run, check_equal, common_length, first_file, runs_of
 from tipl.storing.store import UNNORMALISED, Store
 from tipl.storing.tensor_checks import shown
 
@@ -135,6 +137,21 @@ def describe_import(
     for run in plan.runs:
         lines.append(("trial", f"{run.name}: {plan.length} checkpoints{run.described(plan.length)}"))
     return lines + ([("note", plan.source["note"])] if "note" in plan.source else [])
+
+
+def describe_first_file(
+    sources: Sequence[str | Path], *, pattern: str = "*", max_bytes: int | None = None
+) -> list[tuple[str, str]]:
+    """Return the first file that an import of these sources would read, and its tensors, of which none is chosen yet.
+
+    That is what there is to choose from where `describe_import` refuses. Raises what it raises where no file can be
+    read.
+    """
+    path = first_file([Path(source) for source in sources], pattern)
+    if path is None:
+        return []
+    roles = roles_of(read_checkpoint_file(path, max_bytes=max_bytes).state, None)
+    return [("file", shown(path)), *(("tensor", f"{shown(key)} {shape}: {role}") for key, shape, role in roles)]
 
 
 def _patterns(ignore: str | Sequence[str]) -> tuple[str, ...]:

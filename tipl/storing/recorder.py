@@ -15,7 +15,7 @@ from torch import Tensor
 from tipl.policy import ACTIVATIONS, PolicySpec
 from tipl.storing.actor_families import STATISTICS, Settings
 from tipl.storing.foreign_actors import Actor, differences, find_actor
-from tipl.storing.imported_runs import activation_missing, source_record
+from tipl.storing.import_notes import activation_missing, source_record
 from tipl.storing.observation_statistics import live_statistics
 from tipl.storing.run_state import encode_state, load_state, put_back, save_state
 from tipl.storing.state_tree import set_global_random_states
