@@ -448,6 +448,19 @@ def test_a_bare_mlp_of_discrete_actions(prefix: str, outputs: Any, tmp_path: Pat
         assert "unless they choose discrete actions, which discrete says" in unsaid.config["source"]["note"]
 
 
+def test_a_recording_of_a_bare_mlp_of_discrete_actions(tmp_path: Path) -> None:
+    made = plain(SIZES, discrete=True)
+    network = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 2))
+    network.load_state_dict(named(made.layers, ["0", "2", "4"]))
+    for resume in (False, True):
+        with tipl.Recorder(tmp_path / "a", env_id="CartPole-v1", discrete="values", resume=resume) as recorder:
+            recorder.log(network, env_steps=int(resume))
+    store = Store.open(tmp_path / "a")
+    check(store, made, "tanh")
+    assert isinstance(store.policy, PolicySpec)
+    assert (store.policy.outputs, store.num_checkpoints) == ("values", 2)
+
+
 def bare(seed: int = 0, *sizes: int) -> State:
     return named(plain(sizes or SIZES, discrete=True, seed=seed).layers, [f"net.{2 * i}" for i in range(3)])
 
