@@ -21,8 +21,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tipl.storing.not_readable import NotReadableError
 from tipl.storing.tensor_checks import shown
-from tipl.storing.torch_files import NotReadableError
 
 _ARRAY = 1  # flax.serialization's code for an array; its other codes stay as they are
 _MAX_ENTRIES = 2**18  # of all dicts and lists of a file together
@@ -150,6 +150,8 @@ def _packed(value: Any) -> Any:
 def _npy(data: bytes, name: str) -> NDArray[Any]:
     """Return the array in a .npy file. numpy.load would allocate whatever its header says."""
     file = io.BytesIO(data)
+    if not data.startswith(b"\x93NUMPY"):
+        raise NotReadableError(f"is damaged: its member {shown(name)} is no array of NumPy's")
     version = np.lib.format.read_magic(file)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, in_columns, dtype = read(file)

@@ -38,9 +38,10 @@ from tipl.storing.actor_families import Settings
 from tipl.storing.array_files import flax_bytes, is_flax, npz_bytes, read_flax, read_npz
 from tipl.storing.foreign_actors import Actor, find_actor, how_to_choose
 from tipl.storing.inert_pickle import PickleError, array_of, read_inert
+from tipl.storing.not_readable import NotReadableError
 from tipl.storing.state_dicts import find_state, step_of
 from tipl.storing.tensor_checks import shown
-from tipl.storing.torch_files import MAX_BYTES, NotReadableError, load_torch, open_zip
+from tipl.storing.torch_files import MAX_BYTES, load_torch, open_zip
 
 SUFFIXES = (".zip", ".cleanrl_model", ".pt", ".pth", ".safetensors", ".msgpack", ".npz")
 

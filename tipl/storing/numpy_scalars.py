@@ -2,7 +2,7 @@
 
 torch.load(weights_only=True) refuses them unless it is told what their names stand for. Here the names stand for
 functions that make one plain number and nothing else. torch itself knows `_codecs.encode`, with which pickles write
-bytes; what a file may do with it is limited by the length of its texts (`MAX_TEXT`).
+bytes: a file may call it for the few bytes of a number alone, in latin1, as some codecs take hours for a long text.
 """
 
 import contextlib
@@ -11,12 +11,21 @@ from typing import Any
 import numpy as np
 import torch
 
-NAMES = frozenset({"numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "numpy.dtype", "_codecs.encode"})
-"""What pickles of NumPy's numbers use, beside what those of tensors do."""
-MAX_TEXT = 255
-"""Longest text in a pickle that uses `_codecs.encode`: some codecs take seconds for long ones."""
+from tipl.storing.not_readable import NotReadableError
 
+ENCODE = "_codecs.encode"
+NAMES = frozenset({"numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "numpy.dtype", ENCODE})
+"""What pickles of NumPy's numbers use, beside what those of tensors do."""
+
+_MAX_BYTES = 16  # of a number
 _KINDS = {"f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1"}
+
+
+def check_encoding(arguments: Any) -> None:
+    """Raise NotReadableError where a pickle calls `_codecs.encode` for more than a number's bytes."""
+    is_pair = isinstance(arguments, tuple) and len(arguments) == 2 and isinstance(arguments[0], str)
+    if not (is_pair and len(arguments[0]) <= _MAX_BYTES and arguments[1] == "latin1"):
+        raise NotReadableError(f"calls {ENCODE} for more than a number of NumPy's, and was not loaded")
 
 
 class _Kind:

@@ -18,8 +18,8 @@ from typing import Any
 
 from torch import Tensor
 
+from tipl.storing.not_readable import NotReadableError
 from tipl.storing.tensor_checks import shown
-from tipl.storing.torch_files import NotReadableError
 
 _SECTIONS = ("actor_state_dict", "model_state_dict", "state_dict")
 _BESIDE_THE_STATE = re.compile(r".*(optim|critic|sched|scaler|rng).*|rnd_.*|(privileged_)?obs_norm_state_dict|infos")
