@@ -95,3 +95,29 @@ def test_the_command_prints_writes_and_draws(tmp_path: Path, run_tipl: Callable[
     output.write_text(json.dumps(document))
     assert run_tipl(*command) == 2
     assert "exists" in capsys.readouterr().err
+
+
+def test_a_policy_that_diverged_is_named_and_left_out(tmp_path, run_tipl, capsys):
+    whole, path = store_of(tmp_path / "s.zarr", num_trials=2), tmp_path / "d.zarr"
+    weights = np.stack([whole.trial(i).weights() for i in range(2)])
+    weights[0, 3], weights[1, -1] = 3e38, 3e38  # finite, but not what they give
+    steps = np.tile(64 * np.arange(7), (2, 1))
+    with Store.create(path, env_id=ENV_ID, policy=SPEC, seeds=range(2), config={}) as store:
+        store.append(weights, steps, np.full(steps.shape, np.nan))
+    scores = tipl.score(Store.open(path), num_episodes=2, progress=False)
+    expected = tipl.score(whole, num_episodes=2, progress=False).returns
+    assert scores.diverged == [(0, 3), (1, 6)]
+    assert np.isnan(scores.returns[0, 3]).all()
+    sound = ~np.isnan(scores.returns)
+    assert sound.sum() == 2 * 7 * 2 - 2 * 2
+    np.testing.assert_array_equal(scores.returns[sound], expected[sound])
+    assert math.isnan(scores.best[1].gain.value)
+    assert not scores.best[1].beats_last
+    assert run_tipl("score", path, "--num-episodes", "2", "--output", tmp_path / "scores.json") == 0
+    assert "diverged   trial 0, checkpoint 3: its actions are not finite" in capsys.readouterr().out
+    assert load_json(tmp_path / "scores.json", "test")["returns"][0][3] == [None, None]
+    weights[0] = 3e38
+    with Store.create(tmp_path / "e.zarr", env_id=ENV_ID, policy=SPEC, seeds=range(2), config={}) as store:
+        store.append(weights, steps, np.full(steps.shape, np.nan))
+    with pytest.raises(ValueError, match="all policies of trial 0 give actions that are not finite: it diverged"):
+        tipl.score(Store.open(tmp_path / "e.zarr"), num_episodes=1, progress=False)

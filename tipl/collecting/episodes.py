@@ -52,13 +52,15 @@ def run_episodes(
     num_threads: int | None = None,
     cluster: Cluster | None = None,
     bar: Progress | None = None,
+    keep_diverged: bool = False,
 ) -> Episodes:
     """Run deterministic policies (N, p) for E episodes each, and keep `num_states` states of each policy.
 
     `episode_seeds` is (E,), the same for all policies, or (N, E). Policies and episodes step together in groups of up
     to `ENVS_AT_ONCE` simulations; an episode that has ended is not stepped further. On a cluster, workers take these
-    groups one by one, each with `num_threads` threads, by default 1. Raises ValueError where the policies have not the
-    environment's numbers of observations and actions, or not its kind of actions.
+    groups one by one, each with `num_threads` threads, by default 1. With `keep_diverged`, a policy whose network gives
+    numbers that are not finite ends there, and all its returns are NaN. Raises ValueError for such a policy otherwise,
+    and where the policies have not the environment's numbers of observations and actions, or not its kind of actions.
     """
     seeds = np.broadcast_to(episode_seeds, (len(weights), np.shape(episode_seeds)[-1]))
     num_episodes = seeds.shape[1]
@@ -74,11 +76,13 @@ def run_episodes(
             bar.update(task, completed=sum(len(group) for group, _ in groups[:num_ended]) * num_episodes)
 
     if cluster is None:
-        parts = [_run_group(env_id, policy, *group, num_states, num_threads, tick) for group in groups]
+        run = functools.partial(_run_group, tick=tick, keep_diverged=keep_diverged)
+        parts = [run(env_id, policy, *group, num_states, num_threads) for group in groups]
     else:
         threads = 1 if num_threads is None else num_threads
         calls = [(env_id, policy, *group, num_states, threads) for group in groups]
-        parts = cluster.map(_run_group, calls, num_cpus=threads, poll=poll)
+        of_group = functools.partial(_run_group, keep_diverged=True) if keep_diverged else _run_group
+        parts = cluster.map(of_group, calls, num_cpus=threads, poll=poll)
     return Episodes(np.concatenate([part.returns for part in parts]), [kept for part in parts for kept in part.states])
 
 
@@ -190,6 +194,7 @@ def _run_group(
     num_threads: int | None,
     tick: Callable[[int], None] = _no_tick,
     watch: Callable[[VectorEnv, NDArray[np.bool_], NDArray[np.float64]], None] = _no_watch,
+    keep_diverged: bool = False,
 ) -> Episodes:
     """Run policies (M, p) on episodes (M, E) that step together; `tick` gets each number of ended episodes.
 
@@ -216,6 +221,10 @@ def _run_group(
             everybody = len(busy) == len(group)
             chosen = group if everybody else group[torch.from_numpy(busy)]
             means = mean_of_rows(policy, chosen, torch.from_numpy(seen if everybody else seen[busy])).numpy()
+            if keep_diverged and not (sound := np.isfinite(means).all((1, 2))).all():
+                lost = busy[~sound]
+                total.reshape(shape)[lost], running.reshape(shape)[lost] = np.nan, False
+                means[~sound] = 0.0
             actions[busy] = actions_of(policy, means, env.action_low, env.action_high)
             step = env.step(actions.reshape(env.num_envs, -1), running)
             obs = step.obs

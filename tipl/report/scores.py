@@ -57,9 +57,16 @@ class Scores:
     env_steps: NDArray[np.int64]
     """(N, C)"""
     returns: FloatArray
-    """(N, C, E), each trial on E episodes of its own, the same for all its checkpoints."""
+    """(N, C, E), each trial on E episodes of its own, the same for all its checkpoints; NaN for a policy that diverged:
+    whose network gave numbers that are not finite."""
     best: list[BestCheckpoint]
     """One for each trial."""
+
+    @property
+    def diverged(self) -> list[tuple[int, int]]:
+        """Trial and checkpoint of each policy that diverged."""
+        lost = np.isnan(self.returns).any(2)
+        return [(int(i), self.checkpoints[at]) for i, at in np.argwhere(lost)]
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types."""
@@ -67,7 +74,7 @@ class Scores:
             "env_id": self.env_id,
             "checkpoints": self.checkpoints,
             "env_steps": self.env_steps.tolist(),
-            "returns": self.returns.tolist(),
+            "returns": [[[_number(it) for it in row] for row in trial] for trial in self.returns.tolist()],
             "best": [
                 {
                     **{name: getattr(it, name) for name in ("trial", "checkpoint", "env_steps", "beats_last")},
@@ -103,7 +110,9 @@ def score(
         seed: the episodes derive from it and from the trial's index.
         num_threads: cores that step the simulator, by default all; results do not depend on it.
 
-    Raises ValueError where an argument is out of range, or the simulator cannot run the policies as they were.
+    A policy that diverged, whose network gives numbers that are not finite, is never the best; where the last one did,
+    the gain over it is NaN. Raises ValueError where an argument is out of range, the simulator cannot run the policies
+    as they were, or all of a trial diverged.
     """
     policy = policy_to_run("score", store)
     if store.env_id == "unknown":
@@ -120,13 +129,14 @@ def score(
     at_once = max(1, MAX_BYTES // (4 * policy.num_params * C))
     returns, best = np.empty((N, C, num_episodes)), []
     with progress_bar(progress) as bar:
-        run = functools.partial(run_episodes, store.env_id, policy, num_threads=num_threads, bar=bar)
+        simulate = functools.partial(run_episodes, store.env_id, policy, num_threads=num_threads, bar=bar)
+        run = functools.partial(simulate, keep_diverged=True)
         for start in range(0, N, at_once):
             trials = range(start, min(start + at_once, N))
             rows = [store.trial(i).weights()[last % every :: every] for i in trials]
             episodes = np.repeat([seeds[i][:num_episodes] for i in trials], C, axis=0)
             returns[start : trials.stop] = run(np.concatenate(rows), episodes).returns.reshape(len(trials), C, -1)
-            chosen = returns[start : trials.stop].mean(2).argmax(1)
+            chosen = _best_of(returns[start : trials.stop], start)
             pairs = np.concatenate([weights[[at, -1]] for weights, at in zip(rows, chosen, strict=True)])
             fresh = np.repeat([seeds[i][num_episodes:] for i in trials], 2, axis=0)
             again = run(pairs, fresh).returns.reshape(len(trials), 2, -1)
@@ -138,8 +148,21 @@ def score(
     return Scores(store.env_id, checkpoints, env_steps, returns, best)
 
 
+def _best_of(returns: FloatArray, first: int) -> NDArray[np.intp]:
+    """Return the index (N,) of each trial's best checkpoint by returns (N, C, E); `first` is the first trial's own."""
+    means = returns.mean(2)
+    lost = np.flatnonzero(np.isnan(means).all(1))
+    if lost.size:
+        raise ValueError(
+            f"score: all policies of trial {first + lost[0]} give actions that are not finite: it diverged"
+        )
+    return np.nanargmax(means, 1)
+
+
 def _gain(best: FloatArray, last: FloatArray) -> Estimate:
-    """Return the mean of best - last over episodes (E,) and its interval."""
+    """Return the mean of best - last over episodes (E,) and its interval, NaN where the last diverged."""
+    if not (np.isfinite(best) & np.isfinite(last)).all():
+        return Estimate(math.nan)
     return Bootstrap(len(best)).estimate(best - last)
 
 
