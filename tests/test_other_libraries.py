@@ -13,6 +13,7 @@ from typing import Any
 
 import msgpack
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from foreign_checkpoints import damaged, sb3_zip
@@ -296,6 +297,17 @@ def test_rl_games_discrete(tmp_path: Path) -> None:
     assert store.policy.outputs == "logits"
     with pytest.raises(ValueError, match=r"keys are those of a policy of rl_games whose outputs are logits$"):
         tipl.import_checkpoints([path], tmp_path / "wrong", activation="elu", discrete="values")
+
+
+def test_a_rescaled_policy_as_an_onnx_model(tmp_path: Path) -> None:
+    made = rl_games((4, 8, 1))
+    path = saved(made.content, tmp_path / "Pend.pth")
+    store = tipl.import_checkpoints([path], tmp_path / "store", activation="elu", env_id="InvertedPendulum-v5")
+    tipl.export_onnx(store.path, tmp_path / "policy.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "policy.onnx")
+    obs = torch.randn(50, 4, generator=torch.Generator().manual_seed(1))
+    (actions,) = session.run(["action"], {"observation": obs.numpy()})
+    np.testing.assert_allclose(actions, 3 * made.outputs(obs, "elu").clamp(-1, 1), rtol=1e-4, atol=1e-5)
 
 
 def test_a_rescaled_policy_needs_bounds_and_is_no_other() -> None:

@@ -323,6 +323,8 @@ class Score:
     """Take every n-th checkpoint, counted back from the last."""
     seed: int = 0
     """The episodes derive from it."""
+    sampled: bool = False
+    """Run the stochastic policies, as in training, instead of the deterministic ones."""
     num_threads: int | None = None
     """Cores to use; by default all."""
     plot: PathArg | None = None
@@ -343,6 +345,7 @@ class Score:
                 num_episodes=self.num_episodes,
                 every=self.every,
                 seed=self.seed,
+                sampled=self.sampled,
                 num_threads=self.num_threads,
             )
             if aside is not None:
