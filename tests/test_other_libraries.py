@@ -228,7 +228,9 @@ def test_skrl_files_that_lack_something(tmp_path: Path) -> None:
     store = tipl.import_checkpoints([saved(both, tmp_path / "agent_2.pt")], tmp_path / "both", activation="elu")
     check(store, made, "elu")
     alone = saved(made.content["policy"], tmp_path / "policy_3.pt")
-    check(tipl.import_checkpoints([alone], tmp_path / "alone", activation="elu"), unnormalised, "elu")
+    store = tipl.import_checkpoints([alone], tmp_path / "alone", activation="elu")
+    check(store, unnormalised, "elu")
+    assert "the files hold skrl's policy alone: observations are taken to be" in store.config["source"]["note"]
 
 
 @pytest.mark.parametrize(
@@ -333,7 +335,7 @@ def test_torchrl(squash: bool, tmp_path: Path) -> None:
     check(store, made, "tanh")
     assert isinstance(store.policy, PolicySpec)
     assert store.policy.squash is squash
-    assert "note" not in store.config["source"]
+    assert "what TorchRL's transforms, such as VecNorm, do to them is not in" in store.config["source"]["note"]
     check_export(store, path, tmp_path, made, None)
     beside = {"entropy_coeff": torch.tensor(0.01), "clip_epsilon": torch.tensor(0.2)}
     loss = {f"actor_network_params.{key}": it for key, it in made.content.items()} | beside

@@ -49,6 +49,16 @@ def _unsaid(actor: Actor, policy: PolicySpec) -> list[str]:
             "nothing says what becomes of the network's output: actions are taken to be the output itself, clipped to "
             "the action space"
         )
+    if actor.kind == "skrl" and not actor.normaliser and not actor.keys[0].startswith("policy."):
+        notes.append(
+            "the files hold skrl's policy alone: observations are taken to be as the environment gives them; where a "
+            "preprocessor normalised them, import the files of the whole agent"
+        )
+    if actor.kind == "torchrl" and not actor.normaliser:
+        notes.append(
+            "observations are taken to be as the environment gives them: what TorchRL's transforms, such as VecNorm, "
+            "do to them is not in these files"
+        )
     if actor.normaliser.endswith("state_preprocessor."):
         notes.append(
             "state_preprocessor is taken for the policy's, as in skrl 1; where it is the value network's alone, as it "
