@@ -108,7 +108,7 @@ content("gzip", "is damaged, or no checkpoint", lambda random: b"\x1f\x8b\x08\x0
 content("pickle", "or a pickle not of torch.save", lambda random: pickle.dumps({"w": [random.random()]}))
 content(
     "npz",
-    r"neither one of Stable-Baselines3 .* nor of torch",
+    r"is damaged: its member w\.npy is no array of NumPy's",
     lambda random: zip_bytes({"w.npy": random.randbytes(99)}),
 )
 content("other zip", "neither one of Stable-Baselines3", lambda random: zip_bytes({"a": b"b"}), "model_1.zip")
@@ -137,9 +137,14 @@ content(
 content("code, legacy", "was not loaded", lambda random: torch_bytes({"w": Calls(os.system, "exit 1")}, legacy=True))
 content("code, protocol 4", "protocol 4", lambda random: torch_zip(pickle.dumps(Calls(eval, "1"), 4)))
 content(
-    "NumPy scalar",
-    r"a numpy.*multiarray\.scalar",
-    lambda random: torch_bytes(weights(random) | {"mean": np.float64(1)}),
+    "NumPy array",
+    r"a numpy.*multiarray\._reconstruct",
+    lambda random: torch_bytes(weights(random) | {"mean": np.ones(3)}),
+)
+content(
+    "NumPy scalar of another kind",
+    "a NumPy number is of no plain kind|is damaged",
+    lambda random: torch_bytes(weights(random) | {"when": np.datetime64(1, "s")}),
 )
 
 
@@ -189,8 +194,25 @@ content(
 )
 content(
     "punycode",
-    r"a _codecs\.encode",
+    r"calls _codecs\.encode for more than a number",
     lambda random: torch_zip(b"\x80\x02c_codecs\nencode\nX\x01\0\0\0aX\x08\0\0\0punycode\x86R."),
+)
+content(
+    "punycode, from the memo",
+    r"calls _codecs\.encode for more than a number",
+    lambda random: torch_zip(
+        b"\x80\x02c_codecs\nencode\nq\x00X\x01\0\0\0aq\x01X\x08\0\0\0punycodeq\x02\x86q\x030h\x00h\x03R."
+    ),
+)
+content(
+    "punycode, in a list",
+    r"calls _codecs\.encode for more than a number",
+    lambda random: torch_zip(b"\x80\x02c_codecs\nencode\n](X\x01\0\0\0aX\x08\0\0\0punycodeeR."),
+)
+content(
+    "a long text in latin1",
+    r"calls _codecs\.encode for more than a number",
+    lambda random: torch_zip(b"\x80\x02c_codecs\nencode\nX\x20\0\0\0" + b"a" * 32 + b"X\x06\0\0\0latin1\x86R."),
 )
 content(
     "tuples in tuples", "holds more than 262,144 objects", lambda random: torch_zip(tuples(random.randint(40, 200)))

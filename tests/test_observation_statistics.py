@@ -497,6 +497,16 @@ def test_a_dry_run_reads_the_weights_too(tmp_path):
         describe_import([path])
 
 
+def test_a_refused_dry_run_says_what_there_is_to_choose_from(tmp_path, capsys, monkeypatch):
+    torch.save({"a": {"w.weight": torch.ones(2, 2)}, "b": {"w.weight": torch.ones(2, 2)}}, tmp_path / "a.pt")
+    monkeypatch.setattr(sys, "argv", ["tipl", "import", str(tmp_path / "a.pt"), "--dry-run"])
+    with pytest.raises(SystemExit):
+        main()
+    said = capsys.readouterr()
+    assert "tensor     b.w.weight (2, 2): not chosen\n" in said.out
+    assert "not clear which is the policy's" in said.err
+
+
 def test_what_is_not_clear_is_refused_in_a_dry_run_too(tmp_path):
     torch.save({"a": {"w.weight": torch.ones(2, 2)}, "b": {"w.weight": torch.ones(2, 2)}}, tmp_path / "a.pt")
     with pytest.raises(ValueError, match="not clear which is the policy's"):

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from factories import SPEC
 
 import tipl
 from tipl.collecting.episodes import episodic_returns
+from tipl.collecting.policy_network import mean_action, sampled_means, unclipped
 from tipl.files.sealed import load_json
-from tipl.policy import ParameterLayout
+from tipl.policy import ParameterLayout, PolicySpec
 from tipl.report import scores as module
 from tipl.storing.store import Store
 
@@ -95,3 +97,85 @@ def test_the_command_prints_writes_and_draws(tmp_path: Path, run_tipl: Callable[
     output.write_text(json.dumps(document))
     assert run_tipl(*command) == 2
     assert "exists" in capsys.readouterr().err
+
+
+def test_a_policy_that_diverged_is_named_and_left_out(tmp_path, run_tipl, capsys):
+    whole, path = store_of(tmp_path / "s.zarr", num_trials=2), tmp_path / "d.zarr"
+    weights = np.stack([whole.trial(i).weights() for i in range(2)])
+    weights[0, 3], weights[1, -1] = 3e38, 3e38  # finite, but not what they give
+    steps = np.tile(64 * np.arange(7), (2, 1))
+    with Store.create(path, env_id=ENV_ID, policy=SPEC, seeds=range(2), config={}) as store:
+        store.append(weights, steps, np.full(steps.shape, np.nan))
+    scores = tipl.score(Store.open(path), num_episodes=2, progress=False)
+    expected = tipl.score(whole, num_episodes=2, progress=False).returns
+    assert scores.diverged == [(0, 3), (1, 6)]
+    assert np.isnan(scores.returns[0, 3]).all()
+    sound = ~np.isnan(scores.returns)
+    assert sound.sum() == 2 * 7 * 2 - 2 * 2
+    np.testing.assert_array_equal(scores.returns[sound], expected[sound])
+    assert math.isnan(scores.best[1].gain.value)
+    assert not scores.best[1].beats_last
+    assert run_tipl("score", path, "--num-episodes", "2", "--output", tmp_path / "scores.json") == 0
+    assert "diverged   trial 0, checkpoint 3: its actions are not finite" in capsys.readouterr().out
+    assert load_json(tmp_path / "scores.json", "test")["returns"][0][3] == [None, None]
+    weights[0] = 3e38
+    with Store.create(tmp_path / "e.zarr", env_id=ENV_ID, policy=SPEC, seeds=range(2), config={}) as store:
+        store.append(weights, steps, np.full(steps.shape, np.nan))
+    with pytest.raises(ValueError, match="all policies of trial 0 give actions that are not finite: it diverged"):
+        tipl.score(Store.open(tmp_path / "e.zarr"), num_episodes=1, progress=False)
+
+
+def test_sampled_scores(tmp_path, run_tipl, monkeypatch):
+    store = store_of(tmp_path / "s.zarr", num_trials=2, num_checkpoints=3)
+    sampled = tipl.score(store, num_episodes=2, sampled=True, progress=False)
+    again = tipl.score(store, num_episodes=2, sampled=True, progress=False, num_threads=1)
+    assert again.to_dict() == sampled.to_dict()
+    assert (sampled.returns != tipl.score(store, num_episodes=2, progress=False).returns).any()
+    for i in range(2):  # a policy alone
+        seeds = np.random.default_rng((0, i)).integers(2**31, size=10)[:2]
+        alone = episodic_returns(ENV_ID, SPEC, store.trial(i).weights()[1:2], seeds, sampled=True)
+        np.testing.assert_array_equal(alone[0], sampled.returns[i, 1])
+    assert run_tipl("score", store.path, "--sampled", "--num-episodes", "2", "--output", tmp_path / "s.json") == 0
+    saved = load_json(tmp_path / "s.json", "test")
+    assert saved["sampled"]
+    np.testing.assert_array_equal(saved["returns"], sampled.returns)
+
+
+def test_without_spread_a_sampled_policy_is_the_deterministic_one(tmp_path):
+    weights = store_of(tmp_path / "s.zarr").trial(0).weights().copy()
+    weights[:, : SPEC.act_dim] = -40.0  # log_std
+    seeds = np.arange(3)
+    expected = episodic_returns(ENV_ID, SPEC, weights, seeds)
+    np.testing.assert_array_equal(episodic_returns(ENV_ID, SPEC, weights, seeds, sampled=True), expected)
+
+
+def test_what_is_sampled_has_the_policys_distribution():
+    rng = np.random.default_rng(0)
+    logits = PolicySpec(2, 3, (), spread="none", outputs="logits")
+    row = torch.from_numpy(rng.normal(size=(1, logits.num_params)).astype(np.float32))
+    obs = torch.ones(1, 40_000, 2)
+    means = mean_action(logits, row, obs).numpy()
+    drawn = sampled_means(logits, row, obs, means, rng.gumbel(size=means.shape).astype(np.float32))
+    shares = np.bincount(drawn[0].argmax(1), minlength=3) / 40_000
+    np.testing.assert_allclose(shares, torch.from_numpy(means[0, 0]).softmax(0), atol=4 * 0.5 / 200)
+    gaussian = PolicySpec(2, 2, (), mean_limit=1.0, rescale=True)
+    row = torch.tensor([[0.5, -1.0, *rng.normal(size=gaussian.num_params - 2)]], dtype=torch.float32)
+    means = mean_action(unclipped(gaussian), row, obs).numpy()
+    noise = rng.normal(size=means.shape).astype(np.float32)
+    drawn = sampled_means(gaussian, row, obs, means, noise)
+    np.testing.assert_allclose(drawn, (means + np.exp([0.5, -1.0]) * noise).clip(-1, 1), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        PolicySpec(4, 2, (3,), spread="none", outputs="values"),
+        PolicySpec(4, 1, (3,), spread="none", squash=True),
+        PolicySpec(4, 1, (3,), gsde=True),
+    ],
+)
+def test_policies_without_a_distribution_of_their_own_are_not_sampled(policy, tmp_path):
+    with Store.create(tmp_path / "s", env_id=ENV_ID, policy=policy, seeds=[0], config={}) as store:
+        store.append(np.zeros((1, 1, policy.num_params), np.float32), np.array([[1]]), np.array([[np.nan]]))
+    with pytest.raises(ValueError, match="score: sampled needs policies with a distribution of their own, got layers"):
+        tipl.score(Store.open(tmp_path / "s"), sampled=True, progress=False)

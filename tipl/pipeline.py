@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tipl.collecting import collection
+from tipl.collecting.envs import check_can_learn
 from tipl.collecting.ppo_config import PPOConfig
 from tipl.collecting.settings import NOTHING, changed_settings, is_complete
 from tipl.files.manifest import write_manifest
@@ -94,6 +95,8 @@ def run(
     asked = {"num_trials": num_trials, "total_timesteps": total_timesteps, "seed": seed, "shared_init": shared_init}
     collected: dict[str, Any] = {"env_id": env_id, **asked}
     configs = {name: dataclasses.asdict(it) for name, it in (("ppo", ppo), ("train", train), ("evaluate", evaluate))}
+    if not folder.store.exists():
+        check_can_learn("run", env_id)  # before run.json is there
     with claimed(folder.path, "run"):
         _begin(folder, collected | configs, resume=resume)
         seconds = StageSeconds(folder.path / "seconds.json")

@@ -121,6 +121,9 @@ class PolicySpec(Layout):
     """What the MLP gives: the mean of a continuous action; "logits" of discrete actions, whose softmax is the
     probability of each, as in PPO; or "values" of discrete actions, as in DQN. The deterministic policy takes the
     discrete action with the greatest output, the first of several."""
+    rescale: bool = False
+    """Whether an action is the mean, clipped to [-1, 1] (mean_limit), rescaled from there to the action space, as in
+    rl_games."""
 
     def __post_init__(self) -> None:
         for name in ("obs_dim", "act_dim"):
@@ -131,7 +134,7 @@ class PolicySpec(Layout):
             raise ValueError(f"PolicySpec: hidden_sizes must be a tuple of positive ints, got {self.hidden_sizes!r}")
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"PolicySpec: activation must be one of {ACTIVATIONS}, got {self.activation!r}")
-        for name in ("gsde", "squash"):
+        for name in ("gsde", "squash", "rescale"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"PolicySpec: {name} must be a bool, got {getattr(self, name)!r}")
         if self.spread not in SPREADS:
@@ -141,6 +144,10 @@ class PolicySpec(Layout):
         limit = self.mean_limit
         if limit is not None and not (isinstance(limit, float) and 0.0 < limit < math.inf):
             raise ValueError(f"PolicySpec: mean_limit must be a finite positive float or None, got {limit!r}")
+        if self.rescale and (self.squash or limit != 1.0):
+            raise ValueError(
+                f"PolicySpec: squash and mean_limit must be False and 1.0 with rescale, got {self.squash} and {limit}"
+            )
         if self.outputs not in OUTPUTS:
             raise ValueError(f"PolicySpec: outputs must be one of {OUTPUTS}, got {self.outputs!r}")
         if self.discrete and (self.spread, self.squash, limit) != ("none", False, None):
@@ -158,6 +165,7 @@ class PolicySpec(Layout):
         words += ["gSDE"] if self.gsde else []
         words += [] if self.mean_limit is None else [f"mean clipped to +-{self.mean_limit:g}"]
         words += ["actions are tanh of the mean, rescaled to the action space"] if self.squash else []
+        words += ["rescaled to the action space"] if self.rescale else []
         return ", ".join(words)
 
     @property

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -322,6 +323,8 @@ class Score:
     """Take every n-th checkpoint, counted back from the last."""
     seed: int = 0
     """The episodes derive from it."""
+    sampled: bool = False
+    """Run the stochastic policies, as in training, instead of the deterministic ones."""
     num_threads: int | None = None
     """Cores to use; by default all."""
     plot: PathArg | None = None
@@ -342,6 +345,7 @@ class Score:
                 num_episodes=self.num_episodes,
                 every=self.every,
                 seed=self.seed,
+                sampled=self.sampled,
                 num_threads=self.num_threads,
             )
             if aside is not None:
@@ -350,7 +354,10 @@ class Score:
         for it, means in zip(scores.best, scores.returns.mean(2), strict=True):
             where = f"checkpoint {it.checkpoint} of {last}, env step {it.env_steps:,}"
             gain = "the last" if it.checkpoint == last else _gain(it.gain)
-            print(f"{'trial ' + str(it.trial):<10} best {means.max():,.1f}: {where}, {gain}; last {means[-1]:,.1f}")
+            best = means[scores.checkpoints.index(it.checkpoint)]
+            print(f"{'trial ' + str(it.trial):<10} best {best:,.1f}: {where}, {gain}; last {means[-1]:,.1f}")
+        for trial, at in scores.diverged:
+            print(f"{'diverged':<10} trial {trial}, checkpoint {at}: its actions are not finite, and it is left out")
         earlier = sum(it.beats_last for it in scores.best)
         print(f"{'scores':<10} {earlier} of {len(scores.best)} runs had a policy that beats their last beyond chance")
         if self.output is not None:
@@ -362,4 +369,6 @@ class Score:
 
 def _gain(gain: "Estimate") -> str:
     """Return in words what the best checkpoint returns more than the last, on new episodes."""
+    if math.isnan(gain.value):
+        return "the last one diverged"
     return f"{gain.value:+,.1f} [{gain.low:+,.1f}, {gain.high:+,.1f}] beside the last on new episodes"

@@ -1,7 +1,8 @@
 """Commands that make stores, look into them, and bring weights in and out of them."""
 
 import dataclasses
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -142,19 +143,21 @@ class StoreCommands:
 
 @dataclasses.dataclass(frozen=True)
 class Import:
-    """Make a store of your own runs: checkpoints of Stable-Baselines3, CleanRL, rsl_rl, or any state_dict.
+    """Make a store of your own runs: checkpoints of Stable-Baselines3, CleanRL, rsl_rl, skrl, rl_games, TorchRL, Flax.
+
+    Any other state_dict is taken too.
 
     Example: tipl import logs/seed0 logs/seed1 --output store.zarr --env-id Hopper-v5 --pattern 'rl_model_*.zip'
     """
 
     sources: tyro.conf.Positional[tuple[PathArg, ...]]
-    """Folders of checkpoint files (.zip .cleanrl_model .pt .pth .safetensors), one folder for each trial; or files that
-    together are one trial; or stores, whose trials are joined."""
+    """Folders of checkpoint files (.zip .cleanrl_model .pt .pth .safetensors .msgpack .npz), one folder for each trial;
+    or files that together are one trial; or stores, whose trials are joined."""
     output: PathArg | None = None
     """Where the store goes; must not exist. Needed unless --dry-run."""
     dry_run: bool = False
     """Only print what would be imported: what each tensor of the first file is taken for, the order of the files, their
-    env steps, the notes."""
+    env steps, the notes; and the tensors of the first file also where the import would be refused."""
     env_id: str = "unknown"
     """The Gymnasium id, which checkpoint files do not hold and `tipl evaluate` needs."""
     pattern: str = "*"
@@ -164,6 +167,11 @@ class Import:
     actor: tuple[str, ...] | None = None
     """How the actor's keys begin, such as "policy.", where a file holds several networks; "" takes all keys but the
     critics'."""
+    discrete: Literal["logits", "values"] | None = None
+    """Says that the policy chooses discrete actions, and what its outputs are, one for each action, where the files do
+    not say it: logits, as in PPO, or values, as in DQN."""
+    squash: bool | None = None
+    """For TorchRL: whether actions are the tanh of the network's output (TanhNormal), or the output itself."""
     ignore: tuple[str, ...] = ()
     """Patterns of keys that are no weights of the policy, such as 'obs_rms.*', where a file holds such."""
     order: str = "step"
@@ -183,10 +191,7 @@ class Import:
         options = {it.name: getattr(self, it.name) for it in dataclasses.fields(self)}
         sources, output, dry_run = (options.pop(name) for name in ("sources", "output", "dry_run"))
         if dry_run:
-            from tipl.storing.importer import describe_import
-
-            for label, text in describe_import(sources, **options):
-                print(f"{label:<10} {text}")
+            self._describe(sources, options)
             return
         if output is None:
             raise ValueError("import: --output must be given, where the store goes; or --dry-run")
@@ -195,6 +200,19 @@ class Import:
         note = store.config["source"].get("note")
         if note:
             print(f"note       {note}")
+
+    def _describe(self, sources: tuple[Path, ...], options: dict[str, Any]) -> None:
+        """Print what would be imported, or, where that is refused, what there is to choose from."""
+        from tipl.storing.importer import describe_first_file, describe_import
+
+        try:
+            lines = describe_import(sources, **options)
+        except ValueError:
+            for label, text in describe_first_file(sources, pattern=self.pattern, max_bytes=self.max_bytes):
+                print(f"{label:<10} {text}")
+            raise
+        for label, text in lines:
+            print(f"{label:<10} {text}")
 
 
 @dataclasses.dataclass(frozen=True)

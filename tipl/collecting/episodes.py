@@ -24,7 +24,7 @@ from rich.progress import Progress
 
 from tipl.cluster import Cluster
 from tipl.collecting.envs import MujocoVectorEnv, VectorEnv, make_vec
-from tipl.collecting.policy_network import actions_of, mean_of_rows, mlp_rows
+from tipl.collecting.policy_network import actions_of, mean_of_rows, mlp_rows, sampled_means, unclipped
 from tipl.policy import PolicySpec
 from tipl.storing.store import Store
 
@@ -52,13 +52,19 @@ def run_episodes(
     num_threads: int | None = None,
     cluster: Cluster | None = None,
     bar: Progress | None = None,
+    keep_diverged: bool = False,
+    sampled: bool = False,
 ) -> Episodes:
     """Run deterministic policies (N, p) for E episodes each, and keep `num_states` states of each policy.
 
+    With `sampled` they are stochastic: what is drawn follows from an episode's seed, and neither from the other
+    episodes nor from the other policies.
+
     `episode_seeds` is (E,), the same for all policies, or (N, E). Policies and episodes step together in groups of up
     to `ENVS_AT_ONCE` simulations; an episode that has ended is not stepped further. On a cluster, workers take these
-    groups one by one, each with `num_threads` threads, by default 1. Raises ValueError where the policies have not the
-    environment's numbers of observations and actions, or not its kind of actions.
+    groups one by one, each with `num_threads` threads, by default 1. With `keep_diverged`, a policy whose network gives
+    numbers that are not finite ends there, and all its returns are NaN. Raises ValueError for such a policy otherwise,
+    and where the policies have not the environment's numbers of observations and actions, or not its kind of actions.
     """
     seeds = np.broadcast_to(episode_seeds, (len(weights), np.shape(episode_seeds)[-1]))
     num_episodes = seeds.shape[1]
@@ -74,10 +80,12 @@ def run_episodes(
             bar.update(task, completed=sum(len(group) for group, _ in groups[:num_ended]) * num_episodes)
 
     if cluster is None:
-        parts = [_run_group(env_id, policy, *group, num_states, num_threads, tick) for group in groups]
+        run = functools.partial(_run_group, tick=tick, keep_diverged=keep_diverged, sampled=sampled)
+        parts = [run(env_id, policy, *group, num_states, num_threads) for group in groups]
     else:
         threads = 1 if num_threads is None else num_threads
-        calls = [(env_id, policy, *group, num_states, threads) for group in groups]
+        rest = (num_states, threads, _no_tick, _no_watch, keep_diverged, sampled)
+        calls = [(env_id, policy, *group, *rest) for group in groups]
         parts = cluster.map(_run_group, calls, num_cpus=threads, poll=poll)
     return Episodes(np.concatenate([part.returns for part in parts]), [kept for part in parts for kept in part.states])
 
@@ -148,7 +156,7 @@ def can_run(env_id: str, policy: PolicySpec) -> bool:
     try:
         with contextlib.closing(make_vec(env_id, 1, seeds=[0], num_threads=1)) as env:
             has_bounds = bool(np.isfinite(env.action_high - env.action_low).all())
-            return not misfit(policy, env) and (has_bounds or not policy.squash)
+            return not misfit(policy, env) and (has_bounds or not (policy.squash or policy.rescale))
     except (ValueError, gymnasium.error.Error):
         return False
 
@@ -190,6 +198,8 @@ def _run_group(
     num_threads: int | None,
     tick: Callable[[int], None] = _no_tick,
     watch: Callable[[VectorEnv, NDArray[np.bool_], NDArray[np.float64]], None] = _no_watch,
+    keep_diverged: bool = False,
+    sampled: bool = False,
 ) -> Episodes:
     """Run policies (M, p) on episodes (M, E) that step together; `tick` gets each number of ended episodes.
 
@@ -203,6 +213,8 @@ def _run_group(
             raise ValueError(f"evaluate: the policies of {env_id} {difference}")
         # A copy, because arrays from Ray's object store are read-only, and torch warns of those.
         group, total = mlp_rows(policy, torch.from_numpy(weights.copy())), np.zeros(env.num_envs)
+        noise = _Noise(policy, episode_seeds) if sampled else None
+        network = unclipped(policy) if sampled else policy
         sample = _StateSample(num_states, env.obs_dim, episode_seeds)
         obs = env.reset(seeds)
         running = np.ones(env.num_envs, bool)
@@ -215,7 +227,15 @@ def _run_group(
             actions = np.zeros((*shape, env.act_dim))
             everybody = len(busy) == len(group)
             chosen = group if everybody else group[torch.from_numpy(busy)]
-            means = mean_of_rows(policy, chosen, torch.from_numpy(seen if everybody else seen[busy])).numpy()
+            inputs = torch.from_numpy(seen if everybody else seen[busy])
+            means = mean_of_rows(network, chosen, inputs).numpy()
+            if noise is not None:
+                drawn = noise.next()[busy]
+                means = sampled_means(policy, torch.from_numpy(weights[busy]), inputs, means, drawn)
+            if keep_diverged and not (sound := np.isfinite(means).all((1, 2))).all():
+                lost = busy[~sound]
+                total.reshape(shape)[lost], running.reshape(shape)[lost] = np.nan, False
+                means[~sound] = 0.0
             actions[busy] = actions_of(policy, means, env.action_low, env.action_high)
             step = env.step(actions.reshape(env.num_envs, -1), running)
             obs = step.obs
@@ -226,6 +246,25 @@ def _run_group(
                 tick(int(ended.sum()))
         watch(env, running, total)
     return Episodes(total.reshape(shape), sample.states())
+
+
+class _Noise:
+    """What stochastic policies draw at each step: (M, E, A), from a generator for each episode's seed (M, E)."""
+
+    _AHEAD = 64  # steps drawn at once
+
+    def __init__(self, policy: PolicySpec, episode_seeds: NDArray[np.int64]) -> None:
+        self._rngs = [np.random.default_rng((seed, 1)) for seed in episode_seeds.ravel().tolist()]
+        self._shape, self._is_discrete = (*episode_seeds.shape, policy.act_dim), policy.discrete
+        self._ahead: list[NDArray[np.float32]] = []
+
+    def next(self) -> NDArray[np.float32]:
+        """Return the noise of the next step: standard normal, or standard Gumbel for discrete actions."""
+        if not self._ahead:
+            size = (self._AHEAD, self._shape[-1])
+            drawn = [rng.gumbel(size=size) if self._is_discrete else rng.normal(size=size) for rng in self._rngs]
+            self._ahead = list(np.stack(drawn, 1).astype(np.float32).reshape(self._AHEAD, *self._shape))[::-1]
+        return self._ahead.pop()
 
 
 class _StateSample:

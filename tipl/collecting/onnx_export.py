@@ -227,10 +227,11 @@ def _act(graph: _Graph, spec: PolicySpec, bounds: tuple[Vector, Vector] | None) 
     if spec.mean_limit is not None:
         limit = np.array(spec.mean_limit)
         graph.clip("mean", (-limit, limit))
-    if not spec.squash:
+    if not (spec.squash or spec.rescale):
         graph.clip("action", bounds)
         return
-    graph.apply("Tanh")
+    if spec.squash:
+        graph.apply("Tanh")
     if bounds is not None:
         low, high = bounds
         graph.apply("Add", graph.constant("one", np.array(1.0)))

@@ -4,6 +4,7 @@ Shapes  N networks, each one row of p weights; E inputs to each; a layer's weigh
         A = act_dim; m = weights of the MLP from the observation to the mean action.
 """
 
+import dataclasses
 import itertools
 from collections.abc import Sequence
 
@@ -74,24 +75,53 @@ def actions_of(
 
     The action space lies between `low` and `high`, (A,) each. Where the policy squashes, an action is tanh(mean),
     rescaled to the action space, in float32 and in the order in which Stable-Baselines3 computes it, and its bits
-    depend on this mean alone. Of n discrete actions, the outputs (..., n) become actions (..., 1): `low` (1,) plus the
-    index of the greatest output, the first of several. Elsewhere it is the mean, which the caller clips to the action
-    space.
+    depend on this mean alone. Where it rescales, the same is done with the mean in the place of its tanh. Of n
+    discrete actions, the outputs (..., n) become actions (..., 1): `low` (1,) plus the index of the greatest output,
+    the first of several. Elsewhere it is the mean, which the caller clips to the action space.
 
-    Raises ValueError where the policy squashes and the action space has no bounds.
+    Raises ValueError where the policy squashes or rescales and the action space has no bounds.
     """
     if spec.discrete:
         chosen: NDArray[np.float64] = low + means.argmax(-1, keepdims=True)
         return chosen
-    if not spec.squash:
+    if not (spec.squash or spec.rescale):
         return means.astype(np.float64)
     least, most = low.astype(np.float32), high.astype(np.float32)
     if not np.isfinite(most - least).all():
-        raise ValueError(f"a policy that squashes needs an action space with bounds, got {low} to {high}")
-    # NumPy's tanh has the same bits wherever in an array a number lies.
-    unit = np.tanh(np.ascontiguousarray(means, np.float32))  # in [-1, 1]
+        kind = "squashes" if spec.squash else "rescales"
+        raise ValueError(f"a policy that {kind} needs an action space with bounds, got {low} to {high}")
+    unit = np.ascontiguousarray(means, np.float32)  # in [-1, 1]
+    if spec.squash:
+        unit = np.tanh(unit)  # which has the same bits wherever in an array a number lies
     actions: NDArray[np.float32] = least + np.float32(0.5) * (unit + np.float32(1.0)) * (most - least)
     return actions.astype(np.float64)
+
+
+def can_sample(spec: PolicySpec) -> bool:
+    """Return whether the policy has a distribution of its own: not TD3's or DQN's, nor with gSDE, whose noise lasts."""
+    return spec.outputs == "logits" or (not spec.discrete and not spec.gsde and spec.spread != "none")
+
+
+def sampled_means(
+    spec: PolicySpec, weights: Tensor, obs: Tensor, means: NDArray[np.float32], noise: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """Return what stochastic policies (N, p) put in the place of their means (N, E, A), for `actions_of`.
+
+    `noise` (N, E, A) is standard normal, and of discrete actions standard Gumbel: the greatest of logits + noise has
+    the probabilities of their softmax. `means` are not clipped (`unclipped`); raises what `log_stds` raises.
+    """
+    if spec.discrete:
+        return means + noise
+    spread = log_stds(spec, weights, obs)
+    if spread is None:
+        raise ValueError("a policy without standard deviations of its own cannot be sampled")
+    sampled: NDArray[np.float32] = (means + spread.exp().numpy() * noise).astype(np.float32)
+    return sampled if spec.mean_limit is None else sampled.clip(-spec.mean_limit, spec.mean_limit)
+
+
+def unclipped(spec: PolicySpec) -> PolicySpec:
+    """Return the policy without the clipping of its mean: where rl_games samples, it clips what the Gaussian gives."""
+    return dataclasses.replace(spec, mean_limit=None, rescale=False)
 
 
 def log_stds(spec: PolicySpec, weights: Tensor, obs: Tensor) -> Tensor | None:

@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from tipl import _core
-from tipl.collecting.envs import MujocoState, MujocoVectorEnv, VectorEnv
+from tipl.collecting.envs import MujocoState, MujocoVectorEnv, VectorEnv, check_continuous
 from tipl.collecting.initial_parameters import critic_sizes, initial_parameters
 from tipl.collecting.observation_scaler import ObservationScaler
 from tipl.collecting.population_records import IterationStats, KeptTrials, PopulationState, UpdateStats
@@ -72,11 +72,7 @@ class Population:
         for seed in self.seeds:
             if not 0 <= seed < 2**32:  # torch's generator takes no more bits
                 raise ValueError(f"Population: seeds must lie in [0, 2**32), got {seed}")
-        if env.num_actions is not None:
-            raise ValueError(
-                f"Population: env must have continuous actions to learn in, but {env.env_id} has {env.num_actions} "
-                "discrete ones; runs of other libraries there can be imported"
-            )
+        check_continuous("Population", env)
         threads = _core.available_cpus() if num_threads is None else num_threads
         if threads < 1:
             raise ValueError(f"Population: num_threads must be at least 1, got {num_threads}")

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from tipl.collecting.envs import make_vec
-from tipl.collecting.policy_network import actions_of, log_stds, mean_action
+from tipl.collecting.policy_network import actions_of, log_stds, mean_action, unclipped
 from tipl.policy import PolicySpec
 
 FloatArray = NDArray[np.float64]
@@ -80,7 +80,7 @@ def kl_divergences(
     if found is None:
         return np.full(len(forecasts), np.nan)
     log_std = found.numpy().astype(np.float64)  # (1 + N, S, A)
-    means = mean_action(policy, *each).numpy().astype(np.float64)  # (1 + N, S, A)
+    means = mean_action(unclipped(policy), *each).numpy().astype(np.float64)  # (1 + N, S, A)
     log_ratio = log_std[1:] - log_std[0]
     with np.errstate(over="ignore", invalid="ignore"):
         shift = ((means[1:] - means[0]) * np.exp(-log_std[1:])) ** 2  # in standard deviations of the forecast

@@ -18,6 +18,7 @@ from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
 from tipl.collecting.episodes import policy_to_run, run_episodes
+from tipl.collecting.policy_network import can_sample
 from tipl.files.sealed import save_json
 from tipl.progress import progress_bar
 from tipl.report.drawing import Mark, Panel, Plot, short_count
@@ -57,17 +58,27 @@ class Scores:
     env_steps: NDArray[np.int64]
     """(N, C)"""
     returns: FloatArray
-    """(N, C, E), each trial on E episodes of its own, the same for all its checkpoints."""
+    """(N, C, E), each trial on E episodes of its own, the same for all its checkpoints; NaN for a policy that diverged:
+    whose network gave numbers that are not finite."""
     best: list[BestCheckpoint]
     """One for each trial."""
+    sampled: bool = False
+    """Whether the policies were stochastic, as in training."""
+
+    @property
+    def diverged(self) -> list[tuple[int, int]]:
+        """Trial and checkpoint of each policy that diverged."""
+        lost = np.isnan(self.returns).any(2)
+        return [(int(i), self.checkpoints[at]) for i, at in np.argwhere(lost)]
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types."""
         return {
             "env_id": self.env_id,
+            "sampled": self.sampled,
             "checkpoints": self.checkpoints,
             "env_steps": self.env_steps.tolist(),
-            "returns": self.returns.tolist(),
+            "returns": [[[_number(it) for it in row] for row in trial] for trial in self.returns.tolist()],
             "best": [
                 {
                     **{name: getattr(it, name) for name in ("trial", "checkpoint", "env_steps", "beats_last")},
@@ -92,6 +103,7 @@ def score(
     num_episodes: int = 5,
     every: int = 1,
     seed: int = 0,
+    sampled: bool = False,
     num_threads: int | None = None,
     progress: bool = True,
 ) -> Scores:
@@ -101,9 +113,12 @@ def score(
         num_episodes: episodes of each checkpoint; the best and the last are run on four times as many new ones.
         every: take every n-th checkpoint, counted back from the last.
         seed: the episodes derive from it and from the trial's index.
+        sampled: run the stochastic policies instead, as in training; what they draw follows from the episodes' seeds.
         num_threads: cores that step the simulator, by default all; results do not depend on it.
 
-    Raises ValueError where an argument is out of range, or the simulator cannot run the policies as they were.
+    A policy that diverged, whose network gives numbers that are not finite, is never the best; where the last one did,
+    the gain over it is NaN. Raises ValueError where an argument is out of range, the simulator cannot run the policies
+    as they were, or all of a trial diverged.
     """
     policy = policy_to_run("score", store)
     if store.env_id == "unknown":
@@ -111,6 +126,8 @@ def score(
     for name, value in (("num_episodes", num_episodes), ("every", every)):
         if value < 1:
             raise ValueError(f"score: {name} must be at least 1, got {value}")
+    if sampled and not can_sample(policy):
+        raise ValueError(f"score: sampled needs policies with a distribution of their own, got {policy}")
     last = store.num_checkpoints - 1
     if last < 0 or not store.num_trials:
         raise ValueError(f"score: {store.path} holds no checkpoint")
@@ -120,13 +137,14 @@ def score(
     at_once = max(1, MAX_BYTES // (4 * policy.num_params * C))
     returns, best = np.empty((N, C, num_episodes)), []
     with progress_bar(progress) as bar:
-        run = functools.partial(run_episodes, store.env_id, policy, num_threads=num_threads, bar=bar)
+        simulate = functools.partial(run_episodes, store.env_id, policy, num_threads=num_threads, bar=bar)
+        run = functools.partial(simulate, keep_diverged=True, sampled=sampled)
         for start in range(0, N, at_once):
             trials = range(start, min(start + at_once, N))
             rows = [store.trial(i).weights()[last % every :: every] for i in trials]
             episodes = np.repeat([seeds[i][:num_episodes] for i in trials], C, axis=0)
             returns[start : trials.stop] = run(np.concatenate(rows), episodes).returns.reshape(len(trials), C, -1)
-            chosen = returns[start : trials.stop].mean(2).argmax(1)
+            chosen = _best_of(returns[start : trials.stop], start)
             pairs = np.concatenate([weights[[at, -1]] for weights, at in zip(rows, chosen, strict=True)])
             fresh = np.repeat([seeds[i][num_episodes:] for i in trials], 2, axis=0)
             again = run(pairs, fresh).returns.reshape(len(trials), 2, -1)
@@ -135,11 +153,25 @@ def score(
                 for i, at, both in zip(trials, chosen, again, strict=True)
             ]
     env_steps = np.array([store.trial(i).env_steps[last % every :: every] for i in range(N)], np.int64)
-    return Scores(store.env_id, checkpoints, env_steps, returns, best)
+    return Scores(store.env_id, checkpoints, env_steps, returns, best, sampled)
+
+
+def _best_of(returns: FloatArray, first: int) -> NDArray[np.intp]:
+    """Return the index (N,) of each trial's best checkpoint by returns (N, C, E); `first` is the first trial's own."""
+    means = returns.mean(2)
+    lost = np.flatnonzero(np.isnan(means).all(1))
+    if lost.size:
+        raise ValueError(
+            f"score: all policies of trial {first + lost[0]} give actions that are not finite: it diverged"
+        )
+    best: NDArray[np.intp] = np.nanargmax(means, 1)
+    return best
 
 
 def _gain(best: FloatArray, last: FloatArray) -> Estimate:
-    """Return the mean of best - last over episodes (E,) and its interval."""
+    """Return the mean of best - last over episodes (E,) and its interval, NaN where the last diverged."""
+    if not (np.isfinite(best) & np.isfinite(last)).all():
+        return Estimate(math.nan)
     return Bootstrap(len(best)).estimate(best - last)
 
 
@@ -156,6 +188,6 @@ def plot_scores(scores: Scores, path: str | Path, *, overwrite: bool = False) ->
         ax.plot(scores.env_steps.T, means.T, color=runs.rgb, linewidth=0.8)
         ax.plot(scores.env_steps.mean(0), means.mean(0), color=mean.rgb, linewidth=2.0)
         ax.xaxis.set_major_formatter(lambda value, _: short_count(value))
-        ax.set(xlabel="env steps", ylabel="return of the deterministic policy")
+        ax.set(xlabel="env steps", ylabel=f"return of the {'stochastic' if scores.sampled else 'deterministic'} policy")
 
     write_plot(Plot("scores", (Panel(scores.env_id, draw),), (runs, mean), columns=1, panel_inches=(8.0, 4.2)), path)

@@ -14,8 +14,8 @@ from typing import Any
 from tipl.files.versions import changed_versions, versions
 from tipl.sb3 import env_state
 from tipl.sb3.env_state import Lost
-from tipl.storing.foreign_actors import shown
 from tipl.storing.state_tree import is_tree
+from tipl.storing.tensor_checks import shown
 
 _COUNTS = (
     "num_timesteps", "_episode_num", "_n_updates", "_current_progress_remaining", "ep_info_buffer",

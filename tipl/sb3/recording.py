@@ -1,6 +1,5 @@
 """The callback that records runs of Stable-Baselines3, and lets those that were cut off go on."""
 
-import dataclasses
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,11 +13,12 @@ from stable_baselines3.common.vec_env import VecEnvWrapper
 
 from tipl.sb3 import full_state
 from tipl.sb3.policies import settings_of
-from tipl.storing.foreign_actors import find_actor, shown
+from tipl.storing.foreign_actors import find_actor
 from tipl.storing.observation_statistics import FOLDED_NOTE, live_statistics
 from tipl.storing.recorder import Recorder
 from tipl.storing.state_tree import global_random_states, set_global_random_states
 from tipl.storing.store import Store
+from tipl.storing.tensor_checks import shown
 
 _open_recorders: dict[Path, Recorder] = {}
 """By path. SB3 calls no hook when learn() is interrupted, so that only the next callback can close the store."""
@@ -89,6 +89,7 @@ class RecorderCallback(BaseCallback):
         resume = self.resume or once_more
         interrupted = resume and _close_open_recorder(self.path)
         self._normaliser = self._find_normaliser()
+        said = settings_of(self.model.policy)
         recorder = Recorder(
             self.path,
             env_id=self.env_id or self._own_env_id(),
@@ -97,7 +98,10 @@ class RecorderCallback(BaseCallback):
             config={"algorithm": type(self.model).__name__, "seed": self.model.seed, **(self.config or {})},
             note=self._note(),
             unnormalised=self._normaliser is None and self._is_normalised(),
-            **dataclasses.asdict(settings_of(self.model.policy)),
+            activation=said.activation,
+            squash=said.squash,
+            mean_limit=said.mean_limit,
+            discrete=said.discrete,
         )
         self._recorder = _open_recorders[self.path.resolve()] = recorder
         try:

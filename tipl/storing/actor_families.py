@@ -9,10 +9,18 @@ Stable-Baselines3   PPO, A2C                        mlp_extractor.policy_net.<2 
 CleanRL             continuous PPO                  actor_mean.<2 i>, actor_logstd
                     PPO, discrete actions           actor.<2 i>
 rsl_rl              PPO                             mlp.<2 i> or actor.<2 i>, and one of four names of the spread
+rl_games            A2C, PPO                        a2c_network.actor_mlp.<2 i>, a2c_network.mu, a2c_network.sigma
+                    these with discrete actions     the same with a2c_network.logits, without sigma
+skrl                Gaussian models                 policy.net.<2 i> or policy.net_container.<2 i>, one of four names of
+                                                    the last layer or none, policy.log_std_parameter
+TorchRL             ProbabilisticActor              module.0.module.0.<2 i>, module.0.module.1.state_independent_scale
+Flax                a module with log_std           Dense_<i>, whose kernels are read transposed, log_std
+any other           discrete actions, if said       <prefix><i> or <prefix><2 i>, and nothing else; Flax's Dense_<i> too
 """
 
 import dataclasses
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 
 from tipl.policy import ACTIVATIONS, Outputs, PolicySpec, Spread
 
@@ -23,8 +31,42 @@ STATISTICS = "observation_statistics."
 
 
 @dataclasses.dataclass(frozen=True)
+class Normaliser:
+    """How a library names the statistics of its observations. The network sees (obs - mean) / divisor."""
+
+    prefix: str
+    spread: str = "_std"
+    """The key, behind the prefix, of a standard deviation, or with `is_variance` of a variance."""
+    mean: str = "_mean"
+    is_variance: bool = False
+    in_root: float = 0.0
+    """What is added to the variance."""
+    outside: float = 0.0
+    """What is added to the standard deviation. No library's file says these two; they are its defaults."""
+    clip: float | None = None
+    """What the network sees is clipped to +-clip, which cannot be folded into a layer."""
+
+
+_RUNNING = {"mean": "running_mean", "is_variance": True, "clip": 5.0}
+NORMALISERS = (
+    Normaliser(STATISTICS),
+    Normaliser("actor_obs_normalizer.", outside=1e-2),  # rsl_rl 3
+    Normaliser("obs_normalizer.", outside=1e-2),  # rsl_rl 4 and 5
+    Normaliser("obs_norm_state_dict.", outside=1e-2),  # rsl_rl 2
+    Normaliser("running_mean_std.", "running_var", in_root=1e-5, **_RUNNING),  # type: ignore[arg-type]  # rl_games
+    Normaliser("observation_preprocessor.", "running_variance", outside=1e-8, **_RUNNING),  # type: ignore[arg-type]
+    Normaliser("state_preprocessor.", "running_variance", outside=1e-8, **_RUNNING),  # type: ignore[arg-type]
+)
+
+
+def normaliser_of(prefix: str) -> Normaliser:
+    """Return the normaliser whose keys begin with `prefix`, which may have more before the library's own name."""
+    return next(it for it in NORMALISERS if prefix.endswith(it.prefix))
+
+
+@dataclasses.dataclass(frozen=True)
 class Family:
-    """How one library names the parameters of an MLP actor: keys <hidden><2 i>.weight, and a head."""
+    """How one library names the parameters of an MLP actor: keys <hidden><every i>.weight, and a head."""
 
     kind: str
     log_std: str
@@ -45,7 +87,15 @@ class Family:
     needs_limit: bool = False
     """Whether the mean is clipped, to what no key says."""
     outputs: Outputs = "means"
-    """Where these are of discrete actions, no key says so: `Settings.discrete` must."""
+    """Where these are of discrete actions, no key says so, unless `shows_outputs`: `Settings.discrete` must."""
+    shows_outputs: bool = False
+    every: int = 2
+    """By how much the numbers of two layers in a row differ."""
+    names: tuple[str, str] = ("weight", "bias")
+    others: tuple[str, ...] = ()
+    """Prefixes of keys that are the library's critic's and no part of the actor."""
+    rescale: bool = False
+    """Whether the mean is clipped to [-1, 1], and this rescaled to the action space."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +110,8 @@ class Settings:
     """To what the mean is clipped where the library's network clips it; None where that is not known."""
     discrete: bool = False
     """Whether an MLP without standard deviations chooses one of several discrete actions."""
+    outputs: Outputs | None = None
+    """What the caller says that the outputs of such an MLP are, "logits" or "values"; it may then have any names."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +149,49 @@ _SAC = Family(
     squash=True,
 )
 _SAC_GSDE = dataclasses.replace(_SAC, log_std="actor.log_std", spread="parameter", needs_gsde=True)
+_RL_GAMES_ACTOR = Family(
+    "rl_games",
+    "a2c_network.sigma",
+    "a2c_network.actor_mlp.",
+    "a2c_network.mu.",
+    "elu",
+    normalisers=("running_mean_std.",),
+    others=("a2c_network.critic_mlp.", "a2c_network.value.", "value_mean_std."),
+    rescale=True,
+)
+_RL_GAMES = (
+    _RL_GAMES_ACTOR,
+    dataclasses.replace(
+        _RL_GAMES_ACTOR,
+        log_std="",
+        head="a2c_network.logits.",
+        spread="none",
+        rescale=False,
+        outputs="logits",
+        shows_outputs=True,
+    ),
+)
+_SKRL_MODELS: tuple[tuple[Outputs, str], ...] = (("means", "policy."), ("means", ""), ("logits", "policy."))
+_SKRL = tuple(
+    Family(
+        "skrl",
+        f"{model}log_std_parameter" if outputs == "means" else "",
+        f"{model}{hidden}.",
+        f"{model}{head}." if head else None,
+        "elu",
+        normalisers=("observation_preprocessor.", "state_preprocessor."),
+        others=("value.", "value_preprocessor.", "state_preprocessor.", f"{model}value_layer."),
+        spread="parameter" if outputs == "means" else "none",
+        outputs=outputs,
+    )
+    for outputs, model in _SKRL_MODELS
+    for hidden in ("net", "net_container")
+    for head in ("output_layer", "policy_layer", "mean_layer", None)
+)
+_TORCHRL = Family(
+    "torchrl", "module.0.module.1.state_independent_scale", "module.0.module.0.", normalisers=(STATISTICS,)
+)
+_FLAX = Family("flax", "log_std", "Dense_", normalisers=(STATISTICS,), every=1, names=("kernel", "bias"))
 FAMILIES = (
     _PPO,
     dataclasses.replace(_PPO, log_std="", spread="none", outputs="logits"),
@@ -124,6 +219,10 @@ FAMILIES = (
         spread="none",
         outputs="logits",
     ),
+    *_RL_GAMES,
+    *_SKRL,
+    _TORCHRL,
+    _FLAX,
     Family("rsl_rl", "distribution.log_std_param", "mlp.", None, "elu", True, ("obs_normalizer.",), ("rnn.", "cnns.")),
     Family("rsl_rl", "distribution.std_param", "mlp.", None, "elu", False, ("obs_normalizer.",), ("rnn.", "cnns.")),
     Family("rsl_rl", "log_std", "actor.", None, "elu", True, _OLD_NORMALISERS, ("memory_a.",)),
@@ -131,32 +230,64 @@ FAMILIES = (
 )
 
 
+_NUMBERED = re.compile(r"((?:.*\.)?(?:Dense_)?)(\d+)\.(weight|kernel|bias)")
+
+
 def match(shapes: Shapes, settings: Settings) -> Match | None:
     """Return the actor if the keys of `shapes` are exactly those of an MLP of one of the libraries, else None."""
-    found = (_match(family, shapes, settings) for family in families(settings))
+    found = _first(families(settings), shapes, settings)
+    numbered = _of_any_names(shapes, settings.outputs)
+    if found is not None or numbered is None or _first(FAMILIES, shapes, settings) is not None:
+        return found  # keys of another library's policy say more than the caller
+    return _match(numbered, shapes, settings)
+
+
+def _first(candidates: Iterable[Family], shapes: Shapes, settings: Settings) -> Match | None:
+    found = (_match(family, shapes, settings) for family in candidates)
     return next((it for it in found if it is not None), None)
 
 
 def families(settings: Settings) -> list[Family]:
     """Return the families that an actor of these settings can be of."""
-    return [it for it in FAMILIES if it.outputs == "means" or settings.discrete]
+    if settings.outputs is not None:
+        return [it for it in FAMILIES if it.outputs == settings.outputs]
+    said = ("sb3", "cleanrl") if settings.discrete else ()  # whose files, or the caller, can say so of such keys
+    return [it for it in FAMILIES if it.outputs == "means" or it.shows_outputs or it.kind in said]
+
+
+def _of_any_names(shapes: Shapes, outputs: Outputs | None) -> Family | None:
+    """Return how the layers are named that a torch.nn.Sequential or ModuleList numbers, if that is all there is."""
+    keys = [key for key in shapes if not key.startswith(STATISTICS)]
+    found = [it for key in keys if (it := _NUMBERED.fullmatch(key)) is not None]
+    if outputs is None or not found or len(found) < len(keys) or len({it[1] for it in found}) > 1:
+        return None
+    numbers = sorted({int(it[2]) for it in found})
+    every = numbers[1] - numbers[0] if len(numbers) > 1 else 2
+    if every > 2:  # a layer without parameters but an effect, such as a normalisation, may lie between
+        return None
+    names = ("kernel" if any(it[3] == "kernel" for it in found) else "weight", "bias")
+    plain = Family("mlp", "", found[0][1], normalisers=(STATISTICS,), spread="none", outputs=outputs, every=every)
+    return dataclasses.replace(plain, names=names)
 
 
 def _match(family: Family, shapes: Shapes, settings: Settings) -> Match | None:
     layers, keys = layers_of(family, shapes)
-    normaliser = next((prefix for prefix in family.normalisers if f"{prefix}_mean" in shapes), "")
-    if {key for key in shapes if not (normaliser and key.startswith(normaliser))} != set(keys) or not layers:
+    normaliser = next((it for it in family.normalisers if f"{it}{normaliser_of(it).mean}" in shapes), "")
+    beside = (*family.others, *([normaliser] if normaliser else []))
+    if {key for key in shapes if key in keys or not key.startswith(beside)} != set(keys) or not layers:
         return None
-    weights = [shapes[f"{layer}weight"] for layer in layers]
+    weights = [shapes[f"{layer}{family.names[0]}"] for layer in layers]
     activation = family.activation if settings.activation is None else settings.activation
     if activation not in ACTIVATIONS or any(len(shape) != 2 for shape in weights):
         return None
     sizes = (weights[0][1], *(shape[0] for shape in weights))
     gsde = family.kind == "sb3" and family.spread == "parameter" and shapes[family.log_std] == sizes[-2:]
-    limit = settings.mean_limit if family.needs_limit else None
+    limit = settings.mean_limit if family.needs_limit else 1.0 if family.rescale else None
     if (family.needs_gsde and not gsde) or (family.needs_limit and limit is None):
         return None
-    squash = family.squash or (gsde and settings.squash)
+    if family.kind == "mlp" and sizes[-1] < 2:  # one action is no choice: a critic, or a network with a critic behind
+        return None
+    squash = family.squash or ((gsde or family.kind == "torchrl") and settings.squash)
     policy = PolicySpec(
         sizes[0],
         sizes[-1],
@@ -167,6 +298,7 @@ def _match(family: Family, shapes: Shapes, settings: Settings) -> Match | None:
         squash=squash,
         mean_limit=limit,
         outputs=family.outputs,
+        rescale=family.rescale,
     )
     if any(shapes[key] not in (shape, (1, *shape)) for key, shape in zip(keys, policy.shapes.values(), strict=True)):
         return None
@@ -175,10 +307,11 @@ def _match(family: Family, shapes: Shapes, settings: Settings) -> Match | None:
 
 def layers_of(family: Family, shapes: Shapes) -> tuple[list[str], tuple[str, ...]]:
     """Return the prefixes of the layers' keys, and all keys of the actor in the order of a PolicySpec."""
+    weight = family.names[0]
     layers: list[str] = []
-    while f"{family.hidden}{2 * len(layers)}.weight" in shapes:
-        layers.append(f"{family.hidden}{2 * len(layers)}.")
+    while f"{family.hidden}{family.every * len(layers)}.{weight}" in shapes:
+        layers.append(f"{family.hidden}{family.every * len(layers)}.")
     layers += [family.head] if family.head else []
     heads = [family.log_std] if family.spread == "head" else []
-    keys = tuple(layer + name for layer in layers + heads for name in ("weight", "bias"))
+    keys = tuple(layer + name for layer in layers + heads for name in family.names)
     return layers, ((family.log_std, *keys) if family.spread == "parameter" else keys)

@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from tipl.storing.foreign_actors import shown
+from tipl.storing.tensor_checks import shown
 
 _NUMBER = re.compile(r"\d+(?:\.\d+)*(?:[eE]\d+|[kKmM](?![a-zA-Z]))?", re.ASCII)
 _ENV_ID = re.compile(r"-v\d+", re.ASCII)

@@ -12,10 +12,11 @@ from tipl.files.publishing import published
 from tipl.files.sealed import load_arrays
 from tipl.policy import Layout, PolicySpec, layout_from_dict
 from tipl.storing.actor_families import STATISTICS
-from tipl.storing.foreign_actors import Actor, differences, shown
+from tipl.storing.foreign_actors import Actor, differences
 from tipl.storing.foreign_files import CheckpointFile, find_actor_in, read_checkpoint_file
 from tipl.storing.observation_statistics import ObservationStatistics, find_statistics, read_statistics
 from tipl.storing.store import Store
+from tipl.storing.tensor_checks import shown
 
 
 def export_checkpoint(
@@ -168,7 +169,8 @@ def _actor_of_template(
     activation = policy.activation if isinstance(policy, PolicySpec) else None
     fits = known is not None and known.fits(template.state) and template.activation in (None, activation)
     try:
-        found = find_actor_in(like, template, activation, keys)
+        squash = isinstance(policy, PolicySpec) and policy.squash
+        found = find_actor_in(like, template, activation, keys, squash=squash)
     except ValueError:
         if known is not None and fits and keys is None:
             return known  # the template holds other networks too; the import recorded which one is the actor

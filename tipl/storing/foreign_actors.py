@@ -1,25 +1,24 @@
 """Which parameters in another library's state are the actor's, and their conversion to flat weights and back.
 
 A state is what `torch.nn.Module.state_dict()` returns: key -> tensor. Its *actor* is every floating-point tensor except
-those of critics and target networks; a tensor under two keys counts once. Where the actor is an MLP of
-Stable-Baselines3, CleanRL or rsl_rl, as `actor_families.py` lists them, it gets the layout of a `PolicySpec`, so that
-the simulator can run it. Any other actor keeps its names, order and shapes, as a `ParameterLayout`. Rows are float32;
-float64 parameters are rounded.
+those of critics and target networks; a tensor under two keys counts once. Where the actor is an MLP of one of the
+libraries that `actor_families.py` lists, it gets the layout of a `PolicySpec`, so that the simulator can run it. Any
+other actor keeps its names, order and shapes, as a `ParameterLayout`. Rows are float32; float64 parameters are rounded.
 
 Nothing is guessed. A state is refused if some of its tensors may belong to another network (critics under an unknown
 prefix, a second policy, tensors besides those of a library's actor), until the caller gives the prefixes of the
 actor's keys. It is also refused if the actor has tensors that no row can hold (sparse, complex, integer weights).
 
-rsl_rl normalises observations inside the actor, (obs - mean) / (std + 0.01). The row holds the first layer with that
-folded in, W / (std + 0.01) and b - W mean / (std + 0.01), so that each checkpoint is complete and its path consists of
-weights alone. Writing a row into a state divides out that state's own mean and std again. rsl_rl's `std` becomes
-log_std. Both are computed in float64 and rounded once, so that a state is recovered to within rounding; everything else
-is recovered exactly. The same is done with statistics that another file or object holds, such as those of VecNormalize,
-where they are put beside the state under `STATISTICS` (`observation_statistics.py`).
+rsl_rl, rl_games and skrl save the statistics with which they normalise observations: the network sees
+(obs - mean) / divisor. The row holds the first layer with that folded in, W / divisor and b - W mean / divisor, so that
+each checkpoint is complete and its path consists of weights alone. Writing a row into a state takes that state's own
+statistics out again. rsl_rl's `std` becomes log_std. Both are computed in float64 and rounded once, so that a state is
+recovered to within rounding; everything else is recovered exactly. The same is done with statistics that another file
+or object holds, such as those of VecNormalize, where they are put beside the state under `STATISTICS`
+(`observation_statistics.py`).
 """
 
 import dataclasses
-import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self
@@ -30,11 +29,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tipl.policy import Layout, ParameterLayout, PolicySpec, layout_from_dict
-from tipl.storing.actor_families import STATISTICS, Settings, families, layers_of, match
+from tipl.storing.actor_families import (
+    FAMILIES,
+    NORMALISERS,
+    STATISTICS,
+    Settings,
+    families,
+    layers_of,
+    match,
+    normaliser_of,
+)
+from tipl.storing.tensor_checks import check_apart, is_parameter, shown, to_float32
 
 State = Mapping[str, Tensor]
-
-NORMALISER_EPS = 1e-2  # rsl_rl's default; its files do not say it
 
 _NOT_THE_ACTORS = re.compile(
     r"([^.]*_)?critics?\d*(_[^.]*)?(\.|$)|value_net\.|vf_features_extractor\.|mlp_extractor\.value_net\.|memory_c\."
@@ -61,7 +68,7 @@ class Actor:
     """An actor's keys in states of one kind, and the layout of its p flat weights."""
 
     kind: str
-    """"sb3", "cleanrl" or "rsl_rl" where `policy` is a PolicySpec, else "other"."""
+    """The kind of its `Family` where `policy` is a PolicySpec, else "other"."""
     policy: Layout
     keys: tuple[str, ...]
     """The key of each parameter of `policy`, in the order of the layout."""
@@ -75,7 +82,7 @@ class Actor:
 
         Raises ValueError where a parameter is missing, has another shape, or holds NaN or Inf.
         """
-        parts = [_float32(key, tensor) for key, tensor in zip(self.keys, self._find(state), strict=True)]
+        parts = [to_float32(key, tensor) for key, tensor in zip(self.keys, self._find(state), strict=True)]
         if not self.std_is_log:
             key, std = self.keys[0], parts[0]
             if not (std > 0).all():
@@ -88,7 +95,7 @@ class Actor:
             weight = weight / std
             folded = weight.reshape(-1), bias - weight @ mean
             parts[first] = (
-                _float32(f"{key}, normalised,", it) for key, it in zip(self.keys[first], folded, strict=True)
+                to_float32(f"{key}, normalised,", it) for key, it in zip(self.keys[first], folded, strict=True)
             )
         return torch.cat(parts).numpy()
 
@@ -136,17 +143,18 @@ class Actor:
 
     def _statistics(self, state: State) -> tuple[Tensor, Tensor]:
         """Return the mean that the normaliser subtracts and the number it divides by, (obs_dim,) float64 each."""
-        keys = [f"{self.normaliser}{name}" for name in ("_mean", "_std")]
+        known = normaliser_of(self.normaliser)
+        keys = [f"{self.normaliser}{name}" for name in (known.mean, known.spread)]
         obs_dim = state[self.keys[self._first_layer][0]].shape[1]
         for key in keys:
             if key not in state or state[key].numel() != obs_dim:
                 raise ValueError(f"{key}, of the observation normaliser, must exist with {obs_dim} numbers")
-        mean, std = (state[key].detach().reshape(-1).cpu().double() for key in keys)
-        if not (mean.isfinite().all() and std.isfinite().all()):
+        mean, spread = (state[key].detach().reshape(-1).cpu().double() for key in keys)
+        if not (mean.isfinite().all() and spread.isfinite().all()):
             raise ValueError(f"{shown(keys[0])} and {shown(keys[1])} must be finite")
-        if (std < 0).any():
-            raise ValueError(f"{shown(keys[1])} must not be negative, got {float(std.min()):g}")
-        return mean, std if self.normaliser == STATISTICS else std + NORMALISER_EPS
+        if (spread < 0).any():
+            raise ValueError(f"{shown(keys[1])} must not be negative, got {float(spread.min()):g}")
+        return mean, ((spread + known.in_root).sqrt() if known.is_variance else spread) + known.outside
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types, from which `from_dict` makes an equal actor."""
@@ -178,7 +186,7 @@ def find_actor(state: State, settings: Settings = Settings(), actor: str | Seque
     for key, tensor in state.items():
         name = key if key.startswith(STATISTICS) else key[len(root) :]
         is_meant = key.startswith((*prefixes, STATISTICS)) and not _NOT_THE_ACTORS.match(name)
-        if is_meant and _is_parameter(key, tensor):
+        if is_meant and is_parameter(key, tensor):
             place = (tensor.data_ptr(), tensor.shape, tensor.stride())
             if place not in seen:
                 seen.add(place)
@@ -186,25 +194,50 @@ def find_actor(state: State, settings: Settings = Settings(), actor: str | Seque
     if not places:
         wanted = "" if actor is None else f" whose key begins with {' or '.join(map(shown, prefixes))}"
         raise ValueError(f"no floating-point tensor of an actor{wanted} is there, got the keys {_some(state)}")
-    _check_apart(places)
+    check_apart(places)
     shapes = {name: tuple(tensor.shape) for name, tensor in places.items()}
     if prefixes == (root,) and root.endswith("actor."):  # the whole key is what the library names
         found = _known(root.removesuffix("actor."), {_longer(name): it for name, it in shapes.items()}, settings)
         if found is not None:
+            _check_statistics(state, found)
             return found
     found = _known(root, shapes, settings)
     if found is not None:
+        _check_statistics(state, found)
         return found
     if f"{STATISTICS}_mean" in shapes:
         raise ValueError(
-            "observation statistics can be folded into an MLP of Stable-Baselines3's, or of CleanRL's PPO, and this is "
-            f"none: {_some(shapes)}"
+            "observation statistics can be folded into the first layer of an MLP of Stable-Baselines3's, of CleanRL's "
+            f"PPO or of one with names of its own, and this is none: {_some(shapes)}"
+        )
+    unsaid = dataclasses.replace(settings, outputs=None, discrete=True)
+    if settings.outputs is not None and (other := match(shapes, unsaid)) is not None:
+        raise ValueError(
+            f"discrete says that the outputs are {settings.outputs} of discrete actions, but the keys are those of a "
+            f"policy of {other.family.kind} whose outputs are {other.policy.outputs}"
         )
     doubt = _doubt(shapes, settings) if actor is None else ""
     if doubt:
         raise ValueError(f"{doubt}: {how_to_choose(shapes)}")
+    if settings.outputs is not None:
+        raise ValueError(
+            f"discrete says that the outputs are {settings.outputs} of discrete actions, but {_some(shapes)} are not "
+            "the layers of one MLP alone, with two actions or more, which the simulator could run: leave discrete out"
+        )
     keys = tuple(root + name for name in shapes)
     return Actor("other", ParameterLayout(tuple(zip(keys, shapes.values(), strict=True))), keys)
+
+
+def _check_statistics(state: State, actor: Actor) -> None:
+    """Raise ValueError where `state` holds statistics of observations and the actor, as it was chosen, lacks them."""
+    names = [f"{it.prefix}{it.mean}" for it in NORMALISERS if it.prefix != STATISTICS]
+    beside = [key for key in state if any(key == name or key.endswith(f".{name}") for name in names)]
+    if beside and not actor.normaliser:
+        prefix = shown(beside[0].rpartition(".")[0])
+        raise ValueError(
+            f"it holds statistics of observations, {prefix}, which the actor chosen leaves out: choose the whole file, "
+            f"without actor, or pass '{prefix}.*' as ignore if observations were not normalised"
+        )
 
 
 def _longer(name: str) -> str:
@@ -223,24 +256,27 @@ def _known(root: str, shapes: Mapping[str, tuple[int, ...]], settings: Settings)
     return Actor(found.family.kind, found.policy, keys, found.family.std_is_log, normaliser)
 
 
-def roles_of(state: State, actor: Actor) -> list[tuple[str, tuple[int, ...], str]]:
-    """Return key, shape and part in words of each floating-point tensor of a state in which `actor` was found."""
-    names = dict(zip(actor.keys, actor.policy.shapes, strict=True))
+def roles_of(state: State, actor: Actor | None) -> list[tuple[str, tuple[int, ...], str]]:
+    """Return key, shape and part in words of each floating-point tensor of a state and its actor, if found."""
+    names = {} if actor is None else dict(zip(actor.keys, actor.policy.shapes, strict=True))
+    kind, normaliser = ("", "") if actor is None else (actor.kind, actor.normaliser)
     taken = {(state[key].data_ptr(), state[key].shape) for key in names if key in state}
+    critics = tuple({prefix for it in FAMILIES if it.kind == kind for prefix in it.others})
     roles = []
     for key, tensor in state.items():
         if not tensor.is_floating_point() or not tensor.numel():
             continue
         if key in names:
             role = "the actor's" if names[key] == key else f"the actor's {names[key]}"
-        elif actor.normaliser and key.startswith(actor.normaliser):
+        elif normaliser and key.startswith(normaliser):
             role = "the observation normaliser's, folded into the first layer"
         elif (tensor.data_ptr(), tensor.shape) in taken:
             role = "the actor's once more"
         elif _TARGETS.match(key):
             role = "a target network's"
         else:
-            role = "a critic's" if _NOT_THE_ACTORS.match(key) else "not chosen"
+            is_critics = _NOT_THE_ACTORS.match(key) or key.startswith(critics)
+            role = "a critic's" if is_critics else "not chosen"
         roles.append((key, tuple(tensor.shape), role))
     return roles
 
@@ -249,13 +285,6 @@ def how_to_choose(keys: Iterable[str]) -> str:
     """Return the end of a message that tells the caller how to choose the actor's keys among these."""
     groups = dict.fromkeys(key[: key.find(".") + 1] or key for key in keys)
     return f'choose with actor the beginnings of its keys, some of {_some(groups)}, or "" for all but the critics\''
-
-
-def shown(name: object) -> str:
-    """Return a name from a file so that a message may contain it: one line, shortened, without control characters."""
-    text = str(name)
-    text = text if len(text) <= 1000 else f"{text[:1000]}..."
-    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
 def differences(one: Layout, other: Layout) -> str:
@@ -271,7 +300,7 @@ def differences(one: Layout, other: Layout) -> str:
     if not found and one != other:
         if isinstance(one, PolicySpec) and isinstance(other, PolicySpec):
             settings = {"the activation": "activation", "squashing": "squash", "the limit of the mean": "mean_limit"}
-            settings |= {"the kind of the outputs": "outputs"}
+            settings |= {"the kind of the outputs": "outputs", "rescaling": "rescale"}
             both = {words: (getattr(one, name), getattr(other, name)) for words, name in settings.items()}
             return "; ".join(f"{words} is {new} instead of {old}" for words, (old, new) in both.items() if old != new)
         return "the parameters have another order"
@@ -290,10 +319,12 @@ def _doubt(shapes: Mapping[str, tuple[int, ...]], settings: Settings) -> str:
     ]
     is_dqn = all(re.match(rf"({_Q_NETWORK})\d*\.", key) for key in shapes)  # its Q network is its policy
     if others and not is_dqn:
+        if match(shapes, dataclasses.replace(settings, outputs="logits")) is not None:  # skrl's, which do not say it
+            return f"{_some(others)} may be a critic's, beside a policy of discrete actions, which discrete would say"
         return f"{_some(others)} may be a critic's or another network's"
     for family in families(settings):
         layers, keys = layers_of(family, shapes)
-        known = (*family.encoders, *family.normalisers)
+        known = (*family.encoders, *family.normalisers, *family.others)
         beside = [key for key in shapes if key not in keys and not key.startswith(known)]
         if layers and beside and set(keys) <= set(shapes):
             return f"beside the actor of {family.kind} ({_some(keys)}) lies {_some(beside)}"
@@ -321,48 +352,6 @@ def _twins(shapes: Mapping[str, tuple[int, ...]]) -> str:
         if other != name and len(matrices) > 1 and matrices[0][1] != matrices[-1][0]:
             return f"{shown(other)} and {shown(name)} are two networks of equal shapes"
     return ""
-
-
-def _is_parameter(key: str, tensor: Tensor) -> bool:
-    """Return whether a tensor belongs in a row. Raises ValueError where it does but a row cannot hold it."""
-    name, shape = shown(key), tuple(tensor.shape)
-    if not tensor.is_floating_point():
-        if tensor.is_complex() or tensor.is_quantized or key.endswith(("weight", "bias")):
-            raise ValueError(f"{name} is {tensor.dtype}: a row holds real floating-point numbers only")
-        return False  # a counter or a mask
-    if tensor.layout != torch.strided:
-        raise ValueError(f"{name} is sparse ({tensor.layout}): save it with .to_dense()")
-    if tensor.is_meta:
-        raise ValueError(f"{name} is on the device meta: it has a shape, {shape}, but no values")
-    if (
-        tensor.numel()
-        and 1 + sum((n - 1) * step for n, step in zip(shape, tensor.stride(), strict=True)) < tensor.numel()
-    ):
-        raise ValueError(f"{name} repeats its memory: it has fewer numbers than its shape {shape}; save its .clone()")
-    return tensor.numel() > 0
-
-
-def _check_apart(tensors: Mapping[str, Tensor]) -> None:
-    """Raise ValueError where two tensors that are not equal share memory: writing to one would change both."""
-    spans = []
-    for name, tensor in tensors.items():
-        last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
-        begin = tensor.data_ptr()
-        spans.append((str(tensor.device), begin, begin + (last + 1) * tensor.element_size(), name))
-    for (device, _, end, name), (next_device, begin, _, other) in itertools.pairwise(sorted(spans)):
-        if device == next_device and begin < end:
-            raise ValueError(f"{shown(name)} and {shown(other)} share memory but are not equal: save their .clone()")
-
-
-def _float32(key: str, tensor: Tensor) -> Tensor:
-    """Return the tensor's numbers (n,) float32 on the CPU. Raises ValueError where one is not finite."""
-    exact = tensor.detach().reshape(-1).cpu()
-    rounded = exact.float()
-    if not rounded.isfinite().all():
-        if exact.double().isfinite().all():
-            raise ValueError(f"{shown(key)} must fit float32, got {float(exact.abs().max()):g}")
-        raise ValueError(f"{shown(key)} must be finite, got NaN or Inf")
-    return rounded
 
 
 def _some(keys: Iterable[str]) -> str:

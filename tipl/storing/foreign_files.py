@@ -2,8 +2,8 @@
 
     Stable-Baselines3   .zip with a member policy.pth; its member `data` holds pickles, none of which is run
     safetensors         key -> tensor
-    torch.save          a state_dict (CleanRL, plain), a tuple (actor's state_dict, ...) as CleanRL's SAC and TD3 save,
-                        or a dict with a state_dict under model_state_dict, actor_state_dict (rsl_rl) or state_dict
+    Flax's msgpack, .npz    parameters by name (`array_files.py`)
+    torch.save          a state_dict, or what `state_dicts.py` finds one in: files of CleanRL, rsl_rl, rl_games, skrl
 
 torch files are loaded with weights_only=True; a file that needs more is refused. A file is read whole into memory, and
 refused if it changes meanwhile. The sizes and objects that it declares are limited before any are made
@@ -19,7 +19,7 @@ import pickle
 import re
 import stat
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -33,17 +33,23 @@ from torch import Tensor
 
 from tipl.files.locations import read_file
 from tipl.files.sealed import sorted_metadata
+from tipl.policy import Outputs
 from tipl.storing.actor_families import Settings
-from tipl.storing.foreign_actors import Actor, find_actor, how_to_choose, shown
+from tipl.storing.array_files import flax_bytes, is_flax, npz_bytes, read_flax, read_npz
+from tipl.storing.foreign_actors import Actor, find_actor, how_to_choose
 from tipl.storing.inert_pickle import PickleError, array_of, read_inert
-from tipl.storing.torch_files import MAX_BYTES, NotReadableError, load_torch, open_zip
+from tipl.storing.not_readable import NotReadableError
+from tipl.storing.state_dicts import find_state, step_of
+from tipl.storing.tensor_checks import shown
+from tipl.storing.torch_files import MAX_BYTES, load_torch, open_zip
 
-SUFFIXES = (".zip", ".cleanrl_model", ".pt", ".pth", ".safetensors")
+SUFFIXES = (".zip", ".cleanrl_model", ".pt", ".pth", ".safetensors", ".msgpack", ".npz")
 
-_SECTIONS = ("actor_state_dict", "model_state_dict", "state_dict")
 _POLICY = "policy.pth"
-_BESIDE_THE_STATE = re.compile(r".*(optim|critic|sched|scaler|rng).*|rnd_.*|(privileged_)?obs_norm_state_dict|infos")
-"""Entries that the libraries save beside a state, none of them the actor's."""
+_SBX = (
+    "is a zip of SBX, or of Stable-Baselines3 without a policy.pth: its policy is a pickle, which was not loaded, "
+    "because loading it could run code: save model.policy.actor_state.params with flax.serialization.to_bytes"
+)
 _JSON_BYTES = 2**25  # most bytes of a safetensors header or SB3's settings; parsed, these take up to 25 times as much
 _LIBRARIES = ("stable_baselines3.", "sb3_contrib.")
 _CLIP_MEAN = 2.0  # SB3's default
@@ -54,10 +60,10 @@ _DISCRETE = ".spaces.discrete.Discrete'>"  # of gymnasium, or of gym in older fi
 class CheckpointFile:
     """A checkpoint file in memory. Writing to the tensors of `state` changes what `to_bytes` returns."""
 
-    format: Literal["sb3", "safetensors", "torch"]
+    format: Literal["sb3", "safetensors", "torch", "flax", "npz"]
     state: dict[str, Tensor]
     env_steps: int | None = None
-    """SB3's num_timesteps, or rsl_rl's iteration; None where the file does not say."""
+    """SB3's num_timesteps, rl_games' frame, or rsl_rl's iteration; None where the file does not say."""
     activation: str | None = None
     """None where the file does not say."""
     squash: bool = False
@@ -73,6 +79,10 @@ class CheckpointFile:
     """The module of an SB3 policy's class if that is not one of SB3's; its default activation is then unknown."""
     normalised: bool | None = False
     """Whether SB3 says that the policy's observations came through VecNormalize; None where it may be either."""
+    said_by: str = "num_timesteps"
+    """The entry that says `env_steps`: "num_timesteps", "iter" or "frame"."""
+    step_in_name: str = ""
+    """A regular expression whose group is the step in the names that the library gives its files."""
     note: str = ""
     """What a user of the weights must know about them."""
     _content: Any = None
@@ -84,6 +94,10 @@ class CheckpointFile:
             return sorted_metadata(safetensors.torch.save(self.state, self._content))
         if self.format == "torch":
             return _torch_bytes(self._content)
+        if self.format == "flax":
+            return flax_bytes(self._content)
+        if self.format == "npz":
+            return npz_bytes(self._content)
         archive, policy = self._content
         written = io.BytesIO()
         with zipfile.ZipFile(io.BytesIO(archive)) as source, zipfile.ZipFile(written, "w") as target:
@@ -109,8 +123,17 @@ def read_checkpoint_file(path: str | Path, *, max_bytes: int | None = None) -> C
             return _read_safetensors(data)
         if zipfile.is_zipfile(io.BytesIO(data)):
             with open_zip(data, max_bytes) as archive:
-                if _POLICY in archive.namelist():
+                names = archive.namelist()
+                if _POLICY in names:
                     return _read_sb3(archive, data, max_bytes)
+                if "_stable_baselines3_version" in names:
+                    raise NotReadableError(_SBX)
+                if names and all(name.endswith(".npy") for name in names):
+                    state, doubt, arrays = read_npz(archive)
+                    return CheckpointFile("npz", state, doubt=doubt, _content=arrays)
+        if is_flax(data):
+            state, doubt, tree = read_flax(data)
+            return CheckpointFile("flax", state, doubt=doubt, _content=tree)
         return _read_torch(data, max_bytes, is_cleanrl=path.suffix == ".cleanrl_model")
     except NotReadableError as error:
         raise RuntimeError(f"{shown(path)} {shown(error)}") from error
@@ -128,15 +151,26 @@ def find_actor_in(
     file: CheckpointFile,
     activation: str | None = None,
     actor: str | Sequence[str] | None = None,
+    discrete: Outputs | None = None,
+    squash: bool = False,
 ) -> Actor:
-    """Return the actor in a checkpoint file, as `find_actor` does; `activation` is used where the file has none.
+    """Return the actor in a checkpoint file, as `find_actor` does; what the caller says is used where the file does not
+    say it.
 
-    Raises ValueError, naming `path`, where there is no actor, or its tensors or its activation are not clear.
+    Raises ValueError, naming `path`, where there is no actor, or its tensors or its activation are not clear, or the
+    file says something else.
     """
     try:
+        if discrete is not None and file.format == "sb3" and not file.discrete:
+            raise ValueError(
+                "discrete says that actions are discrete, but the zip's action space is not Discrete, or masks choose "
+                "among its actions"
+            )
         if file.doubt and actor is None:
             raise ValueError(f"{file.doubt}: {how_to_choose(file.state)}")
-        settings = Settings(file.activation or activation, file.squash, file.mean_limit, file.discrete)
+        settings = Settings(
+            file.activation or activation, file.squash or squash, file.mean_limit, file.discrete, discrete
+        )
         found = find_actor(file.state, settings, actor)
         if found.kind == "sb3" and file.own_class and not (file.activation or activation):
             raise ValueError(
@@ -195,29 +229,28 @@ def _read_sb3(archive: zipfile.ZipFile, data: bytes, max_bytes: int | None) -> C
         settings = json.loads(archive.read("data"))
     if not isinstance(settings, dict):
         raise NotReadableError("is damaged: its member data, the settings, is no JSON object")
-    state, doubt = _state(policy, is_cleanrl=False)
     kwargs = settings.get("policy_kwargs")
     kwargs = kwargs if isinstance(kwargs, dict) else {}
     chosen = _named(kwargs, "activation_fn")
     module = _named(settings.get("policy_class"), "__module__")
     own_class = "" if f"{module}.".startswith(_LIBRARIES) else module
-    state, doubt = _state(policy, is_cleanrl=False)
-    is_on_policy = any(key.startswith(("action_net.", "mlp_extractor.")) for key in state)
+    found = find_state(policy, is_cleanrl=False)
+    is_on_policy = any(key.startswith(("action_net.", "mlp_extractor.")) for key in found.state)
     default = "tanh" if is_on_policy else "relu"
     return CheckpointFile(
         "sb3",
-        state,
-        _steps(settings.get("num_timesteps"), "num_timesteps"),
+        found.state,
+        step_of(settings.get("num_timesteps"), "num_timesteps"),
         _activation(chosen) if chosen else None if own_class else default,
         kwargs.get("squash_output") is True,
         _mean_limit(kwargs),
         # Masks, which no file holds, decide with sb3-contrib's MaskablePPO which actions there are.
         _named(settings.get("action_space"), ":type:").endswith(_DISCRETE) and ".maskable." not in f"{module}.",
-        doubt,
+        found.doubt,
         own_class,
         _saw_normalised(settings, is_on_policy=is_on_policy),
-        _sb3_note(kwargs),
-        (data, policy),
+        note=_sb3_note(kwargs),
+        _content=(data, policy),
     )
 
 
@@ -281,82 +314,17 @@ def _sb3_note(kwargs: Mapping[str, Any]) -> str:
 
 def _read_torch(data: bytes, max_bytes: int | None, *, is_cleanrl: bool) -> CheckpointFile:
     content = load_torch(data, max_bytes)
-    iteration = content.get("iter") if isinstance(content, Mapping) else None
-    state, doubt = _state(content, is_cleanrl=is_cleanrl)
-    steps = _steps(iteration, "iter")
-    return CheckpointFile("torch", state, steps, discrete=is_cleanrl, doubt=doubt, _content=content)
-
-
-def _steps(value: Any, name: str) -> int | None:
-    """Return a file's env steps or iteration, None where the value is not an int."""
-    if not isinstance(value, int) or isinstance(value, bool):
-        return None
-    if not 0 <= value < 2**63:
-        raise NotReadableError(f"says {name} {value}, which must lie in [0, 2^63)")
-    return value
-
-
-def _state(content: Any, *, is_cleanrl: bool) -> tuple[dict[str, Tensor], str]:
-    """Return the policy's state in the result of torch.load (the tensors themselves), and any doubt about it.
-
-    Without doubt, "", the keys are those of the state_dict. Otherwise the state has the tensors of all parts, with keys
-    part.key, and the doubt says in words why it is not clear which part is the policy's.
-    """
-    if is_cleanrl and isinstance(content, tuple) and content:
-        content = content[0]  # CleanRL's SAC, TD3 and DDPG: (actor, critic, ...)
-    if not isinstance(content, Mapping | tuple):
-        raise NotReadableError(f"holds no state_dict but a {type(content).__name__}")
-    parts = dict(content) if isinstance(content, Mapping) else dict(enumerate(content))
-    loose = _tensors(parts)
-    seen: set[int] = set()
-    states = {
-        name: inside
-        for name, part in parts.items()
-        if not isinstance(part, Tensor) and not _BESIDE_THE_STATE.fullmatch(str(name))
-        if (inside := list(_nested(part, str(name), seen)))
-    }
-    sections = [name for name in _SECTIONS if name in states and isinstance(parts[name], Mapping)]
-    if not states and loose:
-        return loose, ""
-    weights = [name for name, tensor in loose.items() if tensor.is_floating_point() and tensor.ndim]
-    if len(sections) == 1 and not weights and states.keys() == set(sections):
-        state = _tensors(parts[sections[0]])
-        normaliser = parts.get("obs_norm_state_dict")  # rsl_rl 2 saves it beside model_state_dict
-        if sections == ["model_state_dict"] and isinstance(normaliser, Mapping):
-            state |= {f"obs_norm_state_dict.{key}": value for key, value in _tensors(normaliser).items()}
-        if state:
-            return state, ""
-    if not states:
-        names = ", ".join(_SECTIONS)
-        raise NotReadableError(f"holds no state_dict: neither tensors nor one of {names}, but {list(parts)[:8]}")
-    found = [f"{shown(name)} ({len(state)} tensors)" for name, state in states.items()]
-    found += [f"the loose tensor {shown(name)}" for name in loose]
-    everything = [*loose.items(), *(tensor for state in states.values() for tensor in state)]
-    return _by_name(everything), f"it holds {', '.join(found[:8])}, and it is not clear which is the policy's"
-
-
-def _nested(content: Any, name: str, seen: set[int], depth: int = 4) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name.key, tensor) for the tensors in nested dicts; a dict that occurs again is skipped."""
-    if isinstance(content, Tensor):
-        yield name, content
-    elif isinstance(content, Mapping) and depth and id(content) not in seen:
-        seen.add(id(content))
-        for key, part in content.items():
-            yield from _nested(part, f"{name}.{key}", seen, depth - 1)
-
-
-def _tensors(mapping: Mapping[Any, Any]) -> dict[str, Tensor]:
-    """Return the values of a dict that are tensors."""
-    return _by_name([(str(key), value) for key, value in mapping.items() if isinstance(value, Tensor)])
-
-
-def _by_name(tensors: Sequence[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """Return name -> tensor. Raises NotReadableError where two have the same name, as keys 0 and "0" do."""
-    named = dict(tensors)
-    if len(named) < len(tensors):
-        names = [name for name, _ in tensors]
-        raise NotReadableError(f"holds two tensors under one name, {next(it for it in named if names.count(it) > 1)}")
-    return named
+    found = find_state(content, is_cleanrl=is_cleanrl)
+    return CheckpointFile(
+        "torch",
+        found.state,
+        found.step,
+        discrete=is_cleanrl,
+        doubt=found.doubt,
+        said_by=found.said_by,
+        step_in_name=found.step_in_name,
+        _content=content,
+    )
 
 
 def _torch_bytes(content: Any) -> bytes:

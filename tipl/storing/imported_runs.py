@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import fnmatch
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,49 +12,17 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from tipl.policy import ACTIVATIONS, Layout, PolicySpec
-from tipl.storing.checkpoint_steps import chosen_steps, in_order, is_pattern
-from tipl.storing.foreign_actors import Actor, differences, roles_of, shown
+from tipl.policy import Layout, Outputs, PolicySpec
+from tipl.storing.checkpoint_steps import STEP, chosen_steps, in_order, is_pattern
+from tipl.storing.foreign_actors import Actor, differences, roles_of
 from tipl.storing.foreign_files import SUFFIXES, CheckpointFile, find_actor_in, read_checkpoint_file
+from tipl.storing.import_notes import activation_missing, source_record
 from tipl.storing.observation_statistics import FOLDED_NOTE, ObservationStatistics, find_statistics, read_statistics
 from tipl.storing.store import UNNORMALISED, Store, Trial
+from tipl.storing.tensor_checks import shown
 
+_INSIDE = ("checkpoints", "nn")
 Rows = tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.float64]]  # (b, p), (b,), (b,)
-
-
-def activation_missing(policy: PolicySpec) -> str:
-    """Return what to say where nothing says the activation of a policy, which has its library's default for now."""
-    return (
-        f"activation must be given, one of {', '.join(ACTIVATIONS)}, as nothing says which lies between the layers; "
-        f"the library's default is {policy.activation}"
-    )
-
-
-def source_record(actor: Actor, file_format: str, *notes: str) -> dict[str, Any]:
-    """Return the config's entry "source", plain JSON, with a note of everything that a user of the store must know."""
-    record: dict[str, Any] = {"format": file_format, "actor": actor.to_dict()}
-    all_notes = [note for note in notes if note]
-    is_discrete = isinstance(actor.policy, PolicySpec) and actor.policy.discrete
-    if actor.kind == "cleanrl" and not actor.normaliser and not is_discrete:
-        all_notes.append(
-            "CleanRL does not save the statistics with which it normalised observations: in the simulator these "
-            "policies do not reach the returns that they had"
-        )
-    elif actor.kind == "rsl_rl" and actor.normaliser:
-        all_notes.append("the observation normaliser of each checkpoint is folded into its first layer")
-    elif actor.kind == "other":
-        all_notes.append(_not_run(actor.keys))
-    return record | ({"note": "; ".join(dict.fromkeys(all_notes))} if all_notes else {})
-
-
-def _not_run(keys: Sequence[str]) -> str:
-    """Return in words that the simulator cannot run policies with these keys, and where it is known, why."""
-    reason = ""
-    if any(key.endswith("latent_pi.0.ra_mean") for key in keys):
-        reason = " with batch normalisation (CrossQ)"
-    elif {key.rpartition("actor.")[2] for key in keys} >= {"log_std", "latent_pi.0.weight", "mu.0.weight"}:
-        reason = " with gSDE, whose clip_mean nothing says"
-    return f"the simulator cannot run these policies{reason}: train and rollout work, evaluate does not"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +31,8 @@ class Reading:
 
     activation: str | None
     actor: str | Sequence[str] | None
+    discrete: Outputs | None
+    squash: bool | None
     ignore: tuple[str, ...]
     order: str
     normaliser: str | Path | None
@@ -78,7 +49,20 @@ class Reading:
                 del file.state[key]
         if statistics is not None:
             file.state |= statistics.to_state()
-        return file, find_actor_in(path, file, self.activation, self.actor)
+        found = find_actor_in(path, file, self.activation, self.actor, self.discrete, self.squash is True)
+        if self.squash is not None and found.kind != "torchrl":
+            raise ValueError(
+                f"import: {shown(path)}: squash is for the policies of TorchRL, whose files do not say it; this one is "
+                f"of kind {found.kind}"
+            )
+        return file, found
+
+    def order_of(self, paths: Sequence[Path]) -> str:
+        """Return what orders the files: where nothing was said, the number that their library puts into all names."""
+        if self.order != STEP:
+            return self.order
+        known = read_checkpoint_file(paths[0], max_bytes=self.max_bytes).step_in_name
+        return known if known and all(re.search(known, path.name) for path in paths) else STEP
 
     def normalisers(self, paths: Sequence[Path], actor: Actor) -> "_Normalisers":
         """Return the statistics of a run's checkpoints (in order), of which the last says whether it was normalised."""
@@ -189,12 +173,17 @@ class FileRun:
 
     def __init__(self, name: str, paths: Sequence[Path], reading: Reading) -> None:
         self.name, self.reading = shown(name), reading
-        ordered, named = in_order(self.name, paths, reading.order)
+        ordered, named = in_order(self.name, paths, reading.order_of(paths))
         self.num_checkpoints = len(paths)
         self.paths = ordered[: reading.num_checkpoints]
         first, self.actor = reading.read(self.paths[0], None)
         if isinstance(self.actor.policy, PolicySpec) and first.activation is None and reading.activation is None:
             raise ValueError(f"import: {shown(self.paths[0])}: {activation_missing(self.actor.policy)}")
+        if self.actor.kind == "torchrl" and reading.squash is None:
+            raise ValueError(
+                f"import: {shown(self.paths[0])}: squash must be given, whether actions are the tanh of the network's "
+                "output, rescaled to the action space (TanhNormal), or the output itself, as nothing says it"
+            )
         self.normalisers = reading.normalisers(self.paths, self.actor)
         if self.paths[0] in self.normalisers.of_path:
             first, self.actor = reading.read(self.paths[0], self.normalisers.of_path[self.paths[0]])
@@ -213,10 +202,11 @@ class FileRun:
                 None if named is None else named[: len(self.paths)],
                 self.said,
                 reading.order,
-                said_by="num_timesteps" if first.format == "sb3" else "iter",
-                is_unit=first.format == "sb3",
+                said_by=first.said_by,
+                is_unit=first.said_by != "iter",
             )
-        squashes = isinstance(self.policy, PolicySpec) and self.policy.squash and first.activation is None
+        squashes = isinstance(self.policy, PolicySpec) and self.policy.squash
+        squashes = squashes and first.activation is None and reading.squash is None
         self.source = source_record(self.actor, first.format, *notes, note, _SQUASHED if squashes else "")
         if self.normalisers.unnormalised:
             self.source[UNNORMALISED] = True
@@ -299,9 +289,7 @@ def runs_of(sources: list[Path], pattern: str, reading: Reading) -> list[Run]:
             runs += [StoredRun(store, store.trial(i)) for i in range(store.num_trials)]
             continue
         os.scandir(folder).close()  # raises if the folder may not be read, where glob would find nothing
-        # Paths that are not files, such as broken links, stay in the list, so that reading them raises an error.
-        names = sorted(path for path in folder.glob(pattern) if not path.name.startswith("."))
-        paths = [path for path in names if path.suffix.lower() in SUFFIXES]
+        paths = _checkpoints(folder, pattern)
         if not paths:
             raise FileNotFoundError(
                 f"import: {shown(folder)} holds no checkpoint: no file {shown(pattern)} that ends in one of "
@@ -309,6 +297,23 @@ def runs_of(sources: list[Path], pattern: str, reading: Reading) -> list[Run]:
             )
         runs.append(FileRun(str(folder), paths, reading))
     return runs
+
+
+def _checkpoints(folder: Path, pattern: str) -> list[Path]:
+    """Return the files that the pattern and their suffixes say are a run's checkpoints: in its folder, or where skrl
+    and rl_games put them in it."""
+    for place in (folder, *(folder / name for name in _INSIDE)):
+        # Paths that are not files, such as broken links, stay in the list, so that reading them raises an error.
+        names = sorted(path for path in place.glob(pattern) if not path.name.startswith("."))
+        if paths := [path for path in names if path.suffix.lower() in SUFFIXES]:
+            return paths
+    return []
+
+
+def first_file(sources: Sequence[Path], pattern: str) -> Path | None:
+    """Return the first checkpoint file among the sources, None where they are stores or hold none."""
+    files = [file for it in sources for file in (_checkpoints(it, pattern) if it.is_dir() else [it])]
+    return files[0] if files and not (sources[0] / "zarr.json").exists() else None
 
 
 def common_length(runs: Sequence[Run], num_checkpoints: int | None) -> int:

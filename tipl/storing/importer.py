@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 
 from tipl.files.publishing import published, refuse_existing
-from tipl.policy import Layout
-from tipl.storing.foreign_actors import shown
-from tipl.storing.imported_runs import FileRun, Reading, Run, check_equal, common_length, runs_of
+from tipl.policy import Layout, Outputs
+from tipl.storing.foreign_actors import roles_of
+from tipl.storing.foreign_files import read_checkpoint_file
+from tipl.storing.imported_runs import FileRun, Reading, Run, check_equal, common_length, first_file, runs_of
 from tipl.storing.store import UNNORMALISED, Store
+from tipl.storing.tensor_checks import shown
 
 BLOCK_BYTES = 2**26  # of weights that are read and then appended together
 
@@ -29,6 +31,8 @@ def import_checkpoints(
     pattern: str = "*",
     activation: str | None = None,
     actor: str | Sequence[str] | None = None,
+    discrete: Outputs | None = None,
+    squash: bool | None = None,
     ignore: str | Sequence[str] = (),
     order: str = "step",
     normaliser: str | Path | None = None,
@@ -54,6 +58,11 @@ def import_checkpoints(
         activation: between the layers, where the files do not say it: tanh, relu or elu. It must be given there if
             the simulator can run the policy.
         actor: prefix of the actor's keys, or several, where files hold other networks too; "" takes all but critics.
+        discrete: what the outputs of an MLP that chooses discrete actions are, one for each action, where the files do
+            not say it: "logits", whose softmax is the probability of each, or "values", as in DQN. The MLP may have any
+            names, as a torch.nn.Sequential numbers its layers.
+        squash: whether the actions of TorchRL's policies are the tanh of the network's output, rescaled to the action
+            space (TanhNormal), or the output itself; must be given for them, as nothing says it.
         ignore: glob pattern of keys, or several, that are no weights of the policy, such as "obs_rms.*".
         order: what orders the files of a trial: "step", the steps in their names; "name"; "mtime", the time of
             modification; or a regular expression searched in each name, whose group, or without one the whole match, is
@@ -77,7 +86,9 @@ def import_checkpoints(
     """
     output = Path(output)
     refuse_existing(output, "import")
-    reading = Reading(activation, actor, _patterns(ignore), order, normaliser, num_checkpoints, max_bytes)
+    reading = Reading(
+        activation, actor, discrete, squash, _patterns(ignore), order, normaliser, num_checkpoints, max_bytes
+    )
     plan = _Plan.of([Path(source) for source in sources], env_id, pattern, reading)
     with published(output, "import", manifest=False) as aside:
         store = Store.create(
@@ -98,6 +109,8 @@ def describe_import(
     pattern: str = "*",
     activation: str | None = None,
     actor: str | Sequence[str] | None = None,
+    discrete: Outputs | None = None,
+    squash: bool | None = None,
     ignore: str | Sequence[str] = (),
     order: str = "step",
     normaliser: str | Path | None = None,
@@ -109,7 +122,9 @@ def describe_import(
     What each floating-point tensor of the first file is taken for, which files make a trial in which order and at which
     env steps, and the notes. Raises what `import_checkpoints` raises.
     """
-    reading = Reading(activation, actor, _patterns(ignore), order, normaliser, num_checkpoints, max_bytes)
+    reading = Reading(
+        activation, actor, discrete, squash, _patterns(ignore), order, normaliser, num_checkpoints, max_bytes
+    )
     plan = _Plan.of([Path(source) for source in sources], env_id, pattern, reading)
     for run in plan.runs:
         for i in range(plan.length):
@@ -122,6 +137,21 @@ def describe_import(
     for run in plan.runs:
         lines.append(("trial", f"{run.name}: {plan.length} checkpoints{run.described(plan.length)}"))
     return lines + ([("note", plan.source["note"])] if "note" in plan.source else [])
+
+
+def describe_first_file(
+    sources: Sequence[str | Path], *, pattern: str = "*", max_bytes: int | None = None
+) -> list[tuple[str, str]]:
+    """Return the first file that an import of these sources would read, and its tensors, of which none is chosen yet.
+
+    That is what there is to choose from where `describe_import` refuses. Raises what it raises where no file can be
+    read.
+    """
+    path = first_file([Path(source) for source in sources], pattern)
+    if path is None:
+        return []
+    roles = roles_of(read_checkpoint_file(path, max_bytes=max_bytes).state, None)
+    return [("file", shown(path)), *(("tensor", f"{shown(key)} {shape}: {role}") for key, shape, role in roles)]
 
 
 def _patterns(ignore: str | Sequence[str]) -> tuple[str, ...]:

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from tipl.files.locations import read_file
 from tipl.storing.actor_families import STATISTICS
-from tipl.storing.foreign_actors import shown
 from tipl.storing.inert_pickle import MAX_BYTES, Made, Name, PickleError, array_of, number_of, read_inert
+from tipl.storing.tensor_checks import shown
 
 FOLDED_NOTE = (
     "the observation statistics of VecNormalize are folded into the first layer of each checkpoint; what VecNormalize "

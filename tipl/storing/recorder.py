@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from tipl.policy import ACTIVATIONS, PolicySpec
 from tipl.storing.actor_families import STATISTICS, Settings
 from tipl.storing.foreign_actors import Actor, differences, find_actor
-from tipl.storing.imported_runs import activation_missing, source_record
+from tipl.storing.import_notes import activation_missing, source_record
 from tipl.storing.observation_statistics import live_statistics
 from tipl.storing.run_state import encode_state, load_state, put_back, save_state
 from tipl.storing.state_tree import set_global_random_states
@@ -48,7 +48,7 @@ class Recorder:
         unnormalised: bool = False,
         squash: bool = False,
         mean_limit: float | None = None,
-        discrete: bool = False,
+        discrete: bool | Literal["logits", "values"] = False,
     ) -> None:
         """Record into a new store at `path`, which the first `log` creates.
 
@@ -63,19 +63,21 @@ class Recorder:
             note: what a user of the store must know, kept in its config and shown by `tipl import`.
             unnormalised: the policy sees observations that are normalised, and `log` is not told how: it cannot be run
                 in the simulator.
-            squash: the actions of a policy of Stable-Baselines3's PPO or A2C with gSDE are the tanh of its mean
-                (squash_output=True). Those of SAC and TD3 always are.
+            squash: the actions of a policy of Stable-Baselines3's PPO or A2C with gSDE (squash_output=True), or of
+                TorchRL's (TanhNormal), are the tanh of its mean. Those of SAC and TD3 always are.
             mean_limit: to what a policy of Stable-Baselines3's SAC with gSDE clips its mean (clip_mean); without it,
                 such a policy cannot be run in the simulator.
             discrete: the policy chooses one of several discrete actions, as those of Stable-Baselines3's and CleanRL's
-                PPO can and DQN's do; without it, such a policy cannot be run in the simulator.
+                PPO can and DQN's do; without it, such a policy cannot be run in the simulator. An MLP with names of
+                its own needs "logits" or "values", what its outputs are, as in `import_checkpoints`.
 
         Raises FileExistsError where `path` exists and `resume` is not set; RuntimeError where the store is damaged or
         another recorder has it open; ValueError where it is not a recording of this env_id.
         """
         self.path = Path(path)
         self._env_id, self._config = env_id, dict(config or {})
-        self._settings = Settings(activation, squash, mean_limit, discrete)
+        outputs = None if isinstance(discrete, bool) else discrete
+        self._settings = Settings(activation, squash, mean_limit, bool(discrete), outputs)
         self._keys, self._note, self._unnormalised = actor, note or "", unnormalised
         self._store: Store | None = None
         self._actor: Actor | None = None

@@ -7,15 +7,20 @@ torch.save writes for tensors and plain values. The number of a zip's members an
 and their checksums are compared, which torch does not do.
 """
 
+import contextlib
 import io
 import pickletools
 import re
 import warnings
 import zipfile
 from collections import Counter
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from tipl.storing import numpy_scalars
+from tipl.storing.not_readable import NotReadableError
 
 MAX_BYTES = 2**30
 """Largest file, and largest unpacked size of a zip, unless the caller allows more."""
@@ -33,10 +38,6 @@ _HARMLESS = re.compile(
     r"|torch\._utils\._rebuild_(tensor(_v2|_v3)?|parameter(_with_state)?|sparse_tensor|qtensor|meta_tensor_no_storage)"
 )
 """The names that a pickle may use. torch.load allows others too, such as bytearray(10**12)."""
-
-
-class NotReadableError(Exception):
-    """A file cannot be read; the text is the end of a sentence that begins with its name."""
 
 
 def open_zip(data: bytes, max_bytes: int | None = None) -> zipfile.ZipFile:
@@ -75,24 +76,26 @@ def load_torch(data: bytes, max_bytes: int | None = None) -> Any:
     Raises NotReadableError where it holds more than tensors and plain values, or torch.save did not write it; torch
     raises other errors for damaged files. `max_bytes` is as in `open_zip`.
     """
+    names: set[str] = set()
     if data.startswith(_LEGACY):
         start = 0
         for _ in range(_LEGACY_PICKLES):
-            start += _check_pickle(data[start : start + _PICKLE_BYTES + 1])
+            start += _check_pickle(data[start : start + _PICKLE_BYTES + 1], names)
     elif data.startswith(b"PK\x03\x04") and zipfile.is_zipfile(io.BytesIO(data)):
         with open_zip(data, max_bytes) as archive:
             if data[-22:-18] != b"PK\x05\x06" or int.from_bytes(data[-6:-2], "little") != archive.start_dir:
                 # zipfile and torch would look for the directory in different places, and see different members
                 raise NotReadableError("is a zip with bytes before its beginning or behind its end, and was not loaded")
-            _check_zip(archive)
+            _check_zip(archive, names)
     else:
         raise NotReadableError(_what_else(data))
-    with warnings.catch_warnings(action="ignore"):  # torch warns of deprecated formats
+    numbers = numpy_scalars.scalars_allowed() if names & numpy_scalars.NAMES else contextlib.nullcontext()
+    with numbers, warnings.catch_warnings(action="ignore"):  # torch warns of deprecated formats
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
 
 
-def _check_zip(archive: zipfile.ZipFile) -> None:
-    """Raise NotReadableError unless torch may load the zip."""
+def _check_zip(archive: zipfile.ZipFile, used: set[str]) -> None:
+    """Raise NotReadableError unless torch may load the zip. The names that its pickles use are added to `used`."""
     names = archive.namelist()
     if any(name.endswith("/constants.pkl") or "/code/" in name for name in names):
         raise NotReadableError(
@@ -105,37 +108,46 @@ def _check_zip(archive: zipfile.ZipFile) -> None:
         )
     for name in pickles:
         with archive.open(name) as file:
-            _check_pickle(file.read(_PICKLE_BYTES + 1))
+            _check_pickle(file.read(_PICKLE_BYTES + 1), used)
 
 
-def _check_pickle(data: bytes) -> int:
+@dataclass(frozen=True)
+class _Item:
+    """What stands for an object on a pickle's stack."""
+
+    size: int = 1
+    """Its number of objects. The items of a tuple count again whenever the tuple is used, because hashing it as a key
+    of a dict visits them all."""
+    value: Any = None
+    """A text, the name of something imported, or a tuple of such; else None."""
+
+
+def _check_pickle(data: bytes, used: set[str]) -> int:
     """Return the length of the pickle at the beginning of `data`; raise NotReadableError if it is not safe to load.
 
-    `data` must be cut off one byte after the longest pickle allowed.
+    `data` must be cut off one byte after the longest pickle allowed. The names that it uses are added to `used`.
     """
     left = _PICKLE_OBJECTS
-    # For each item on the stack, its number of objects. The items of a tuple count again whenever the tuple is used,
-    # because hashing it as a dict's key visits them all. None is a mark.
-    sizes: list[int | None] = []
-    memo: dict[Any, int] = {}
+    stack: list[_Item | None] = []  # None is a mark
+    memo: dict[Any, _Item] = {}
     file = io.BytesIO(data)
     try:
         for opcode, argument, _ in pickletools.genops(file):
             name = opcode.name
             if name == "PROTO" and argument != 2:
                 raise NotReadableError(f"is a pickle of protocol {argument}, which torch.save writes only if told to")
-            if name in ("GLOBAL", "INST", "STACK_GLOBAL"):
-                _check_name(str(argument or name).replace(" ", "."))
             if name in ("PUT", "BINPUT", "LONG_BINPUT"):
-                memo[argument] = sizes[-1] or 1
+                memo[argument] = stack[-1] or _Item()
             elif name == "MARK":
-                sizes.append(None)
+                stack.append(None)
             else:
-                taken = _pop(sizes, opcode)
-                size = memo[argument] if name in ("GET", "BINGET", "LONG_BINGET") else 1
-                size += sum(taken) if name.startswith("TUPLE") else 0
-                sizes += [size] * len(opcode.stack_after)
-                left -= size
+                taken = _pop(stack, opcode)
+                item = memo[argument] if name in ("GET", "BINGET", "LONG_BINGET") else _made(name, argument, taken)
+                if name in ("GLOBAL", "INST", "STACK_GLOBAL"):
+                    _check_name(str(item.value))
+                    used.add(str(item.value))
+                stack += [item] * len(opcode.stack_after)
+                left -= item.size
                 if left < 0:
                     raise NotReadableError(
                         f"holds more than {_PICKLE_OBJECTS:,} objects besides its tensors, and was not loaded"
@@ -149,26 +161,37 @@ def _check_pickle(data: bytes) -> int:
     return file.tell()
 
 
+def _made(name: str, argument: Any, taken: list[_Item]) -> _Item:
+    """Return what an opcode makes of the items that it takes from the stack, the lowest first."""
+    if name in ("GLOBAL", "INST", "STACK_GLOBAL"):
+        return _Item(value=str(argument or name).replace(" ", "."))
+    if name == "REDUCE" and taken[0].value == numpy_scalars.ENCODE:
+        numpy_scalars.check_encoding(taken[1].value)
+    if name.startswith("TUPLE"):
+        return _Item(1 + sum(it.size for it in taken), tuple(it.value for it in taken))
+    return _Item(value=argument if isinstance(argument, str) else None)
+
+
 def _check_name(name: str) -> None:
     """Raise NotReadableError where a pickle uses a name that no state_dict needs."""
-    if not _HARMLESS.fullmatch(name):
+    if not _HARMLESS.fullmatch(name) and name not in numpy_scalars.NAMES:
         raise NotReadableError(
             f"holds more than tensors and plain values, a {name}, and was not loaded, because loading it could run "
-            "code: save a state_dict, and NumPy's numbers as float() or int()"
+            "code: save a state_dict, and arrays of NumPy's as tensors"
         )
 
 
-def _pop(sizes: list[int | None], opcode: pickletools.OpcodeInfo) -> list[int]:
-    """Remove from the stack the items that the opcode takes, and return their sizes."""
-    taken: list[int] = []
+def _pop(stack: list[_Item | None], opcode: pickletools.OpcodeInfo) -> list[_Item]:
+    """Remove from the stack the items that the opcode takes, and return them, the lowest first."""
+    taken: list[_Item] = []
     before = list(opcode.stack_before)
     if pickletools.stackslice in before:  # all items above the last mark, and those that the opcode takes below it
-        while (size := sizes.pop()) is not None:
-            taken.append(size)
+        while (item := stack.pop()) is not None:
+            taken.append(item)
         before = before[: before.index(pickletools.markobject)]
     for _ in before:
-        taken.append(sizes.pop() or 1)
-    return taken
+        taken.append(stack.pop() or _Item())
+    return taken[::-1]
 
 
 def _what_else(data: bytes) -> str:

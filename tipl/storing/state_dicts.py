@@ -1,0 +1,155 @@
+"""Which part of what torch.load returns is the policy's state, and at which step that was saved.
+
+    a state_dict                                CleanRL, TorchRL, plain
+    (actor's state_dict, ...)                   CleanRL's SAC and TD3
+    model_state_dict, actor_state_dict, iter    rsl_rl
+    state_dict                                  plain
+    model, frame                                rl_games, whose keys begin with a2c_network.
+    actor_network_params.<key>                  a loss of TorchRL's; the other networks are left out
+    policy, value, <name>_preprocessor          skrl; the state's keys are policy.<key>, value.<key>, ...
+
+The tensors are those of the content itself, so that writing to them changes what torch.save writes of it.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from tipl.storing.not_readable import NotReadableError
+from tipl.storing.tensor_checks import shown
+
+_SECTIONS = ("actor_state_dict", "model_state_dict", "state_dict")
+_BESIDE_THE_STATE = re.compile(r".*(optim|critic|sched|scaler|rng).*|rnd_.*|(privileged_)?obs_norm_state_dict|infos")
+"""Entries that the libraries save beside a state, none of them the actor's."""
+_SKRL = ("policy", "value", "observation_preprocessor", "state_preprocessor", "value_preprocessor")
+_TORCHRL = "actor_network_params."
+_COMPILED = "_orig_mod."
+
+
+@dataclass(frozen=True)
+class StateDict:
+    """A policy's state in a file."""
+
+    state: dict[str, Tensor]
+    doubt: str = ""
+    """Why it is not clear which part of the file is the policy's state; `state` then has all parts, as part.key."""
+    step: int | None = None
+    said_by: str = "iter"
+    """The entry that says the step: "iter", rsl_rl's iteration, or "frame", rl_games' count of env steps."""
+    step_in_name: str = ""
+    """A regular expression whose group is the step, or what grows with it, in the names that the library gives."""
+
+
+def find_state(content: Any, *, is_cleanrl: bool) -> StateDict:
+    """Return the policy's state in the result of torch.load. Raises NotReadableError where there is none."""
+    if isinstance(content, Mapping):
+        if (state := _of_rl_games(content)) is not None:
+            return StateDict(
+                state, step=step_of(content.get("frame"), "frame"), said_by="frame", step_in_name=r"_ep_([0-9]+)_rew_"
+            )
+        if (state := _of_skrl(content)) is not None:
+            return StateDict(state, step_in_name=r"^agent_([0-9]+)\.pt$")
+        actor = {key: it for key, it in _tensors(content).items() if key.startswith(_TORCHRL)}
+        if actor:
+            return StateDict({key.removeprefix(_TORCHRL): it for key, it in actor.items()})
+    state, doubt = _state(content, is_cleanrl=is_cleanrl)
+    return StateDict(state, doubt, step_of(content.get("iter"), "iter") if isinstance(content, Mapping) else None)
+
+
+def step_of(value: Any, name: str) -> int | None:
+    """Return a file's env steps or iteration, None where the value is not an int."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        return None
+    if not 0 <= value < 2**63:
+        raise NotReadableError(f"says {name} {value}, which must lie in [0, 2^63)")
+    return value
+
+
+def _of_rl_games(content: Mapping[Any, Any]) -> dict[str, Tensor] | None:
+    """Return the state of rl_games' model, without the prefix of torch.compile, or None where it is none."""
+    state = _tensors_only(content.get("model"))
+    if state is None:
+        return None
+    plain = {key.removeprefix(_COMPILED): tensor for key, tensor in state.items()}
+    if len(plain) < len(state) or not any(key.startswith("a2c_network.") for key in plain):
+        return None
+    return plain
+
+
+def _of_skrl(content: Mapping[Any, Any]) -> dict[str, Tensor] | None:
+    """Return the states of skrl's policy, value network and preprocessors together, or None where it is not skrl's."""
+    names = [name for name in content if name != "optimizer"]
+    parts = {name: _tensors_only(content[name]) for name in names}
+    is_skrl = "policy" in parts and len(parts) > 1 and set(parts) <= set(_SKRL) and None not in parts.values()
+    if not is_skrl:
+        return None
+    return {f"{name}.{key}": tensor for name, part in parts.items() for key, tensor in (part or {}).items()}
+
+
+def _tensors_only(part: Any) -> dict[str, Tensor] | None:
+    """Return a dict of tensors by name, None for anything else."""
+    if not isinstance(part, Mapping) or not part:
+        return None
+    return dict(part) if all(isinstance(it, Tensor) and type(key) is str for key, it in part.items()) else None
+
+
+def _state(content: Any, *, is_cleanrl: bool) -> tuple[dict[str, Tensor], str]:
+    """Return the policy's state, where no library's layout tells it, and any doubt about it, as in `StateDict`."""
+    if is_cleanrl and isinstance(content, tuple) and content:
+        content = content[0]  # CleanRL's SAC, TD3 and DDPG: (actor, critic, ...)
+    if not isinstance(content, Mapping | tuple):
+        raise NotReadableError(f"holds no state_dict but a {type(content).__name__}")
+    parts = dict(content) if isinstance(content, Mapping) else dict(enumerate(content))
+    loose = _tensors(parts)
+    seen: set[int] = set()
+    states = {
+        name: inside
+        for name, part in parts.items()
+        if not isinstance(part, Tensor) and not _BESIDE_THE_STATE.fullmatch(str(name))
+        if (inside := list(_nested(part, str(name), seen)))
+    }
+    sections = [name for name in _SECTIONS if name in states and isinstance(parts[name], Mapping)]
+    if not states and loose:
+        return loose, ""
+    weights = [name for name, tensor in loose.items() if tensor.is_floating_point() and tensor.ndim]
+    if len(sections) == 1 and not weights and states.keys() == set(sections):
+        state = _tensors(parts[sections[0]])
+        normaliser = parts.get("obs_norm_state_dict")  # rsl_rl 2 saves it beside model_state_dict
+        if sections == ["model_state_dict"] and isinstance(normaliser, Mapping):
+            state |= {f"obs_norm_state_dict.{key}": value for key, value in _tensors(normaliser).items()}
+        if state:
+            return state, ""
+    if not states:
+        names = ", ".join(_SECTIONS)
+        raise NotReadableError(f"holds no state_dict: neither tensors nor one of {names}, but {list(parts)[:8]}")
+    found = [f"{shown(name)} ({len(state)} tensors)" for name, state in states.items()]
+    found += [f"the loose tensor {shown(name)}" for name in loose]
+    everything = [*loose.items(), *(tensor for state in states.values() for tensor in state)]
+    return _by_name(everything), f"it holds {', '.join(found[:8])}, and it is not clear which is the policy's"
+
+
+def _nested(content: Any, name: str, seen: set[int], depth: int = 4) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name.key, tensor) for the tensors in nested dicts; a dict that occurs again is skipped."""
+    if isinstance(content, Tensor):
+        yield name, content
+    elif isinstance(content, Mapping) and depth and id(content) not in seen:
+        seen.add(id(content))
+        for key, part in content.items():
+            yield from _nested(part, f"{name}.{key}", seen, depth - 1)
+
+
+def _tensors(mapping: Mapping[Any, Any]) -> dict[str, Tensor]:
+    """Return the values of a dict that are tensors."""
+    return _by_name([(str(key), value) for key, value in mapping.items() if isinstance(value, Tensor)])
+
+
+def _by_name(tensors: Sequence[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Return name -> tensor. Raises NotReadableError where two have the same name, as keys 0 and "0" do."""
+    named = dict(tensors)
+    if len(named) < len(tensors):
+        names = [name for name, _ in tensors]
+        raise NotReadableError(f"holds two tensors under one name, {next(it for it in named if names.count(it) > 1)}")
+    return named
