@@ -298,7 +298,7 @@ def test_rows_of_zeros_stay_zero_in_int8():
 
 @cpu_only
 def test_rows_of_inputs_of_any_length_and_size_in_int8():
-    """One row rounds its first 4096 inputs once, and later ones with the weights; other rows do the latter throughout."""
+    """One row rounds its first 4096 inputs once, and later ones anew, as several rows do with all."""
     config = dataclasses.replace(SMALL_MODEL, d_model=39, d_ff=4500)
     weights, x = reference.random_forecaster(config, 0), make_paths(config, 4, 8)
     exact = reference.forecaster(config, reference.stored(weights, "int8"), x, np.full(4, 3))[:, 3:]

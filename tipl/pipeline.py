@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tipl.collecting import collection
-from tipl.collecting.envs import check_can_learn
+from tipl.collecting.env_checks import check_can_learn
 from tipl.collecting.ppo_config import PPOConfig
 from tipl.collecting.settings import NOTHING, changed_settings, is_complete
 from tipl.files.manifest import write_manifest

@@ -7,7 +7,6 @@ Shapes  N = num_envs; observations (N, obs_dim) and actions (N, act_dim) are flo
         Discrete(n, start=k), ..., k + n - 1, is a vector of one whole number.
 """
 
-import contextlib
 import difflib
 import importlib
 import operator
@@ -398,17 +397,3 @@ def _checked_seeds(caller: str, seeds: Sequence[int], num_envs: int) -> list[int
 
 def _kind(value: object) -> str:
     return str(value.dtype) if isinstance(value, np.ndarray) else type(value).__name__
-
-
-def check_can_learn(owner: str, env_id: str) -> None:
-    """Raise ValueError where PPO cannot learn in an environment, or there is none; texts begin with `owner`."""
-    with contextlib.closing(make_vec(env_id, 1, seeds=[0])) as env:
-        check_continuous(owner, env)
-
-
-def check_continuous(owner: str, env: VectorEnv) -> None:
-    if env.num_actions is not None:
-        raise ValueError(
-            f"{owner}: env must have continuous actions to learn in, but {env.env_id} has {env.num_actions} discrete "
-            "ones; runs of other libraries there can be imported"
-        )

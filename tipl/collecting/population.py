@@ -22,7 +22,8 @@ import torch
 from numpy.typing import NDArray
 
 from tipl import _core
-from tipl.collecting.envs import MujocoState, MujocoVectorEnv, VectorEnv, check_continuous
+from tipl.collecting.env_checks import check_continuous
+from tipl.collecting.envs import MujocoState, MujocoVectorEnv, VectorEnv
 from tipl.collecting.initial_parameters import critic_sizes, initial_parameters
 from tipl.collecting.observation_scaler import ObservationScaler
 from tipl.collecting.population_records import IterationStats, KeptTrials, PopulationState, UpdateStats
