@@ -622,14 +622,14 @@ def test_a_cache_that_does_not_fit_into_memory_is_refused():
 
 @cpu_only
 def test_generate_runs_without_the_gil_and_refuses_a_second_caller():
-    config = dataclasses.replace(SMALL_MODEL, max_len=8_000)
+    config = dataclasses.replace(SMALL_MODEL, max_len=3_000)
     decoder = decoder_of_model(make_model(config), 1, num_threads=1)
     decoder.prefill(make_paths(config, 1, 1))
 
     def generate() -> None:
         while True:  # again where the other thread asked for the position just then
             with contextlib.suppress(RuntimeError):
-                decoder.generate(7_000)
+                decoder.generate(2_500)
                 return
 
     worker = threading.Thread(target=generate)
@@ -638,7 +638,7 @@ def test_generate_runs_without_the_gil_and_refuses_a_second_caller():
         while worker.is_alive():
             assert decoder.position[0] == 1  # not yet begun
     worker.join()
-    assert decoder.position.tolist() == [7_001]
+    assert decoder.position.tolist() == [2_501]
 
 
 SCRIPT = """
