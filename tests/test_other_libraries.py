@@ -329,7 +329,7 @@ def test_a_rescaled_policy_needs_bounds_and_is_no_other() -> None:
 def test_torchrl(squash: bool, tmp_path: Path) -> None:
     made = torchrl(SIZES)
     path = saved(made.content, tmp_path / "policy.pt")
-    with pytest.raises(ValueError, match=r"squash must be given, .*\(TanhNormal\), or the output itself"):
+    with pytest.raises(ValueError, match=r"squash must be given, .*\(TanhNormal\), else False"):
         tipl.import_checkpoints([path], tmp_path / "store", activation="tanh")
     store = tipl.import_checkpoints([path], tmp_path / "store", activation="tanh", squash=squash)
     check(store, made, "tanh")
@@ -390,6 +390,95 @@ def test_flax_files_of_more_than_an_actor(tmp_path: Path) -> None:
     tree = {"log_std": half.log_std.numpy()} if half.log_std is not None else {}
     packed = to_msgpack({"params": tree})
     assert read_checkpoint_file(_written(tmp_path / "c_1.msgpack", packed)).state.keys() == {"log_std"}
+
+
+def _dense(*shapes: tuple[int, int], log_std: int = 0) -> dict[str, Any]:
+    """Parameters of layers (in, out) that one Flax module makes one after the other."""
+    rng = np.random.default_rng(0)
+    tree: dict[str, Any] = {"log_std": np.zeros(log_std, np.float32)} if log_std else {}
+    for i, (fan_in, fan_out) in enumerate(shapes):
+        kernel, bias = rng.standard_normal((fan_in, fan_out), dtype=np.float32), np.ones(fan_out, np.float32)
+        tree[f"Dense_{i}"] = {"kernel": kernel, "bias": bias}
+    return {"params": tree}
+
+
+ACTOR, CRITIC = ((11, 16), (16, 16), (16, 3)), ((11, 16), (16, 16), (16, 1))
+
+
+@pytest.mark.parametrize(
+    ("shapes", "log_std", "arguments", "message"),
+    [
+        (
+            (*ACTOR, *CRITIC),
+            3,
+            {},
+            r"Dense_3.kernel takes 11 numbers and Dense_2.kernel before it gives 3: it may begin a ",
+        ),
+        ((*ACTOR, *CRITIC), 0, {"discrete": "logits"}, r"Dense_3.kernel takes 11 numbers .*leave keys out with ignore"),
+        (((11, 8), (8, 3), (8, 1)), 3, {}, r"Dense_2.kernel takes 8 numbers and Dense_1.kernel before it gives 3"),
+        # Two networks that fit one behind the other.
+        (((1, 16), (16, 16), (16, 1)) * 2, 1, {}, "Dense_3.kernel has the shape of Dense_0.kernel: it may begin a "),
+        (((4, 9), (9, 4), (4, 9), (9, 2)), 0, {"discrete": "logits"}, "Dense_2.kernel has the shape of Dense_0.kernel"),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".msgpack", ".npz"])
+def test_an_actor_and_a_critic_in_one_flax_module(shapes, log_std, arguments, message, suffix, tmp_path):  # type: ignore[no-untyped-def]
+    """As in PureJaxRL: Flax numbers the layers of both in the order in which the module makes them."""
+    tree, path = _dense(*shapes, log_std=log_std), tmp_path / f"ppo_1{suffix}"
+    if suffix == ".npz":
+        parts = tree["params"].items()
+        flat = {f"{name}/{key}": it for name, part in parts if isinstance(part, dict) for key, it in part.items()}
+        np.savez(path, **flat, **({"log_std": tree["params"]["log_std"]} if log_std else {}))
+    else:
+        path.write_bytes(to_msgpack(tree))
+    with pytest.raises(ValueError, match=message):
+        tipl.import_checkpoints([path], tmp_path / "store", activation="tanh", **arguments)
+    if len(shapes) == 6 and shapes[0][0] == 11:
+        ignore = [f"Dense_{i}.*" for i in (3, 4, 5)]
+        store = tipl.import_checkpoints([path], tmp_path / "store", activation="tanh", ignore=ignore, **arguments)
+        assert isinstance(store.policy, PolicySpec)
+        assert (store.policy.obs_dim, store.policy.hidden_sizes, store.policy.act_dim) == (11, (16, 16), 3)
+
+
+def test_the_step_of_a_flax_file_is_told(tmp_path: Path) -> None:
+    """It counts updates: the numbers in the names are preferred, and a note says so."""
+    paths = []
+    for i, step in enumerate((0, 7, 14)):
+        path = tmp_path / f"ck_{i}.msgpack"
+        path.write_bytes(to_msgpack({"step": step, "params": flax_tree(plain(SIZES, seed=i))["params"]}))
+        paths.append(path)
+    store = tipl.import_checkpoints(paths, tmp_path / "store", activation="tanh")
+    assert store.trial(0).env_steps.tolist() == [0, 1, 2]
+    note = store.config["source"]["note"]
+    assert (
+        "env_steps are the numbers in the names, 0 to 2, not what the files say (step), 0 to 14, which differs" in note
+    )
+
+
+def test_whole_numbers_in_a_kernel_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "quantised_1.npz"
+    np.savez(path, **{"Dense_0/kernel": np.ones((4, 2), np.int32), "Dense_0/bias": np.ones(2, np.float32)})
+    with pytest.raises(
+        ValueError, match=r"Dense_0\.kernel is torch\.int32: a row holds real floating-point numbers only"
+    ):
+        tipl.import_checkpoints([path], tmp_path / "store", activation="tanh", discrete="logits")
+
+
+def test_a_chosen_part_of_rl_games_does_not_lose_the_statistics(tmp_path: Path) -> None:
+    """Nor take the critic, where the spread depends on the state, so that the simulator cannot run the actor."""
+    made = rl_games(SIZES)
+    state = made.content["model"]
+    del state["a2c_network.sigma"]
+    state |= {"a2c_network.sigma.weight": torch.ones(2, 8), "a2c_network.sigma.bias": torch.ones(2)}
+    path = saved(made.content, tmp_path / "last_ep_1_rew_1.pth")
+    with pytest.raises(
+        ValueError, match="it holds statistics of observations, running_mean_std, which the actor chosen"
+    ):
+        tipl.import_checkpoints([path], tmp_path / "store", activation="elu", actor="a2c_network.")
+    store = tipl.import_checkpoints(
+        [path], tmp_path / "store", activation="elu", actor="a2c_network.", ignore=["running_mean_std.*"]
+    )
+    assert not any("value" in name or "critic" in name for name in store.policy.shapes)
 
 
 def _written(path: Path, data: bytes) -> Path:

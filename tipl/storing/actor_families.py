@@ -285,7 +285,9 @@ def _match(family: Family, shapes: Shapes, settings: Settings) -> Match | None:
     limit = settings.mean_limit if family.needs_limit else 1.0 if family.rescale else None
     if (family.needs_gsde and not gsde) or (family.needs_limit and limit is None):
         return None
-    if family.kind == "mlp" and sizes[-1] < 2:  # one action is no choice: a critic, or a network with a critic behind
+    if settings.outputs is not None and sizes[-1] < 2:  # one action is no choice: a critic, or one with a critic behind
+        return None
+    if family.kind in ("flax", "mlp") and any(begins_again(weights[0], shape) for shape in weights[1:]):
         return None
     squash = family.squash or ((gsde or family.kind == "torchrl") and settings.squash)
     policy = PolicySpec(
@@ -303,6 +305,11 @@ def _match(family: Family, shapes: Shapes, settings: Settings) -> Match | None:
     if any(shapes[key] not in (shape, (1, *shape)) for key, shape in zip(keys, policy.shapes.values(), strict=True)):
         return None
     return Match(family, policy, keys, normaliser)
+
+
+def begins_again(first: tuple[int, ...], layer: tuple[int, ...]) -> bool:
+    """Return whether a later layer has the shape of the first one, as where a second network's layers follow."""
+    return layer == first and first[0] != first[1]
 
 
 def layers_of(family: Family, shapes: Shapes) -> tuple[list[str], tuple[str, ...]]:

@@ -30,6 +30,7 @@ _MAX_LENGTH = 2**12  # of one dict or list
 _DTYPES = {str(it).removeprefix("torch."): it for it in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
 _DTYPES |= {str(it).removeprefix("torch."): it for it in (torch.int8, torch.int16, torch.int32, torch.int64)}
 _DTYPES |= {str(it).removeprefix("torch."): it for it in (torch.uint8, torch.bool)}
+_CHUNKED = "__msgpack_chunked_array__"
 _BESIDE = ("opt_state.", "step")
 _PARAMS = "params."
 
@@ -51,6 +52,8 @@ def read_flax(data: bytes) -> tuple[dict[str, Tensor], str, Any]:
         entries += len(items) + 1
         if entries > _MAX_ENTRIES:
             raise NotReadableError(f"holds more than {_MAX_ENTRIES:,} entries, and was not read")
+        if isinstance(items, dict) and _CHUNKED in items:
+            raise NotReadableError("holds an array in chunks, as Flax writes those of a gigabyte, which is not read")
         return items
 
     tree = _msgpack().unpackb(

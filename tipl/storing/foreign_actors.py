@@ -19,6 +19,7 @@ or object holds, such as those of VecNormalize, where they are put beside the st
 """
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self
@@ -34,6 +35,7 @@ from tipl.storing.actor_families import (
     NORMALISERS,
     STATISTICS,
     Settings,
+    begins_again,
     families,
     layers_of,
     match,
@@ -45,7 +47,7 @@ State = Mapping[str, Tensor]
 
 _NOT_THE_ACTORS = re.compile(
     r"([^.]*_)?critics?\d*(_[^.]*)?(\.|$)|value_net\.|vf_features_extractor\.|mlp_extractor\.value_net\.|memory_c\."
-    r"|[^.]*_target\."
+    r"|critic_mlp\.|value\.|value_layer\.|value_mean_std\.|[^.]*_target\."
 )
 """Prefixes of the keys of critics and target networks, as the libraries name them."""
 
@@ -56,6 +58,7 @@ _MAYBE_ANOTHERS = re.compile(
     rf"([^.]*_)?(critics?|values?|baseline|teacher|targets?|old|ema|discriminator|{_Q_NETWORK})\d*(_[^.]*)?|q\d+"
 )
 """Parts of keys, between dots, that may name a network other than the actor."""
+_FLAX_KERNEL = re.compile(r"((?:.*\.)?Dense_)(\d+)\.kernel")
 _BESIDE_NETWORKS = re.compile(
     r"([^.]*_)?(rms|running_mean_std|normali[sz]ers?|normali[sz]ation)(_[^.]*)?|(obs|observation|rew|reward|ret|return)s?_"
     r"(norm|mean|var|std|stats?|statistics)(_[^.]*)?|(log_)?(alpha|temp|temperature|ent(ropy)?_coef)"
@@ -225,7 +228,9 @@ def find_actor(state: State, settings: Settings = Settings(), actor: str | Seque
             "the layers of one MLP alone, with two actions or more, which the simulator could run: leave discrete out"
         )
     keys = tuple(root + name for name in shapes)
-    return Actor("other", ParameterLayout(tuple(zip(keys, shapes.values(), strict=True))), keys)
+    other_kind = Actor("other", ParameterLayout(tuple(zip(keys, shapes.values(), strict=True))), keys)
+    _check_statistics(state, other_kind)
+    return other_kind
 
 
 def _check_statistics(state: State, actor: Actor) -> None:
@@ -284,7 +289,10 @@ def roles_of(state: State, actor: Actor | None) -> list[tuple[str, tuple[int, ..
 def how_to_choose(keys: Iterable[str]) -> str:
     """Return the end of a message that tells the caller how to choose the actor's keys among these."""
     groups = dict.fromkeys(key[: key.find(".") + 1] or key for key in keys)
-    return f'choose with actor the beginnings of its keys, some of {_some(groups)}, or "" for all but the critics\''
+    return (
+        f'choose with actor the beginnings of its keys, some of {_some(groups)}, or "" for all but the critics\', or '
+        "leave keys out with ignore"
+    )
 
 
 def differences(one: Layout, other: Layout) -> str:
@@ -331,7 +339,27 @@ def _doubt(shapes: Mapping[str, tuple[int, ...]], settings: Settings) -> str:
     beside = [key for key in shapes if any(map(_BESIDE_NETWORKS.fullmatch, key.split(".")))]
     if beside:
         return f"{_some(beside)} may be statistics or a temperature: pass such keys as ignore"
-    return _twins(shapes)
+    return _second_chain(shapes) or _twins(shapes)
+
+
+def _second_chain(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """Return in words which of the layers that Flax numbers in the order in which a module makes them does not follow
+    the one before, so that it may begin a critic; "" for none."""
+    chains: dict[str, list[tuple[int, str, tuple[int, ...]]]] = {}
+    for key, shape in shapes.items():
+        if (found := _FLAX_KERNEL.fullmatch(key)) is not None and len(shape) == 2:
+            chains.setdefault(found[1], []).append((int(found[2]), key, shape))
+    for chain in chains.values():
+        first, *rest = sorted(chain)
+        for (_, before, last), (_, key, shape) in itertools.pairwise([first, *rest]):
+            if shape[1] != last[0]:
+                why = f"takes {shape[1]} numbers and {shown(before)} before it gives {last[0]}"
+            elif begins_again(first[2], shape):
+                why = f"has the shape of {shown(first[1])}"
+            else:
+                continue
+            return f"{shown(key)} {why}: it may begin a critic or another network"
+    return ""
 
 
 def _twins(shapes: Mapping[str, tuple[int, ...]]) -> str:

@@ -63,7 +63,7 @@ class CheckpointFile:
     format: Literal["sb3", "safetensors", "torch", "flax", "npz"]
     state: dict[str, Tensor]
     env_steps: int | None = None
-    """SB3's num_timesteps, rl_games' frame, or rsl_rl's iteration; None where the file does not say."""
+    """SB3's num_timesteps, rl_games' frame, rsl_rl's iteration or Flax's step; None where the file does not say."""
     activation: str | None = None
     """None where the file does not say."""
     squash: bool = False
@@ -80,7 +80,7 @@ class CheckpointFile:
     normalised: bool | None = False
     """Whether SB3 says that the policy's observations came through VecNormalize; None where it may be either."""
     said_by: str = "num_timesteps"
-    """The entry that says `env_steps`: "num_timesteps", "iter" or "frame"."""
+    """The entry that says `env_steps`: "num_timesteps", "iter", "frame" or "step"."""
     step_in_name: str = ""
     """A regular expression whose group is the step in the names that the library gives its files."""
     note: str = ""
@@ -133,7 +133,8 @@ def read_checkpoint_file(path: str | Path, *, max_bytes: int | None = None) -> C
                     return CheckpointFile("npz", state, doubt=doubt, _content=arrays)
         if is_flax(data):
             state, doubt, tree = read_flax(data)
-            return CheckpointFile("flax", state, doubt=doubt, _content=tree)
+            step = step_of(tree.get("step"), "step")
+            return CheckpointFile("flax", state, env_steps=step, doubt=doubt, said_by="step", _content=tree)
         return _read_torch(data, max_bytes, is_cleanrl=path.suffix == ".cleanrl_model")
     except NotReadableError as error:
         raise RuntimeError(f"{shown(path)} {shown(error)}") from error

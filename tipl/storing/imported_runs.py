@@ -181,8 +181,8 @@ class FileRun:
             raise ValueError(f"import: {shown(self.paths[0])}: {activation_missing(self.actor.policy)}")
         if self.actor.kind == "torchrl" and reading.squash is None:
             raise ValueError(
-                f"import: {shown(self.paths[0])}: squash must be given, whether actions are the tanh of the network's "
-                "output, rescaled to the action space (TanhNormal), or the output itself, as nothing says it"
+                f"import: {shown(self.paths[0])}: squash must be given, as nothing says it: True where actions are the "
+                "tanh of the network's output, rescaled to the action space (TanhNormal), else False"
             )
         self.normalisers = reading.normalisers(self.paths, self.actor)
         if self.paths[0] in self.normalisers.of_path:
@@ -203,7 +203,7 @@ class FileRun:
                 self.said,
                 reading.order,
                 said_by=first.said_by,
-                is_unit=first.said_by != "iter",
+                is_unit=first.said_by not in ("iter", "step"),
             )
         squashes = isinstance(self.policy, PolicySpec) and self.policy.squash
         squashes = squashes and first.activation is None and reading.squash is None

@@ -18,7 +18,7 @@ def is_parameter(key: str, tensor: Tensor) -> bool:
     """Return whether a tensor belongs in a row. Raises ValueError where it does but a row cannot hold it."""
     name, shape = shown(key), tuple(tensor.shape)
     if not tensor.is_floating_point():
-        if tensor.is_complex() or tensor.is_quantized or key.endswith(("weight", "bias")):
+        if tensor.is_complex() or tensor.is_quantized or key.endswith(("weight", "bias", "kernel")):
             raise ValueError(f"{name} is {tensor.dtype}: a row holds real floating-point numbers only")
         return False  # a counter or a mask
     if tensor.layout != torch.strided:
