@@ -371,6 +371,21 @@ def test_each_mistake_ends_in_one_line(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["there"]
 
 
+def test_python_refuses_urls_where_paths_are_local(
+    hub: Hub, small_store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, share in (
+        ("push: path", lambda: tipl.push("s3://bucket/x", "user/x")),
+        ("pull: output", lambda: tipl.pull("user/x", "s3://bucket/x")),
+        ("zoo: output", lambda: tipl.make_zoo([small_store], "s3://bucket/x")),
+    ):
+        with pytest.raises(ValueError, match=f"{name} must be a local path, and s3://... is a URL"):
+            share()
+    assert list(tmp_path.iterdir()) == []
+    assert hub.requests == []
+
+
 def test_no_network(hub: Hub, small_store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     for share in (

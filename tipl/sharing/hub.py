@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tipl.collecting.settings import is_complete
+from tipl.files.locations import local_path
 from tipl.files.publishing import published, remove
 from tipl.progress import progress_bar
 from tipl.sharing.cards import CARD, card_of
@@ -66,7 +67,7 @@ def push(
     from huggingface_hub import HfApi, get_token
 
     _check_repo_id("push", repo_id)
-    folder, api = Path(path), HfApi(library_name="tipl")
+    folder, api = local_path(path, "push: path"), HfApi(library_name="tipl")
     kind = kind_among([it.name for it in folder.iterdir()]) if folder.is_dir() else None
     if kind is None:
         raise ValueError(f"push: {path} must be the folder of a store, of a zoo or of a model with its manifest.json")
@@ -114,7 +115,7 @@ def pull(
     from huggingface_hub import HfApi
 
     _check_repo_id("pull", repo_id)
-    output, api = Path(output), HfApi(library_name="tipl")
+    output, api = local_path(output, "pull: output"), HfApi(library_name="tipl")
     with published(output, "pull", manifest=False) as aside:
         with hub_errors("pull", repo_id, revision):
             repo_type, commit = _found(api, repo_id, repo_type, revision)

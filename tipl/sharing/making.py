@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tipl.collecting.settings import is_complete
-from tipl.files.locations import Location
+from tipl.files.locations import Location, local_path
 from tipl.files.publishing import published
 from tipl.files.sealed import save_json
 from tipl.sharing.origin import origin_of
@@ -30,6 +30,7 @@ def make_zoo(
     Raises ValueError where there are no stores or one is unfinished, FileExistsError where `output` exists,
     FileNotFoundError where there is no store, RuntimeError where one is damaged.
     """
+    output = local_path(output, "zoo: output")
     if not stores:
         raise ValueError("zoo: there must be at least one store")
     opened = [it if isinstance(it, Store) else Store.open(it) for it in stores]
@@ -39,7 +40,7 @@ def make_zoo(
         problems = verify_store(store.path, progress=progress).problems
         if problems:
             raise RuntimeError(f"zoo: {store.path} is damaged: {problems[0]}")
-    with published(Path(output), "zoo", manifest=False) as aside:
+    with published(output, "zoo", manifest=False) as aside:
         tasks: dict[str, list[dict[str, object]]] = {}
         for store, name in zip(opened, _names([store.env_id for store in opened]), strict=True):
             copy_store(store, aside / name)
@@ -53,7 +54,7 @@ def make_zoo(
                 }
             )
         save_json(aside / INDEX, {"format": FORMAT, "version": VERSION, "license": license, "tasks": tasks})
-    return Path(output)
+    return output
 
 
 def _names(env_ids: Sequence[str]) -> list[str]:
