@@ -9,7 +9,7 @@ import contextlib
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -129,10 +129,14 @@ def pull(
                 return sizes[name]
 
             download(kind.index)
-            with _named(aside, repo_id):
-                names = [name for name in kind.parts(aside, sizes) if name != kind.index]
-            with ThreadPoolExecutor(DOWNLOADS, thread_name_prefix="tipl-pull") as pool:
-                _show("pull", sum(sizes[name] for name in names), pool.map(download, names), progress)
+            here = {kind.index}
+            while names := _missing(kind, aside, repo_id, sizes, here):  # what came before names what comes next
+                pool = ThreadPoolExecutor(DOWNLOADS, thread_name_prefix="tipl-pull")
+                try:
+                    _show("pull", sum(sizes[name] for name in names), pool.map(download, names), progress)
+                finally:
+                    pool.shutdown(cancel_futures=True)  # after Ctrl-C, those that have not begun never will
+                here.update(names)
         remove(aside / ".cache")  # huggingface_hub's notes on what it loaded
         with _named(aside, repo_id):
             _refuse_damage("pull", aside, progress)
@@ -140,6 +144,12 @@ def pull(
             with open(aside / name, "rb") as file:
                 os.fsync(file.fileno())  # before the folder gets its name
     return output
+
+
+def _missing(kind: Kind, folder: Path, repo_id: str, names: Collection[str], here: set[str]) -> list[str]:
+    """Return those of `names` that belong to `folder`, as far as that is known, and are not among those `here`."""
+    with _named(folder, repo_id):
+        return [name for name in kind.parts(folder, names) if name not in here]
 
 
 def _check_repo_id(command: str, repo_id: str) -> None:
