@@ -5,7 +5,7 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -302,6 +302,40 @@ def test_only_files_that_belong_there_are_pulled(hub: Hub, small_store: Store, t
     assert [path.name for path in tmp_path.rglob("*") if "out" not in path.parts] == ["folder"]
 
 
+@pytest.mark.parametrize("source", ["store", "zoo"])
+def test_only_the_trials_arrays_and_chunks_of_a_store_are_pulled(
+    hub: Hub, small_store: Store, zoo_folder: Path, tmp_path: Path, source: str
+) -> None:
+    folder, under = (small_store.path, "") if source == "store" else (zoo_folder, "InvertedPendulum-v5/")
+    names = ["trial_0002/zarr.json", "trial_9999/zarr.json", "trial_00001/zarr.json", "trial_0002/weights/c.0.0"]
+    names += [f"trial_0000/{name}" for name in ("weights/c.9.9", "weights/c.1.0", "weights/c.0", "weights/c.00.0")]
+    names += [f"trial_0000/{name}" for name in ("env_steps/c.1", "env_steps/c.0.0", "junk/zarr.json")]
+    names += [f"trial_{'9' * 5000}/zarr.json", f"trial_0000/weights/c.{'9' * 5000}.0"]
+    hub.repositories["dataset", "user/evil"] = repository = Repository()
+    repository.commit("main", files_of(folder) | {under + name: b"evil" for name in names})
+    output = tipl.pull("user/evil", tmp_path / "out", progress=False)
+    assert files_of(output) == files_of(folder)
+    assert not any(request.endswith(f"/{under}{name}") for request in hub.requests for name in names)
+
+
+def test_ctrl_c_during_a_pull_ends_what_has_not_begun(
+    hub: Hub, small_store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(command: str, num_bytes: int, done: Iterator[int], progress: bool) -> None:
+        next(done)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sharing, "_show", interrupted)
+    monkeypatch.setattr(sharing, "DOWNLOADS", 1)
+    monkeypatch.setattr(sharing, "_missing", lambda *_: ["trial_0000/zarr.json"] + 50 * ["trial_0001/zarr.json"])
+    hub.repositories["dataset", "user/runs"] = repository = Repository()
+    repository.commit("main", files_of(small_store.path))
+    with pytest.raises(KeyboardInterrupt):
+        tipl.pull("user/runs", tmp_path / "out", progress=False)
+    assert sum("resolve" in request for request in hub.requests) < 20
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("name", ["report.html", "../evil.json", ".hidden.json"])
 def test_a_model_folder_with_other_files_is_refused(hub: Hub, tmp_path: Path, name: str) -> None:
     entry = {"bytes": 4, "sha256": hashlib.sha256(b"evil").hexdigest()}
@@ -369,6 +403,21 @@ def test_each_mistake_ends_in_one_line(
     monkeypatch.delenv("HF_TOKEN")
     assert "push: there is no token for the Hugging Face hub: `hf auth login`" in refused("push", store, "user/x")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["there"]
+
+
+def test_python_refuses_urls_where_paths_are_local(
+    hub: Hub, small_store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, share in (
+        ("push: path", lambda: tipl.push("s3://bucket/x", "user/x")),
+        ("pull: output", lambda: tipl.pull("user/x", "s3://bucket/x")),
+        ("zoo: output", lambda: tipl.make_zoo([small_store], "s3://bucket/x")),
+    ):
+        with pytest.raises(ValueError, match=f"{name} must be a local path, and s3://... is a URL"):
+            share()
+    assert list(tmp_path.iterdir()) == []
+    assert hub.requests == []
 
 
 def test_no_network(hub: Hub, small_store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

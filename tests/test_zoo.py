@@ -37,6 +37,13 @@ def zoo(stores: list[Store], tmp_path: Path) -> Path:
     return tipl.make_zoo(stores, tmp_path / "zoo", license="mit", progress=False)
 
 
+def make_empty(path: Path, env_id: str, seed: int) -> Store:
+    """Make a store of one run without checkpoints."""
+    store = Store.create(path, env_id=env_id, policy=PolicySpec(4, 1), seeds=[seed], config={})
+    store.close()
+    return store
+
+
 def rewrite(zoo: Path, change: Callable[[dict[str, Any]], object], *, sealed: bool = True) -> None:
     """Change the index, with its checksum or without."""
     document = json.loads((zoo / "zoo.json").read_text())
@@ -94,6 +101,23 @@ def test_a_zoo_holds_copies_by_task(zoo: Path, stores: list[Store]) -> None:
         loaded.store("InvertedPendulum-v5")
     with pytest.raises(ValueError, match=r"has no 'Walker2d-v5'; it has InvertedPendulum-v5, Hopper-v5"):
         loaded.store("Walker2d-v5")
+
+
+@pytest.mark.parametrize("tasks", [("x", "x", "x-1"), ("x-1", "x", "x"), ("x", "x-1", "x", "x-1", "x-1-1", "x!1", "")])
+def test_the_stores_of_a_zoo_have_folders_of_their_own(tasks: tuple[str, ...], tmp_path: Path) -> None:
+    made = [make_empty(tmp_path / f"{i}", task, i) for i, task in enumerate(tasks)]
+    zoo = tipl.load_zoo(tipl.make_zoo(made, tmp_path / "zoo", progress=False))
+    assert zoo.problems() == []
+    found = [zoo.store(entry.path).seeds for entries in zoo.tasks.values() for entry in entries]
+    assert sorted(found) == [[i] for i in range(len(tasks))]
+
+
+def test_a_store_is_in_a_zoo_once(stores: list[Store], tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(stores[0].path, tmp_path / "copy"))
+    for again in (stores[0].path, copy):
+        with pytest.raises(ValueError, match=rf"zoo: {stores[0].path} and {again} are the same store"):
+            tipl.make_zoo([stores[0], again], tmp_path / "zoo", progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["copy"]
 
 
 def test_no_weights_are_read_to_open_a_store(zoo: Path) -> None:

@@ -18,6 +18,7 @@ from tipl.cli.printing import one_line, print_versions, print_warning
 from tipl.cli.run_commands import Demo, Reproduce, Run
 from tipl.cli.share_commands import MakeZoo, Pull, Push
 from tipl.cli.store_commands import Collect, Export, Import, StoreCommands, Verify
+from tipl.files.locations import local_path
 from tipl.progress import hide_progress
 
 Command = (
@@ -80,5 +81,5 @@ def _refuse_urls(command: object) -> None:
         if dataclasses.is_dataclass(value):
             _refuse_urls(value)
         for path in value if isinstance(value, tuple) else (value,):
-            if isinstance(path, Path) and path.parts and path.parts[0].endswith(":"):
-                raise ValueError(f"{name} must be a local path, and {path.parts[0]}//... is a URL")
+            if isinstance(path, Path):
+                local_path(path, name)

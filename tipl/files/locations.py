@@ -42,6 +42,15 @@ def location(path: "str | Location") -> Location:
     return Path(url.path) if url.protocol in ("file", "local") else url
 
 
+def local_path(path: "str | Location", name: str) -> Path:
+    """Return a local path, perhaps given as a file:// URL. Raises ValueError, beginning with `name`, for other URLs."""
+    found = location(path) if str(path).startswith("file://") else Path(str(path))
+    assert isinstance(found, Path)
+    if found.parts and found.parts[0].endswith(":"):
+        raise ValueError(f"{name} must be a local path, and {found.parts[0]}//... is a URL")
+    return found
+
+
 def read_file(path: Location, *, max_bytes: int | None = MAX_BYTES) -> bytes:
     """Return the contents of a file.
 

@@ -9,12 +9,13 @@ import contextlib
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tipl.collecting.settings import is_complete
+from tipl.files.locations import local_path
 from tipl.files.publishing import published, remove
 from tipl.progress import progress_bar
 from tipl.sharing.cards import CARD, card_of
@@ -66,7 +67,7 @@ def push(
     from huggingface_hub import HfApi, get_token
 
     _check_repo_id("push", repo_id)
-    folder, api = Path(path), HfApi(library_name="tipl")
+    folder, api = local_path(path, "push: path"), HfApi(library_name="tipl")
     kind = kind_among([it.name for it in folder.iterdir()]) if folder.is_dir() else None
     if kind is None:
         raise ValueError(f"push: {path} must be the folder of a store, of a zoo or of a model with its manifest.json")
@@ -114,7 +115,7 @@ def pull(
     from huggingface_hub import HfApi
 
     _check_repo_id("pull", repo_id)
-    output, api = Path(output), HfApi(library_name="tipl")
+    output, api = local_path(output, "pull: output"), HfApi(library_name="tipl")
     with published(output, "pull", manifest=False) as aside:
         with hub_errors("pull", repo_id, revision):
             repo_type, commit = _found(api, repo_id, repo_type, revision)
@@ -128,10 +129,14 @@ def pull(
                 return sizes[name]
 
             download(kind.index)
-            with _named(aside, repo_id):
-                names = [name for name in kind.parts(aside, sizes) if name != kind.index]
-            with ThreadPoolExecutor(DOWNLOADS, thread_name_prefix="tipl-pull") as pool:
-                _show("pull", sum(sizes[name] for name in names), pool.map(download, names), progress)
+            here = {kind.index}
+            while names := _missing(kind, aside, repo_id, sizes, here):  # what came before names what comes next
+                pool = ThreadPoolExecutor(DOWNLOADS, thread_name_prefix="tipl-pull")
+                try:
+                    _show("pull", sum(sizes[name] for name in names), pool.map(download, names), progress)
+                finally:
+                    pool.shutdown(cancel_futures=True)  # after Ctrl-C, those that have not begun never will
+                here.update(names)
         remove(aside / ".cache")  # huggingface_hub's notes on what it loaded
         with _named(aside, repo_id):
             _refuse_damage("pull", aside, progress)
@@ -139,6 +144,12 @@ def pull(
             with open(aside / name, "rb") as file:
                 os.fsync(file.fileno())  # before the folder gets its name
     return output
+
+
+def _missing(kind: Kind, folder: Path, repo_id: str, names: Collection[str], here: set[str]) -> list[str]:
+    """Return those of `names` that belong to `folder`, as far as that is known, and are not among those `here`."""
+    with _named(folder, repo_id):
+        return [name for name in kind.parts(folder, names) if name not in here]
 
 
 def _check_repo_id(command: str, repo_id: str) -> None:

@@ -1,17 +1,19 @@
 """Making a zoo of stores."""
 
+import itertools
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tipl.collecting.settings import is_complete
-from tipl.files.locations import Location
+from tipl.files.locations import Location, local_path
 from tipl.files.publishing import published
 from tipl.files.sealed import save_json
 from tipl.sharing.origin import origin_of
 from tipl.storing.store import Store
 from tipl.storing.store_files import copy_store
-from tipl.storing.zoo import FORMAT, INDEX, VERSION
+from tipl.storing.zoo import FORMAT, INDEX, VERSION, zoo_of
 from tipl.verification import verify_store
 
 
@@ -27,9 +29,10 @@ def make_zoo(
     `license` is the licence of all of them, as an identifier such as "mit" or "cc-by-4.0". `progress` shows on stderr
     how far checking is. `load_zoo` opens the folder, wherever it is copied to.
 
-    Raises ValueError where there are no stores or one is unfinished, FileExistsError where `output` exists,
-    FileNotFoundError where there is no store, RuntimeError where one is damaged.
+    Raises ValueError where there are no stores, one is unfinished or given twice, or the index cannot hold it;
+    FileExistsError where `output` exists, FileNotFoundError where there is no store, RuntimeError where one is damaged.
     """
+    output = local_path(output, "zoo: output")
     if not stores:
         raise ValueError("zoo: there must be at least one store")
     opened = [it if isinstance(it, Store) else Store.open(it) for it in stores]
@@ -39,25 +42,46 @@ def make_zoo(
         problems = verify_store(store.path, progress=progress).problems
         if problems:
             raise RuntimeError(f"zoo: {store.path} is damaged: {problems[0]}")
-    with published(Path(output), "zoo", manifest=False) as aside:
-        tasks: dict[str, list[dict[str, object]]] = {}
-        for store, name in zip(opened, _names([store.env_id for store in opened]), strict=True):
+    names = _names([store.env_id for store in opened])
+    index = _index(dict(zip(names, opened, strict=True)), license)
+    try:
+        zoo_of(index, output)  # which refuses what load_zoo would refuse
+    except RuntimeError as error:
+        raise ValueError(f"zoo: {error}") from error
+    with published(output, "zoo", manifest=False) as aside:
+        for store, name in zip(opened, names, strict=True):
             copy_store(store, aside / name)
-            tasks.setdefault(store.env_id, []).append(
-                {
-                    "path": name,
-                    "fingerprint": store.fingerprint(),
-                    "num_trials": store.num_trials,
-                    "num_checkpoints": store.num_checkpoints,
-                    "made_by": origin_of(store),
-                }
-            )
-        save_json(aside / INDEX, {"format": FORMAT, "version": VERSION, "license": license, "tasks": tasks})
-    return Path(output)
+        save_json(aside / INDEX, index)
+    return output
+
+
+def _index(stores: dict[str, Store], license: str | None) -> dict[str, Any]:
+    """Return the index of stores, by the names of their folders. Raises ValueError where one is there twice."""
+    tasks: dict[str, list[dict[str, object]]] = {}
+    known: dict[str, Store] = {}
+    for name, store in stores.items():
+        fingerprint = store.fingerprint()
+        if fingerprint in known:
+            raise ValueError(f"zoo: {known[fingerprint].path} and {store.path} are the same store")
+        known[fingerprint] = store
+        tasks.setdefault(store.env_id, []).append(
+            {
+                "path": name,
+                "fingerprint": fingerprint,
+                "num_trials": store.num_trials,
+                "num_checkpoints": store.num_checkpoints,
+                "made_by": origin_of(store),
+            }
+        )
+    return {"format": FORMAT, "version": VERSION, "license": license, "tasks": tasks}
 
 
 def _names(env_ids: Sequence[str]) -> list[str]:
-    """Return a folder's name for each store: its task's, numbered where there are several."""
+    """Return a folder's name for each store: its task's, numbered where there are several; no two are the same."""
     stems = [re.sub(r"[^A-Za-z0-9_-]", "-", env_id) or "-" for env_id in env_ids]
-    count = {stem: iter(range(1, len(stems) + 1)) for stem in stems if stems.count(stem) > 1}
-    return [f"{stem}-{next(count[stem])}" if stem in count else stem for stem in stems]
+    names: list[str] = []
+    for stem in stems:
+        numbered = (f"{stem}-{i}" for i in itertools.count(1))
+        taken = {*stems, *names}
+        names.append(stem if stems.count(stem) == 1 else next(name for name in numbered if name not in taken))
+    return names

@@ -1,22 +1,57 @@
 """The files that a store is made of, to copy it: no others that lie in its folder."""
 
+import functools
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from tipl.files.locations import Location, read_file, write_atomically
 from tipl.storing.store import Store
+from tipl.storing.store_records import trial_name
+
+ROOT = "zarr.json"  # the record of a store, and that of a trial
 
 _PART = re.compile(
     r"zarr\.json"
-    r"|trial_\d{4,}/zarr\.json"
-    r"|trial_\d{4,}/(weights|env_steps|episodic_return)/(zarr\.json|c(\.\d+)+)"
+    r"|trial_(?P<trial>[0-9]{4,18})/zarr\.json"
+    r"|trial_(?P<of>[0-9]{4,18})/(?P<array>weights|env_steps|episodic_return)/"
+    r"(zarr\.json|c\.(?P<chunk>[0-9]{1,18})(\.0)?)"
     r"|training_state/(zarr\.json|state\.safetensors)"
 )
 
 
-def is_part(name: str) -> bool:
-    """Return whether `name`, relative to a store's folder, is the name of a file of a complete store."""
-    return _PART.fullmatch(name) is not None
+def parts_of(folder: Location, names: Iterable[str]) -> list[str]:
+    """Return those of `names`, relative to the folder of a complete store, that are files of it, as its records say.
+
+    Where a record is not there yet, the files that it would name are left out: of the root's all others, of a trial's
+    its arrays. Raises RuntimeError where a record is damaged.
+    """
+    found = [(name, match) for name in names if (match := _PART.fullmatch(name))]
+    if not (folder / ROOT).exists():
+        return [name for name, _ in found if name == ROOT]
+    trials = Store.open(folder).trials
+    arrays = {array.name: array for array in trials.arrays}
+
+    @functools.cache
+    def num_checkpoints(i: int) -> int | None:
+        return trials.read_commit(i).num_checkpoints if (trials.folder(i) / ROOT).exists() else None
+
+    def is_part(name: str, match: re.Match[str]) -> bool:
+        number = match["trial"] or match["of"]
+        if number is None:
+            return True
+        i = int(number)
+        if i >= len(trials) or not name.startswith(f"{trial_name(i)}/"):
+            return False
+        if match["array"] is None:
+            return True
+        rows, array = num_checkpoints(i), arrays[match["array"]]
+        if rows is None or match["chunk"] is None:
+            return rows is not None
+        chunk = int(match["chunk"])
+        return chunk < array.num_chunks(rows) and name.endswith(f"/{array.key(chunk)}")
+
+    return [name for name, match in found if is_part(name, match)]
 
 
 def files_in(folder: Location) -> list[str]:
@@ -29,7 +64,7 @@ def files_in(folder: Location) -> list[str]:
 
 def copy_store(store: Store, target: Path) -> None:
     """Copy the files of a complete store into the new local folder `target`."""
-    for name in filter(is_part, files_in(store.path)):
+    for name in parts_of(store.path, files_in(store.path)):
         path = target / name
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, read_file(store.path / name, max_bytes=None))

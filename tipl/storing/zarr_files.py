@@ -101,7 +101,7 @@ class ZarrArray:
 
     def write_chunk(self, folder: Location, chunk: int, rows: NDArray[Any]) -> None:
         """Write a whole chunk, (chunk_rows, *row_shape)."""
-        write_atomically(folder / self._key(chunk), rows.tobytes() + crc32c(rows).to_bytes(4, "little"))
+        write_atomically(folder / self.key(chunk), rows.tobytes() + crc32c(rows).to_bytes(4, "little"))
 
     def read_chunk(
         self,
@@ -119,9 +119,9 @@ class ZarrArray:
         """
         rows: Any = np.empty((self.chunk_rows, *self.row_shape), self.dtype) if out is None else out
         checksum = bytearray(5)  # one byte more than the checksum has, to detect a file that is too long
-        path = f"{folder}/{self._key(chunk)}"
+        path = f"{folder}/{self.key(chunk)}"
         try:
-            num_bytes = read_into(folder, self._key(chunk), (rows, checksum))
+            num_bytes = read_into(folder, self.key(chunk), (rows, checksum))
         except FileNotFoundError:
             raise RuntimeError(f"{self._place(owner, chunk)}: {path} is missing") from None
         if num_bytes != rows.nbytes + 4:
@@ -142,7 +142,7 @@ class ZarrArray:
 
     def has_chunk(self, folder: Location, chunk: int) -> bool:
         """Return whether the chunk's file exists, whatever its contents."""
-        return (folder / self._key(chunk)).exists()
+        return (folder / self.key(chunk)).exists()
 
     def _place(self, owner: str, chunk: int) -> str:
         return f"{owner}: {self.name} rows {chunk * self.chunk_rows}:{(chunk + 1) * self.chunk_rows}"
@@ -153,7 +153,8 @@ class ZarrArray:
             return bool(np.isnan(rows.min()))  # the minimum is NaN if any number is; isnan(rows) would take memory
         return bool(np.any(rows == float(self.fill_value)))
 
-    def _key(self, chunk: int) -> str:
+    def key(self, chunk: int) -> str:
+        """Return the name of a chunk's file."""
         return ".".join(["c", str(chunk), *("0" for _ in self.row_shape)])
 
     def _document(self, num_rows: int) -> dict[str, Any]:

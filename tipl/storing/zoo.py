@@ -11,7 +11,7 @@ the chunks of its arrays are checked as they are read.
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -135,6 +135,12 @@ def load_zoo(path: str | Location | None = None) -> Zoo:
     document = parse_json(read_file(index, max_bytes=MAX_INDEX_BYTES), index)
     if document.pop("sha256", None) != json_digest(document):
         raise RuntimeError(f"{index} is damaged: it fails its checksum")
+    return zoo_of(document, folder)
+
+
+def zoo_of(document: dict[str, Any], folder: Location) -> Zoo:
+    """Return the zoo in `folder` that an index without its checksum describes. Raises RuntimeError for another form."""
+    index = folder / INDEX
     if document.get("format") == FORMAT and document.get("version") != VERSION:
         raise RuntimeError(f"{index}: has version {document.get('version')!r:.80}, this tipl reads version {VERSION}")
     found = parse(_Index, document, index)
