@@ -23,6 +23,7 @@ from tipl.files.sealed import json_digest
 from tipl.forecasting.forecaster import PRETRAINED
 from tipl.forecasting.transformer import ModelConfig, TrajectoryTransformer, save_model
 from tipl.sharing import hub as sharing
+from tipl.sharing.hub_errors import hub_errors
 from tipl.storing.store import Store
 from tipl.storing.zoo import INCLUDED
 
@@ -493,3 +494,11 @@ def test_the_commands(
     assert run_tipl("pull", "user/runs", tmp_path / "out", "--revision", "v1", "--repo-type", "dataset") == 0
     assert capsys.readouterr().out == f"pulled     {tmp_path}/out\n"
     assert files_of(tmp_path / "out") == files_of(small_store.path)
+
+
+def test_what_xet_says_gets_a_name_and_a_way_around() -> None:
+    message = r"^push: http.*: user/a: Network error: xet-write-token .*HF_HUB_DISABLE_XET=1 goes without Xet$"
+    with pytest.raises(OSError, match=message), hub_errors("push", "user/a", None):
+        raise RuntimeError("Network error:\n xet-write-token (404 Not Found)")
+    with pytest.raises(RuntimeError, match=r"^of tipl$"), hub_errors("push", "user/a", None):
+        raise RuntimeError("of tipl")

@@ -205,6 +205,10 @@ def test_an_index_that_says_something_else_is_refused(
         (lambda it: it.pop("license"), r"zoo.json: license: "),
         (lambda it: it.update(more=1), r"zoo.json: more: "),
         (lambda it: it["tasks"].update(Empty=[]), r"zoo.json: tasks.Empty: "),
+        (lambda it: it["tasks"].clear(), r"zoo.json: tasks: "),
+        (lambda it: it.update(license="mit\x1b[31m"), r"texts must be printable, got 'mit\\x1b"),
+        (lambda it: it["tasks"].update({"A\n": it["tasks"].pop("Hopper-v5")}), r"texts must be printable, got 'A\\n'"),
+        (lambda it: it["tasks"]["Hopper-v5"][0].update(made_by="\x07"), r"texts must be printable, got '\\x07'"),
         (lambda it: it["tasks"]["Hopper-v5"][0].update(fingerprint="0"), r"tasks.Hopper-v5.0.fingerprint: "),
         *(
             (lambda it, path=path: it["tasks"]["Hopper-v5"][0].update(path=path), r"path must be a relative path")
@@ -241,6 +245,14 @@ def test_a_changed_byte_anywhere_in_the_index_is_refused(zoo: Path) -> None:
 def test_no_zoo(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"there is no zoo in .*: zoo.json is missing"):
         tipl.load_zoo(tmp_path)
+
+
+def test_a_zoo_is_no_store_and_one_path_no_list(zoo: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=rf"zoo: {zoo} is a zoo already: give its stores, {zoo}/InvertedPendulum-v5"):
+        tipl.make_zoo([zoo], tmp_path / "another")
+    with pytest.raises(TypeError, match="zoo: stores must be a list of stores, got one path"):
+        tipl.make_zoo(str(zoo), tmp_path / "another")
+    assert not (tmp_path / "another").exists()
 
 
 def test_stores_that_are_no_good_make_no_zoo(stores: list[Store], tmp_path: Path) -> None:

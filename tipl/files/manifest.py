@@ -102,13 +102,15 @@ def _read_manifest(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         document = json.loads(read_file(path))
+        if document.keys() != {"format", "version", "files", "sha256"}:
+            raise ValueError("it must have format, version, files and sha256, and nothing else")
         files = document["files"]
         if (document["format"], document["version"]) != (FORMAT, VERSION):
             raise ValueError(f"format must be {FORMAT!r}, version {VERSION}")
-        if document["sha256"] != json_digest(files) or len(document) != 4:
+        if document["sha256"] != json_digest(files):
             raise ValueError("it fails its checksum")
         return dict(files)
-    except (ValueError, TypeError, LookupError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise RuntimeError(f"{path} is damaged: {error}") from error
 
 

@@ -215,7 +215,7 @@ def _branch(
     if held and not is_new and not overwrite:
         raise FileExistsError(
             f"push: {repo_id} holds {len(held)} files already ({held[0]}, ...): choose another repository or revision, "
-            "or overwrite them (--overwrite); the history keeps them"
+            "or overwrite them (--overwrite); the history keeps them. An interrupted push may have arrived whole"
         )
     return names, str(info.sha)
 

@@ -31,9 +31,12 @@ def hub_errors(command: str, repo_id: str, revision: str | None) -> Iterator[Non
         RuntimeError,
     ) as error:
         found = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError | RuntimeError) else error
+        who = f"{command}: {constants.ENDPOINT}"
         if isinstance(error, RuntimeError) and not isinstance(found, HTTPError):
-            raise  # not of the hub
-        raise _in_one_line(found or error, f"{command}: {constants.ENDPOINT}", repo_id, revision) from error
+            if "xet" not in str(error).lower():
+                raise  # not of the hub
+            raise OSError(f"{who}: {repo_id}: {_line(error)}; HF_HUB_DISABLE_XET=1 goes without Xet") from error
+        raise _in_one_line(found or error, who, repo_id, revision) from error
 
 
 def _in_one_line(error: BaseException, who: str, repo_id: str, revision: str | None) -> Exception:

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from tipl.collecting.settings import is_complete
-from tipl.files.locations import Location, local_path
+from tipl.files.locations import Location, local_path, location
 from tipl.files.publishing import published
 from tipl.files.sealed import save_json
 from tipl.sharing.origin import origin_of
 from tipl.storing.store import Store
 from tipl.storing.store_files import copy_store
-from tipl.storing.zoo import FORMAT, INDEX, VERSION, zoo_of
+from tipl.storing.zoo import FORMAT, INDEX, VERSION, load_zoo, zoo_of
 from tipl.verification import verify_store
 
 
@@ -29,13 +29,16 @@ def make_zoo(
     `license` is the licence of all of them, as an identifier such as "mit" or "cc-by-4.0". `progress` shows on stderr
     how far checking is. `load_zoo` opens the folder, wherever it is copied to.
 
-    Raises ValueError where there are no stores, one is unfinished or given twice, or the index cannot hold it;
+    Raises ValueError where there are no stores, one is unfinished, given twice or a zoo, or the index cannot hold it;
+    TypeError where `stores` is no list;
     FileExistsError where `output` exists, FileNotFoundError where there is no store, RuntimeError where one is damaged.
     """
     output = local_path(output, "zoo: output")
     if not stores:
         raise ValueError("zoo: there must be at least one store")
-    opened = [it if isinstance(it, Store) else Store.open(it) for it in stores]
+    if isinstance(stores, str | Path):
+        raise TypeError(f"zoo: stores must be a list of stores, got one path, {stores}")
+    opened = [it if isinstance(it, Store) else _opened(it) for it in stores]
     for store in opened:
         if not is_complete(store):
             raise ValueError(f"zoo: {store.path} is an unfinished collection; `tipl collect` finishes it")
@@ -53,6 +56,16 @@ def make_zoo(
             copy_store(store, aside / name)
         save_json(aside / INDEX, index)
     return output
+
+
+def _opened(path: str | Location) -> Store:
+    try:
+        return Store.open(path)
+    except FileNotFoundError as error:
+        if not (location(path) / INDEX).exists():
+            raise
+        inside = [f"{path}/{entry.path}" for entries in load_zoo(path).tasks.values() for entry in entries]
+        raise ValueError(f"zoo: {path} is a zoo already: give its stores, {', '.join(inside)}") from error
 
 
 def _index(stores: dict[str, Store], license: str | None) -> dict[str, Any]:

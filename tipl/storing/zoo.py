@@ -57,9 +57,13 @@ class _Index:
     format: Literal["tipl-zoo"]
     version: Literal[1]
     license: str | None
-    tasks: dict[str, Annotated[list[ZooEntry], Field(min_length=1)]]
+    tasks: Annotated[dict[str, Annotated[list[ZooEntry], Field(min_length=1)]], Field(min_length=1)]
 
     def __post_init__(self) -> None:
+        accounts = [entry.made_by for entries in self.tasks.values() for entry in entries]
+        for text in (self.license, *self.tasks, *accounts):
+            if text is not None and not text.isprintable():
+                raise ValueError(f"texts must be printable, got {text!r:.80}")
         paths = [entry.path for entries in self.tasks.values() for entry in entries]
         several = [task for task, entries in self.tasks.items() if len(entries) > 1]
         names = [*paths, *several]
@@ -131,7 +135,10 @@ def load_zoo(path: str | Location | None = None) -> Zoo:
     folder = location(INCLUDED if path is None else path)
     index = folder / INDEX
     if not index.exists():
-        raise FileNotFoundError(f"load_zoo: there is no zoo in {folder}: {INDEX} is missing")
+        text = str(folder)
+        is_model = text.startswith("hf://") and not text.startswith("hf://datasets/")
+        hint = f"; a zoo on the hub is hf://datasets/{text.removeprefix('hf://')}" if is_model else ""
+        raise FileNotFoundError(f"load_zoo: there is no zoo in {folder}: {INDEX} is missing{hint}")
     document = parse_json(read_file(index, max_bytes=MAX_INDEX_BYTES), index)
     if document.pop("sha256", None) != json_digest(document):
         raise RuntimeError(f"{index} is damaged: it fails its checksum")
