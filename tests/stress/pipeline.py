@@ -111,7 +111,7 @@ COMMANDS = {
             "faster",
             resumes=True,
         ),
-        Command("zoo", lambda p: ["zoo", p.of("collect"), p.of("collect"), "--license", "mit"], "zoo"),
+        Command("zoo", lambda p: ["zoo", p.of("collect"), p.of("import"), "--license", "mit"], "zoo"),
         Command("store info", lambda p: ["store", "info", p.of("collect")], "plot.svg"),
         Command("run", lambda p: ["run", *_RUN, "--seed", p.seed], "run", resume=("--resume",), resumes=True),
         Command("demo", lambda p: ["demo"], "demo", resume=("--resume",), resumes=True),
