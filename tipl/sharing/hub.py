@@ -19,7 +19,7 @@ from tipl.files.locations import local_path
 from tipl.files.publishing import published, remove
 from tipl.progress import progress_bar
 from tipl.sharing.cards import CARD, card_of
-from tipl.sharing.hub_errors import check_installed, hub_errors
+from tipl.sharing.hub_errors import check_installed, hub_errors, line_of
 from tipl.sharing.kinds import KINDS, Kind, RepoType, kind_among
 from tipl.storing.store import Store
 from tipl.storing.store_files import files_in
@@ -234,7 +234,7 @@ def _refuse_card(card: str, kind: Kind) -> None:
         RepoCard(card).validate(kind.repo_type)
     except ValueError as error:
         said = getattr(error.__context__, "server_message", None) or str(error)
-        raise ValueError(f"push: the hub refuses the card: {' '.join(said.split())}") from error
+        raise ValueError(f"push: the hub refuses the card: {line_of(said)}") from error
 
 
 def _commit(

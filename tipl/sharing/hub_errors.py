@@ -35,7 +35,7 @@ def hub_errors(command: str, repo_id: str, revision: str | None) -> Iterator[Non
         if isinstance(error, RuntimeError) and not isinstance(found, HTTPError):
             if "xet" not in str(error).lower():
                 raise  # not of the hub
-            raise OSError(f"{who}: {repo_id}: {_line(error)}; HF_HUB_DISABLE_XET=1 goes without Xet") from error
+            raise OSError(f"{who}: {repo_id}: {line_of(error)}; HF_HUB_DISABLE_XET=1 goes without Xet") from error
         raise _in_one_line(found or error, who, repo_id, revision) from error
 
 
@@ -52,12 +52,12 @@ def _in_one_line(error: BaseException, who: str, repo_id: str, revision: str | N
         return FileNotFoundError(f"{who}: there is no {repo_id}, or it is private and the token does not open it")
     if isinstance(error, errors.HfHubHTTPError):
         status = error.response.status_code
-        said = _line(error.server_message or error.response.reason_phrase)
+        said = line_of(error.server_message or error.response.reason_phrase)
         return (PermissionError if status in (401, 403) else OSError)(f"{who}: {repo_id}: {status}, {said}")
     if isinstance(error, HTTPError | errors.OfflineModeIsEnabled):
-        return ConnectionError(f"{who}: cannot be reached: {_line(error)}")
+        return ConnectionError(f"{who}: cannot be reached: {line_of(error)}")
     kind = ValueError if isinstance(error, ValueError) else OSError
-    return kind(f"{who}: {repo_id}: {_line(error)}")
+    return kind(f"{who}: {repo_id}: {line_of(error)}")
 
 
 @contextlib.contextmanager
@@ -73,5 +73,6 @@ def _without_bars() -> Iterator[None]:
         utils.enable_progress_bars()
 
 
-def _line(message: object) -> str:
+def line_of(message: object) -> str:
+    """Return what the hub or its library says, in one line."""
     return " ".join(str(message).split())

@@ -199,12 +199,11 @@ def find_actor(state: State, settings: Settings = Settings(), actor: str | Seque
         raise ValueError(f"no floating-point tensor of an actor{wanted} is there, got the keys {_some(state)}")
     check_apart(places)
     shapes = {name: tuple(tensor.shape) for name, tensor in places.items()}
+    found = None
     if prefixes == (root,) and root.endswith("actor."):  # the whole key is what the library names
         found = _known(root.removesuffix("actor."), {_longer(name): it for name, it in shapes.items()}, settings)
-        if found is not None:
-            _check_statistics(state, found)
-            return found
-    found = _known(root, shapes, settings)
+    if found is None:
+        found = _known(root, shapes, settings)
     if found is not None:
         _check_statistics(state, found)
         return found
@@ -349,13 +348,13 @@ def _second_chain(shapes: Mapping[str, tuple[int, ...]]) -> str:
     for key, shape in shapes.items():
         if (found := _FLAX_KERNEL.fullmatch(key)) is not None and len(shape) == 2:
             chains.setdefault(found[1], []).append((int(found[2]), key, shape))
-    for chain in chains.values():
-        first, *rest = sorted(chain)
-        for (_, before, last), (_, key, shape) in itertools.pairwise([first, *rest]):
+    for chain in map(sorted, chains.values()):
+        _, first_key, first = chain[0]
+        for (_, before, last), (_, key, shape) in itertools.pairwise(chain):
             if shape[1] != last[0]:
                 why = f"takes {shape[1]} numbers and {shown(before)} before it gives {last[0]}"
-            elif begins_again(first[2], shape):
-                why = f"has the shape of {shown(first[1])}"
+            elif begins_again(first, shape):
+                why = f"has the shape of {shown(first_key)}"
             else:
                 continue
             return f"{shown(key)} {why}: it may begin a critic or another network"
