@@ -202,7 +202,9 @@ def _interval(name: str, short: str, estimate: Estimate) -> dict[str, float | No
 def results(output: Path) -> None:
     """Write the rows of all tasks whose final ledgers are there, and the figure."""
     rows = []
-    for task, given in json.loads(SETTINGS.read_text()).items():
+    settings = json.loads(SETTINGS.read_text())
+    all_arms = [arm for given in settings.values() for arm in given["arms"]]
+    for task, given in settings.items():
         if not (output / task / "final").is_dir():
             rows += [row for row in json.loads(RESULTS.read_text())["rows"] if row["task"] == task]
             continue
@@ -211,7 +213,10 @@ def results(output: Path) -> None:
             for arm, setting in given["chosen"].items()
         }
         rows += rows_of(task, given, ledgers)
-        write_atomically(FIGURES / f"train_faster_{task}.svg", ledger_plot([ledgers]).svg())
+        # An arm whose setting an earlier one has as well would hide its curve.
+        first_with = {str(setting): arm for arm, setting in reversed(given["chosen"].items())}
+        drawn = {arm: ledgers[arm] for arm in given["chosen"] if arm in first_with.values()}
+        write_atomically(FIGURES / f"train_faster_{task}.svg", ledger_plot([drawn], all_arms).svg())
     write_record(RESULTS, {"rows": rows}, indent=1)
     for row in rows:
         print(

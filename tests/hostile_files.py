@@ -138,8 +138,18 @@ content("code, legacy", "was not loaded", lambda random: torch_bytes({"w": Calls
 content("code, protocol 4", "protocol 4", lambda random: torch_zip(pickle.dumps(Calls(eval, "1"), 4)))
 content(
     "NumPy array",
-    r"a numpy.*multiarray\._reconstruct",
+    "its entry mean may hold statistics of observations",
     lambda random: torch_bytes(weights(random) | {"mean": np.ones(3)}),
+)
+content(
+    "NumPy array of objects",
+    "a NumPy number is of no plain kind|is damaged",
+    lambda random: torch_bytes(weights(random) | {"mean": np.array([None, 1.0])}),
+)
+content(
+    "NumPy array of another shape",
+    "is damaged|cannot reshape",
+    lambda random: torch_bytes(weights(random) | {"mean": np.ones(3)}).replace(b"K\x03\x85", b"K\x04\x85"),
 )
 content(
     "NumPy scalar of another kind",
@@ -194,25 +204,59 @@ content(
 )
 content(
     "punycode",
-    r"calls _codecs\.encode for more than a number",
+    r"calls _codecs\.encode for more than numbers",
     lambda random: torch_zip(b"\x80\x02c_codecs\nencode\nX\x01\0\0\0aX\x08\0\0\0punycode\x86R."),
 )
 content(
     "punycode, from the memo",
-    r"calls _codecs\.encode for more than a number",
+    r"calls _codecs\.encode for more than numbers",
     lambda random: torch_zip(
         b"\x80\x02c_codecs\nencode\nq\x00X\x01\0\0\0aq\x01X\x08\0\0\0punycodeq\x02\x86q\x030h\x00h\x03R."
     ),
 )
 content(
     "punycode, in a list",
-    r"calls _codecs\.encode for more than a number",
+    r"calls _codecs\.encode for more than numbers",
     lambda random: torch_zip(b"\x80\x02c_codecs\nencode\n](X\x01\0\0\0aX\x08\0\0\0punycodeeR."),
 )
+LATIN1 = b"X\x06\0\0\0latin1\x86R"
+
+
+def long_text(length: int) -> bytes:
+    return b"X" + struct.pack("<I", length) + b"a" * length
+
+
 content(
-    "a long text in latin1",
-    r"calls _codecs\.encode for more than a number",
-    lambda random: torch_zip(b"\x80\x02c_codecs\nencode\nX\x20\0\0\0" + b"a" * 32 + b"X\x06\0\0\0latin1\x86R."),
+    "a long text in latin1, time and again",
+    "holds more than 262,144 objects",
+    lambda random: torch_zip(
+        b"\x80\x02c_codecs\nencode\nq\x00"
+        + long_text(2**20)
+        + b"q\x01"
+        + LATIN1
+        + (b"h\x00h\x01" + LATIN1) * 100
+        + b"."
+    ),
+)
+
+
+def array_set_again(length: int, times: int) -> bytes:
+    """The pickle of an array of numbers of one byte, whose content is set time and again."""
+    kind = b"cnumpy\ndtype\nX\x02\0\0\0u1\x85R"
+    content = b"c_codecs\nencode\n" + long_text(length) + LATIN1
+    state = b"(K\x01J" + struct.pack("<i", length) + b"\x85" + kind + b"\x89" + content + b"tq\x02b"
+    return b"\x80\x02cnumpy.core.multiarray\n_reconstruct\n)R" + state + b"h\x02b" * times + b"."
+
+
+content(
+    "array set time and again",
+    "holds more than 262,144 objects",
+    lambda random: torch_zip(array_set_again(random.randint(2**17, 2**19), 10_000)),
+)
+content(
+    "array of any size",
+    "is damaged",
+    lambda random: torch_zip(b"\x80\x02cnumpy\nndarray\nJ\xff\xff\xff\x7f\x85R."),
 )
 content(
     "tuples in tuples", "holds more than 262,144 objects", lambda random: torch_zip(tuples(random.randint(40, 200)))

@@ -110,8 +110,8 @@ NETWORKS: dict[str, tuple[Any, str, str | tuple[str, ...], list[str]]] = {
         [f"agents.b.{key}" for key in ACTOR],
     ),
     "statistics beside CleanRL's actor": (
-        CleanRL().state_dict() | {"obs_rms.mean": torch.ones(OBS_DIM)},
-        r"beside the actor of cleanrl \(.*\) lies \[obs_rms\.mean\]",
+        CleanRL().state_dict() | {"obs_stats.mean": torch.ones(OBS_DIM)},
+        r"beside the actor of cleanrl \(.*\) lies \[obs_stats\.mean\]",
         ("actor_mean.", "actor_logstd"),
         list(PolicySpec(OBS_DIM, ACT_DIM, (8, 8)).shapes),
     ),

@@ -645,3 +645,72 @@ def test_numbers_of_numpy_beside_a_state(tmp_path: Path) -> None:
         (tmp_path / "again.pt").write_bytes(file.to_bytes())
         again = torch.load(tmp_path / "again.pt", weights_only=False)["best"]
         assert (again, again.dtype) == (value, value.dtype)
+
+
+# ---- CleanRL with the statistics of Gymnasium's NormalizeObservation, as its pull request 556 describes them
+
+
+def cleanrl(seed: int = 0) -> Made:
+    """The state of CleanRL's continuous PPO, and the statistics that its file may have beside it."""
+    torch.manual_seed(seed)
+    layers, critic = layers_of(SIZES), layers_of((*SIZES[:-1], 1))
+    log_std = torch.randn(1, SIZES[-1])
+    state = {"actor_logstd": log_std} | named(critic, numbered("critic.", len(critic)))
+    state |= named(layers, numbered("actor_mean.", len(layers)))
+    mean, var = torch.randn(SIZES[0]).double(), torch.rand(SIZES[0]).double() + 0.1
+    return Made({"model_weights": state, "args": {"seed": 1}}, layers, log_std, mean, (var + 1e-8).sqrt())
+
+
+def running(kind: str, mean: Tensor, var: Tensor) -> dict[str, Any]:
+    """The statistics as entries beside the state."""
+    convert = {"tensors": torch.clone, "arrays": Tensor.numpy, "lists": Tensor.tolist}[kind.removesuffix(", flat")]
+    values = {"mean": convert(mean), "var": convert(var), "count": np.float64(100.0)}
+    return {f"obs_rms_{it}": value for it, value in values.items()} if kind.endswith("flat") else {"obs_rms": values}
+
+
+@pytest.mark.parametrize("kind", ["tensors", "arrays", "lists", "tensors, flat", "arrays, flat", "lists, flat"])
+def test_statistics_of_gymnasium_beside_a_state(kind: str, tmp_path: Path) -> None:
+    """Actions are those of the network on (obs - mean) / sqrt(var + 1e-8), and export writes the rest as it was."""
+    made = cleanrl()
+    content = made.content | running(kind, made.mean, made.divisor**2 - 1e-8)  # type: ignore[arg-type,operator]
+    path = saved(content, tmp_path / "ppo_1.cleanrl_model")
+    store = tipl.import_checkpoints([path], tmp_path / "store", activation="tanh")
+    assert "beyond 10 standard deviations" in store.config["source"]["note"]
+    assert isinstance(store.policy, PolicySpec)
+    obs = torch.randn(50, SIZES[0])
+    row = torch.from_numpy(store.trial(0).weights())
+    actions = mean_action(store.policy, row, obs[None])[0]
+    torch.testing.assert_close(actions.double(), made.outputs(obs, "tanh"), rtol=1e-5, atol=1e-5)
+
+    exported = torch.load(tipl.export_checkpoint(store.path, path, tmp_path / "out.pt"), weights_only=False)
+    for key, tensor in exported.pop("model_weights").items():
+        torch.testing.assert_close(tensor, content["model_weights"][key], rtol=1e-5, atol=1e-5)
+    assert str(exported) == str({key: content[key] for key in content if key != "model_weights"})
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {"obs_rms": [[0.1, 0.2, 0.3], [1.0, 1.0, 1.0]]},
+        {"obs_rms": [torch.zeros(4), torch.ones(4)]},
+        {"obs_rms": {"running_mean": torch.zeros(4), "running_var": torch.ones(4)}},
+        {"obs_rms": {"mean": torch.zeros(4)}},
+        {"obs_mean": [0.1, 0.2, 0.3, 0.4], "obs_var": [1.0, 1.0, 1.0, 1.0]},
+        {"env_normalization_stats": {"obs": [{"mean": [0.1, 0.2, 0.3, 0.4]}]}},
+        {"env_normalization_stats": {"obs": {"mean": [0.1, 0.2, 0.3, 0.4]}}},
+        {"anything": np.zeros(4)},
+        {"stats": {"of": {"observations": np.zeros(4)}}},
+    ],
+    ids=str,
+)
+def test_other_statistics_are_never_left_out_in_silence(beside: dict[str, Any], tmp_path: Path) -> None:
+    path = saved(cleanrl().content | beside, tmp_path / "ppo_1.cleanrl_model")
+    with pytest.raises(ValueError, match=rf"ppo_1.cleanrl_model.*{next(iter(beside))}"):
+        tipl.import_checkpoints([path], tmp_path / "store", activation="tanh")
+    assert not (tmp_path / "store").exists()
+
+
+def test_what_is_no_statistics_is_left_beside_the_state(tmp_path: Path) -> None:
+    beside = {"norm_obs": True, "rng_state": np.arange(4), "returns": [1.0, 2.0], "ret_rms": [0.0, 1.0]}
+    path = saved(cleanrl().content | beside, tmp_path / "ppo_1.cleanrl_model")
+    assert tipl.import_checkpoints([path], tmp_path / "store", activation="tanh").num_trials == 1

@@ -8,7 +8,7 @@ import dataclasses
 import itertools
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,10 @@ from tipl.report.results import FloatArray
 
 LAST = 5
 """Iterations whose mean is a run's final return."""
-COLORS = ("persistence", "linear", "rank1", "mean_path", "ridge", "nearest_path", "quadratic", "autoregression")
+COLORS = (
+    *("persistence", "linear", "rank1", "mean_path", "ridge", "nearest_path", "quadratic", "autoregression"),
+    *("nowcaster", "shared_floor"),
+)
 """Of arms in their order, but for TIPL's."""
 
 
@@ -142,11 +145,15 @@ def plot_ledgers(ledgers: Mapping[str, Ledger], path: str | Path, *, overwrite: 
     write_plot(ledger_plot([ledgers]), path)
 
 
-def ledger_plot(tasks: list[Mapping[str, Ledger]]) -> Plot:
-    """Return a figure with a panel for each task."""
+def ledger_plot(tasks: list[Mapping[str, Ledger]], arms: Iterable[str] = ()) -> Plot:
+    """Return a figure with a panel for each task.
+
+    `arms` names the arms of several figures, so that each has the same colour in all of them.
+    """
     names = list(dict.fromkeys(name for ledgers in tasks for name in ledgers))
     colors = itertools.cycle(COLORS)
-    marks = {name: Mark(name, "tipl" if name == "TIPL" else next(colors)) for name in names}
+    color_of = {name: "tipl" if name == "TIPL" else next(colors) for name in dict.fromkeys([*arms, *names])}
+    marks = {name: Mark(name, color_of[name]) for name in names}
 
     def draw(ax: Axes, ledgers: Mapping[str, Ledger]) -> None:
         steps = coarsest_steps(ledgers)

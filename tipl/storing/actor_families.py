@@ -6,7 +6,8 @@ Stable-Baselines3   PPO, A2C                        mlp_extractor.policy_net.<2 
                     these with gSDE                 actor.latent_pi.<2 i>, actor.mu or actor.mu.0, actor.log_std
                     TD3, DDPG                       actor.mu.<2 i>
                     DQN                             q_net.q_net.<2 i>
-CleanRL             continuous PPO                  actor_mean.<2 i>, actor_logstd
+CleanRL             continuous PPO                  actor_mean.<2 i>, actor_logstd; obs_rms.mean and obs_rms.var where
+                                                    its file has statistics of the observations
                     PPO, discrete actions           actor.<2 i>
 rsl_rl              PPO                             mlp.<2 i> or actor.<2 i>, and one of four names of the spread
 rl_games            A2C, PPO                        a2c_network.actor_mlp.<2 i>, a2c_network.mu, a2c_network.sigma
@@ -28,6 +29,8 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 STATISTICS = "observation_statistics."
 """Prefix of the keys of statistics that are not the state's own, `_mean` and `_std`, which divides as it is."""
+RUNNING = "obs_rms."
+"""Prefix of the keys of `mean` and `var` as Gymnasium's NormalizeObservation has them, saved beside a state."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +59,7 @@ NORMALISERS = (
     Normaliser("running_mean_std.", "running_var", in_root=1e-5, **_RUNNING),  # type: ignore[arg-type]  # rl_games
     Normaliser("observation_preprocessor.", "running_variance", outside=1e-8, **_RUNNING),  # type: ignore[arg-type]
     Normaliser("state_preprocessor.", "running_variance", outside=1e-8, **_RUNNING),  # type: ignore[arg-type]
+    Normaliser(RUNNING, "var", "mean", is_variance=True, in_root=1e-8, clip=10.0),  # Gymnasium's; CleanRL clips
 )
 
 
@@ -209,12 +213,12 @@ FAMILIES = (
     _SAC_GSDE,  # with clip_mean=0
     dataclasses.replace(_SAC_GSDE, head="actor.mu.0.", needs_limit=True),  # mu.1 clips
     dataclasses.replace(_SAC, log_std="", hidden="actor.mu.", head=None, spread="none"),  # TD3 and DDPG
-    Family("cleanrl", "actor_logstd", "actor_mean.", normalisers=(STATISTICS,)),
+    Family("cleanrl", "actor_logstd", "actor_mean.", normalisers=(STATISTICS, RUNNING)),
     Family(
         "cleanrl",
         "",
         "actor.",
-        normalisers=(STATISTICS,),
+        normalisers=(STATISTICS, RUNNING),
         encoders=("network.", "extra_layer."),
         spread="none",
         outputs="logits",

@@ -1,5 +1,6 @@
 """Export: flat weights of a forecast or a store, written as a checkpoint file of the user's library."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -168,6 +169,10 @@ def _actor_of_template(
     policy, known = layout_and_actor(record)
     activation = policy.activation if isinstance(policy, PolicySpec) else None
     fits = known is not None and known.fits(template.state) and template.activation in (None, activation)
+    if keys is not None and not (known is not None and known.normaliser):  # its statistics are not in the weights
+        prefixes = (keys,) if isinstance(keys, str) else tuple(keys)
+        chosen = {key: it for key, it in template.state.items() if key.startswith((*prefixes, STATISTICS))}
+        template = dataclasses.replace(template, state=chosen)
     try:
         squash = isinstance(policy, PolicySpec) and policy.squash
         found = find_actor_in(like, template, activation, keys, squash=squash)

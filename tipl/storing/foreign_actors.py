@@ -234,10 +234,15 @@ def find_actor(state: State, settings: Settings = Settings(), actor: str | Seque
 
 def _check_statistics(state: State, actor: Actor) -> None:
     """Raise ValueError where `state` holds statistics of observations and the actor, as it was chosen, lacks them."""
-    names = [f"{it.prefix}{it.mean}" for it in NORMALISERS if it.prefix != STATISTICS]
-    beside = [key for key in state if any(key == name or key.endswith(f".{name}") for name in names)]
+    known = [it for it in NORMALISERS if it.prefix != STATISTICS]
+    beside = [
+        key.removesuffix(it.mean)
+        for it in known
+        for key in state
+        if f".{key}".endswith(f".{it.prefix}{it.mean}") and f"{key.removesuffix(it.mean)}{it.spread}" in state
+    ]
     if beside and not actor.normaliser:
-        prefix = shown(beside[0].rpartition(".")[0])
+        prefix = shown(beside[0].rstrip("."))
         raise ValueError(
             f"it holds statistics of observations, {prefix}, which the actor chosen leaves out: choose the whole file, "
             f"without actor, or pass '{prefix}.*' as ignore if observations were not normalised"

@@ -4,6 +4,8 @@
     (actor's state_dict, ...)                   CleanRL's SAC and TD3
     model_state_dict, actor_state_dict, iter    rsl_rl
     state_dict                                  plain
+    model_weights, obs_rms                      CleanRL with Gymnasium's statistics, mean and var: tensors, arrays or
+                                                lists, also as obs_rms_mean and obs_rms_var
     model, frame                                rl_games, whose keys begin with a2c_network.
     actor_network_params.<key>                  a loss of TorchRL's; the other networks are left out
     policy, value, <name>_preprocessor          skrl; the state's keys are policy.<key>, value.<key>, ...
@@ -16,14 +18,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
+from tipl.storing.actor_families import RUNNING
 from tipl.storing.not_readable import NotReadableError
 from tipl.storing.tensor_checks import shown
 
-_SECTIONS = ("actor_state_dict", "model_state_dict", "state_dict")
+_SECTIONS = ("actor_state_dict", "model_state_dict", "state_dict", "model_weights")
 _BESIDE_THE_STATE = re.compile(r".*(optim|critic|sched|scaler|rng).*|rnd_.*|(privileged_)?obs_norm_state_dict|infos")
 """Entries that the libraries save beside a state, none of them the actor's."""
+_STATISTICS = re.compile(
+    r"(?!.*(rew|ret|value))(.*_)?((obs|observation|state)s?_?(rms|norm|mean|var|std|stat)|rms|running_mean_std|normali[sz]).*"
+)
+"""Entries that may be statistics of observations."""
 _SKRL = ("policy", "value", "observation_preprocessor", "state_preprocessor", "value_preprocessor")
 _TORCHRL = "actor_network_params."
 _COMPILED = "_orig_mod."
@@ -55,8 +64,13 @@ def find_state(content: Any, *, is_cleanrl: bool) -> StateDict:
         actor = {key: it for key, it in _tensors(content).items() if key.startswith(_TORCHRL)}
         if actor:
             return StateDict({key.removeprefix(_TORCHRL): it for key, it in actor.items()})
-    state, doubt = _state(content, is_cleanrl=is_cleanrl)
-    return StateDict(state, doubt, step_of(content.get("iter"), "iter") if isinstance(content, Mapping) else None)
+    running, rest = _without_running(content) if isinstance(content, Mapping) else ({}, content)
+    state, doubt = _state(rest, is_cleanrl=is_cleanrl)
+    return StateDict(
+        state | running,
+        doubt or _unread(rest),
+        step_of(content.get("iter"), "iter") if isinstance(content, Mapping) else None,
+    )
 
 
 def step_of(value: Any, name: str) -> int | None:
@@ -87,6 +101,57 @@ def _of_skrl(content: Mapping[Any, Any]) -> dict[str, Tensor] | None:
     if not is_skrl:
         return None
     return {f"{name}.{key}": tensor for name, part in parts.items() for key, tensor in (part or {}).items()}
+
+
+def _without_running(content: Mapping[Any, Any]) -> tuple[dict[str, Tensor], Mapping[Any, Any]]:
+    """Return mean and variance of the observations, as `RUNNING` names them, and the entries beside them.
+
+    The first is empty, and the second the content as it is, where there are none.
+    """
+    name = RUNNING.removesuffix(".")
+    nested = content.get(name)
+    parts = nested if isinstance(nested, Mapping) else {it: content.get(f"{name}_{it}") for it in ("mean", "var")}
+    running = {f"{RUNNING}{it}": _numbers(parts.get(it)) for it in ("mean", "var")}
+    found = {key: value for key, value in running.items() if value is not None}
+    if len(found) < len(running):
+        return {}, content
+    own = {name, *(f"{name}_{it}" for it in ("mean", "var", "count"))}
+    return found, {key: value for key, value in content.items() if key not in own}
+
+
+def _unread(content: Any) -> str:
+    """Return in words which entry is in no layout known here and may hold statistics of observations, or other numbers
+    of the policy's, that would be lost; "" for none."""
+    entries = content.items() if isinstance(content, Mapping) else ()
+    for name, value in entries:
+        is_named = _STATISTICS.fullmatch(str(name)) is not None
+        if not _BESIDE_THE_STATE.fullmatch(str(name)) and _has_numbers(value, lists=is_named):
+            return (
+                f"its entry {shown(name)} may hold statistics of observations, which are read from "
+                f"{RUNNING.removesuffix('.')} with mean and var; if it does not matter"
+            )
+    return ""
+
+
+def _has_numbers(value: Any, *, lists: bool, depth: int = 4) -> bool:
+    """Return whether a value is an array of NumPy's, or with `lists` a list of numbers, or has such a part; tensors of
+    a dict are not meant."""
+    if isinstance(value, Mapping):
+        return depth > 0 and any(_has_numbers(part, lists=lists, depth=depth - 1) for part in value.values())
+    if isinstance(value, list | tuple):
+        numbers = lists and (_numbers(value) is not None or any(isinstance(it, Tensor) for it in value))
+        return numbers or (depth > 0 and any(_has_numbers(it, lists=lists, depth=depth - 1) for it in value))
+    return isinstance(value, np.ndarray)
+
+
+def _numbers(value: Any) -> Tensor | None:
+    """Return a tensor, or a tensor of the numbers of an array or list, in float64; None for anything else."""
+    if isinstance(value, Tensor):
+        return value
+    is_list = isinstance(value, list | tuple) and value and all(type(it) in (int, float) for it in value)
+    if not is_list and not (isinstance(value, np.ndarray) and value.dtype.kind in "fiu"):
+        return None
+    return torch.from_numpy(np.array(value, np.float64))
 
 
 def _tensors_only(part: Any) -> dict[str, Tensor] | None:

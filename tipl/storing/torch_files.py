@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from tipl.storing import numpy_scalars
+from tipl.storing import numpy_values
 from tipl.storing.not_readable import NotReadableError
 
 MAX_BYTES = 2**30
@@ -28,6 +28,7 @@ MAX_BYTES = 2**30
 _SLACK_BYTES = 2**26  # a zip that unpacks to at most this plus four times its size is not taken for a bomb
 _PICKLE_BYTES = 2**22  # a tensor takes about 200
 _PICKLE_OBJECTS = 2**18  # a tensor takes about 35; an object costs about a hundred bytes and a microsecond
+_ENCODED_BYTES = 16  # of an array of NumPy's: as many count as an object
 _ZIP_MEMBERS = 20_000  # torch writes one for each tensor
 _LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the first bytes of files that torch wrote before release 1.6
 _LEGACY_PICKLES = 5  # magic number, protocol, machine, content, keys of the storages; the storages follow
@@ -89,7 +90,7 @@ def load_torch(data: bytes, max_bytes: int | None = None) -> Any:
             _check_zip(archive, names)
     else:
         raise NotReadableError(_what_else(data))
-    numbers = numpy_scalars.scalars_allowed() if names & numpy_scalars.NAMES else contextlib.nullcontext()
+    numbers = numpy_values.allowed() if names & numpy_values.NAMES else contextlib.nullcontext()
     with numbers, warnings.catch_warnings(action="ignore"):  # torch warns of deprecated formats
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
 
@@ -165,8 +166,8 @@ def _made(name: str, argument: Any, taken: list[_Item]) -> _Item:
     """Return what an opcode makes of the items that it takes from the stack, the lowest first."""
     if name in ("GLOBAL", "INST", "STACK_GLOBAL"):
         return _Item(value=str(argument or name).replace(" ", "."))
-    if name == "REDUCE" and taken[0].value == numpy_scalars.ENCODE:
-        numpy_scalars.check_encoding(taken[1].value)
+    if name == "REDUCE" and taken[0].value == numpy_values.ENCODE:
+        return _Item(1 + numpy_values.encoded_length(taken[1].value) // _ENCODED_BYTES)
     if name.startswith("TUPLE"):
         return _Item(1 + sum(it.size for it in taken), tuple(it.value for it in taken))
     return _Item(value=argument if isinstance(argument, str) else None)
@@ -174,7 +175,7 @@ def _made(name: str, argument: Any, taken: list[_Item]) -> _Item:
 
 def _check_name(name: str) -> None:
     """Raise NotReadableError where a pickle uses a name that no state_dict needs."""
-    if not _HARMLESS.fullmatch(name) and name not in numpy_scalars.NAMES:
+    if not _HARMLESS.fullmatch(name) and name not in numpy_values.NAMES:
         raise NotReadableError(
             f"holds more than tensors and plain values, a {name}, and was not loaded, because loading it could run "
             "code: save a state_dict, and arrays of NumPy's as tensors"
