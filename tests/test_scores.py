@@ -2,9 +2,11 @@
 
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
@@ -179,3 +181,37 @@ def test_policies_without_a_distribution_of_their_own_are_not_sampled(policy, tm
         store.append(np.zeros((1, 1, policy.num_params), np.float32), np.array([[1]]), np.array([[np.nan]]))
     with pytest.raises(ValueError, match="score: sampled needs policies with a distribution of their own, got layers"):
         tipl.score(Store.open(tmp_path / "s"), sampled=True, progress=False)
+
+
+def test_env_kwargs_are_those_of_the_environment(tmp_path: Path, run_tipl: Callable[..., int], capsys) -> None:
+    """Returns are those of Gymnasium's environment made with them; alone, they are the registered one's."""
+    store = store_of(tmp_path / "s.zarr", num_trials=1, num_checkpoints=2)
+    kwargs = {"reset_noise_scale": 0.0}
+    scores = tipl.score(store, num_episodes=2, env_kwargs=kwargs, progress=False)
+    env = gymnasium.make(ENV_ID, **kwargs)
+    for row, weights in zip(scores.returns[0], store.trial(0).weights(), strict=True):
+        obs, total, ended = env.reset(seed=0)[0], 0.0, False
+        while not ended:
+            seen = torch.tensor(obs, dtype=torch.float32)[None, None]
+            action = mean_action(SPEC, torch.from_numpy(weights[None]), seen).numpy()[0, 0]
+            low, high = env.action_space.low, env.action_space.high  # type: ignore[attr-defined]
+            obs, reward, terminated, truncated, _ = env.step(np.clip(action, low, high))
+            total, ended = total + float(reward), terminated or truncated
+        np.testing.assert_array_equal(row, [total, total])  # nothing random is left
+    assert scores.to_dict()["env_kwargs"] == kwargs
+    same = tipl.score(store, num_episodes=2, env_kwargs={"reset_noise_scale": 0.01}, progress=False)  # the default
+    np.testing.assert_array_equal(same.returns, tipl.score(store, num_episodes=2, progress=False).returns)
+
+    command = ("score", tmp_path / "s.zarr", "--num-episodes", 2, "--env-kwargs")
+    assert run_tipl(*command, json.dumps(kwargs), "--output", tmp_path / "scores.json") == 0
+    assert load_json(tmp_path / "scores.json", "score")["returns"] == scores.returns.tolist()
+    capsys.readouterr()
+    for text, expected in {
+        "{": "env_kwargs must be a JSON object, such as",
+        "[1]": "env_kwargs must be a JSON object, such as",
+        "[" * 100_000: "env_kwargs must be a JSON object, such as",
+        '{"no_such": 1}': "InvertedPendulum-v5 refuses env_kwargs .*no_such",
+        '{"num_envs": 1}': "InvertedPendulum-v5 refuses env_kwargs .*num_envs",
+    }.items():
+        assert run_tipl(*command, text) == 2
+        assert re.search(expected, capsys.readouterr().err)

@@ -2,9 +2,10 @@
 
 import contextlib
 import dataclasses
+import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 from numpy.typing import NDArray
@@ -325,6 +326,9 @@ class Score:
     """The episodes derive from it."""
     sampled: bool = False
     """Run the stochastic policies, as in training, instead of the deterministic ones."""
+    env_kwargs: Annotated[str, tyro.conf.arg(metavar="JSON")] = "{}"
+    """Further arguments of the environment where runs were not made with the registered ones, as in
+    '{"ctrl_cost_weight": 0.05}'. It is then Gymnasium's own, which is slower."""
     num_threads: int | None = None
     """Cores to use; by default all."""
     plot: PathArg | None = None
@@ -346,6 +350,7 @@ class Score:
                 every=self.every,
                 seed=self.seed,
                 sampled=self.sampled,
+                env_kwargs=_json_object("env_kwargs", self.env_kwargs),
                 num_threads=self.num_threads,
             )
             if aside is not None:
@@ -365,6 +370,19 @@ class Score:
         if self.plot is not None:
             tipl.plot_scores(scores, self.plot, overwrite=self.overwrite)
             print(f"{'plot':<10} {self.plot}")
+
+
+def _json_object(name: str, text: str) -> dict[str, Any]:
+    """Return the JSON object in an argument. Raises ValueError for anything else."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise ValueError(
+            f"score: {name} must be a JSON object, such as '{{\"ctrl_cost_weight\": 0.05}}', got {text!r:.80}"
+        )
+    return value
 
 
 def _gain(gain: "Estimate") -> str:

@@ -12,7 +12,7 @@ import importlib
 import operator
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -271,14 +271,29 @@ class MujocoVectorEnv(VectorEnv):
 class GymnasiumVectorEnv(VectorEnv):
     """Any registered environment of vector observations and of vector or Discrete actions, stepped one by one."""
 
-    def __init__(self, env_id: str, num_envs: int, *, seeds: list[int], max_episode_steps: int | None) -> None:
-        kwargs: dict[str, Any] = {} if max_episode_steps is None else {"max_episode_steps": max_episode_steps}
+    def __init__(
+        self,
+        env_id: str,
+        num_envs: int,
+        *,
+        seeds: list[int],
+        max_episode_steps: int | None,
+        env_kwargs: Mapping[str, Any],
+    ) -> None:
+        kwargs = (
+            dict(env_kwargs) if max_episode_steps is None else {"max_episode_steps": max_episode_steps, **env_kwargs}
+        )
         try:
             with warnings.catch_warnings():  # an older version of a task, named explicitly, is no mistake
                 warnings.filterwarnings("ignore", message=".*is out of date", category=DeprecationWarning)
                 vec: Any = gymnasium.make_vec(env_id, num_envs=num_envs, vectorization_mode="sync", **kwargs)
         except (ImportError, gymnasium.error.Error) as error:
             raise ValueError(f"make_vec: Gymnasium refuses {env_id}: {error}") from error
+        except Exception as error:
+            if not env_kwargs:
+                raise
+            # What an environment raises for arguments that it does not take may be anything.
+            raise ValueError(f"make_vec: {env_id} refuses env_kwargs {env_kwargs}: {error}") from error
         try:
             action_space = checked_actions(env_id, vec.single_action_space)
             observation_space = flat_box(env_id, "observations", vec.single_observation_space)
@@ -325,6 +340,7 @@ def make_vec(
     seeds: Sequence[int],
     num_threads: int | None = None,
     max_episode_steps: int | None = None,
+    env_kwargs: Mapping[str, Any] | None = None,
 ) -> VectorEnv:
     """Return `num_envs` environments of a registered Gymnasium id; call `reset` before the first `step`.
 
@@ -333,11 +349,13 @@ def make_vec(
         num_threads: threads that step a MuJoCo task of `TASKS`, by default one per CPU; results do not depend on it.
             Any other environment is stepped on the caller's thread.
         max_episode_steps: a time limit in place of the registered one.
+        env_kwargs: further arguments of the environment, such as ctrl_cost_weight. With any it is Gymnasium's own,
+            stepped on the caller's thread.
 
     Raises:
         TypeError: an argument that should be an int is not one.
-        ValueError: Gymnasium does not know the id or refuses it; the observations are not a Box of vectors, or the
-            actions neither that nor Discrete; there are not `num_envs` seeds.
+        ValueError: Gymnasium does not know the id, or refuses it or env_kwargs; the observations are not a Box of
+            vectors, or the actions neither that nor Discrete; there are not `num_envs` seeds.
     """
     num_envs = _checked_int("num_envs", num_envs, 1)
     if num_threads is not None:
@@ -348,11 +366,13 @@ def make_vec(
     registered_limit = _spec(env_id).max_episode_steps
     limit = registered_limit if max_episode_steps is None else max_episode_steps
     task = TASKS.get(env_id)
-    if task is not None and limit is not None:
+    if task is not None and limit is not None and not env_kwargs:
         return MujocoVectorEnv(
             env_id, task, num_envs, seeds=checked_seeds, num_threads=num_threads, max_episode_steps=limit
         )
-    return GymnasiumVectorEnv(env_id, num_envs, seeds=checked_seeds, max_episode_steps=max_episode_steps)
+    return GymnasiumVectorEnv(
+        env_id, num_envs, seeds=checked_seeds, max_episode_steps=max_episode_steps, env_kwargs=env_kwargs or {}
+    )
 
 
 def _spec(env_id: str) -> EnvSpec:

@@ -13,7 +13,7 @@ Shapes  N policies, M of them in a group that steps together, E episodes per pol
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import gymnasium
@@ -54,6 +54,7 @@ def run_episodes(
     bar: Progress | None = None,
     keep_diverged: bool = False,
     sampled: bool = False,
+    env_kwargs: Mapping[str, Any] | None = None,
 ) -> Episodes:
     """Run deterministic policies (N, p) for E episodes each, and keep `num_states` states of each policy.
 
@@ -63,8 +64,10 @@ def run_episodes(
     `episode_seeds` is (E,), the same for all policies, or (N, E). Policies and episodes step together in groups of up
     to `ENVS_AT_ONCE` simulations; an episode that has ended is not stepped further. On a cluster, workers take these
     groups one by one, each with `num_threads` threads, by default 1. With `keep_diverged`, a policy whose network gives
-    numbers that are not finite ends there, and all its returns are NaN. Raises ValueError for such a policy otherwise,
-    and where the policies have not the environment's numbers of observations and actions, or not its kind of actions.
+    numbers that are not finite ends there, and all its returns are NaN. `env_kwargs` are as in `make_vec`.
+
+    Raises ValueError for such a policy otherwise, and where the policies have not the environment's numbers of
+    observations and actions, or not its kind of actions.
     """
     seeds = np.broadcast_to(episode_seeds, (len(weights), np.shape(episode_seeds)[-1]))
     num_episodes = seeds.shape[1]
@@ -80,11 +83,13 @@ def run_episodes(
             bar.update(task, completed=sum(len(group) for group, _ in groups[:num_ended]) * num_episodes)
 
     if cluster is None:
-        run = functools.partial(_run_group, tick=tick, keep_diverged=keep_diverged, sampled=sampled)
+        run = functools.partial(
+            _run_group, tick=tick, keep_diverged=keep_diverged, sampled=sampled, env_kwargs=env_kwargs
+        )
         parts = [run(env_id, policy, *group, num_states, num_threads) for group in groups]
     else:
         threads = 1 if num_threads is None else num_threads
-        rest = (num_states, threads, _no_tick, _no_watch, keep_diverged, sampled)
+        rest = (num_states, threads, _no_tick, _no_watch, keep_diverged, sampled, env_kwargs)
         calls = [(env_id, policy, *group, *rest) for group in groups]
         parts = cluster.map(_run_group, calls, num_cpus=threads, poll=poll)
     return Episodes(np.concatenate([part.returns for part in parts]), [kept for part in parts for kept in part.states])
@@ -200,13 +205,14 @@ def _run_group(
     watch: Callable[[VectorEnv, NDArray[np.bool_], NDArray[np.float64]], None] = _no_watch,
     keep_diverged: bool = False,
     sampled: bool = False,
+    env_kwargs: Mapping[str, Any] | None = None,
 ) -> Episodes:
     """Run policies (M, p) on episodes (M, E) that step together; `tick` gets each number of ended episodes.
 
     `watch` is called before each step and after the last, with which episodes are running and their returns so far.
     """
     shape, seeds = episode_seeds.shape, episode_seeds.ravel().tolist()
-    env = make_vec(env_id, len(seeds), seeds=seeds, num_threads=num_threads)
+    env = make_vec(env_id, len(seeds), seeds=seeds, num_threads=num_threads, env_kwargs=env_kwargs)
     with contextlib.closing(env):
         difference = misfit(policy, env)
         if difference:

@@ -10,6 +10,7 @@ better.
 import dataclasses
 import functools
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,8 @@ class Scores:
     """One for each trial."""
     sampled: bool = False
     """Whether the policies were stochastic, as in training."""
+    env_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Further arguments of the environment."""
 
     @property
     def diverged(self) -> list[tuple[int, int]]:
@@ -75,6 +78,7 @@ class Scores:
         """Return plain JSON types."""
         return {
             "env_id": self.env_id,
+            "env_kwargs": dict(self.env_kwargs),
             "sampled": self.sampled,
             "checkpoints": self.checkpoints,
             "env_steps": self.env_steps.tolist(),
@@ -104,6 +108,7 @@ def score(
     every: int = 1,
     seed: int = 0,
     sampled: bool = False,
+    env_kwargs: Mapping[str, Any] | None = None,
     num_threads: int | None = None,
     progress: bool = True,
 ) -> Scores:
@@ -114,6 +119,8 @@ def score(
         every: take every n-th checkpoint, counted back from the last.
         seed: the episodes derive from it and from the trial's index.
         sampled: run the stochastic policies instead, as in training; what they draw follows from the episodes' seeds.
+        env_kwargs: further arguments of the environment, plain JSON, such as {"ctrl_cost_weight": 0.05}, where runs
+            were not made with the registered ones. It is then Gymnasium's own, which is slower.
         num_threads: cores that step the simulator, by default all; results do not depend on it.
 
     A policy that diverged, whose network gives numbers that are not finite, is never the best; where the last one did,
@@ -138,7 +145,7 @@ def score(
     returns, best = np.empty((N, C, num_episodes)), []
     with progress_bar(progress) as bar:
         simulate = functools.partial(run_episodes, store.env_id, policy, num_threads=num_threads, bar=bar)
-        run = functools.partial(simulate, keep_diverged=True, sampled=sampled)
+        run = functools.partial(simulate, keep_diverged=True, sampled=sampled, env_kwargs=env_kwargs)
         for start in range(0, N, at_once):
             trials = range(start, min(start + at_once, N))
             rows = [store.trial(i).weights()[last % every :: every] for i in trials]
@@ -153,7 +160,7 @@ def score(
                 for i, at, both in zip(trials, chosen, again, strict=True)
             ]
     env_steps = np.array([store.trial(i).env_steps[last % every :: every] for i in range(N)], np.int64)
-    return Scores(store.env_id, checkpoints, env_steps, returns, best, sampled)
+    return Scores(store.env_id, checkpoints, env_steps, returns, best, sampled, dict(env_kwargs or {}))
 
 
 def _best_of(returns: FloatArray, first: int) -> NDArray[np.intp]:
