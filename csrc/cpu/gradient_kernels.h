@@ -2,8 +2,8 @@
 // hold.
 //
 // Activations are stored by columns: row r of a matrix (rows, stride) holds number r of every token of a group of
-// kSequences sequences, those of one token side by side. `columns` counts those of a matrix that are meant, and is a
-// multiple of kSequences.
+// kSequences sequences, those of one token side by side. `columns` is how many columns of a matrix to take, a multiple
+// of kSequences.
 #pragma once
 
 #include <stddef.h>

@@ -1,8 +1,8 @@
 // The SIMD kernels of the refiner, beside `multiply` of cpu/policy_kernels.h. The rules of cpu/isa_kernels.h hold.
 //
-// Activations are stored by columns, one column for each policy weight: matrices (rows, stride). `columns` counts those
-// that are meant, and is a multiple of every N. The refiner is odd: a matrix of its hidden layers (rows, 2 columns) has
-// the activations for its signed inputs in its left half, and those for the inputs negated in its right one.
+// Activations are stored by columns, one column for each policy weight: matrices (rows, stride). `columns` is how many
+// to take, a multiple of every N. The refiner is odd: a matrix of its hidden layers (rows, 2 columns) has the
+// activations for its signed inputs in its left half, and those for the negated inputs in its right half.
 #pragma once
 
 #include <stddef.h>

@@ -2,9 +2,8 @@
 // rollout_gradient.h.
 //
 // All that the way back needs is kept by columns (cpu/gradient_kernels.h), a matrix for each activation. Tokens are
-// walked in runs: those that are given at once, then one prediction at a time; the way back walks them in reverse. In a
-// rollout nothing is predicted from tokens given but the last: of these others the last block needs keys and values
-// alone.
+// walked in runs: the given ones all at once, then one prediction at a time; the way back walks them in reverse. In a
+// rollout only the last given token predicts anything: of those before it, the last block needs only keys and values.
 #pragma once
 
 #include <cstddef>

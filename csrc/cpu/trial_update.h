@@ -1,4 +1,4 @@
-// PPO's update of one trial after the other, as one thread does it. Letters as in ppo.h.
+// One thread's work in PPO's update: one trial after the other. Letters as in ppo.h.
 //
 // The parameters and moments of a trial and the activations of a minibatch stay in the L2 cache. Activations are stored
 // by columns, (width, B), so that one register holds a number of as many steps as it has lanes, whatever the widths of

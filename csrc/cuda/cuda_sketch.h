@@ -1,5 +1,5 @@
-// CUDA's part of a sketch. C and G stay in the device's memory until they are read; d Omega of each row goes to the
-// host with the squares of its block, which is looked at before the block is added.
+// CUDA's part of a sketch. C and G stay in the device's memory until they are read. d Omega of each row goes to the
+// host, with the squares of its block, which are checked before the block is added.
 #pragma once
 
 #include <cstddef>

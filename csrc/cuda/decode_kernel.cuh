@@ -1,16 +1,13 @@
 // The persistent kernel: all steps of a pass in one launch. Letters as in decode.h and decode_plan.h.
 //
-// Work     A pass is tiles of R rows, and each row appends one token at a step. Each of G blocks has the parts
-// part_of(...)
-//          of the model, in the order in which a token meets them, for the whole launch; so the layers are a pipeline,
-//          and many tiles keep all blocks busy. The cache of a head is read and written by one block alone.
+// Work     A pass is tiles of R rows, and each row appends one token at a step. Each of G blocks has its parts of the
+//          model (part_of), in the order in which a token meets them, for the whole launch; so the layers are a
+//          pipeline, and many tiles keep all blocks busy. Only one block reads and writes the cache of a head.
 // Order    Every block takes the steps in order, the tiles of a step in order, and its parts in order. What a part
-// waits
-//          for comes earlier in this order, so that blocks that all run at once never wait for each other in a circle.
+//          waits for comes earlier in this order, so that blocks, which all run at once, never wait in a circle.
 // Meetings 2 L for each step of a tile: the units of a layer wait for its heads, and the heads of the next layer for
-// the
-//          units. A share is written, then counted (release); who waits sees the count (acquire), then reads. A share
-//          is written again only when all that read it have been counted.
+//          the units. A share is written, then counted (release); whoever waits sees the count (acquire), then reads.
+//          A share is written again only when all that read it have been counted.
 // Memory   Weights: once for each launch where they fit into shared memory, else once for each tile and step. Shares:
 //          (H + 1) R d numbers for each unit, (U + 1) R d for each head. Cache: each slot once for each row.
 // Flops    2 * (4 d^2 + 2 d d_ff + 2 d slot) * L for each row, and H times those of embed and head.

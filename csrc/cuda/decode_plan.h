@@ -6,9 +6,9 @@
 //   head h   z -> norm1 -> query, key, value of the head -> attention -> its share of proj   (d)
 //   unit u   z -> norm2 -> F units of the MLP -> their share of fc2                          (d)
 //
-// Each part writes its share of the sum that the residual stream z gets next; who needs z adds the shares up, always in
-// the same order. So a step has two meetings for each layer, and weights are read from global memory once for all
-// steps.
+// Each part writes its share of the next sum of the residual stream z; every part that needs z adds the shares up,
+// always in the same order. So a step has two meetings for each layer, and weights are read from global memory once for
+// all steps.
 #pragma once
 
 #include <cstddef>

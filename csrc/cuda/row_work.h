@@ -1,5 +1,5 @@
-// Work on rows that is done on a device, wherever they lie: rows in the host's memory come through two pinned buffers,
-// on a stream of their own, while kernels work on those that came before.
+// Work on rows that a device does, wherever the rows lie. Those in the host's memory come through two pinned buffers,
+// on a stream of their own, while kernels work on the rows before them.
 #pragma once
 
 #include <array>

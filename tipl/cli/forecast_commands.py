@@ -32,8 +32,8 @@ class Train:
     """
 
     store: tuple[StoreArg, ...]
-    """A store written by `tipl collect`, or several, of any tasks. --num-checkpoints brings paths of different lengths
-    to one."""
+    """One store or several, of any tasks, as `tipl collect` or `tipl import` writes them. If their paths differ in
+    length, --num-checkpoints thins them to one length."""
     output: PathArg
     """The model folder; must not exist."""
     num_threads: int | None = None
@@ -57,15 +57,15 @@ class Train:
 class Calibrate:
     """Learn from your own runs when to trust a forecaster, and how far to go along its forecasts.
 
-    Runs forecasts for up to --num-trials trials of each store in the simulator, never for the trials that `tipl
-    evaluate` judges. A confidence that was learnt on other tasks, such as that of the forecaster that comes with tipl,
-    says little about yours.
+    Forecasts of up to --num-trials trials of each store are run in the simulator, but never of the trials that `tipl
+    evaluate` judges. The forecaster that comes with tipl learnt its confidence on other tasks; such a confidence says
+    little about yours.
 
     Example: tipl calibrate --store runs/own/store.zarr --output runs/own/model
     """
 
     store: tuple[StoreArg, ...]
-    """Runs of your task. With stores of several tasks one confidence serves all, and there is no `tuned` forecast."""
+    """Runs of your task. With several stores, one confidence serves all, and there is no `tuned` forecast."""
     output: PathArg
     """The new model folder; must not exist."""
     model: PathArg | None = None
@@ -97,8 +97,8 @@ class Rollout:
 
     store: StoreArg
     output: PathArg
-    """A .safetensors file: `weights` (horizon, p) float32; `checkpoint` (horizon,), the index of each row in the path;
-    and, where the model was calibrated, `confidence` (horizon,), the probability that a row's policy beats the last one
+    """A .safetensors file: `weights` (horizon, p) float32; `checkpoint` (horizon,), the index in the path of each row;
+    and, if the model was calibrated, `confidence` (horizon,), the probability that the row's policy beats the last one
     observed."""
     model: PathArg | None = None
     """A model folder written by `tipl train`; by default the forecaster that comes with tipl."""
@@ -110,12 +110,12 @@ class Rollout:
     horizon: int | None = None
     """How many checkpoints to forecast; by default to the end of the path."""
     device: str = "cpu"
-    """Where the Transformer runs: cpu, cuda, cuda:1 ..., or auto, which takes the faster one."""
+    """Where the Transformer runs: cpu, cuda, cuda:1 ..., or auto, the faster of these."""
     plot: PathArg | None = None
-    """Draw the observed path, the true one, the forecast and simple rivals, all projected on the two leading directions
-    of the path, into this .svg or .png file."""
+    """Draw the observed path, the true one, the forecast and simple rivals into this .svg or .png file, all projected
+    on the two leading directions of the path."""
     overwrite: bool = False
-    """Replace a plot that is there."""
+    """Replace the plot if it exists."""
 
     def run(self) -> None:
         from tipl.report.drawing import percent
@@ -194,14 +194,14 @@ class Video:
     every: int | None = None
     """Take every n-th checkpoint; by default the smallest n with which the path fits the model."""
     horizon: int | None = None
-    """How many checkpoints ahead the forecast and the true policy are; by default those at the end of the path."""
+    """How many checkpoints ahead the forecast and the true policy are; by default at the end of the path."""
     seed: int | None = None
-    """The episode's seed; by default that of the first episode on which `tipl evaluate` judges this trial under its own
-    default seed."""
+    """The episode's seed; by default that of the first episode on which `tipl evaluate`, with its own default seed,
+    judges this trial."""
     seconds: float = 10.0
     """How much of the episode is shown, in seconds of the simulation."""
     width: int = 400
-    """Of one policy's picture, in pixels."""
+    """The width of one policy's picture, in pixels."""
     height: int = 300
 
     def run(self) -> None:
@@ -252,14 +252,14 @@ class Evaluate:
     output: PathArg
     """The folder of results.json; must not exist."""
     fresh: FreshArg = None
-    """Judge all trials of this store instead of the held-out ones; it must be collected like --store, under another
-    --seed."""
+    """Judge all trials of this store instead of the held-out ones. It must have been collected like --store, under
+    another --seed."""
     num_threads: int | None = None
     """Cores to use, by default all; with --ray the cores of each worker, by default one."""
     ray: RayArg = None
     """Run the policies on the Ray cluster at this address; "local" starts a cluster on this machine."""
     device: str = "cpu"
-    """Where the Transformer runs: cpu, cuda, cuda:1 ..., or auto, the faster one. Policies run on the CPU."""
+    """Where the Transformer runs: cpu, cuda, cuda:1 ..., or auto, the faster of these. Policies run on the CPU."""
     evaluate: OmitArgPrefixes[EvaluateConfig] = dataclasses.field(default_factory=EvaluateConfig)
 
     def run(self) -> None:
@@ -289,9 +289,9 @@ class Report:
     evaluation: PathArg
     output: PathArg
     model: PathArg | None = None
-    """Adds the training curve."""
+    """The model folder; adds the training curve."""
     overwrite: bool = False
-    """Replace a report that is there."""
+    """Replace the report if it exists."""
 
     def run(self) -> None:
         page = tipl.write_report(
@@ -306,16 +306,16 @@ class Report:
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """Run every checkpoint of every run in the simulator: which is the best of a run, and does it beat the last?
+    """Run every checkpoint of every run in the simulator: which one is a run's best, and does it beat the last?
 
-    The best checkpoint of each run is run again beside the last one, on new episodes, so that luck is not taken for
+    The best and the last checkpoint of each run are then run again on new episodes, so that luck is not taken for
     skill; brackets are 95 % intervals over these episodes.
 
     Example: tipl score runs/own/store.zarr --output runs/own/scores.json --plot runs/own/scores.svg
     """
 
     store: tyro.conf.Positional[StoreArg]
-    """A store of `tipl collect`, `tipl import` or a recorder."""
+    """A store that `tipl collect`, `tipl import` or a recorder wrote."""
     output: PathArg | None = None
     """Write all returns into this JSON file; must not exist."""
     num_episodes: int = 5
@@ -323,18 +323,18 @@ class Score:
     every: int = 1
     """Take every n-th checkpoint, counted back from the last."""
     seed: int = 0
-    """The episodes derive from it."""
+    """The seed of the episodes."""
     sampled: bool = False
     """Run the stochastic policies, as in training, instead of the deterministic ones."""
     env_kwargs: Annotated[str, tyro.conf.arg(metavar="JSON")] = "{}"
-    """Further arguments of the environment where runs were not made with the registered ones, as in
-    '{"ctrl_cost_weight": 0.05}'. It is then Gymnasium's own, which is slower."""
+    """Arguments for the environment, if the runs were made with others than the registered ones, such as
+    '{"ctrl_cost_weight": 0.05}'. The environment is then Gymnasium's own, which is slower."""
     num_threads: int | None = None
     """Cores to use; by default all."""
     plot: PathArg | None = None
     """Draw the returns into this .svg or .png file."""
     overwrite: bool = False
-    """Replace a plot that is there."""
+    """Replace the plot if it exists."""
 
     def run(self) -> None:
         from tipl.report.plot_file import plot_path

@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Accelerate:
-    """Train many PPO trials at once that jump along forecasts of their own weights, and keep what holds.
+    """Train many PPO trials at once that jump along forecasts of their own weights, and undo jumps that do not hold.
 
-    After a few iterations a trial's weights are replaced by a forecast of them. Its own next two iterations are the
-    test: if their episodes return no more than the trial's trend leads to expect without a jump, the trial is put back
-    bit for bit, and the iterations are lost and counted. With --jumps.max-jumps 0 the same trials train without jumps,
-    to compare with. If it is interrupted, the same command goes on from there.
+    A jump replaces a trial's weights, after a few iterations, by a forecast of them. The trial's next two iterations
+    test it: if their episodes return no more than the trial's trend leads to expect without a jump, the trial is put
+    back bit for bit, and the iterations are lost and counted. With --jumps.max-jumps 0 the same trials train without
+    jumps, for comparison. If it is interrupted, the same command goes on from there.
 
     Example: tipl accelerate --env-id InvertedPendulum-v5 --total-timesteps 25600 --ppo.num-steps 512
     --ppo.num-minibatches 8 --ppo.learning-rate 0.0024 --output runs/faster
@@ -38,11 +38,11 @@ class Accelerate:
     num_trials: int = 32
     """PPO runs, each with its own initial weights and seeds."""
     total_timesteps: int = 100_000
-    """Env steps for each trial, those that jumps cost among them."""
+    """Env steps for each trial, including those that jumps cost."""
     model: PathArg | None = None
     """The forecaster's folder, written by `tipl train`; by default the one that comes with tipl."""
     seed: int = 0
-    """The seeds of all trials derive from it."""
+    """The seed from which those of all trials derive."""
     num_threads: int | None = None
     """Cores to use, by default all."""
     tensorboard: PathArg | None = None
@@ -75,7 +75,7 @@ class Accelerate:
 
 @dataclasses.dataclass(frozen=True)
 class Compare:
-    """Compare what `tipl accelerate` wrote: after which share of the plain runs' env steps do others return as much?
+    """Compare runs of `tipl accelerate`: after which share of the plain runs' env steps do others return as much?
 
     All must have the same seeds, so that runs are compared in pairs; brackets are 95 % bootstrap intervals over seeds.
 
@@ -83,13 +83,13 @@ class Compare:
     """
 
     plain: tyro.conf.Positional[PathArg]
-    """The folder of the runs that the others are compared with."""
+    """The output folder of the plain runs, with which the others are compared."""
     others: tyro.conf.Positional[tuple[PathArg, ...]]
-    """The other folders."""
+    """The output folders of the other runs."""
     plot: PathArg | None = None
     """Draw the learning curves into this .svg or .png file."""
     overwrite: bool = False
-    """Replace a plot that is there."""
+    """Replace the plot if it exists."""
 
     def run(self) -> None:
         ledgers = {str(path): tipl.Ledger.load(_ledger_of(path)) for path in (self.plain, *self.others)}

@@ -32,7 +32,7 @@ class Run:
     total_timesteps: int = 100_000
     """Env steps for each trial."""
     seed: int = 0
-    """The seeds of all trials derive from it; --train.seed chooses the split, --evaluate.seed the episodes."""
+    """The seed from which those of all trials derive; --train.seed chooses the split, --evaluate.seed the episodes."""
     shared_init: bool = False
     """Start all trials from the same weights (the paper's setting)."""
     num_threads: int | None = None
@@ -40,7 +40,7 @@ class Run:
     ray: RayArg = None
     """Spread the work over the Ray cluster at this address; "local" starts a cluster on this machine."""
     resume: bool = False
-    """Go on in the folder of a finished run too, or of one by an older tipl, and make what is missing there."""
+    """Also go on in the folder of a run that is finished or was made by an older tipl, and make what is missing."""
     ppo: PPOConfig = dataclasses.field(default_factory=PPOConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
@@ -88,7 +88,7 @@ class Reproduce:
 
     output: PathArg = Path("runs/reproduction")
     stores: Annotated[tuple[str, ...], arg(metavar="ENV=PATH")] = ()
-    """Complete stores of independently initialised trials to take instead of collecting."""
+    """Complete stores of independently initialised trials, to use instead of collecting."""
     num_threads: int | None = None
     """Cores to use; by default all."""
 

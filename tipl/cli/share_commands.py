@@ -30,7 +30,7 @@ class Push:
     revision: str | None = None
     """A branch, which is made unless it exists; by default the main one."""
     overwrite: bool = False
-    """Replace what the branch holds. Its history keeps that."""
+    """Replace what the branch holds; its history keeps the old files."""
 
     def run(self) -> None:
         url = tipl.push(

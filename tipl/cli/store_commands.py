@@ -33,12 +33,12 @@ class Collect:
     total_timesteps: int = 100_000
     """Env steps for each trial."""
     seed: int = 0
-    """The seeds of all trials derive from it."""
+    """The seed from which those of all trials derive."""
     shared_init: bool = False
     """Start all trials from the same weights (the paper's setting)."""
     init_seed: int | None = None
-    """Start all trials from the initial weights that this trial seed gives. To start as another store with a shared
-    start did, give the first seed that `tipl store info` shows of it."""
+    """Start all trials from the initial weights that this trial seed gives. To get the start that another store's
+    trials share, give the first seed that `tipl store info` shows for that store."""
     num_threads: int | None = None
     """Cores to use, by default all; with --ray the cores of each worker, by default one."""
     ray: RayArg = None
@@ -92,7 +92,7 @@ class StoreVerify:
 
 @dataclasses.dataclass(frozen=True)
 class StoreInfo:
-    """Show what is inside a store: trials, checkpoints, layout, hyperparameters, returns, how far it is.
+    """Show what is inside a store: trials, checkpoints, layout, hyperparameters, returns, progress.
 
     Example: tipl store info runs/cheetah/store.zarr --plot cheetah.svg
     """
@@ -102,7 +102,7 @@ class StoreInfo:
     plot: PathArg | None = None
     """Draw learning curves, dimensionality and detour ratios of the trials' paths into this .svg or .png file."""
     overwrite: bool = False
-    """Replace a plot that is there."""
+    """Replace the plot if it exists."""
 
     def run(self) -> None:
         for label, text in tipl.describe_store(tipl.Store.open(self.store)).items():
@@ -145,7 +145,7 @@ class StoreCommands:
 class Import:
     """Make a store of your own runs: checkpoints of Stable-Baselines3, CleanRL, rsl_rl, skrl, rl_games, TorchRL, Flax.
 
-    Any other state_dict is taken too.
+    It also reads any other state_dict.
 
     Example: tipl import logs/seed0 logs/seed1 --output store.zarr --env-id Hopper-v5 --pattern 'rl_model_*.zip'
     """
@@ -157,31 +157,31 @@ class Import:
     """Where the store goes; must not exist. Needed unless --dry-run."""
     dry_run: bool = False
     """Only print what would be imported: what each tensor of the first file is taken for, the order of the files, their
-    env steps, the notes; and the tensors of the first file also where the import would be refused."""
+    env steps, the notes. If the import would be refused, the tensors of the first file are printed all the same."""
     env_id: str = "unknown"
     """The Gymnasium id, which checkpoint files do not hold and `tipl evaluate` needs."""
     pattern: str = "*"
     """Which file names to take in each folder."""
     activation: Activation | None = None
-    """The policy's activation. Must be given where the files do not say it and the simulator can run the policy."""
+    """The policy's activation. Needed if the simulator can run the policy and the files do not say the activation."""
     actor: tuple[str, ...] | None = None
     """How the actor's keys begin, such as "policy.", where a file holds several networks; "" takes all keys but the
     critics'."""
     discrete: Literal["logits", "values"] | None = None
-    """Says that the policy chooses discrete actions, and what its outputs are, one for each action, where the files do
-    not say it: logits, as in PPO, or values, as in DQN."""
+    """For files that do not say it: the policy chooses discrete actions, and its outputs, one for each action, are
+    logits, as in PPO, or values, as in DQN."""
     squash: bool | None = None
     """For TorchRL: whether actions are the tanh of the network's output (TanhNormal), or the output itself."""
     ignore: tuple[str, ...] = ()
-    """Patterns of keys that are no weights of the policy, such as 'obs_rms.*', where a file holds such."""
+    """Patterns of keys that are not weights of the policy, such as 'obs_rms.*', if a file holds any."""
     order: str = "step"
     """What orders the files of a folder: step, the one number in which their names differ; name; mtime, the time of
     modification; or a regular expression that finds the step in each name, such as 'iter_([0-9]+)'."""
     normaliser: PathArg | None = None
     """The file with VecNormalize's statistics, which are folded into the first layer; "none" if observations were not
-    normalised. By default what lies beside the checkpoints of a run that says that it used VecNormalize."""
+    normalised. By default the file beside the checkpoints, if the run's files say that it used VecNormalize."""
     num_checkpoints: int | None = None
-    """Take this many checkpoints of each trial, from its first on; by default all, and all trials must hold equally
+    """Take only the first so many checkpoints of each trial. By default all are taken, and all trials must have equally
     many."""
     max_bytes: int | None = None
     """The largest size of a file, and of what a zip unpacks to. By default 1 GiB, and less for a zip that unpacks to
@@ -240,11 +240,11 @@ class Export:
     actor: tuple[str, ...] | None = None
     """How the actor's keys in --like begin, where that file holds several networks and the weights do not say which."""
     normaliser: PathArg | None = None
-    """The file of VecNormalize's statistics that the new file will be used with, where they were folded into the
-    weights; by default the one beside --like; "none" leaves them folded in, for observations as they are. An ONNX model
-    holds them inside: with this file it also clips observations as VecNormalize does."""
+    """If VecNormalize's statistics were folded into the weights, the file of the statistics that the new file will be
+    used with; by default the one beside --like. "none" leaves them folded in, for observations as they are. An ONNX
+    model always holds them inside; with this file it also clips observations as VecNormalize does."""
     env_id: str | None = None
-    """For ONNX, the Gymnasium id of the task, whose action space actions are clipped to; by default the store's; "none"
+    """For ONNX, the Gymnasium id of the task, whose bounds actions are clipped to; by default the store's. "none"
     leaves actions as they are."""
     max_bytes: int | None = None
     """The largest size of --like, and of what it unpacks to, as in `tipl import`."""

@@ -1,7 +1,7 @@
 """Run deterministic policies in the simulator: their episodic returns, and a sample of the states that they visit.
 
-A deterministic policy takes the mean action, clipped to the action space or squashed into it, or of discrete actions
-the one with the greatest output. Bit for bit, its results depend only on its weights and its episode seeds: not on
+A deterministic policy takes the mean action, clipped to the action space or squashed into it; of discrete actions it
+takes the one with the greatest output. Bit for bit, its results depend only on its weights and episode seeds: not on
 which policies step together, the number of threads, or which machine of a cluster runs it, provided that all have the
 same libraries and instruction set (`tipl._core.isa()`). Another instruction set may round an action differently, and
 chaotic dynamics turn that into a different return.

@@ -51,7 +51,7 @@ class PPOConfig:
     VecNormalize does. In checkpoints this is folded into the first layer, without the clipping."""
     normalize_rewards: bool = False
     """Divide rewards by the running standard deviation of the discounted returns and clip to +-10, as SB3's
-    VecNormalize does. Only learning sees them so: episodic returns are sums of the rewards as they are."""
+    VecNormalize does. Only learning uses these: recorded episodic returns are sums of the original rewards."""
     hidden_sizes: tuple[int, ...] = (64, 64)
     """Widths of the hidden layers, the same for actor and critic, which share no layers."""
     activation: Activation = "tanh"

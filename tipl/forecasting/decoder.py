@@ -28,9 +28,9 @@ class Decoder:
         path = decoder.generate(100)    # (4, 100, k), what model.rollout(prefix, 100) returns
 
     `prefill` once, then any mix of `step` (observe what came) and `generate` (believe the predictions); `reset` to
-    begin anew. Results have the same bits for any `num_threads`, and for a sequence alone as for one in a batch. One
-    call at a time: a second thread's raises RuntimeError, and so does any in a child that was forked during one. A
-    decoder is not pickled or copied.
+    begin anew. Results have the same bits for any `num_threads`, and for a sequence alone or in a batch. One call at a
+    time: a second thread's call raises RuntimeError, and so does any call in a child that was forked during one. A
+    decoder cannot be pickled or copied.
 
     Arrays are NumPy's, torch's, or of any library that speaks DLPack (CuPy, JAX), float32, and are not copied where
     they are on the decoder's device. Results are of the kind that came in: NumPy arrays, torch tensors on the device,
@@ -152,9 +152,9 @@ class Decoder:
         """Append the model's own predictions n times; return what was appended, (B, n, k).
 
         The first is the prediction that the last call returned, so that prefill and generate(n) give what
-        `TrajectoryTransformer.rollout` gives, and generate(n) then generate(m) what generate(n + m) gives. With an n of
-        its own for each sequence, (B,), the result is (B, n.max(), k) and NaN behind a sequence's own n; one that has
-        all its own costs nothing more. The result is of the kind of the array that `prefill` was given. A path that
+        `TrajectoryTransformer.rollout` gives, and generate(n) then generate(m) what generate(n + m) gives. `n` may be
+        an array (B,), a number for each sequence: the result is then (B, n.max(), k), NaN after a sequence's own n, and
+        finished sequences cost nothing more. It is of the kind of the array that `prefill` was given. A path that
         diverges is returned as it is, Inf or NaN. The loop runs without the GIL. Interrupted by Ctrl-C, the decoder
         holds as many tokens as `position` says, and generate goes on from there.
 

@@ -173,10 +173,10 @@ class Forecaster:
         num_threads: int | None = None,
         device: str = "cpu",
     ) -> list[Forecast]:
-        """Return each run continued, from prefixes (h+1, p) of any lengths by horizons n of their own, in one batch.
+        """Return the forecast of each run, in one batch; prefixes (h+1, p) and horizons n may differ between runs.
 
-        All are of one kind of policy: `layout` says which tensors the p weights are; by default it is that of the
-        training trials with as many. `bases` are what `basis_of` gives each prefix, where that is known already.
+        All runs have one kind of policy. `layout` says which tensors the p weights are; by default it is that of the
+        training trials with p weights. `bases` are what `basis_of` gives each prefix, where that is known already.
         `device` is where the Transformer runs, as in `Decoder`.
         """
         bases = [self.basis_of(prefix) for prefix in prefixes] if bases is None else bases
@@ -215,9 +215,9 @@ class Forecaster:
 def load_pretrained() -> Forecaster:
     """Return the forecaster that comes with tipl, trained on seven MuJoCo tasks, for paths of at most 51 checkpoints.
 
-    It believes 0.55 of what it forecasts, which on tasks that it never saw was better than persistence on all of seven
-    (docs/results/zero-shot.md). A run of more checkpoints has to be thinned
-    evenly to fit, as `tipl rollout` and `evaluate` do.
+    It goes 0.55 of the way that its networks predict: with such a share, forecasters that had not seen a task were
+    better than persistence on it, on all of seven (docs/results/zero-shot.md). A run of more checkpoints has to be
+    thinned evenly to fit, as `tipl rollout` and `evaluate` do.
     """
     return Forecaster.load(PRETRAINED)
 

@@ -30,13 +30,13 @@ class TrainConfig:
     weight_decay: float = 0.5
     dropout: float = 0.4
     noise: float = 0.0
-    """Standard deviation of the noise on the inputs. It helps one-step training; trained on its own rollouts the model
-    did not need it on InvertedPendulum (0.03 made it worse)."""
+    """Standard deviation of the noise on the inputs. It helps one-step training. With training on its own rollouts the
+    model did not need it on InvertedPendulum (0.03 made it worse)."""
     flip_probability: float = 0.0
-    """Share of coordinates whose sign is flipped over a whole trajectory. With 0.5 the model can learn odd functions
-    only, which on InvertedPendulum left it at the mean path."""
+    """Share of coordinates whose sign is flipped over a whole trajectory. With 0.5 the model can only learn odd
+    functions, which on InvertedPendulum left it at the mean path."""
     mixing: float = 1.0
-    """Two training paths are averaged into one example, with shares from Beta(mixing, mixing); 0 for no averaging."""
+    """Each example is the average of two training paths, with shares from Beta(mixing, mixing); 0 for no averaging."""
     ema_decay: float = 0.998
     """The forecaster is the running average of the weights over the last 1 / (1 - ema_decay) steps."""
     patience: int = 8
@@ -49,21 +49,21 @@ class TrainConfig:
     """Train on all trials and judge on the same: how well paths can be fitted, which says nothing about new runs.
     Nothing is held out then, and validation trials are training trials too."""
     max_prefixes: int = 64
-    """How many prefixes of each trial are learned from, spread evenly over the path."""
+    """How many prefixes of each trial to learn from, spread evenly over the path."""
     max_trials: int = 1024
-    """How many training trials of each store are learned from, at most; of validation trials a quarter as many."""
+    """How many training trials of each store to use at most, and a quarter as many validation trials."""
     num_checkpoints: int | None = None
-    """Thin longer paths evenly to this many checkpoints and cut the rest; by default all are taken, and all paths must
-    have one length."""
+    """Thin longer paths evenly to this many checkpoints, and drop what then remains at their ends. By default all
+    checkpoints are taken, and all paths must have the same length."""
     refine_steps: int = 4000
     """Optimiser steps of the refiner, which corrects the Transformer's forecasts weight by weight; 0 for no refiner."""
     d_refine: int = 64
     """Width of the refiner."""
     trust: float = 1.0
-    """Forecasts go this share of the displacement that the networks predict; below one for a forecaster that will be
-    used on tasks it was not trained on."""
+    """The share of the predicted displacement that forecasts go; choose it below one for a forecaster that will be used
+    on tasks it was not trained on."""
     confidence_trials: int = 32
-    """How many trials of each store have their forecasts run in the simulator, to learn which forecasts are worth
+    """For how many trials of each store forecasts are run in the simulator, to learn which forecasts are worth
     following and how far: first validation trials, then training trials; 0 for no confidence."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """bfloat16 runs matrix products under autocast, for GPUs. On two CPU cores a step took 1.6 times as long as in

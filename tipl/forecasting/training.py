@@ -218,8 +218,9 @@ def train(
     simulator can run the policies, confidence.safetensors and strides.safetensors; and for a
     shared basis basis.safetensors, which with `ray` is fitted on the Ray cluster at that address ("local" starts one).
 
-    On the CPU it computes on `num_threads` cores, all by default, and after an interruption the same call goes on and
-    gives the same bits, with the same stores and versions and any number of threads; otherwise it starts again.
+    On the CPU it computes on `num_threads` cores, by default all. After an interruption the same call goes on there
+    and gives the same bits if stores and versions are the same, with any number of threads (in bfloat16, with the same
+    number of torch's). Otherwise it starts again.
 
     Raises FileExistsError where `output` exists; OutputInUse where another process is making it; ValueError where a
     store has too few trials or checkpoints, or paths have different lengths.

@@ -4,8 +4,8 @@ Shapes  N policies, S states, A = act_dim, p weights. Actions are computed in fl
 else is in float64.
 
 A continuous action is the policy's mean, clipped or squashed to the action space, in units of half the action range:
-every action space is 2 wide, so that tasks can be compared. A dimension without bounds keeps its unit. Of discrete
-actions, which lie in no order, only it counts whether two are the same.
+every action space is 2 wide, so that tasks can be compared. A dimension without bounds keeps its unit. Discrete actions
+have no order: it only counts whether two are the same.
 """
 
 import contextlib

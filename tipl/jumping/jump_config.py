@@ -14,26 +14,26 @@ class JumpConfig:
     """When a run jumps, how far, what a jump changes, and what it must hold against."""
 
     start: int = 6
-    """Iterations before the first jump. Each jump, held or undone, doubles the wait for the next one."""
+    """Iterations before the first jump. Each jump, whether it holds or not, doubles the wait for the next one."""
     reach: float = 5.0
     """A jump goes this many times as far ahead as the run has walked since the last one."""
     max_jumps: int = 1
-    """A run jumps until this many jumps have held."""
+    """A run stops jumping when this many jumps have held."""
     max_undone: int = 4
-    """A run in which this many jumps were undone jumps no more."""
+    """A run stops jumping when this many jumps were undone."""
     critic: bool = True
-    """Forecast the critic too. Without it the actor jumps and the critic has to follow."""
+    """Forecast the critic too. Without it only the actor jumps, and the critic has to catch up."""
     log_std_drop: float | None = 0.5
-    """How far a jump may lower each log_std at most, where it is a parameter; None: as far as it is forecast. Where
+    """The most by which a jump may lower each log_std, where it is a parameter; None: as far as it is forecast. Where
     actions have hardly any noise left, the same learning rate tears the policy apart some iterations later."""
     margin: float | None = 2.0
-    """A jump holds if the mean return of each iteration that tests it is above what the run's own trend leads to expect
-    without it by at least this many deviations of an iteration's mean return; None: every jump holds."""
+    """A jump holds if the mean return of each iteration that tests it exceeds what the run's own trend leads to expect
+    by at least this many deviations of an iteration's mean return; None: every jump holds."""
     test_iterations: int = 2
-    """Iterations that test a jump. One alone lets some through that return more at once and learn worse; more cost more
-    where a jump fails."""
+    """Iterations that test a jump. A test of one lets some jumps pass that return more at once but learn worse; a
+    longer test costs more where a jump fails."""
     max_rows: int = 32
-    """Checkpoints of a run's path that forecasts see, even; a longer path is thinned."""
+    """The most checkpoints of a run's path that a forecast sees, an even number; a longer path is thinned."""
 
     def __post_init__(self) -> None:
         for name, least in (("start", MIN_PREFIX_END), ("max_jumps", 0), ("max_undone", 0), ("test_iterations", 1)):

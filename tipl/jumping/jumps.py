@@ -3,11 +3,11 @@
 Shapes  N runs that learn in lockstep; P weights of a run, the actor's p first; h+1 checkpoints of its path.
 
 Between two iterations of training every run is in one of two states. While it *walks*, a schedule says whether to jump
-now and how far. A jump keeps all that the run's next iteration depends on, and sets the weights to the forecast. Then
-the run is *tested*: it trains on, as ever, and the returns of each iteration's episodes are compared with what the
-trend of those before the jump leads to expect without it. If they are higher, by more than chance, in the next few
-iterations, the jump is kept and has cost nothing. If not, the run is put back to what it was before, and the env steps
-since then are lost; they are counted. No other episode is run to judge.
+now and how far. A jump saves all that the run's next iteration depends on, and sets the weights to the forecast. Then
+the run is *tested*: it trains on as before, and the returns of each iteration's episodes are compared with what the
+trend before the jump leads to expect. If they are higher, by more than chance, in each of the next few iterations, the
+jump is kept and has cost nothing. If not, the run is put back to what it was before, and the env steps since then are
+lost, and counted. No other episode is run to judge.
 """
 
 import dataclasses

@@ -1,5 +1,5 @@
-"""Callbacks of Stable-Baselines3: one records the path of the actor's weights, and a run that was cut off goes on with
-it; one lets a run jump along a forecast of its weights. They need the extra `sb3`."""
+"""Callbacks of Stable-Baselines3. One records the path of the actor's weights, and resumes a run that was cut off; the
+other lets a run jump along a forecast of its weights. They need the extra `sb3`."""
 
 try:
     import stable_baselines3  # noqa: F401

@@ -6,7 +6,7 @@
     trial_0000/env_steps          (T,) int64
     trial_0000/episodic_return    (T,) float64, NaN before the first episode has ended
     resume/                       saved states of an unfinished collection (`resume.py`)
-    training_state/               what a recorded run's training needs to go on (`training_state.py`)
+    training_state/               what a recorded run's training needs to go on (`run_state.py`)
 
 Every file is written under a temporary name, flushed to disk and renamed. Chunks and groups carry checksums
 (`zarr_files.py`), and a commit record has the checksums of its trial's chunks, so that a misplaced chunk is detected.

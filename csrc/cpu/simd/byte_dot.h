@@ -1,8 +1,8 @@
 // Inputs of int8 weights, where the instruction set multiplies bytes. Part of kernels.cpp, under its rules.
 //
-// A row of inputs is rounded to whole steps, 256 high + low, with two signed bytes for each input: 16 bits, so that
-// what int8 costs is the rounding of the weights alone. One factor of a product of bytes is unsigned: weights are
-// stored as kInt8Zero more than they are. Sums of bytes are exact, whatever their order.
+// A row of inputs is rounded to whole steps, 256 high + low, with two signed bytes for each input. These are 16 bits,
+// so that int8 costs only the rounding of the weights. The instruction takes one unsigned factor: weights are stored
+// with kInt8Zero added. Sums of bytes are exact, whatever their order.
 #pragma once
 
 #include "cpu/packed_linear.h"
