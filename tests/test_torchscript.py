@@ -260,6 +260,20 @@ def test_discrete_actions_are_run(how: Callable[[nn.Module], Any], tmp_path: Pat
     obs = torch.randn(50, OBS_DIM)
     outputs = mean_action(store.policy, torch.from_numpy(store.trial(0).weights()), obs[None])[0]
     torch.testing.assert_close(outputs, module(obs).detach())
+    like = saved(how(Alone(mlp(nn.ReLU(), nn.ReLU(), seed=1))), tmp_path / "m_2.pt")
+    written = tipl.export_checkpoint(store.path, like, tmp_path / "out.pt")
+    assert torch.equal(torch.jit.load(written)(obs), torch.jit.load(path)(obs))
+
+
+def test_modules_of_the_activation_may_lie_elsewhere(tmp_path: Path) -> None:
+    """One that forward uses between all layers; the critic may have others."""
+    path = saved(Alone(Functional(), act=nn.ReLU(), critic=mlp(nn.Tanh(), out=1)), tmp_path / "m_1.pt")
+    with pytest.raises(ValueError, match="activation must be given"):
+        tipl.import_checkpoints([path], tmp_path / "store", discrete="logits")
+    store = tipl.import_checkpoints([path], tmp_path / "store", discrete="logits", activation="relu")
+    assert isinstance(store.policy, PolicySpec)
+    with pytest.raises(ValueError, match=r"could not run, act of class torch\.nn\.modules\.activation\.ReLU"):
+        tipl.import_checkpoints([path], tmp_path / "other", discrete="logits", activation="tanh")
 
 
 def test_the_policy_of_rsl_rl_is_run_with_its_normaliser(tmp_path: Path) -> None:
@@ -326,6 +340,21 @@ REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
         lambda: nn.Sequential(*mlp(nn.ReLU()), nn.Tanh()),
         {"discrete": "logits"},
         "could not run, tanh behind the last layer",
+    ),
+    "a module elsewhere": (
+        lambda: Alone(mlp(nn.ReLU()), squash=nn.Tanh()),
+        {"discrete": "logits"},
+        r"could not run, squash of class torch\.nn\.modules\.activation\.Tanh: leave",
+    ),
+    "a module behind": (
+        lambda: nn.Sequential(mlp(nn.ReLU()), nn.Softmax(-1)),
+        {"discrete": "logits"},
+        r"could not run, 1 of class torch\.nn\.modules\.activation\.Softmax: leave",
+    ),
+    "a normaliser without tensors": (
+        lambda: Exported(mlp(nn.ReLU()), nn.LayerNorm(3, elementwise_affine=False)),
+        {"discrete": "logits"},
+        r"could not run, normalizer of class torch\.nn\.modules\.normalization\.LayerNorm: leave",
     ),
     "constants": (
         lambda: trace(Listed()),

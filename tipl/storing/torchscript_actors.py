@@ -6,6 +6,7 @@ not read. But the modules that lie between two numbered layers, as in a torch.nn
     one kind of torch.nn.modules.activation between all layers     says the activation
     nothing between them                                           says nothing: the activation is asked for
     anything else between them or behind the last                  the policy is not one that the simulator could run
+    other modules elsewhere, beside an MLP of any names            the same
 
 A normaliser of observations is folded into the first layer where the policy's library is known. Elsewhere the file is
 refused until the caller ignores it, because the simulator would act without it.
@@ -25,6 +26,7 @@ from tipl.storing.torchscript_files import TorchScript
 
 _ACTIVATION = re.compile(r"torch\.nn\.modules\.activation\.(\w+)")
 _LINEAR = "torch.nn.modules.linear.Linear"
+_CONTAINERS = "torch.nn.modules.container."
 _IDENTITY = "torch.nn.modules.linear.Identity"
 _NORMALISER = re.compile(r"([^.]*_)?(rms|running_mean_std|normali[sz]er?s?|normali[sz]ation|preprocessor)(_[^.]*)?")
 _MEAN = re.compile(r"_?(obs_|observation_)?(running_)?mean")
@@ -51,6 +53,8 @@ def find_scripted_actor(
     if not isinstance(found.policy, PolicySpec):
         return found
     said, otherwise = _between_layers(script.classes, found, found.policy)
+    if settings.outputs is not None and not otherwise:
+        otherwise = _elsewhere(script.classes, found, said or settings.activation)
     if script.constants:
         otherwise = f"constants of the code that are tensors ({script.constants})"
     if otherwise:
@@ -134,6 +138,27 @@ def _behind(layer: str, children: Mapping[str, str]) -> list[str]:
             match = _ACTIVATION.fullmatch(kind)
             found.append(match[1].lower() if match else kind)
     return found
+
+
+def _elsewhere(classes: Mapping[str, str], actor: Actor, activation: str | None) -> str:
+    """Return, as text, which module that lies elsewhere than between the actor's layers may do something to what these
+    take or give, "" for none. Modules of the activation may be what forward puts between the layers.
+    """
+    layers = {key.rpartition(".")[0] for key in actor.keys}
+    around = {""}
+    for layer in layers:
+        parts = layer.split(".")
+        around |= {".".join(parts[:i]) for i in range(1, len(parts))}
+    judged = {layer.rpartition(".")[0] for layer in layers if layer.rpartition(".")[2].isdecimal()}
+    for path, kind in classes.items():
+        parent, _, name = path.rpartition(".")
+        if path in layers | around or (parent in judged and name.isdecimal()) or NOT_THE_ACTORS.match(f"{path}."):
+            continue
+        match = _ACTIVATION.fullmatch(kind)
+        is_activation = match is not None and activation in (None, match[1].lower())
+        if not is_activation and kind != _IDENTITY and not kind.startswith(_CONTAINERS):
+            return f"{path} of class {kind}"
+    return ""
 
 
 def _refuse_statistics(state: Mapping[str, Tensor], found: Actor | None) -> None:
