@@ -158,11 +158,49 @@ content(
 )
 
 
-@hostile("TorchScript", "is a TorchScript export, which is code")
-def _(folder: Path, random: random.Random) -> Path:
-    members = {"a/data.pkl": pickle.dumps({}, 2), "a/constants.pkl": pickle.dumps((), 2), "a/code/__torch__.py": b""}
-    (folder / "model_1.pt").write_bytes(zip_bytes(members))
-    return folder / "model_1.pt"
+def torchscript_zip(pickled: bytes) -> bytes:
+    """A zip as torch.jit.save writes it, around any pickle."""
+    members = {"a/data.pkl": pickled, "a/constants.pkl": pickle.dumps((), 2), "a/code/__torch__.py": b"raise\n"}
+    return zip_bytes(members | {"a/data/0": bytes(12)})
+
+
+content("TorchScript, no module", "data.pkl holds no module", lambda random: torchscript_zip(pickle.dumps({}, 2)))
+content(
+    "TorchScript, code",
+    r"with a (posix|nt)\.system at w",
+    lambda random: torchscript_zip(
+        b"\x80\x02c__torch__\nM\n)\x81}X\x01\0\0\0w" + pickle.dumps(Calls(os.system, "exit 1"), 2)[2:-1] + b"sb."
+    ),
+)
+content(
+    "TorchScript, shared modules",
+    "more than 32,768 parts",
+    lambda random: torchscript_zip(shared_modules(random.randint(20, 50))),
+)
+content(
+    "TorchScript, storage that lies",
+    r"its storage a/data/0 must have 8,589,934,588 bytes, got 12",
+    lambda random: torchscript_zip(
+        b"\x80\x02c__torch__\nM\n)\x81}X\x01\0\0\0wctorch._utils\n_rebuild_tensor_v2\n((X\x07\0\0\0storagectorch\n"
+        b"FloatStorage\nX\x01\0\0\x000X\x03\0\0\0cpuJ\xff\xff\xff\x7ftQK\0K\x03\x85K\x01\x85\x89ccollections\n"
+        b"OrderedDict\n)RtRsb."
+    ),
+)
+content(
+    "TorchScript as SB3's policy",
+    "is a TorchScript export, which is code",
+    lambda random: zip_bytes({"policy.pth": torchscript_zip(pickle.dumps({}, 2)), "data": b"{}"}),
+    "model_1.zip",
+)
+
+
+def shared_modules(depth: int) -> bytes:
+    """The pickle of a module that has one module under two names, which has one under two names, and so on."""
+    new = b"c__torch__\nM\n)\x81}"
+    pickled = b"\x80\x02" + new + b"bq\x00"
+    for i in range(depth):
+        pickled += b"0" + new + b"(X\x01\0\0\0ah%cX\x01\0\0\0bh%cubq%c" % (i, i, i + 1)
+    return pickled + b"."
 
 
 # A little that asks for a lot.

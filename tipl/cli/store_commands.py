@@ -145,7 +145,7 @@ class StoreCommands:
 class Import:
     """Make a store of your own runs: checkpoints of Stable-Baselines3, CleanRL, rsl_rl, skrl, rl_games, TorchRL, Flax.
 
-    It also reads any other state_dict.
+    It also reads any other state_dict, and the weights of TorchScript files.
 
     Example: tipl import logs/seed0 logs/seed1 --output store.zarr --env-id Hopper-v5 --pattern 'rl_model_*.zip'
     """

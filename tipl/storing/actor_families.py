@@ -55,6 +55,7 @@ NORMALISERS = (
     Normaliser(STATISTICS),
     Normaliser("actor_obs_normalizer.", outside=1e-2),  # rsl_rl 3
     Normaliser("obs_normalizer.", outside=1e-2),  # rsl_rl 4 and 5
+    Normaliser("normalizer.", outside=1e-2),  # the module that rsl_rl and IsaacLab export
     Normaliser("obs_norm_state_dict.", outside=1e-2),  # rsl_rl 2
     Normaliser("running_mean_std.", "running_var", in_root=1e-5, **_RUNNING),  # type: ignore[arg-type]  # rl_games
     Normaliser("observation_preprocessor.", "running_variance", outside=1e-8, **_RUNNING),  # type: ignore[arg-type]

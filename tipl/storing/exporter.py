@@ -168,7 +168,7 @@ def _actor_of_template(
     """Return the actor in the template: found by the template's keys, or as recorded when the weights were imported."""
     policy, known = layout_and_actor(record)
     activation = policy.activation if isinstance(policy, PolicySpec) else None
-    fits = known is not None and known.fits(template.state) and template.activation in (None, activation)
+    fits = known is not None and known.fits(template.state) and template.activation_of(known) in (None, activation)
     if keys is not None and not (known is not None and known.normaliser):  # its statistics are not in the weights
         prefixes = (keys,) if isinstance(keys, str) else tuple(keys)
         chosen = {key: it for key, it in template.state.items() if key.startswith((*prefixes, STATISTICS))}

@@ -45,7 +45,7 @@ from tipl.storing.tensor_checks import check_apart, is_parameter, shown, to_floa
 
 State = Mapping[str, Tensor]
 
-_NOT_THE_ACTORS = re.compile(
+NOT_THE_ACTORS = re.compile(
     r"([^.]*_)?critics?\d*(_[^.]*)?(\.|$)|value_net\.|vf_features_extractor\.|mlp_extractor\.value_net\.|memory_c\."
     r"|critic_mlp\.|value\.|value_layer\.|value_mean_std\.|[^.]*_target\."
 )
@@ -188,7 +188,7 @@ def find_actor(state: State, settings: Settings = Settings(), actor: str | Seque
     seen = set()
     for key, tensor in state.items():
         name = key if key.startswith(STATISTICS) else key[len(root) :]
-        is_meant = key.startswith((*prefixes, STATISTICS)) and not _NOT_THE_ACTORS.match(name)
+        is_meant = key.startswith((*prefixes, STATISTICS)) and not NOT_THE_ACTORS.match(name)
         if is_meant and is_parameter(key, tensor):
             place = (tensor.data_ptr(), tensor.shape, tensor.stride())
             if place not in seen:
@@ -284,7 +284,7 @@ def roles_of(state: State, actor: Actor | None) -> list[tuple[str, tuple[int, ..
         elif _TARGETS.match(key):
             role = "a target network's"
         else:
-            is_critics = _NOT_THE_ACTORS.match(key) or key.startswith(critics)
+            is_critics = NOT_THE_ACTORS.match(key) or key.startswith(critics)
             role = "a critic's" if is_critics else "not chosen"
         roles.append((key, tuple(tensor.shape), role))
     return roles

@@ -4,6 +4,7 @@
     safetensors         key -> tensor
     Flax's msgpack, .npz    parameters by name (`array_files.py`)
     torch.save          a state_dict, or what `state_dicts.py` finds one in: files of CleanRL, rsl_rl, rl_games, skrl
+    torch.jit.save      TorchScript: the tensors of its modules, without its code (`torchscript_files.py`)
 
 torch files are loaded with weights_only=True; a file that needs more is refused. A file is read whole into memory, and
 refused if it changes meanwhile. The sizes and objects that it declares are limited before any are made
@@ -41,7 +42,9 @@ from tipl.storing.inert_pickle import PickleError, array_of, read_inert
 from tipl.storing.not_readable import NotReadableError
 from tipl.storing.state_dicts import find_state, step_of
 from tipl.storing.tensor_checks import shown
-from tipl.storing.torch_files import MAX_BYTES, load_torch, open_zip
+from tipl.storing.torch_files import MAX_BYTES, check_directory, load_torch, open_zip
+from tipl.storing.torchscript_actors import activation_said, find_scripted_actor, notes_of
+from tipl.storing.torchscript_files import TorchScript, is_torchscript, read_torchscript
 
 SUFFIXES = (".zip", ".cleanrl_model", ".pt", ".pth", ".safetensors", ".msgpack", ".npz")
 
@@ -60,7 +63,7 @@ _DISCRETE = ".spaces.discrete.Discrete'>"  # of gymnasium, or of gym in older fi
 class CheckpointFile:
     """A checkpoint file in memory. Writing to the tensors of `state` changes what `to_bytes` returns."""
 
-    format: Literal["sb3", "safetensors", "torch", "flax", "npz"]
+    format: Literal["sb3", "safetensors", "torch", "flax", "npz", "torchscript"]
     state: dict[str, Tensor]
     env_steps: int | None = None
     """SB3's num_timesteps, rl_games' frame, rsl_rl's iteration or Flax's step; None where the file does not say."""
@@ -85,8 +88,18 @@ class CheckpointFile:
     """A regular expression whose group is the step in the names that the library gives its files."""
     note: str = ""
     """What a user of the weights must know about them."""
+    script: TorchScript | None = None
+    """What a TorchScript file holds beside `state`."""
     _content: Any = None
     """The rest of the file: a zip's bytes and its policy.pth, a safetensors file's metadata, or torch.load's result."""
+
+    def activation_of(self, actor: Actor) -> str | None:
+        """Return what the file says of the activation between the actor's layers; None where it does not say it."""
+        return self.activation if self.script is None else activation_said(self.script, actor)
+
+    def notes_of(self, actor: Actor) -> list[str]:
+        """Return what a user of the actor's weights must know about them."""
+        return [self.note, *([] if self.script is None else notes_of(self.script, self.state, actor))]
 
     def to_bytes(self) -> bytes:
         """Return the file with the tensors as they are now and all else as it was read."""
@@ -98,6 +111,8 @@ class CheckpointFile:
             return flax_bytes(self._content)
         if self.format == "npz":
             return npz_bytes(self._content)
+        if self.script is not None:
+            return self.script.to_bytes()
         archive, policy = self._content
         written = io.BytesIO()
         with zipfile.ZipFile(io.BytesIO(archive)) as source, zipfile.ZipFile(written, "w") as target:
@@ -131,6 +146,10 @@ def read_checkpoint_file(path: str | Path, *, max_bytes: int | None = None) -> C
                 if names and all(name.endswith(".npy") for name in names):
                     state, doubt, arrays = read_npz(archive)
                     return CheckpointFile("npz", state, doubt=doubt, _content=arrays)
+                if is_torchscript(names):
+                    check_directory(archive, data)
+                    script = read_torchscript(archive, data)
+                    return CheckpointFile("torchscript", dict(script.state), script=script)
         if is_flax(data):
             state, doubt, tree = read_flax(data)
             step = step_of(tree.get("step"), "step")
@@ -172,6 +191,8 @@ def find_actor_in(
         settings = Settings(
             file.activation or activation, file.squash or squash, file.mean_limit, file.discrete, discrete
         )
+        if file.script is not None:
+            return find_scripted_actor(file.script, file.state, settings, actor)
         found = find_actor(file.state, settings, actor)
         if found.kind == "sb3" and file.own_class and not (file.activation or activation):
             raise ValueError(

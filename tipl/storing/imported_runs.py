@@ -177,7 +177,8 @@ class FileRun:
         self.num_checkpoints = len(paths)
         self.paths = ordered[: reading.num_checkpoints]
         first, self.actor = reading.read(self.paths[0], None)
-        if isinstance(self.actor.policy, PolicySpec) and first.activation is None and reading.activation is None:
+        unsaid = first.activation_of(self.actor) is None and reading.activation is None
+        if isinstance(self.actor.policy, PolicySpec) and unsaid:
             raise ValueError(f"import: {shown(self.paths[0])}: {activation_missing(self.actor.policy)}")
         if self.actor.kind == "torchrl" and reading.squash is None:
             raise ValueError(
@@ -189,11 +190,11 @@ class FileRun:
             first, self.actor = reading.read(self.paths[0], self.normalisers.of_path[self.paths[0]])
         self.policy = self.actor.policy
         self.said = [first.env_steps]
-        notes = {self.normalisers.note: None, first.note: None}
+        notes = dict.fromkeys((self.normalisers.note, *first.notes_of(self.actor)))
         for path in self.paths[1:]:
             file = self._read_alike(path)
             self.said.append(file.env_steps)
-            notes[file.note] = None
+            notes |= dict.fromkeys(file.notes_of(self.actor))
         if named is not None and is_pattern(reading.order):
             self.steps, note = named[: len(self.paths)], ""
         else:

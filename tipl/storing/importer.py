@@ -42,13 +42,14 @@ def import_checkpoints(
     """Return a new store at `output` with the checkpoints of other libraries' runs, one trial per folder.
 
     Reads the .zip of Stable-Baselines3 and sb3-contrib (PPO, A2C, SAC, TD3, ...), CleanRL's .cleanrl_model, rsl_rl's
-    model_*.pt, and state_dicts in .safetensors, .pt and .pth; without running a pickle. `foreign_actors` describes
-    which tensors are the actor's. The files of a folder are ordered by the step in their names, the one number in which
-    the names differ; names without numbers are sorted. `env_steps` are the files' own counts (SB3's num_timesteps,
-    rsl_rl's iteration) if these grow, otherwise the steps in the names, otherwise the index. The files hold no returns,
-    so `episodic_return` is NaN. The statistics of VecNormalize are folded into the first layer where they lie beside
-    the checkpoints (`observation_statistics`); without them `evaluate` refuses the policies of such a run. The config's
-    source["note"] says what a user must know, such as statistics that no file holds.
+    model_*.pt, state_dicts in .safetensors, .pt and .pth, and TorchScript; without running a pickle or other code.
+    `foreign_actors` describes which tensors are the actor's. The files of a folder are ordered by the step in their
+    names, the one number in which the names differ; names without numbers are sorted. `env_steps` are the files' own
+    counts (SB3's num_timesteps, rsl_rl's iteration) if these grow, otherwise the steps in the names, otherwise the
+    index. The files hold no returns, so `episodic_return` is NaN. The statistics of VecNormalize are folded into the
+    first layer where they lie beside the checkpoints (`observation_statistics`); without them `evaluate` refuses the
+    policies of such a run. The config's source["note"] says what a user must know, such as statistics that no file
+    holds.
 
     Args:
         sources: folders, one for each trial; or files, which together are one trial; or stores (from `Recorder`,

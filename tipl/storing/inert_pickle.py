@@ -3,8 +3,8 @@
 The opcodes are read one by one (`pickletools.genops`) and interpreted here. What is plain (numbers, text, bytes, lists,
 tuples, dicts, sets) comes out as itself; whatever pickle would import is a `Name`, and whatever it would call or make
 with one is a `Made`, which records name, arguments and state. NumPy's arrays and numbers can then be read from what was
-recorded (`array_of`, `number_of`). Opcodes that reach beyond the file (persistent ids, extension codes, buffers of
-another stream) are refused by name.
+recorded (`array_of`, `number_of`). Opcodes that reach beyond the file (extension codes, buffers of another stream) are
+refused by name; so are persistent ids, unless the caller says what they stand for.
 """
 
 import dataclasses
@@ -48,11 +48,15 @@ class Made:
     """What pickle would set on it."""
 
 
-def read_inert(data: bytes) -> Any:
-    """Return what the pickle holds, nothing of it run. Raises PickleError."""
+def read_inert(data: bytes, persistent: Callable[[Any], Any] | None = None) -> Any:
+    """Return what the pickle holds, nothing of it run. Raises PickleError.
+
+    `persistent` returns what stands for a persistent id, such as torch's ("storage", type, key, device, count), and
+    raises PickleError for one that it does not take. By default all are refused.
+    """
     if len(data) > MAX_BYTES:
         raise PickleError(f"has {len(data):,} bytes, at most {MAX_BYTES:,} are read")
-    machine = _Machine()
+    machine = _Machine(persistent)
     try:
         for count, (opcode, argument, _) in enumerate(pickletools.genops(data)):
             if count >= MAX_OPCODES:
@@ -68,7 +72,8 @@ def read_inert(data: bytes) -> Any:
 class _Machine:
     """Pickle's stack and memo."""
 
-    def __init__(self) -> None:
+    def __init__(self, persistent: Callable[[Any], Any] | None) -> None:
+        self.persistent = persistent
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
         self.stopped = False
@@ -88,6 +93,8 @@ class _Machine:
             self.stack.append(argument)
         elif name in _WORK:
             _WORK[name](self, argument)
+        elif name == "BINPERSID" and self.persistent is not None:
+            self.stack.append(self.persistent(self.pop()))
         else:
             raise PickleError(f"holds {name}, which reaches beyond the file")
 

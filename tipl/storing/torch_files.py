@@ -21,6 +21,7 @@ import torch
 
 from tipl.storing import numpy_values
 from tipl.storing.not_readable import NotReadableError
+from tipl.storing.torchscript_files import is_torchscript
 
 MAX_BYTES = 2**30
 """Largest file, and largest unpacked size of a zip, unless the caller allows more."""
@@ -71,6 +72,13 @@ def open_zip(data: bytes, max_bytes: int | None = None) -> zipfile.ZipFile:
     return archive
 
 
+def check_directory(archive: zipfile.ZipFile, data: bytes) -> None:
+    """Raise NotReadableError where zipfile and torch would look for the zip's directory in different places of `data`,
+    and see different members."""
+    if data[-22:-18] != b"PK\x05\x06" or int.from_bytes(data[-6:-2], "little") != archive.start_dir:
+        raise NotReadableError("is a zip with bytes before its beginning or behind its end, and was not loaded")
+
+
 def load_torch(data: bytes, max_bytes: int | None = None) -> Any:
     """Return the object that torch.save wrote into `data`.
 
@@ -84,9 +92,7 @@ def load_torch(data: bytes, max_bytes: int | None = None) -> Any:
             start += _check_pickle(data[start : start + _PICKLE_BYTES + 1], names)
     elif data.startswith(b"PK\x03\x04") and zipfile.is_zipfile(io.BytesIO(data)):
         with open_zip(data, max_bytes) as archive:
-            if data[-22:-18] != b"PK\x05\x06" or int.from_bytes(data[-6:-2], "little") != archive.start_dir:
-                # zipfile and torch would look for the directory in different places, and see different members
-                raise NotReadableError("is a zip with bytes before its beginning or behind its end, and was not loaded")
+            check_directory(archive, data)
             _check_zip(archive, names)
     else:
         raise NotReadableError(_what_else(data))
@@ -98,7 +104,7 @@ def load_torch(data: bytes, max_bytes: int | None = None) -> Any:
 def _check_zip(archive: zipfile.ZipFile, used: set[str]) -> None:
     """Raise NotReadableError unless torch may load the zip. The names that its pickles use are added to `used`."""
     names = archive.namelist()
-    if any(name.endswith("/constants.pkl") or "/code/" in name for name in names):
+    if is_torchscript(names):  # within another file, such as a zip of Stable-Baselines3
         raise NotReadableError(
             "is a TorchScript export, which is code and was not loaded: save the module's state_dict() with torch.save"
         )
