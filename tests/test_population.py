@@ -15,6 +15,7 @@ from processes import ISAS, run_on
 
 from tipl import _core
 from tipl.collecting.envs import VectorEnv
+from tipl.collecting.initial_parameters import _orthogonal
 from tipl.collecting.policy_network import layer_views, mean_action
 from tipl.collecting.population import (
     FinalStep,
@@ -642,6 +643,30 @@ def test_initial_weights_do_not_depend_on_torchs_threads() -> None:
         assert torch.get_num_threads() == threads
     torch.set_num_threads(num_threads)
     np.testing.assert_array_equal(weights[1:], weights[:1] * 2)
+
+
+@pytest.mark.parametrize("shape", [(64, 17), (64, 64), (1, 64), (6, 32), (4, 1)])
+def test_orthogonal_weights_are_torchs_but_rounded_once(shape: tuple[int, int]) -> None:
+    """Another algorithm in float64 gives the same float32 numbers, as another machine's LAPACK would."""
+    weight, theirs, generator = torch.empty(shape), torch.empty(shape), torch.Generator().manual_seed(7)
+    state = generator.get_state()
+    _orthogonal(weight, 2**0.5, generator)
+    after = generator.get_state()
+    torch.nn.init.orthogonal_(theirs, 2**0.5, generator.set_state(state))
+    assert torch.equal(after, generator.get_state())
+    torch.testing.assert_close(weight, theirs, rtol=0, atol=5e-6)
+    drawn = torch.empty(shape).normal_(generator=generator.set_state(state)).double().numpy()
+    columns = drawn.T if shape[0] < shape[1] else drawn
+    basis: list[NDArray[np.float64]] = []
+    for column in columns.T:
+        for _ in range(
+            3
+        ):  # Gram-Schmidt, again for what rounding leaves; its signs are those of r's diagonal made positive
+            for earlier in basis:
+                column = column - earlier * (earlier @ column)
+        basis.append(column / np.linalg.norm(column))
+    exact = np.stack(basis, 1) * 2**0.5
+    np.testing.assert_array_equal(weight.numpy(), (exact.T if shape[0] < shape[1] else exact).astype(np.float32))
 
 
 def test_initial_weights_are_stable_baselines3s() -> None:

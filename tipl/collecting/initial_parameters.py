@@ -1,4 +1,8 @@
-"""The parameters that trials start from: those of Stable-Baselines3's actor and critic, to the bit.
+"""The parameters that trials start from: those of Stable-Baselines3's actor and critic.
+
+They are drawn as SB3 draws them. Orthogonal weights, SB3's default, are then decomposed in float64 and rounded once, so
+that they are the same on every CPU. SB3's own differ from them by up to some 1e-6: in float32, the last bits of LAPACK's
+depend on the CPU's maker and the number of threads. All other parameters are SB3's to the bit.
 
 Shapes  N trials; P parameters of a trial, ordered log_std | actor | critic.
 """
@@ -10,11 +14,11 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from tipl.collecting.policy_network import layer_views
 from tipl.collecting.ppo_config import PPOConfig
 from tipl.policy import PolicySpec
-from tipl.threads import torch_threads
 
 Singles = NDArray[np.float32]
 
@@ -30,18 +34,26 @@ def initial_parameters(spec: PolicySpec, config: PPOConfig, generators: Sequence
     P = spec.num_params + sum(fan_out * (fan_in + 1) for fan_in, fan_out in itertools.pairwise(sizes))
     params = torch.zeros(len(generators), P)
     params[:, : spec.act_dim] = config.log_std_init
-    with torch_threads(1):  # the last bits of orthogonal_'s QR decomposition depend on the number of threads
-        for row, generator in zip(params, generators, strict=True):
-            *actor, action_net = layer_views(row[None, spec.act_dim :], spec.layer_sizes)
-            *critic, value_net = layer_views(row[None, spec.num_params :], sizes)
-            if config.ortho_init:
-                for hidden, head, head_gain in ((actor, action_net, 0.01), (critic, value_net, 1.0)):
-                    for weight, _ in hidden:
-                        torch.nn.init.orthogonal_(weight[0], math.sqrt(2), generator)
-                    torch.nn.init.orthogonal_(head[0][0], head_gain, generator)
-            else:
-                for weight, bias in (*actor, *critic, action_net, value_net):  # the order in which SB3 makes them
-                    bound = 1 / math.sqrt(weight.shape[-1])
-                    torch.nn.init.kaiming_uniform_(weight[0], math.sqrt(5), generator=generator)
-                    torch.nn.init.uniform_(bias[0], -bound, bound, generator)
+    for row, generator in zip(params, generators, strict=True):
+        *actor, action_net = layer_views(row[None, spec.act_dim :], spec.layer_sizes)
+        *critic, value_net = layer_views(row[None, spec.num_params :], sizes)
+        if config.ortho_init:
+            for hidden, head, head_gain in ((actor, action_net, 0.01), (critic, value_net, 1.0)):
+                for weight, _ in hidden:
+                    _orthogonal(weight[0], math.sqrt(2), generator)
+                _orthogonal(head[0][0], head_gain, generator)
+        else:
+            for weight, bias in (*actor, *critic, action_net, value_net):  # the order in which SB3 makes them
+                bound = 1 / math.sqrt(weight.shape[-1])
+                torch.nn.init.kaiming_uniform_(weight[0], math.sqrt(5), generator=generator)
+                torch.nn.init.uniform_(bias[0], -bound, bound, generator)
     return params.numpy()
+
+
+def _orthogonal(weight: Tensor, gain: float, generator: torch.Generator) -> None:
+    """Fill a matrix as torch.nn.init.orthogonal_ does, but decompose what was drawn in float64."""
+    drawn = torch.empty(weight.shape).normal_(0.0, 1.0, generator=generator).double().numpy()
+    is_wide = drawn.shape[0] < drawn.shape[1]
+    q, r = np.linalg.qr(drawn.T if is_wide else drawn)
+    q = q * np.sign(np.diag(r))
+    weight.copy_(torch.from_numpy(gain * (q.T if is_wide else q)))
