@@ -1,8 +1,8 @@
 """The parameters that trials start from: those of Stable-Baselines3's actor and critic.
 
 They are drawn as SB3 draws them. Orthogonal weights, SB3's default, are then decomposed in float64 and rounded once, so
-that they are the same on every CPU. SB3's own differ from them by up to some 1e-6: in float32, the last bits of LAPACK's
-depend on the CPU's maker and the number of threads. All other parameters are SB3's to the bit.
+that they are the same on every CPU. SB3's own differ from them by up to some 1e-6: in float32, LAPACK's last bits vary
+with the CPU's maker and the number of threads. All other parameters are SB3's to the bit.
 
 Shapes  N trials; P parameters of a trial, ordered log_std | actor | critic.
 """
