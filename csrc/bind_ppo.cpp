@@ -23,15 +23,19 @@ Activation activation_of(const char *where, const std::string &name) {
   return static_cast<Activation>(found - names.begin());
 }
 
+Distribution distribution_of(bool discrete) { return discrete ? Distribution::kCategorical : Distribution::kGaussian; }
+
 py::array_t<float> bound_mean_actions(const py::object &params, const py::object &obs, ptrdiff_t act_dim,
-                                      std::vector<ptrdiff_t> hidden_sizes, const std::string &activation) {
+                                      std::vector<ptrdiff_t> hidden_sizes, const std::string &activation,
+                                      bool discrete) {
   const auto param = checked_array<float>("mean_actions", "params", params, {{"N"}, {"P"}});
   const py::ssize_t N = param.shape(0), P = param.shape(1);
   const auto x = checked_array<float>("mean_actions", "obs", obs, {{"N", N}, {"R"}, {"O"}});
   const py::ssize_t R = x.shape(1);
-  const PolicySizes sizes{x.shape(2), act_dim, std::move(hidden_sizes), activation_of("mean_actions", activation)};
+  const PolicySizes sizes{x.shape(2), act_dim, std::move(hidden_sizes), activation_of("mean_actions", activation),
+                          distribution_of(discrete)};
   check_sizes("mean_actions", sizes);
-  const ptrdiff_t least = network(sizes, act_dim, act_dim).end;
+  const ptrdiff_t least = network(sizes, sizes.num_log_stds(), act_dim).end;
   check(P >= least, "mean_actions: params must have at least ", least, " columns, got ", P);
   py::array_t<float> out = new_array<float>({N, R, act_dim});
   const float *const from = param.data(), *const seen = x.data();
@@ -53,7 +57,7 @@ T setting(const py::object &config, const char *name) {
 }
 
 std::unique_ptr<PpoUpdate> make_ppo_update(ptrdiff_t obs_dim, ptrdiff_t act_dim, const py::object &config,
-                                           int num_threads) {
+                                           int num_threads, bool discrete) {
   const auto optimizer = setting<std::string>(config, "optimizer");
   check(optimizer == "adam" || optimizer == "sgd", "PpoUpdate: optimizer must be adam or sgd, got ", optimizer);
   constexpr float kAny = std::numeric_limits<float>::infinity();
@@ -73,7 +77,8 @@ std::unique_ptr<PpoUpdate> make_ppo_update(ptrdiff_t obs_dim, ptrdiff_t act_dim,
       .learn_log_std = setting<bool>(config, "learn_log_std"),
   };
   const PolicySizes sizes{obs_dim, act_dim, setting<std::vector<ptrdiff_t>>(config, "hidden_sizes"),
-                          activation_of("PpoUpdate", setting<std::string>(config, "activation"))};
+                          activation_of("PpoUpdate", setting<std::string>(config, "activation")),
+                          distribution_of(discrete)};
   return std::make_unique<PpoUpdate>(sizes, settings, num_threads);
 }
 
@@ -97,7 +102,8 @@ py::array_t<float> bound_values(PpoUpdate &update, const py::object &params, con
   return out;
 }
 
-// Returns statistics (N, 4): policy loss, value loss, clipped share and approximate KL divergence.
+// Returns statistics (N, 4): policy loss, value loss, clipped share and approximate KL divergence. Of discrete actions
+// they are (N, 5), and the last is the entropy.
 py::array_t<double> bound_update(PpoUpdate &update, py::object params, py::object first_moments,
                                  py::object second_moments, py::object num_updates, const py::object &observations,
                                  const py::object &actions, const py::object &log_probs, const py::object &advantages,
@@ -112,7 +118,7 @@ py::array_t<double> bound_update(PpoUpdate &update, py::object params, py::objec
       checked_array<float>("update", "observations", observations, {{"N", N}, {"T"}, {"O", update.sizes().obs_dim}});
   const py::ssize_t T = obs.shape(1);
   const auto action =
-      checked_array<float>("update", "actions", actions, {{"N", N}, {"T", T}, {"A", update.sizes().act_dim}});
+      checked_array<float>("update", "actions", actions, {{"N", N}, {"T", T}, {"A", update.sizes().action_width()}});
   const auto scalars = [&](const char *name, const py::object &array) {
     return checked_array<float>("update", name, array, {{"N", N}, {"T", T}});
   };
@@ -125,13 +131,15 @@ py::array_t<double> bound_update(PpoUpdate &update, py::object params, py::objec
                     target.data(), value.data(),  orders.data(),   T};
   std::vector<UpdateStats> stats(N);
   without_gil([&](Poll &poll) { update.update(trials, steps, learning_rate, stats.data(), poll); });
-  py::array_t<double> out({N, py::ssize_t{4}});
+  const bool is_discrete = update.sizes().distribution == Distribution::kCategorical;
+  py::array_t<double> out({N, py::ssize_t{is_discrete ? 5 : 4}});
   for (py::ssize_t i = 0; i < N; ++i) {
     double *const to = out.mutable_data(i, 0);
     to[0] = stats[i].policy_loss;
     to[1] = stats[i].value_loss;
     to[2] = stats[i].clipfrac;
     to[3] = stats[i].approx_kl;
+    if (is_discrete) to[4] = stats[i].entropy;
   }
   return out;
 }
@@ -140,12 +148,12 @@ py::array_t<double> bound_update(PpoUpdate &update, py::object params, py::objec
 
 void bind_ppo(py::module_ &m) {
   m.def("mean_actions", &bound_mean_actions, py::arg("params"), py::arg("obs"), py::kw_only(), py::arg("act_dim"),
-        py::arg("hidden_sizes"), py::arg("activation"),
-        "Mean actions (N, R, A); tipl.policy.mean_action documents it.");
+        py::arg("hidden_sizes"), py::arg("activation"), py::arg("discrete") = false,
+        "Mean actions (N, R, A), or the logits of discrete actions; tipl.policy.mean_action documents it.");
   py::class_<PpoUpdate>(
       m, "PpoUpdate", "PPO's update of many trials, with the settings in the attributes of `config`, a tipl.PPOConfig.")
       .def(py::init(&make_ppo_update), py::kw_only(), py::arg("obs_dim"), py::arg("act_dim"), py::arg("config"),
-           py::arg("num_threads"))
+           py::arg("num_threads"), py::arg("discrete") = false)
       .def_property_readonly("num_params", &PpoUpdate::num_params)
       .def("values", &bound_values, py::arg("params"), py::arg("obs"))
       .def("update", &bound_update, py::kw_only(), py::arg("params"), py::arg("first_moments"),

@@ -43,7 +43,7 @@ void mean_actions(const PolicySizes &sizes, const float *params, ptrdiff_t strid
                   ptrdiff_t rows, float *out, Poll &poll) {
   constexpr ptrdiff_t kRowsBetweenPolls = 64;
   const PolicyKernels &kernels = policy_kernels();
-  const Network actor = network(sizes, sizes.act_dim, sizes.act_dim);  // after log_std
+  const Network actor = network(sizes, sizes.num_log_stds(), sizes.act_dim);
   ptrdiff_t widest = 0;
   for (const ptrdiff_t width : sizes.hidden) widest = std::max(widest, round_up(width, kernels.lanes));
   AlignedFloats hidden({2, widest});  // of one observation: activations of a layer and of the next

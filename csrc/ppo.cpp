@@ -1,6 +1,7 @@
 #include "ppo.h"
 
 #include <algorithm>
+#include <cmath>
 
 #include "check.h"
 #include "cpu/parallel.h"
@@ -22,12 +23,21 @@ const PpoSettings &checked(const PpoSettings &settings) {
   return settings;
 }
 
+// Throws std::invalid_argument unless each of `count` discrete actions is the index of one of `n`.
+void check_indices(const float *actions, ptrdiff_t count, ptrdiff_t n) {
+  const auto is_index = [n](float action) {  // false for NaN
+    return action >= 0.0f && action < static_cast<float>(n) && action == std::floor(action);
+  };
+  const float *const end = actions + count, *const bad = std::find_if_not(actions, end, is_index);
+  check(bad == end, "update: actions must be whole numbers in [0, ", n, "), got ", bad == end ? 0.0f : *bad);
+}
+
 }  // namespace
 
 PpoUpdate::PpoUpdate(PolicySizes sizes, const PpoSettings &settings, int num_threads)
     : sizes_(checked(sizes)),
       settings_(checked(settings)),
-      actor_(network(sizes_, sizes_.act_dim, sizes_.act_dim)),
+      actor_(network(sizes_, sizes_.num_log_stds(), sizes_.act_dim)),
       critic_(network(sizes_, actor_.end, 1)),
       pool_(std::make_unique<ThreadPool>(num_threads)) {
   updates_.reserve(pool_->size());
@@ -57,6 +67,9 @@ void PpoUpdate::update(const TrialParams &params, const Steps &steps, double lea
   const int32_t *const bad = std::find_if(steps.order, steps.order + orders, outside);
   check(bad == steps.order + orders, "update: order must hold steps in [0, ", T, "), got ",
         bad == steps.order + orders ? 0 : *bad);
+  if (sizes_.distribution == Distribution::kCategorical) {
+    check_indices(steps.actions, params.trials * T, sizes_.act_dim);
+  }
   for_each_item(*pool_, poll, params.trials, [&](int rank, ptrdiff_t trial) {
     stats[trial] = updates_[rank].update(params, steps, trial, learning_rate, rank, poll);
   });

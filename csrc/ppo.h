@@ -2,8 +2,9 @@
 // policies.
 //
 // Shapes  N trials; T steps of each trial in one iteration, B = minibatch_size, E = update_epochs; O = obs_dim,
-//         A = act_dim. The parameters of a trial are one row: log_std (A) | actor | critic. Both networks are the
-//         weight (out, in) and the bias (out) of each layer in order, as in torch.nn.Linear.
+//         A = act_dim, W = numbers in an action. The parameters of a trial are one row: log_std (L) | actor | critic.
+//         L and W are A, but of discrete actions 0 and 1. Both networks are the weight (out, in) and the bias (out) of
+//         each layer in order, as in torch.nn.Linear.
 // Method  One thread takes one trial through the whole update: cpu/trial_update.h.
 // Cost    6 flops for each parameter and step, in each of E epochs. With the sizes of HalfCheetah, two networks of
 //         widths 64, a minibatch of 64 took 26 us on a Zen 5 core: 163 GFLOP/s, everything included.
@@ -33,8 +34,8 @@ struct PpoSettings {
   Optimizer optimizer;
   float adam_eps;
   bool normalize_advantage;
-  double target_kl;  // an update ends where approx_kl exceeds 1.5 times this; infinity: never
-  bool learn_log_std;
+  double target_kl;    // an update ends where approx_kl exceeds 1.5 times this; infinity: never
+  bool learn_log_std;  // of no effect where there is none
 };
 
 // The rows of the trials, `stride` floats apart, and Adam's first and second moments in the same layout.
@@ -47,7 +48,7 @@ struct TrialParams {
 // What the trials did in one iteration, in arrays (N, T) unless stated otherwise.
 struct Steps {
   const float *observations;  // (N, T, O)
-  const float *actions;       // (N, T, A)
+  const float *actions;       // (N, T, W)
   const float *log_probs, *advantages, *returns, *values;
   const int32_t *order;  // (N, E, T), a permutation of the steps for each epoch
   ptrdiff_t num_steps;   // T, a multiple of B
@@ -56,6 +57,7 @@ struct Steps {
 struct UpdateStats {
   double policy_loss, value_loss, clipfrac;  // means over all minibatches
   double approx_kl;                          // mean over the minibatches of the last epoch
+  double entropy;                            // mean over all minibatches; 0 for Gaussians, where log_std alone gives it
 };
 
 // One call at a time: a second one gets std::runtime_error. Calls ask a Poll, and throw Interrupted.
@@ -75,7 +77,7 @@ class PpoUpdate {
               Poll &poll);
 
   // Takes every trial through the epochs of one iteration, and writes stats (N). After an interruption each trial has
-  // taken some of its steps.
+  // taken some of its steps. Throws std::invalid_argument for steps that do not fit.
   void update(const TrialParams &params, const Steps &steps, double learning_rate, UpdateStats *stats, Poll &poll);
 
  private:

@@ -139,9 +139,13 @@ def relative_error(predictor: Any, path: NDArray[np.float32], prefix_end: int, h
 class Agent(torch.nn.Module):
     """One trial, filled from a row (P,) of a population's parameters, in the row's dtype."""
 
-    def __init__(self, row: torch.Tensor, obs_dim: int, act_dim: int, config: PPOConfig) -> None:
+    def __init__(
+        self, row: torch.Tensor, obs_dim: int, act_dim: int, config: PPOConfig, discrete: bool = False
+    ) -> None:
         super().__init__()
-        self.log_std = torch.nn.Parameter(torch.zeros(act_dim), requires_grad=config.learn_log_std)
+        if not discrete:
+            self.log_std = torch.nn.Parameter(torch.zeros(act_dim), requires_grad=config.learn_log_std)
+        self.discrete = discrete
         self.actor, self.critic = (self._mlp(obs_dim, out, config) for out in (act_dim, 1))
         self.to(row.dtype)
         size = sum(parameter.numel() for parameter in self.parameters())
@@ -159,7 +163,10 @@ class Agent(torch.nn.Module):
         return torch.nn.Sequential(*modules, torch.nn.Linear(fan_in, fan_out))
 
     def distribution(self, obs: torch.Tensor) -> torch.distributions.Independent:
-        return torch.distributions.Independent(torch.distributions.Normal(self.actor(obs), self.log_std.exp()), 1)
+        outputs = self.actor(obs)
+        if self.discrete:  # actions are vectors of one index
+            return torch.distributions.Independent(torch.distributions.Categorical(logits=outputs[..., None, :]), 1)
+        return torch.distributions.Independent(torch.distributions.Normal(outputs, self.log_std.exp()), 1)
 
     def row(self) -> torch.Tensor:
         return torch.nn.utils.parameters_to_vector(self.parameters()).detach()
@@ -192,6 +199,7 @@ def ppo_losses(
         "value_loss": value_loss,
         "approx_kl": (ratio - 1 - log_ratio).mean(),
         "clipfrac": ((ratio - 1).abs() > config.clip_coef).double().mean(),
+        "entropy": distribution.entropy().mean(),
     }
 
 

@@ -158,8 +158,8 @@ def test_resume_goes_on_after_a_training_that_was_cut_off(
     ("arguments", "message"),
     [
         (["collect", "--env-id", "HalfCheeta-v5", "--output", "OUT"], "HalfCheetah-v5"),
-        (["collect", "--env-id", "CartPole-v1", "--output", "OUT"], "CartPole-v1"),
-        (["run", "--env-id", "CartPole-v1", "--output", "OUT"], "CartPole-v1 has 2 discrete ones"),
+        (["collect", "--env-id", "FrozenLake-v1", "--output", "OUT"], "FrozenLake-v1"),
+        (["run", "--env-id", "FrozenLake-v1", "--output", "OUT"], "the observations of FrozenLake-v1 must be a Box"),
         (["collect", "--num-trials", "0", "--output", "OUT"], "num_trials"),
         (["collect", "--output", "STORE"], "exists"),
         (["run", "--output", "OUT", "--total-timesteps", "2048"], "prefix 0.2 of a path of 2 checkpoints"),

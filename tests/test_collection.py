@@ -209,7 +209,7 @@ def test_a_full_disk_keeps_what_was_committed(tmp_path, monkeypatch, num_files):
         ({"total_timesteps": True}, ValueError, "collect: total_timesteps must be an int of at least 1, got True"),
         ({"seed": -1}, ValueError, "collect: seed must be an int of at least 0, got -1"),
         ({"env_id": "NoSuchEnv-v0"}, ValueError, "NoSuchEnv"),
-        ({"env_id": "CartPole-v1"}, ValueError, "CartPole-v1"),
+        ({"env_id": "FrozenLake-v1"}, ValueError, "the observations of FrozenLake-v1 must be a Box"),
     ],
 )
 def test_collect_refuses_and_writes_nothing(tmp_path, arguments, error, message):

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from processes import ISAS, run_on
 
 from tipl import _core
+from tipl.collecting.action_noise import spec_of_actions
 from tipl.collecting.envs import VectorEnv
 from tipl.collecting.initial_parameters import _orthogonal
 from tipl.collecting.policy_network import layer_views, mean_action
@@ -26,8 +27,8 @@ from tipl.collecting.population import (
     entropy,
     environment_seeds,
     gae,
-    log_prob,
 )
+from tipl.collecting.transitions import log_prob
 from tipl.policy import PolicySpec
 
 SMALL = PPOConfig(num_steps=64, num_minibatches=4, update_epochs=3)
@@ -265,15 +266,20 @@ def test_log_prob_and_entropy_equal_torch_distributions() -> None:
     np.testing.assert_allclose(entropy(log_std[:, 0].numpy()), normal.entropy()[:, 0])
 
 
-def random_update(config: PPOConfig, act_dim: int, obs_dim: int = 5, seed: int = 0) -> dict[str, np.ndarray]:
-    """Arrays for one update of three trials: ratios on both sides of the clip range, advantages of both signs."""
+def random_update(
+    config: PPOConfig, act_dim: int, obs_dim: int = 5, seed: int = 0, *, discrete: bool = False
+) -> dict[str, np.ndarray]:
+    """Arrays for one update of three trials: ratios on both sides of the clip range, advantages of both signs.
+
+    With `discrete`, act_dim is the number of discrete actions.
+    """
     rng = np.random.default_rng(seed)
 
     def normal(*shape: int) -> np.ndarray:
         return rng.standard_normal(shape).astype(np.float32)
 
     N, S, E = 3, config.batch_size, config.update_epochs
-    spec = PolicySpec(obs_dim, act_dim, config.hidden_sizes, config.activation)
+    spec = spec_of_actions(obs_dim, act_dim, act_dim if discrete else None, config)
     sizes = (*spec.layer_sizes[:-1], 1)
     P = spec.num_params + sum(out * (into + 1) for into, out in itertools.pairwise(sizes))
     arrays = {
@@ -285,7 +291,9 @@ def random_update(config: PPOConfig, act_dim: int, obs_dim: int = 5, seed: int =
         "values": normal(N, S),
         "order": np.stack([[rng.permutation(S) for _ in range(E)] for _ in range(N)]).astype(np.int32),
     }
-    agents = [reference.Agent(torch.from_numpy(row), obs_dim, act_dim, config) for row in arrays["params"]]
+    if discrete:
+        arrays["actions"] = rng.integers(act_dim, size=(N, S, 1)).astype(np.float32)
+    agents = [reference.Agent(torch.from_numpy(row), obs_dim, act_dim, config, discrete) for row in arrays["params"]]
     with torch.no_grad():
         log_probs = [
             agent.distribution(torch.from_numpy(obs)).log_prob(torch.from_numpy(action)).numpy()
@@ -294,13 +302,16 @@ def random_update(config: PPOConfig, act_dim: int, obs_dim: int = 5, seed: int =
     return arrays | {"log_probs": np.stack(log_probs) + 0.3 * normal(N, S)}
 
 
-def updated(config: PPOConfig, arrays: dict[str, np.ndarray], num_threads: int = 2) -> dict[str, np.ndarray]:
+def updated(
+    config: PPOConfig, arrays: dict[str, np.ndarray], num_threads: int = 2, num_actions: int | None = None
+) -> dict[str, np.ndarray]:
     """What the native update makes of them: params, moments, num_updates and losses."""
     engine = _core.PpoUpdate(
         obs_dim=arrays["observations"].shape[-1],
-        act_dim=arrays["actions"].shape[-1],
+        act_dim=num_actions or arrays["actions"].shape[-1],
         config=config,
         num_threads=num_threads,
+        discrete=num_actions is not None,
     )
     params = arrays["params"].copy()
     state = {
@@ -314,28 +325,30 @@ def updated(config: PPOConfig, arrays: dict[str, np.ndarray], num_threads: int =
 
 
 def by_autograd(
-    config: PPOConfig, arrays: dict[str, np.ndarray], trial: int, dtype: torch.dtype
+    config: PPOConfig, arrays: dict[str, np.ndarray], trial: int, dtype: torch.dtype, num_actions: int | None = None
 ) -> tuple[torch.Tensor, dict[str, float]]:
     """The trial's parameters after torch's update in `dtype`, and what it logged."""
     data = {name: torch.from_numpy(x[trial]) for name, x in arrays.items()}
-    A, O = arrays["actions"].shape[-1], arrays["observations"].shape[-1]  # noqa: E741
-    agent = reference.Agent(data["params"].to(dtype), O, A, config)
+    A, O = num_actions or arrays["actions"].shape[-1], arrays["observations"].shape[-1]  # noqa: E741
+    agent = reference.Agent(data["params"].to(dtype), O, A, config, discrete=num_actions is not None)
     names = {"obs": "observations", "action": "actions", "log_prob": "log_probs", "advantage": "advantages"}
     names |= {"target": "returns", "value": "values"}
     transitions = {name: data[ours].to(dtype) for name, ours in names.items()}
     return agent, reference.ppo_update(agent, transitions, list(data["order"].long()), config)
 
 
-def assert_updates_as_autograd(config: PPOConfig, arrays: dict[str, np.ndarray], ours: dict[str, np.ndarray]) -> None:
+def assert_updates_as_autograd(
+    config: PPOConfig, arrays: dict[str, np.ndarray], ours: dict[str, np.ndarray], num_actions: int | None = None
+) -> None:
     for i in range(len(arrays["params"])):
-        oracle, logs = by_autograd(config, arrays, i, torch.float64)
-        in_float32, _ = by_autograd(config, arrays, i, torch.float32)
+        oracle, logs = by_autograd(config, arrays, i, torch.float64, num_actions)
+        in_float32, _ = by_autograd(config, arrays, i, torch.float32, num_actions)
         row = torch.from_numpy(ours["params"][i]).double()
         bound = 4 * (in_float32.row() - oracle.row()).abs().max() + 8 * torch.finfo(torch.float32).eps
         assert (row - oracle.row()).abs().max() <= bound
         assert (row - torch.from_numpy(arrays["params"][i])).abs().max() > 1e-3  # it did move
         assert ours["num_updates"][i] == logs["steps"]
-        names = ("policy_loss", "value_loss", "clipfrac", "approx_kl")
+        names = ["policy_loss", "value_loss", "clipfrac", "approx_kl", *(["entropy"] if num_actions else [])]
         for name, value in zip(names, ours["losses"][i], strict=True):
             assert value == pytest.approx(logs[name], rel=1e-3, abs=1e-5), name
 

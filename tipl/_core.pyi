@@ -217,11 +217,13 @@ def mean_actions(
     act_dim: int,
     hidden_sizes: Sequence[int],
     activation: str,
-) -> NDArray[np.float32]: ...
+    discrete: bool = False,
+) -> NDArray[np.float32]:
+    """Rows of `params` begin with log_std (A), but not where `discrete`: the outputs are then logits."""
 
 class PpoUpdate:
-    def __init__(self, *, obs_dim: int, act_dim: int, config: object, num_threads: int) -> None:
-        """`config` has the attributes of `tipl.PPOConfig`."""
+    def __init__(self, *, obs_dim: int, act_dim: int, config: object, num_threads: int, discrete: bool = False) -> None:
+        """`config` has the attributes of `tipl.PPOConfig`; `discrete`: there are `act_dim` discrete actions."""
 
     @property
     def num_params(self) -> int: ...
@@ -241,4 +243,9 @@ class PpoUpdate:
         values: NDArray[np.float32],
         order: NDArray[np.int32],
         learning_rate: float,
-    ) -> NDArray[np.float64]: ...
+    ) -> NDArray[np.float64]:
+        """`actions` (N, T, A), or the indices of discrete ones (N, T, 1).
+
+        Returns policy loss, value loss, clipped share and approximate KL divergence, (N, 4); of discrete actions also
+        the entropy, (N, 5).
+        """

@@ -96,7 +96,7 @@ def run(
     collected: dict[str, Any] = {"env_id": env_id, **asked}
     configs = {name: dataclasses.asdict(it) for name, it in (("ppo", ppo), ("train", train), ("evaluate", evaluate))}
     if not folder.store.exists():
-        check_can_learn("run", env_id)  # before run.json is there
+        check_can_learn("run", env_id, ppo)  # before run.json is there
     with claimed(folder.path, "run"):
         _begin(folder, collected | configs, resume=resume)
         seconds = StageSeconds(folder.path / "seconds.json")

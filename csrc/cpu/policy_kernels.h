@@ -14,12 +14,12 @@ struct Factor {
   ptrdiff_t row_stride, k_stride;
 };
 
-// The steps of a minibatch as PPO's policy loss reads them, by columns: arrays (act_dim, stride) and (stride), readable
-// and finite from `size` up to a multiple of N.
+// The steps of a minibatch as PPO's policy loss reads them, by columns: arrays (stride), but of continuous actions
+// (act_dim, stride), readable and finite from `size` up to a multiple of N.
 struct PolicyBatch {
   ptrdiff_t act_dim, size, stride;
-  const float *action, *log_prob, *advantage;
-  const float *log_std, *inverse_std;  // (act_dim)
+  const float *action;  // of discrete actions the index
+  const float *log_prob, *advantage;
   float clip;
 };
 // Sums over a minibatch, where r is the ratio of probabilities and a the advantage of a step.
@@ -27,6 +27,7 @@ struct PolicyLoss {
   double objective;  // min(r a, clip(r) a)
   double kl;         // (r - 1) - log r
   double clipped;    // 1 where r lies beyond the clip range
+  double entropy;    // of discrete actions alone
 };
 
 // Adam (arXiv:1412.6980) as torch.optim.Adam computes it.
@@ -61,10 +62,14 @@ struct PolicyKernels {
   // dx (n padded) *= the derivative of the activation where its value is y.
   void (*activate_backward)(Activation activation, const float *y, float *dx, ptrdiff_t n) noexcept;
 
-  // Returns PPO's clipped loss of a minibatch for the mean actions `mean` (act_dim, stride), and writes its gradients
-  // by them (0 in the padding) and by log_std.
-  PolicyLoss (*policy_loss)(const PolicyBatch &batch, const float *mean, float *mean_grad,
-                            float *log_std_grad) noexcept;
+  // Returns PPO's clipped loss of a minibatch for the mean actions `mean` (act_dim, stride) and log_std (act_dim), and
+  // writes its gradients by them (0 in the padding).
+  PolicyLoss (*gaussian_loss)(const PolicyBatch &batch, const float *mean, const float *log_std,
+                              const float *inverse_std, float *mean_grad, float *log_std_grad) noexcept;
+  // The same for the logits (act_dim, stride) of discrete actions. The gradient by them is that of the loss less
+  // ent_coef times the mean entropy.
+  PolicyLoss (*categorical_loss)(const PolicyBatch &batch, float ent_coef, const float *logits,
+                                 float *logits_grad) noexcept;
 
   // The sum of squares of x (n), in float64.
   double (*squared_norm)(const float *x, ptrdiff_t n) noexcept;

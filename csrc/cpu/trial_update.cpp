@@ -27,7 +27,7 @@ TrialUpdate::TrialUpdate(const PolicySizes &sizes, const PpoSettings &settings, 
   }
   out_ = AlignedFloats({padded(sizes.act_dim), stride_});
   for (AlignedFloats &grad : out_grads_) grad = AlignedFloats({widest, stride_});
-  actions_ = AlignedFloats({sizes.act_dim, stride_});
+  actions_ = AlignedFloats({sizes.action_width(), stride_});
   log_probs_ = AlignedFloats({stride_});
   advantages_ = AlignedFloats({stride_});
   inverse_std_ = AlignedFloats({sizes.act_dim});
@@ -92,13 +92,13 @@ void TrialUpdate::values(const float *param, const float *obs, ptrdiff_t rows, f
 
 // Gathers the steps `rows` (B) of a trial, whose first step is step `first` of all trials.
 void TrialUpdate::take_minibatch(const Steps &steps, ptrdiff_t first, const int32_t *rows) {
-  const ptrdiff_t A = sizes_.act_dim, B = settings_.minibatch_size;
+  const ptrdiff_t W = sizes_.action_width(), B = settings_.minibatch_size;
   take_observations(steps.observations + first * sizes_.obs_dim, rows, B);
   float *const advantage = advantages_.data();
   double mean = 0.0, variance = 0.0;
   for (ptrdiff_t i = 0; i < B; ++i) {
     const ptrdiff_t at = first + rows[i];
-    for (ptrdiff_t a = 0; a < A; ++a) actions_.data()[a * stride_ + i] = steps.actions[at * A + a];
+    for (ptrdiff_t w = 0; w < W; ++w) actions_.data()[w * stride_ + i] = steps.actions[at * W + w];
     log_probs_.data()[i] = steps.log_probs[at];
     advantage[i] = steps.advantages[at];
     mean += static_cast<double>(steps.advantages[at]) / static_cast<double>(B);
@@ -109,22 +109,30 @@ void TrialUpdate::take_minibatch(const Steps &steps, ptrdiff_t first, const int3
   for (ptrdiff_t i = 0; i < B; ++i) advantage[i] = static_cast<float>((advantage[i] - mean) * inverse);
 }
 
-// Writes the gradient of the minibatch's policy loss by log_std and by the actor into grads_.
+// Writes the gradient of the minibatch's policy loss by log_std and by the actor into grads_, the entropy's included.
 PolicyLoss TrialUpdate::policy_gradient(const float *param) {
-  const ptrdiff_t A = sizes_.act_dim;
-  for (ptrdiff_t a = 0; a < A; ++a) inverse_std_.data()[a] = std::exp(-param[a]);
-  const PolicyBatch batch{.act_dim = A,
+  const PolicyBatch batch{.act_dim = sizes_.act_dim,
                           .size = settings_.minibatch_size,
                           .stride = stride_,
                           .action = actions_.data(),
                           .log_prob = log_probs_.data(),
                           .advantage = advantages_.data(),
-                          .log_std = param,
-                          .inverse_std = inverse_std_.data(),
                           .clip = settings_.clip_coef};
-  const PolicyLoss loss = kernels_.policy_loss(batch, forward(actor_, param), out_grads_[0].data(), grads_.data());
-  for (ptrdiff_t a = 0; a < A; ++a) grads_.data()[a] -= settings_.ent_coef;
+  const float *const outputs = forward(actor_, param);
+  const bool is_gaussian = sizes_.distribution == Distribution::kGaussian;
+  const PolicyLoss loss = is_gaussian
+                              ? gaussian_gradient(batch, outputs, param)
+                              : kernels_.categorical_loss(batch, settings_.ent_coef, outputs, out_grads_[0].data());
   backward(actor_, param);
+  return loss;
+}
+
+// For Gaussians: writes the gradient by log_std into grads_, and that by the means into out_grads_[0].
+PolicyLoss TrialUpdate::gaussian_gradient(const PolicyBatch &batch, const float *mean, const float *log_std) {
+  float *const log_std_grad = grads_.data(), *const inverse_std = inverse_std_.data();
+  for (ptrdiff_t a = 0; a < sizes_.act_dim; ++a) inverse_std[a] = std::exp(-log_std[a]);
+  const PolicyLoss loss = kernels_.gaussian_loss(batch, mean, log_std, inverse_std, out_grads_[0].data(), log_std_grad);
+  for (ptrdiff_t a = 0; a < sizes_.act_dim; ++a) log_std_grad[a] -= settings_.ent_coef;  // it is a sum of log_std
   return loss;
 }
 
@@ -150,7 +158,8 @@ double TrialUpdate::value_gradient(const Steps &steps, ptrdiff_t first, const in
 
 // Lets the optimizer take one step along grads_, whose norm it limits.
 void TrialUpdate::take_step(const TrialParams &params, ptrdiff_t trial, double learning_rate) {
-  const ptrdiff_t begin = settings_.learn_log_std ? 0 : sizes_.act_dim, count = critic_.end - begin;  // what is learned
+  const ptrdiff_t begin = settings_.learn_log_std ? 0 : sizes_.num_log_stds();
+  const ptrdiff_t count = critic_.end - begin;  // of the parameters that are learned
   const ptrdiff_t row = trial * params.stride + begin;
   const float *const grad = grads_.data() + begin;
   const double norm = std::sqrt(kernels_.squared_norm(grad, count));
@@ -173,7 +182,7 @@ UpdateStats TrialUpdate::update(const TrialParams &params, const Steps &steps, p
                                 int rank, Poll &poll) {
   const ptrdiff_t B = settings_.minibatch_size, T = steps.num_steps, first = trial * T;
   const float *const param = params.param + trial * params.stride;
-  double objective = 0.0, squares = 0.0, clipped = 0.0, kl = 0.0;
+  double objective = 0.0, squares = 0.0, clipped = 0.0, entropy = 0.0, kl = 0.0;
   ptrdiff_t batches = 0, last_batches = 0;  // minibatches of all epochs, and of the last
   bool stopped = false;
   for (ptrdiff_t epoch = 0; epoch < settings_.update_epochs && !stopped; ++epoch) {
@@ -186,6 +195,7 @@ UpdateStats TrialUpdate::update(const TrialParams &params, const Steps &steps, p
       const PolicyLoss loss = policy_gradient(param);
       objective += loss.objective;
       clipped += loss.clipped;
+      entropy += loss.entropy;
       kl += loss.kl;
       squares += value_gradient(steps, first, rows, param);
       ++batches;
@@ -196,7 +206,11 @@ UpdateStats TrialUpdate::update(const TrialParams &params, const Steps &steps, p
     }
   }
   const double seen = static_cast<double>(batches * B);
-  return {-objective / seen, squares / seen, clipped / seen, kl / static_cast<double>(last_batches * B)};
+  return {.policy_loss = -objective / seen,
+          .value_loss = squares / seen,
+          .clipfrac = clipped / seen,
+          .approx_kl = kl / static_cast<double>(last_batches * B),
+          .entropy = entropy / seen};
 }
 
 }  // namespace tipl

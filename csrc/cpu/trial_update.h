@@ -34,6 +34,7 @@ class TrialUpdate {
   const float *forward(const Network &net, const float *param);
   void backward(const Network &net, const float *param);
   PolicyLoss policy_gradient(const float *param);
+  PolicyLoss gaussian_gradient(const PolicyBatch &batch, const float *mean, const float *log_std);
   double value_gradient(const Steps &steps, ptrdiff_t first, const int32_t *rows, const float *param);
   void take_step(const TrialParams &params, ptrdiff_t trial, double learning_rate);
 
@@ -48,7 +49,7 @@ class TrialUpdate {
   std::vector<AlignedFloats> rows_, columns_;
   AlignedFloats out_;                     // (A, stride), outputs of the last layer
   AlignedFloats out_grads_[2];            // (width, stride), gradients by the outputs of a layer and by its inputs
-  AlignedFloats actions_;                 // (A, stride)
+  AlignedFloats actions_;                 // (W, stride)
   AlignedFloats log_probs_, advantages_;  // (stride)
   AlignedFloats inverse_std_;             // (A)
   AlignedFloats grads_;                   // (num_params)

@@ -66,10 +66,11 @@ ROLLOUTS = MODEL | {"diff_scale": 10.0, "out_scale": 0.1, "batch_size": 20, "num
 PPO = {"obs_dim": 3, "act_dim": 2, "hidden_sizes": [5], "activation": "tanh", "minibatch_size": 4, "update_epochs": 2}
 PPO |= {"clip_coef": 0.2, "clip_coef_vf": None, "vf_coef": 0.5, "ent_coef": 0.0, "max_grad_norm": 0.5, "num_threads": 1}
 PPO |= {"optimizer": "adam", "adam_eps": 1e-5, "normalize_advantage": True, "target_kl": None, "learn_log_std": True}
+PPO |= {"discrete": False}
 
 
-def ppo_update(*, obs_dim: Any, act_dim: Any, num_threads: Any, **config: Any) -> _core.PpoUpdate:
-    sizes = {"obs_dim": obs_dim, "act_dim": act_dim, "num_threads": num_threads}
+def ppo_update(*, obs_dim: Any, act_dim: Any, num_threads: Any, discrete: Any, **config: Any) -> _core.PpoUpdate:
+    sizes = {"obs_dim": obs_dim, "act_dim": act_dim, "num_threads": num_threads, "discrete": discrete}
     return _core.PpoUpdate(**sizes, config=types.SimpleNamespace(**config))
 
 
@@ -92,6 +93,7 @@ class Fuzzer:
         self.rollouts = [_core.RolloutGradient(**ROLLOUTS), _core.RolloutGradient(**ROLLOUTS | {"num_threads": 2})]
         self.refiners = [_core.Refiner(**REFINERS), _core.Refiner(**REFINERS | {"num_threads": 2, "hidden": 1})]
         self.ppo = [ppo_update(**PPO), ppo_update(**PPO | {"num_threads": 2, "hidden_sizes": []})]
+        self.choosing = [ppo_update(**PPO | {"act_dim": n, "discrete": True}) for n in (1, 3)]
 
     def one(self) -> None:
         self.spoil = self.random.choice((0.0, 0.1, 0.4))
@@ -394,19 +396,23 @@ class Fuzzer:
         ppo, N, R = self.random.choice(self.ppo), self.random.randint(0, 3), self.random.randint(0, 9)
         P = ppo.num_params + self.random.randint(0, 2)
         sizes = {"act_dim": self.scalar(2), "activation": self.random.choice(["tanh", "relu", "elu", "no"])}
+        sizes["discrete"] = self.scalar(self.random.choice([False, True]))
         sizes["hidden_sizes"] = self.random.choice([[4], [], [5, 1], [0], [2**40], [3] * 2000])
         actions = self.call("mean_actions", _core.mean_actions, self.array(N, P), self.array(N, R, 3), **sizes)
         values = self.call("values", ppo.values, self.array(N, P), self.array(N, R, 3))
         right(actions.ndim == 3 and actions.shape[2] == sizes["act_dim"] and values.ndim == 2)
 
     def call_update(self) -> None:
-        ppo, N, T = self.random.choice(self.ppo), self.random.randint(0, 3), 4 * self.random.randint(0, 3)
+        N, T, number = self.random.randint(0, 3), 4 * self.random.randint(0, 3), self.random.randrange(4)
+        is_discrete, ppo = number >= 2, (self.ppo + self.choosing)[number]
+        # Indices are below 3, too many for the one action of self.choosing[0] unless they are all 0.
+        actions = self.array(N, T, 1, most=3) if is_discrete else self.array(N, T, 2)
         P = ppo.num_params
         state = {name: self.array(N, P) for name in ("params", "first_moments")} | {
             "second_moments": np.ones((N, P), "f4")
         }
         scalars = {name: self.array(N, T) for name in ("log_probs", "advantages", "returns", "values")}
-        steps = {"observations": self.array(N, T, 3), "actions": self.array(N, T, 2)}
+        steps = {"observations": self.array(N, T, 3), "actions": actions}
         order = {"order": self.array(N, 2, T, dtype=np.int32, most=T)}
         counts = {"num_updates": self.array(N, dtype=np.int64, most=9), "learning_rate": self.scalar(1e-3)}
         before = np.array(state["params"], copy=True)
@@ -415,7 +421,7 @@ class Fuzzer:
         except REFUSALS:
             right(same(before, state["params"]), "parameters after a refusal")
             raise
-        right(stats.ndim == 2 and stats.shape[1] == 4)
+        right(stats.ndim == 2 and stats.shape[1] == (5 if is_discrete else 4))
 
 
 # ---- arrays that are not as they should be
@@ -544,7 +550,7 @@ def run_child(counts: Counts, seed: int, calls: int, num_threads: int) -> None:
     others = []
     for number in range(1, num_threads):
         other = Fuzzer(seed + 1000 * number, False)
-        for name in ("pool", "in_use", "sketches", "rows", "decoders", "ppo"):
+        for name in ("pool", "in_use", "sketches", "rows", "decoders", "ppo", "choosing"):
             setattr(other, name, getattr(first, name))
         others.append(threading.Thread(target=work, args=(counts, other, seed, calls)))
     for thread in others:

@@ -34,7 +34,7 @@ class Accelerate:
     """A folder for the trials' checkpoints (store.zarr) and their returns, jumps and env steps (ledger.json); must not
     exist."""
     env_id: str = "InvertedPendulum-v5"
-    """A Gymnasium id with continuous actions."""
+    """A Gymnasium id with continuous or Discrete actions."""
     num_trials: int = 32
     """PPO runs, each with its own initial weights and seeds."""
     total_timesteps: int = 100_000

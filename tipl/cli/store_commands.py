@@ -27,7 +27,7 @@ class Collect:
     output: StoreArg
     """Where the store goes. It must not exist yet, or hold this same collection unfinished, which then goes on."""
     env_id: str = "InvertedPendulum-v5"
-    """A Gymnasium id with continuous actions."""
+    """A Gymnasium id with continuous or Discrete actions."""
     num_trials: int = 48
     """PPO runs, each with its own initial weights and seeds."""
     total_timesteps: int = 100_000

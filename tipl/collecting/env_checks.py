@@ -1,20 +1,28 @@
-"""Whether PPO can learn in an environment."""
+"""Whether PPO can learn in an environment with its settings."""
 
 import contextlib
 
 from tipl.collecting.envs import VectorEnv, make_vec
+from tipl.collecting.ppo_config import PPOConfig
+
+OF_CONTINUOUS_ACTIONS = ("log_std_init", "learn_log_std")
+"""Settings without effect on discrete actions."""
 
 
-def check_can_learn(owner: str, env_id: str) -> None:
+def check_can_learn(owner: str, env_id: str, config: PPOConfig) -> None:
     """Raise ValueError where PPO cannot learn in an environment, or there is none; texts begin with `owner`."""
     with contextlib.closing(make_vec(env_id, 1, seeds=[0])) as env:
-        check_continuous(owner, env)
+        check_settings(owner, env, config)
 
 
-def check_continuous(owner: str, env: VectorEnv) -> None:
-    """Raise ValueError where actions are discrete."""
-    if env.num_actions is not None:
-        raise ValueError(
-            f"{owner}: env must have continuous actions to learn in, but {env.env_id} has {env.num_actions} discrete "
-            "ones; runs of other libraries there can be imported"
-        )
+def check_settings(owner: str, env: VectorEnv, config: PPOConfig) -> None:
+    """Raise ValueError where a setting that only continuous actions have is given for discrete ones."""
+    if env.num_actions is None:
+        return
+    for name in OF_CONTINUOUS_ACTIONS:
+        value, default = getattr(config, name), getattr(PPOConfig(), name)
+        if value != default:
+            raise ValueError(
+                f"{owner}: {name} must stay {default} for the discrete actions of {env.env_id}, which have no log_std, "
+                f"got {value}"
+            )

@@ -4,7 +4,7 @@ They are drawn as SB3 draws them. Orthogonal weights, SB3's default, are then de
 that they are the same on every CPU. SB3's own differ from them by up to some 1e-6: in float32, LAPACK's last bits vary
 with the CPU's maker and the number of threads. All other parameters are SB3's to the bit.
 
-Shapes  N trials; P parameters of a trial, ordered log_std | actor | critic.
+Shapes  N trials; P parameters of a trial, ordered log_std | actor | critic; of discrete actions there is no log_std.
 """
 
 import itertools
@@ -32,10 +32,11 @@ def initial_parameters(spec: PolicySpec, config: PPOConfig, generators: Sequence
     """Return SB3's initial parameters (N, P); row i is drawn from generators[i]."""
     sizes = critic_sizes(spec)
     P = spec.num_params + sum(fan_out * (fan_in + 1) for fan_in, fan_out in itertools.pairwise(sizes))
+    num_log_stds = 0 if spec.discrete else spec.act_dim
     params = torch.zeros(len(generators), P)
-    params[:, : spec.act_dim] = config.log_std_init
+    params[:, :num_log_stds] = config.log_std_init
     for row, generator in zip(params, generators, strict=True):
-        *actor, action_net = layer_views(row[None, spec.act_dim :], spec.layer_sizes)
+        *actor, action_net = layer_views(row[None, num_log_stds:], spec.layer_sizes)
         *critic, value_net = layer_views(row[None, spec.num_params :], sizes)
         if config.ortho_init:
             for hidden, head, head_gain in ((actor, action_net, 0.01), (critic, value_net, 1.0)):

@@ -5,8 +5,10 @@ Trials share nothing but the time at which they are computed: a trial's initial 
 minibatch order, gradient clipping and optimizer state depend on its own seed alone. Acting and the update run in
 `csrc/ppo.cpp`.
 
-Shapes  N trials of E = num_envs environments each, numbered trial by trial; T = num_steps; O = obs_dim, A = act_dim;
-        P = number of parameters of a trial, ordered log_std | actor | critic; the first p of them are the checkpoint.
+Shapes  N trials of E = num_envs environments each, numbered trial by trial; T = num_steps; O = obs_dim; A outputs of an
+        actor, the means of a continuous action or the logits of A discrete ones; P = number of parameters of a trial,
+        ordered log_std | actor | critic; the first p of them are the checkpoint. Of discrete actions there is no
+        log_std.
 
 A trial's results have the same bits for any number of threads and whichever trials are beside it.
 """
@@ -22,15 +24,16 @@ import torch
 from numpy.typing import NDArray
 
 from tipl import _core
-from tipl.collecting.env_checks import check_continuous
+from tipl.collecting.action_noise import Actions, CategoricalActions, GaussianActions, spec_of_actions
+from tipl.collecting.env_checks import check_settings
 from tipl.collecting.envs import MujocoState, MujocoVectorEnv, VectorEnv
 from tipl.collecting.initial_parameters import critic_sizes, initial_parameters
 from tipl.collecting.observation_scaler import ObservationScaler
 from tipl.collecting.population_records import IterationStats, KeptTrials, PopulationState, UpdateStats
 from tipl.collecting.ppo_config import PPOConfig
 from tipl.collecting.reward_scaler import RewardScaler
-from tipl.collecting.transitions import FinalStep, Transitions, entropy, explained_variance, gae, log_prob
-from tipl.policy import ParameterLayout, PolicySpec
+from tipl.collecting.transitions import FinalStep, Transitions, entropy, explained_variance, gae
+from tipl.policy import ParameterLayout
 
 Floats = NDArray[np.float64]
 Singles = NDArray[np.float32]
@@ -50,7 +53,8 @@ class Population:
         num_iterations: length of the whole run, which anneal_lr needs; otherwise not used.
         num_threads: threads of the update, by default one per core; the environments have their own.
 
-    Raises ValueError where `env`, `seeds`, `num_iterations` or `num_threads` do not fit the above.
+    Raises ValueError where `env`, `seeds`, `num_iterations` or `num_threads` do not fit the above, or `config` does not
+    fit `env`.
     """
 
     def __init__(
@@ -73,14 +77,14 @@ class Population:
         for seed in self.seeds:
             if not 0 <= seed < 2**32:  # torch's generator takes no more bits
                 raise ValueError(f"Population: seeds must lie in [0, 2**32), got {seed}")
-        check_continuous("Population", env)
+        check_settings("Population", env, config)
         threads = _core.available_cpus() if num_threads is None else num_threads
         if threads < 1:
             raise ValueError(f"Population: num_threads must be at least 1, got {num_threads}")
         if config.anneal_lr and num_iterations is None:
             raise ValueError("Population: num_iterations must be given with anneal_lr, got None")
         self.env, self.config, self.num_iterations = env, config, num_iterations
-        self.spec = PolicySpec(env.obs_dim, env.act_dim, config.hidden_sizes, config.activation)
+        self.spec = spec_of_actions(env.obs_dim, env.act_dim, env.num_actions, config)
         self.env_steps = 0
         """Environment steps that each trial has taken."""
         self.generators = [torch.Generator().manual_seed(seed) for seed in self.seeds]
@@ -90,7 +94,13 @@ class Population:
             self.params[:] = initial_parameters(self.spec, config, [generator])
         self.moments = np.zeros((2, *self.params.shape), np.float32)
         self.num_updates = np.zeros(N, np.int64)
-        self.engine = _core.PpoUpdate(obs_dim=env.obs_dim, act_dim=env.act_dim, config=config, num_threads=threads)
+        self.engine = _core.PpoUpdate(
+            obs_dim=env.obs_dim,
+            act_dim=self.spec.act_dim,
+            config=config,
+            num_threads=threads,
+            discrete=self.spec.discrete,
+        )
         self.trials_at_once = max(MIN_TRIALS_AT_ONCE, 4 * threads)
         """Trials in one call of the native update: several for each thread."""
         self.observation_scaler = ObservationScaler(N, env.obs_dim) if config.normalize_observations else None
@@ -105,8 +115,8 @@ class Population:
         """Return a copy of the policies' flat weights, (N, p) in the layout of `spec`; they take raw observations."""
         weights = self.params[:, : self.spec.num_params].copy()
         if self.observation_scaler is not None:
-            first_layer = list(self.spec.unflatten(torch.from_numpy(weights)).values())[1:3]  # after log_std
-            self.observation_scaler.fold_into(*(part.numpy() for part in first_layer))
+            parts, first = list(self.spec.unflatten(torch.from_numpy(weights)).values()), self.spec.first_layer
+            self.observation_scaler.fold_into(*(part.numpy() for part in parts[first : first + 2]))
         return weights
 
     @property
@@ -250,17 +260,12 @@ class Population:
         Returns the transitions, the number of episodes that ended in each trial (N,), and the seconds spent in `env`.
         """
         N, E, T = len(self.seeds), self.config.num_envs, self.config.num_steps
-        A, obs_dim = self.env.act_dim, self.env.obs_dim
-        log_std = self.params[:, :A]
-        noise = np.empty((N, E, T, A), np.float32)
-        for row, generator in zip(noise, self.generators, strict=True):
-            torch.randn(E, T, A, generator=generator, out=torch.from_numpy(row))
-        log_probs = log_prob(noise, log_std[:, None, None])  # actions are not clipped yet, so the noise decides
-        noise *= np.exp(log_std)[:, None, None]
+        A, obs_dim = self.spec.act_dim, self.env.obs_dim
+        actions = self._actions()
         transitions = Transitions(
             observations=np.empty((N * E, T, obs_dim), np.float32),
-            actions=noise.reshape(N * E, T, A),  # each step below adds its mean
-            log_probs=log_probs.reshape(N * E, T),
+            actions=actions.actions,
+            log_probs=actions.log_probs,
             rewards=np.empty((T, N * E), np.float32),
             terminated=np.empty((T, N * E), np.bool_),
             truncated=np.empty((T, N * E), np.bool_),
@@ -271,10 +276,9 @@ class Population:
         for t in range(T):
             obs = self._seen(self._obs)
             transitions.observations[:, t] = obs
-            action = transitions.actions[:, t]
-            action += self.mean_actions(obs.reshape(N, E, obs_dim)).reshape(N * E, A)
+            taken = actions.take(t, self.mean_actions(obs.reshape(N, E, obs_dim)).reshape(N * E, A))
             start = time.perf_counter()
-            step = self.env.step(action.astype(np.float64))
+            step = self.env.step(taken)
             env_seconds += time.perf_counter() - start
             transitions.terminated[t] = step.terminated
             transitions.truncated[t] = step.truncated
@@ -299,11 +303,26 @@ class Population:
         self._episodic_return[known] = returns.reshape(N, E).sum(1)[known] / ended[known]
         return transitions, ended, env_seconds
 
+    def _actions(self) -> Actions:
+        """Draw the noise of one iteration."""
+        E, T = self.config.num_envs, self.config.num_steps
+        if self.spec.discrete:
+            return CategoricalActions(self.spec.act_dim, self.env.action_low[0], self.generators, E, T)
+        return GaussianActions(self.params[:, : self.spec.act_dim], self.generators, E, T)
+
     def mean_actions(self, obs: Singles) -> Singles:
-        """Return the policies' mean actions (N, R, A) for R observations of each, (N, R, O), normalised if need be."""
+        """Return the actors' outputs (N, R, A), mean actions or logits, for R observations of each, (N, R, O).
+
+        The observations are normalised if the settings say so.
+        """
         spec = self.spec
         return _core.mean_actions(
-            self.params, obs, act_dim=spec.act_dim, hidden_sizes=spec.hidden_sizes, activation=spec.activation
+            self.params,
+            obs,
+            act_dim=spec.act_dim,
+            hidden_sizes=spec.hidden_sizes,
+            activation=spec.activation,
+            discrete=spec.discrete,
         )
 
     def _seen(self, obs: Floats) -> Singles:
@@ -338,11 +357,11 @@ class Population:
                     torch.randperm(S, generator=generator, dtype=torch.int32, out=torch.from_numpy(row))
             views = {name: array[part] for name, array in arrays.items()}
             losses.append(self.engine.update(**views, order=order, learning_rate=learning_rate))
-        policy_loss, value_loss, clipfrac, approx_kl = np.concatenate(losses).T
+        policy_loss, value_loss, clipfrac, approx_kl, *entropies = np.concatenate(losses).T
         return UpdateStats(
             policy_loss=policy_loss,
             value_loss=value_loss,
-            entropy=entropy(self.params[:, : self.spec.act_dim]),
+            entropy=entropies[0] if self.spec.discrete else entropy(self.params[:, : self.spec.act_dim]),
             approx_kl=approx_kl,
             clipfrac=clipfrac,
             explained_variance=explained_variance(returns, advantages),

@@ -21,7 +21,7 @@ class UpdateStats:
     value_loss: Floats
     """Mean squared error of the values. Like policy_loss and clipfrac, a mean over all minibatches."""
     entropy: Floats
-    """Entropy of the action distribution after the update."""
+    """Entropy of the action distribution after the update; of discrete actions a mean over all minibatches."""
     approx_kl: Floats
     """Mean of (r - 1) - log r over the last epoch, where r is the probability ratio, new policy over old."""
     clipfrac: Floats

@@ -58,7 +58,7 @@ class PPOConfig:
     ortho_init: bool = True
     """Orthogonal initial weights and biases of 0; False: torch.nn.Linear's defaults, as SB3 with ortho_init=False."""
     log_std_init: float = 0.0
-    """Initial value of log_std, the logarithm of the actions' standard deviation."""
+    """Initial value of log_std, the logarithm of the actions' standard deviation. Discrete actions have none."""
     learn_log_std: bool = True
     """False: log_std stays at log_std_init, and its gradient does not count in the norm that max_grad_norm limits."""
 

@@ -32,7 +32,7 @@ class Transitions:
     observations: Singles
     """(N * E, T, O), normalised where the networks see them so."""
     actions: Singles
-    """(N * E, T, A), not clipped to the action space."""
+    """(N * E, T, A), not clipped to the action space; of discrete actions (N * E, T, 1), counted from 0."""
     log_probs: Singles
     """(N * E, T)"""
     rewards: Singles
@@ -70,14 +70,14 @@ def gae(
 
 
 def log_prob(noise: Singles, log_std: Singles) -> Singles:
-    """Return the log-probabilities (...) of actions mean + exp(log_std) noise, both (..., A)."""
+    """Return the log-probabilities (...) of continuous actions mean + exp(log_std) noise, both (..., A)."""
     A = noise.shape[-1]
     result: Singles = -0.5 * np.square(noise).sum(-1) - (log_std.sum(-1) + np.float32(0.5 * LOG_2PI * A))
     return result
 
 
 def entropy(log_std: Singles) -> Floats:
-    """Return the entropies (N,) of the action distributions; log_std (N, A)."""
+    """Return the entropies (N,) of the distributions of continuous actions; log_std (N, A)."""
     result: Floats = (log_std.astype(np.float64) + 0.5 * (1 + LOG_2PI)).sum(1)
     return result
 

@@ -25,6 +25,12 @@ inline Vec exp(Vec x) {
   return zero_where_below(x, kLowest, power * power_of_two(shifted));
 }
 
+// log(x), lane by lane as the C library computes it.
+inline Vec log(Vec x) {
+  for (int lane = 0; lane < kLanes; ++lane) x.v[lane] = __builtin_logf(x.v[lane]);
+  return x;
+}
+
 // gelu(x) in its tanh form, 0.5 x (1 + tanh u) = x / (1 + exp(-2u)), u = sqrt(2 / pi) (x + 0.044715 x^3).
 inline Vec gelu(Vec x) {
   constexpr float kMinusTwoRootTwoOverPi = -1.59576912f;

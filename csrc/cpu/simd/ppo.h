@@ -186,48 +186,94 @@ void activate_backward(tipl::Activation activation, const float *y, float *dx, p
 
 // ---- losses
 
-tipl::PolicyLoss policy_loss(const tipl::PolicyBatch &batch, const float *mean, float *mean_grad,
-                             float *log_std_grad) noexcept {
+// PPO's clipped objective of the `count` steps from step i on, whose actions now have these log-probabilities. Adds to
+// `loss`, and returns the gradient of the minibatch's mean loss by the log-probabilities, 0 beyond `count`.
+inline Vec clipped_objective(const tipl::PolicyBatch &batch, ptrdiff_t i, ptrdiff_t count, Vec log_prob,
+                             tipl::PolicyLoss &loss) {
+  const float scale = -1.0f / static_cast<float>(batch.size);
+  const Vec log_ratio = log_prob - Vec::load(batch.log_prob + i);
+  const Vec ratio = exp(log_ratio), advantage = Vec::load(batch.advantage + i);
+  const Vec bounded = min(max(ratio, Vec::all(1.0f - batch.clip)), Vec::all(1.0f + batch.clip));
+  const Vec free = ratio * advantage, clipped = bounded * advantage;
+  float objective[kLanes], change[kLanes], log_change[kLanes];
+  Vec{free.v < clipped.v ? free.v : clipped.v}.store(objective);
+  (ratio - Vec::all(1.0f)).store(change);
+  log_ratio.store(log_change);
+  for (ptrdiff_t lane = 0; lane < count; ++lane) {
+    loss.objective += static_cast<double>(objective[lane]);
+    loss.kl += static_cast<double>(change[lane]) - static_cast<double>(log_change[lane]);
+    loss.clipped += (change[lane] < 0.0f ? -change[lane] : change[lane]) > batch.clip ? 1.0 : 0.0;
+  }
+  // A ratio is its own derivative by the log-probability; where the clipped side is the smaller, the loss is constant.
+  return select_first(count, Vec{free.v <= clipped.v ? free.v : Floats{}} * Vec::all(scale), Vec::zero());
+}
+
+tipl::PolicyLoss gaussian_loss(const tipl::PolicyBatch &batch, const float *mean, const float *log_std,
+                               const float *inverse_std, float *mean_grad, float *log_std_grad) noexcept {
   const ptrdiff_t A = batch.act_dim, B = batch.size, stride = batch.stride;
-  const float scale = -1.0f / static_cast<float>(B);
   float offset = 0.0f;  // the part of a log-probability that does not depend on the action
   for (ptrdiff_t a = 0; a < A; ++a) {
-    offset += batch.log_std[a] + 0.918938533f;  // ln(2 pi) / 2
+    offset += log_std[a] + 0.918938533f;  // ln(2 pi) / 2
     log_std_grad[a] = 0.0f;
   }
-  tipl::PolicyLoss loss = {0.0, 0.0, 0.0};
+  tipl::PolicyLoss loss = {0.0, 0.0, 0.0, 0.0};
   for (ptrdiff_t i = 0; i < B; i += kLanes) {
     const ptrdiff_t count = B - i < kLanes ? B - i : kLanes;
     Vec squares = Vec::zero();
     for (ptrdiff_t a = 0; a < A; ++a) {  // the noise, which takes the place of the mean's gradient for now
       const Vec difference = Vec::load(batch.action + a * stride + i) - Vec::load(mean + a * stride + i);
-      const Vec noise = difference * Vec::all(batch.inverse_std[a]);
+      const Vec noise = difference * Vec::all(inverse_std[a]);
       noise.store(mean_grad + a * stride + i);
       squares = fma(noise, noise, squares);
     }
-    const Vec log_ratio = fma(squares, Vec::all(-0.5f), Vec::zero() - Vec::all(offset)) - Vec::load(batch.log_prob + i);
-    const Vec ratio = exp(log_ratio), advantage = Vec::load(batch.advantage + i);
-    const Vec bounded = min(max(ratio, Vec::all(1.0f - batch.clip)), Vec::all(1.0f + batch.clip));
-    const Vec free = ratio * advantage, clipped = bounded * advantage;
-    // A ratio is its own derivative by the log-probability; where the clipped side is the smaller, the loss is
-    // constant.
-    const Vec grad = select_first(count, Vec{free.v <= clipped.v ? free.v : Floats{}} * Vec::all(scale), Vec::zero());
+    const Vec log_prob = fma(squares, Vec::all(-0.5f), Vec::zero() - Vec::all(offset));
+    const Vec grad = clipped_objective(batch, i, count, log_prob, loss);
     for (ptrdiff_t a = 0; a < A; ++a) {
       const Vec noise = Vec::load(mean_grad + a * stride + i);
       // Beyond the batch grad is 0, and so must its products be, whatever lies there.
       const Vec by_std = select_first(count, fma(noise, noise, Vec::all(-1.0f)) * grad, Vec::zero());
       log_std_grad[a] += first_lane(sum_lanes(by_std));
-      select_first(count, noise * grad * Vec::all(batch.inverse_std[a]), Vec::zero()).store(mean_grad + a * stride + i);
+      select_first(count, noise * grad * Vec::all(inverse_std[a]), Vec::zero()).store(mean_grad + a * stride + i);
     }
-    float objective[kLanes], change[kLanes], log_change[kLanes];
-    Vec{free.v < clipped.v ? free.v : clipped.v}.store(objective);
-    (ratio - Vec::all(1.0f)).store(change);
-    log_ratio.store(log_change);
-    for (ptrdiff_t lane = 0; lane < count; ++lane) {
-      loss.objective += static_cast<double>(objective[lane]);
-      loss.kl += static_cast<double>(change[lane]) - static_cast<double>(log_change[lane]);
-      loss.clipped += (change[lane] < 0.0f ? -change[lane] : change[lane]) > batch.clip ? 1.0 : 0.0;
+  }
+  return loss;
+}
+
+// Where x are the logits less the greatest of them, p = exp(x) / sum exp(x) are the probabilities and m = sum p x, the
+// taken action c has the log-probability x_c - log sum exp(x), and the entropy is log sum exp(x) - m. Their derivatives
+// by x_a are (1 if a = c, else 0) - p_a, and -p_a (x_a - m).
+tipl::PolicyLoss categorical_loss(const tipl::PolicyBatch &batch, float ent_coef, const float *logits,
+                                  float *logits_grad) noexcept {
+  const ptrdiff_t A = batch.act_dim, B = batch.size, stride = batch.stride;
+  const float bonus = ent_coef / static_cast<float>(B);
+  tipl::PolicyLoss loss = {0.0, 0.0, 0.0, 0.0};
+  for (ptrdiff_t i = 0; i < B; i += kLanes) {
+    const ptrdiff_t count = B - i < kLanes ? B - i : kLanes;
+    const Vec action = Vec::load(batch.action + i);
+    const auto taken = [action](ptrdiff_t a, Vec yes, Vec no) -> Vec {
+      return {action.v == Vec::all(static_cast<float>(a)).v ? yes.v : no.v};
+    };
+    Vec most = Vec::load(logits + i);
+    for (ptrdiff_t a = 1; a < A; ++a) most = max(Vec::load(logits + a * stride + i), most);
+    Vec sum = Vec::zero(), weighted = Vec::zero(), chosen = Vec::zero();
+    for (ptrdiff_t a = 0; a < A; ++a) {
+      const Vec x = Vec::load(logits + a * stride + i) - most, power = exp(x);
+      power.store(logits_grad + a * stride + i);  // which takes the place of the gradient for now
+      sum = sum + power;
+      weighted = fma(power, x, weighted);
+      chosen = taken(a, x, chosen);
     }
+    const Vec log_sum = log(sum), mean = weighted / sum;
+    const Vec grad = clipped_objective(batch, i, count, chosen - log_sum, loss);
+    for (ptrdiff_t a = 0; a < A; ++a) {
+      const Vec x = Vec::load(logits + a * stride + i) - most, p = Vec::load(logits_grad + a * stride + i) / sum;
+      const Vec by_log_prob = grad * (taken(a, Vec::all(1.0f), Vec::zero()) - p);
+      const Vec by_logit = fma(Vec::all(bonus) * p, x - mean, by_log_prob);
+      select_first(count, by_logit, Vec::zero()).store(logits_grad + a * stride + i);
+    }
+    float entropy[kLanes];
+    (log_sum - mean).store(entropy);
+    for (ptrdiff_t lane = 0; lane < count; ++lane) loss.entropy += static_cast<double>(entropy[lane]);
   }
   return loss;
 }
