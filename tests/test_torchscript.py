@@ -522,8 +522,8 @@ def doubled(depth: int) -> bytes:
 
 
 HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
-    "a call": (lambda: holding(pickle.dumps(Calls(print, "run"), 2)[2:-1]), r"with a (__builtin__|builtins)\.print"),
-    "a call for a module": (lambda: with_pickle(pickle.dumps(Calls(print, "run"), 2)), "data.pkl holds no module"),
+    "a call": (lambda: holding(pickle.dumps(Calls(len, "run"), 2)[2:-1]), r"with a (__builtin__|builtins)\.len"),
+    "a call for a module": (lambda: with_pickle(pickle.dumps(Calls(len, "run"), 2)), "data.pkl holds no module"),
     "no module": (lambda: with_pickle(pickle.dumps({"w": 1}, 2)), "data.pkl holds no module"),
     "a packed object": (
         lambda: holding(b"c__torch__.torch.classes.quantized\nLinearPackedParamsBase\n)\x81K\x01b"),
