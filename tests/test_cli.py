@@ -276,6 +276,22 @@ def test_a_store_is_drawn_and_its_curves_go_where_they_are_asked_for(
     assert not (tmp_path / "other.zarr").exists()
 
 
+@pytest.mark.parametrize("size", [0, 100_000])
+def test_output_that_nobody_reads_any_more_is_no_error(size: int) -> None:
+    """As behind `| head`: a text that waits in the buffer until the end, and one that does not fit into it."""
+    code = (
+        "import sys; from tipl import cli; sys.argv = ['tipl', 'verify', '.']; "
+        f"cli.Verify.run = lambda _: print({size} * 'x', 'x'); cli.main()"
+    )
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-c", code], stdout=writing, stderr=subprocess.PIPE, text=True, timeout=120, check=False
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
 def test_verify_finds_what_is_damaged_anywhere_in_a_run(
     finished_run: Path, tmp_path: Path, run_tipl: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:

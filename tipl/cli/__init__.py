@@ -5,6 +5,8 @@ Ctrl-C in one line and 130.
 """
 
 import dataclasses
+import os
+import select
 import sys
 import warnings
 from pathlib import Path
@@ -47,7 +49,7 @@ Command = (
 
 def main() -> None:
     """Parse the command line and run the command; the exit status is 0, 1 where `verify` finds damage, 2 for
-    a user's mistake, 130 for Ctrl-C.
+    a user's mistake, 130 for Ctrl-C, 141 where nobody reads the output any more.
     """
     warnings.showwarning = print_warning  # type: ignore[assignment]
     try:
@@ -67,12 +69,25 @@ def main() -> None:
         )
         _refuse_urls(command)
         command.run()
+        sys.stdout.flush()
     except KeyboardInterrupt as interrupt:
         print(f"tipl: interrupted. {interrupt}".rstrip(), file=sys.stderr)
         sys.exit(130)
     except (ValueError, RuntimeError, OSError, FloatingPointError, MemoryError) as error:
+        if isinstance(error, BrokenPipeError) and _reader_is_gone():
+            sys.exit(141)  # as a program that SIGPIPE ends
         print(f"tipl: error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
+
+
+def _reader_is_gone() -> bool:
+    """Return whether nobody reads any more what is printed, as behind `| head`; what is left to print is dropped."""
+    stdout = select.poll()
+    stdout.register(sys.stdout.fileno(), 0)
+    if not any(event & select.POLLERR for _, event in stdout.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes at its end
+    return True
 
 
 def _refuse_urls(command: object) -> None:
