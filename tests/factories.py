@@ -69,6 +69,12 @@ def make_store(path: Path, num_trials: int, num_checkpoints: int, env_id: str = 
     return store
 
 
+def everything(store: Store) -> list[np.ndarray]:
+    """Return all weights, env steps and returns of a store, trial by trial."""
+    trials = [store.trial(i) for i in range(len(store))]
+    return [column for trial in trials for column in (trial.weights(), trial.env_steps, trial.episodic_return)]
+
+
 def policy_return(t: Any, middle: float) -> Any:
     return 1000 / (1 + np.exp(-12 * (np.asarray(t) - middle)))
 

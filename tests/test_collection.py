@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from factories import ENV_ID, TINY_PPO
+from factories import ENV_ID, TINY_PPO, everything
 
 import tipl.storing.zarr_files
 from tipl.collecting.collection import collect, trial_seeds
@@ -21,11 +21,6 @@ from tipl.storing.store import Store
 def collect_tiny(output: Path, **arguments) -> Store:
     defaults = {"env_id": ENV_ID, "num_trials": 3, "total_timesteps": 4 * 32, "ppo": TINY_PPO, "progress": False}
     return collect(output, **defaults | arguments)
-
-
-def everything(store: Store) -> list[np.ndarray]:
-    trials = [store.trial(i) for i in range(len(store))]
-    return [column for trial in trials for column in (trial.weights(), trial.env_steps, trial.episodic_return)]
 
 
 def test_a_checkpoint_of_the_start_and_of_every_iteration(tmp_path, monkeypatch):

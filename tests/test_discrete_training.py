@@ -10,22 +10,24 @@ import numpy as np
 import pytest
 import reference
 import torch
-from factories import MODEL_CONFIG, TINY_PPO, random_model
+from factories import MODEL_CONFIG, TINY_PPO, everything, random_model
 from gymnasium.spaces import Discrete
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from processes import ISAS, run_on
-from test_collection import everything
-from test_population import (
+from ppo_checks import (
     SMALL,
     UPDATES,
     ScriptedEnv,
+    assert_logged,
     assert_updates_as_autograd,
     by_autograd,
     random_update,
+    row_of,
     updated,
+    updated_beside_sb3,
 )
+from processes import ISAS, run_on
 
 import tipl
 from tipl.collecting.action_noise import CategoricalActions
@@ -233,36 +235,11 @@ def test_update_equals_stable_baselines3(optimizer: Literal["adam", "sgd"]) -> N
         truncated=np.zeros((64, 1), bool),
         final_steps=[FinalStep(0, 63, np.ones(4, np.float32))],
     )
-    buffer = model.rollout_buffer
-    buffer.observations[:, 0], buffer.actions[:, 0] = transitions.observations[0], transitions.actions[0]
-    buffer.rewards[:], buffer.log_probs[:, 0] = transitions.rewards, transitions.log_probs[0]
-    buffer.episode_starts[1:] = transitions.terminated[:-1]
-    with torch.no_grad():
-        buffer.values[:, 0] = model.policy.predict_values(obs[0])[:, 0]
-        last_value = model.policy.predict_values(torch.ones(1, 4))
-    buffer.compute_returns_and_advantage(last_value, transitions.terminated[-1])
-    buffer.full = True
-    model.train()
-    stats = trials.update(transitions, config.learning_rate)
+    stats, logged = updated_beside_sb3(model, trials, transitions, config.learning_rate)
     np.testing.assert_allclose(trials.params[0], row_of(model), rtol=0, atol=2e-6)
     assert abs(trials.params[0] - params).max() > 5e-4
-    logged = model.logger.name_to_value
-    for name, theirs in (
-        ("policy_loss", "policy_gradient_loss"),
-        ("value_loss", "value_loss"),
-        ("clipfrac", "clip_fraction"),
-        ("approx_kl", "approx_kl"),
-        ("explained_variance", "explained_variance"),
-    ):
-        assert getattr(stats, name)[0] == pytest.approx(logged[f"train/{theirs}"], rel=1e-3, abs=1e-6), name
+    assert_logged(stats, logged)
     assert stats.entropy[0] == pytest.approx(-logged["train/entropy_loss"], rel=1e-5)
-
-
-def row_of(model: Any) -> NDArray[np.float32]:
-    """The parameters of SB3's policy, in our order."""
-    state = model.policy.state_dict()
-    order = [name for name in state if "value_net" not in name] + [name for name in state if "value_net" in name]
-    return np.concatenate([state[name].numpy().ravel() for name in order])
 
 
 # ---- acting

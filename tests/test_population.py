@@ -1,5 +1,4 @@
 import dataclasses
-import itertools
 import sys
 import types
 from collections.abc import Callable, Sequence
@@ -11,11 +10,20 @@ import reference
 import torch
 from gymnasium.spaces import Box
 from numpy.typing import NDArray
+from ppo_checks import (
+    SMALL,
+    UPDATES,
+    ScriptedEnv,
+    assert_logged,
+    assert_updates_as_autograd,
+    random_update,
+    row_of,
+    updated,
+    updated_beside_sb3,
+)
 from processes import ISAS, run_on
 
 from tipl import _core
-from tipl.collecting.action_noise import spec_of_actions
-from tipl.collecting.envs import VectorEnv
 from tipl.collecting.initial_parameters import _orthogonal
 from tipl.collecting.policy_network import layer_views, mean_action
 from tipl.collecting.population import (
@@ -30,44 +38,6 @@ from tipl.collecting.population import (
 )
 from tipl.collecting.transitions import log_prob
 from tipl.policy import PolicySpec
-
-SMALL = PPOConfig(num_steps=64, num_minibatches=4, update_epochs=3)
-
-
-class ScriptedEnv(VectorEnv):
-    """Identifiable steps: observation (seed, episode, step in the episode) / 10, reward 100 x (step overall) + action.
-
-    Even episodes terminate after 5 steps, odd ones time out after 7. So nothing is random but a seed's own label.
-    """
-
-    def __init__(self, num_envs: int, act_dim: int = 1) -> None:
-        super().__init__("Scripted-v0", num_envs, 3, Box(-np.inf, np.inf, (act_dim,), np.float32), None)
-        self.labels = np.full(num_envs, -1.0)
-        self.episode, self.elapsed, self.total = (np.zeros(num_envs, np.int64) for _ in range(3))
-
-    def _seed(self, seeds: list[int]) -> None:
-        self.labels[:] = seeds
-        self.episode[:], self.total[:] = -1, 0
-
-    def _observe(self, ids: NDArray[np.intp]) -> NDArray[np.float64]:
-        return np.stack([self.labels[ids], self.episode[ids], self.elapsed[ids]], 1) / 10
-
-    def _advance(
-        self, actions: NDArray[np.float64], ids: NDArray[np.intp]
-    ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.bool_], NDArray[np.bool_]]:
-        reward = 100.0 * self.total[ids] + actions[:, 0]
-        self.total[ids] += 1
-        self.elapsed[ids] += 1
-        even = self.episode[ids] % 2 == 0
-        return self._observe(ids), reward, even & (self.elapsed[ids] == 5), ~even & (self.elapsed[ids] == 7)
-
-    def _restart(self, ids: NDArray[np.intp]) -> NDArray[np.float64]:
-        self.episode[ids] += 1
-        self.elapsed[ids] = 0
-        return self._observe(ids)
-
-    def close(self) -> None:
-        pass
 
 
 class TargetEnv(ScriptedEnv):
@@ -266,121 +236,6 @@ def test_log_prob_and_entropy_equal_torch_distributions() -> None:
     np.testing.assert_allclose(entropy(log_std[:, 0].numpy()), normal.entropy()[:, 0])
 
 
-def random_update(
-    config: PPOConfig, act_dim: int, obs_dim: int = 5, seed: int = 0, *, discrete: bool = False
-) -> dict[str, np.ndarray]:
-    """Arrays for one update of three trials: ratios on both sides of the clip range, advantages of both signs.
-
-    With `discrete`, act_dim is the number of discrete actions.
-    """
-    rng = np.random.default_rng(seed)
-
-    def normal(*shape: int) -> np.ndarray:
-        return rng.standard_normal(shape).astype(np.float32)
-
-    N, S, E = 3, config.batch_size, config.update_epochs
-    spec = spec_of_actions(obs_dim, act_dim, act_dim if discrete else None, config)
-    sizes = (*spec.layer_sizes[:-1], 1)
-    P = spec.num_params + sum(out * (into + 1) for into, out in itertools.pairwise(sizes))
-    arrays = {
-        "params": 0.15 * normal(N, P),
-        "observations": normal(N, S, obs_dim),
-        "actions": normal(N, S, act_dim),
-        "advantages": normal(N, S),
-        "returns": normal(N, S),
-        "values": normal(N, S),
-        "order": np.stack([[rng.permutation(S) for _ in range(E)] for _ in range(N)]).astype(np.int32),
-    }
-    if discrete:
-        arrays["actions"] = rng.integers(act_dim, size=(N, S, 1)).astype(np.float32)
-    agents = [reference.Agent(torch.from_numpy(row), obs_dim, act_dim, config, discrete) for row in arrays["params"]]
-    with torch.no_grad():
-        log_probs = [
-            agent.distribution(torch.from_numpy(obs)).log_prob(torch.from_numpy(action)).numpy()
-            for agent, obs, action in zip(agents, arrays["observations"], arrays["actions"], strict=True)
-        ]
-    return arrays | {"log_probs": np.stack(log_probs) + 0.3 * normal(N, S)}
-
-
-def updated(
-    config: PPOConfig, arrays: dict[str, np.ndarray], num_threads: int = 2, num_actions: int | None = None
-) -> dict[str, np.ndarray]:
-    """What the native update makes of them: params, moments, num_updates and losses."""
-    engine = _core.PpoUpdate(
-        obs_dim=arrays["observations"].shape[-1],
-        act_dim=num_actions or arrays["actions"].shape[-1],
-        config=config,
-        num_threads=num_threads,
-        discrete=num_actions is not None,
-    )
-    params = arrays["params"].copy()
-    state = {
-        "params": params,
-        "first_moments": np.zeros_like(params),
-        "second_moments": np.zeros_like(params),
-        "num_updates": np.zeros(len(params), np.int64),
-    }
-    losses = engine.update(**(arrays | state), learning_rate=config.learning_rate)
-    return state | {"losses": losses}
-
-
-def by_autograd(
-    config: PPOConfig, arrays: dict[str, np.ndarray], trial: int, dtype: torch.dtype, num_actions: int | None = None
-) -> tuple[torch.Tensor, dict[str, float]]:
-    """The trial's parameters after torch's update in `dtype`, and what it logged."""
-    data = {name: torch.from_numpy(x[trial]) for name, x in arrays.items()}
-    A, O = num_actions or arrays["actions"].shape[-1], arrays["observations"].shape[-1]  # noqa: E741
-    agent = reference.Agent(data["params"].to(dtype), O, A, config, discrete=num_actions is not None)
-    names = {"obs": "observations", "action": "actions", "log_prob": "log_probs", "advantage": "advantages"}
-    names |= {"target": "returns", "value": "values"}
-    transitions = {name: data[ours].to(dtype) for name, ours in names.items()}
-    return agent, reference.ppo_update(agent, transitions, list(data["order"].long()), config)
-
-
-def assert_updates_as_autograd(
-    config: PPOConfig, arrays: dict[str, np.ndarray], ours: dict[str, np.ndarray], num_actions: int | None = None
-) -> None:
-    for i in range(len(arrays["params"])):
-        oracle, logs = by_autograd(config, arrays, i, torch.float64, num_actions)
-        in_float32, _ = by_autograd(config, arrays, i, torch.float32, num_actions)
-        row = torch.from_numpy(ours["params"][i]).double()
-        bound = 4 * (in_float32.row() - oracle.row()).abs().max() + 8 * torch.finfo(torch.float32).eps
-        assert (row - oracle.row()).abs().max() <= bound
-        assert (row - torch.from_numpy(arrays["params"][i])).abs().max() > 1e-3  # it did move
-        assert ours["num_updates"][i] == logs["steps"]
-        names = ["policy_loss", "value_loss", "clipfrac", "approx_kl", *(["entropy"] if num_actions else [])]
-        for name, value in zip(names, ours["losses"][i], strict=True):
-            assert value == pytest.approx(logs[name], rel=1e-3, abs=1e-5), name
-
-
-UPDATES: dict[str, dict[str, object]] = {
-    "as by default": {},
-    "relu": {"activation": "relu"},
-    "elu": {"activation": "elu"},
-    "no hidden layer": {"hidden_sizes": ()},
-    "one hidden layer": {"hidden_sizes": (7,)},
-    "three wide ones": {"hidden_sizes": (70, 33, 129)},
-    "minibatches of 10": {"num_steps": 60, "num_minibatches": 6},
-    "minibatches of 1": {"num_steps": 8, "num_minibatches": 8},
-    "one minibatch": {"num_minibatches": 1},
-    "several environments": {"num_envs": 3},
-    "entropy": {"ent_coef": 0.1},
-    "values weigh more": {"vf_coef": 2.0},
-    "clipped values": {"clip_coef_vf": 0.05},
-    "narrow clip": {"clip_coef": 0.01},
-    "small gradients": {"max_grad_norm": 0.01},
-    "large gradients": {"max_grad_norm": 1e9},
-    "advantages as they are": {"normalize_advantage": False},
-    "target KL reached": {"target_kl": 0.08},
-    "target KL at once": {"target_kl": 1e-9, "learning_rate": 1e-3},
-    "SGD": {"optimizer": "sgd", "learning_rate": 0.1},
-    "SGD, large gradients": {"optimizer": "sgd", "learning_rate": 0.01, "max_grad_norm": 1e9},
-    "fixed log_std": {"learn_log_std": False},
-    # The entropy's gradient is the largest by far, and would show in the norm.
-    "SGD, fixed log_std": {"optimizer": "sgd", "learning_rate": 0.1, "learn_log_std": False, "ent_coef": 10.0},
-}
-
-
 @pytest.mark.parametrize("act_dim", [1, 3])
 @pytest.mark.parametrize("settings", UPDATES)
 def test_update_equals_autograd_with_torch_clipping_and_optimizers(settings: str, act_dim: int) -> None:
@@ -541,13 +396,11 @@ def test_update_equals_stable_baselines3(optimizer: Literal["adam", "sgd"], lear
     model.policy.log_std.requires_grad_(learn_log_std)
     model.set_logger(Logger(None, []))
     spec = PolicySpec(3, 1)
-    state = model.policy.state_dict()
-    order = [name for name in state if "value_net" not in name] + [name for name in state if "value_net" in name]
-    params = torch.cat([state[name].flatten() for name in order])[None]
+    params = row_of(model)
     trials = Population(ScriptedEnv(1), config, [0])
     assert trials.spec == spec
-    assert trials.params[:, 0] == params[:, 0]
-    trials.params[:] = params.numpy()
+    assert trials.params[0, 0] == params[0]
+    trials.params[:] = params
     generator = torch.Generator().manual_seed(0)
     transitions = Transitions(
         observations=torch.randn(1, 64, 3, generator=generator).numpy(),
@@ -558,30 +411,12 @@ def test_update_equals_stable_baselines3(optimizer: Literal["adam", "sgd"], lear
         truncated=np.zeros((64, 1), bool),
         final_steps=[FinalStep(0, 63, np.ones(3, np.float32))],
     )
-    buffer = model.rollout_buffer
-    buffer.observations[:, 0], buffer.actions[:, 0] = transitions.observations[0], transitions.actions[0]
-    buffer.rewards[:], buffer.log_probs[:, 0] = transitions.rewards, transitions.log_probs[0]
-    buffer.episode_starts[1:] = transitions.terminated[:-1]
-    with torch.no_grad():
-        buffer.values[:, 0] = model.policy.predict_values(torch.from_numpy(transitions.observations[0]))[:, 0]
-        last_value = model.policy.predict_values(torch.ones(1, 3))
-    buffer.compute_returns_and_advantage(last_value, transitions.terminated[-1])
-    buffer.full = True
-    model.train()
-    stats = trials.update(transitions, config.learning_rate)
-    after = torch.cat([model.policy.state_dict()[name].flatten() for name in order])
+    stats, logged = updated_beside_sb3(model, trials, transitions, config.learning_rate)
+    after = row_of(model)
     np.testing.assert_allclose(trials.params[0], after, rtol=0, atol=2e-6)
-    assert abs(after - params[0]).max() > 5e-4
+    assert abs(after - params).max() > 5e-4
     assert (after[0] == -0.5) == (trials.params[0, 0] == -0.5) == (not learn_log_std)
-    logged = model.logger.name_to_value
-    for name, theirs in (
-        ("policy_loss", "policy_gradient_loss"),
-        ("value_loss", "value_loss"),
-        ("clipfrac", "clip_fraction"),
-        ("approx_kl", "approx_kl"),
-        ("explained_variance", "explained_variance"),
-    ):
-        assert getattr(stats, name)[0] == pytest.approx(logged[f"train/{theirs}"], rel=1e-3, abs=1e-6), name
+    assert_logged(stats, logged)
 
 
 def test_every_transition_is_visited_once_an_epoch() -> None:
