@@ -292,8 +292,15 @@ def _dtype(value: Any) -> np.dtype[Any]:
     made = isinstance(value, Made) and value.name == Name("numpy", "dtype") and isinstance(value.arguments, tuple)
     code = value.arguments[0] if made and value.arguments else None
     order = value.state[1] if made and isinstance(value.state, tuple) and len(value.state) > 1 else "="
+    kind = plain_dtype(code, order)
+    if kind is None:
+        raise PickleError("holds an array that is not of plain numbers")
+    return kind
+
+
+def plain_dtype(code: Any, order: Any) -> np.dtype[Any] | None:
+    """Return the dtype that a pickle of NumPy's describes, such as "f4" and "<"; None where it is no plain number's."""
     if not (isinstance(code, str) and isinstance(order, str)):
-        raise PickleError("holds an array that is not of plain numbers")
-    if code not in {"f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1"} or order not in set("<>=|"):
-        raise PickleError("holds an array that is not of plain numbers")
-    return np.dtype(f"{order}{code}")
+        return None
+    is_plain = code in {"f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1"} and order in set("<>=|")
+    return np.dtype(f"{order}{code}") if is_plain else None

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from tipl.storing.inert_pickle import plain_dtype
 from tipl.storing.not_readable import NotReadableError
 
 ENCODE = "_codecs.encode"
@@ -20,8 +21,6 @@ NAMES = frozenset(
     {"numpy.dtype", "numpy.ndarray", ENCODE, *(f"{it}.{name}" for it in _CORES for name in ("scalar", "_reconstruct"))}
 )
 """What pickles of NumPy's numbers and arrays use, beside what those of tensors do."""
-
-_KINDS = {"f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1"}
 
 
 def encoded_length(arguments: Any) -> int:
@@ -43,10 +42,11 @@ class _Kind:
         self.order = state[1]
 
     def dtype(self) -> np.dtype[Any]:
-        """Return the kind of number. Raises ValueError for any other than `_KINDS`."""
-        if self.code not in _KINDS or self.order not in ("<", ">", "=", "|"):
+        """Return the kind of number. Raises ValueError where it is not a plain one."""
+        dtype = plain_dtype(self.code, self.order)
+        if dtype is None:
             raise ValueError("a NumPy number is of no plain kind")
-        return np.dtype(f"{self.order}{self.code}")
+        return dtype
 
 
 class _ArrayClass:
