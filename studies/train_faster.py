@@ -5,11 +5,13 @@
     python studies/train_faster.py results --output runs/train_faster
 
 `studies/train_faster.json` fixes for each task the seeds, the settings that each arm tries and, after `tune`, those
-that it chose. `tune` tries equally many settings of each arm on the same tuning seeds (those "on tuned PPO" begin with
-its choice, "tuned further" with as many more settings of PPO) and chooses the largest mean return over all iterations.
-`final` trains the chosen ones on fresh seeds, paired, and writes a ledger for each arm. `results` makes
-docs/results/train_faster.json and docs/figures/train_faster_<task>.svg of the ledgers; rows and figures of tasks
-without ledgers stay. What is there is not computed again.
+that it chose. `tune` tries the settings of each arm, equally many of every arm that is tuned, on the same tuning seeds
+(those "on tuned PPO" begin with its choice, "tuned further" with as many more settings of PPO) and chooses the largest
+mean return over all iterations. An arm whose "forecaster" is "zero-shot" is not tuned: it jumps by `tipl accelerate`'s
+defaults, along the forecasts of a forecaster that never saw the task. `final` trains the chosen ones on fresh seeds,
+paired, and writes a ledger for each arm. `results` makes docs/results/train_faster.json and
+docs/figures/train_faster_<task>.svg of the ledgers; rows and figures of tasks without ledgers stay. What is there is
+not computed again.
 
 Returns are those of training, with noise on the actions, of every iteration that the run paid for, undone ones too. The
 target is plain PPO's mean return over its last 5 iterations. A ratio to plain is the part of plain PPO's env steps
@@ -52,6 +54,8 @@ SETTINGS = Path(__file__).with_suffix(".json")
 RESULTS, FIGURES = ROOT / "docs/results/train_faster.json", ROOT / "docs/figures"
 Setting = dict[str, Any]
 """{"ppo": {...}} and, for what moves weights, {"move": name, ...its arguments}."""
+Models = dict[str, Path | None]
+"""The folders of forecasters, by the option that gives them."""
 
 
 def random_forecaster(like: Forecaster) -> Forecaster:
@@ -65,7 +69,7 @@ def random_forecaster(like: Forecaster) -> Forecaster:
 
 def movers(setting: Setting, forecaster: Forecaster | None) -> Callable[[Learner], Any]:
     """Return what makes the jumps, or what else moves weights, of a learner."""
-    arguments = {name: value for name, value in setting.items() if name not in ("ppo", "move")}
+    arguments = {name: value for name, value in setting.items() if name not in ("ppo", "move", "forecaster")}
     move = setting.get("move", "none")
     if move == "none":
         return Jumps.none
@@ -99,7 +103,7 @@ def train(task: str, given: dict[str, Any], setting: Setting, forecaster: Foreca
 
 
 def ledger_of(
-    task: str, arm: str, setting: Setting, given: dict[str, Any], model: Path | None, output: Path, *, final: bool
+    task: str, arm: str, setting: Setting, given: dict[str, Any], models: Models, output: Path, *, final: bool
 ) -> Ledger:
     """Return the ledger of one setting of an arm, trained unless it is there."""
     name = hashlib.sha256(json.dumps([setting, given["ppo"]], sort_keys=True).encode()).hexdigest()[:12]
@@ -107,10 +111,11 @@ def ledger_of(
     path = next(folder.glob(f"*-{name}.json"), folder / f"{arm}-{name}.json")  # another arm may have the same setting
     if not path.exists():
         needs = setting.get("move", "") in ("tipl", "random")
+        model = models.get(setting.get("forecaster", "model")) if needs else None
         if needs and model is None:
-            raise SystemExit(f"--model is needed for {arm}")
+            raise SystemExit(f"--{setting.get('forecaster', 'model')} is needed for {arm}")
         start = time.perf_counter()
-        ledger = train(task, given, setting, Forecaster.load(model) if needs and model else None, final)
+        ledger = train(task, given, setting, Forecaster.load(model) if model else None, final)
         path.parent.mkdir(parents=True, exist_ok=True)
         ledger.save(path)
         print(f"{task} {arm} {setting}: {time.perf_counter() - start:.0f} s", flush=True)
@@ -137,7 +142,7 @@ def settings_of(grid: dict[str, Any]) -> list[Setting]:
     return settings
 
 
-def tune(task: str, model: Path | None, output: Path, arms: list[str] | None) -> None:
+def tune(task: str, models: Models, output: Path, arms: list[str] | None) -> None:
     """Try every setting of all arms, or of some, on the tuning seeds, and write down what was chosen."""
     everything = json.loads(SETTINGS.read_text())
     given = everything[task]
@@ -148,17 +153,17 @@ def tune(task: str, model: Path | None, output: Path, arms: list[str] | None) ->
         settings = settings_of(grid["grid"])
         if grid.get("on_tuned_ppo"):
             settings = [{**it, "ppo": {**tuned_ppo, **it["ppo"]}} for it in settings]
-        areas = [area(ledger_of(task, arm, it, given, model, output, final=False)) for it in settings]
+        areas = [area(ledger_of(task, arm, it, given, models, output, final=False)) for it in settings]
         chosen[arm], tried[arm] = settings[int(np.argmax(areas))], len(settings)
         print(f"{task} {arm}: {max(areas):.1f} of {len(areas)} settings: {chosen[arm]}", flush=True)
         write_record(SETTINGS, everything, indent=1)
 
 
-def final(task: str, model: Path | None, output: Path) -> None:
+def final(task: str, models: Models, output: Path) -> None:
     """Train every arm as it was chosen on the final seeds."""
     given = json.loads(SETTINGS.read_text())[task]
     for arm, setting in given["chosen"].items():
-        ledger_of(task, arm, setting, given, model, output, final=True)
+        ledger_of(task, arm, setting, given, models, output, final=True)
 
 
 def rows_of(task: str, given: dict[str, Any], ledgers: dict[str, Ledger]) -> list[dict[str, Any]]:
@@ -209,7 +214,7 @@ def results(output: Path) -> None:
             rows += [row for row in json.loads(RESULTS.read_text())["rows"] if row["task"] == task]
             continue
         ledgers = {
-            arm: ledger_of(task, arm, setting, given, None, output, final=True)
+            arm: ledger_of(task, arm, setting, given, {}, output, final=True)
             for arm, setting in given["chosen"].items()
         }
         rows += rows_of(task, given, ledgers)
@@ -231,13 +236,15 @@ def main() -> None:
     parser = command_line(__doc__)
     parser.add_argument("stage", choices=("tune", "final", "results"))
     parser.add_argument("task", nargs="?", help="one of those in train_faster.json")
-    parser.add_argument("--model", type=Path, help="the forecaster's folder")
+    parser.add_argument("--model", type=Path, help="the folder of the forecaster made for the task")
+    parser.add_argument("--zero-shot", type=Path, help="that of one which never saw the task")
     parser.add_argument("--arms", nargs="+", help="tune only these; the others keep what was chosen for them")
     parser.add_argument("--output", type=Path, required=True, help="the folder of all ledgers")
     arguments: argparse.Namespace = parser.parse_args()
     if arguments.stage == "results":
         results(arguments.output)
         return
+    models: Models = {"model": arguments.model, "zero-shot": arguments.zero_shot}
     known = list(json.loads(SETTINGS.read_text()))
     if arguments.task not in known:
         parser.error(f"task: must be one of {', '.join(known)}, got {arguments.task}")
@@ -245,9 +252,9 @@ def main() -> None:
         unknown = set(arguments.arms or ()) - set(json.loads(SETTINGS.read_text())[arguments.task]["arms"])
         if unknown:
             parser.error(f"--arms: {', '.join(sorted(unknown))} are not among the arms in {SETTINGS.name}")
-        tune(arguments.task, arguments.model, arguments.output, arguments.arms)
+        tune(arguments.task, models, arguments.output, arguments.arms)
     else:
-        final(arguments.task, arguments.model, arguments.output)
+        final(arguments.task, models, arguments.output)
 
 
 if __name__ == "__main__":
