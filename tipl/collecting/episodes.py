@@ -23,8 +23,9 @@ from numpy.typing import NDArray
 from rich.progress import Progress
 
 from tipl.cluster import Cluster
-from tipl.collecting.envs import MujocoVectorEnv, VectorEnv, make_vec
+from tipl.collecting.envs import MujocoVectorEnv, make_vec
 from tipl.collecting.policy_network import actions_of, mean_of_rows, mlp_rows, sampled_means, unclipped
+from tipl.collecting.vector_env import VectorEnv
 from tipl.policy import PolicySpec
 from tipl.storing.store import Store
 
