@@ -173,7 +173,7 @@ REFUSED_SPACES = {
 
 
 class Broken(Drift):
-    """Its fourth observation, or the reward that comes with it, is `given`."""
+    """Its fourth observation, or the reward that comes with it, is `given`; an exception is raised."""
 
     def __init__(self, name: str, given: Any) -> None:
         self._name, self._given = name, given
@@ -181,14 +181,19 @@ class Broken(Drift):
     def reset(self, **kwargs: Any) -> tuple[np.ndarray, dict[str, Any]]:
         obs, _ = super().reset(**kwargs)
         self._left = 3
-        return (self._given if self._name == "first" else obs), {}
+        return (self._value() if self._name == "first" else obs), {}
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         obs, reward, *rest = super().step(action)
         self._left -= 1
         if self._left == 0:
-            obs, reward = (self._given, reward) if self._name == "obs" else (obs, self._given)
+            obs, reward = (self._value(), reward) if self._name == "obs" else (obs, self._value())
         return (obs, reward, *rest)  # type: ignore[return-value]
+
+    def _value(self) -> Any:
+        if isinstance(self._given, Exception):
+            raise self._given
+        return self._given
 
 
 @pytest.fixture(autouse=True)
@@ -241,6 +246,15 @@ def test_what_an_environment_should_not_give_is_refused(name: str, given: Any, m
     env = make_vec("tipl/Broken-v0", 2, seeds=[0, 1], env_kwargs={"name": name, "given": given})
     with pytest.raises(ValueError, match=f"^{message}$"):
         play_from_the_start(env)
+
+
+@pytest.mark.parametrize(("name", "caller"), [("obs", "step"), ("first", "reset")])
+def test_what_an_environment_raises_is_said_with_its_name(name: str, caller: str) -> None:
+    given = KeyError("no licence")
+    env = make_vec("tipl/Broken-v0", 2, seeds=[0, 1], env_kwargs={"name": name, "given": given})
+    with pytest.raises(RuntimeError, match=rf"^{caller}: tipl/Broken-v0 failed: KeyError: 'no licence'$") as caught:
+        play_from_the_start(env)
+    assert caught.value.__cause__ is given
 
 
 def play_from_the_start(env: VectorEnv) -> None:

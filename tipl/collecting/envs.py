@@ -4,11 +4,12 @@
 equals Gymnasium's: its first episode is that of `env.reset(seed=seeds[i])`, later ones continue the same generator.
 """
 
+import contextlib
 import difflib
 import importlib
 import operator
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -190,7 +191,8 @@ class GymnasiumVectorEnv(VectorEnv):
         if self.num_actions is not None:
             taken = taken[:, 0]
         for row, (i, action) in enumerate(zip(ids, taken, strict=True)):
-            seen, reward[row], terminated[row], truncated[row], _ = self._envs[i].step(action)
+            with self._failing("step"):
+                seen, reward[row], terminated[row], truncated[row], _ = self._envs[i].step(action)
             obs[row] = self._checked("step", seen)
         if not np.isfinite(reward).all():
             raise ValueError(f"step: {self.env_id} gave a reward that is not finite, {reward[~np.isfinite(reward)][0]}")
@@ -199,10 +201,19 @@ class GymnasiumVectorEnv(VectorEnv):
     def _restart(self, ids: Ids) -> Floats:
         obs = np.empty((len(ids), self.obs_dim))
         for row, i in enumerate(ids):
-            seen, _ = self._envs[i].reset(seed=self._seeds[i])
+            with self._failing("reset"):
+                seen, _ = self._envs[i].reset(seed=self._seeds[i])
             obs[row] = self._checked("reset", seen)
             self._seeds[i] = None
         return obs
+
+    @contextlib.contextmanager
+    def _failing(self, caller: str) -> Iterator[None]:
+        """Raise RuntimeError, which names the environment, for whatever its code raises."""
+        try:
+            yield
+        except Exception as error:
+            raise RuntimeError(f"{caller}: {self.env_id} failed: {type(error).__name__}: {error}") from error
 
     def _checked(self, caller: str, obs: Any) -> Any:
         """Return an environment's observation. Raises ValueError where it has another shape than the observation space

@@ -81,8 +81,9 @@ class VectorEnv(ABC):
         Where active (N,) is False an environment is not stepped, costs nothing and its action is ignored; its outputs
         are its current observation, reward 0, False, False. The arrays returned are not reused by later steps.
 
-        Raises RuntimeError before the first reset, TypeError for a wrong dtype, ValueError for a wrong shape, actions
-        that are not finite, or discrete actions that are not whole.
+        Raises RuntimeError before the first reset, and where the environment's own code raises anything; TypeError for
+        a wrong dtype; ValueError for a wrong shape, actions that are not finite, discrete actions that are not whole,
+        or where the environment gives observations or rewards that it should not.
         """
         ids = self._checked_ids(actions, active)
         index = slice(None) if ids is self._all else ids
