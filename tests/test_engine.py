@@ -26,6 +26,15 @@ def test_an_unknown_instruction_set_fails_the_import():
     assert "ImportError: TIPL_ISA must be one of baseline, avx2, avx512, avx512bf16, got 'sse9'" in done.stderr
 
 
+def test_a_command_says_in_one_line_that_the_instruction_set_is_unknown():
+    code = 'import sys; sys.argv = ["tipl", {!r}]; from tipl.cli import main; main()'
+    done = run_python(code.format("--version"), TIPL_ISA="sse9")
+    assert done.returncode == 2
+    expected = "tipl: error: TIPL_ISA must be one of baseline, avx2, avx512, avx512bf16, got 'sse9'\n"
+    assert done.stderr == expected
+    assert run_python(code.format("--help"), TIPL_ISA="sse9").returncode == 0
+
+
 def test_the_best_supported_instruction_set_is_the_default():
     assert _core.choose_isa(None, ISAS) == "avx512bf16"
     assert _core.choose_isa(None, ISAS[:3]) == "avx512"

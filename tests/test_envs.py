@@ -5,6 +5,7 @@ All 21 MuJoCo tasks are bit-equal in observation, reward, terminated and truncat
 
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import gymnasium
@@ -14,8 +15,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tipl.collecting.envs import MujocoVectorEnv, Step, VectorEnv, make_vec
+from tipl.collecting.envs import MujocoVectorEnv, make_vec
 from tipl.collecting.mujoco_tasks import TASKS
+from tipl.collecting.vector_env import Step, VectorEnv
 
 # A lowered time limit at which random actions end some episodes by termination and some by truncation.
 SHORT_LIMIT = {
@@ -170,8 +172,33 @@ REFUSED_SPACES = {
 }
 
 
+class Broken(Drift):
+    """Its fourth observation, or the reward that comes with it, is `given`; an exception is raised."""
+
+    def __init__(self, name: str, given: Any) -> None:
+        self._name, self._given = name, given
+
+    def reset(self, **kwargs: Any) -> tuple[np.ndarray, dict[str, Any]]:
+        obs, _ = super().reset(**kwargs)
+        self._left = 3
+        return (self._value() if self._name == "first" else obs), {}
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        obs, reward, *rest = super().step(action)
+        self._left -= 1
+        if self._left == 0:
+            obs, reward = (self._value(), reward) if self._name == "obs" else (obs, self._value())
+        return (obs, reward, *rest)  # type: ignore[return-value]
+
+    def _value(self) -> Any:
+        if isinstance(self._given, Exception):
+            raise self._given
+        return self._given
+
+
 @pytest.fixture(autouse=True)
 def _registered() -> Iterator[None]:
+    gymnasium.register("tipl/Broken-v0", Broken, disable_env_checker=True)
     gymnasium.register("tipl/Drift-v0", Drift)
     gymnasium.register("tipl/Drift-v1", Drift, max_episode_steps=9)
     for name, spaces in REFUSED_SPACES.items():
@@ -201,6 +228,40 @@ def test_any_other_environment_takes_another_time_limit_or_none() -> None:
 
 def test_an_environment_is_found_through_its_module() -> None:
     assert make_vec("gymnasium.envs.classic_control:Pendulum-v1", 1, seeds=[0]).obs_dim == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "message"),
+    [
+        ("obs", np.zeros(1, np.float32), r"step: tipl/Broken-v0 gave an observation of shape \(1,\); its .* \(2,\)"),
+        ("obs", np.zeros(3, np.float32), r"step: tipl/Broken-v0 gave an observation of shape \(3,\); its .* \(2,\)"),
+        ("obs", np.array([0, np.nan]), r"step: tipl/Broken-v0 gave an observation that is not finite, \[ 0. nan\]"),
+        ("first", np.array([0, np.inf]), r"reset: tipl/Broken-v0 gave an observation that is not finite, \[ 0. inf\]"),
+        ("reward", np.nan, r"step: tipl/Broken-v0 gave a reward that is not finite, nan"),
+        ("reward", -np.inf, r"step: tipl/Broken-v0 gave a reward that is not finite, -inf"),
+        ("reward", None, r"step: tipl/Broken-v0 gave a reward that is not finite, nan"),
+    ],
+)
+def test_what_an_environment_should_not_give_is_refused(name: str, given: Any, message: str) -> None:
+    env = make_vec("tipl/Broken-v0", 2, seeds=[0, 1], env_kwargs={"name": name, "given": given})
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        play_from_the_start(env)
+
+
+@pytest.mark.parametrize(("name", "caller"), [("obs", "step"), ("first", "reset")])
+def test_what_an_environment_raises_is_said_with_its_name(name: str, caller: str) -> None:
+    given = KeyError("no licence")
+    env = make_vec("tipl/Broken-v0", 2, seeds=[0, 1], env_kwargs={"name": name, "given": given})
+    with pytest.raises(RuntimeError, match=rf"^{caller}: tipl/Broken-v0 failed: KeyError: 'no licence'$") as caught:
+        play_from_the_start(env)
+    assert caught.value.__cause__ is given
+
+
+def play_from_the_start(env: VectorEnv) -> None:
+    env.reset()
+    play(env, np.zeros((2, 2, 2)))
+    env.step(np.full((2, 2), np.nan), np.zeros(2, bool))  # what is not stepped gives nothing
+    play(env, np.zeros((1, 2, 2)))
 
 
 # Autoreset, masks, seeds, threads.
@@ -363,6 +424,8 @@ def test_making_an_environment_prints_and_writes_nothing(tmp_path: Any, monkeypa
         ({"env_id": "?"}, r"unknown env_id '\?'$"),
         ({"env_id": "?", "max_episode_steps": 5}, r"unknown env_id '\?'$"),
         ({"env_id": "no.such.module:A-v0"}, r"'no.such.module:A-v0' names a module that cannot be imported: No module"),
+        ({"env_id": "broken_module:A-v0"}, r"'broken_module:A-v0' names a module that cannot be imported: .*syntax"),
+        ({"env_id": "tipl/Broken-v0"}, r"tipl/Broken-v0 cannot be made: TypeError: .*'name' and 'given'"),
         ({"env_id": "Pusher-v4"}, r"Gymnasium refuses Pusher-v4: `Pusher-v4` is only supported on `mujoco<3`"),
         ({"env_id": "HalfCheetah-v3"}, r"Gymnasium refuses HalfCheetah-v3: .*moved to the gymnasium-robotics project"),
         (
@@ -380,7 +443,11 @@ def test_making_an_environment_prints_and_writes_nothing(tmp_path: Any, monkeypa
         ({"max_episode_steps": 0}, r"max_episode_steps must be at least 1, got 0"),
     ],
 )
-def test_make_vec_refuses_values(arguments: dict[str, Any], message: str) -> None:
+def test_make_vec_refuses_values(
+    arguments: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "broken_module.py").write_text("def f(:")
+    monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ValueError, match=r"^make_vec: .*" + message):
         make_vec(**({"env_id": "Swimmer-v5", "num_envs": 2, "seeds": [0, 1]} | arguments))
 

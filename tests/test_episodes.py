@@ -153,3 +153,14 @@ def test_every_step_is_as_likely_to_be_kept() -> None:
     deviations = (kept - expected) / np.sqrt(expected * (1 - 15 / 75))
     assert np.abs(deviations).max() < 4.5
     assert 0.6 < deviations.std() < 1.4
+
+
+def test_episodes_that_do_not_end_are_warned_of_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(episodes, "LONG_EPISODE", 40)
+    policy, weights = PolicySpec(3, 1), np.zeros((2, PolicySpec(3, 1).num_params), np.float32)  # Pendulum never ends
+    text = "after 40 steps, 4 of 4 episodes of Pendulum-v1 have not ended; its time limit is "
+    for kwargs, limit in (({}, "200"), ({"max_episode_steps": 41}, "41")):
+        with pytest.warns(UserWarning, match=f"^{text}{limit}$") as warned:
+            episodic_returns("Pendulum-v1", policy, weights, np.arange(2), env_kwargs=kwargs)
+        assert len(warned) == 1
+    episodic_returns("Pendulum-v1", policy, weights, np.arange(2), env_kwargs={"max_episode_steps": 40})

@@ -175,7 +175,7 @@ def test_an_empty_store_reads(tmp_path):
     trial = store.trial(0)
     assert trial.weights().shape == (0, P)
     assert list(trial.blocks(4)) == []
-    assert store.summary() == f"Env-v0: 2 trials x 0 checkpoints x {P} weights, 0.0 MB, mean last return nan"
+    assert store.summary() == f"Env-v0: 2 trials x 0 checkpoints x {P} weights, 0.0 MB, mean last return unknown"
     store.close()
     assert_holds(Store.open(store.path), 0)
 

@@ -8,6 +8,7 @@ import struct
 import time
 import warnings
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -263,6 +264,30 @@ def test_discrete_actions_are_run(how: Callable[[nn.Module], Any], tmp_path: Pat
     like = saved(how(Alone(mlp(nn.ReLU(), nn.ReLU(), seed=1))), tmp_path / "m_2.pt")
     written = tipl.export_checkpoint(store.path, like, tmp_path / "out.pt")
     assert torch.equal(torch.jit.load(written)(obs), torch.jit.load(path)(obs))
+
+
+@pytest.mark.parametrize(
+    "save",
+    [lambda it, path: saved(script(it), path), lambda it, path: torch.save(it.state_dict(), path)],
+    ids=["TorchScript", "state_dict"],
+)
+def test_discrete_actions_are_exported_to_a_file_that_does_not_say_them(
+    save: Callable[[nn.Module, Path], Any], tmp_path: Path
+) -> None:
+    path = saved(script(mlp(nn.Tanh())), tmp_path / "m_1.pt")
+    store = tipl.import_checkpoints([path], tmp_path / "s", discrete="logits")
+    other = nn.Sequential(OrderedDict(net=mlp(nn.Tanh(), seed=1)))  # the layers have other names
+    like = tmp_path / "like.pt"
+    save(other, like)
+    written = tipl.export_checkpoint(store.path, like, tmp_path / "out.pt")
+    expected = list(torch.jit.load(path).state_dict().values())
+    for tensor, old in zip(read_checkpoint_file(written).state.values(), expected, strict=True):
+        assert torch.equal(tensor, old)
+    narrow = saved(script(nn.Sequential(nn.Linear(OBS_DIM, 3), nn.Tanh(), nn.Linear(3, ACT_DIM))), tmp_path / "n.pt")
+    with pytest.raises(
+        ValueError, match=r"n.pt does not fit .*: policy_net.0.weight has shape \(3, 3\) instead of \(4, 3\)"
+    ):
+        tipl.export_checkpoint(store.path, narrow, tmp_path / "other.pt")
 
 
 def test_modules_of_the_activation_may_lie_elsewhere(tmp_path: Path) -> None:

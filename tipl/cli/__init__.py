@@ -73,7 +73,7 @@ def main() -> None:
     except KeyboardInterrupt as interrupt:
         print(f"tipl: interrupted. {interrupt}".rstrip(), file=sys.stderr)
         sys.exit(130)
-    except (ValueError, RuntimeError, OSError, FloatingPointError, MemoryError) as error:
+    except (ValueError, RuntimeError, OSError, FloatingPointError, MemoryError, ImportError) as error:
         if isinstance(error, BrokenPipeError) and _reader_is_gone():
             sys.exit(141)  # as a program that SIGPIPE ends
         print(f"tipl: error: {one_line(error)}", file=sys.stderr)

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import tipl
-from tipl import _core
 from tipl.device import cuda_engine, devices
 from tipl.files.manifest import read_listed
 from tipl.files.schema import parse_json
@@ -28,6 +27,8 @@ def one_line(error: Exception) -> str:
 
 def print_versions() -> None:
     """Print what is installed, and where the engine can compute."""
+    from tipl import _core  # late, because it refuses a wrong TIPL_ISA, which then is one line and no traceback
+
     print(f"tipl {version('tipl')}, Python {platform.python_version()}, torch {version('torch')}")
     print(f"cpu: {_core.isa()}, {_core.available_cpus()} cores")
     for device in devices():
@@ -41,7 +42,9 @@ def print_versions() -> None:
 
 def print_warning(message: Warning | str, *place: Any) -> None:
     """Print a warning as one line, without the line of code that it came from."""
-    print(f"tipl: warning: {one_line(message) if isinstance(message, Exception) else message}", file=sys.stderr)
+    if isinstance(message, Exception):
+        message = one_line(message).removeprefix(r"\x1b[33mWARN: ").removesuffix(r"\x1b[0m")  # Gymnasium's colours
+    print(f"tipl: warning: {message}", file=sys.stderr)
 
 
 def print_verification(path: str, found: "Verification") -> None:

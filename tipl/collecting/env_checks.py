@@ -2,8 +2,9 @@
 
 import contextlib
 
-from tipl.collecting.envs import VectorEnv, make_vec
+from tipl.collecting.envs import make_vec
 from tipl.collecting.ppo_config import PPOConfig
+from tipl.collecting.vector_env import VectorEnv
 
 OF_CONTINUOUS_ACTIONS = ("log_std_init", "learn_log_std")
 """Settings without effect on discrete actions."""

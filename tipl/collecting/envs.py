@@ -2,17 +2,14 @@
 
 `make_vec(env_id, num_envs, seeds=...)` returns a `VectorEnv`. Environment i's randomness depends on seeds[i] alone and
 equals Gymnasium's: its first episode is that of `env.reset(seed=seeds[i])`, later ones continue the same generator.
-
-Shapes  N = num_envs; observations (N, obs_dim) and actions (N, act_dim) are float64. A discrete action, k of a
-        Discrete(n, start=k), ..., k + n - 1, is a vector of one whole number.
 """
 
+import contextlib
 import difflib
 import importlib
 import operator
 import warnings
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,135 +17,13 @@ import gymnasium
 import mujoco
 import numpy as np
 from gymnasium.envs.registration import EnvSpec
-from gymnasium.spaces import Box, Discrete
+from gymnasium.spaces import Box
 from mujoco.batch import Batch
 from numpy.typing import NDArray
 
 from tipl.collecting.mujoco_tasks import TASKS, Bools, Floats, MujocoTask, Rows
-from tipl.collecting.spaces import ActionSpace, bounds, checked_actions, flat_box
-
-Ids = NDArray[np.intp]
-
-
-@dataclass(frozen=True)
-class Step:
-    """Results of one step of N environments. Where an episode ended, the next one has begun (same-step autoreset)."""
-
-    obs: Floats
-    """(N, obs_dim): the observation for the next action; where an episode ended, the new episode's first."""
-    reward: Floats
-    """(N,)"""
-    terminated: Bools
-    """(N,): the task ended the episode, in a state without a future."""
-    truncated: Bools
-    """(N,): the time limit was reached. If the task ends the episode on that same step, both are true."""
-    final_obs: Floats
-    """(N, obs_dim): the observation that the action led to; differs from `obs` only where an episode ended."""
-
-
-class VectorEnv(ABC):
-    """N environments of one kind, stepped together, each reset in the step that ends its episode."""
-
-    env_id: str
-    num_envs: int
-    obs_dim: int
-    act_dim: int
-    action_low: Floats
-    """(act_dim,)"""
-    action_high: Floats
-    """(act_dim,)"""
-    num_actions: int | None
-    """How many discrete actions there are; None where actions are continuous."""
-    max_episode_steps: int | None
-    """None where Gymnasium registers no time limit."""
-
-    def __init__(
-        self, env_id: str, num_envs: int, obs_dim: int, action_space: ActionSpace, max_episode_steps: int | None
-    ) -> None:
-        self.env_id, self.num_envs, self.obs_dim = env_id, num_envs, obs_dim
-        self.action_low, self.action_high = bounds(action_space)
-        self.act_dim = len(self.action_low)
-        self.num_actions = int(action_space.n) if isinstance(action_space, Discrete) else None
-        self.max_episode_steps = max_episode_steps
-        self._all: Ids = np.arange(num_envs)
-        self._obs = np.zeros((num_envs, obs_dim))  # the current observations
-        self._started = False
-
-    def reset(self, seeds: Sequence[int] | None = None) -> Floats:
-        """Start a new episode in every environment and return the observations (N, obs_dim).
-
-        With seeds (N,), every environment's generator starts again from its seed. Without, the generators continue; at
-        first they start from the seeds given to `make_vec`. Raises TypeError and ValueError for wrong seeds.
-        """
-        if seeds is not None:
-            self._seed(_checked_seeds("reset", seeds, self.num_envs))
-        self._obs[:] = self._restart(self._all)
-        self._started = True
-        return self._obs.copy()
-
-    def step(self, actions: Floats, active: Bools | None = None) -> Step:
-        """Step the environments with actions (N, act_dim), clipped to the action space, and reset those that ended.
-
-        Where active (N,) is False an environment is not stepped, costs nothing and its action is ignored; its outputs
-        are its current observation, reward 0, False, False. The arrays returned are not reused by later steps.
-
-        Raises RuntimeError before the first reset, TypeError for a wrong dtype, ValueError for a wrong shape, actions
-        that are not finite, or discrete actions that are not whole.
-        """
-        ids = self._checked_ids(actions, active)
-        index = slice(None) if ids is self._all else ids
-        reward = np.zeros(self.num_envs)
-        terminated, truncated = np.zeros(self.num_envs, np.bool_), np.zeros(self.num_envs, np.bool_)
-        if ids.size:
-            clipped = np.clip(actions[index], self.action_low, self.action_high)
-            self._obs[index], reward[index], terminated[index], truncated[index] = self._advance(clipped, ids)
-        final_obs = self._obs.copy()
-        ended = np.flatnonzero(terminated | truncated)
-        if ended.size:
-            self._obs[ended] = self._restart(ended)
-        return Step(self._obs.copy(), reward, terminated, truncated, final_obs)
-
-    def _checked_ids(self, actions: Floats, active: Bools | None) -> Ids:
-        """Check the arguments of `step`; return the indices of the environments to step, `self._all` for all."""
-        if not self._started:
-            raise RuntimeError("step: call reset() first")
-        if not isinstance(actions, np.ndarray) or actions.dtype != np.float64:
-            raise TypeError(f"step: actions must be a float64 array, got {_kind(actions)}")
-        if actions.shape != (self.num_envs, self.act_dim):
-            expected = (self.num_envs, self.act_dim)
-            raise ValueError(f"step: actions must have shape (num_envs, act_dim) = {expected}, got {actions.shape}")
-        ids = self._all
-        if active is not None:
-            if not isinstance(active, np.ndarray) or active.dtype != np.bool_:
-                raise TypeError(f"step: active must be a bool array, got {_kind(active)}")
-            if active.shape != (self.num_envs,):
-                raise ValueError(f"step: active must have shape (num_envs,) = ({self.num_envs},), got {active.shape}")
-            if not active.all():
-                ids = np.flatnonzero(active)
-        finite = np.isfinite(actions)
-        if not finite.all():
-            bad = [int(i) for i in ids if not finite[i].all()]
-            if bad:
-                raise ValueError(f"step: actions must be finite, got {actions[bad[0]]} in row {bad[0]}")
-        if self.num_actions is not None and (actions[ids] != np.rint(actions[ids])).any():
-            raise ValueError(f"step: actions must be whole numbers, got {actions[ids, 0]}")
-        return ids
-
-    @abstractmethod
-    def _seed(self, seeds: list[int]) -> None:
-        """Start environment i's generator from seeds[i]."""
-
-    @abstractmethod
-    def _advance(self, actions: Floats, ids: Ids) -> tuple[Floats, Floats, Bools, Bools]:
-        """Step the n environments `ids` with actions (n, act_dim) -> observations, rewards, terminated, truncated."""
-
-    @abstractmethod
-    def _restart(self, ids: Ids) -> Floats:
-        """Start a new episode in the n environments `ids`; return its first observations (n, obs_dim)."""
-
-    @abstractmethod
-    def close(self) -> None:
-        """Release the environments' resources; they cannot be used afterwards."""
+from tipl.collecting.spaces import checked_actions, flat_box
+from tipl.collecting.vector_env import Ids, VectorEnv, checked_seeds, kind_of
 
 
 @dataclass(frozen=True)
@@ -289,11 +164,9 @@ class GymnasiumVectorEnv(VectorEnv):
                 vec: Any = gymnasium.make_vec(env_id, num_envs=num_envs, vectorization_mode="sync", **kwargs)
         except (ImportError, gymnasium.error.Error) as error:
             raise ValueError(f"make_vec: Gymnasium refuses {env_id}: {error}") from error
-        except Exception as error:
-            if not env_kwargs:
-                raise
-            # What an environment raises for arguments that it does not take may be anything.
-            raise ValueError(f"make_vec: {env_id} refuses env_kwargs {env_kwargs}: {error}") from error
+        except Exception as error:  # an environment may raise anything, as for arguments that it needs or does not take
+            did = f"refuses env_kwargs {env_kwargs}" if env_kwargs else "cannot be made"
+            raise ValueError(f"make_vec: {env_id} {did}: {type(error).__name__}: {error}") from error
         try:
             action_space = checked_actions(env_id, vec.single_action_space)
             observation_space = flat_box(env_id, "observations", vec.single_observation_space)
@@ -318,14 +191,39 @@ class GymnasiumVectorEnv(VectorEnv):
         if self.num_actions is not None:
             taken = taken[:, 0]
         for row, (i, action) in enumerate(zip(ids, taken, strict=True)):
-            obs[row], reward[row], terminated[row], truncated[row], _ = self._envs[i].step(action)
+            with self._failing("step"):
+                seen, reward[row], terminated[row], truncated[row], _ = self._envs[i].step(action)
+            obs[row] = self._checked("step", seen)
+        if not np.isfinite(reward).all():
+            raise ValueError(f"step: {self.env_id} gave a reward that is not finite, {reward[~np.isfinite(reward)][0]}")
         return obs, reward, terminated, truncated
 
     def _restart(self, ids: Ids) -> Floats:
         obs = np.empty((len(ids), self.obs_dim))
         for row, i in enumerate(ids):
-            obs[row], _ = self._envs[i].reset(seed=self._seeds[i])
+            with self._failing("reset"):
+                seen, _ = self._envs[i].reset(seed=self._seeds[i])
+            obs[row] = self._checked("reset", seen)
             self._seeds[i] = None
+        return obs
+
+    @contextlib.contextmanager
+    def _failing(self, caller: str) -> Iterator[None]:
+        """Raise RuntimeError, which names the environment, for whatever its code raises."""
+        try:
+            yield
+        except Exception as error:
+            raise RuntimeError(f"{caller}: {self.env_id} failed: {type(error).__name__}: {error}") from error
+
+    def _checked(self, caller: str, obs: Any) -> Any:
+        """Return an environment's observation. Raises ValueError where it has another shape than the observation space
+        (which NumPy might stretch), or is not finite (which would look as if the policy had diverged).
+        """
+        if np.shape(obs) != (self.obs_dim,):
+            expected = f"its observation space has {(self.obs_dim,)}"
+            raise ValueError(f"{caller}: {self.env_id} gave an observation of shape {np.shape(obs)}; {expected}")
+        if not np.isfinite(obs).all():
+            raise ValueError(f"{caller}: {self.env_id} gave an observation that is not finite, {obs}")
         return obs
 
     def close(self) -> None:
@@ -362,28 +260,28 @@ def make_vec(
         num_threads = _checked_int("num_threads", num_threads, 1)
     if max_episode_steps is not None:
         max_episode_steps = _checked_int("max_episode_steps", max_episode_steps, 1)
-    checked_seeds = _checked_seeds("make_vec", seeds, num_envs)
+    own_seeds = checked_seeds("make_vec", seeds, num_envs)
     registered_limit = _spec(env_id).max_episode_steps
     limit = registered_limit if max_episode_steps is None else max_episode_steps
     task = TASKS.get(env_id)
     if task is not None and limit is not None and not env_kwargs:
         return MujocoVectorEnv(
-            env_id, task, num_envs, seeds=checked_seeds, num_threads=num_threads, max_episode_steps=limit
+            env_id, task, num_envs, seeds=own_seeds, num_threads=num_threads, max_episode_steps=limit
         )
     return GymnasiumVectorEnv(
-        env_id, num_envs, seeds=checked_seeds, max_episode_steps=max_episode_steps, env_kwargs=env_kwargs or {}
+        env_id, num_envs, seeds=own_seeds, max_episode_steps=max_episode_steps, env_kwargs=env_kwargs or {}
     )
 
 
 def _spec(env_id: str) -> EnvSpec:
     """Return Gymnasium's specification of exactly this id; "module:id" imports the module first."""
     if not isinstance(env_id, str):
-        raise TypeError(f"make_vec: env_id must be a string, got {_kind(env_id)}")
+        raise TypeError(f"make_vec: env_id must be a string, got {kind_of(env_id)}")
     module, _, name = env_id.rpartition(":")
     if module:
         try:
             importlib.import_module(module)
-        except ImportError as error:
+        except Exception as error:  # the module may raise anything
             raise ValueError(f"make_vec: env_id {env_id!r} names a module that cannot be imported: {error}") from error
     spec = gymnasium.registry.get(name)
     if spec is None:
@@ -397,23 +295,7 @@ def _checked_int(name: str, value: int, low: int) -> int:
     try:
         value = operator.index(value)
     except TypeError:
-        raise TypeError(f"make_vec: {name} must be an int, got {_kind(value)}") from None
+        raise TypeError(f"make_vec: {name} must be an int, got {kind_of(value)}") from None
     if value < low:
         raise ValueError(f"make_vec: {name} must be at least {low}, got {value}")
     return value
-
-
-def _checked_seeds(caller: str, seeds: Sequence[int], num_envs: int) -> list[int]:
-    try:
-        checked = [operator.index(seed) for seed in seeds]
-    except TypeError:
-        raise TypeError(f"{caller}: seeds must be a sequence of ints, got {seeds!r}") from None
-    if len(checked) != num_envs:
-        raise ValueError(f"{caller}: seeds must have num_envs = {num_envs} entries, got {len(checked)}")
-    if min(checked) < 0:
-        raise ValueError(f"{caller}: seeds must not be negative, got {min(checked)}")
-    return checked
-
-
-def _kind(value: object) -> str:
-    return str(value.dtype) if isinstance(value, np.ndarray) else type(value).__name__

@@ -13,7 +13,9 @@ Shapes  N policies, M of them in a group that steps together, E episodes per pol
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+import itertools
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import gymnasium
@@ -23,11 +25,14 @@ from numpy.typing import NDArray
 from rich.progress import Progress
 
 from tipl.cluster import Cluster
-from tipl.collecting.envs import MujocoVectorEnv, VectorEnv, make_vec
+from tipl.collecting.envs import MujocoVectorEnv, make_vec
 from tipl.collecting.policy_network import actions_of, mean_of_rows, mlp_rows, sampled_means, unclipped
+from tipl.collecting.vector_env import VectorEnv
 from tipl.policy import PolicySpec
 from tipl.storing.store import Store
 
+LONG_EPISODE = 100_000
+"""Steps after which an episode may be one that never ends, of which a warning is given."""
 ENVS_AT_ONCE = 256
 """Simulations stepped together: enough to hide Python's cost per step, few enough for all weights to stay in cache."""
 
@@ -224,7 +229,7 @@ def _run_group(
         sample = _StateSample(num_states, env.obs_dim, episode_seeds)
         obs = env.reset(seeds)
         running = np.ones(env.num_envs, bool)
-        while running.any():
+        for _ in _while_any(running, env):
             watch(env, running, total)
             # Only policies with a running episode compute actions: (M, E, obs_dim) -> (M, E, act_dim)
             busy = np.flatnonzero(running.reshape(shape).any(1))
@@ -252,6 +257,21 @@ def _run_group(
                 tick(int(ended.sum()))
         watch(env, running, total)
     return Episodes(total.reshape(shape), sample.states())
+
+
+def _while_any(running: NDArray[np.bool_], env: VectorEnv) -> Iterator[None]:
+    """Yield before each step until no episode is `running`, which the caller keeps up to date; warn of long ones."""
+    for num_steps in itertools.count():
+        if not running.any():
+            return
+        if num_steps == LONG_EPISODE:
+            limit = env.max_episode_steps or "none, so they may never end"
+            warnings.warn(
+                f"after {num_steps:,} steps, {running.sum()} of {env.num_envs} episodes of {env.env_id} "
+                f"have not ended; its time limit is {limit}",
+                stacklevel=1,
+            )
+        yield
 
 
 class _Noise:

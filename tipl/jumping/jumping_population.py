@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tipl.collecting.envs import VectorEnv
 from tipl.collecting.population import Population
 from tipl.collecting.population_records import IterationStats, KeptTrials, PopulationState
 from tipl.collecting.ppo_config import PPOConfig
+from tipl.collecting.vector_env import VectorEnv
 from tipl.jumping.jumps import Jump, Jumps, Test, Walk
 from tipl.jumping.learner import Learner, PopulationLearner
 from tipl.jumping.ledger import Ledger

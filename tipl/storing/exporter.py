@@ -1,5 +1,6 @@
 """Export: flat weights of a forecast or a store, written as a checkpoint file of the user's library."""
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
@@ -176,6 +177,9 @@ def _actor_of_template(
     try:
         squash = isinstance(policy, PolicySpec) and policy.squash
         found = find_actor_in(like, template, activation, keys, squash=squash)
+        if isinstance(policy, PolicySpec) and policy.discrete and not isinstance(found.policy, PolicySpec):
+            with contextlib.suppress(ValueError):  # the weights say that actions are discrete, and the file does not
+                found = find_actor_in(like, template, activation, keys, discrete=policy.outputs)
     except ValueError:
         if known is not None and fits and keys is None:
             return known  # the template holds other networks too; the import recorded which one is the actor

@@ -237,10 +237,11 @@ class Store:
         found = self._for_trials(lambda i: _last_return(self.trial(i)), range(self.num_trials))
         counts = [count for count, _ in found]
         low, high = min(counts), max(counts)
-        mean = np.mean([value for _, value in found if not np.isnan(value)] or np.nan)
+        returns = [value for _, value in found if not np.isnan(value)]
         return (
             f"{self.env_id}: {self.num_trials} trials x {low if low == high else f'{low} to {high}'} checkpoints x {p} "
-            f"weights, {sum(counts) * p * 4 / 1e6:.1f} MB, mean last return {mean:.1f}"
+            f"weights, {sum(counts) * p * 4 / 1e6:.1f} MB, "
+            f"mean last return {f'{np.mean(returns):.1f}' if returns else 'unknown'}"
         )
 
     def zarr_group(self) -> zarr.Group:
