@@ -6,12 +6,11 @@
 
 `studies/train_faster.json` fixes for each task the seeds, the settings that each arm tries and, after `tune`, those
 that it chose. `tune` tries the settings of each arm, equally many of every arm that is tuned, on the same tuning seeds
-(those "on tuned PPO" begin with its choice, "tuned further" with as many more settings of PPO) and chooses the largest
-mean return over all iterations. An arm whose "forecaster" is "zero-shot" is not tuned: it jumps by `tipl accelerate`'s
-defaults, along the forecasts of a forecaster that never saw the task. `final` trains the chosen ones on fresh seeds,
-paired, and writes a ledger for each arm. `results` makes docs/results/train_faster.json and
-docs/figures/train_faster_<task>.svg of the ledgers; rows and figures of tasks without ledgers stay. What is there is
-not computed again.
+(those "on" another arm begin with what it chose) and chooses the largest mean return over all iterations. An arm that
+names a "forecaster" takes that of `--model NAME=FOLDER`; one that is "zero-shot" never saw the task, and its arm is not
+tuned: it jumps by the defaults of `tipl accelerate`. `final` trains the chosen ones on fresh seeds, paired, and writes
+a ledger for each arm. `results` makes docs/results/train_faster.json and docs/figures/train_faster_<task>.svg of the
+ledgers; rows and figures of tasks without ledgers stay. What is there is not computed again.
 
 Returns are those of training, with noise on the actions, of every iteration that the run paid for, undone ones too. The
 target is plain PPO's mean return over its last 5 iterations. A ratio to plain is the part of plain PPO's env steps
@@ -54,8 +53,8 @@ SETTINGS = Path(__file__).with_suffix(".json")
 RESULTS, FIGURES = ROOT / "docs/results/train_faster.json", ROOT / "docs/figures"
 Setting = dict[str, Any]
 """{"ppo": {...}} and, for what moves weights, {"move": name, ...its arguments}."""
-Models = dict[str, Path | None]
-"""The folders of forecasters, by the option that gives them."""
+Models = dict[str, Path]
+"""The folders of forecasters by name; "" for the one without a name."""
 
 
 def random_forecaster(like: Forecaster) -> Forecaster:
@@ -106,14 +105,17 @@ def ledger_of(
     task: str, arm: str, setting: Setting, given: dict[str, Any], models: Models, output: Path, *, final: bool
 ) -> Ledger:
     """Return the ledger of one setting of an arm, trained unless it is there."""
-    name = hashlib.sha256(json.dumps([setting, given["ppo"]], sort_keys=True).encode()).hexdigest()[:12]
+    digest = hashlib.sha256(json.dumps([setting, given["ppo"]], sort_keys=True).encode()).hexdigest()[:12]
     folder = output / task / ("final" if final else "tuning")
-    path = next(folder.glob(f"*-{name}.json"), folder / f"{arm}-{name}.json")  # another arm may have the same setting
+    path = next(
+        folder.glob(f"*-{digest}.json"), folder / f"{arm}-{digest}.json"
+    )  # another arm may have the same setting
     if not path.exists():
         needs = setting.get("move", "") in ("tipl", "random")
-        model = models.get(setting.get("forecaster", "model")) if needs else None
+        name = setting.get("forecaster", "")
+        model = models.get(name) if needs else None
         if needs and model is None:
-            raise SystemExit(f"--{setting.get('forecaster', 'model')} is needed for {arm}")
+            raise SystemExit(f"--model {name and f'{name}='}FOLDER is needed for {arm}")
         start = time.perf_counter()
         ledger = train(task, given, setting, Forecaster.load(model) if model else None, final)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -149,10 +151,9 @@ def tune(task: str, models: Models, output: Path, arms: list[str] | None) -> Non
     chosen, tried = given.setdefault("chosen", {}), given.setdefault("settings_tried", {})
     for arm in arms or given["arms"]:
         grid = given["arms"][arm]
-        tuned_ppo = chosen.get("tuned PPO", {}).get("ppo", {})
         settings = settings_of(grid["grid"])
-        if grid.get("on_tuned_ppo"):
-            settings = [{**it, "ppo": {**tuned_ppo, **it["ppo"]}} for it in settings]
+        if "on" in grid:
+            settings = [{**it, "ppo": {**chosen[grid["on"]]["ppo"], **it["ppo"]}} for it in settings]
         areas = [area(ledger_of(task, arm, it, given, models, output, final=False)) for it in settings]
         chosen[arm], tried[arm] = settings[int(np.argmax(areas))], len(settings)
         print(f"{task} {arm}: {max(areas):.1f} of {len(areas)} settings: {chosen[arm]}", flush=True)
@@ -236,15 +237,16 @@ def main() -> None:
     parser = command_line(__doc__)
     parser.add_argument("stage", choices=("tune", "final", "results"))
     parser.add_argument("task", nargs="?", help="one of those in train_faster.json")
-    parser.add_argument("--model", type=Path, help="the folder of the forecaster made for the task")
-    parser.add_argument("--zero-shot", type=Path, help="that of one which never saw the task")
+    parser.add_argument(
+        "--model", nargs="+", default=[], metavar="[NAME=]FOLDER", help="the forecaster, and those that arms name"
+    )
     parser.add_argument("--arms", nargs="+", help="tune only these; the others keep what was chosen for them")
     parser.add_argument("--output", type=Path, required=True, help="the folder of all ledgers")
     arguments: argparse.Namespace = parser.parse_args()
     if arguments.stage == "results":
         results(arguments.output)
         return
-    models: Models = {"model": arguments.model, "zero-shot": arguments.zero_shot}
+    models = {name: Path(folder) for name, _, folder in (given.rpartition("=") for given in arguments.model)}
     known = list(json.loads(SETTINGS.read_text()))
     if arguments.task not in known:
         parser.error(f"task: must be one of {', '.join(known)}, got {arguments.task}")
