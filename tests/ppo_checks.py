@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from tipl import _core
 from tipl.collecting.action_noise import spec_of_actions
-from tipl.collecting.envs import VectorEnv
 from tipl.collecting.population import Population, PPOConfig, Transitions
 from tipl.collecting.population_records import UpdateStats
+from tipl.collecting.vector_env import VectorEnv
 
 SMALL = PPOConfig(num_steps=64, num_minibatches=4, update_epochs=3)
 

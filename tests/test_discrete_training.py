@@ -31,9 +31,10 @@ from processes import ISAS, run_on
 
 import tipl
 from tipl.collecting.action_noise import CategoricalActions
-from tipl.collecting.envs import VectorEnv, make_vec
+from tipl.collecting.envs import make_vec
 from tipl.collecting.policy_network import mean_action
 from tipl.collecting.population import FinalStep, Population, PPOConfig, Transitions
+from tipl.collecting.vector_env import VectorEnv
 from tipl.forecasting.forecaster import Forecaster
 from tipl.jumping.jump_config import JumpConfig
 from tipl.policy import PolicySpec

@@ -14,8 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tipl.collecting.envs import MujocoVectorEnv, Step, VectorEnv, make_vec
+from tipl.collecting.envs import MujocoVectorEnv, make_vec
 from tipl.collecting.mujoco_tasks import TASKS
+from tipl.collecting.vector_env import Step, VectorEnv
 
 # A lowered time limit at which random actions end some episodes by termination and some by truncation.
 SHORT_LIMIT = {

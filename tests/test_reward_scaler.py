@@ -10,9 +10,10 @@ from numpy.typing import NDArray
 from ppo_checks import SMALL
 from test_population import population, value_is_third_observation
 
-from tipl.collecting.envs import Step, VectorEnv, make_vec
+from tipl.collecting.envs import make_vec
 from tipl.collecting.population import Population, environment_seeds
 from tipl.collecting.reward_scaler import RewardScaler
+from tipl.collecting.vector_env import Step, VectorEnv
 
 pytest.importorskip("stable_baselines3", reason="compares with stable-baselines3, which is not installed")
 import gymnasium

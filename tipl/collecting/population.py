@@ -26,13 +26,14 @@ from numpy.typing import NDArray
 from tipl import _core
 from tipl.collecting.action_noise import Actions, CategoricalActions, GaussianActions, spec_of_actions
 from tipl.collecting.env_checks import check_settings
-from tipl.collecting.envs import MujocoState, MujocoVectorEnv, VectorEnv
+from tipl.collecting.envs import MujocoState, MujocoVectorEnv
 from tipl.collecting.initial_parameters import critic_sizes, initial_parameters
 from tipl.collecting.observation_scaler import ObservationScaler
 from tipl.collecting.population_records import IterationStats, KeptTrials, PopulationState, UpdateStats
 from tipl.collecting.ppo_config import PPOConfig
 from tipl.collecting.reward_scaler import RewardScaler
 from tipl.collecting.transitions import FinalStep, Transitions, entropy, explained_variance, gae
+from tipl.collecting.vector_env import VectorEnv
 from tipl.policy import ParameterLayout
 
 Floats = NDArray[np.float64]

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tipl.collecting.envs import VectorEnv
 from tipl.collecting.population import Population
 from tipl.collecting.population_records import IterationStats, KeptTrials, PopulationState
 from tipl.collecting.ppo_config import PPOConfig
+from tipl.collecting.vector_env import VectorEnv
 from tipl.jumping.jumps import Jump, Jumps, Test, Walk
 from tipl.jumping.learner import Learner, PopulationLearner
 from tipl.jumping.ledger import Ledger
@@ -42,7 +42,7 @@ class JumpingPopulation(Population):
         super().__init__(env, config, seeds, **rest)
         self.jumps = jumps(PopulationLearner(self))
         self._finished = finished
-        self.ledger = Ledger(env.env_id, list(self.seeds), config.batch_size)
+        self.ledger = Ledger(env.env_id, list(self.seeds), config.batch_size, env_kwargs=dict(env.env_kwargs))
 
     def iterate(self) -> IterationStats:
         """Run one iteration of every trial, then judge, undo and make jumps. Raises what `Population.iterate` does."""
