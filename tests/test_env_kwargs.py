@@ -151,13 +151,20 @@ def test_a_recorder_keeps_them_and_goes_on_with_the_same_alone(tmp_path: Path) -
 
 
 @pytest.fixture(scope="module")
-def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole_run(
+    tmp_path_factory: pytest.TempPathFactory,
+    one_thread: None,
+    hasty_nowcaster: None,
+    render_nothing: Callable[[pytest.MonkeyPatch], None],
+) -> Path:
     """What `tipl run` leaves, in an environment with KWARGS."""
     output = tmp_path_factory.mktemp("run") / "run"
-    tipl.pipeline.run(
-        output, env_id=ENV_ID, env_kwargs=KWARGS, num_trials=4, total_timesteps=32 * 11, ppo=TINY_PPO,
-        train=TINY_TRAIN, evaluate=TINY_EVALUATE, progress=False,
-    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        render_nothing(patch)
+        tipl.pipeline.run(
+            output, env_id=ENV_ID, env_kwargs=KWARGS, num_trials=4, total_timesteps=32 * 11, ppo=TINY_PPO,
+            train=TINY_TRAIN, evaluate=TINY_EVALUATE, progress=False,
+        )  # fmt: skip
     return output
 
 
@@ -214,5 +221,5 @@ def test_accelerated_runs_learn_in_it_and_are_compared_with_their_like(tmp_path:
     made, plain = ledger("made", KWARGS), ledger("plain", {})
     assert Store.open(tmp_path / "made" / "store.zarr").env_kwargs == KWARGS
     assert (made.env_kwargs, plain.env_kwargs) == (KWARGS, {})
-    with pytest.raises(ValueError, match="compare: made must have the same env_kwargs as plain, {}, got"):
+    with pytest.raises(ValueError, match=r"compare: made must have the same env_kwargs as plain, {}, got"):
         tipl.compare({"plain": plain, "made": made}, "plain")

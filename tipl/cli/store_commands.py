@@ -127,7 +127,7 @@ class Verify:
     """
 
     path: tyro.conf.Positional[StoreArg]
-    """A folder, a file, or the URL of a store."""
+    """A folder, a file, or the URL of a store or a zoo."""
 
     def run(self) -> None:
         print_verification(self.path, tipl.verify(self.path, progress=True))

@@ -34,7 +34,7 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from tipl.files.locations import Location, location, make_folder, remove_folder
+from tipl.files.locations import Location, exists, location, make_folder, remove_folder
 from tipl.files.schema import plain_json
 from tipl.policy import Layout
 from tipl.storing.store_records import FORMAT, VERSION, StoreRecord, Trials, read_store_record, store_digest, trial_name
@@ -130,7 +130,7 @@ class Store:
         StoreInUse, a RuntimeError, where another writer has the writable trials open.
         """
         path = location(path)
-        if not (path / "zarr.json").exists() and not (path / trial_name(0)).exists():
+        if not exists(path / "zarr.json") and not exists(path / trial_name(0)):
             raise FileNotFoundError(f"open: there is no trajectory store at {path}")
         store = cls(path, *read_store_record(path))
         if writable:
