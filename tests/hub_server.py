@@ -192,7 +192,9 @@ class Handler(BaseHTTPRequestHandler):
 
     @staticmethod
     def _entry(name: str, data: bytes) -> dict[str, Any]:
-        return {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+        oid = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()  # of a file in LFS, git knows another one
+        lfs = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}
+        return {"type": "file", "path": name, "size": len(data), "oid": oid} | ({} if _is_text(data) else {"lfs": lfs})
 
     def paths_info(self, kind: str, repo_id: str, revision: str) -> Any:
         repository = self._repository(kind, repo_id)

@@ -310,11 +310,12 @@ def test_a_model_of_another_layout_lets_the_store_go(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "note"),
     [
-        (lambda: gymnasium.make("Pendulum-v1", g=2.0, render_mode="rgb_array"), "but made with g=2.0: the simulator"),
+        (lambda: gymnasium.make("Pendulum-v1", g=np.float32(2)), "but made with g=np.float32(2.0): the simulator"),
         (
-            lambda: gymnasium.make("Pendulum-v1", max_episode_steps=9),
-            "but made with max_episode_steps=9: the simulator",
+            lambda: DummyVecEnv([lambda: gymnasium.make("Pendulum-v1"), lambda: gymnasium.make("Pendulum-v1", g=2.0)]),
+            "but made with g=2.0: the simulator",
         ),
+        (lambda: gymnasium.make("Pendulum-v1", max_episode_steps=-1), "but made without its time limit: the simulator"),
         (lambda: wrappers.NormalizeObservation(gymnasium.make("Pendulum-v1")), "but wrapped in NormalizeObservation:"),
         (lambda: wrappers.RescaleAction(gymnasium.make("Pendulum-v1"), -1, 1), "but wrapped in RescaleAction:"),
         (
@@ -329,9 +330,40 @@ def test_an_environment_unlike_its_id_is_said(make: Any, note: str | None, tmp_p
     model = sb3.PPO("MlpPolicy", make(), n_steps=64, n_epochs=1, device="cpu")
     model.learn(64, callback=RecorderCallback(tmp_path / "run"))
     store = Store.open(tmp_path / "run")
-    assert store.env_id == "Pendulum-v1"
+    assert store.env == "Pendulum-v1"
     written = store.config["source"].get("note")
     assert written is None if note is None else note in written
+
+
+def test_the_arguments_of_an_environment_are_recorded_and_serve_what_runs_its_policies(tmp_path: Path) -> None:
+    kwargs = {"g": 2.0, "max_episode_steps": 9}
+    path = tmp_path / "run"
+    env = gymnasium.make("Pendulum-v1", render_mode="rgb_array", **kwargs)
+    model = sb3.PPO("MlpPolicy", env, n_steps=64, n_epochs=1, device="cpu")
+    model.learn(64, callback=RecorderCallback(path))
+    store = Store.open(path)
+    assert (store.env_kwargs, store.config["source"].get("note")) == (kwargs, None)
+    scores = tipl.score(store, num_episodes=1, progress=False)
+    seed = int(np.random.default_rng((0, 0)).integers(2**31, size=5)[0])
+    own, obs, total = gymnasium.make("Pendulum-v1", **kwargs), None, 0.0
+    obs, _ = own.reset(seed=seed)
+    for _ in range(9):
+        obs, reward, _, truncated, _ = own.step(model.predict(obs, deterministic=True)[0])
+        total += float(reward)
+    assert truncated
+    assert scores.returns[0, -1, 0] == pytest.approx(total, rel=1e-5)
+    model.learn(64, callback=RecorderCallback(path, resume=True), reset_num_timesteps=False)
+    assert Store.open(path).num_checkpoints == 3
+    other = sb3.PPO("MlpPolicy", gymnasium.make("Pendulum-v1", g=3.0), n_steps=64, n_epochs=1, device="cpu")
+    with pytest.raises(ValueError, match=r'must be a recording of Pendulum-v1 {"g": 3.0} to append to'):
+        other.learn(64, callback=RecorderCallback(path, resume=True))
+
+
+def test_an_old_recording_without_arguments_goes_on(tmp_path: Path) -> None:
+    model = sb3.PPO("MlpPolicy", gymnasium.make("Pendulum-v1", g=2.0), n_steps=64, n_epochs=1, device="cpu")
+    model.learn(64, callback=RecorderCallback(tmp_path / "run", env_kwargs={}))  # as older tipls recorded
+    model.learn(64, callback=RecorderCallback(tmp_path / "run", resume=True), reset_num_timesteps=False)
+    assert (Store.open(tmp_path / "run").env_kwargs, Store.open(tmp_path / "run").num_checkpoints) == ({}, 3)
 
 
 class OwnPolicy(ActorCriticPolicy):

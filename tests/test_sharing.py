@@ -1,9 +1,11 @@
 """Stores, zoos and models go to the Hugging Face hub and come back the same; what goes wrong is said in one line."""
 
 import hashlib
+import io
 import json
 import re
 import shutil
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,12 +20,12 @@ from hub_server import TOKEN, Hub, Refused, Repository
 from huggingface_hub import constants
 
 import tipl
+from tipl.files.hub_errors import Unreachable, hub_errors
 from tipl.files.manifest import write_manifest
 from tipl.files.sealed import json_digest
 from tipl.forecasting.forecaster import PRETRAINED
 from tipl.forecasting.transformer import ModelConfig, TrajectoryTransformer, save_model
 from tipl.sharing import hub as sharing
-from tipl.sharing.hub_errors import hub_errors
 from tipl.storing.store import Store
 from tipl.storing.zoo import INCLUDED
 
@@ -91,6 +93,7 @@ def test_a_zoo_comes_back_and_is_read_where_it_is(
     store = zoo.store(small_store.env_id)
     assert store.fingerprint() == small_store.fingerprint()
     np.testing.assert_array_equal(store.trial(1).weights(), small_store.trial(1).weights())
+    assert tipl.verify("hf://datasets/user/zoo").problems == []
 
 
 def test_a_pushed_store_is_read_where_it_is(hub: Hub, small_store: Store) -> None:
@@ -177,7 +180,7 @@ def test_what_a_repository_holds_is_overwritten_only_if_asked(hub: Hub, small_st
     tipl.push(INCLUDED / "InvertedPendulum-v5", "user/runs", progress=False)
     repository = hub.repository("user/runs")
     first = repository.branches["main"]
-    with pytest.raises(FileExistsError, match=r"push: user/runs holds \d+ files already \(README.md, ...\)"):
+    with pytest.raises(FileExistsError, match=r"push: user/runs holds \d+ other files already \(README.md, ...\)"):
         tipl.push(small_store.path, "user/runs", progress=False)
     assert repository.branches["main"] == first
     tipl.push(small_store.path, "user/runs", overwrite=True, progress=False)
@@ -194,7 +197,7 @@ def test_a_revision_is_a_branch_of_its_own(hub: Hub, small_store: Store, tmp_pat
     pulled = tipl.pull("user/runs", tmp_path / "tiny", revision="tiny", progress=False)
     assert files_of(pulled) == files_of(small_store.path)
     with pytest.raises(FileExistsError, match="push: user/runs holds"):
-        tipl.push(small_store.path, "user/runs", revision="tiny", progress=False)
+        tipl.push(small_store.path, "user/runs", revision="tiny", license="mit", progress=False)
 
 
 def test_private_means_private(hub: Hub, small_store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -392,7 +395,7 @@ def test_each_mistake_ends_in_one_line(
             ["push", store, "user/x", "--license", "mine"],
             'refuses the card: Invalid "license" must be one of',
         ),
-        (["push", store, "user/runs"], "push: user/runs holds"),
+        (["push", store, "user/runs", "--license", "mit"], "push: user/runs holds 34 other files already"),
     ]:
         assert message in refused(*arguments)
     hub.tokens.clear()
@@ -419,6 +422,69 @@ def test_python_refuses_urls_where_paths_are_local(
             share()
     assert list(tmp_path.iterdir()) == []
     assert hub.requests == []
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "said"),
+    [
+        (404, "EntryNotFound", "is missing"),
+        (401, None, "user/runs/trial_0000/weights/c.0.0: 401, no; `hf auth login` stores a token, or set HF_TOKEN"),
+        (404, "RepoNotFound", "c.0.0: there is no such repository, or the token does not open it: `hf auth login`"),
+        (403, "GatedRepo", "user/runs/trial_0000/weights/c.0.0 is gated: ask for access on the repository's page"),
+        (418, None, "user/runs/trial_0000/weights/c.0.0: 418, no; try again, or copy all of it first with `tipl pull`"),
+        (None, None, "user/runs/trial_0000/weights/c.0.0: the hub does not answer: "),  # the connection is cut
+    ],
+)
+def test_a_read_that_breaks_off_says_where_and_what_to_do(
+    hub: Hub, small_store: Store, monkeypatch: pytest.MonkeyPatch, run_tipl: Callable[..., int], capsys,
+    status: int | None, code: str | None, said: str,
+) -> None:  # fmt: skip
+    tipl.push(small_store.path, "user/runs", progress=False)
+    store = Store.open("hf://datasets/user/runs")
+
+    def refuse(handler: hub_server.Handler, *_: str) -> None:
+        if status is None:
+            handler.connection.shutdown(socket.SHUT_RDWR)
+            handler.wfile = io.BytesIO()
+        raise Refused(status or 500, "no", code)
+
+    monkeypatch.setattr(hub_server, "ROUTES", [("GET HEAD", "/.*/weights/c.*", refuse), *hub_server.ROUTES])
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+    with pytest.raises(RuntimeError if code == "EntryNotFound" else Unreachable, match=re.escape(said)):
+        store.trial(0).weights()
+    capsys.readouterr()
+    assert run_tipl("verify", "hf://datasets/user/runs") == (1 if code == "EntryNotFound" else 2)
+    seen = capsys.readouterr()
+    assert said in seen.out + seen.err
+    assert seen.err.count("\n") == (0 if code == "EntryNotFound" else 1)  # no server is taken for damage
+
+
+def test_a_push_that_broke_off_goes_on(hub: Hub, small_store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise Refused(403, "not now")
+
+    def push(**arguments: Any) -> str:
+        hub.requests.clear()
+        return tipl.push(small_store.path, "user/runs", progress=False, **arguments)
+
+    with monkeypatch.context() as spoilt:
+        spoilt.setattr(hub_server, "ROUTES", [("POST", "/.*/commit/.*", refuse), *hub_server.ROUTES])
+        with pytest.raises(PermissionError, match="403, not now"):
+            push()
+        assert any(request.startswith("PUT /lfs/") for request in hub.requests)
+    push()
+    assert not any(request.startswith("PUT /lfs/") for request in hub.requests)  # the hub had kept them
+    files, commits = hub.repository("user/runs").files(), len(hub.repository("user/runs").commits)
+    assert (
+        push() == push(overwrite=True) == f"{constants.ENDPOINT}/datasets/user/runs"
+    )  # as if the answer had been lost
+    assert not any("commit/" in request for request in hub.requests)
+    assert (hub.repository("user/runs").files(), len(hub.repository("user/runs").commits)) == (files, commits)
+    with pytest.raises(FileExistsError, match=r"user/runs holds .* other files already"):
+        push(license="mit")  # another card
+    hub.repository("user/runs").branches["begun"] = hub.repository("user/runs").branches["main"]  # and then cut off
+    push(revision="begun", license="mit")
+    assert b"license: mit" in hub.repository("user/runs").files("begun")["README.md"]
 
 
 def test_no_network(hub: Hub, small_store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,7 +79,9 @@ def test_of_every_kind_of_task_the_returns_are_the_judged_ones(env_id: str) -> N
 
 def test_a_task_whose_state_cannot_be_read_is_refused() -> None:
     policy = PolicySpec(obs_dim=3, act_dim=1, hidden_sizes=(4,))
-    with pytest.raises(ValueError, match=r"env_id must be one of tipl's MuJoCo tasks, got 'Pendulum-v1'"):
+    with pytest.raises(
+        ValueError, match=r"env_id must be a MuJoCo task of Gymnasium's, whose state can be read, got 'Pendulum-v1'"
+    ):
         record_episodes("Pendulum-v1", policy, random_policies(policy, 1), 0)
 
 
@@ -253,7 +255,12 @@ def test_stores_that_cannot_be_filmed_are_refused(tmp_path: Path) -> None:
     one = {"one": np.zeros(2, np.float32)}
     for name, env_id, policy, message in (
         ("other.zarr", ENV_ID, ParameterLayout((("w", (2,)),)), "the simulator can run only MLPs that it knows"),
-        ("task.zarr", "Pendulum-v1", SPEC, "task must be one of tipl's MuJoCo tasks, got 'Pendulum-v1'"),
+        (
+            "task.zarr",
+            "Pendulum-v1",
+            SPEC,
+            "env_id must be a MuJoCo task of Gymnasium's, whose state can be read, got 'Pendulum-v1'",
+        ),
     ):
         Store.create(tmp_path / name, env_id=env_id, policy=policy, seeds=[0], config={}).close()
         with pytest.raises(ValueError, match=f"record_video: .*{message}"):

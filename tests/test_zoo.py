@@ -173,6 +173,25 @@ def test_another_store_in_its_place_is_refused_by_name(zoo: Path, stores: list[S
     assert re.search(message, problem)
 
 
+def test_a_zoo_behind_a_url_is_verified(zoo: Path, run_tipl: Callable[..., int], capsys) -> None:
+    url = location("memory://verified/zoo")
+    for file in (it for it in zoo.rglob("*") if it.is_file()):
+        (url / str(file.relative_to(zoo))).write_bytes(file.read_bytes())
+    for path in (str(url), f"file://{zoo}"):
+        assert run_tipl("verify", path) == 0
+        assert capsys.readouterr().out.count("2 trials x 3 checkpoints") == 3
+    chunk = url / "Hopper-v5/trial_0001/weights/c.0.0"
+    chunk.write_bytes(chunk.read_bytes()[:-1])
+    (url / "InvertedPendulum-v5-1/zarr.json").unlink()
+    assert run_tipl("verify", str(url)) == 1
+    said = capsys.readouterr().out
+    assert re.search(r"Hopper-v5: trial 1: weights rows 0:\d+: .* bytes instead of", said)
+    assert "InvertedPendulum-v5-1/zarr.json is missing" in said
+    (url / "zoo.json").write_bytes(b"{}")
+    assert run_tipl("verify", str(url)) == 1
+    assert "zoo.json is damaged: it fails its checksum" in capsys.readouterr().out
+
+
 def test_damage_in_a_store_is_found(zoo: Path) -> None:
     record = zoo / "Hopper-v5" / "trial_0001" / "zarr.json"
     record.write_text(record.read_text().replace('"num_checkpoints": 3', '"num_checkpoints": 2'))

@@ -6,7 +6,7 @@ the run was begun with; seconds.json, what each stage took; and, once all is the
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from tipl.collecting.ppo_config import PPOConfig
 from tipl.collecting.settings import NOTHING, changed_settings, is_complete
 from tipl.files.manifest import write_manifest
 from tipl.files.publishing import claimed, made_aside, remove_left_behind
+from tipl.files.schema import plain_json
 from tipl.files.sealed import load_json, save_json
 from tipl.forecasting import training
 from tipl.forecasting.forecaster import Forecaster
@@ -24,7 +25,7 @@ from tipl.judging import evaluation
 from tipl.judging.evaluate_config import EvaluateConfig
 from tipl.report import write_report
 from tipl.stage_seconds import StageSeconds
-from tipl.storing.store import Store
+from tipl.storing.store import Store, env_of
 
 OnStage = Callable[[str, Path | str], object]
 """Called with "store", "model", "results" or "report" and its path, as soon as that is there."""
@@ -61,6 +62,7 @@ def run(
     output: str | Path,
     *,
     env_id: str = "InvertedPendulum-v5",
+    env_kwargs: Mapping[str, Any] | None = None,
     num_trials: int = 48,
     total_timesteps: int = 100_000,
     seed: int = 0,
@@ -93,16 +95,18 @@ def run(
     num_checkpoints = -(-total_timesteps // ppo.batch_size) + 1
     evaluate.prefix_ends(num_checkpoints)  # refuses now what could not be judged after an hour
     asked = {"num_trials": num_trials, "total_timesteps": total_timesteps, "seed": seed, "shared_init": shared_init}
-    collected: dict[str, Any] = {"env_id": env_id, **asked}
+    made = {"env_id": env_id, "env_kwargs": plain_json("run: env_kwargs", env_kwargs or {})}
+    collected: dict[str, Any] = {**made, **asked}
     configs = {name: dataclasses.asdict(it) for name, it in (("ppo", ppo), ("train", train), ("evaluate", evaluate))}
     if not folder.store.exists():
-        check_can_learn("run", env_id, ppo)  # before run.json is there
+        check_can_learn("run", env_id, ppo, env_kwargs)  # before run.json is there
     with claimed(folder.path, "run"):
-        _begin(folder, collected | configs, resume=resume)
+        kwargs = json.dumps(made["env_kwargs"], sort_keys=True)  # as one setting: they have others or none
+        _begin(folder, collected | {"env_kwargs": kwargs} | configs, resume=resume)
         seconds = StageSeconds(folder.path / "seconds.json")
         store = Store.open(folder.store) if folder.store.exists() else None
         if store is not None and is_complete(store):
-            _check_store(store, env_id, num_trials, num_checkpoints)
+            _check_store(store, made, num_trials, num_checkpoints)
         else:
             with seconds.of("collect"):
                 store = collection.collect(
@@ -225,12 +229,12 @@ def _begin(folder: RunFolder, settings: dict[str, Any], *, resume: bool) -> None
         )
 
 
-def _check_store(store: Store, env_id: str, num_trials: int, num_checkpoints: int) -> None:
+def _check_store(store: Store, made: dict[str, Any], num_trials: int, num_checkpoints: int) -> None:
     """Raise ValueError unless a complete store is the one that this run would collect."""
-    found = (store.env_id, store.num_trials, store.num_checkpoints)
-    if found != (env_id, num_trials, num_checkpoints):
+    found = (store.num_checkpoints, store.num_trials, {"env_id": store.env_id, "env_kwargs": store.env_kwargs})
+    if found != (num_checkpoints, num_trials, made):
         raise ValueError(
-            f"run: expected {num_checkpoints} checkpoints of {num_trials} trials of {env_id} in {store.path}, which "
-            f"holds {found[2]} of {found[1]} trials of {found[0]}: remove it, or go on from what it holds with "
+            f"run: expected {num_checkpoints} checkpoints of {num_trials} trials of {env_of(**made)} in {store.path}, "
+            f"which holds {found[0]} of {found[1]} trials of {store.env}: remove it, or go on from what it holds with "
             "`tipl train`"
         )

@@ -196,8 +196,8 @@ def _given_store(env_id: str, path: str | Path) -> Store:
         raise ValueError(f"reproduce: stores must be of {' or '.join(TASKS)}, got {env_id!r}")
     store = Store.open(path)
     wanted = f"reproduce: expected a complete store of at least 3 trials of {env_id} with initial weights of their own"
-    if store.env_id != env_id or store.num_trials < 3:
-        raise ValueError(f"{wanted}, got {store.num_trials} of {store.env_id} in {path}")
+    if store.env != env_id or store.num_trials < 3:
+        raise ValueError(f"{wanted}, got {store.num_trials} of {store.env} in {path}")
     if not is_complete(store):
         raise ValueError(f"{wanted}, got an unfinished one in {path}: the same `tipl collect` goes on with it")
     first = np.concatenate([store.trial(i).weights(0, 1) for i in range(store.num_trials)])

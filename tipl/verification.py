@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tipl.collecting.resume import Unfinished
-from tipl.files.locations import Location, location
+from tipl.files.hub_errors import Unreachable
+from tipl.files.locations import Location, exists, location
 from tipl.files.manifest import NAME as MANIFEST
 from tipl.files.manifest import problems_in
 from tipl.files.sealed import UncheckedWarning, load_arrays, load_json
@@ -42,9 +43,12 @@ class Verification:
 def verify(path: str | Location, *, progress: bool = False) -> Verification:
     """Check all that tipl wrote at `path`: a store, a zoo, a folder with a manifest, a file, or a folder of these.
 
-    Nothing is changed. Raises FileNotFoundError where `path` does not exist, ValueError where tipl wrote nothing there.
+    Behind a URL, a store or a zoo. Nothing is changed. Raises FileNotFoundError where `path` does not exist, ValueError
+    where tipl wrote nothing there, ConnectionError where the server of a URL does not answer or refuses.
     """
     path = location(path)
+    if not isinstance(path, Path) and exists(path / INDEX):
+        return _verify_zoo(path, progress)
     if not isinstance(path, Path) or _is_store(path):
         return verify_store(path, progress=progress)
     found = Verification()
@@ -86,6 +90,20 @@ def _verify_folder(folder: Path, found: Verification, progress: bool) -> None:
             _verify_folder(path, found, progress)
         elif path.suffix in LOADERS and not (folder / MANIFEST).exists():
             _verify_file(path, found)
+
+
+def _verify_zoo(folder: Location, progress: bool) -> Verification:
+    """Check the index of a zoo and the stores that it names."""
+    found = Verification()
+    with _noted(found):
+        zoo = load_zoo(folder)
+        found.problems += zoo.problems()
+        for path in (entry.path for entries in zoo.tasks.values() for entry in entries):
+            with contextlib.suppress(FileNotFoundError):  # which is among the problems already
+                store = verify_store(folder / path, progress=progress)
+                found.problems += [f"{path}: {problem}" for problem in store.problems]
+                found.whole += [f"{path}: {it}" for it in store.whole]
+    return found
 
 
 def _verify_file(path: Path, found: Verification) -> None:
@@ -177,5 +195,7 @@ def _noted(found: Verification) -> Iterator[None]:
     """Add an exception to the problems found, and continue."""
     try:
         yield
+    except Unreachable:
+        raise
     except (RuntimeError, OSError) as error:
         found.problems.append(str(error))

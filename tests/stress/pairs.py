@@ -15,7 +15,7 @@ from .disturbed import judge_ending, place
 from .pipeline import COMMANDS, Command, work
 from .rows import Trial
 
-SLOW = ("store info",)
+SLOW = ("store info", "compare")
 """Commands that leave no output that anybody waits for."""
 
 

@@ -51,6 +51,8 @@ class Command:
     arguments: Callable[["Pipeline"], Sequence[object]]
     output: str = "out"
     """The name of what it writes."""
+    flag: str = "--output"
+    """The option that takes it."""
     resume: tuple[str, ...] = ()
     """What is added where it is to go on."""
     resumes: bool = False
@@ -112,7 +114,14 @@ COMMANDS = {
             resumes=True,
         ),
         Command("zoo", lambda p: ["zoo", p.of("collect"), p.of("import"), "--license", "mit"], "zoo"),
-        Command("store info", lambda p: ["store", "info", p.of("collect")], "plot.svg"),
+        Command("store info", lambda p: ["store", "info", p.of("collect")], "plot.svg", "--plot"),
+        Command("score", lambda p: ["score", p.of("collect"), "--num-episodes", 1, "--every", 6], "scores.json"),
+        Command(
+            "compare",
+            lambda p: ["compare", p.of("accelerate"), p.of("accelerate") / "ledger.json"],
+            "curves.svg",
+            "--plot",
+        ),
         Command("run", lambda p: ["run", *_RUN, "--seed", p.seed], "run", resume=("--resume",), resumes=True),
         Command("demo", lambda p: ["demo"], "demo", resume=("--resume",), resumes=True),
         Command("reproduce", lambda p: ["reproduce"], "reproduction", resumes=True),
@@ -180,14 +189,15 @@ def run(
 
 def work(command: Command, pipeline: Pipeline, output: Path, more: Sequence[str] = ()) -> Callable[[], None]:
     """Return what the child is to do."""
-    flag = "--plot" if command.name == "store info" else "--output"
-    placed = _parsed((*(str(it) for it in command.arguments(pipeline)), flag, "OUTPUT", *more))
-    if command.name == "store info":
-        inner = dataclasses.replace(placed.command, plot=output)
-        placed = dataclasses.replace(placed, command=inner)
-    else:
-        placed = dataclasses.replace(placed, output=type(placed.output)(output))
-    return partial(_main, placed)
+    placed = _parsed((*(str(it) for it in command.arguments(pipeline)), command.flag, "OUTPUT", *more))
+    return partial(_main, _placed(placed, command.flag.removeprefix("--"), output))
+
+
+def _placed(parsed: Any, field: str, output: Path) -> Any:
+    """Return a parsed command that writes to `output`, which `field` of it or of its subcommand says."""
+    if not hasattr(parsed, field):
+        return dataclasses.replace(parsed, command=_placed(parsed.command, field, output))
+    return dataclasses.replace(parsed, **{field: type(getattr(parsed, field))(output)})
 
 
 def as_typed(arguments: Sequence[str]) -> Callable[[], None]:

@@ -2,17 +2,16 @@
 
 import contextlib
 import dataclasses
-import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import tyro
 from numpy.typing import NDArray
 from tyro.conf import OmitArgPrefixes
 
 import tipl
-from tipl.cli.arguments import FreshArg, PathArg, RayArg, StoreArg
+from tipl.cli.arguments import EnvKwargsArg, FreshArg, PathArg, RayArg, StoreArg, env_kwargs_of
 from tipl.cli.printing import end_of_path_table, training_line
 from tipl.cli.trial_forecast import TrialForecast, check_prefix
 from tipl.files.publishing import published
@@ -326,9 +325,9 @@ class Score:
     """The seed of the episodes."""
     sampled: bool = False
     """Run the stochastic policies, as in training, instead of the deterministic ones."""
-    env_kwargs: Annotated[str, tyro.conf.arg(metavar="JSON")] = "{}"
-    """Arguments for the environment, if the runs were made with others than the registered ones, such as
-    '{"ctrl_cost_weight": 0.05}'. The environment is then Gymnasium's own, which is slower."""
+    env_kwargs: EnvKwargsArg = None
+    """Arguments for the environment, such as '{"ctrl_cost_weight": 0.05}', in place of those that the store says. With
+    any, the environment is Gymnasium's own, which is slower."""
     num_threads: int | None = None
     """Cores to use; by default all."""
     plot: PathArg | None = None
@@ -350,7 +349,7 @@ class Score:
                 every=self.every,
                 seed=self.seed,
                 sampled=self.sampled,
-                env_kwargs=_json_object("env_kwargs", self.env_kwargs),
+                env_kwargs=env_kwargs_of("score", self.env_kwargs),
                 num_threads=self.num_threads,
             )
             if aside is not None:
@@ -370,19 +369,6 @@ class Score:
         if self.plot is not None:
             tipl.plot_scores(scores, self.plot, overwrite=self.overwrite)
             print(f"{'plot':<10} {self.plot}")
-
-
-def _json_object(name: str, text: str) -> dict[str, Any]:
-    """Return the JSON object in an argument. Raises ValueError for anything else."""
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
-        raise ValueError(
-            f"score: {name} must be a JSON object, such as '{{\"ctrl_cost_weight\": 0.05}}', got {text!r:.80}"
-        )
-    return value
 
 
 def _gain(gain: "Estimate") -> str:

@@ -9,7 +9,7 @@ import numpy as np
 import tyro
 
 import tipl
-from tipl.cli.arguments import PathArg
+from tipl.cli.arguments import EnvKwargsArg, PathArg, env_kwargs_of
 from tipl.collecting.ppo_config import PPOConfig
 from tipl.jumping.jump_config import JumpConfig
 
@@ -35,6 +35,9 @@ class Accelerate:
     exist."""
     env_id: str = "InvertedPendulum-v5"
     """A Gymnasium id with continuous or Discrete actions."""
+    env_kwargs: EnvKwargsArg = None
+    """Arguments for the environment, such as '{"ctrl_cost_weight": 0.05}'. With any, the environment is Gymnasium's
+    own, which is slower."""
     num_trials: int = 32
     """PPO runs, each with its own initial weights and seeds."""
     total_timesteps: int = 100_000
@@ -54,6 +57,7 @@ class Accelerate:
         ledger = tipl.accelerate(
             self.output,
             env_id=self.env_id,
+            env_kwargs=env_kwargs_of("accelerate", self.env_kwargs),
             num_trials=self.num_trials,
             total_timesteps=self.total_timesteps,
             model=self.model,

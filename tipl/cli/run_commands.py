@@ -8,7 +8,7 @@ from typing import Annotated
 from tyro.conf import arg
 
 import tipl
-from tipl.cli.arguments import PathArg, RayArg
+from tipl.cli.arguments import EnvKwargsArg, PathArg, RayArg, env_kwargs_of
 from tipl.cli.printing import end_of_path_table, print_stage
 from tipl.collecting.ppo_config import PPOConfig
 from tipl.forecasting.train_config import TrainConfig
@@ -27,6 +27,9 @@ class Run:
     """The run's folder. It must not exist yet, or hold this same run unfinished, which then goes on."""
     env_id: str = "InvertedPendulum-v5"
     """A Gymnasium id with continuous or Discrete actions."""
+    env_kwargs: EnvKwargsArg = None
+    """Arguments for the environment, such as '{"ctrl_cost_weight": 0.05}'. With any, the environment is Gymnasium's
+    own, which is slower."""
     num_trials: int = 48
     """PPO runs, each with its own initial weights and seeds."""
     total_timesteps: int = 100_000
@@ -47,6 +50,7 @@ class Run:
 
     def run(self) -> None:
         settings = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        settings["env_kwargs"] = env_kwargs_of("run", self.env_kwargs)
         tipl.pipeline.run(**settings, on_stage=partial(print_stage, tables=True))
         seconds = StageSeconds(self.output / "seconds.json").read()
         parts = ", ".join(f"{stage} {value:,.0f}" for stage, value in seconds.items())

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 import tipl
-from tipl.cli.arguments import FreshArg, PathArg, RayArg, StoreArg
+from tipl.cli.arguments import EnvKwargsArg, FreshArg, PathArg, RayArg, StoreArg, env_kwargs_of
 from tipl.cli.printing import print_verification
 from tipl.collecting.ppo_config import PPOConfig
 from tipl.policy import Activation
@@ -28,6 +28,9 @@ class Collect:
     """Where the store goes. It must not exist yet, or hold this same collection unfinished, which then goes on."""
     env_id: str = "InvertedPendulum-v5"
     """A Gymnasium id with continuous or Discrete actions."""
+    env_kwargs: EnvKwargsArg = None
+    """Arguments for the environment, such as '{"ctrl_cost_weight": 0.05}'. With any, the environment is Gymnasium's
+    own, which is slower."""
     num_trials: int = 48
     """PPO runs, each with its own initial weights and seeds."""
     total_timesteps: int = 100_000
@@ -62,6 +65,7 @@ class Collect:
         return tipl.collect(
             self.output,
             env_id=self.env_id,
+            env_kwargs=env_kwargs_of("collect", self.env_kwargs),
             num_trials=self.num_trials,
             total_timesteps=self.total_timesteps,
             seed=self.seed,
@@ -123,7 +127,7 @@ class Verify:
     """
 
     path: tyro.conf.Positional[StoreArg]
-    """A folder, a file, or the URL of a store."""
+    """A folder, a file, or the URL of a store or a zoo."""
 
     def run(self) -> None:
         print_verification(self.path, tipl.verify(self.path, progress=True))
@@ -160,6 +164,9 @@ class Import:
     env steps, the notes. If the import would be refused, the tensors of the first file are printed all the same."""
     env_id: str = "unknown"
     """The Gymnasium id, which checkpoint files do not hold and `tipl evaluate` needs."""
+    env_kwargs: EnvKwargsArg = None
+    """The arguments with which the environment was made, beside its id, such as '{"ctrl_cost_weight": 0.05}'. The store
+    keeps them for all that runs its policies. By default those of the stores, if stores are joined."""
     pattern: str = "*"
     """Which file names to take in each folder."""
     activation: Activation | None = None
@@ -190,6 +197,11 @@ class Import:
     def run(self) -> None:
         options = {it.name: getattr(self, it.name) for it in dataclasses.fields(self)}
         sources, output, dry_run = (options.pop(name) for name in ("sources", "output", "dry_run"))
+        options["env_kwargs"] = env_kwargs_of("import", self.env_kwargs)
+        if options["env_kwargs"]:
+            from tipl.collecting.env_checks import check_env_kwargs
+
+            check_env_kwargs(self.env_id, options["env_kwargs"])
         if dry_run:
             self._describe(sources, options)
             return

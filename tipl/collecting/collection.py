@@ -33,7 +33,7 @@ from tipl.collecting.envs import make_vec
 from tipl.collecting.population import Population, environment_seeds
 from tipl.collecting.ppo_config import PPOConfig
 from tipl.collecting.resume import Unfinished
-from tipl.collecting.settings import changed_settings, is_complete, num_checkpoints_asked
+from tipl.collecting.settings import num_checkpoints_asked, reopened
 from tipl.files.locations import Location, location
 from tipl.files.publishing import claimed
 from tipl.policy import ParameterLayout, PolicySpec
@@ -54,6 +54,7 @@ def collect(
     output: str | Location,
     *,
     env_id: str,
+    env_kwargs: Mapping[str, Any] | None = None,
     num_trials: int,
     total_timesteps: int,
     seed: int = 0,
@@ -78,6 +79,8 @@ def collect(
     Args:
         output: a folder, or a URL that fsspec knows (s3://bucket/name). Behind a URL nothing stops two collections from
             writing to the same place at once.
+        env_kwargs: further arguments of the environment, plain JSON, such as {"ctrl_cost_weight": 0.05}; the store
+            keeps them. The environment is then Gymnasium's own, which is slower.
         total_timesteps: environment steps of each trial, rounded up to whole iterations of ppo.batch_size.
         seed: trial i's seed is `trial_seeds(seed, num_trials)[i]`.
         ppo: by default PPOConfig(), Stable-Baselines3's hyperparameters.
@@ -108,7 +111,7 @@ def collect(
             unfinished store is damaged, open in another process, or differs from what these arguments compute here.
         KeyboardInterrupt: on Ctrl-C; the text says how many checkpoints the store has.
     """
-    output, ppo = location(output), PPOConfig() if ppo is None else ppo
+    output, ppo, env_kwargs = location(output), PPOConfig() if ppo is None else ppo, dict(env_kwargs or {})
     _check_ints(
         num_trials=(num_trials, 1),
         total_timesteps=(total_timesteps, 1),
@@ -135,16 +138,19 @@ def collect(
     critics = None if record_critic is None else location(record_critic)
     num_iterations = math.ceil(total_timesteps / ppo.batch_size)
     with claimed(output, "collect"):
-        store = _reopen(output, env_id, config) if output.exists() else None
+        asked = {"env_id": env_id, "env_kwargs": env_kwargs, **config}
+        store = reopened(output, asked) if output.exists() else None
         with contextlib.nullcontext() if ray is None else connected(ray) as cluster:
             if cluster is not None:
                 cluster.check(_worker_threads(num_threads))
-            policy, critic = _layouts(env_id, ppo, num_threads)
+            policy, critic = _layouts(env_id, env_kwargs, ppo, num_threads)
             if tensorboard is not None:
                 Curves(tensorboard, range(num_trials), resumed=store is not None)
             if store is None:
                 seeds = trial_seeds(seed, num_trials)
-                store = Store.create(output, env_id=env_id, policy=policy, seeds=seeds, config=config)
+                store = Store.create(
+                    output, env_id=env_id, env_kwargs=env_kwargs, policy=policy, seeds=seeds, config=config
+                )
                 store.close()
             else:
                 _warn_of_versions(store)
@@ -195,7 +201,9 @@ def collect_shard(
         if num_checkpoints > num_iterations:
             return
         env_seeds = environment_seeds(seeds, ppo.num_envs)
-        env = make_vec(store.env_id, len(env_seeds), seeds=env_seeds, num_threads=num_threads)
+        env = make_vec(
+            store.env_id, len(env_seeds), seeds=env_seeds, num_threads=num_threads, env_kwargs=store.env_kwargs
+        )
         with contextlib.closing(env):
             population = make_population(
                 env,
@@ -240,9 +248,11 @@ def _give_memory_back() -> None:
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
 
 
-def _layouts(env_id: str, ppo: PPOConfig, num_threads: int | None) -> tuple[PolicySpec, ParameterLayout]:
+def _layouts(
+    env_id: str, env_kwargs: Mapping[str, Any] | None, ppo: PPOConfig, num_threads: int | None
+) -> tuple[PolicySpec, ParameterLayout]:
     """Return the trials' policy and critic. Raises what `make_vec` and `Population` raise for these arguments."""
-    env = make_vec(env_id, ppo.num_envs, seeds=range(ppo.num_envs), num_threads=num_threads)
+    env = make_vec(env_id, ppo.num_envs, seeds=range(ppo.num_envs), num_threads=num_threads, env_kwargs=env_kwargs)
     with contextlib.closing(env):
         population = Population(env, ppo, [0], num_iterations=1, num_threads=num_threads)
         return population.spec, population.critic_layout
@@ -252,7 +262,14 @@ def _prepare_critics(path: Location, store: Store, layout: ParameterLayout) -> N
     """Make the store of critics that belongs to a collection, or check that the one there does."""
     if not path.exists():
         config = {**store.config, "part": "critic"}
-        Store.create(path, env_id=store.env_id, policy=layout, seeds=store.seeds, config=config).close()
+        Store.create(
+            path,
+            env_id=store.env_id,
+            env_kwargs=store.env_kwargs,
+            policy=layout,
+            seeds=store.seeds,
+            config=config,
+        ).close()
         return
     critics = Store.open(path)
     if (critics.config, critics.seeds) != ({**store.config, "part": "critic"}, store.seeds):
@@ -305,24 +322,6 @@ def _open_shard(path: Location, trials: range, patience: float) -> Store:
             if time.monotonic() > given_up:
                 raise
         time.sleep(0.1)
-
-
-def _reopen(output: Location, env_id: str, config: dict[str, Any]) -> Store:
-    """Return the unfinished collection at `output`, which must have been begun with these arguments."""
-    try:
-        store = Store.open(output)
-    except FileNotFoundError:
-        raise FileExistsError(f"collect: {output} exists and is no store; choose another output or remove it") from None
-    if is_complete(store):
-        raise FileExistsError(f"collect: {output} exists and is complete; choose another output or remove it")
-    ppo = dataclasses.asdict(PPOConfig()) | store.config["ppo"]  # an older store lacks settings that had no other value
-    began = {"env_id": store.env_id, **store.config, "ppo": ppo}
-    for name, was, now in changed_settings(began, {"env_id": env_id, **config}):
-        raise ValueError(
-            f"collect: {output} holds an unfinished collection with {name} = {was}, got {now}; "
-            "give its arguments to go on with it, or choose another output"
-        )
-    return store
 
 
 def _warn_of_versions(store: Store) -> None:

@@ -16,7 +16,7 @@ def describe_store(store: Store) -> dict[str, str]:
     trials, policy = [store.trial(i) for i in range(len(store))], store.policy
     n = min(trial.num_checkpoints for trial in trials)
     lines = {
-        "env": store.env_id,
+        "env": store.env,
         "trials": f"{len(store)}, seeds {_shortened(store.seeds)}",
         "checkpoints": f"{n} of each trial, {_completeness(store)}",
         "policy": f"p = {policy.num_params:,} float32 weights",

@@ -1,6 +1,10 @@
 """Whether PPO can learn in an environment with its settings."""
 
 import contextlib
+from collections.abc import Mapping
+from typing import Any
+
+import gymnasium
 
 from tipl.collecting.envs import make_vec
 from tipl.collecting.ppo_config import PPOConfig
@@ -10,10 +14,16 @@ OF_CONTINUOUS_ACTIONS = ("log_std_init", "learn_log_std")
 """Settings without effect on discrete actions."""
 
 
-def check_can_learn(owner: str, env_id: str, config: PPOConfig) -> None:
+def check_can_learn(owner: str, env_id: str, config: PPOConfig, env_kwargs: Mapping[str, Any] | None = None) -> None:
     """Raise ValueError where PPO cannot learn in an environment, or there is none; texts begin with `owner`."""
-    with contextlib.closing(make_vec(env_id, 1, seeds=[0])) as env:
+    with contextlib.closing(make_vec(env_id, 1, seeds=[0], env_kwargs=env_kwargs)) as env:
         check_settings(owner, env, config)
+
+
+def check_env_kwargs(env_id: str, env_kwargs: Mapping[str, Any]) -> None:
+    """Raise ValueError where an environment that is installed here refuses its arguments."""
+    if env_id in gymnasium.registry:
+        make_vec(env_id, 1, seeds=[0], env_kwargs=env_kwargs).close()
 
 
 def check_settings(owner: str, env: VectorEnv, config: PPOConfig) -> None:

@@ -2,14 +2,15 @@
 
 `make_vec(env_id, num_envs, seeds=...)` returns a `VectorEnv`. Environment i's randomness depends on seeds[i] alone and
 equals Gymnasium's: its first episode is that of `env.reset(seed=seeds[i])`, later ones continue the same generator.
+
+Shapes  N = num_envs; observations (N, obs_dim) and actions (N, act_dim) are float64. A discrete action, k of a
+        Discrete(n, start=k), ..., k + n - 1, is a vector of one whole number.
 """
 
-import contextlib
 import difflib
 import importlib
 import operator
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,8 +22,8 @@ from gymnasium.spaces import Box
 from mujoco.batch import Batch
 from numpy.typing import NDArray
 
+from tipl.collecting.gymnasium_env import GymnasiumVectorEnv
 from tipl.collecting.mujoco_tasks import TASKS, Bools, Floats, MujocoTask, Rows
-from tipl.collecting.spaces import checked_actions, flat_box
 from tipl.collecting.vector_env import Ids, VectorEnv, checked_seeds, kind_of
 
 
@@ -123,6 +124,13 @@ class MujocoVectorEnv(VectorEnv):
             mujoco.mj_rnePostConstraint(self._rows.model, self._data)
             cfrc_ext[i] = self._data.cfrc_ext
 
+    def simulation(self) -> tuple[Any, float]:
+        return self._rows.model, self._rows.dt
+
+    def simulation_states(self) -> Floats:
+        states: Floats = self._batch.state.copy()
+        return states
+
     def get_state(self) -> MujocoState:
         """Return a copy of the state. Any environment made with the same arguments can continue from it."""
         rngs = [rng.bit_generator.state for rng in self._rngs]
@@ -143,94 +151,6 @@ class MujocoVectorEnv(VectorEnv):
         """Do nothing: memory and threads of the simulations are freed with this object."""
 
 
-class GymnasiumVectorEnv(VectorEnv):
-    """Any registered environment of vector observations and of vector or Discrete actions, stepped one by one."""
-
-    def __init__(
-        self,
-        env_id: str,
-        num_envs: int,
-        *,
-        seeds: list[int],
-        max_episode_steps: int | None,
-        env_kwargs: Mapping[str, Any],
-    ) -> None:
-        kwargs = (
-            dict(env_kwargs) if max_episode_steps is None else {"max_episode_steps": max_episode_steps, **env_kwargs}
-        )
-        try:
-            with warnings.catch_warnings():  # an older version of a task, named explicitly, is no mistake
-                warnings.filterwarnings("ignore", message=".*is out of date", category=DeprecationWarning)
-                vec: Any = gymnasium.make_vec(env_id, num_envs=num_envs, vectorization_mode="sync", **kwargs)
-        except (ImportError, gymnasium.error.Error) as error:
-            raise ValueError(f"make_vec: Gymnasium refuses {env_id}: {error}") from error
-        except Exception as error:  # an environment may raise anything, as for arguments that it needs or does not take
-            did = f"refuses env_kwargs {env_kwargs}" if env_kwargs else "cannot be made"
-            raise ValueError(f"make_vec: {env_id} {did}: {type(error).__name__}: {error}") from error
-        try:
-            action_space = checked_actions(env_id, vec.single_action_space)
-            observation_space = flat_box(env_id, "observations", vec.single_observation_space)
-        except ValueError:
-            vec.close()
-            raise
-        limit = vec.envs[0].spec.max_episode_steps
-        super().__init__(env_id, num_envs, observation_space.shape[0], action_space, limit)
-        self._vec = vec
-        self._envs = vec.envs  # stepped here one by one, because the vector environment's step() takes no mask
-        self._action_dtype = action_space.dtype
-        self._seed(seeds)
-
-    def _seed(self, seeds: list[int]) -> None:
-        self._seeds: list[int | None] = [*seeds]  # used, and then set to None, by each environment's next reset
-
-    def _advance(self, actions: Floats, ids: Ids) -> tuple[Floats, Floats, Bools, Bools]:
-        n = len(ids)
-        obs, reward = np.empty((n, self.obs_dim)), np.empty(n)
-        terminated, truncated = np.empty(n, np.bool_), np.empty(n, np.bool_)
-        taken: Any = actions.astype(self._action_dtype)
-        if self.num_actions is not None:
-            taken = taken[:, 0]
-        for row, (i, action) in enumerate(zip(ids, taken, strict=True)):
-            with self._failing("step"):
-                seen, reward[row], terminated[row], truncated[row], _ = self._envs[i].step(action)
-            obs[row] = self._checked("step", seen)
-        if not np.isfinite(reward).all():
-            raise ValueError(f"step: {self.env_id} gave a reward that is not finite, {reward[~np.isfinite(reward)][0]}")
-        return obs, reward, terminated, truncated
-
-    def _restart(self, ids: Ids) -> Floats:
-        obs = np.empty((len(ids), self.obs_dim))
-        for row, i in enumerate(ids):
-            with self._failing("reset"):
-                seen, _ = self._envs[i].reset(seed=self._seeds[i])
-            obs[row] = self._checked("reset", seen)
-            self._seeds[i] = None
-        return obs
-
-    @contextlib.contextmanager
-    def _failing(self, caller: str) -> Iterator[None]:
-        """Raise RuntimeError, which names the environment, for whatever its code raises."""
-        try:
-            yield
-        except Exception as error:
-            raise RuntimeError(f"{caller}: {self.env_id} failed: {type(error).__name__}: {error}") from error
-
-    def _checked(self, caller: str, obs: Any) -> Any:
-        """Return an environment's observation. Raises ValueError where it has another shape than the observation space
-        (which NumPy might stretch), or is not finite (which would look as if the policy had diverged).
-        """
-        if np.shape(obs) != (self.obs_dim,):
-            expected = f"its observation space has {(self.obs_dim,)}"
-            raise ValueError(f"{caller}: {self.env_id} gave an observation of shape {np.shape(obs)}; {expected}")
-        if not np.isfinite(obs).all():
-            raise ValueError(f"{caller}: {self.env_id} gave an observation that is not finite, {obs}")
-        return obs
-
-    def close(self) -> None:
-        """Close the environments."""
-        self._vec.close()
-
-
 def make_vec(
     env_id: str,
     num_envs: int,
@@ -247,30 +167,39 @@ def make_vec(
         num_threads: threads that step a MuJoCo task of `TASKS`, by default one per CPU; results do not depend on it.
             Any other environment is stepped on the caller's thread.
         max_episode_steps: a time limit in place of the registered one.
-        env_kwargs: further arguments of the environment, such as ctrl_cost_weight. With any it is Gymnasium's own,
-            stepped on the caller's thread.
+        env_kwargs: further arguments of the environment, such as ctrl_cost_weight. With any but max_episode_steps it
+            is Gymnasium's own, stepped on the caller's thread.
 
     Raises:
         TypeError: an argument that should be an int is not one.
         ValueError: Gymnasium does not know the id, or refuses it or env_kwargs; the observations are not a Box of
             vectors, or the actions neither that nor Discrete; there are not `num_envs` seeds.
     """
+    kwargs = dict(env_kwargs or {})
+    if "render_mode" in kwargs:
+        raise ValueError("make_vec: env_kwargs must not say render_mode: nothing is drawn")
+    if "max_episode_steps" in kwargs:
+        max_episode_steps = kwargs.pop("max_episode_steps")
+        if type(max_episode_steps) is not int:
+            raise ValueError(f"make_vec: env_kwargs: max_episode_steps must be an int, got {max_episode_steps!r:.80}")
     num_envs = _checked_int("num_envs", num_envs, 1)
     if num_threads is not None:
         num_threads = _checked_int("num_threads", num_threads, 1)
     if max_episode_steps is not None:
         max_episode_steps = _checked_int("max_episode_steps", max_episode_steps, 1)
-    own_seeds = checked_seeds("make_vec", seeds, num_envs)
+    checked = checked_seeds("make_vec", seeds, num_envs)
     registered_limit = _spec(env_id).max_episode_steps
     limit = registered_limit if max_episode_steps is None else max_episode_steps
     task = TASKS.get(env_id)
-    if task is not None and limit is not None and not env_kwargs:
-        return MujocoVectorEnv(
-            env_id, task, num_envs, seeds=own_seeds, num_threads=num_threads, max_episode_steps=limit
+    env: VectorEnv
+    if task is not None and limit is not None and not kwargs:
+        env = MujocoVectorEnv(env_id, task, num_envs, seeds=checked, num_threads=num_threads, max_episode_steps=limit)
+    else:
+        env = GymnasiumVectorEnv(
+            env_id, num_envs, seeds=checked, max_episode_steps=max_episode_steps, env_kwargs=kwargs
         )
-    return GymnasiumVectorEnv(
-        env_id, num_envs, seeds=own_seeds, max_episode_steps=max_episode_steps, env_kwargs=env_kwargs or {}
-    )
+    env.env_kwargs = dict(env_kwargs or {})
+    return env
 
 
 def _spec(env_id: str) -> EnvSpec:

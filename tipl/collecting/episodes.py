@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from rich.progress import Progress
 
 from tipl.cluster import Cluster
-from tipl.collecting.envs import MujocoVectorEnv, make_vec
+from tipl.collecting.envs import make_vec
 from tipl.collecting.policy_network import actions_of, mean_of_rows, mlp_rows, sampled_means, unclipped
 from tipl.collecting.vector_env import VectorEnv
 from tipl.policy import PolicySpec
@@ -112,25 +112,30 @@ class Recording:
     """Steps of each episode, (M,)."""
 
 
-def record_episodes(env_id: str, policy: PolicySpec, weights: NDArray[np.float32], seed: int) -> Recording:
+def record_episodes(
+    env_id: str,
+    policy: PolicySpec,
+    weights: NDArray[np.float32],
+    seed: int,
+    env_kwargs: Mapping[str, Any] | None = None,
+) -> Recording:
     """Return what happens in the episode of `seed` under each of the policies (M, p): just what `run_episodes` judges.
 
-    Raises ValueError where the environment is not one of `TASKS`, whose state alone can be read, or does not fit.
+    Raises ValueError where the environment is no MuJoCo task of Gymnasium's, whose state alone can be read, or does not
+    fit.
     """
     states: list[NDArray[np.float64]] = []
     returns: list[NDArray[np.float64]] = []
     lengths = np.zeros(len(weights), np.int64)
 
     def watch(env: VectorEnv, running: NDArray[np.bool_], total: NDArray[np.float64]) -> None:
-        if not isinstance(env, MujocoVectorEnv):
-            raise ValueError(f"record_episodes: env_id must be one of tipl's MuJoCo tasks, got {env_id!r}")
         returns.append(total.copy())
         if running.any():  # an episode that has ended was reset: its last state stays
-            now = env.get_state().simulations
+            now = env.simulation_states()
             states.append(now if not states else np.where(running[:, None], now, states[-1]))
         lengths[:] += running
 
-    _run_group(env_id, policy, weights, np.full((len(weights), 1), seed), 0, None, watch=watch)
+    _run_group(env_id, policy, weights, np.full((len(weights), 1), seed), 0, None, watch=watch, env_kwargs=env_kwargs)
     return Recording(np.stack(states), np.stack(returns), lengths)
 
 
@@ -161,10 +166,10 @@ def policy_to_run(owner: str, store: Store) -> PolicySpec:
     return store.policy
 
 
-def can_run(env_id: str, policy: PolicySpec) -> bool:
+def can_run(env_id: str, policy: PolicySpec, env_kwargs: Mapping[str, Any] | None = None) -> bool:
     """Return whether the environment exists here and its observations and actions are those of the policy."""
     try:
-        with contextlib.closing(make_vec(env_id, 1, seeds=[0], num_threads=1)) as env:
+        with contextlib.closing(make_vec(env_id, 1, seeds=[0], num_threads=1, env_kwargs=env_kwargs)) as env:
             has_bounds = bool(np.isfinite(env.action_high - env.action_low).all())
             return not misfit(policy, env) and (has_bounds or not (policy.squash or policy.rescale))
     except (ValueError, gymnasium.error.Error):

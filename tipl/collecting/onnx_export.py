@@ -75,7 +75,8 @@ def export_onnx(
         row, record = row_and_record(weights, checkpoint, trial)
         layout, actor = layout_and_actor(record)
         spec = _mlp(policy, layout, len(row))
-        bounds = _action_bounds(spec, record.get("env_id") if env_id is None else env_id)
+        made = (record.get("env_id"), record.get("env_kwargs")) if env_id is None else (env_id, None)
+        bounds = _action_bounds(spec, *made)
         unnormalised = bool((record.get("source") or {}).get(UNNORMALISED))
         observations = _Observations.of(spec, actor, unnormalised, normaliser)
         write_atomically(aside, _model(spec, row, observations, bounds))
@@ -137,7 +138,7 @@ def _mlp(policy: PolicySpec | None, layout: Layout | None, num_params: int) -> P
     return spec
 
 
-def _action_bounds(spec: PolicySpec, env_id: Any) -> tuple[Vector, Vector] | None:
+def _action_bounds(spec: PolicySpec, env_id: Any, env_kwargs: Any) -> tuple[Vector, Vector] | None:
     """Return the least and the greatest action (act_dim,), of discrete ones (1,); or None for no bounds."""
     if env_id == "none":
         return None
@@ -146,7 +147,9 @@ def _action_bounds(spec: PolicySpec, env_id: Any) -> tuple[Vector, Vector] | Non
             "export: env_id must be given, whose action space the actions are clipped to; "
             '"none" leaves them as they are'
         )
-    with contextlib.closing(make_vec(env_id, 1, seeds=[0], num_threads=1)) as env:
+    if not isinstance(env_kwargs, dict | None):
+        raise RuntimeError(f"export: the weights' env_kwargs must be a JSON object, got {env_kwargs!r:.80}")
+    with contextlib.closing(make_vec(env_id, 1, seeds=[0], num_threads=1, env_kwargs=env_kwargs)) as env:
         difference = misfit(spec, env)
         if difference:
             raise ValueError(f"export: a policy of {env_id} {difference}")

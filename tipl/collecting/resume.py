@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from tipl.collecting.population_records import PopulationState
-from tipl.files.locations import Location, local_copy, make_folder, remove_folder, written_aside
+from tipl.files.locations import Location, exists, local_copy, make_folder, remove_folder, written_aside
 from tipl.files.schema import parse
 from tipl.files.versions import changed_versions, versions
 from tipl.storing.store import Store
@@ -74,7 +74,7 @@ class Unfinished:
 
     def exists(self) -> bool:
         """Return whether the collection is unfinished, with or without a state."""
-        return self.folder.exists()
+        return exists(self.folder)
 
     def begin(self, trials_per_shard: int) -> int:
         """Mark the collection as unfinished and record its versions and sharding, unless that was done before.

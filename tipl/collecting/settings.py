@@ -1,10 +1,13 @@
 """The settings with which a run was begun: how they differ from others, and whether the run is complete."""
 
+import dataclasses
 import json
 import math
 from typing import Any
 
+from tipl.collecting.ppo_config import PPOConfig
 from tipl.collecting.resume import Unfinished
+from tipl.files.locations import Location
 from tipl.storing.store import Store
 
 NOTHING = "nothing"
@@ -36,6 +39,24 @@ def changed_settings(began: dict[str, Any], asked: dict[str, Any]) -> list[tuple
     names = [*now, *(was.keys() - now.keys())]
     pairs = [(name, was.get(name, NOTHING), now.get(name, NOTHING)) for name in names]
     return [(name, before, after) for name, before, after in pairs if before != after]
+
+
+def reopened(output: Location, asked: dict[str, Any]) -> Store:
+    """Return the unfinished collection at `output`, which must have been begun with the settings `asked`."""
+    try:
+        store = Store.open(output)
+    except FileNotFoundError:
+        raise FileExistsError(f"collect: {output} exists and is no store; choose another output or remove it") from None
+    if is_complete(store):
+        raise FileExistsError(f"collect: {output} exists and is complete; choose another output or remove it")
+    ppo = dataclasses.asdict(PPOConfig()) | store.config["ppo"]  # an older store lacks settings that had no other value
+    began = {"env_id": store.env_id, "env_kwargs": store.env_kwargs, **store.config, "ppo": ppo}
+    for name, was, now in changed_settings(began, asked):
+        raise ValueError(
+            f"collect: {output} holds an unfinished collection with {name} = {was}, got {now}; "
+            "give its arguments to go on with it, or choose another output"
+        )
+    return store
 
 
 def flat_config(config: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""N environments that step together, whatever simulates them: `envs.py` has the two kinds.
+"""What all vectorised environments have in common: checked actions, and a reset in the step that ends an episode.
 
 Shapes  N = num_envs; observations (N, obs_dim) and actions (N, act_dim) are float64. A discrete action, k of a
         Discrete(n, start=k), ..., k + n - 1, is a vector of one whole number.
@@ -6,8 +6,10 @@ Shapes  N = num_envs; observations (N, obs_dim) and actions (N, act_dim) are flo
 
 import operator
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 from gymnasium.spaces import Discrete
@@ -17,6 +19,7 @@ from tipl.collecting.mujoco_tasks import Bools, Floats
 from tipl.collecting.spaces import ActionSpace, bounds
 
 Ids = NDArray[np.intp]
+_NO_SIMULATION = "env_id must be a MuJoCo task of Gymnasium's, whose state can be read, got {!r}"
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,8 @@ class VectorEnv(ABC):
     """N environments of one kind, stepped together, each reset in the step that ends its episode."""
 
     env_id: str
+    env_kwargs: Mapping[str, Any] = MappingProxyType({})
+    """Further arguments that it was made with."""
     num_envs: int
     obs_dim: int
     act_dim: int
@@ -135,6 +140,14 @@ class VectorEnv(ABC):
     @abstractmethod
     def _restart(self, ids: Ids) -> Floats:
         """Start a new episode in the n environments `ids`; return its first observations (n, obs_dim)."""
+
+    def simulation(self) -> tuple[Any, float]:
+        """Return MuJoCo's model and the seconds of a step. Raises ValueError where this is no task of MuJoCo."""
+        raise ValueError(_NO_SIMULATION.format(self.env_id))
+
+    def simulation_states(self) -> Floats:
+        """Return MuJoCo's mjSTATE_INTEGRATION of each environment (N, nstate). Raises ValueError as `simulation`."""
+        raise ValueError(_NO_SIMULATION.format(self.env_id))
 
     @abstractmethod
     def close(self) -> None:

@@ -15,6 +15,8 @@ from typing import Any, TypeAlias
 
 from upath import UPath
 
+from tipl.files.hub_errors import read_error
+
 Location: TypeAlias = Path | UPath
 
 MAX_BYTES = 2**30
@@ -32,14 +34,29 @@ def location(path: "str | Location") -> Location:
     try:
         url = UPath(path, use_listings_cache=False)  # other processes write there too
         url.fs.invalidate_cache()  # huggingface_hub's file system has a cache of its own
-        url.exists()
+        exists(url)
     except (ImportError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
-    except OSError:
-        raise
-    except Exception as error:  # the library behind fsspec has exceptions of its own
-        raise OSError(f"{path}: {error}") from error
     return Path(url.path) if url.protocol in ("file", "local") else url
+
+
+@contextlib.contextmanager
+def _reached(path: Location) -> Iterator[None]:
+    """Raise what the library that reads a URL raises, which may be anything, as an OSError of one line with the URL."""
+    try:
+        yield
+    except (FileNotFoundError, ImportError, ValueError):
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and not str(path).startswith("hf://"):
+            raise
+        raise read_error(error, str(path)) from error
+
+
+def exists(path: Location) -> bool:
+    """Return whether there is a file or a folder. Raises OSError where the server of a URL does not answer."""
+    with contextlib.nullcontext() if isinstance(path, Path) else _reached(path):
+        return path.exists()
 
 
 def local_path(path: "str | Location", name: str) -> Path:
@@ -54,11 +71,12 @@ def local_path(path: "str | Location", name: str) -> Path:
 def read_file(path: Location, *, max_bytes: int | None = MAX_BYTES) -> bytes:
     """Return the contents of a file.
 
-    Raises OSError where it cannot be read, and, without an errno, where a local path is no regular file, has more than
-    `max_bytes`, or changes while it is read.
+    Raises OSError where it cannot be read, `Unreachable` where the server of a URL does not answer, and an OSError
+    without an errno where a local path is no regular file, has more than `max_bytes`, or changes while it is read.
     """
     if not isinstance(path, Path):
-        return bytes(path.read_bytes())
+        with _reached(path):
+            return bytes(path.read_bytes())
     file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a blocking open of a pipe waits for a writer
     with naming(path), open(file, "rb") as stream:
         found = os.fstat(file)
@@ -121,7 +139,8 @@ def local_copy(path: Location) -> Iterator[Path]:
         yield path
         return
     with tempfile.TemporaryDirectory() as folder:
-        path.fs.get_file(path.path, str(Path(folder) / path.name))
+        with _reached(path):
+            path.fs.get_file(path.path, str(Path(folder) / path.name))
         yield Path(folder) / path.name
 
 
@@ -131,7 +150,7 @@ def read_into(folder: Location, name: str, buffers: Sequence[Any]) -> int:
     A file larger than the buffers together is not read completely, or not at all.
     """
     if not isinstance(folder, Path):
-        data = memoryview((folder / name).read_bytes())
+        data = memoryview(read_file(folder / name))
         start = 0
         for view in (memoryview(buffer).cast("B") for buffer in buffers):
             part = data[start : start + len(view)]
@@ -186,4 +205,5 @@ def num_bytes(path: Location) -> int:
     """Return the total size of all files in a folder, in bytes."""
     if isinstance(path, Path):
         return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    return int(path.fs.du(path.path))
+    with _reached(path):
+        return int(path.fs.du(path.path))

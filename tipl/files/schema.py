@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 from typing import Any, TypeVar
 
 import pydantic
@@ -21,6 +22,25 @@ def parse_json(data: bytes, path: Location) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise RuntimeError(f"{path} is damaged: expected a JSON object, got {_shown(document)}")
     return document
+
+
+def plain_json(name: str, value: Any) -> Any:
+    """Return `value` with the types that JSON gives it. Raises TypeError, naming `name`, where JSON cannot hold it."""
+    try:
+        return json.loads(json.dumps(value, allow_nan=False))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise TypeError(f"{name} must be plain JSON: {error}") from error
+
+
+def is_plain_json(value: Any) -> bool:
+    """Return whether JSON can hold the value; it makes lists of tuples."""
+    if isinstance(value, float):
+        return math.isfinite(value)
+    if isinstance(value, list | tuple):
+        return all(map(is_plain_json, value))
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and is_plain_json(it) for key, it in value.items())
+    return value is None or isinstance(value, bool | int | str)
 
 
 def parse(kind: type[T], document: dict[str, Any], path: Location, *, more: bool = False) -> T:

@@ -136,7 +136,7 @@ def _recalibrated(
 def _can_run(store: Store) -> bool:
     if store.is_unnormalised or not isinstance(store.policy, PolicySpec):
         return False
-    return can_run(store.env_id, store.policy)
+    return can_run(store.env_id, store.policy, store.env_kwargs)
 
 
 def _trials_of(source: Source, config: TrainConfig) -> list[int]:
@@ -176,7 +176,10 @@ def run_forecasts(
                 tried.append(path[h] + np.array(STRIDES, np.float32)[:, None] * (refined[step] - path[h]))
                 ahead.append(refined)
             weights = np.concatenate(tried + ahead)
-            returns = episodic_returns(source.store.env_id, policy, weights, seeds, num_threads=num_threads).mean(1)
+            store = source.store
+            returns = episodic_returns(
+                store.env_id, policy, weights, seeds, num_threads=num_threads, env_kwargs=store.env_kwargs
+            ).mean(1)
             along = returns[: len(ends) * len(STRIDES)].reshape(len(ends), -1)  # the first is the prefix's end
             gains.append(along - along[:, :1])
             beats.append(returns[along.size :] > np.repeat(along[:, 0], [len(it) for it in ahead]))

@@ -9,6 +9,8 @@ have no order: it only counts whether two are the same.
 """
 
 import contextlib
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,9 +23,9 @@ from tipl.policy import PolicySpec
 FloatArray = NDArray[np.float64]
 
 
-def action_bounds(env_id: str) -> FloatArray:
+def action_bounds(env_id: str, env_kwargs: Mapping[str, Any] | None = None) -> FloatArray:
     """Return the lowest and the highest action (2, A) of an environment."""
-    with contextlib.closing(make_vec(env_id, 1, seeds=[0])) as env:
+    with contextlib.closing(make_vec(env_id, 1, seeds=[0], env_kwargs=env_kwargs)) as env:
         return np.stack([env.action_low, env.action_high])
 
 

@@ -40,6 +40,7 @@ from tipl.files.publishing import published
 from tipl.files.sealed import save_arrays
 from tipl.forecasting.forecaster import Forecaster, source_to_judge
 from tipl.forecasting.sources import Source, Split
+from tipl.judging.action_metrics import action_bounds
 from tipl.judging.evaluate_config import EvaluateConfig
 from tipl.judging.return_judgement import NUM_STATES, ReturnJudgement, episode_seeds, judge_returns
 from tipl.judging.weight_judgement import FOLLOW, Case, judge_weights
@@ -123,8 +124,17 @@ def _judged_results(
     )
     seeds = {trial: episode_seeds(config, trial) for trial in heldout}
     with contextlib.nullcontext() if ray is None else connected(ray) as cluster, progress_bar(progress) as bar:
-        run = functools.partial(run_episodes, store.env_id, policy, num_threads=num_threads, cluster=cluster, bar=bar)
-        in_returns, diversity = judge_returns(store.env_id, policy, in_weights.cases, in_weights.policies, seeds, run)
+        run = functools.partial(
+            run_episodes,
+            store.env_id,
+            policy,
+            num_threads=num_threads,
+            cluster=cluster,
+            bar=bar,
+            env_kwargs=store.env_kwargs,
+        )
+        bounds = action_bounds(store.env_id, store.env_kwargs)
+        in_returns, diversity = judge_returns(policy, bounds, in_weights.cases, in_weights.policies, seeds, run)
     results = {
         "format": "tipl-results",
         "version": 1,
@@ -152,6 +162,7 @@ def _judged_results(
 def _who_judges(source: Source, judges: Source, heldout: list[int], forecaster: Forecaster) -> dict[str, Any]:
     """Return what results.json says of the trials that taught and of those that judge."""
     return {
+        "env_kwargs": source.store.env_kwargs,
         "num_trials": judges.store.num_trials,
         "train_trials": source.split.train,
         "validation_trials": source.split.validation,
@@ -185,7 +196,7 @@ def _all_of(fresh: Store, source: Source, forecaster: Forecaster) -> Source:
     """Return `fresh` as a source all of whose trials judge. Raises ValueError unless it is of the same kind as
     `source`'s store and shares no seed with it, nor with any store of this task that the forecaster was trained on."""
     store = source.store
-    for name in ("env_id", "policy", "num_checkpoints"):
+    for name in ("env_id", "env_kwargs", "policy", "num_checkpoints"):
         found, expected = getattr(fresh, name), getattr(store, name)
         if found != expected:
             raise ValueError(f"evaluate: fresh must have {name} = {expected}, as {store.path} has, got {found}")

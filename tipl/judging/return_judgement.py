@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tipl.collecting.episodes import Episodes
-from tipl.judging.action_metrics import FloatArray, action_bounds, action_differences, action_variance, kl_divergences
+from tipl.judging.action_metrics import FloatArray, action_differences, action_variance, kl_divergences
 from tipl.judging.evaluate_config import EvaluateConfig
 from tipl.judging.weight_judgement import Case, Policies
 from tipl.policy import PolicySpec
@@ -41,14 +41,17 @@ def episode_seeds(config: EvaluateConfig, trial: int) -> NDArray[np.int64]:
 
 
 def judge_returns(
-    env_id: str,
     policy: PolicySpec,
+    bounds: FloatArray,
     cases: Sequence[Case],
     policies: Policies,
     seeds: Mapping[int, NDArray[np.int64]],
     run: Run,
 ) -> tuple[list[ReturnJudgement], list[dict[str, Any]]]:
-    """Return a judgement of each case, on the episodes of its trial, `seeds` (2, E), and the policies' diversity."""
+    """Return a judgement of each case, on the episodes of its trial, `seeds` (2, E), and the policies' diversity.
+
+    `bounds` are the lowest and the highest action (2, A).
+    """
     weights = np.array(policies.weights)
     of_policy = np.array([seeds[trial] for trial in policies.trials])  # (N, 2, E)
     true_policies = sorted({case.true for case in cases})
@@ -56,7 +59,6 @@ def judge_returns(
     again = run(weights[true_policies], of_policy[true_policies, 1], num_states=NUM_STATES)
     on_other_seeds = dict(zip(true_policies, again.returns.mean(1), strict=True))
     states = dict(zip(true_policies, again.states, strict=True))
-    bounds = action_bounds(env_id)
     diversity = _diversity(cases, policy, weights, returns, states, bounds)
     actions = _compared_actions(cases, policy, weights, states, bounds)
     judgements = []

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ def accelerate(
     output: str | Path,
     *,
     env_id: str,
+    env_kwargs: Mapping[str, Any] | None = None,
     num_trials: int,
     total_timesteps: int,
     model: str | Path | None = None,
@@ -49,7 +51,7 @@ def accelerate(
         model: a forecaster's folder, by default the one that comes with tipl. It forecasts the critic well where it was
             trained on critics' paths too (`collect`'s record_critic).
         jumps: when runs jump, how far, and what a jump must hold against; `max_jumps` 0 is plain PPO.
-        env_id, num_trials, total_timesteps, seed, ppo, num_threads, tensorboard, progress: as in `collect`.
+        env_id, env_kwargs, num_trials, total_timesteps, seed, ppo, num_threads, tensorboard, progress: as in `collect`.
 
     Raises what `collect` and `Forecaster.load` raise; FileExistsError where `output` exists; OutputInUse where another
     process is making it.
@@ -66,6 +68,7 @@ def accelerate(
             collect(
                 store,
                 env_id=env_id,
+                env_kwargs=env_kwargs,
                 num_trials=num_trials,
                 total_timesteps=total_timesteps,
                 seed=seed,

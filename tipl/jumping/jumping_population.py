@@ -42,7 +42,7 @@ class JumpingPopulation(Population):
         super().__init__(env, config, seeds, **rest)
         self.jumps = jumps(PopulationLearner(self))
         self._finished = finished
-        self.ledger = Ledger(env.env_id, list(self.seeds), config.batch_size)
+        self.ledger = Ledger(env.env_id, list(self.seeds), config.batch_size, env_kwargs=dict(env.env_kwargs))
 
     def iterate(self) -> IterationStats:
         """Run one iteration of every trial, then judge, undo and make jumps. Raises what `Population.iterate` does."""

@@ -31,6 +31,8 @@ class Ledger:
     jumps: list[Jump] = dataclasses.field(default_factory=list)
     judging_steps: int = 0
     """Env steps of all runs in episodes that only judged."""
+    env_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Further arguments of the environment."""
 
     def add(self, episodic_return: NDArray[np.float64], jumps: list[Jump]) -> None:
         """Add an iteration of all runs (N,), and all jumps so far."""
@@ -57,6 +59,7 @@ class Ledger:
         """Return plain JSON types."""
         return {
             "env_id": self.env_id,
+            **({"env_kwargs": self.env_kwargs} if self.env_kwargs else {}),
             "seeds": self.seeds,
             "steps_per_iteration": self.steps_per_iteration,
             "env_steps": self.env_steps,
@@ -73,6 +76,7 @@ class Ledger:
             [[math.nan if value is None else value for value in row] for row in record["returns"]],
             [Jump(**jump) for jump in record["jumps"]],
             record["env_steps"]["judging"],
+            record.get("env_kwargs", {}),
         )
 
     def save(self, path: Path) -> None:

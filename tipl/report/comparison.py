@@ -96,7 +96,7 @@ def curves_of(ledgers: Mapping[str, Ledger]) -> dict[str, FloatArray]:
     length = len(ledgers[first].returns) * ledgers[first].steps_per_iteration
     curves = {}
     for name, it in ledgers.items():
-        for what in ("env_id", "seeds"):
+        for what in ("env_id", "env_kwargs", "seeds"):
             if getattr(it, what) != getattr(ledgers[first], what):
                 raise ValueError(
                     f"compare: {name} must have the same {what} as {first}, "

@@ -114,6 +114,10 @@ def _write_files(folder: Path, figures: Mapping[str, bytes], html: bytes) -> Non
 def _check_store(results: Results, store: Store) -> None:
     if store.env_id != results.env_id:
         raise ValueError(f"write_report: {results.path} is of env_id {results.env_id!r}, the store of {store.env_id!r}")
+    if (judged_with := results.settings.get("env_kwargs", store.env_kwargs)) != store.env_kwargs:
+        raise ValueError(
+            f"write_report: {results.path} is of env_kwargs {judged_with!r:.80}, the store of {store.env_kwargs!r:.80}"
+        )
     if max(results.trials) >= store.num_trials:
         raise ValueError(
             f"write_report: {results.path} judges trial {max(results.trials)}, the store has {store.num_trials} trials"
@@ -180,7 +184,7 @@ class _Report:
             taught = len(settings["train_trials"]) + len(settings["validation_trials"])
             trials = f"{len(results.trials)} held out, and {taught} for training and validation"
         items = [
-            ("Environment", results.env_id),
+            ("Environment", store.env),
             ("Trials (PPO runs)", trials),
             ("Path of a trial", f"{trial.num_checkpoints} checkpoints, {int(trial.env_steps[-1]):,} env steps"),
             ("Policy", f"{store.policy.num_params:,} weights"),

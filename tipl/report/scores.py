@@ -119,8 +119,8 @@ def score(
         every: take every n-th checkpoint, counted back from the last.
         seed: the episodes derive from it and from the trial's index.
         sampled: run the stochastic policies instead, as in training; what they draw follows from the episodes' seeds.
-        env_kwargs: further arguments of the environment, plain JSON, such as {"ctrl_cost_weight": 0.05}, where runs
-            were not made with the registered ones. It is then Gymnasium's own, which is slower.
+        env_kwargs: further arguments of the environment, plain JSON, such as {"ctrl_cost_weight": 0.05}, in place of
+            those that the store says. It is then Gymnasium's own, which is slower.
         num_threads: cores that step the simulator, by default all; results do not depend on it.
 
     A policy that diverged, whose network gives numbers that are not finite, is never the best; where the last one did,
@@ -135,6 +135,7 @@ def score(
             raise ValueError(f"score: {name} must be at least 1, got {value}")
     if sampled and not can_sample(policy):
         raise ValueError(f"score: sampled needs policies with a distribution of their own, got {policy}")
+    env_kwargs = dict(store.env_kwargs if env_kwargs is None else env_kwargs)
     last = store.num_checkpoints - 1
     if last < 0 or not store.num_trials:
         raise ValueError(f"score: {store.path} holds no checkpoint")
@@ -160,7 +161,7 @@ def score(
                 for i, at, both in zip(trials, chosen, again, strict=True)
             ]
     env_steps = np.array([store.trial(i).env_steps[last % every :: every] for i in range(N)], np.int64)
-    return Scores(store.env_id, checkpoints, env_steps, returns, best, sampled, dict(env_kwargs or {}))
+    return Scores(store.env_id, checkpoints, env_steps, returns, best, sampled, env_kwargs)
 
 
 def _best_of(returns: FloatArray, first: int) -> NDArray[np.intp]:

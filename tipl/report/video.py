@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from tipl.collecting.envs import make_vec
 from tipl.collecting.episodes import Recording, policy_to_run, record_episodes
-from tipl.collecting.mujoco_tasks import TASKS
 from tipl.collecting.offscreen import Frame, Render, open_renderer
 from tipl.files.publishing import published, refuse_existing
 from tipl.progress import progress_bar
@@ -61,7 +61,7 @@ def record_video(
         width: of one policy's picture, in pixels; even, as `height`.
 
     Raises FileExistsError where `path` exists; TypeError for weights that are not float32; ValueError where an argument
-    is out of range, the task is not one of tipl's MuJoCo tasks, the simulator cannot run the policies, or
+    is out of range, the task is no MuJoCo task of Gymnasium's, the simulator cannot run the policies, or
     imageio-ffmpeg is not installed; RuntimeError where nothing can be drawn without a screen.
     """
     path = Path(path)
@@ -69,14 +69,13 @@ def record_video(
         raise ValueError(f"record_video: path must end in .mp4, got {path}")
     refuse_existing(path, "record_video")
     _check_numbers(seed=seed, seconds=seconds, width=width, height=height)
-    policy, task = policy_to_run("record_video", store), TASKS.get(store.env_id)
-    if task is None:
-        raise ValueError(f"record_video: the store's task must be one of tipl's MuJoCo tasks, got {store.env_id!r}")
+    policy, kwargs = policy_to_run("record_video", store), store.env_kwargs
+    with contextlib.closing(make_vec(store.env_id, 1, seeds=[seed], num_threads=1, env_kwargs=kwargs)) as env:
+        model, step_seconds = env.simulation()
     weights = _checked(policies, policy.num_params)
-    ffmpeg, model = _ffmpeg(), task.load_model()
+    ffmpeg = _ffmpeg()
     with published(path, "record_video") as aside, open_renderer(model, width, height) as render:
-        recording = record_episodes(store.env_id, policy, weights, seed)
-        step_seconds = model.opt.timestep * task.frame_skip
+        recording = record_episodes(store.env_id, policy, weights, seed, kwargs)
         every = max(1, round(1 / (MAX_FPS * step_seconds)))
         shown = shown_steps(len(recording.states), every, math.ceil(seconds / step_seconds))
         with progress_bar(progress) as bar:

@@ -11,6 +11,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecEnvWrapper
 
+from tipl.files.schema import is_plain_json
 from tipl.sb3 import full_state
 from tipl.sb3.policies import settings_of
 from tipl.storing.foreign_actors import find_actor
@@ -45,6 +46,7 @@ class RecorderCallback(BaseCallback):
         path: str | Path,
         *,
         env_id: str | None = None,
+        env_kwargs: Mapping[str, Any] | None = None,
         every: int = 2048,
         actor: str | Sequence[str] | None = None,
         resume: bool = False,
@@ -54,7 +56,8 @@ class RecorderCallback(BaseCallback):
         """Record into a new store at `path`, or with `resume` after the checkpoints that are there.
 
         Args:
-            env_id: by default that of the model's environment.
+            env_id, env_kwargs: as in `Recorder`; by default those of the model's environment, where gymnasium.make made
+                it and JSON can hold them.
             every: env steps between checkpoints of off-policy algorithms; on-policy ones ignore it.
             resume: the last checkpoint at `path` must be the model as learn() begins, whether learn() continues the
                 count of env steps (reset_num_timesteps=False) or starts it again. A store that an interrupted callback
@@ -73,7 +76,7 @@ class RecorderCallback(BaseCallback):
         if every < 1:
             raise ValueError(f"RecorderCallback: every must be at least 1, got {every}")
         self.path, self.env_id, self.every, self.resume, self.config = Path(path), env_id, every, resume, config
-        self._actor, self._full_state = actor, full_state
+        self._env_kwargs, self._actor, self._full_state = env_kwargs, actor, full_state
         self._recorder: Recorder | None = None
         self._normaliser: Any = None  # the VecNormalize whose statistics are folded into each checkpoint
         self._recorded_update: int | None = None  # model._n_updates at the last checkpoint; it counts epochs
@@ -93,6 +96,7 @@ class RecorderCallback(BaseCallback):
         recorder = Recorder(
             self.path,
             env_id=self.env_id or self._own_env_id(),
+            env_kwargs=self._env_kwargs if resume and _is_without_kwargs(self.path) else self._made_with()[0],
             actor=self._actor,
             resume=resume,
             config={"algorithm": type(self.model).__name__, "seed": self.model.seed, **(self.config or {})},
@@ -203,7 +207,7 @@ class RecorderCallback(BaseCallback):
             notes.append(FOLDED_NOTE.format(clip=self._normaliser.clip_obs))
         elif self._is_normalised():
             notes.append("observations were normalised by VecNormalize, whose statistics are not recorded")
-        changes = self._changes()
+        changes = self._wrappers() + self._made_with()[1]
         if changes:
             notes.append(
                 f"the environment was not as registered, but {', '.join(changes)}: the simulator runs it as "
@@ -228,37 +232,59 @@ class RecorderCallback(BaseCallback):
         normaliser = self.model.get_vec_normalize_env()
         return normaliser is not None and bool(normaliser.norm_obs)
 
-    def _changes(self) -> list[str]:
-        """Return in words how the environment differs from the one registered under its id."""
+    def _wrappers(self) -> list[str]:
+        """Return in words the wrappers around the vector of environments that may change what a policy does."""
         changes, env = [], self.training_env
         while isinstance(env, VecEnvWrapper):
             if type(env).__name__ not in _ONLY_WATCH | {"VecNormalize", "VecTransposeImage"}:
                 changes.append(f"wrapped in {type(env).__name__}")
             env = env.venv
-        for spec in env.get_attr("spec"):
-            if spec is None:
-                continue
-            registered = gymnasium.registry.get(spec.id)
-            kwargs = {} if registered is None else registered.kwargs
-            made = {name: value for name, value in spec.kwargs.items() if name != "render_mode"}
-            if registered is not None and spec.max_episode_steps != registered.max_episode_steps:
-                made["max_episode_steps"] = spec.max_episode_steps
-            changes += [
-                f"made with {name}={shown(repr(made[name]))}"
-                for name in made
-                if repr(made[name]) != repr(kwargs.get(name))
-            ]
+        return changes
+
+    def _made_with(self) -> tuple[dict[str, Any], list[str]]:
+        """Return the arguments that the environments were made with, and in words how they differ otherwise.
+
+        The arguments are those of all environments that are not the registered ones, and that JSON can hold.
+        """
+        made, changes = [], []
+        for spec in self.training_env.get_attr("spec"):
+            registered = None if spec is None else gymnasium.registry.get(spec.id)
+            made.append({} if spec is None else _arguments(spec, registered))
+            if registered is not None and spec.max_episode_steps is None is not registered.max_episode_steps:
+                changes.append("made without its time limit")
             wrappers = () if registered is None else registered.additional_wrappers
             changes += [
                 f"wrapped in {it.name}"
-                for it in spec.additional_wrappers[len(wrappers) :]
+                for it in (() if spec is None else spec.additional_wrappers[len(wrappers) :])
                 if it.name not in _ONLY_WATCH
             ]
-        return list(dict.fromkeys(changes))
+        if self._env_kwargs is not None:
+            return dict(self._env_kwargs), list(dict.fromkeys(changes))
+        kept = {
+            name: value
+            for name, value in made[0].items()
+            if is_plain_json(value) and all(repr(value) == repr(it.get(name)) for it in made)
+        }
+        changes += [f"made with {name}={shown(repr(it[name]))}" for it in made for name in it if name not in kept]
+        return kept, list(dict.fromkeys(changes))
 
     def _own_env_id(self) -> str:
         spec = self.training_env.get_attr("spec")[0]
         return "unknown" if spec is None else str(spec.id)
+
+
+def _arguments(spec: Any, registered: Any) -> dict[str, Any]:
+    """Return the arguments with which an environment was made that are not the registered ones."""
+    kwargs = {} if registered is None else registered.kwargs
+    made = {name: value for name, value in spec.kwargs.items() if name != "render_mode"}
+    if registered is not None and spec.max_episode_steps not in (None, registered.max_episode_steps):
+        made["max_episode_steps"] = spec.max_episode_steps
+    return {name: value for name, value in made.items() if repr(value) != repr(kwargs.get(name))}
+
+
+def _is_without_kwargs(path: Path) -> bool:
+    """Return whether there is a recording that says no arguments of its environment, as those of older tipls."""
+    return path.exists() and not Store.open(path).env_kwargs
 
 
 def resume(path: str | Path, model: Any, *, actor: str | Sequence[str] | None = None) -> RecorderCallback:

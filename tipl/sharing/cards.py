@@ -37,7 +37,7 @@ def store_card(store: Store, repo_id: str, license: str | None) -> str:
     """Return the card of a store."""
     described, ppo = describe_store(store), store.config.get("ppo")
     rows = {
-        "task": store.env_id,
+        "task": store.env,
         "runs": described["trials"],
         "checkpoints": f"{store.num_checkpoints} of each run",
         "env steps": described.get("env steps", "unknown").replace("per trial", "of each run"),

@@ -6,6 +6,7 @@ what arrived before it appears under its name.
 """
 
 import contextlib
+import hashlib
 import os
 import re
 import time
@@ -15,11 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tipl.collecting.settings import is_complete
+from tipl.files.hub_errors import check_installed, hub_errors, line_of
 from tipl.files.locations import local_path
 from tipl.files.publishing import published, remove
 from tipl.progress import progress_bar
 from tipl.sharing.cards import CARD, card_of
-from tipl.sharing.hub_errors import check_installed, hub_errors, line_of
 from tipl.sharing.kinds import KINDS, Kind, RepoType, kind_among
 from tipl.storing.store import Store
 from tipl.storing.store_files import files_in
@@ -27,10 +28,12 @@ from tipl.verification import verify
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub.hf_api import RepoFile
 
 BAR_SECONDS = 2.0  # transfers that take longer show a bar
 DOWNLOADS = 8  # at a time
 UPLOAD_FILES = 64  # files uploaded together
+MAIN = "main"
 ATTRIBUTES = ".gitattributes"  # which the hub makes in every repository
 
 
@@ -50,6 +53,9 @@ def push(
     is written from the data. Only files that tipl wrote are pushed, not others in the folder. The token is the one that
     huggingface_hub finds: HF_TOKEN, or that of `hf auth login`.
 
+    A push that was interrupted goes on when it is called again: the hub keeps the large files that were uploaded, and
+    where the commit had arrived, nothing is done.
+
     Args:
         path: The folder.
         repo_id: "user/name".
@@ -61,7 +67,7 @@ def push(
 
     Raises ValueError where `path` is none of these, the collection is unfinished, there is no token, the hub does not
     know the licence, or huggingface_hub is not installed; RuntimeError where a file is damaged; FileExistsError where
-    the branch holds files already; OSError where the hub cannot be reached or refuses.
+    the branch holds other files already; OSError where the hub cannot be reached or refuses.
     """
     check_installed("push")
     from huggingface_hub import HfApi, get_token
@@ -81,10 +87,18 @@ def push(
     card = card_of(kind, folder, repo_id, license)
     with hub_errors("push", repo_id, revision):
         _refuse_card(card, kind)
-        api.create_repo(repo_id, private=private or None, repo_type=kind.repo_type, exist_ok=True)
-        branch = _branch(api, repo_id, kind, revision, private=private, overwrite=overwrite)
-        files = {name: folder / name for name in kind.parts(folder, files_in(folder))}
-        return _commit(api, repo_id, kind, revision, branch, {CARD: card.encode(), **files}, progress)
+        url = api.create_repo(repo_id, private=private or None, repo_type=kind.repo_type, exist_ok=True)
+        held, head = _branch(api, repo_id, kind, revision, private=private)
+        files: dict[str, bytes | Path] = {name: folder / name for name in kind.parts(folder, files_in(folder))}
+        files[CARD] = card.encode()
+        if _are_same(held, files):
+            return str(url)  # an earlier push had arrived
+        if held and not overwrite:
+            raise FileExistsError(
+                f"push: {repo_id} holds {len(held)} other files already ({min(held)}, ...): choose another repository "
+                "or revision, or overwrite them (--overwrite); the history keeps them"
+            )
+        return _commit(api, repo_id, kind, revision, head, files, progress)
 
 
 def pull(
@@ -119,7 +133,7 @@ def pull(
     with published(output, "pull", manifest=False) as aside:
         with hub_errors("pull", repo_id, revision):
             repo_type, commit = _found(api, repo_id, repo_type, revision)
-            sizes = _tree(api, repo_id, repo_type, commit)
+            sizes = {name: it.size for name, it in _files(api, repo_id, repo_type, commit).items()}
             kind = kind_among(sizes)
             if kind is None or kind.repo_type != repo_type:
                 raise ValueError(f"pull: the {repo_type} repository {repo_id} holds no store, zoo or model of tipl")
@@ -193,9 +207,12 @@ def _found(api: "HfApi", repo_id: str, repo_type: RepoType | None, revision: str
 
 
 def _branch(
-    api: "HfApi", repo_id: str, kind: Kind, revision: str | None, *, private: bool, overwrite: bool
-) -> tuple[set[str], str]:
-    """Return the names of the files in the branch to push to, which is made unless it exists, and its newest commit."""
+    api: "HfApi", repo_id: str, kind: Kind, revision: str | None, *, private: bool
+) -> "tuple[dict[str, RepoFile], str]":
+    """Return what the branch to push to holds, and its newest commit; the branch is made unless it exists.
+
+    A branch that begins with a copy of the main one, and has no commit of its own, counts as empty.
+    """
     from huggingface_hub.errors import RevisionNotFoundError
 
     info = api.repo_info(repo_id, repo_type=kind.repo_type)
@@ -203,27 +220,40 @@ def _branch(
         raise FileExistsError(
             f"push: {repo_id} exists already and is public; its settings on the hub can make it private"
         )
-    is_new = False
-    if revision is not None:
+    if revision not in (None, MAIN):
+        main = info.sha
         try:
             info = api.repo_info(repo_id, repo_type=kind.repo_type, revision=revision)
         except RevisionNotFoundError:
-            api.create_branch(repo_id, branch=revision, repo_type=kind.repo_type)
-            info, is_new = api.repo_info(repo_id, repo_type=kind.repo_type, revision=revision), True
-    names = set(_tree(api, repo_id, kind.repo_type, str(info.sha)))
-    held = sorted(names - {ATTRIBUTES})
-    if held and not is_new and not overwrite:
-        raise FileExistsError(
-            f"push: {repo_id} holds {len(held)} files already ({held[0]}, ...): choose another repository or revision, "
-            "or overwrite them (--overwrite); the history keeps them. An interrupted push may have arrived whole"
-        )
-    return names, str(info.sha)
+            api.create_branch(repo_id, branch=str(revision), repo_type=kind.repo_type)
+            info = api.repo_info(repo_id, repo_type=kind.repo_type, revision=revision)
+        if info.sha == main:
+            return {}, str(main)
+    files = _files(api, repo_id, kind.repo_type, str(info.sha))
+    return {name: file for name, file in files.items() if name != ATTRIBUTES}, str(info.sha)
 
 
-def _tree(api: "HfApi", repo_id: str, repo_type: RepoType, revision: str) -> dict[str, int]:
-    """Return name -> bytes of all files in a repository."""
+def _files(api: "HfApi", repo_id: str, repo_type: RepoType, revision: str) -> "dict[str, RepoFile]":
+    """Return name -> what the hub says of it for all files in a repository."""
+    from huggingface_hub.hf_api import RepoFile
+
     tree = api.list_repo_tree(repo_id, recursive=True, revision=revision, repo_type=repo_type)
-    return {entry.path: entry.size for entry in tree if hasattr(entry, "size")}  # folders have none
+    return {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
+
+
+def _are_same(held: "dict[str, RepoFile]", files: dict[str, bytes | Path]) -> bool:
+    """Return whether a branch holds just these files (name -> contents, or where they are)."""
+    if held.keys() != files.keys():
+        return False
+    for name, file in files.items():
+        data, there = file if isinstance(file, bytes) else file.read_bytes(), held[name]
+        if there.lfs is None:
+            same = there.blob_id == hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()  # as git names contents
+        else:
+            same = there.lfs.sha256 == hashlib.sha256(data).hexdigest()
+        if not same:
+            return False
+    return True
 
 
 def _refuse_card(card: str, kind: Kind) -> None:
@@ -242,18 +272,18 @@ def _commit(
     repo_id: str,
     kind: Kind,
     revision: str | None,
-    branch: tuple[set[str], str],
+    head: str,
     files: dict[str, bytes | Path],
     progress: bool,
 ) -> str:
     """Make `files` (name -> contents, or where they are) all that the branch holds, in one commit; return the URL."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
-    before, head = branch
     where: dict[str, Any] = {"repo_id": repo_id, "repo_type": kind.repo_type, "revision": revision}
     additions = [CommitOperationAdd(name, data) for name, data in files.items()]
     _show("push", sum(it.upload_info.size for it in additions), _uploads(api, additions, where), progress)
-    gone = [CommitOperationDelete(name) for name in sorted(before - files.keys() - {ATTRIBUTES})]
+    before = _files(api, repo_id, kind.repo_type, head)
+    gone = [CommitOperationDelete(name) for name in sorted(before.keys() - files.keys() - {ATTRIBUTES})]
     message = f"Push a {kind.name} with tipl"
     commit = api.create_commit(operations=[*gone, *additions], commit_message=message, parent_commit=head, **where)
     return str(commit.repo_url)

@@ -1,6 +1,7 @@
 """How a store was made, as far as its settings say."""
 
 import dataclasses
+import json
 import shlex
 from typing import Any
 
@@ -20,6 +21,8 @@ def origin_of(store: Store) -> str | None:
     if not settings.keys() <= _OPTIONS or not {"num_trials", "total_timesteps", "seed", "ppo"} <= settings.keys():
         return None
     words = ["tipl", "collect", "--env-id", store.env_id]
+    if store.env_kwargs:
+        words += ["--env-kwargs", json.dumps(store.env_kwargs)]
     for name in ("num_trials", "total_timesteps", "seed"):
         words += [f"--{name.replace('_', '-')}", str(settings[name])]
     if "init_seed" in settings:

@@ -133,7 +133,8 @@ def needed_statistics(path: str | Path) -> ObservationStatistics:
 
 def layout_record(store: Store) -> dict[str, Any]:
     """Return the record, plain JSON, that a forecast from this store must carry so that it can be exported."""
-    return {"policy": store.policy.to_dict(), "source": store.config.get("source"), "env_id": store.env_id}
+    record = {"policy": store.policy.to_dict(), "source": store.config.get("source"), "env_id": store.env_id}
+    return record | ({"env_kwargs": store.env_kwargs} if store.env_kwargs else {})
 
 
 def _forecast_row(path: Path, checkpoint: int | None) -> tuple[NDArray[np.float32], dict[str, Any]]:

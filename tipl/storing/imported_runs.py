@@ -151,6 +151,7 @@ class Run(Protocol):
 
     name: str
     env_id: str
+    env_kwargs: dict[str, Any]
     policy: Layout
     source: dict[str, Any]
     num_checkpoints: int
@@ -173,6 +174,7 @@ class FileRun:
 
     def __init__(self, name: str, paths: Sequence[Path], reading: Reading) -> None:
         self.name, self.reading = shown(name), reading
+        self.env_kwargs: dict[str, Any] = {}  # the files do not say them
         ordered, named = in_order(self.name, paths, reading.order_of(paths))
         self.num_checkpoints = len(paths)
         self.paths = ordered[: reading.num_checkpoints]
@@ -247,7 +249,7 @@ class StoredRun:
 
     def __init__(self, store: Store, trial: Trial) -> None:
         self.name = f"{shown(store.path)}, trial {trial.index}"
-        self.env_id = store.env_id
+        self.env_id, self.env_kwargs = store.env_id, store.env_kwargs
         self.policy = store.policy
         self.source = {name: value for name, value in store.config.get("source", {}).items() if name != "trials"}
         self.num_checkpoints = trial.num_checkpoints

@@ -5,7 +5,8 @@ tensor each part of a row came from.
 """
 
 import dataclasses
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ def import_checkpoints(
     output: str | Path,
     *,
     env_id: str = "unknown",
+    env_kwargs: Mapping[str, Any] | None = None,
     pattern: str = "*",
     activation: str | None = None,
     actor: str | Sequence[str] | None = None,
@@ -55,6 +57,8 @@ def import_checkpoints(
         sources: folders, one for each trial; or files, which together are one trial; or stores (from `Recorder`,
             `tipl import`, ...), from which all trials are taken.
         env_id: the Gymnasium id, which the files do not hold; `tipl evaluate` needs it. By default that of the stores.
+        env_kwargs: arguments with which the runs' environment was made, beside the id, as plain JSON; all that runs
+            the policies later uses them. By default those of the stores.
         pattern: glob pattern of the file names to take in each folder, such as "rl_model_*_steps.zip".
         activation: between the layers, where the files do not say it: tanh, relu or elu. It must be given there if
             the simulator can run the policy.
@@ -90,10 +94,15 @@ def import_checkpoints(
     reading = Reading(
         activation, actor, discrete, squash, _patterns(ignore), order, normaliser, num_checkpoints, max_bytes
     )
-    plan = _Plan.of([Path(source) for source in sources], env_id, pattern, reading)
+    plan = _Plan.of([Path(source) for source in sources], env_id, env_kwargs, pattern, reading)
     with published(output, "import", manifest=False) as aside:
         store = Store.create(
-            aside, env_id=plan.env_id, policy=plan.policy, seeds=range(len(plan.runs)), config={"source": plan.source}
+            aside,
+            env_id=plan.env_id,
+            env_kwargs=plan.env_kwargs,
+            policy=plan.policy,
+            seeds=range(len(plan.runs)),
+            config={"source": plan.source},
         )
         with store:
             block = max(1, BLOCK_BYTES // (4 * plan.policy.num_params * len(plan.runs)))
@@ -107,6 +116,7 @@ def describe_import(
     sources: Sequence[str | Path],
     *,
     env_id: str = "unknown",
+    env_kwargs: Mapping[str, Any] | None = None,
     pattern: str = "*",
     activation: str | None = None,
     actor: str | Sequence[str] | None = None,
@@ -126,12 +136,13 @@ def describe_import(
     reading = Reading(
         activation, actor, discrete, squash, _patterns(ignore), order, normaliser, num_checkpoints, max_bytes
     )
-    plan = _Plan.of([Path(source) for source in sources], env_id, pattern, reading)
+    plan = _Plan.of([Path(source) for source in sources], env_id, env_kwargs, pattern, reading)
     for run in plan.runs:
         for i in range(plan.length):
             run.read(i, i + 1)  # refuses what the import would
     first = plan.runs[0]
     lines = [("policy", f"{plan.policy}"), ("env_id", plan.env_id)]
+    lines += [("env_kwargs", json.dumps(plan.env_kwargs))] if plan.env_kwargs else []
     if isinstance(first, FileRun):
         lines[:0] = [("file", shown(first.paths[0]))]
         lines += [("tensor", f"{key} {shape}: {role}") for key, shape, role in first.tensors()]
@@ -165,6 +176,7 @@ class _Plan:
 
     runs: "list[Run]"
     env_id: str
+    env_kwargs: Mapping[str, Any]
     length: int
     """Checkpoints of each trial."""
     source: dict[str, Any]
@@ -175,7 +187,9 @@ class _Plan:
         return self.runs[0].policy
 
     @classmethod
-    def of(cls, sources: list[Path], env_id: str, pattern: str, reading: "Reading") -> "_Plan":
+    def of(
+        cls, sources: list[Path], env_id: str, env_kwargs: Mapping[str, Any] | None, pattern: str, reading: "Reading"
+    ) -> "_Plan":
         """Return the plan. Raises what `import_checkpoints` says."""
         if reading.num_checkpoints is not None and reading.num_checkpoints < 1:
             raise ValueError(f"import: num_checkpoints must be at least 1, got {reading.num_checkpoints}")
@@ -185,6 +199,12 @@ class _Plan:
             raise ValueError(
                 f"import: the stores are of several env_ids, {sorted(env_ids)}; pass one if they are the same"
             )
+        kwargs = [run.env_kwargs for run in runs] if env_kwargs is None else [env_kwargs]
+        if others := [it for it in kwargs if it != kwargs[0]]:
+            raise ValueError(
+                f"import: the stores are of several env_kwargs, {kwargs[0]!r:.80} and {others[0]!r:.80}; pass those of "
+                "all"
+            )
         for run in runs[1:]:
             check_equal(runs[0], run)
         length = common_length(runs, reading.num_checkpoints)
@@ -192,4 +212,5 @@ class _Plan:
         notes = dict.fromkeys(run.source["note"] for run in runs if "note" in run.source)
         if any(run.source.get(UNNORMALISED) for run in runs):
             source[UNNORMALISED] = True
-        return cls(runs, "".join(env_ids) or "unknown", length, source | ({"note": "; ".join(notes)} if notes else {}))
+        source |= {"note": "; ".join(notes)} if notes else {}
+        return cls(runs, "".join(env_ids) or "unknown", kwargs[0], length, source)

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tipl.files.schema import plain_json
 from tipl.policy import ACTIVATIONS, PolicySpec
 from tipl.storing.actor_families import STATISTICS, Settings
 from tipl.storing.foreign_actors import Actor, differences, find_actor
@@ -19,7 +20,7 @@ from tipl.storing.import_notes import activation_missing, source_record
 from tipl.storing.observation_statistics import live_statistics
 from tipl.storing.run_state import encode_state, load_state, put_back, save_state
 from tipl.storing.state_tree import set_global_random_states
-from tipl.storing.store import UNNORMALISED, Store
+from tipl.storing.store import UNNORMALISED, Store, env_of
 
 
 class Recorder:
@@ -40,6 +41,7 @@ class Recorder:
         path: str | Path,
         *,
         env_id: str = "unknown",
+        env_kwargs: Mapping[str, Any] | None = None,
         activation: str | None = None,
         actor: str | Sequence[str] | None = None,
         resume: bool = False,
@@ -54,6 +56,8 @@ class Recorder:
 
         Args:
             env_id: the Gymnasium id; `tipl evaluate` needs it.
+            env_kwargs: the arguments with which the environment was made, beside its id, as plain JSON; all that runs
+                the policies later uses them.
             activation: between the policy's layers, tanh, relu or elu; by default that of the policy's modules. It must
                 be given where these have none, or several, and the simulator can run the policy.
             actor: prefix of the actor's keys, or several, where the policy holds other networks too; "" takes all
@@ -72,10 +76,11 @@ class Recorder:
                 its own needs "logits" or "values", what its outputs are, as in `import_checkpoints`.
 
         Raises FileExistsError where `path` exists and `resume` is not set; RuntimeError where the store is damaged or
-        another recorder has it open; ValueError where it is not a recording of this env_id.
+        another recorder has it open; ValueError where it is not a recording of this environment.
         """
         self.path = Path(path)
         self._env_id, self._config = env_id, dict(config or {})
+        self._env_kwargs = None if env_kwargs is None else plain_json("Recorder: env_kwargs", env_kwargs)
         outputs = None if isinstance(discrete, bool) else discrete
         self._settings = Settings(activation, squash, mean_limit, bool(discrete), outputs)
         self._keys, self._note, self._unnormalised = actor, note or "", unnormalised
@@ -242,13 +247,22 @@ class Recorder:
     def _create(self, actor: Actor) -> Store:
         source = source_record(actor, "recorder", self._note)
         config = {**self._config, "source": source | ({UNNORMALISED: True} if self._unnormalised else {})}
-        return Store.create(self.path, env_id=self._env_id, policy=actor.policy, seeds=[0], config=config)
+        return Store.create(
+            self.path,
+            env_id=self._env_id,
+            env_kwargs=self._env_kwargs,
+            policy=actor.policy,
+            seeds=[0],
+            config=config,
+        )
 
     def _resume(self) -> Store:
         store = Store.open(self.path, writable=True)
-        if store.config.get("source", {}).get("format") != "recorder" or store.env_id != self._env_id:
+        env_kwargs = store.env_kwargs if self._env_kwargs is None else self._env_kwargs
+        env = env_of(self._env_id, env_kwargs)
+        if store.config.get("source", {}).get("format") != "recorder" or store.env != env:
             store.close()
-            raise ValueError(f"Recorder: {self.path} must be a recording of {self._env_id} to append to, got {store!r}")
+            raise ValueError(f"Recorder: {self.path} must be a recording of {env} to append to, got {store!r}")
         if store.num_checkpoints:
             self.env_steps = int(store.trial(0).env_steps[-1])
         return store

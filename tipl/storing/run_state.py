@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from tipl.files.locations import make_folder
+from tipl.files.locations import exists, make_folder
 from tipl.files.schema import parse
 from tipl.files.sealed import Arrays, load_arrays, save_arrays
 from tipl.storing.state_tree import (
@@ -107,7 +107,7 @@ def save_state(
 ) -> None:
     """Replace the state in `store` by that of the checkpoint to be appended next: weights (p,)."""
     folder = store.path / FOLDER
-    if not (folder / "zarr.json").exists():
+    if not exists(folder / "zarr.json"):
         make_folder(folder)
         write_group(folder, {"store": store.digest})
     arrays, tree = encoded

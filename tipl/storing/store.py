@@ -1,6 +1,6 @@
 """The trajectory store: the checkpoints of many trials on disk, as a Zarr v3 hierarchy that survives crashes.
 
-    zarr.json                     group: what was run (env_id, policy, seeds, config); written once, after all trials
+    zarr.json                     group: what was run (env_id, env_kwargs, policy, ...); written once, after all trials
     trial_0000/zarr.json          group: the commit record, num_checkpoints = T (`store_records.py`)
     trial_0000/weights            (T, p) float32, in chunks of about 256 KiB; not compressed, as weights are noise
     trial_0000/env_steps          (T,) int64
@@ -24,7 +24,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -34,7 +34,8 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from tipl.files.locations import Location, location, make_folder, remove_folder
+from tipl.files.locations import Location, exists, location, make_folder, remove_folder
+from tipl.files.schema import plain_json
 from tipl.policy import Layout
 from tipl.storing.store_records import FORMAT, VERSION, StoreRecord, Trials, read_store_record, store_digest, trial_name
 from tipl.storing.store_writer import URL_THREADS, Writer, released_on_failure
@@ -56,6 +57,8 @@ class Store:
         """Not for callers: use `create` or `open`."""
         self.path = path
         self.env_id, self.seeds, self.config, self.policy = record.env_id, record.seeds, record.config, record.layout
+        self.env_kwargs = record.env_kwargs
+        """Arguments with which the runs' environment was made, beside its id; plain JSON."""
         self.digest = digest
         """Digest of the root's attributes, by which other files say that they belong to this store."""
         self.trials = Trials(path, record.seeds, digest, record.arrays)
@@ -63,9 +66,18 @@ class Store:
 
     @classmethod
     def create(
-        cls, path: str | Location, *, env_id: str, policy: Layout, seeds: Sequence[int], config: dict[str, Any]
+        cls,
+        path: str | Location,
+        *,
+        env_id: str,
+        policy: Layout,
+        seeds: Sequence[int],
+        config: dict[str, Any],
+        env_kwargs: Mapping[str, Any] | None = None,
     ) -> "Store":
-        """Return a new store at `path` with one empty trial for each seed, open for appending. `config` is plain JSON.
+        """Return a new store at `path` with one empty trial for each seed, open for appending.
+
+        `config`, and `env_kwargs`, further arguments of the environment, are plain JSON.
 
         Raises FileExistsError, and changes nothing, where `path` exists; ValueError or TypeError for other arguments.
         """
@@ -83,11 +95,9 @@ class Store:
             "seeds": list(seeds),
             "config": config,
             "chunk_rows": max(1, CHUNK_BYTES // (4 * policy.num_params)),
+            **({"env_kwargs": dict(env_kwargs)} if env_kwargs else {}),
         }
-        try:
-            attributes = json.loads(json.dumps(attributes, allow_nan=False))  # with the types that a reader will see
-        except (TypeError, ValueError) as error:
-            raise TypeError(f"create: config must be plain JSON: {error}") from error
+        attributes = plain_json("create: env_kwargs and config", attributes)  # with the types that a reader will see
         store = cls(path, StoreRecord(**attributes), store_digest(attributes))
         if path.exists():
             raise FileExistsError(f"create: {path} exists")
@@ -120,7 +130,7 @@ class Store:
         StoreInUse, a RuntimeError, where another writer has the writable trials open.
         """
         path = location(path)
-        if not (path / "zarr.json").exists() and not (path / trial_name(0)).exists():
+        if not exists(path / "zarr.json") and not exists(path / trial_name(0)):
             raise FileNotFoundError(f"open: there is no trajectory store at {path}")
         store = cls(path, *read_store_record(path))
         if writable:
@@ -137,6 +147,11 @@ class Store:
     def is_unnormalised(self) -> bool:
         """Whether the policies saw normalised observations whose statistics the store lacks: none can be run."""
         return bool((self.config.get("source") or {}).get(UNNORMALISED))
+
+    @property
+    def env(self) -> str:
+        """The environment in words: its id and, as JSON, the arguments that it was made with."""
+        return env_of(self.env_id, self.env_kwargs)
 
     @property
     def num_trials(self) -> int:
@@ -219,7 +234,7 @@ class Store:
         self.close()
 
     def __repr__(self) -> str:
-        return f"Store({str(self.path)!r}: {self.num_trials} trials of {self.env_id}, p = {self.policy.num_params})"
+        return f"Store({str(self.path)!r}: {self.num_trials} trials of {self.env}, p = {self.policy.num_params})"
 
     def fingerprint(self) -> str:
         """Return a hash of the store's contents: its settings and the committed checksums of each trial's chunks.
@@ -239,7 +254,7 @@ class Store:
         low, high = min(counts), max(counts)
         returns = [value for _, value in found if not np.isnan(value)]
         return (
-            f"{self.env_id}: {self.num_trials} trials x {low if low == high else f'{low} to {high}'} checkpoints x {p} "
+            f"{self.env}: {self.num_trials} trials x {low if low == high else f'{low} to {high}'} checkpoints x {p} "
             f"weights, {sum(counts) * p * 4 / 1e6:.1f} MB, "
             f"mean last return {f'{np.mean(returns):.1f}' if returns else 'unknown'}"
         )
@@ -326,6 +341,11 @@ class Trial:
                 which = f"{start + in_out.start}:{start + in_out.stop}"
                 raise RuntimeError(f"{owner}: {array.name} rows {which} are committed but not on disk")
         return out
+
+
+def env_of(env_id: str, env_kwargs: Mapping[str, Any]) -> str:
+    """Return an environment in words: its id and, as JSON, the arguments that it was made with."""
+    return env_id + (f" {json.dumps(env_kwargs, sort_keys=True)}" if env_kwargs else "")
 
 
 def _last_return(trial: Trial) -> tuple[int, float]:

@@ -1,6 +1,7 @@
 """The attributes of a store's groups: the root's record of what was run, and the trials' commit records.
 
-    zarr.json               what was run: env_id, policy, seeds, config; and chunk_rows, the rows per chunk of `weights`
+    zarr.json               what was run: env_id, env_kwargs (where there are any), policy, seeds, config; and
+                            chunk_rows, the rows per chunk of `weights`
     trial_0000/zarr.json    trial, seed, num_checkpoints = T
                             store: the digest of the root's attributes
                             chunks: array -> base64 of one little-endian uint32 per chunk, the crc32c of its committed
@@ -15,7 +16,7 @@ give equal bytes.
 import base64
 import binascii
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -54,6 +55,7 @@ class StoreRecord:
     seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
     config: dict[str, Any]
     chunk_rows: Annotated[int, Field(ge=1)]
+    env_kwargs: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         try:

@@ -18,7 +18,8 @@ import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
-from tipl.files.locations import Location, read_file, read_into, write_atomically
+from tipl.files.hub_errors import Unreachable
+from tipl.files.locations import Location, exists, read_file, read_into, write_atomically
 
 MAX_DOCUMENT_BYTES = 2**26
 MAX_ROWS = 2**40
@@ -142,7 +143,7 @@ class ZarrArray:
 
     def has_chunk(self, folder: Location, chunk: int) -> bool:
         """Return whether the chunk's file exists, whatever its contents."""
-        return (folder / self.key(chunk)).exists()
+        return exists(folder / self.key(chunk))
 
     def _place(self, owner: str, chunk: int) -> str:
         return f"{owner}: {self.name} rows {chunk * self.chunk_rows}:{(chunk + 1) * self.chunk_rows}"
@@ -194,7 +195,7 @@ def _read_json(path: Location, owner: str) -> dict[str, Any]:
     except FileNotFoundError:
         raise RuntimeError(f"{owner}: {path} is missing") from None
     except OSError as error:
-        if error.errno is not None:  # from the operating system, not from `read_file`
+        if error.errno is not None or isinstance(error, Unreachable):  # not from `read_file` itself
             raise
         raise RuntimeError(f"{owner}: {error}") from error
     except (ValueError, RecursionError) as error:

@@ -15,7 +15,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from tipl.files.locations import Location, location, read_file
+from tipl.files.hub_errors import Unreachable
+from tipl.files.locations import Location, exists, location, read_file
 from tipl.files.schema import parse, parse_json
 from tipl.files.sealed import json_digest
 from tipl.storing.store import Store
@@ -103,6 +104,8 @@ class Zoo:
             for entry in entries:
                 try:
                     self._open(task, entry)
+                except Unreachable:
+                    raise
                 except (OSError, RuntimeError) as error:
                     problems.append(str(error))
         return problems
@@ -134,7 +137,7 @@ def load_zoo(path: str | Location | None = None) -> Zoo:
     """
     folder = location(INCLUDED if path is None else path)
     index = folder / INDEX
-    if not index.exists():
+    if not exists(index):
         text = str(folder)
         is_model = text.startswith("hf://") and not text.startswith("hf://datasets/")
         hint = f"; a zoo on the hub is hf://datasets/{text.removeprefix('hf://')}" if is_model else ""

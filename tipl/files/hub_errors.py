@@ -76,3 +76,38 @@ def _without_bars() -> Iterator[None]:
 def line_of(message: object) -> str:
     """Return what the hub or its library says, in one line."""
     return " ".join(str(message).split())
+
+
+def read_error(error: Exception, url: str) -> Exception:
+    """Return the exception that says, in one line with `url` and what to do, why a file there could not be read.
+
+    FileNotFoundError where the file is not there, `Unreachable` where the server does not answer or refuses.
+    """
+    if not url.startswith("hf://"):
+        return Unreachable(f"{url}: {line_of(error)}")
+    from httpx2 import HTTPError
+    from huggingface_hub import errors
+
+    token = "`hf auth login` stores a token, or set HF_TOKEN"
+    if isinstance(error, errors.EntryNotFoundError):
+        return FileNotFoundError(f"{url} is not there")
+    if isinstance(error, errors.GatedRepoError):
+        return Unreachable(f"{url} is gated: ask for access on the repository's page; {token}")
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return Unreachable(f"{url}: there is no such repository, or the token does not open it: {token}")
+    if isinstance(error, errors.HfHubHTTPError):
+        status = error.response.status_code
+        said = line_of(error.server_message or error.response.reason_phrase)
+        return Unreachable(f"{url}: {status}, {said}; {token if status in (401, 403) else _AGAIN}")
+    if isinstance(error, HTTPError):
+        return Unreachable(f"{url}: the hub does not answer: {line_of(error) or type(error).__name__}; {_AGAIN}")
+    if "xet" in str(error).lower():
+        return Unreachable(f"{url}: {line_of(error)}; HF_HUB_DISABLE_XET=1 goes without Xet")
+    return Unreachable(f"{url}: {line_of(error)}")
+
+
+_AGAIN = "try again, or copy all of it first with `tipl pull`"
+
+
+class Unreachable(ConnectionError):
+    """The server behind a URL does not answer, or refuses: nothing is known of what lies there."""
