@@ -1,0 +1,174 @@
+"""Parameters of Brax and MuJoCo Playground, as brax.io.model.save_params pickles them: read without running a pickle.
+
+    (statistics, policy, value)     PPO; a list where they came from Brax's checkpoint.load
+    (statistics, policy)            PPO of older releases, SAC
+
+`statistics` is Brax's RunningStatisticsState, whose mean and std become running_statistics.mean and .std; policy and
+value are Flax's parameters, which become policy.hidden_0.kernel and so on, without the outer "params" and with the
+kernels of Dense layers as views (out, in), as in torch.nn.Linear. Arrays are JAX's or NumPy's. Nothing of the pickle is
+run (`inert_pickle.py`), and what is made by any other name is refused. Writing puts the numbers of the arrays into the
+file where they lay, and changes nothing else.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tipl.storing.actor_families import RUNNING_STATISTICS
+from tipl.storing.inert_pickle import ArrayParts, Content, Made, Name, PickleError, parts_of, read_inert
+from tipl.storing.not_readable import NotReadableError
+from tipl.storing.tensor_checks import shown
+
+_MODULE = "brax.training.acme.running_statistics"
+_STATE = Name(_MODULE, "RunningStatisticsState")
+_MODE = Name(_MODULE, "NormalizationMode")
+_UINT64 = Name("brax.training.types", "UInt64")
+_FROZEN_DICT = Name("flax.core.frozen_dict", "FrozenDict")
+_JAX_ARRAYS = (Name("jax._src.array", "_reconstruct_array"), Name("jax._src.device_array", "reconstruct_device_array"))
+_MAX_ENTRIES = 2**12  # of all dicts together
+_MAX_NAME = 1000
+_PARTS = ("policy", "value")
+_OBSERVATION = "state"  # of several observations, the one that a policy sees by default (policy_obs_key)
+
+
+@dataclasses.dataclass(frozen=True)
+class BraxFile:
+    """A file's bytes, and where in them the arrays of its networks lie."""
+
+    data: bytes
+    arrays: dict[str, tuple[ArrayParts, Tensor]]
+    """What the pickle says of each array, and the array as a tensor, which may be written."""
+
+    def to_bytes(self) -> bytes:
+        """Return the file with the arrays as they are now."""
+        written = bytearray(self.data)
+        for parts, tensor in self.arrays.values():
+            content = tensor.numpy().astype(parts.dtype).tobytes(parts.order)
+            written[_start(parts) : _start(parts) + len(content)] = content
+        return bytes(written)
+
+
+def is_brax(data: bytes) -> bool:
+    """Return whether the bytes can be a pickle of Brax's parameters: all of them hold running statistics."""
+    return data.startswith(b"\x80") and _MODULE.encode() in data
+
+
+def read_brax(data: bytes) -> tuple[dict[str, Tensor], str, BraxFile]:
+    """Return the state in a file of Brax's, what a user of it must know, and the file for writing.
+
+    Raises NotReadableError where the pickle holds anything else.
+    """
+    try:
+        content = read_inert(data)
+        if not isinstance(content, tuple | list) or len(content) not in (2, 3):
+            raise PickleError("holds no (statistics, policy, value) of Brax's, and nothing else is read from a pickle")
+        statistics, note = _statistics(content[0])
+        networks: dict[str, ArrayParts] = {}
+        for part, tree in zip(_PARTS, content[1:], strict=False):
+            for name, array in _arrays(tree, part):
+                if name in networks:
+                    raise PickleError(f"holds two arrays under one name, {name}, if its parts are joined by dots")
+                networks[name] = array
+    except PickleError as error:
+        raise NotReadableError(shown(error)) from error
+    starts = [_start(it) for it in networks.values() if it.content]
+    if len(set(starts)) < len(starts):
+        raise NotReadableError("holds two arrays that share their numbers, and was not loaded")
+    arrays = {name: (parts, _tensor(parts)) for name, parts in networks.items()}
+    state = {f"{RUNNING_STATISTICS}{name}": _tensor(it) for name, it in statistics.items()}
+    for name, (_, tensor) in arrays.items():
+        is_kernel = name.endswith("kernel") and tensor.ndim == 2
+        state[name] = tensor.T if is_kernel else tensor
+    return state, note, BraxFile(data, arrays)
+
+
+def _statistics(made: Any) -> tuple[dict[str, ArrayParts], str]:
+    """Return mean and std of the observations that the policy sees, and a note where there are several."""
+    if not isinstance(made, Made) or made.name != _STATE or not isinstance(made.state, dict):
+        name = made.name if isinstance(made, Made) else type(made).__name__
+        raise PickleError(f"holds {name} in the place of Brax's RunningStatisticsState")
+    numbers = dict(_arrays({name: made.state.get(name) for name in ("mean", "std")}, "statistics"))
+    for name, value in made.state.items():
+        _check_plain(value, f"statistics.{name}")
+    if set(numbers) == {"statistics.mean", "statistics.std"}:
+        return {name.removeprefix("statistics."): it for name, it in numbers.items()}, ""
+    chosen = {it: numbers.get(f"statistics.{it}.{_OBSERVATION}") for it in ("mean", "std")}
+    found = {name: it for name, it in chosen.items() if it is not None}
+    if len(found) < len(chosen):
+        raise PickleError(f"has statistics of observations {', '.join(numbers)}, of which none is {_OBSERVATION}")
+    return found, (
+        f"of several observations, the policy is taken to see the one named {_OBSERVATION}, as by default in Brax "
+        "(policy_obs_key)"
+    )
+
+
+def _check_plain(value: Any, name: str) -> None:
+    """Raise PickleError where a field of the statistics is anything but numbers, which only Brax itself needs."""
+    if isinstance(value, Made) and value.name == _UINT64 and isinstance(value.state, dict):
+        value = value.state
+    is_mode = isinstance(value, Made) and (value.name == _MODE or _is_mode_by_name(value))
+    if not is_mode and not isinstance(value, int | float):
+        for _ in _arrays(value, name, numbers=True):
+            pass
+
+
+def _is_mode_by_name(made: Made) -> bool:
+    """Return whether it is getattr(NormalizationMode, text), as some releases of Python pickle an enum's member."""
+    if made.name != Name("builtins", "getattr") or not isinstance(made.arguments, tuple):
+        return False
+    return made.arguments[:1] == (_MODE,) and all(isinstance(it, str) for it in made.arguments[1:])
+
+
+def _arrays(tree: Any, name: str, *, numbers: bool = False) -> Iterator[tuple[str, ArrayParts]]:
+    """Yield (name, array) for each array in a tree of dicts, with `numbers` one that may hold plain numbers too."""
+    todo, entries = [(tree, name)], 0
+    while todo:
+        tree, name = todo.pop()
+        if isinstance(tree, Made) and tree.name == _FROZEN_DICT and isinstance(tree.arguments, tuple):
+            tree = tree.arguments[0] if tree.arguments else None
+        if isinstance(tree, dict):
+            entries += 1 + len(tree)
+            if entries > _MAX_ENTRIES:
+                raise PickleError(f"holds more than {_MAX_ENTRIES:,} entries")
+            if set(tree) == {"params"}:
+                todo.append((tree["params"], name))
+            else:
+                todo += [(it, _joined(name, key)) for key, it in reversed(tree.items())]
+        elif (parts := parts_of(_plain_array(tree))) is not None:
+            _start(parts)
+            yield name, parts
+        elif not (numbers and isinstance(tree, int | float)):
+            what = tree.name if isinstance(tree, Made) else type(tree).__name__
+            raise PickleError(f"holds {what} at {name}, and nothing but arrays is read there")
+
+
+def _joined(name: str, key: Any) -> str:
+    joined = f"{name}.{key}"
+    if not isinstance(key, str) or len(joined) > _MAX_NAME:
+        raise PickleError(f"has the key {key!s:.100} in {name:.100}, and no name of an array")
+    return joined
+
+
+def _plain_array(value: Any) -> Any:
+    """Return what stands for NumPy's array where the value stands for a JAX array made of it, else the value."""
+    if not (isinstance(value, Made) and value.name in _JAX_ARRAYS):
+        return value
+    if not isinstance(value.arguments, tuple) or len(value.arguments) != 4 or not isinstance(value.arguments[0], Name):
+        raise PickleError("is damaged: a JAX array is not made of NumPy's")
+    function, arguments, state, _ = value.arguments
+    return Made(function, arguments, state)
+
+
+def _start(parts: ArrayParts) -> int:
+    """Return where in the file an array's numbers begin."""
+    if not isinstance(parts.content, Content):
+        raise PickleError("is a pickle of a protocol before 3, whose arrays are not read")
+    return parts.content.start
+
+
+def _tensor(parts: ArrayParts) -> Tensor:
+    return torch.from_numpy(np.array(parts.array(), parts.dtype.newbyteorder("="), order="C"))
