@@ -323,7 +323,7 @@ def test_code_is_refused_by_name_wherever_it_lies(where: str, tmp_path: Path) ->
     path = saved(changed(where, Evil(tmp_path / "ran")), tmp_path / "params.pkl")
     if where == "0":  # then nothing else says that it is Brax's
         path.write_bytes(pickle.dumps((Evil(tmp_path / "ran"), RunningStatisticsState()), 4))
-    with pytest.raises(RuntimeError, match=r"params\.pkl holds posix\.mkdir (at|in the place of) .*"):
+    with pytest.raises(RuntimeError, match=r"params\.pkl holds posix\.mkdir, and was not loaded, because loading it"):
         read_checkpoint_file(path)
     assert not (tmp_path / "ran").exists()
 

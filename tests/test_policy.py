@@ -245,9 +245,13 @@ def test_activations_are_exact_to_five_units_in_the_last_place(activation: Activ
     spec = PolicySpec(1, 1, (1,), activation)
     weights = torch.tensor([[0.0, 1.0, 0.0, 1.0, 0.0]])  # log_std, then x -> activation(x)
     x = torch.linspace(-12, 12, 100_001)
-    oracle = {"tanh": torch.tanh, "relu": torch.relu, "elu": torch.nn.functional.elu}[activation](x.double())
+    functional = torch.nn.functional
+    exact = {"tanh": torch.tanh, "relu": torch.relu, "elu": functional.elu, "silu": functional.silu}[activation]
+    oracle = exact(x.double())
     error = (mean_action(spec, weights, x.view(1, -1, 1)).flatten() - oracle).abs()
-    scale = oracle.abs() if activation == "tanh" else torch.ones(())  # exp(x) - 1 keeps its place after the point
+    scale = (
+        oracle.abs() if activation in ("tanh", "silu") else torch.ones(())
+    )  # exp(x) - 1 keeps its place after the point
     assert (error <= 5 * torch.finfo(torch.float32).eps * scale).all()
 
 

@@ -6,7 +6,7 @@
 `statistics` is Brax's RunningStatisticsState, whose mean and std become running_statistics.mean and .std; policy and
 value are Flax's parameters, which become policy.hidden_0.kernel and so on, without the outer "params" and with the
 kernels of Dense layers as views (out, in), as in torch.nn.Linear. Arrays are JAX's or NumPy's. Nothing of the pickle is
-run (`inert_pickle.py`), and what is made by any other name is refused. Writing puts the numbers of the arrays into the
+run (`inert_pickle.py`), and one that uses any other name is refused. Writing puts the numbers of the arrays into the
 file where they lay, and changes nothing else.
 """
 
@@ -19,16 +19,25 @@ import torch
 from torch import Tensor
 
 from tipl.storing.actor_families import RUNNING_STATISTICS
-from tipl.storing.inert_pickle import ArrayParts, Content, Made, Name, PickleError, parts_of, read_inert
+from tipl.storing.inert_pickle import (
+    NUMPY_NAMES,
+    ArrayParts,
+    Content,
+    Made,
+    Name,
+    PickleError,
+    parts_of,
+    read_inert,
+)
 from tipl.storing.not_readable import NotReadableError
 from tipl.storing.tensor_checks import shown
 
 _MODULE = "brax.training.acme.running_statistics"
 _STATE = Name(_MODULE, "RunningStatisticsState")
-_MODE = Name(_MODULE, "NormalizationMode")
-_UINT64 = Name("brax.training.types", "UInt64")
 _FROZEN_DICT = Name("flax.core.frozen_dict", "FrozenDict")
 _JAX_ARRAYS = (Name("jax._src.array", "_reconstruct_array"), Name("jax._src.device_array", "reconstruct_device_array"))
+_BESIDE = (Name(_MODULE, "NormalizationMode"), Name("brax.training.types", "UInt64"))  # in the statistics; not read
+_NAMES = frozenset({_STATE, _FROZEN_DICT, *_JAX_ARRAYS, *_BESIDE, *NUMPY_NAMES})
 _MAX_ENTRIES = 2**12  # of all dicts together
 _MAX_NAME = 1000
 _PARTS = ("policy", "value")
@@ -63,7 +72,7 @@ def read_brax(data: bytes) -> tuple[dict[str, Tensor], str, BraxFile]:
     Raises NotReadableError where the pickle holds anything else.
     """
     try:
-        content = read_inert(data)
+        content = read_inert(data, names=_NAMES)
         if not isinstance(content, tuple | list) or len(content) not in (2, 3):
             raise PickleError("holds no (statistics, policy, value) of Brax's, and nothing else is read from a pickle")
         statistics, note = _statistics(content[0])
@@ -73,11 +82,11 @@ def read_brax(data: bytes) -> tuple[dict[str, Tensor], str, BraxFile]:
                 if name in networks:
                     raise PickleError(f"holds two arrays under one name, {name}, if its parts are joined by dots")
                 networks[name] = array
+        starts = [_start(it) for it in networks.values() if it.content]
+        if len(set(starts)) < len(starts):
+            raise PickleError("holds two arrays that share their numbers, and was not loaded")
     except PickleError as error:
         raise NotReadableError(shown(error)) from error
-    starts = [_start(it) for it in networks.values() if it.content]
-    if len(set(starts)) < len(starts):
-        raise NotReadableError("holds two arrays that share their numbers, and was not loaded")
     arrays = {name: (parts, _tensor(parts)) for name, parts in networks.items()}
     state = {f"{RUNNING_STATISTICS}{name}": _tensor(it) for name, it in statistics.items()}
     for name, (_, tensor) in arrays.items():
@@ -92,8 +101,6 @@ def _statistics(made: Any) -> tuple[dict[str, ArrayParts], str]:
         name = made.name if isinstance(made, Made) else type(made).__name__
         raise PickleError(f"holds {name} in the place of Brax's RunningStatisticsState")
     numbers = dict(_arrays({name: made.state.get(name) for name in ("mean", "std")}, "statistics"))
-    for name, value in made.state.items():
-        _check_plain(value, f"statistics.{name}")
     if set(numbers) == {"statistics.mean", "statistics.std"}:
         return {name.removeprefix("statistics."): it for name, it in numbers.items()}, ""
     chosen = {it: numbers.get(f"statistics.{it}.{_OBSERVATION}") for it in ("mean", "std")}
@@ -106,25 +113,8 @@ def _statistics(made: Any) -> tuple[dict[str, ArrayParts], str]:
     )
 
 
-def _check_plain(value: Any, name: str) -> None:
-    """Raise PickleError where a field of the statistics is anything but numbers, which only Brax itself needs."""
-    if isinstance(value, Made) and value.name == _UINT64 and isinstance(value.state, dict):
-        value = value.state
-    is_mode = isinstance(value, Made) and (value.name == _MODE or _is_mode_by_name(value))
-    if not is_mode and not isinstance(value, int | float):
-        for _ in _arrays(value, name, numbers=True):
-            pass
-
-
-def _is_mode_by_name(made: Made) -> bool:
-    """Return whether it is getattr(NormalizationMode, text), as some releases of Python pickle an enum's member."""
-    if made.name != Name("builtins", "getattr") or not isinstance(made.arguments, tuple):
-        return False
-    return made.arguments[:1] == (_MODE,) and all(isinstance(it, str) for it in made.arguments[1:])
-
-
-def _arrays(tree: Any, name: str, *, numbers: bool = False) -> Iterator[tuple[str, ArrayParts]]:
-    """Yield (name, array) for each array in a tree of dicts, with `numbers` one that may hold plain numbers too."""
+def _arrays(tree: Any, name: str) -> Iterator[tuple[str, ArrayParts]]:
+    """Yield (name, array) for each array in a tree of dicts."""
     todo, entries = [(tree, name)], 0
     while todo:
         tree, name = todo.pop()
@@ -139,9 +129,8 @@ def _arrays(tree: Any, name: str, *, numbers: bool = False) -> Iterator[tuple[st
             else:
                 todo += [(it, _joined(name, key)) for key, it in reversed(tree.items())]
         elif (parts := parts_of(_plain_array(tree))) is not None:
-            _start(parts)
             yield name, parts
-        elif not (numbers and isinstance(tree, int | float)):
+        else:
             what = tree.name if isinstance(tree, Made) else type(tree).__name__
             raise PickleError(f"holds {what} at {name}, and nothing but arrays is read there")
 

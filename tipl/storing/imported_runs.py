@@ -214,7 +214,7 @@ class FileRun:
                 said_by=first.said_by,
                 is_unit=first.said_by not in ("iter", "step"),
             )
-        squashes = isinstance(self.policy, PolicySpec) and self.policy.squash
+        squashes = isinstance(self.policy, PolicySpec) and self.policy.squash and self.actor.kind != "brax"
         squashes = squashes and first.activation is None and reading.squash is None
         self.source = source_record(self.actor, first.format, *notes, note, _SQUASHED if squashes else "")
         if self.normalisers.unnormalised:

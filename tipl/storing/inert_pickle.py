@@ -11,7 +11,7 @@ what they stand for.
 import dataclasses
 import math
 import pickletools
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -56,22 +56,25 @@ class Content(bytes):
     """Where they begin in it."""
 
 
-def read_inert(data: bytes, persistent: Callable[[Any], Any] | None = None) -> Any:
+def read_inert(
+    data: bytes, persistent: Callable[[Any], Any] | None = None, names: Container[Name] | None = None
+) -> Any:
     """Return what the pickle holds, nothing of it run. Raises PickleError.
 
     `persistent` returns what stands for a persistent id, such as torch's ("storage", type, key, device, count), and
-    raises PickleError for one that it does not take. By default all are refused.
+    raises PickleError for one that it does not take. By default all are refused. `names` are those that the pickle may
+    use, by default any.
     """
     if len(data) > MAX_BYTES:
         raise PickleError(f"has {len(data):,} bytes, at most {MAX_BYTES:,} are read")
-    machine = _Machine(persistent)
+    machine = _Machine(persistent, names)
     try:
         for count, (opcode, argument, position) in enumerate(pickletools.genops(data)):
             if count >= MAX_OPCODES:
                 raise PickleError(f"has more than {MAX_OPCODES:,} parts")
             if opcode.name in _LENGTH_BYTES:
-                argument = Content(argument)
-                argument.start = position + 1 + _LENGTH_BYTES[opcode.name]
+                argument = Content(argument or b"")
+                argument.start = (position or 0) + 1 + _LENGTH_BYTES[opcode.name]  # of bytes it is never None
             machine.take(opcode.name, argument)
     except PickleError:
         raise
@@ -83,8 +86,8 @@ def read_inert(data: bytes, persistent: Callable[[Any], Any] | None = None) -> A
 class _Machine:
     """Pickle's stack and memo."""
 
-    def __init__(self, persistent: Callable[[Any], Any] | None) -> None:
-        self.persistent = persistent
+    def __init__(self, persistent: Callable[[Any], Any] | None, names: Container[Name] | None) -> None:
+        self.persistent, self.names = persistent, names
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
         self.stopped = False
@@ -146,6 +149,8 @@ class _Machine:
             module, _, name = text.partition(" ")
         if not (isinstance(module, str) and isinstance(name, str)):
             raise PickleError("is damaged: a name is no text")
+        if self.names is not None and Name(module, name) not in self.names:
+            raise PickleError(f"holds {Name(module, name)}, and was not loaded, because loading it could run code")
         self.stack.append(Name(module, name))
 
     def build(self) -> None:
@@ -241,6 +246,12 @@ _WORK: dict[str, Callable[[_Machine, Any], Any]] = {
 # ---- NumPy
 
 _NUMPY = ("numpy.core", "numpy._core")  # before NumPy 2, and from then on
+_FUNCTIONS = ("multiarray._reconstruct", "multiarray.scalar", "numeric._frombuffer")
+NUMPY_NAMES = frozenset(
+    {Name("numpy", "dtype"), Name("numpy", "ndarray"), Name("_codecs", "encode")}
+    | {Name(f"{core}.{it.partition('.')[0]}", it.partition(".")[2]) for core in _NUMPY for it in _FUNCTIONS}
+)
+"""What pickles of NumPy's numbers and arrays use."""
 
 
 def _made_by(value: Any, module: str, name: str) -> Made | None:

@@ -54,8 +54,8 @@ class Recorder:
 
         Args:
             env_id: the Gymnasium id; `tipl evaluate` needs it.
-            activation: between the policy's layers, tanh, relu, elu or silu; by default that of the policy's modules. It must
-                be given where these have none, or several, and the simulator can run the policy.
+            activation: between the policy's layers, tanh, relu, elu or silu; by default that of the policy's modules.
+                It must be given where these have none, or several, and the simulator can run the policy.
             actor: prefix of the actor's keys, or several, where the policy holds other networks too; "" takes all
                 parameters but critics'.
             resume: append to the store that an earlier recorder left at `path`, if there is one.
