@@ -89,7 +89,7 @@ def _outputs(spec: PolicySpec, rows: Singles, obs: Singles) -> Singles:
 def _silu(x: Singles) -> Singles:
     """Return x sigmoid(x), x (...) float32. A number's bits do not depend on where in the array it lies."""
     with np.errstate(over="ignore"):  # exp(-x) is then infinite, and x sigmoid(x) 0, as it should be
-        result: Singles = x / (np.float32(1.0) + np.exp(-x))
+        result: Singles = np.divide(x, 1 + np.exp(-x), dtype=np.float32)
     return result
 
 

@@ -46,19 +46,16 @@ _OBSERVATION = "state"  # of several observations, the one that a policy sees by
 
 @dataclasses.dataclass(frozen=True)
 class BraxFile:
-    """A file's bytes, and where in them the arrays of its networks lie."""
+    """A file's state, its bytes, and where in them the arrays of its networks lie."""
 
+    state: dict[str, Tensor]
     data: bytes
     arrays: dict[str, tuple[ArrayParts, Tensor]]
-    """What the pickle says of each array, and the array as a tensor, which may be written."""
-
-    def to_bytes(self) -> bytes:
-        """Return the file with the arrays as they are now."""
-        written = bytearray(self.data)
-        for parts, tensor in self.arrays.values():
-            content = tensor.numpy().astype(parts.dtype).tobytes(parts.order)
-            written[_start(parts) : _start(parts) + len(content)] = content
-        return bytes(written)
+    """What the pickle says of each array of the networks, and the tensor in `state`, or of which a view is there."""
+    doubt: str
+    """As in `StateDict`."""
+    note: str
+    """What a user of the weights must know about them."""
 
 
 def is_brax(data: bytes) -> bool:
@@ -66,16 +63,13 @@ def is_brax(data: bytes) -> bool:
     return data.startswith(b"\x80") and _MODULE.encode() in data
 
 
-def read_brax(data: bytes) -> tuple[dict[str, Tensor], str, BraxFile]:
-    """Return the state in a file of Brax's, what a user of it must know, and the file for writing.
-
-    Raises NotReadableError where the pickle holds anything else.
-    """
+def read_brax(data: bytes) -> BraxFile:
+    """Return what a file of Brax's holds. Raises NotReadableError where the pickle holds anything else."""
     try:
         content = read_inert(data, names=_NAMES)
         if not isinstance(content, tuple | list) or len(content) not in (2, 3):
             raise PickleError("holds no (statistics, policy, value) of Brax's, and nothing else is read from a pickle")
-        statistics, note = _statistics(content[0])
+        statistics = _statistics(content[0])
         networks: dict[str, ArrayParts] = {}
         for part, tree in zip(_PARTS, content[1:], strict=False):
             for name, array in _arrays(tree, part):
@@ -88,28 +82,51 @@ def read_brax(data: bytes) -> tuple[dict[str, Tensor], str, BraxFile]:
     except PickleError as error:
         raise NotReadableError(shown(error)) from error
     arrays = {name: (parts, _tensor(parts)) for name, parts in networks.items()}
-    state = {f"{RUNNING_STATISTICS}{name}": _tensor(it) for name, it in statistics.items()}
+    seen, doubt, note = _seen(statistics)
+    state = {f"{RUNNING_STATISTICS}{name}": _tensor(it) for name, it in seen.items()}
     for name, (_, tensor) in arrays.items():
         is_kernel = name.endswith("kernel") and tensor.ndim == 2
         state[name] = tensor.T if is_kernel else tensor
-    return state, note, BraxFile(data, arrays)
+    return BraxFile(state, data, arrays, doubt, note)
 
 
-def _statistics(made: Any) -> tuple[dict[str, ArrayParts], str]:
-    """Return mean and std of the observations that the policy sees, and a note where there are several."""
+def brax_bytes(file: BraxFile) -> bytes:
+    """Return the bytes of a file that `read_brax` returned, with its arrays as they are now."""
+    written = bytearray(file.data)
+    for parts, tensor in file.arrays.values():
+        content = tensor.numpy().astype(parts.dtype).tobytes(parts.order)
+        if content:
+            written[_start(parts) : _start(parts) + len(content)] = content
+    return bytes(written)
+
+
+def _statistics(made: Any) -> dict[str, ArrayParts]:
+    """Return mean and std of the observations, of several by name: mean.state, mean.privileged_state, std.state, ..."""
     if not isinstance(made, Made) or made.name != _STATE or not isinstance(made.state, dict):
         name = made.name if isinstance(made, Made) else type(made).__name__
         raise PickleError(f"holds {name} in the place of Brax's RunningStatisticsState")
-    numbers = dict(_arrays({name: made.state.get(name) for name in ("mean", "std")}, "statistics"))
-    if set(numbers) == {"statistics.mean", "statistics.std"}:
-        return {name.removeprefix("statistics."): it for name, it in numbers.items()}, ""
-    chosen = {it: numbers.get(f"statistics.{it}.{_OBSERVATION}") for it in ("mean", "std")}
-    found = {name: it for name, it in chosen.items() if it is not None}
-    if len(found) < len(chosen):
-        raise PickleError(f"has statistics of observations {', '.join(numbers)}, of which none is {_OBSERVATION}")
-    return found, (
-        f"of several observations, the policy is taken to see the one named {_OBSERVATION}, as by default in Brax "
-        "(policy_obs_key)"
+    fields = {name: made.state.get(name) for name in ("mean", "std")}
+    return {name.removeprefix("statistics."): it for name, it in _arrays(fields, "statistics")}
+
+
+def _seen(statistics: dict[str, ArrayParts]) -> tuple[dict[str, ArrayParts], str, str]:
+    """Return mean and std of what the policy sees, any doubt about it, and a note."""
+    if set(statistics) <= {"mean", "std"}:
+        return statistics, "", ""
+    names = ("mean", "std")
+    chosen = {name: statistics[key] for name in names if (key := f"{name}.{_OBSERVATION}") in statistics}
+    if len(chosen) == len(names):
+        by_default = "as by default in Brax (policy_obs_key)"
+        return (
+            chosen,
+            "",
+            f"of several observations, the policy is taken to see the one named {_OBSERVATION}, {by_default}",
+        )
+    found = ", ".join(list(statistics)[:4])
+    return (
+        statistics,
+        f"it has statistics of several observations, {found}, and it is not clear which the policy sees",
+        "",
     )
 
 

@@ -38,7 +38,7 @@ from tipl.files.sealed import sorted_metadata
 from tipl.policy import Outputs
 from tipl.storing.actor_families import Settings
 from tipl.storing.array_files import flax_bytes, is_flax, npz_bytes, read_flax, read_npz
-from tipl.storing.brax_files import is_brax, read_brax
+from tipl.storing.brax_files import brax_bytes, is_brax, read_brax
 from tipl.storing.foreign_actors import Actor, find_actor, how_to_choose
 from tipl.storing.inert_pickle import PickleError, array_of, read_inert
 from tipl.storing.not_readable import NotReadableError
@@ -114,8 +114,7 @@ class CheckpointFile:
         if self.format == "npz":
             return npz_bytes(self._content)
         if self.format == "brax":
-            written: bytes = self._content.to_bytes()
-            return written
+            return brax_bytes(self._content)
         if self.script is not None:
             return self.script.to_bytes()
         archive, policy = self._content
@@ -160,8 +159,8 @@ def read_checkpoint_file(path: str | Path, *, max_bytes: int | None = None) -> C
             step = step_of(tree.get("step"), "step")
             return CheckpointFile("flax", state, env_steps=step, doubt=doubt, said_by="step", _content=tree)
         if is_brax(data):
-            state, note, brax = read_brax(data)
-            return CheckpointFile("brax", state, note=note, _content=brax)
+            brax = read_brax(data)
+            return CheckpointFile("brax", brax.state, doubt=brax.doubt, note=brax.note, _content=brax)
         return _read_torch(data, max_bytes, is_cleanrl=path.suffix == ".cleanrl_model")
     except NotReadableError as error:
         raise RuntimeError(f"{shown(path)} {shown(error)}") from error
