@@ -197,7 +197,7 @@ def test_a_policy_acts_as_in_brax_and_is_exported(kind: str, protocol: int, tmp_
     np.testing.assert_allclose(actions(store.policy, row, OBS), exact_actions(params(1), OBS), atol=1e-5)
     note = store.config["source"]["note"]
     assert "without normalize_observations, pass 'running_statistics.*' as ignore" in note
-    assert ("the one named state" in note) == (kind == "several observations")
+    assert ("is taken to see state, as by default" in note) == (kind == "several observations")
 
     like = tmp_path / "run/params_0.pkl"
     written = tipl.export_checkpoint(store.path, like, tmp_path / "out.pkl")
@@ -292,7 +292,7 @@ def test_a_network_that_is_no_such_mlp_is_not_run(tmp_path: Path) -> None:
 def test_observations_of_other_names_are_asked_about(tmp_path: Path) -> None:
     content = params()
     for name in ("mean", "std"):
-        setattr(content[0], name, {"proprio": getattr(content[0], name), "pixels": SHARED})
+        setattr(content[0], name, {"proprio": getattr(content[0], name), "pixels": np.ones(6, np.float32)})
     path = saved(content, tmp_path / "params.pkl")
     with pytest.raises(
         ValueError, match=r"statistics of several observations, mean\.proprio, .* which the policy sees"

@@ -76,7 +76,7 @@ def read_brax(data: bytes) -> BraxFile:
                 if name in networks:
                     raise PickleError(f"holds two arrays under one name, {name}, if its parts are joined by dots")
                 networks[name] = array
-        starts = [_start(it) for it in networks.values() if it.content]
+        starts = [_start(it) for it in (*statistics.values(), *networks.values()) if it.content]
         if len(set(starts)) < len(starts):
             raise PickleError("holds two arrays that share their numbers, and was not loaded")
     except PickleError as error:
@@ -116,12 +116,8 @@ def _seen(statistics: dict[str, ArrayParts]) -> tuple[dict[str, ArrayParts], str
     names = ("mean", "std")
     chosen = {name: statistics[key] for name in names if (key := f"{name}.{_OBSERVATION}") in statistics}
     if len(chosen) == len(names):
-        by_default = "as by default in Brax (policy_obs_key)"
-        return (
-            chosen,
-            "",
-            f"of several observations, the policy is taken to see the one named {_OBSERVATION}, {by_default}",
-        )
+        note = f"of several observations, the policy is taken to see {_OBSERVATION}, as by default (policy_obs_key)"
+        return chosen, "", note
     found = ", ".join(list(statistics)[:4])
     return (
         statistics,
