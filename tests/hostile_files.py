@@ -227,6 +227,18 @@ def wide_dicts(width: int) -> bytes:
     return pickled + b"."
 
 
+def brax(mean: bytes) -> bytes:
+    """The pickle of parameters of Brax whose statistics have this mean, given as its opcodes, and no policy."""
+    statistics = b"cbrax.training.acme.running_statistics\nRunningStatisticsState\n)\x81}X\x04\0\0\0mean"
+    return b"\x80\x04" + statistics + mean + b"sb}\x86."
+
+
+def brax_dicts(depth: int) -> bytes:
+    """The opcodes of a dict that has one dict under two names, which has one under two names, and so on."""
+    doubled = b"".join(b"0}(X\x01\0\0\0ah%cX\x01\0\0\0bh%cuq%c" % (i, i, i + 1) for i in range(depth))
+    return b"}q\x00" + doubled
+
+
 def called(name: str, argument: bytes) -> bytes:
     """The pickle of a call with one argument, given as its opcodes."""
     return b"\x80\x02c" + name.replace(" ", "\n").encode() + b"\n" + argument + b"\x85R."
@@ -298,6 +310,32 @@ content(
 )
 content(
     "tuples in tuples", "holds more than 262,144 objects", lambda random: torch_zip(tuples(random.randint(40, 200)))
+)
+content(
+    "Brax, code",
+    "holds (posix|nt).system, and was not loaded, because loading it could run code",
+    lambda random: brax(pickle.dumps(Calls(os.system, "exit 1"), 2)[2:-1]),
+    "model_1.pkl",
+)
+content("Brax, no array", "holds NoneType at statistics.mean", lambda random: brax(b"N"), "model_1.pkl")
+content("Brax, cut", "is damaged", lambda random: cut(brax(b"N"), random) + b".", "model_1.pkl")
+content(
+    "Brax, shared dicts",
+    "holds more than 4,096 entries",
+    lambda random: brax(brax_dicts(random.randint(20, 90))),
+    "model_1.pkl",
+)
+content(
+    "Brax, dicts in dicts",
+    "holds more than 4,096 entries",
+    lambda random: brax(b"}X\x06\0\0\0params" * 30_000 + b"N" + b"s" * 30_000),
+    "model_1.pkl",
+)
+content(
+    "Brax, a long name",
+    "has the key a+ in statistics.mean, and no name of an array",
+    lambda random: brax(b"}" + long_text(2**20) + b"Ns"),
+    "model_1.pkl",
 )
 content("dicts in dicts", "holds no state_dict", lambda random: torch_zip(dicts(random.randint(10_000, 50_000))))
 content("shared dicts", "holds no state_dict", lambda random: torch_zip(wide_dicts(random.randint(5_000, 10_000))))

@@ -222,7 +222,7 @@ def test_what_a_zip_says_of_the_actions_decides(kind: str, tmp_path: Path) -> No
     assert found({":type:": "<class 'gym.spaces.discrete.Discrete'>"}) == spec_of(kind)  # of an older SB3
     named = "<class 'torch.nn.modules.activation.{}'>"
     assert found(policy_kwargs={"activation_fn": named.format("ELU")}) == spec_of(kind, activation="elu")
-    assert isinstance(found(policy_kwargs={"activation_fn": named.format("SiLU")}), ParameterLayout)
+    assert isinstance(found(policy_kwargs={"activation_fn": named.format("Mish")}), ParameterLayout)
     spaces = [space(name) for name in ("multi_discrete.MultiDiscrete", "multi_binary.MultiBinary", "box.Box")]
     for other in (*spaces, {}, None, 2, "Discrete", [DISCRETE], {":type:": 3}):
         assert isinstance(found(other), ParameterLayout)

@@ -17,7 +17,7 @@ from factories import ENV_ID, SPEC, make_store
 import tipl
 from tipl.collecting.policy_network import actions_of, mean_action
 from tipl.files.sealed import save_arrays
-from tipl.policy import ParameterLayout, PolicySpec
+from tipl.policy import ACTIVATIONS, ParameterLayout, PolicySpec
 from tipl.storing.exporter import layout_record
 from tipl.storing.store import UNNORMALISED, Store
 
@@ -47,6 +47,7 @@ def exact(spec: PolicySpec, row: np.ndarray, obs: np.ndarray) -> np.ndarray:
         "tanh": np.tanh,
         "relu": lambda x: np.maximum(x, 0),
         "elu": lambda x: np.where(x > 0, x, np.expm1(np.minimum(x, 0))),
+        "silu": lambda x: x / (1 + np.exp(-x)),
     }
     x = obs.astype(np.float64)
     for i in range(len(spec.hidden_sizes)):
@@ -76,7 +77,7 @@ def observations(n: int, obs_dim: int, scale: float = 1.0) -> np.ndarray:
 
 @pytest.mark.parametrize("gsde", [False, True])
 @pytest.mark.parametrize("hidden", [(64, 64), (5, 32, 7), (3,), ()])
-@pytest.mark.parametrize("activation", ["tanh", "relu", "elu"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_it_acts_as_the_engine_and_the_definition_do(activation: Any, hidden: Any, gsde: bool, tmp_path: Path) -> None:
     spec = PolicySpec(11, 3, hidden, activation, gsde)
     row = random_row(spec)
@@ -88,7 +89,7 @@ def test_it_acts_as_the_engine_and_the_definition_do(activation: Any, hidden: An
 
 
 @pytest.mark.parametrize("limit", [None, 0.3])
-@pytest.mark.parametrize("spread", ["head", "none"])
+@pytest.mark.parametrize("spread", ["head", "halves", "none"])
 def test_a_squashed_mean_is_rescaled_to_the_action_space(spread: Any, limit: float | None, tmp_path: Path) -> None:
     spec = PolicySpec(11, 3, (8, 8), "relu", spread=spread, squash=True, mean_limit=limit)
     row, obs = random_row(spec), observations(50, 11, 3.0)

@@ -30,7 +30,7 @@ from tipl.storing.store import Store
 
 State = dict[str, Tensor]
 SIZES = (4, 8, 6, 2)
-ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu, "elu": nn.functional.elu}
+ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu, "elu": nn.functional.elu, "silu": nn.functional.silu}
 
 
 @dataclasses.dataclass
@@ -345,6 +345,51 @@ def test_torchrl(squash: bool, tmp_path: Path) -> None:
     check(store, made, "tanh")
     written = torch.load(tipl.export_checkpoint(store.path, whole, tmp_path / "loss_out.pt"), weights_only=True)
     assert all(torch.equal(written[key], it) for key, it in loss.items())
+
+
+def halves(sizes: tuple[int, ...], *, library: str, seed: int = 0) -> Made:
+    """A policy whose last layer has two outputs for each action; `layers` are those of the first half."""
+    torch.manual_seed(seed)
+    layers = layers_of((*sizes[:-1], 2 * sizes[-1]))
+    means = [*layers[:-1], (layers[-1][0][: sizes[-1]], layers[-1][1][: sizes[-1]])]
+    if library != "rsl_rl":  # a Sequential of layers, or of an MLP, and NormalParamExtractor
+        prefix = {"TorchRL": "module.0.module.", "TorchRL's MLP": "module.0.module.0."}[library]
+        return Made(named(layers, numbered(prefix, len(layers))), means)
+    mean, std = torch.randn(1, sizes[0]), torch.rand(1, sizes[0]) + 0.1
+    normaliser = {"_mean": mean, "_var": std**2, "_std": std, "count": torch.tensor(9)}
+    actor = named(layers, numbered("mlp.", len(layers)))
+    actor |= {f"obs_normalizer.{key}": it for key, it in normaliser.items()}
+    critic = named(layers_of((*sizes[:-1], 1)), numbered("mlp.", len(layers)))
+    content = {"actor_state_dict": actor, "critic_state_dict": critic, "iter": seed, "infos": None}
+    return Made(content, means, mean=mean.double(), divisor=std.double() + 1e-2)
+
+
+@pytest.mark.parametrize("library", ["TorchRL", "TorchRL's MLP", "rsl_rl"])
+def test_a_last_layer_of_two_halves(library: str, tmp_path: Path) -> None:
+    made = halves(SIZES, library=library)
+    path = saved(made.content, tmp_path / "model_1.pt")
+    said: dict[str, Any] = {"activation": "silu", "halves": True}
+    said |= {} if library == "rsl_rl" else {"squash": True}
+    store = tipl.import_checkpoints([path], tmp_path / "store", **said)
+    check(store, made, "silu")
+    assert store.policy == PolicySpec(4, 2, (8, 6), "silu", spread="halves", squash=library != "rsl_rl")
+    other = halves(SIZES, library=library, seed=1)
+    check_export(store, saved(other.content, tmp_path / "other.pt"), tmp_path, made, None)
+    ignored: Any = {"ignore": "obs_normalizer.*"} if library == "rsl_rl" else {}
+    assert isinstance(tipl.import_checkpoints([path], tmp_path / "unsaid", **ignored).policy, ParameterLayout)
+
+
+def test_a_layer_of_halves_is_refused_where_there_is_none(tmp_path: Path) -> None:
+    path = saved(halves((4, 8, 2), library="TorchRL").content, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match="halves is for continuous actions, and discrete says logits: leave one"):
+        tipl.import_checkpoints([path], tmp_path / "store", halves=True, discrete="logits", activation="tanh")
+    discrete = tipl.import_checkpoints([path], tmp_path / "discrete", discrete="logits", activation="tanh")
+    assert isinstance(discrete.policy, PolicySpec)
+    assert (discrete.policy.outputs, discrete.policy.act_dim) == ("logits", 4)
+    odd = named(layers_of((4, 8, 3)), ["module.0.module.0", "module.0.module.2"])
+    for state in (odd, torchrl(SIZES).content, bare(0, 4, 8, 6, 4)):
+        with pytest.raises(ValueError, match="halves says that the last layer has two outputs for each action, but"):
+            tipl.import_checkpoints([saved(state, tmp_path / "b.pt")], tmp_path / "store", halves=True)
 
 
 # ---- Flax and .npz

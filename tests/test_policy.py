@@ -22,6 +22,7 @@ SPECS = [
     PolicySpec(5, 4, hidden_sizes=()),
     PolicySpec(1, 1, hidden_sizes=(1,), activation="elu"),
     PolicySpec(27, 8, hidden_sizes=(33, 17), activation="elu"),
+    PolicySpec(5, 3, hidden_sizes=(33, 7), activation="silu"),
 ]
 
 
@@ -37,7 +38,8 @@ def random_weights(spec: PolicySpec, num_policies: int, seed: int = 0) -> torch.
 
 def torch_actor(spec: PolicySpec, weights: torch.Tensor) -> torch.nn.Sequential:
     """Return one policy (p,) as ordinary torch modules, filled in the order of the layout."""
-    activation = {"tanh": torch.nn.Tanh, "relu": torch.nn.ReLU, "elu": torch.nn.ELU}[spec.activation]
+    modules_of = {"tanh": torch.nn.Tanh, "relu": torch.nn.ReLU, "elu": torch.nn.ELU, "silu": torch.nn.SiLU}
+    activation = modules_of[spec.activation]
     modules: list[torch.nn.Module] = []
     for fan_in, fan_out in itertools.pairwise(spec.layer_sizes):
         modules += [torch.nn.Linear(fan_in, fan_out), activation()]
@@ -99,16 +101,19 @@ def rounding_bound(spec: PolicySpec, weights: torch.Tensor, obs: torch.Tensor) -
     """Return how far float32 can lead the mean actions (N, E, act_dim) astray, to first order.
 
     A sum of k products and a bias loses at most (k + 1) eps of the sum of their absolute values, in any order, and an
-    activation 5 eps more; what the layers before have lost comes through the absolute weights.
+    activation 5 eps more, of silu's output where this is larger; what the layers before have lost comes through the
+    absolute weights, and through an activation whose slope is at most 1, silu's 1.1.
     """
     eps = torch.finfo(torch.float32).eps
     x, lost = obs, torch.zeros_like(obs)
     *hidden, head = layer_views(weights[:, spec.act_dim :], spec.layer_sizes)
-    act = {"tanh": torch.tanh, "relu": torch.relu, "elu": torch.nn.functional.elu}[spec.activation]
+    functional, slope = torch.nn.functional, 1.1 if spec.activation == "silu" else 1.0
+    act = {"tanh": torch.tanh, "relu": torch.relu, "elu": functional.elu, "silu": functional.silu}[spec.activation]
     for weight, bias in [*hidden, head]:
         size = weight.abs().mT
-        lost = lost @ size + (weight.shape[2] + 1) * eps * (x.abs() @ size + bias.abs()) + 5 * eps
+        lost = slope * (lost @ size + (weight.shape[2] + 1) * eps * (x.abs() @ size + bias.abs())) + 5 * eps
         x = act(x @ weight.mT + bias)
+        lost = lost + 5 * eps * x.abs() if spec.activation == "silu" else lost
     return lost
 
 
@@ -195,7 +200,7 @@ def test_policy_is_that_of_stable_baselines3() -> None:
         ({"act_dim": 2.0}, r"PolicySpec: act_dim must be a positive int, got 2\.0"),
         ({"hidden_sizes": [64, 64]}, r"hidden_sizes must be a tuple of positive ints, got \[64, 64\]"),
         ({"hidden_sizes": (64, 0)}, r"hidden_sizes must be a tuple of positive ints, got \(64, 0\)"),
-        ({"activation": "gelu"}, r"activation must be one of \('tanh', 'relu', 'elu'\), got 'gelu'"),
+        ({"activation": "gelu"}, r"activation must be one of \('tanh', 'relu', 'elu', 'silu'\), got 'gelu'"),
     ],
 )
 def test_bad_spec_is_refused(kwargs: dict[str, object], match: str) -> None:
@@ -240,9 +245,13 @@ def test_activations_are_exact_to_five_units_in_the_last_place(activation: Activ
     spec = PolicySpec(1, 1, (1,), activation)
     weights = torch.tensor([[0.0, 1.0, 0.0, 1.0, 0.0]])  # log_std, then x -> activation(x)
     x = torch.linspace(-12, 12, 100_001)
-    oracle = {"tanh": torch.tanh, "relu": torch.relu, "elu": torch.nn.functional.elu}[activation](x.double())
+    functional = torch.nn.functional
+    exact = {"tanh": torch.tanh, "relu": torch.relu, "elu": functional.elu, "silu": functional.silu}[activation]
+    oracle = exact(x.double())
     error = (mean_action(spec, weights, x.view(1, -1, 1)).flatten() - oracle).abs()
-    scale = oracle.abs() if activation == "tanh" else torch.ones(())  # exp(x) - 1 keeps its place after the point
+    scale = (
+        oracle.abs() if activation in ("tanh", "silu") else torch.ones(())
+    )  # exp(x) - 1 keeps its place after the point
     assert (error <= 5 * torch.finfo(torch.float32).eps * scale).all()
 
 
@@ -275,6 +284,8 @@ KINDS = {
     "TD3": PolicySpec(5, 2, (7,), "elu", spread="none", squash=True),
     "TD3 without hidden layers": PolicySpec(5, 2, (), spread="none", squash=True),
     "PPO with squashed gSDE": PolicySpec(5, 2, (3, 3), gsde=True, squash=True),
+    "Brax": PolicySpec(5, 2, (7, 4), "silu", spread="halves", squash=True),
+    "Brax without hidden layers": PolicySpec(5, 2, (), "silu", spread="halves", squash=True),
 }
 LOW, HIGH = np.array([-1.0, -0.4]), np.array([3.0, 0.4])
 
@@ -286,6 +297,7 @@ def test_a_layout_has_log_std_where_sb3_registers_it() -> None:
         ("log_std.weight", (2, 4)),
         ("log_std.bias", (2,)),
     ]
+    assert [*KINDS["Brax"].shapes.items()][-2:] == [("action_net.weight", (4, 4)), ("action_net.bias", (4,))]
     assert [*KINDS["TD3"].shapes] == [
         "policy_net.0.weight",
         "policy_net.0.bias",
@@ -293,7 +305,8 @@ def test_a_layout_has_log_std_where_sb3_registers_it() -> None:
         "action_net.bias",
     ]
     for spec in (*KINDS.values(), *SPECS):
-        assert [*spec.shapes.values()][spec.first_layer] == (spec.layer_sizes[1], spec.obs_dim)
+        num_units = 4 if spec == KINDS["Brax without hidden layers"] else spec.layer_sizes[1]
+        assert [*spec.shapes.values()][spec.first_layer] == (num_units, spec.obs_dim)
 
 
 def test_only_what_is_not_plain_is_written() -> None:
@@ -310,7 +323,7 @@ def test_only_what_is_not_plain_is_written() -> None:
     ("changes", "message"),
     [
         ({"squash": 1}, "squash must be a bool, got 1"),
-        ({"spread": "vector"}, r"spread must be one of \('parameter', 'head', 'none'\), got 'vector'"),
+        ({"spread": "vector"}, r"spread must be one of \('parameter', 'head', 'halves', 'none'\), got 'vector'"),
         ({"spread": "head", "gsde": True}, "spread must be 'parameter' with gsde, got 'head'"),
         ({"mean_limit": 0.0}, "mean_limit must be a finite positive float or None, got 0.0"),
         ({"mean_limit": 2}, "mean_limit must be a finite positive float or None, got 2"),
@@ -328,6 +341,8 @@ def test_every_kind_acts_as_torch_modules(kind: str) -> None:
     plain = PolicySpec(spec.obs_dim, spec.act_dim, spec.hidden_sizes, spec.activation)
     weights, obs = 2 * random_weights(spec, 9), torch.randn(9, 6, spec.obs_dim)
     parts = spec.unflatten(weights)
+    if spec.spread == "halves":
+        parts |= {name: parts[name][:, : spec.act_dim] for name in ("action_net.weight", "action_net.bias")}
     mlp = torch.cat([part.flatten(1) for name, part in parts.items() if not name.startswith("log_std")], 1)
     mlp = torch.nn.functional.pad(mlp, (spec.act_dim, 0))
     limit = math.inf if spec.mean_limit is None else spec.mean_limit
@@ -386,5 +401,5 @@ def test_log_stds_are_where_the_kind_has_them() -> None:
     found = log_stds(plain, weights, obs)
     assert found is not None
     assert torch.equal(found, weights[:, None, :2].expand(3, 9, 2))
-    for kind in ("SAC with gSDE", "TD3"):
+    for kind in ("SAC with gSDE", "TD3", "Brax"):
         assert log_stds(KINDS[kind], random_weights(KINDS[kind], 3), obs) is None

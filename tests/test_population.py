@@ -682,6 +682,7 @@ def test_weights_that_are_not_finite_name_the_trial(normalize_rewards: bool) -> 
         ({"normalize_rewards": 1}, "PPOConfig: normalize_rewards must be a bool, got 1"),
         ({"ortho_init": None}, "PPOConfig: ortho_init must be a bool, got None"),
         ({"activation": "gelu"}, r"activation must be one of \('tanh', 'relu', 'elu'\), got 'gelu'"),
+        ({"activation": "silu"}, r"PPOConfig: activation must be one of \('tanh', 'relu', 'elu'\), got 'silu'"),
     ],
 )
 def test_bad_config_is_refused(kwargs: dict[str, object], match: str) -> None:

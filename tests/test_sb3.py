@@ -189,7 +189,8 @@ def test_a_run_that_tipl_collected_goes_into_a_zip(tmp_path: Path) -> None:
         ({"activation_fn": torch.nn.ReLU, "net_arch": [16]}, PolicySpec(4, 1, (16,), "relu")),
         ({"activation_fn": torch.nn.ELU, "net_arch": {"pi": [8, 4], "vf": [16]}}, PolicySpec(4, 1, (8, 4), "elu")),
         ({"net_arch": {"pi": [], "vf": [8]}}, PolicySpec(4, 1, ())),
-        ({"activation_fn": torch.nn.SiLU, "net_arch": [8]}, None),
+        ({"activation_fn": torch.nn.SiLU, "net_arch": [8]}, PolicySpec(4, 1, (8,), "silu")),
+        ({"activation_fn": torch.nn.Mish, "net_arch": [8]}, None),
     ],
 )
 def test_networks_of_all_kinds(kwargs: dict[str, Any], policy: PolicySpec | None, tmp_path: Path) -> None:

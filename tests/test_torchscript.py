@@ -350,7 +350,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
         {"discrete": "logits", "activation": "elu"},
         "could not run, elu and tanh between the layers: leave discrete out",
     ),
-    "silu": (lambda: mlp(nn.SiLU()), {"discrete": "values"}, "could not run, silu between the layers"),
+    "mish": (lambda: mlp(nn.Mish()), {"discrete": "values"}, "could not run, mish between the layers"),
     "some functional": (
         lambda: nn.Sequential(*mlp(nn.ReLU(), nn.Identity())),
         {"discrete": "values", "activation": "relu"},

@@ -1,12 +1,12 @@
 """The policy network, and the flat layout in which a checkpoint stores it.
 
 A policy is the actor of Stable-Baselines3's MlpPolicy for Box actions: an MLP gives the mean action, and a vector of
-parameters `log_std` the standard deviations of a diagonal Gaussian around it. Imported actors of SAC and TD3 differ in
-where their standard deviations come from, and take the tanh of the MLP's output; those of discrete actions have one
-output for each action, and take the action with the greatest. The critic is not stored. One checkpoint is one row of p
-float32 numbers, in the order in which SB3 registers the actor's parameters; `PolicySpec` gives p and the position of
-each parameter in the row. Imported policies of any other kind have a `ParameterLayout`, which gives the same, but such
-policies cannot be run.
+parameters `log_std` the standard deviations of a diagonal Gaussian around it. Imported actors of SAC, TD3 and Brax
+differ in where their standard deviations come from, and take the tanh of the MLP's output; those of discrete actions
+have one output for each action, and take the action with the greatest. The critic is not stored. One checkpoint is one
+row of p float32 numbers, in the order in which SB3 registers the actor's parameters; `PolicySpec` gives p and the
+position of each parameter in the row. Imported policies of any other kind have a `ParameterLayout`, which gives the
+same, but such policies cannot be run.
 """
 
 import dataclasses
@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:  # the command line's settings need a layout, and torch takes seconds to load
     from torch import Tensor
 
-Activation = Literal["tanh", "relu", "elu"]
-ACTIVATIONS = ("tanh", "relu", "elu")
-Spread = Literal["parameter", "head", "none"]
-SPREADS = ("parameter", "head", "none")
+Activation = Literal["tanh", "relu", "elu", "silu"]
+ACTIVATIONS = ("tanh", "relu", "elu", "silu")
+Spread = Literal["parameter", "head", "halves", "none"]
+SPREADS = ("parameter", "head", "halves", "none")
 Outputs = Literal["means", "logits", "values"]
 OUTPUTS = ("means", "logits", "values")
 
@@ -106,13 +106,16 @@ class PolicySpec(Layout):
     """Numbers of a continuous action, or how many discrete actions there are."""
     hidden_sizes: tuple[int, ...] = (64, 64)
     activation: Activation = "tanh"
+    """Between the layers; "silu" is x sigmoid(x), which JAX also calls swish."""
     gsde: bool = False
     """Whether the standard deviations depend on the state (generalised state-dependent exploration, arXiv 2005.05719):
     log_std is then a matrix, one number for each unit of the last hidden layer and each action. The mean action is the
     same MLP's."""
     spread: Spread = "parameter"
     """Where the logarithms of the standard deviations come from: the parameter log_std; "head", a second linear layer
-    log_std on the last hidden layer, as in SAC; or "none", for a policy without noise of its own, as in TD3."""
+    log_std on the last hidden layer, as in SAC; "halves", the last layer itself, which has two outputs for each action,
+    first all means and then what the library makes standard deviations of, as in Brax; or "none", for a policy without
+    noise of its own, as in TD3."""
     squash: bool = False
     """Whether an action is the tanh of the mean, rescaled from [-1, 1] to the action space, and not the mean itself."""
     mean_limit: float | None = None
@@ -161,7 +164,7 @@ class PolicySpec(Layout):
         words = [f"layers {' -> '.join(map(str, self.layer_sizes))}", self.activation]
         if self.discrete:
             return ", ".join([*words, f"discrete actions, the greatest of {self.act_dim} {self.outputs}"])
-        words += {"parameter": [], "head": ["log_std by a layer of its own"], "none": ["no log_std"]}[self.spread]
+        words += _SPREAD_IN_WORDS[self.spread]
         words += ["gSDE"] if self.gsde else []
         words += [] if self.mean_limit is None else [f"mean clipped to +-{self.mean_limit:g}"]
         words += ["actions are tanh of the mean, rescaled to the action space"] if self.squash else []
@@ -175,7 +178,7 @@ class PolicySpec(Layout):
 
     @property
     def layer_sizes(self) -> tuple[int, ...]:
-        """Widths of the policy's MLP from the observation to its outputs."""
+        """Widths of the policy's MLP from the observation to the mean action, or the outputs of discrete actions."""
         return (self.obs_dim, *self.hidden_sizes, self.act_dim)
 
     @property
@@ -188,9 +191,10 @@ class PolicySpec(Layout):
         for i, (fan_in, fan_out) in enumerate(hidden):
             shapes[f"policy_net.{2 * i}.weight"] = (fan_out, fan_in)  # odd indices are the activations
             shapes[f"policy_net.{2 * i}.bias"] = (fan_out,)
+        num_outputs = head[1] * (2 if self.spread == "halves" else 1)
         for name in ("action_net", "log_std") if self.spread == "head" else ("action_net",):
-            shapes[f"{name}.weight"] = (head[1], head[0])
-            shapes[f"{name}.bias"] = (head[1],)
+            shapes[f"{name}.weight"] = (num_outputs, head[0])
+            shapes[f"{name}.bias"] = (num_outputs,)
         return shapes
 
     @property
@@ -212,6 +216,13 @@ class PolicySpec(Layout):
             raise ValueError(f"PolicySpec.from_dict: expected the keys {sorted(expected)}, got {sorted(spec)}")
         return cls(**spec | {"hidden_sizes": tuple(spec["hidden_sizes"])})
 
+
+_SPREAD_IN_WORDS: dict[Spread, list[str]] = {
+    "parameter": [],
+    "head": ["log_std by a layer of its own"],
+    "halves": ["standard deviations by the second half of the last layer"],
+    "none": ["no log_std"],
+}
 
 _LATER: dict[str, Any] = {
     field.name: field.default for field in dataclasses.fields(PolicySpec)[4:]

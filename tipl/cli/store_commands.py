@@ -155,8 +155,8 @@ class Import:
     """
 
     sources: tyro.conf.Positional[tuple[PathArg, ...]]
-    """Folders of checkpoint files (.zip .cleanrl_model .pt .pth .safetensors .msgpack .npz), one folder for each trial;
-    or files that together are one trial; or stores, whose trials are joined."""
+    """Folders of checkpoint files (.zip .cleanrl_model .pt .pth .safetensors .msgpack .npz, .pkl of Brax), one folder
+    for each trial; or files that together are one trial; or stores, whose trials are joined."""
     output: PathArg | None = None
     """Where the store goes; must not exist. Needed unless --dry-run."""
     dry_run: bool = False
@@ -179,6 +179,9 @@ class Import:
     logits, as in PPO, or values, as in DQN."""
     squash: bool | None = None
     """For TorchRL: whether actions are the tanh of the network's output (TanhNormal), or the output itself."""
+    halves: bool = False
+    """For TorchRL with NormalParamExtractor and rsl_rl with HeteroscedasticGaussianDistribution: the last layer has two
+    outputs for each action, and the first half are the mean action."""
     ignore: tuple[str, ...] = ()
     """Patterns of keys that are not weights of the policy, such as 'obs_rms.*', if a file holds any."""
     order: str = "step"

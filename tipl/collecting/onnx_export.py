@@ -19,7 +19,7 @@ from tipl.collecting.envs import make_vec
 from tipl.collecting.episodes import misfit
 from tipl.files.locations import write_atomically
 from tipl.files.publishing import published
-from tipl.policy import Layout, PolicySpec
+from tipl.policy import Activation, Layout, PolicySpec
 from tipl.storing.actor_families import STATISTICS
 from tipl.storing.exporter import layout_and_actor, needed_statistics, row_and_record
 from tipl.storing.foreign_actors import Actor
@@ -175,6 +175,14 @@ class _Graph:
         self.nodes.append(self.onnx.helper.make_node(operation, [self._value, *inputs], [output], **attributes))
         self._value = output
 
+    def activate(self, activation: Activation) -> None:
+        if activation == "silu":
+            before = self._value
+            self.apply("Sigmoid")
+            self.apply("Mul", before)
+        else:
+            self.apply(_ACTIVATIONS[activation])
+
     def clip(self, name: str, limits: tuple[Vector, Vector] | None) -> None:
         for operation, word, limit in zip(("Max", "Min"), ("low", "high"), limits or (), strict=False):
             self.apply(operation, self.constant(f"{name}.{word}", limit))
@@ -192,7 +200,7 @@ def _model(
         graph.apply("Sub", graph.constant("observation.mean", mean))
         graph.apply("Div", graph.constant("observation.std", std))
     parameters = {
-        name: graph.constant(name, row[offset : offset + math.prod(shape)].reshape(shape))
+        name: graph.constant(name, _of_means(spec, name, row[offset : offset + math.prod(shape)].reshape(shape)))
         for name, (offset, shape) in spec.layout.items()
         if not name.startswith("log_std")
     }
@@ -200,7 +208,7 @@ def _model(
     for layer in layers:
         graph.apply("Gemm", f"{layer}.weight", f"{layer}.bias", transB=1)
         if layer != layers[-1]:
-            graph.apply(_ACTIVATIONS[spec.activation])
+            graph.activate(spec.activation)
     _act(graph, spec, bounds)
     graph.nodes[-1].output[0] = "action"
 
@@ -218,6 +226,11 @@ def _model(
     onnx.checker.check_model(model, full_check=True)
     written: bytes = model.SerializeToString(deterministic=True)
     return written
+
+
+def _of_means(spec: PolicySpec, name: str, parameter: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return what of a parameter the deterministic policy uses: of a last layer of two halves, the first."""
+    return parameter[: spec.act_dim] if name.startswith("action_net.") else parameter
 
 
 def _act(graph: _Graph, spec: PolicySpec, bounds: tuple[Vector, Vector] | None) -> None:

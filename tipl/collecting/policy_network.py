@@ -7,6 +7,7 @@ Shapes  N networks, each one row of p weights; E inputs to each; a layer's weigh
 import dataclasses
 import itertools
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from tipl import _core
 from tipl.policy import PolicySpec
+
+Singles: TypeAlias = NDArray[np.float32]
 
 LOG_STD_RANGE = (-20.0, 2.0)
 """To what Stable-Baselines3 and sb3-contrib clip what a head `log_std` says."""
@@ -44,6 +47,12 @@ def mlp_rows(spec: PolicySpec, weights: Tensor) -> Tensor:
     if weights.shape != (N, spec.num_params):
         raise ValueError(f"mean_action: weights must have shape (N, {spec.num_params}), got {tuple(weights.shape)}")
     m = _mlp_size(spec)
+    if spec.spread == "halves":
+        of_means = (
+            it[:, : spec.act_dim] if name.startswith("action_net.") else it
+            for name, it in spec.unflatten(weights).items()
+        )
+        weights = torch.cat([it.flatten(1) for it in of_means], 1)
     if spec.spread != "parameter":
         return torch.nn.functional.pad(weights[:, :m], (spec.act_dim, 0))
     return weights[:, spec.num_params - m - spec.act_dim :].contiguous()
@@ -56,16 +65,32 @@ def mean_of_rows(spec: PolicySpec, rows: Tensor, obs: Tensor) -> Tensor:
     if obs.ndim != 3 or obs.shape[0] != N or obs.shape[2] != spec.obs_dim:
         expected = f"(N, E, obs_dim) = ({N}, E, {spec.obs_dim})"
         raise ValueError(f"mean_action: obs must have shape {expected}, got {tuple(obs.shape)}")
-    means = _core.mean_actions(
-        rows.detach().contiguous().numpy(),
-        obs.detach().contiguous().numpy(),
-        act_dim=spec.act_dim,
-        hidden_sizes=spec.hidden_sizes,
-        activation=spec.activation,
-    )
+    means = _outputs(spec, rows.detach().contiguous().numpy(), obs.detach().contiguous().numpy())
     if spec.mean_limit is not None:
         np.clip(means, -spec.mean_limit, spec.mean_limit, out=means)
     return torch.from_numpy(means)
+
+
+def _outputs(spec: PolicySpec, rows: Singles, obs: Singles) -> Singles:
+    """Return the outputs (N, E, A) of MLPs whose rows (N, A + m) or longer are as the engine takes them."""
+    if spec.activation != "silu":
+        return _core.mean_actions(
+            rows, obs, act_dim=spec.act_dim, hidden_sizes=spec.hidden_sizes, activation=spec.activation
+        )
+    x, begin = obs, spec.act_dim  # the engine has no silu, which is applied here between its layers
+    for i, (fan_in, fan_out) in enumerate(itertools.pairwise(spec.layer_sizes)):
+        end = begin + (fan_in + 1) * fan_out
+        layer = np.pad(rows[:, begin:end], ((0, 0), (fan_out, 0)))
+        x = _core.mean_actions(layer, _silu(x) if i else x, act_dim=fan_out, hidden_sizes=(), activation="tanh")
+        begin = end
+    return x
+
+
+def _silu(x: Singles) -> Singles:
+    """Return x sigmoid(x), x (...) float32. A number's bits do not depend on where in the array it lies."""
+    with np.errstate(over="ignore"):  # exp(-x) is then infinite, and x sigmoid(x) 0, as it should be
+        result: Singles = np.divide(x, 1 + np.exp(-x), dtype=np.float32)
+    return result
 
 
 def actions_of(
@@ -98,8 +123,9 @@ def actions_of(
 
 
 def can_sample(spec: PolicySpec) -> bool:
-    """Return whether the policy has a distribution of its own: not TD3's or DQN's, nor with gSDE, whose noise lasts."""
-    return spec.outputs == "logits" or (not spec.discrete and not spec.gsde and spec.spread != "none")
+    """Return whether the policy has a distribution of its own that is known: not TD3's or DQN's, nor with gSDE, whose
+    noise lasts, nor one of "halves", which libraries make standard deviations of in ways that no file names."""
+    return spec.outputs == "logits" or (not spec.discrete and not spec.gsde and spec.spread in ("parameter", "head"))
 
 
 def sampled_means(
@@ -128,11 +154,12 @@ def log_stds(spec: PolicySpec, weights: Tensor, obs: Tensor) -> Tensor | None:
     """Return the logarithms of the standard deviations (N, E, A) of N policies (N, p) that see obs (N, E, obs_dim).
 
     Where the policy squashes, they are those of the Gaussian before the tanh. None for policies that have no standard
-    deviations (TD3), or that draw them from the last hidden layer's units (gSDE).
+    deviations (TD3), that draw them from the last hidden layer's units (gSDE), or that make them of the last layer's
+    second half ("halves") in a way that no file names.
 
     Raises what `mean_action` raises for a head of its own.
     """
-    if spec.gsde or spec.spread == "none":
+    if spec.gsde or spec.spread in ("halves", "none"):
         return None
     if spec.spread == "parameter":
         return weights[:, None, : spec.act_dim].expand(-1, obs.shape[1], -1)

@@ -4,11 +4,13 @@ import dataclasses
 import math
 from typing import Any, Literal, Self
 
-from tipl.policy import Activation, PolicySpec
+from tipl.policy import PolicySpec
 
 Optimizer = Literal["adam", "sgd"]
+TrainedActivation = Literal["tanh", "relu", "elu"]
 
 OPTIMIZERS = ("adam", "sgd")
+TRAINED_ACTIVATIONS = ("tanh", "relu", "elu")  # those whose gradients the engine has
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +56,7 @@ class PPOConfig:
     VecNormalize does. Only learning uses these: recorded episodic returns are sums of the original rewards."""
     hidden_sizes: tuple[int, ...] = (64, 64)
     """Widths of the hidden layers, the same for actor and critic, which share no layers."""
-    activation: Activation = "tanh"
+    activation: TrainedActivation = "tanh"
     ortho_init: bool = True
     """Orthogonal initial weights and biases of 0; False: torch.nn.Linear's defaults, as SB3 with ortho_init=False."""
     log_std_init: float = 0.0
@@ -87,7 +89,9 @@ class PPOConfig:
         for name in ("normalize_rewards", "ortho_init", "learn_log_std"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"PPOConfig: {name} must be a bool, got {getattr(self, name)!r}")
-        PolicySpec(1, 1, self.hidden_sizes, self.activation)  # raises on bad sizes and activations
+        if self.activation not in TRAINED_ACTIVATIONS:
+            raise ValueError(f"PPOConfig: activation must be one of {TRAINED_ACTIVATIONS}, got {self.activation!r}")
+        PolicySpec(1, 1, self.hidden_sizes, self.activation)  # raises on bad sizes
 
     @classmethod
     def from_dict(cls, settings: dict[str, Any]) -> Self:

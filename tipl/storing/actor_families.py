@@ -10,11 +10,15 @@ CleanRL             continuous PPO                  actor_mean.<2 i>, actor_logs
                                                     its file has statistics of the observations
                     PPO, discrete actions           actor.<2 i>
 rsl_rl              PPO                             mlp.<2 i> or actor.<2 i>, and one of four names of the spread
+                    state-dependent deviations      mlp.<2 i> alone, if said (`Settings.halves`)
 rl_games            A2C, PPO                        a2c_network.actor_mlp.<2 i>, a2c_network.mu, a2c_network.sigma
                     these with discrete actions     the same with a2c_network.logits, without sigma
 skrl                Gaussian models                 policy.net.<2 i> or policy.net_container.<2 i>, one of four names of
                                                     the last layer or none, policy.log_std_parameter
 TorchRL             ProbabilisticActor              module.0.module.0.<2 i>, module.0.module.1.state_independent_scale
+                    with NormalParamExtractor       module.0.module.<2 i> or module.0.module.0.<2 i>, if said
+Brax                PPO, SAC                        policy.hidden_<i>, the last with means and more (`brax_files.py`)
+                    PPO, distribution_type normal   policy.MLP_0.hidden_<i>, policy.Dense_0, std_param or std_logparam
 Flax                a module with log_std           Dense_<i>, whose kernels are read transposed, log_std
 any other           discrete actions, if said       <prefix><i> or <prefix><2 i>, and nothing else; Flax's Dense_<i> too
 """
@@ -31,6 +35,8 @@ STATISTICS = "observation_statistics."
 """Prefix of the keys of statistics that are not the state's own, `_mean` and `_std`, which divides as it is."""
 RUNNING = "obs_rms."
 """Prefix of the keys of `mean` and `var` as Gymnasium's NormalizeObservation has them, saved beside a state."""
+RUNNING_STATISTICS = "running_statistics."
+"""Prefix of the keys of Brax's `mean` and `std`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +66,7 @@ NORMALISERS = (
     Normaliser("running_mean_std.", "running_var", in_root=1e-5, **_RUNNING),  # type: ignore[arg-type]  # rl_games
     Normaliser("observation_preprocessor.", "running_variance", outside=1e-8, **_RUNNING),  # type: ignore[arg-type]
     Normaliser("state_preprocessor.", "running_variance", outside=1e-8, **_RUNNING),  # type: ignore[arg-type]
+    Normaliser(RUNNING_STATISTICS, "std", "mean"),
     Normaliser(RUNNING, "var", "mean", is_variance=True, in_root=1e-8, clip=10.0),  # Gymnasium's; CleanRL clips
 )
 
@@ -101,6 +108,8 @@ class Family:
     """Prefixes of keys that are the library's critic's and no part of the actor."""
     rescale: bool = False
     """Whether the mean is clipped to [-1, 1], and this rescaled to the action space."""
+    needs_halves: bool = False
+    """Whether no key tells its two outputs for each action from outputs of another kind: `Settings.halves` must."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +126,9 @@ class Settings:
     """Whether an MLP without standard deviations chooses one of several discrete actions."""
     outputs: Outputs | None = None
     """What the caller says that the outputs of such an MLP are, "logits" or "values"; it may then have any names."""
+    halves: bool = False
+    """Whether the caller says that an MLP without standard deviations has two outputs for each action, of which the
+    second half become standard deviations."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,6 +209,38 @@ _TORCHRL = Family(
     "torchrl", "module.0.module.1.state_independent_scale", "module.0.module.0.", normalisers=(STATISTICS,)
 )
 _FLAX = Family("flax", "log_std", "Dense_", normalisers=(STATISTICS,), every=1, names=("kernel", "bias"))
+_TORCHRL_HALVES = tuple(
+    dataclasses.replace(_TORCHRL, log_std="", hidden=hidden, spread="halves", needs_halves=True)
+    for hidden in ("module.0.module.", "module.0.module.0.")
+)
+_BRAX_HALVES = Family(
+    "brax",
+    "",
+    "policy.hidden_",
+    activation="silu",
+    normalisers=(RUNNING_STATISTICS,),
+    spread="halves",
+    squash=True,
+    every=1,
+    names=("kernel", "bias"),
+    others=("value.",),
+)
+_BRAX_NORMAL = dataclasses.replace(
+    _BRAX_HALVES,
+    log_std="policy.std_logparam.log_value",
+    hidden="policy.MLP_0.hidden_",
+    head="policy.Dense_0.",
+    spread="parameter",
+    squash=False,
+)
+_BRAX = (
+    _BRAX_HALVES,
+    _BRAX_NORMAL,
+    dataclasses.replace(_BRAX_NORMAL, log_std="policy.std_param.value", std_is_log=False),
+)
+_RSL_RL = Family(
+    "rsl_rl", "distribution.log_std_param", "mlp.", None, "elu", True, ("obs_normalizer.",), ("rnn.", "cnns.")
+)
 FAMILIES = (
     _PPO,
     dataclasses.replace(_PPO, log_std="", spread="none", outputs="logits"),
@@ -227,9 +271,12 @@ FAMILIES = (
     *_RL_GAMES,
     *_SKRL,
     _TORCHRL,
+    *_TORCHRL_HALVES,
+    *_BRAX,
     _FLAX,
-    Family("rsl_rl", "distribution.log_std_param", "mlp.", None, "elu", True, ("obs_normalizer.",), ("rnn.", "cnns.")),
-    Family("rsl_rl", "distribution.std_param", "mlp.", None, "elu", False, ("obs_normalizer.",), ("rnn.", "cnns.")),
+    _RSL_RL,
+    dataclasses.replace(_RSL_RL, log_std="distribution.std_param", std_is_log=False),
+    dataclasses.replace(_RSL_RL, log_std="", spread="halves", needs_halves=True),
     Family("rsl_rl", "log_std", "actor.", None, "elu", True, _OLD_NORMALISERS, ("memory_a.",)),
     Family("rsl_rl", "std", "actor.", None, "elu", False, _OLD_NORMALISERS, ("memory_a.",)),
 )
@@ -242,7 +289,8 @@ def match(shapes: Shapes, settings: Settings) -> Match | None:
     """Return the actor if the keys of `shapes` are exactly those of an MLP of one of the libraries, else None."""
     found = _first(families(settings), shapes, settings)
     numbered = _of_any_names(shapes, settings.outputs)
-    if found is not None or numbered is None or _first(FAMILIES, shapes, settings) is not None:
+    named = [it for it in FAMILIES if not it.needs_halves]
+    if found is not None or numbered is None or _first(named, shapes, settings) is not None:
         return found  # keys of another library's policy say more than the caller
     return _match(numbered, shapes, settings)
 
@@ -256,8 +304,11 @@ def families(settings: Settings) -> list[Family]:
     """Return the families that an actor of these settings can be of."""
     if settings.outputs is not None:
         return [it for it in FAMILIES if it.outputs == settings.outputs]
+    if settings.halves:
+        return [it for it in FAMILIES if it.spread == "halves"]
     said = ("sb3", "cleanrl") if settings.discrete else ()  # whose files, or the caller, can say so of such keys
-    return [it for it in FAMILIES if it.outputs == "means" or it.shows_outputs or it.kind in said]
+    known = (it for it in FAMILIES if not it.needs_halves)
+    return [it for it in known if it.outputs == "means" or it.shows_outputs or it.kind in said]
 
 
 def _of_any_names(shapes: Shapes, outputs: Outputs | None) -> Family | None:
@@ -286,6 +337,10 @@ def _match(family: Family, shapes: Shapes, settings: Settings) -> Match | None:
     if activation not in ACTIVATIONS or any(len(shape) != 2 for shape in weights):
         return None
     sizes = (weights[0][1], *(shape[0] for shape in weights))
+    if family.spread == "halves":
+        if sizes[-1] % 2:
+            return None
+        sizes = (*sizes[:-1], sizes[-1] // 2)
     gsde = family.kind == "sb3" and family.spread == "parameter" and shapes[family.log_std] == sizes[-2:]
     limit = settings.mean_limit if family.needs_limit else 1.0 if family.rescale else None
     if (family.needs_gsde and not gsde) or (family.needs_limit and limit is None):

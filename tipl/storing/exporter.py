@@ -176,8 +176,10 @@ def _actor_of_template(
         chosen = {key: it for key, it in template.state.items() if key.startswith((*prefixes, STATISTICS))}
         template = dataclasses.replace(template, state=chosen)
     try:
-        squash = isinstance(policy, PolicySpec) and policy.squash
-        found = find_actor_in(like, template, activation, keys, squash=squash)
+        squash, halves = (
+            (policy.squash, policy.spread == "halves") if isinstance(policy, PolicySpec) else (False, False)
+        )
+        found = find_actor_in(like, template, activation, keys, squash=squash, halves=halves)
         if isinstance(policy, PolicySpec) and policy.discrete and not isinstance(found.policy, PolicySpec):
             with contextlib.suppress(ValueError):  # the weights say that actions are discrete, and the file does not
                 found = find_actor_in(like, template, activation, keys, discrete=policy.outputs)
@@ -188,13 +190,18 @@ def _actor_of_template(
     if policy is None and found.policy.num_params != num_params:
         raise ValueError(f"{shown(like)} holds an actor of {found.policy.num_params} parameters, got {num_params}")
     difference = "" if policy is None else differences(policy, found.policy)
+    if known is not None and known.keys == found.keys and not known.normaliser and found.normaliser != STATISTICS:
+        found = dataclasses.replace(found, normaliser="")  # the import ignored it: it is not in the weights
     if not difference:
         return found
     if known is not None and keys is None:
         acts_otherwise = isinstance(policy, PolicySpec) and isinstance(found.policy, PolicySpec)
         if fits and not (known.keys == found.keys and acts_otherwise):
             return known  # the recorder was given a part of the policy that the template holds
-        of_new_kind = isinstance(found.policy, PolicySpec) and (found.policy.squash or found.policy.discrete)
+        new = found.policy if isinstance(found.policy, PolicySpec) else None
+        of_new_kind = new is not None and (
+            new.squash or new.discrete or new.activation == "silu" or new.spread == "halves"
+        )
         if of_new_kind and known.kind == "other" and known.keys == found.keys and known.fits(template.state):
             return known  # by a tipl that did not know this kind
     raise ValueError(f"{shown(like)} does not fit the weights: {difference}")

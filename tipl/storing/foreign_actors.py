@@ -212,6 +212,11 @@ def find_actor(state: State, settings: Settings = Settings(), actor: str | Seque
             "observation statistics can be folded into the first layer of an MLP of Stable-Baselines3's, of CleanRL's "
             f"PPO or of one with names of its own, and this is none: {_some(shapes)}"
         )
+    if settings.halves:
+        raise ValueError(
+            "halves says that the last layer has two outputs for each action, but the keys are not those of such an "
+            f"actor of TorchRL, rsl_rl or Brax: {_some(shapes)}"
+        )
     unsaid = dataclasses.replace(settings, outputs=None, discrete=True)
     if settings.outputs is not None and (other := match(shapes, unsaid)) is not None:
         raise ValueError(
@@ -313,6 +318,7 @@ def differences(one: Layout, other: Layout) -> str:
         if isinstance(one, PolicySpec) and isinstance(other, PolicySpec):
             settings = {"the activation": "activation", "squashing": "squash", "the limit of the mean": "mean_limit"}
             settings |= {"the kind of the outputs": "outputs", "rescaling": "rescale"}
+            settings |= {"the number of actions": "act_dim", "where the standard deviations come from": "spread"}
             both = {words: (getattr(one, name), getattr(other, name)) for words, name in settings.items()}
             return "; ".join(f"{words} is {new} instead of {old}" for words, (old, new) in both.items() if old != new)
         return "the parameters have another order"

@@ -3,6 +3,7 @@
     Stable-Baselines3   .zip with a member policy.pth; its member `data` holds pickles, none of which is run
     safetensors         key -> tensor
     Flax's msgpack, .npz    parameters by name (`array_files.py`)
+    Brax's save_params  a pickle, which is not run (`brax_files.py`)
     torch.save          a state_dict, or what `state_dicts.py` finds one in: files of CleanRL, rsl_rl, rl_games, skrl
     torch.jit.save      TorchScript: the tensors of its modules, without its code (`torchscript_files.py`)
 
@@ -37,6 +38,7 @@ from tipl.files.sealed import sorted_metadata
 from tipl.policy import Outputs
 from tipl.storing.actor_families import Settings
 from tipl.storing.array_files import flax_bytes, is_flax, npz_bytes, read_flax, read_npz
+from tipl.storing.brax_files import brax_bytes, is_brax, read_brax
 from tipl.storing.foreign_actors import Actor, find_actor, how_to_choose
 from tipl.storing.inert_pickle import PickleError, array_of, read_inert
 from tipl.storing.not_readable import NotReadableError
@@ -63,7 +65,7 @@ _DISCRETE = ".spaces.discrete.Discrete'>"  # of gymnasium, or of gym in older fi
 class CheckpointFile:
     """A checkpoint file in memory. Writing to the tensors of `state` changes what `to_bytes` returns."""
 
-    format: Literal["sb3", "safetensors", "torch", "flax", "npz", "torchscript"]
+    format: Literal["sb3", "safetensors", "torch", "flax", "npz", "brax", "torchscript"]
     state: dict[str, Tensor]
     env_steps: int | None = None
     """SB3's num_timesteps, rl_games' frame, rsl_rl's iteration or Flax's step; None where the file does not say."""
@@ -91,7 +93,7 @@ class CheckpointFile:
     script: TorchScript | None = None
     """What a TorchScript file holds beside `state`."""
     _content: Any = None
-    """The rest of the file: a zip's bytes and its policy.pth, a safetensors file's metadata, or torch.load's result."""
+    """The rest of the file: a zip's bytes and its policy.pth, a safetensors file's metadata, torch.load's result ..."""
 
     def activation_of(self, actor: Actor) -> str | None:
         """Return what the file says of the activation between the actor's layers; None where it does not say it."""
@@ -111,6 +113,8 @@ class CheckpointFile:
             return flax_bytes(self._content)
         if self.format == "npz":
             return npz_bytes(self._content)
+        if self.format == "brax":
+            return brax_bytes(self._content)
         if self.script is not None:
             return self.script.to_bytes()
         archive, policy = self._content
@@ -154,6 +158,9 @@ def read_checkpoint_file(path: str | Path, *, max_bytes: int | None = None) -> C
             state, doubt, tree = read_flax(data)
             step = step_of(tree.get("step"), "step")
             return CheckpointFile("flax", state, env_steps=step, doubt=doubt, said_by="step", _content=tree)
+        if is_brax(data):
+            brax = read_brax(data)
+            return CheckpointFile("brax", brax.state, doubt=brax.doubt, note=brax.note, _content=brax)
         return _read_torch(data, max_bytes, is_cleanrl=path.suffix == ".cleanrl_model")
     except NotReadableError as error:
         raise RuntimeError(f"{shown(path)} {shown(error)}") from error
@@ -173,6 +180,7 @@ def find_actor_in(
     actor: str | Sequence[str] | None = None,
     discrete: Outputs | None = None,
     squash: bool = False,
+    halves: bool = False,
 ) -> Actor:
     """Return the actor in a checkpoint file, as `find_actor` does; what the caller says is used where the file does not
     say it.
@@ -189,7 +197,7 @@ def find_actor_in(
         if file.doubt and actor is None:
             raise ValueError(f"{file.doubt}: {how_to_choose(file.state)}")
         settings = Settings(
-            file.activation or activation, file.squash or squash, file.mean_limit, file.discrete, discrete
+            file.activation or activation, file.squash or squash, file.mean_limit, file.discrete, discrete, halves
         )
         if file.script is not None:
             return find_scripted_actor(file.script, file.state, settings, actor)

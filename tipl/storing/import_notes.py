@@ -3,7 +3,7 @@
 from typing import Any
 
 from tipl.policy import ACTIVATIONS, PolicySpec
-from tipl.storing.actor_families import STATISTICS, Settings, match, normaliser_of
+from tipl.storing.actor_families import RUNNING_STATISTICS, STATISTICS, Settings, match, normaliser_of
 from tipl.storing.foreign_actors import Actor
 
 
@@ -58,6 +58,11 @@ def _unsaid(actor: Actor, policy: PolicySpec) -> list[str]:
         notes.append(
             "observations are taken to be as the environment gives them: what TorchRL's transforms, such as VecNorm, "
             "do to them is not in these files"
+        )
+    if actor.normaliser == RUNNING_STATISTICS:
+        notes.append(
+            "observations are taken to be normalised by the file's running statistics, which Brax saves in any case: "
+            "where the run was made without normalize_observations, pass 'running_statistics.*' as ignore"
         )
     if actor.normaliser.endswith("state_preprocessor."):
         notes.append(

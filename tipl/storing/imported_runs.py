@@ -22,6 +22,7 @@ from tipl.storing.store import UNNORMALISED, Store, Trial
 from tipl.storing.tensor_checks import shown
 
 _INSIDE = ("checkpoints", "nn")
+_PICKLE = ".pkl"
 Rows = tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.float64]]  # (b, p), (b,), (b,)
 
 
@@ -33,11 +34,18 @@ class Reading:
     actor: str | Sequence[str] | None
     discrete: Outputs | None
     squash: bool | None
+    halves: bool
     ignore: tuple[str, ...]
     order: str
     normaliser: str | Path | None
     num_checkpoints: int | None
     max_bytes: int | None
+
+    def __post_init__(self) -> None:
+        if self.halves and self.discrete is not None:
+            raise ValueError(
+                f"import: halves is for continuous actions, and discrete says {self.discrete}: leave one of them out"
+            )
 
     def read(self, path: Path, statistics: ObservationStatistics | None) -> tuple[CheckpointFile, Actor]:
         file = read_checkpoint_file(path, max_bytes=self.max_bytes)
@@ -49,7 +57,7 @@ class Reading:
                 del file.state[key]
         if statistics is not None:
             file.state |= statistics.to_state()
-        found = find_actor_in(path, file, self.activation, self.actor, self.discrete, self.squash is True)
+        found = find_actor_in(path, file, self.activation, self.actor, self.discrete, self.squash is True, self.halves)
         if self.squash is not None and found.kind != "torchrl":
             raise ValueError(
                 f"import: {shown(path)}: squash is for the policies of TorchRL, whose files do not say it; this one is "
@@ -208,7 +216,7 @@ class FileRun:
                 said_by=first.said_by,
                 is_unit=first.said_by not in ("iter", "step"),
             )
-        squashes = isinstance(self.policy, PolicySpec) and self.policy.squash
+        squashes = isinstance(self.policy, PolicySpec) and self.policy.squash and self.actor.kind != "brax"
         squashes = squashes and first.activation is None and reading.squash is None
         self.source = source_record(self.actor, first.format, *notes, note, _SQUASHED if squashes else "")
         if self.normalisers.unnormalised:
@@ -294,9 +302,10 @@ def runs_of(sources: list[Path], pattern: str, reading: Reading) -> list[Run]:
         os.scandir(folder).close()  # raises if the folder may not be read, where glob would find nothing
         paths = _checkpoints(folder, pattern)
         if not paths:
+            _refuse_orbax(folder)
             raise FileNotFoundError(
                 f"import: {shown(folder)} holds no checkpoint: no file {shown(pattern)} that ends in one of "
-                f"{', '.join(SUFFIXES)}"
+                f"{', '.join((*SUFFIXES, _PICKLE))}"
             )
         runs.append(FileRun(str(folder), paths, reading))
     return runs
@@ -304,13 +313,25 @@ def runs_of(sources: list[Path], pattern: str, reading: Reading) -> list[Run]:
 
 def _checkpoints(folder: Path, pattern: str) -> list[Path]:
     """Return the files that the pattern and their suffixes say are a run's checkpoints: in its folder, or where skrl
-    and rl_games put them in it."""
-    for place in (folder, *(folder / name for name in _INSIDE)):
-        # Paths that are not files, such as broken links, stay in the list, so that reading them raises an error.
-        names = sorted(path for path in place.glob(pattern) if not path.name.startswith("."))
-        if paths := [path for path in names if path.suffix.lower() in SUFFIXES]:
-            return paths
+    and rl_games put them in it. Pickles are meant only where there is nothing else: SB3 writes some beside its zips."""
+    for suffixes in (SUFFIXES, (_PICKLE,)):
+        for place in (folder, *(folder / name for name in _INSIDE)):
+            # Paths that are not files, such as broken links, stay in the list, so that reading them raises an error.
+            names = sorted(path for path in place.glob(pattern) if not path.name.startswith("."))
+            if paths := [path for path in names if path.suffix.lower() in suffixes]:
+                return paths
     return []
+
+
+def _refuse_orbax(folder: Path) -> None:
+    """Raise ValueError where the folder holds checkpoints of Orbax, which are folders in a database's format."""
+    for place in ("", "*/", "*/*/"):
+        if found := sorted(folder.glob(f"{place}manifest.ocdbt")):
+            raise ValueError(
+                f"import: {shown(found[0].parent)} is a checkpoint of Orbax, a database that is not read here: load "
+                "it with its library, Brax's with params = brax.training.checkpoint.load(folder), and save that with "
+                "brax.io.model.save_params(path, params), or other networks' with flax.serialization.to_bytes"
+            )
 
 
 def first_file(sources: Sequence[Path], pattern: str) -> Path | None:

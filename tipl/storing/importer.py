@@ -35,6 +35,7 @@ def import_checkpoints(
     actor: str | Sequence[str] | None = None,
     discrete: Outputs | None = None,
     squash: bool | None = None,
+    halves: bool = False,
     ignore: str | Sequence[str] = (),
     order: str = "step",
     normaliser: str | Path | None = None,
@@ -44,7 +45,8 @@ def import_checkpoints(
     """Return a new store at `output` with the checkpoints of other libraries' runs, one trial per folder.
 
     Reads the .zip of Stable-Baselines3 and sb3-contrib (PPO, A2C, SAC, TD3, ...), CleanRL's .cleanrl_model, rsl_rl's
-    model_*.pt, state_dicts in .safetensors, .pt and .pth, and TorchScript; without running a pickle or other code.
+    model_*.pt, parameters of Flax, Brax and MuJoCo Playground, state_dicts in .safetensors, .pt and .pth, and
+    TorchScript; without running a pickle or other code.
     `foreign_actors` describes which tensors are the actor's. The files of a folder are ordered by the step in their
     names, the one number in which the names differ; names without numbers are sorted. `env_steps` are the files' own
     counts (SB3's num_timesteps, rsl_rl's iteration) if these grow, otherwise the steps in the names, otherwise the
@@ -60,14 +62,17 @@ def import_checkpoints(
         env_kwargs: arguments with which the runs' environment was made, beside the id, as plain JSON; all that runs
             the policies later uses them. By default those of the stores.
         pattern: glob pattern of the file names to take in each folder, such as "rl_model_*_steps.zip".
-        activation: between the layers, where the files do not say it: tanh, relu or elu. It must be given there if
-            the simulator can run the policy.
+        activation: between the layers, where the files do not say it: tanh, relu, elu or silu (which JAX also calls
+            swish). It must be given there if the simulator can run the policy.
         actor: prefix of the actor's keys, or several, where files hold other networks too; "" takes all but critics.
         discrete: what the outputs of an MLP that chooses discrete actions are, one for each action, where the files do
             not say it: "logits", whose softmax is the probability of each, or "values", as in DQN. The MLP may have any
             names, as a torch.nn.Sequential numbers its layers.
         squash: whether the actions of TorchRL's policies are the tanh of the network's output, rescaled to the action
             space (TanhNormal), or the output itself; must be given for them, as nothing says it.
+        halves: whether the last layer has two outputs for each action, first all means and then what becomes standard
+            deviations, where no key says it: TorchRL's NormalParamExtractor, and rsl_rl's
+            HeteroscedasticGaussianDistribution. Brax's files need not say it.
         ignore: glob pattern of keys, or several, that are no weights of the policy, such as "obs_rms.*".
         order: what orders the files of a trial: "step", the steps in their names; "name"; "mtime", the time of
             modification; or a regular expression searched in each name, whose group, or without one the whole match, is
@@ -92,7 +97,7 @@ def import_checkpoints(
     output = Path(output)
     refuse_existing(output, "import")
     reading = Reading(
-        activation, actor, discrete, squash, _patterns(ignore), order, normaliser, num_checkpoints, max_bytes
+        activation, actor, discrete, squash, halves, _patterns(ignore), order, normaliser, num_checkpoints, max_bytes
     )
     plan = _Plan.of([Path(source) for source in sources], env_id, env_kwargs, pattern, reading)
     with published(output, "import", manifest=False) as aside:
@@ -122,6 +127,7 @@ def describe_import(
     actor: str | Sequence[str] | None = None,
     discrete: Outputs | None = None,
     squash: bool | None = None,
+    halves: bool = False,
     ignore: str | Sequence[str] = (),
     order: str = "step",
     normaliser: str | Path | None = None,
@@ -134,7 +140,7 @@ def describe_import(
     env steps, and the notes. Raises what `import_checkpoints` raises.
     """
     reading = Reading(
-        activation, actor, discrete, squash, _patterns(ignore), order, normaliser, num_checkpoints, max_bytes
+        activation, actor, discrete, squash, halves, _patterns(ignore), order, normaliser, num_checkpoints, max_bytes
     )
     plan = _Plan.of([Path(source) for source in sources], env_id, env_kwargs, pattern, reading)
     for run in plan.runs:

@@ -3,15 +3,16 @@
 The opcodes are read one by one (`pickletools.genops`) and interpreted here. What is plain (numbers, text, bytes, lists,
 tuples, dicts, sets) comes out as itself; whatever pickle would import is a `Name`, and whatever it would call or make
 with one is a `Made`, which records name, arguments and state. NumPy's arrays and numbers can then be read from what was
-recorded (`array_of`, `number_of`). Opcodes that reach beyond the file (extension codes, buffers of another stream) are
-refused by name; so are persistent ids, unless the caller says what they stand for.
+recorded (`array_of`, `number_of`), and where their bytes lie in the file (`parts_of`). Opcodes that reach beyond the
+file (extension codes, buffers of another stream) are refused by name; so are persistent ids, unless the caller says
+what they stand for.
 """
 
 import dataclasses
 import math
 import pickletools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Container
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,19 +49,32 @@ class Made:
     """What pickle would set on it."""
 
 
-def read_inert(data: bytes, persistent: Callable[[Any], Any] | None = None) -> Any:
+class Content(bytes):
+    """Bytes that lie in the pickle as they are."""
+
+    start: int
+    """Where they begin in it."""
+
+
+def read_inert(
+    data: bytes, persistent: Callable[[Any], Any] | None = None, names: Container[Name] | None = None
+) -> Any:
     """Return what the pickle holds, nothing of it run. Raises PickleError.
 
     `persistent` returns what stands for a persistent id, such as torch's ("storage", type, key, device, count), and
-    raises PickleError for one that it does not take. By default all are refused.
+    raises PickleError for one that it does not take. By default all are refused. `names` are those that the pickle may
+    use, by default any.
     """
     if len(data) > MAX_BYTES:
         raise PickleError(f"has {len(data):,} bytes, at most {MAX_BYTES:,} are read")
-    machine = _Machine(persistent)
+    machine = _Machine(persistent, names)
     try:
-        for count, (opcode, argument, _) in enumerate(pickletools.genops(data)):
+        for count, (opcode, argument, position) in enumerate(pickletools.genops(data)):
             if count >= MAX_OPCODES:
                 raise PickleError(f"has more than {MAX_OPCODES:,} parts")
+            if opcode.name in _LENGTH_BYTES:
+                argument = Content(argument or b"")
+                argument.start = (position or 0) + 1 + _LENGTH_BYTES[opcode.name]  # of bytes it is never None
             machine.take(opcode.name, argument)
     except PickleError:
         raise
@@ -72,8 +86,8 @@ def read_inert(data: bytes, persistent: Callable[[Any], Any] | None = None) -> A
 class _Machine:
     """Pickle's stack and memo."""
 
-    def __init__(self, persistent: Callable[[Any], Any] | None) -> None:
-        self.persistent = persistent
+    def __init__(self, persistent: Callable[[Any], Any] | None, names: Container[Name] | None) -> None:
+        self.persistent, self.names = persistent, names
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
         self.stopped = False
@@ -135,6 +149,8 @@ class _Machine:
             module, _, name = text.partition(" ")
         if not (isinstance(module, str) and isinstance(name, str)):
             raise PickleError("is damaged: a name is no text")
+        if self.names is not None and Name(module, name) not in self.names:
+            raise PickleError(f"holds {Name(module, name)}, and was not loaded, because loading it could run code")
         self.stack.append(Name(module, name))
 
     def build(self) -> None:
@@ -179,6 +195,8 @@ def _key(value: Any) -> Any:
     return value
 
 
+_LENGTH_BYTES = {"SHORT_BINBYTES": 1, "BINBYTES": 4, "BINBYTES8": 8, "BYTEARRAY8": 8}
+"""How many bytes say the length of the content, between the opcode and the content."""
 _IGNORED = {"PROTO", "FRAME"}
 _CONSTANTS: dict[str, Callable[[], Any]] = {
     "NONE": lambda: None,
@@ -228,6 +246,12 @@ _WORK: dict[str, Callable[[_Machine, Any], Any]] = {
 # ---- NumPy
 
 _NUMPY = ("numpy.core", "numpy._core")  # before NumPy 2, and from then on
+_FUNCTIONS = ("multiarray._reconstruct", "multiarray.scalar", "numeric._frombuffer")
+NUMPY_NAMES = frozenset(
+    {Name("numpy", "dtype"), Name("numpy", "ndarray"), Name("_codecs", "encode")}
+    | {Name(f"{core}.{it.partition('.')[0]}", it.partition(".")[2]) for core in _NUMPY for it in _FUNCTIONS}
+)
+"""What pickles of NumPy's numbers and arrays use."""
 
 
 def _made_by(value: Any, module: str, name: str) -> Made | None:
@@ -236,16 +260,37 @@ def _made_by(value: Any, module: str, name: str) -> Made | None:
     return value if isinstance(value, Made) and value.name in names else None
 
 
+class ArrayParts(NamedTuple):
+    """An array of numbers as a pickle describes it; `content` has as many bytes as shape and dtype need."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    content: bytes
+    order: Literal["C", "F"]
+
+    def array(self) -> NDArray[Any]:
+        """Return the array, which cannot be written."""
+        return np.frombuffer(self.content, self.dtype).reshape(self.shape, order=self.order)
+
+
 def array_of(value: Any) -> NDArray[Any] | None:
     """Return the array of numbers that a part of a pickle describes, or None where it is none. Raises PickleError."""
+    parts = parts_of(value)
+    if parts is not None and (count := math.prod(parts.shape)) > MAX_NUMBERS:
+        raise PickleError(f"holds an array of {count:,} numbers, at most {MAX_NUMBERS:,} are read")
+    return None if parts is None else parts.array()
+
+
+def parts_of(value: Any) -> ArrayParts | None:
+    """Return what a part of a pickle says of an array of numbers, or None where it is none. Raises PickleError."""
     if rebuilt := _made_by(value, "multiarray", "_reconstruct"):
         if not isinstance(rebuilt.state, tuple) or len(rebuilt.state) != 5:
             raise PickleError("is damaged: an array has no state")
         _, shape, dtype, in_columns, content = rebuilt.state
-        return _array(shape, dtype, content, "F" if in_columns else "C")
+        return _parts(shape, dtype, content, "F" if in_columns else "C")
     if from_buffer := _made_by(value, "numeric", "_frombuffer"):
         content, dtype, shape, order = _arguments(from_buffer, 4)
-        return _array(shape, dtype, content, order)
+        return _parts(shape, dtype, content, order)
     return None
 
 
@@ -253,7 +298,7 @@ def number_of(value: Any) -> float | None:
     """Return the number that a part of a pickle describes, Python's or NumPy's, or None. Raises PickleError."""
     if scalar := _made_by(value, "multiarray", "scalar"):
         dtype, content = _arguments(scalar, 2)
-        return float(_array((), dtype, content, "C"))
+        return float(_parts((), dtype, content, "C").array())
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
@@ -268,7 +313,7 @@ def _arguments(made: Made, count: int) -> tuple[Any, ...]:
     return made.arguments
 
 
-def _array(shape: Any, dtype: Any, content: Any, order: Any) -> NDArray[Any]:
+def _parts(shape: Any, dtype: Any, content: Any, order: Any) -> ArrayParts:
     if isinstance(content, Made) and content.name == Name("_codecs", "encode"):  # as protocol 2 writes bytes
         content = _arguments(content, 2)[0]
     elif isinstance(content, Made) and content.name == Name("__builtin__", "bytes"):  # and none at all
@@ -276,15 +321,12 @@ def _array(shape: Any, dtype: Any, content: Any, order: Any) -> NDArray[Any]:
     if isinstance(content, str):
         content = content.encode("latin1")
     is_shape = isinstance(shape, tuple) and all(type(size) is int and 0 <= size < 2**32 for size in shape[:9])
-    if not is_shape or len(shape) > 8 or not isinstance(content, bytes | bytearray) or order not in ("C", "F"):
+    if not is_shape or len(shape) > 8 or not isinstance(content, bytes) or order not in ("C", "F"):
         raise PickleError("is damaged: an array's shape or content is none")
     kind = _dtype(dtype)
-    count = math.prod(shape)
-    if count > MAX_NUMBERS:
-        raise PickleError(f"holds an array of {count:,} numbers, at most {MAX_NUMBERS:,} are read")
-    if count * kind.itemsize != len(content):
+    if math.prod(shape) * kind.itemsize != len(content):
         raise PickleError(f"is damaged: an array of shape {shape} of {kind} has {len(content)} bytes")
-    return np.frombuffer(bytes(content), kind).reshape(shape, order=order)
+    return ArrayParts(shape, kind, content, order)
 
 
 def _dtype(value: Any) -> np.dtype[Any]:

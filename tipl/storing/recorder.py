@@ -58,8 +58,8 @@ class Recorder:
             env_id: the Gymnasium id; `tipl evaluate` needs it.
             env_kwargs: the arguments with which the environment was made, beside its id, as plain JSON; all that runs
                 the policies later uses them.
-            activation: between the policy's layers, tanh, relu or elu; by default that of the policy's modules. It must
-                be given where these have none, or several, and the simulator can run the policy.
+            activation: between the policy's layers, tanh, relu, elu or silu; by default that of the policy's modules.
+                It must be given where these have none, or several, and the simulator can run the policy.
             actor: prefix of the actor's keys, or several, where the policy holds other networks too; "" takes all
                 parameters but critics'.
             resume: append to the store that an earlier recorder left at `path`, if there is one.
