@@ -251,8 +251,9 @@ def test_what_an_environment_should_not_give_is_refused(name: str, given: Any, m
 @pytest.mark.parametrize(("name", "caller"), [("obs", "step"), ("first", "reset")])
 def test_what_an_environment_raises_is_said_with_its_name(name: str, caller: str) -> None:
     given = KeyError("no licence")
-    env = make_vec("tipl/Broken-v0", 2, seeds=[0, 1], env_kwargs={"name": name, "given": given})
-    with pytest.raises(RuntimeError, match=rf"^{caller}: tipl/Broken-v0 failed: KeyError: 'no licence'$") as caught:
+    gymnasium.register("tipl/Raising-v0", Broken, disable_env_checker=True, kwargs={"name": name, "given": given})
+    env = make_vec("tipl/Raising-v0", 2, seeds=[0, 1])
+    with pytest.raises(RuntimeError, match=rf"^{caller}: tipl/Raising-v0 failed: KeyError: 'no licence'$") as caught:
         play_from_the_start(env)
     assert caught.value.__cause__ is given
 

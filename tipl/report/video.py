@@ -71,7 +71,10 @@ def record_video(
     _check_numbers(seed=seed, seconds=seconds, width=width, height=height)
     policy, kwargs = policy_to_run("record_video", store), store.env_kwargs
     with contextlib.closing(make_vec(store.env_id, 1, seeds=[seed], num_threads=1, env_kwargs=kwargs)) as env:
-        model, step_seconds = env.simulation()
+        try:
+            model, step_seconds = env.simulation()
+        except ValueError as error:
+            raise ValueError(f"record_video: {error}") from None
     weights = _checked(policies, policy.num_params)
     ffmpeg = _ffmpeg()
     with published(path, "record_video") as aside, open_renderer(model, width, height) as render:
