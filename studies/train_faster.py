@@ -170,7 +170,7 @@ def final(task: str, models: Models, output: Path) -> None:
 def rows_of(task: str, given: dict[str, Any], ledgers: dict[str, Ledger]) -> list[dict[str, Any]]:
     """Return a row for each arm of a task. The best rival is the one that was quickest on these very seeds."""
     arms = compare(ledgers, "plain")
-    rivals = [name for name in arms if not name.startswith(("TIPL", "plain", "random"))]
+    rivals = [name for name in arms if not name.startswith(("TIPL", "plain", "random"))] or ["plain"]
     best = min(rivals, key=lambda name: (arms[name].steps.value, -arms[name].mean_return))
     to_best = ratios_of_steps(ledgers, "plain", best)
     rows = []

@@ -26,7 +26,8 @@ COLORS = (
     *("persistence", "linear", "rank1", "mean_path", "ridge", "nearest_path", "quadratic", "autoregression"),
     *("nowcaster", "shared_floor"),
 )
-"""Of arms in their order, but for TIPL's."""
+"""Of arms in their order, but for TIPL's, which differ in their dashes."""
+DASHES: tuple[tuple[float, ...], ...] = ((), (4.0, 1.5), (1.5, 1.5))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,9 +152,13 @@ def ledger_plot(tasks: list[Mapping[str, Ledger]], arms: Iterable[str] = ()) -> 
     `arms` names the arms of several figures, so that each has the same colour in all of them.
     """
     names = list(dict.fromkeys(name for ledgers in tasks for name in ledgers))
-    colors = itertools.cycle(COLORS)
-    color_of = {name: "tipl" if name == "TIPL" else next(colors) for name in dict.fromkeys([*arms, *names])}
-    marks = {name: Mark(name, color_of[name]) for name in names}
+    every = list(dict.fromkeys([*arms, *names]))
+    colors, dashes = itertools.cycle(COLORS), itertools.cycle(DASHES)
+    looks = {
+        name: Mark(name, "tipl", dashes=next(dashes)) if name.startswith("TIPL") else Mark(name, next(colors))
+        for name in every
+    }
+    marks = {name: looks[name] for name in names}
 
     def draw(ax: Axes, ledgers: Mapping[str, Ledger]) -> None:
         steps = coarsest_steps(ledgers)
@@ -161,7 +166,7 @@ def ledger_plot(tasks: list[Mapping[str, Ledger]], arms: Iterable[str] = ()) -> 
             x = steps * np.arange(1, it.shape[1] + 1)
             low, high = np.quantile(Bootstrap(len(it)).means(it), [0.025, 0.975], axis=0)
             ax.fill_between(x, low, high, color=marks[name].rgb, alpha=0.15, linewidth=0)
-            ax.plot(x, it.mean(0), color=marks[name].rgb, linewidth=marks[name].width)
+            marks[name].line(ax, x, it.mean(0))
         ax.xaxis.set_major_formatter(lambda value, _: short_count(value))
         ax.set(xlabel="env steps of a run, undone ones included", ylabel="mean return in training")
 
