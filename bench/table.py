@@ -45,7 +45,6 @@ TARGETS: dict[tuple[str, str], float] = {
 ROOF_TARGETS = {"d256 b1 fp32": 60, "d512 b1 fp32": 80}
 """case -> percent of the roof that is wanted."""
 SUMMARY: dict[tuple[str, str], str] = {
-    ("demo, all stages", "Stable-Baselines3, collecting alone"): "`tipl demo`, all stages",
     ("d256 b1 fp32", "torch eager"): "rollout, one path: a step of d256",
     ("d256 b1 fp32", "llama.cpp f32"): "",
     ("d256 b32 bf16+cache", "torch eager"): "rollout, 32 paths, bfloat16: a step of d256",

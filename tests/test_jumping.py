@@ -556,7 +556,7 @@ def test_accelerate_without_jumps_is_collect(tmp_path):
     assert tipl.verify(tmp_path / "plain").problems == []
     file = tmp_path / "plain" / "ledger.json"
     file.write_text(file.read_text().replace('"undone": 0', '"undone": 1'))
-    with pytest.raises(RuntimeError, match=r"ledger.json is damaged: it fails its checksum"):
+    with pytest.raises(RuntimeError, match=r"ledger.json is damaged or of another folder: its SHA-256 is"):
         Ledger.load(file)
 
 

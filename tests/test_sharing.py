@@ -395,7 +395,7 @@ def test_each_mistake_ends_in_one_line(
             ["push", store, "user/x", "--license", "mine"],
             'refuses the card: Invalid "license" must be one of',
         ),
-        (["push", store, "user/runs", "--license", "mit"], " other files already (README.md, ...)"),
+        (["push", store, "user/runs", "--license", "mit"], "push: user/runs holds"),
     ]:
         assert message in refused(*arguments)
     hub.tokens.clear()

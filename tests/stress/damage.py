@@ -19,7 +19,9 @@ from factories import ENV_ID, TINY_PPO
 
 from tipl.cli.printing import end_of_path_table
 from tipl.collecting.collection import collect
+from tipl.files.sealed import load_json
 from tipl.forecasting.forecaster import Forecaster
+from tipl.jumping.ledger import Ledger
 from tipl.report.results import read_coordinates, read_results, read_training
 from tipl.stage_seconds import StageSeconds
 from tipl.storing.exporter import export_checkpoint
@@ -122,6 +124,8 @@ SUBJECTS = (
         "coordinates.safetensors",
         lambda path: read_coordinates(path / "coordinates.safetensors"),
     ),
+    Subject("ledger", "accelerate/faster", "ledger.json", lambda path: Ledger.load(path / "ledger.json").to_dict()),
+    Subject("scores", "score/scores.json", "", lambda path: load_json(path, "scores")),
     Subject("forecast", "rollout/forecast.safetensors", "", _exported),
     Subject("seconds", "run/run", "seconds.json", lambda path: StageSeconds(path / "seconds.json").read()),
     Subject("sketch", "sketch.safetensors", "", _sketch),

@@ -8,6 +8,8 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from tipl.files.manifest import NAME as MANIFEST
+from tipl.files.manifest import read_listed
 from tipl.files.sealed import load_json, save_json
 from tipl.jumping.jumps import Jump
 
@@ -85,7 +87,12 @@ class Ledger:
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Return the ledger in `path`. Raises FileNotFoundError, or RuntimeError where the file is damaged."""
+        """Return the ledger in `path`, checked against its folder's manifest where there is one.
+
+        Raises FileNotFoundError, or RuntimeError where the file is damaged, or of another folder.
+        """
+        if (path.parent / MANIFEST).exists():
+            read_listed(path)
         try:
             return cls.from_dict(load_json(path, "Ledger.load"))
         except (LookupError, TypeError, ValueError) as error:
