@@ -95,18 +95,16 @@ def run(
     num_checkpoints = -(-total_timesteps // ppo.batch_size) + 1
     evaluate.prefix_ends(num_checkpoints)  # refuses now what could not be judged after an hour
     asked = {"num_trials": num_trials, "total_timesteps": total_timesteps, "seed": seed, "shared_init": shared_init}
-    made = {"env_id": env_id, "env_kwargs": plain_json("run: env_kwargs", env_kwargs or {})}
-    collected: dict[str, Any] = {**made, **asked}
+    collected = {"env_id": env_id, "env_kwargs": plain_json("run: env_kwargs", env_kwargs or {}), **asked}
     configs = {name: dataclasses.asdict(it) for name, it in (("ppo", ppo), ("train", train), ("evaluate", evaluate))}
     if not folder.store.exists():
         check_can_learn("run", env_id, ppo, env_kwargs)  # before run.json is there
     with claimed(folder.path, "run"):
-        kwargs = json.dumps(made["env_kwargs"], sort_keys=True)  # as one setting: they have others or none
-        _begin(folder, collected | {"env_kwargs": kwargs} | configs, resume=resume)
+        _begin(folder, collected | configs, resume=resume)
         seconds = StageSeconds(folder.path / "seconds.json")
         store = Store.open(folder.store) if folder.store.exists() else None
         if store is not None and is_complete(store):
-            _check_store(store, made, num_trials, num_checkpoints)
+            _check_store(store, collected, num_checkpoints)
         else:
             with seconds.of("collect"):
                 store = collection.collect(
@@ -214,6 +212,8 @@ def _changed(began: dict[str, Any], asked: dict[str, Any]) -> str:
 def _begin(folder: RunFolder, settings: dict[str, Any], *, resume: bool) -> None:
     """Make the run's folder with run.json, or go on in the one that is there."""
     record = folder.path / "run.json"
+    kwargs = json.dumps(settings["env_kwargs"], sort_keys=True)  # one setting, as runs may have others or none
+    settings = settings | {"env_kwargs": kwargs}
     if not folder.path.exists():
         with made_aside(folder.path) as aside:
             aside.mkdir()
@@ -229,12 +229,13 @@ def _begin(folder: RunFolder, settings: dict[str, Any], *, resume: bool) -> None
         )
 
 
-def _check_store(store: Store, made: dict[str, Any], num_trials: int, num_checkpoints: int) -> None:
+def _check_store(store: Store, collected: dict[str, Any], num_checkpoints: int) -> None:
     """Raise ValueError unless a complete store is the one that this run would collect."""
-    found = (store.num_checkpoints, store.num_trials, {"env_id": store.env_id, "env_kwargs": store.env_kwargs})
-    if found != (num_checkpoints, num_trials, made):
+    env, num_trials = env_of(collected["env_id"], collected["env_kwargs"]), collected["num_trials"]
+    found = (store.env, store.num_trials, store.num_checkpoints)
+    if found != (env, num_trials, num_checkpoints):
         raise ValueError(
-            f"run: expected {num_checkpoints} checkpoints of {num_trials} trials of {env_of(**made)} in {store.path}, "
-            f"which holds {found[0]} of {found[1]} trials of {store.env}: remove it, or go on from what it holds with "
+            f"run: expected {num_checkpoints} checkpoints of {num_trials} trials of {env} in {store.path}, which "
+            f"holds {found[2]} of {found[1]} trials of {found[0]}: remove it, or go on from what it holds with "
             "`tipl train`"
         )

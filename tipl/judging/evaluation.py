@@ -124,15 +124,8 @@ def _judged_results(
     )
     seeds = {trial: episode_seeds(config, trial) for trial in heldout}
     with contextlib.nullcontext() if ray is None else connected(ray) as cluster, progress_bar(progress) as bar:
-        run = functools.partial(
-            run_episodes,
-            store.env_id,
-            policy,
-            num_threads=num_threads,
-            cluster=cluster,
-            bar=bar,
-            env_kwargs=store.env_kwargs,
-        )
+        made = functools.partial(run_episodes, store.env_id, policy, env_kwargs=store.env_kwargs)
+        run = functools.partial(made, num_threads=num_threads, cluster=cluster, bar=bar)
         bounds = action_bounds(store.env_id, store.env_kwargs)
         in_returns, diversity = judge_returns(policy, bounds, in_weights.cases, in_weights.policies, seeds, run)
     results = {

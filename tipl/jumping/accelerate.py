@@ -58,9 +58,8 @@ def accelerate(
     """
     output, folder = Path(output), PRETRAINED if model is None else Path(model)
     forecaster = Forecaster.load(folder) if jumps.max_jumps else None
-    settings: dict[str, Any] = {"jumps": dataclasses.asdict(jumps)}
-    if forecaster is not None:
-        settings["forecaster"] = _fingerprint(folder)
+    known = {} if forecaster is None else {"forecaster": _fingerprint(folder)}
+    settings: dict[str, Any] = {"jumps": dataclasses.asdict(jumps), **known}
     with published(output, "accelerate", resumable=True) as aside:
         aside.mkdir(exist_ok=True)
         store = aside / STORE

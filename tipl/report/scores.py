@@ -119,8 +119,7 @@ def score(
         every: take every n-th checkpoint, counted back from the last.
         seed: the episodes derive from it and from the trial's index.
         sampled: run the stochastic policies instead, as in training; what they draw follows from the episodes' seeds.
-        env_kwargs: further arguments of the environment, plain JSON, such as {"ctrl_cost_weight": 0.05}, in place of
-            those that the store says. It is then Gymnasium's own, which is slower.
+        env_kwargs: further arguments of the environment, such as {"ctrl_cost_weight": 0.05}, instead of the store's.
         num_threads: cores that step the simulator, by default all; results do not depend on it.
 
     A policy that diverged, whose network gives numbers that are not finite, is never the best; where the last one did,

@@ -51,10 +51,8 @@ def push(
 
     The repository is made unless it exists: a dataset for a store or a zoo, a model for a model folder. Its README.md
     is written from the data. Only files that tipl wrote are pushed, not others in the folder. The token is the one that
-    huggingface_hub finds: HF_TOKEN, or that of `hf auth login`.
-
-    A push that was interrupted goes on when it is called again: the hub keeps the large files that were uploaded, and
-    where the commit had arrived, nothing is done.
+    huggingface_hub finds: HF_TOKEN, or that of `hf auth login`. A push that was interrupted goes on when it is called
+    again: the hub keeps what was uploaded.
 
     Args:
         path: The folder.
@@ -92,7 +90,7 @@ def push(
         files: dict[str, bytes | Path] = {name: folder / name for name in kind.parts(folder, files_in(folder))}
         files[CARD] = card.encode()
         if _are_same(held, files):
-            return str(url)  # an earlier push had arrived
+            return str(url)  # an earlier push had arrived whole
         if held and not overwrite:
             raise FileExistsError(
                 f"push: {repo_id} holds {len(held)} other files already ({min(held)}, ...): choose another repository "
