@@ -366,14 +366,15 @@ def test_steps_to_return_are_paired_and_never_is_never():
     assert rows["rival"]["probability_of_improvement"] == 0.0
 
 
-UNTUNED = ("plain", "random forecaster", "rl-zoo3")  # nothing to choose: defaults, a control, published settings
+UNTUNED = ("plain", "random forecaster", "rl-zoo3", "TIPL zero-shot on plain")
+"""Arms with nothing to choose: defaults, a control, published settings, and defaults again."""
 
 
 def test_every_arm_tries_equally_many_settings():
     for task in json.loads(train_faster.SETTINGS.read_text()).values():
         counts = {arm: len(train_faster.settings_of(it["grid"])) for arm, it in task["arms"].items()}
         tried = {counts[arm] for arm in counts if arm not in UNTUNED}
-        assert tried == {12}
+        assert tried == ({12} if "tuned PPO" in counts else set())
         assert task["tuning_seed"] != task["final_seed"]
 
 
