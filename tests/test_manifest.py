@@ -1,6 +1,7 @@
 """Checksums: whatever is damaged, missing or taken from elsewhere in what tipl wrote is refused by name."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -75,6 +76,14 @@ def test_what_is_wrong_is_named(folder: Path, tmp_path: Path) -> None:
     shutil.copy(other / "config.json", other / "strides.json")
     with pytest.raises(RuntimeError, match=r"strides.json does not belong to its folder: manifest.json does not list"):
         check_folder(other)
+
+
+def test_a_file_that_no_memory_holds_is_named(folder: Path, tmp_path: Path) -> None:
+    os.truncate(folder / "config.json", 2**40)  # sparse
+    with pytest.raises(RuntimeError, match=r"config.json is damaged or of another folder: it has 1099511627776 bytes"):
+        read_listed(folder / "config.json")
+    with pytest.raises(OSError, match=r"config.json must have at most [\d,]+ bytes, got 1,099,511,627,776"):
+        write_manifest(folder)
 
 
 def test_a_folder_of_an_older_tipl_is_read_with_one_warning(folder: Path) -> None:

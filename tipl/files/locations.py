@@ -21,6 +21,7 @@ Location: TypeAlias = Path | UPath
 
 MAX_BYTES = 2**30
 """Largest file that is read whole when nothing says how large it should be."""
+_MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def location(path: "str | Location") -> Location:
@@ -72,7 +73,8 @@ def read_file(path: Location, *, max_bytes: int | None = MAX_BYTES) -> bytes:
     """Return the contents of a file.
 
     Raises OSError where it cannot be read, `Unreachable` where the server of a URL does not answer, and an OSError
-    without an errno where a local path is no regular file, has more than `max_bytes`, or changes while it is read.
+    without an errno where a local path is no regular file, has more than `max_bytes` (by None, more than the machine's
+    memory), or changes while it is read.
     """
     if not isinstance(path, Path):
         with _reached(path):
@@ -82,8 +84,9 @@ def read_file(path: Location, *, max_bytes: int | None = MAX_BYTES) -> bytes:
         found = os.fstat(file)
         if not stat.S_ISREG(found.st_mode):
             raise OSError(f"{path} must be a regular file")
-        if max_bytes is not None and found.st_size > max_bytes:
-            raise OSError(f"{path} must have at most {max_bytes:,} bytes, got {found.st_size:,}")
+        limit = _MEMORY if max_bytes is None else max_bytes
+        if found.st_size > limit:
+            raise OSError(f"{path} must have at most {limit:,} bytes, got {found.st_size:,}")
         data = stream.read(found.st_size + 1)  # one more, to see whether the file grows
         after = os.fstat(file)
         if (len(data), after.st_size, after.st_mtime_ns) != (found.st_size, found.st_size, found.st_mtime_ns):

@@ -50,8 +50,11 @@ def _read_listed(path: Path, files: dict[str, Any]) -> bytes:
         raise RuntimeError(f"{path} does not belong to its folder: {NAME} does not list it")
     if not path.exists():
         raise RuntimeError(f"{path} is missing: {NAME} lists it")
-    data = read_file(path, max_bytes=None)
-    expected, found = files[path.name], _entry(data)
+    expected = files[path.name]
+    found = {**expected, "bytes": path.stat().st_size}  # first, so that a file of another size is not read at all
+    if found == expected:
+        data = read_file(path, max_bytes=None)
+        found = _entry(data)
     if found != expected:
         raise RuntimeError(f"{path} is damaged or of another folder: {_difference(expected, found)}, as {NAME} says")
     return data
