@@ -195,7 +195,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "rollout": lambda record: plain_table(record, "rollout", "policy"),
     "evaluate": lambda record: plain_table(record, "evaluate", "task"),
     "busy": busy_table,
-    "pipeline": lambda record: plain_table(record, "pipeline", ""),
+    "pipeline": lambda record: plain_table(record, "pipeline", "command"),
 }
 
 
