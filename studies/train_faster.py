@@ -107,9 +107,8 @@ def ledger_of(
     """Return the ledger of one setting of an arm, trained unless it is there."""
     digest = hashlib.sha256(json.dumps([setting, given["ppo"]], sort_keys=True).encode()).hexdigest()[:12]
     folder = output / task / ("final" if final else "tuning")
-    path = next(
-        folder.glob(f"*-{digest}.json"), folder / f"{arm}-{digest}.json"
-    )  # another arm may have the same setting
+    # Another arm may have the same setting.
+    path = next(folder.glob(f"*-{digest}.json"), folder / f"{arm}-{digest}.json")
     if not path.exists():
         needs = setting.get("move", "") in ("tipl", "random")
         name = setting.get("forecaster", "")

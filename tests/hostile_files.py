@@ -9,11 +9,12 @@ import io
 import json
 import os
 import pickle
+import pickletools
 import random
 import socket
 import struct
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,25 @@ import torch
 
 Maker = Callable[[Path, random.Random], Path]
 HOSTILE: dict[str, tuple[Maker, str]] = {}
+
+
+def mutated_pickles(whole: bytes, count: int) -> Iterator[bytes]:
+    """Yield `count` mutations of a pickle: bytes and opcodes changed, left out, or put in."""
+    rng, opcodes = random.Random(0), [ord(it.code) for it in pickletools.opcodes]
+    for _ in range(count):
+        data = bytearray(whole)
+        for _ in range(rng.choice((1, 1, 2, 8))):
+            at = rng.randrange(len(data))
+            kind = rng.randrange(4)
+            if kind == 0:
+                data[at] = rng.randrange(256)
+            elif kind == 1:
+                data[at] = rng.choice(opcodes)
+            elif kind == 2:
+                del data[at : at + rng.randrange(1, 9)]
+            else:
+                data[at:at] = bytes(rng.choice(opcodes) for _ in range(rng.randrange(1, 5)))
+        yield bytes(data)
 
 
 def hostile(kind: str, pattern: str) -> Callable[[Maker], Maker]:

@@ -8,8 +8,6 @@ import enum
 import itertools
 import os
 import pickle
-import pickletools
-import random
 import sys
 import tracemalloc
 import types
@@ -19,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hostile_files import mutated_pickles
 from numpy.typing import NDArray
 
 import tipl
@@ -399,23 +398,9 @@ def test_statistics_that_cannot_be_folded_in_are_refused(tmp_path: Path) -> None
 def test_damaged_files_run_nothing_and_take_little(tmp_path: Path) -> None:
     """Mutations of a file: whatever they hold is refused, or read as numbers and written as it was."""
     whole = pickle.dumps(KINDS["JAX arrays"](params(sizes=(2, 3, 1))), 4)
-    rng, path = random.Random(0), tmp_path / "a.pkl"
-    opcodes = [ord(it.code) for it in pickletools.opcodes]
-    refused = 0
+    path, refused = tmp_path / "a.pkl", 0
     tracemalloc.start()
-    for _ in range(1000):
-        data = bytearray(whole)
-        for _ in range(rng.choice((1, 1, 2, 8))):
-            at = rng.randrange(len(data))
-            kind = rng.randrange(4)
-            if kind == 0:
-                data[at] = rng.randrange(256)
-            elif kind == 1:
-                data[at] = rng.choice(opcodes)
-            elif kind == 2:
-                del data[at : at + rng.randrange(1, 9)]
-            else:
-                data[at:at] = bytes(rng.choice(opcodes) for _ in range(rng.randrange(1, 5)))
+    for data in mutated_pickles(whole, 1000):
         path.write_bytes(data)
         try:
             file = read_checkpoint_file(path)

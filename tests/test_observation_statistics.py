@@ -4,8 +4,6 @@ import io
 import json
 import os
 import pickle
-import pickletools
-import random
 import sys
 import tracemalloc
 import types
@@ -16,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hostile_files import mutated_pickles
 from test_ambiguous_checkpoints import sb3_zip
 
 import tipl
@@ -181,23 +180,9 @@ def outcome_of(path: Path) -> Any:
 def test_damaged_files_run_nothing_and_take_little(tmp_path):
     """Mutations of a file: whatever they hold is refused, or read as numbers."""
     whole = pickle.dumps(VecNormalize(), 4)
-    rng, path = random.Random(0), tmp_path / "a.pkl"
-    opcodes = [ord(it.code) for it in pickletools.opcodes]
-    refused = 0
+    path, refused = tmp_path / "a.pkl", 0
     tracemalloc.start()
-    for _ in range(3000):
-        data = bytearray(whole)
-        for _ in range(rng.choice((1, 1, 2, 8))):
-            at = rng.randrange(len(data))
-            kind = rng.randrange(4)
-            if kind == 0:
-                data[at] = rng.randrange(256)
-            elif kind == 1:
-                data[at] = rng.choice(opcodes)
-            elif kind == 2:
-                del data[at : at + rng.randrange(1, 9)]
-            else:
-                data[at:at] = bytes(rng.choice(opcodes) for _ in range(rng.randrange(1, 5)))
+    for data in mutated_pickles(whole, 3000):
         path.write_bytes(data)
         found = outcome_of(path)
         if isinstance(found, RuntimeError):

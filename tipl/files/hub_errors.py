@@ -3,6 +3,10 @@
 import contextlib
 import importlib
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from huggingface_hub.errors import HfHubHTTPError
 
 
 def check_installed(command: str) -> None:
@@ -51,8 +55,7 @@ def _in_one_line(error: BaseException, who: str, repo_id: str, revision: str | N
     if isinstance(error, errors.RepositoryNotFoundError):
         return FileNotFoundError(f"{who}: there is no {repo_id}, or it is private and the token does not open it")
     if isinstance(error, errors.HfHubHTTPError):
-        status = error.response.status_code
-        said = line_of(error.server_message or error.response.reason_phrase)
+        status, said = _answer(error)
         return (PermissionError if status in (401, 403) else OSError)(f"{who}: {repo_id}: {status}, {said}")
     if isinstance(error, HTTPError | errors.OfflineModeIsEnabled):
         return ConnectionError(f"{who}: cannot be reached: {line_of(error)}")
@@ -71,6 +74,11 @@ def _without_bars() -> Iterator[None]:
         yield
     finally:
         utils.enable_progress_bars()
+
+
+def _answer(error: "HfHubHTTPError") -> tuple[int, str]:
+    """Return the status that a server answered, and what it said with it, in one line."""
+    return error.response.status_code, line_of(error.server_message or error.response.reason_phrase)
 
 
 def line_of(message: object) -> str:
@@ -96,8 +104,7 @@ def read_error(error: Exception, url: str) -> Exception:
     if isinstance(error, errors.RepositoryNotFoundError):
         return Unreachable(f"{url}: there is no such repository, or the token does not open it: {token}")
     if isinstance(error, errors.HfHubHTTPError):
-        status = error.response.status_code
-        said = line_of(error.server_message or error.response.reason_phrase)
+        status, said = _answer(error)
         return Unreachable(f"{url}: {status}, {said}; {token if status in (401, 403) else _AGAIN}")
     if isinstance(error, HTTPError):
         return Unreachable(f"{url}: the hub does not answer: {line_of(error) or type(error).__name__}; {_AGAIN}")

@@ -13,7 +13,7 @@ import time
 from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tipl.collecting.settings import is_complete
 from tipl.files.hub_errors import check_installed, hub_errors, line_of
@@ -86,17 +86,17 @@ def push(
     with hub_errors("push", repo_id, revision):
         _refuse_card(card, kind)
         url = api.create_repo(repo_id, private=private or None, repo_type=kind.repo_type, exist_ok=True)
-        held, head = _branch(api, repo_id, kind, revision, private=private)
+        branch = _branch(api, repo_id, kind, revision, private=private)
         files: dict[str, bytes | Path] = {name: folder / name for name in kind.parts(folder, files_in(folder))}
         files[CARD] = card.encode()
-        if _are_same(held, files):
+        if _are_same(held := branch.held, files):
             return str(url)  # an earlier push had arrived whole
         if held and not overwrite:
             raise FileExistsError(
                 f"push: {repo_id} holds {len(held)} other files already ({min(held)}, ...): choose another repository "
                 "or revision, or overwrite them (--overwrite); the history keeps them"
             )
-        return _commit(api, repo_id, kind, revision, head, files, progress)
+        return _commit(api, repo_id, kind, revision, branch, files, progress)
 
 
 def pull(
@@ -204,13 +204,23 @@ def _found(api: "HfApi", repo_id: str, repo_type: RepoType | None, revision: str
     return next(iter(found.items()))
 
 
-def _branch(
-    api: "HfApi", repo_id: str, kind: Kind, revision: str | None, *, private: bool
-) -> "tuple[dict[str, RepoFile], str]":
-    """Return what the branch to push to holds, and its newest commit; the branch is made unless it exists.
+class _Branch(NamedTuple):
+    """A branch to push to."""
 
-    A branch that begins with a copy of the main one, and has no commit of its own, counts as empty.
-    """
+    head: str
+    """Its newest commit."""
+    files: "dict[str, RepoFile]"
+    is_copy: bool
+    """Whether it is a copy of the main branch, without a commit of its own."""
+
+    @property
+    def held(self) -> "dict[str, RepoFile]":
+        """The files that a push must not replace unasked."""
+        return {} if self.is_copy else {name: file for name, file in self.files.items() if name != ATTRIBUTES}
+
+
+def _branch(api: "HfApi", repo_id: str, kind: Kind, revision: str | None, *, private: bool) -> _Branch:
+    """Return the branch to push to, which is made unless it exists."""
     from huggingface_hub.errors import RevisionNotFoundError
 
     info = api.repo_info(repo_id, repo_type=kind.repo_type)
@@ -218,17 +228,15 @@ def _branch(
         raise FileExistsError(
             f"push: {repo_id} exists already and is public; its settings on the hub can make it private"
         )
-    if revision not in (None, MAIN):
-        main = info.sha
+    main, is_other = info.sha, revision not in (None, MAIN)
+    if is_other:
         try:
             info = api.repo_info(repo_id, repo_type=kind.repo_type, revision=revision)
         except RevisionNotFoundError:
             api.create_branch(repo_id, branch=str(revision), repo_type=kind.repo_type)
             info = api.repo_info(repo_id, repo_type=kind.repo_type, revision=revision)
-        if info.sha == main:
-            return {}, str(main)
     files = _files(api, repo_id, kind.repo_type, str(info.sha))
-    return {name: file for name, file in files.items() if name != ATTRIBUTES}, str(info.sha)
+    return _Branch(str(info.sha), files, is_copy=is_other and info.sha == main)
 
 
 def _files(api: "HfApi", repo_id: str, repo_type: RepoType, revision: str) -> "dict[str, RepoFile]":
@@ -270,7 +278,7 @@ def _commit(
     repo_id: str,
     kind: Kind,
     revision: str | None,
-    head: str,
+    branch: _Branch,
     files: dict[str, bytes | Path],
     progress: bool,
 ) -> str:
@@ -280,10 +288,13 @@ def _commit(
     where: dict[str, Any] = {"repo_id": repo_id, "repo_type": kind.repo_type, "revision": revision}
     additions = [CommitOperationAdd(name, data) for name, data in files.items()]
     _show("push", sum(it.upload_info.size for it in additions), _uploads(api, additions, where), progress)
-    before = _files(api, repo_id, kind.repo_type, head)
-    gone = [CommitOperationDelete(name) for name in sorted(before.keys() - files.keys() - {ATTRIBUTES})]
-    message = f"Push a {kind.name} with tipl"
-    commit = api.create_commit(operations=[*gone, *additions], commit_message=message, parent_commit=head, **where)
+    gone = [CommitOperationDelete(name) for name in sorted(branch.files.keys() - files.keys() - {ATTRIBUTES})]
+    commit = api.create_commit(
+        operations=[*gone, *additions],
+        commit_message=f"Push a {kind.name} with tipl",
+        parent_commit=branch.head,
+        **where,
+    )
     return str(commit.repo_url)
 
 
