@@ -441,7 +441,9 @@ def test_making_an_environment_prints_and_writes_nothing(tmp_path: Any, monkeypa
         ({"seeds": [1, 2, 3]}, r"seeds must have num_envs = 2 entries, got 3"),
         ({"seeds": [1, -2]}, r"seeds must not be negative, got -2"),
         ({"num_threads": 0}, r"num_threads must be at least 1, got 0"),
+        ({"num_threads": 10**23}, r"num_threads must be at most 1024, got 100000000000000000000000"),
         ({"max_episode_steps": 0}, r"max_episode_steps must be at least 1, got 0"),
+        ({"max_episode_steps": 2**31}, r"max_episode_steps must be at most 2147483647, got 2147483648"),
     ],
 )
 def test_make_vec_refuses_values(

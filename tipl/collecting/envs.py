@@ -26,6 +26,9 @@ from tipl.collecting.gymnasium_env import GymnasiumVectorEnv
 from tipl.collecting.mujoco_tasks import TASKS, Bools, Floats, MujocoTask, Rows
 from tipl.collecting.vector_env import Ids, VectorEnv, checked_seeds, kind_of
 
+MAX_THREADS = 1024
+"""As many as the engine takes."""
+
 
 @dataclass(frozen=True)
 class MujocoState:
@@ -184,7 +187,7 @@ def make_vec(
             raise ValueError(f"make_vec: env_kwargs: max_episode_steps must be an int, got {max_episode_steps!r:.80}")
     num_envs = _checked_int("num_envs", num_envs, 1)
     if num_threads is not None:
-        num_threads = _checked_int("num_threads", num_threads, 1)
+        num_threads = _checked_int("num_threads", num_threads, 1, MAX_THREADS)
     if max_episode_steps is not None:
         max_episode_steps = _checked_int("max_episode_steps", max_episode_steps, 1)
     checked = checked_seeds("make_vec", seeds, num_envs)
@@ -220,11 +223,13 @@ def _spec(env_id: str) -> EnvSpec:
     return spec
 
 
-def _checked_int(name: str, value: int, low: int) -> int:
+def _checked_int(name: str, value: int, low: int, high: int = 2**31 - 1) -> int:
     try:
         value = operator.index(value)
     except TypeError:
         raise TypeError(f"make_vec: {name} must be an int, got {kind_of(value)}") from None
     if value < low:
         raise ValueError(f"make_vec: {name} must be at least {low}, got {value}")
+    if value > high:
+        raise ValueError(f"make_vec: {name} must be at most {high}, got {value}")
     return value
