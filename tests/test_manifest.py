@@ -86,6 +86,13 @@ def test_a_file_that_no_memory_holds_is_named(folder: Path, tmp_path: Path) -> N
         write_manifest(folder)
 
 
+def test_a_manifest_is_read_only_as_it_was_written(folder: Path) -> None:
+    with open(folder / "manifest.json", "a") as file:
+        file.write("\n")
+    with pytest.raises(RuntimeError, match=r"manifest.json is damaged: it is not as it was written"):
+        read_listed(folder / "config.json")
+
+
 def test_a_folder_of_an_older_tipl_is_read_with_one_warning(folder: Path) -> None:
     (folder / "manifest.json").unlink()
     with pytest.warns(UncheckedWarning, match=r"model has no checksum \(an older tipl wrote it\)"):

@@ -30,7 +30,7 @@ def write_manifest(folder: Path) -> None:
         if _is_covered(path):
             files[path.name] = _entry(read_file(path, max_bytes=None))
     document = {"format": FORMAT, "version": VERSION, "files": files, "sha256": json_digest(files)}
-    write_atomically(folder / NAME, (json.dumps(document, indent=1) + "\n").encode())
+    write_atomically(folder / NAME, _text(document))
 
 
 def read_listed(path: Path) -> bytes:
@@ -104,7 +104,8 @@ def _read_manifest(folder: Path) -> dict[str, Any] | None:
         warnings.warn(UncheckedWarning(folder), stacklevel=1)
         return None
     try:
-        document = json.loads(read_file(path))
+        data = read_file(path)
+        document = json.loads(data)
         if document.keys() != {"format", "version", "files", "sha256"}:
             raise ValueError("it must have format, version, files and sha256, and nothing else")
         files = document["files"]
@@ -112,9 +113,16 @@ def _read_manifest(folder: Path) -> dict[str, Any] | None:
             raise ValueError(f"format must be {FORMAT!r}, version {VERSION}")
         if document["sha256"] != json_digest(files):
             raise ValueError("it fails its checksum")
+        if data != _text(document):
+            raise ValueError("it is not as it was written")
         return dict(files)
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise RuntimeError(f"{path} is damaged: {error}") from error
+
+
+def _text(document: dict[str, Any]) -> bytes:
+    """Return the manifest as it is written."""
+    return (json.dumps(document, indent=1) + "\n").encode()
 
 
 def _entry(data: bytes) -> dict[str, Any]:
