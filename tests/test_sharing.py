@@ -346,7 +346,8 @@ def test_a_model_folder_with_other_files_is_refused(hub: Hub, tmp_path: Path, na
     listed = {name: entry} | json.loads((PRETRAINED / "manifest.json").read_text())["files"]
     manifest = {"format": "tipl-manifest", "version": 1, "files": listed, "sha256": json_digest(listed)}
     hub.repositories["model", "user/evil"] = repository = Repository()
-    files = files_of(PRETRAINED) | {"manifest.json": json.dumps(manifest).encode(), name: b"evil"}
+    written = (json.dumps(manifest, indent=1) + "\n").encode()
+    files = files_of(PRETRAINED) | {"manifest.json": written, name: b"evil"}
     repository.commit("main", files)
     message = rf"user/evil/manifest.json lists '{re.escape(name)}', which is no file of a model folder"
     with pytest.raises(RuntimeError, match=message):
