@@ -4,13 +4,14 @@
     python studies/train_faster.py final InvertedPendulum-v5 --model runs/faster/model --output runs/train_faster
     python studies/train_faster.py results --output runs/train_faster
 
-`studies/train_faster.json` fixes for each task the seeds, the settings that each arm tries and, after `tune`, those
-that it chose. `tune` tries the settings of each arm, equally many of every arm that is tuned, on the same tuning seeds
-(those "on" another arm begin with what it chose) and chooses the largest mean return over all iterations. An arm that
-names a "forecaster" takes that of `--model NAME=FOLDER`; one that is "zero-shot" never saw the task, and its arm is not
-tuned: it jumps by the defaults of `tipl accelerate`. `final` trains the chosen ones on fresh seeds, paired, and writes
-a ledger for each arm. `results` makes docs/results/train_faster.json and docs/figures/train_faster_<task>.svg of the
-ledgers; rows and figures of tasks without ledgers stay. What is there is not computed again.
+`studies/train_faster.json` fixes for each experiment the task (the experiment's name where it has no "task"), the
+seeds, the settings that each arm tries and, after `tune`, those that it chose. `tune` tries the settings of each arm,
+equally many of every arm that is tuned, on the same tuning seeds (those "on" another arm begin with what it chose) and
+chooses the largest mean return over all iterations; an only setting is chosen without a trial. An arm that names a
+"forecaster" takes that of `--model NAME=FOLDER`; one that is "zero-shot" never saw the task, and its arm is not tuned:
+it jumps by the defaults of `tipl accelerate`. `final` trains the chosen ones on fresh seeds, paired, and writes a
+ledger for each arm. `results` makes docs/results/train_faster.json and docs/figures/train_faster_<experiment>.svg of
+the ledgers; rows and figures of experiments without ledgers stay. What is there is not computed again.
 
 Returns are those of training, with noise on the actions, of every iteration that the run paid for, undone ones too. The
 target is plain PPO's mean return over its last 5 iterations. A ratio to plain is the part of plain PPO's env steps
@@ -85,13 +86,16 @@ def movers(setting: Setting, forecaster: Forecaster | None) -> Callable[[Learner
     return functools.partial(rivals[move], **arguments)
 
 
-def train(task: str, given: dict[str, Any], setting: Setting, forecaster: Forecaster | None, final: bool) -> Ledger:
+def train(
+    experiment: str, given: dict[str, Any], setting: Setting, forecaster: Forecaster | None, final: bool
+) -> Ledger:
     """Return the ledger of one setting on the tuning seeds, or on the final ones."""
     seeds = trial_seeds(
         given["final_seed" if final else "tuning_seed"], given["final_runs" if final else "tuning_runs"]
     )
     shared = PPOConfig(**given["ppo"])
     ppo = dataclasses.replace(shared, **setting.get("ppo", {}))
+    task = given.get("task", experiment)
     env = make_vec(task, len(seeds) * ppo.num_envs, seeds=environment_seeds(seeds, ppo.num_envs), num_threads=None)
     iterations = given["iterations"] * shared.num_steps // ppo.num_steps  # as many env steps, whatever the arm
     population = JumpingPopulation(env, ppo, seeds, num_iterations=iterations, jumps=movers(setting, forecaster))
@@ -102,11 +106,11 @@ def train(task: str, given: dict[str, Any], setting: Setting, forecaster: Foreca
 
 
 def ledger_of(
-    task: str, arm: str, setting: Setting, given: dict[str, Any], models: Models, output: Path, *, final: bool
+    experiment: str, arm: str, setting: Setting, given: dict[str, Any], models: Models, output: Path, *, final: bool
 ) -> Ledger:
     """Return the ledger of one setting of an arm, trained unless it is there."""
     digest = hashlib.sha256(json.dumps([setting, given["ppo"]], sort_keys=True).encode()).hexdigest()[:12]
-    folder = output / task / ("final" if final else "tuning")
+    folder = output / experiment / ("final" if final else "tuning")
     # Another arm may have the same setting.
     path = next(folder.glob(f"*-{digest}.json"), folder / f"{arm}-{digest}.json")
     if not path.exists():
@@ -116,10 +120,10 @@ def ledger_of(
         if needs and model is None:
             raise SystemExit(f"--model {name and f'{name}='}FOLDER is needed for {arm}")
         start = time.perf_counter()
-        ledger = train(task, given, setting, Forecaster.load(model) if model else None, final)
+        ledger = train(experiment, given, setting, Forecaster.load(model) if model else None, final)
         path.parent.mkdir(parents=True, exist_ok=True)
         ledger.save(path)
-        print(f"{task} {arm} {setting}: {time.perf_counter() - start:.0f} s", flush=True)
+        print(f"{experiment} {arm} {setting}: {time.perf_counter() - start:.0f} s", flush=True)
     return Ledger.load(path)
 
 
@@ -143,31 +147,34 @@ def settings_of(grid: dict[str, Any]) -> list[Setting]:
     return settings
 
 
-def tune(task: str, models: Models, output: Path, arms: list[str] | None) -> None:
+def tune(experiment: str, models: Models, output: Path, arms: list[str] | None) -> None:
     """Try every setting of all arms, or of some, on the tuning seeds, and write down what was chosen."""
     everything = json.loads(SETTINGS.read_text())
-    given = everything[task]
+    given = everything[experiment]
     chosen, tried = given.setdefault("chosen", {}), given.setdefault("settings_tried", {})
     for arm in arms or given["arms"]:
         grid = given["arms"][arm]
         settings = settings_of(grid["grid"])
         if "on" in grid:
             settings = [{**it, "ppo": {**chosen[grid["on"]]["ppo"], **it["ppo"]}} for it in settings]
-        areas = [area(ledger_of(task, arm, it, given, models, output, final=False)) for it in settings]
-        chosen[arm], tried[arm] = settings[int(np.argmax(areas))], len(settings)
-        print(f"{task} {arm}: {max(areas):.1f} of {len(areas)} settings: {chosen[arm]}", flush=True)
+        best = 0
+        if len(settings) > 1:
+            areas = [area(ledger_of(experiment, arm, it, given, models, output, final=False)) for it in settings]
+            best = int(np.argmax(areas))
+            print(f"{experiment} {arm}: {areas[best]:.1f}, the best of {len(areas)} settings", flush=True)
+        chosen[arm], tried[arm] = settings[best], len(settings)
         write_record(SETTINGS, everything, indent=1)
 
 
-def final(task: str, models: Models, output: Path) -> None:
+def final(experiment: str, models: Models, output: Path) -> None:
     """Train every arm as it was chosen on the final seeds."""
-    given = json.loads(SETTINGS.read_text())[task]
+    given = json.loads(SETTINGS.read_text())[experiment]
     for arm, setting in given["chosen"].items():
-        ledger_of(task, arm, setting, given, models, output, final=True)
+        ledger_of(experiment, arm, setting, given, models, output, final=True)
 
 
-def rows_of(task: str, given: dict[str, Any], ledgers: dict[str, Ledger]) -> list[dict[str, Any]]:
-    """Return a row for each arm of a task. The best rival is the one that was quickest on these very seeds."""
+def rows_of(experiment: str, given: dict[str, Any], ledgers: dict[str, Ledger]) -> list[dict[str, Any]]:
+    """Return a row for each arm of an experiment. The best rival is the one that was quickest on these very seeds."""
     arms = compare(ledgers, "plain")
     rivals = [name for name in arms if not name.startswith(("TIPL", "plain", "random"))] or ["plain"]
     best = min(rivals, key=lambda name: (arms[name].steps.value, -arms[name].mean_return))
@@ -178,7 +185,8 @@ def rows_of(task: str, given: dict[str, Any], ledgers: dict[str, Ledger]) -> lis
         held = [getattr(jump, "held", None) for jump in ledger.jumps]
         rows.append(
             {
-                "task": task,
+                "experiment": experiment,
+                "task": given.get("task", experiment),
                 "setting": given["chosen"][name],
                 "arm": name,
                 "seeds": len(ledger.seeds),
@@ -205,27 +213,28 @@ def _interval(name: str, short: str, estimate: Estimate) -> dict[str, float | No
 
 
 def results(output: Path) -> None:
-    """Write the rows of all tasks whose final ledgers are there, and the figure."""
+    """Write the rows of all experiments whose final ledgers are there, and their figures."""
     rows = []
     settings = json.loads(SETTINGS.read_text())
     all_arms = [arm for given in settings.values() for arm in given["arms"]]
-    for task, given in settings.items():
-        if not (output / task / "final").is_dir():
-            rows += [row for row in json.loads(RESULTS.read_text())["rows"] if row["task"] == task]
+    for experiment, given in settings.items():
+        if not (output / experiment / "final").is_dir():
+            rows += [row for row in json.loads(RESULTS.read_text())["rows"] if row["experiment"] == experiment]
             continue
         ledgers = {
-            arm: ledger_of(task, arm, setting, given, {}, output, final=True)
+            arm: ledger_of(experiment, arm, setting, given, {}, output, final=True)
             for arm, setting in given["chosen"].items()
         }
-        rows += rows_of(task, given, ledgers)
+        rows += rows_of(experiment, given, ledgers)
         # An arm whose setting an earlier one has as well would hide its curve.
         first_with = {str(setting): arm for arm, setting in reversed(given["chosen"].items())}
         drawn = {arm: ledgers[arm] for arm in given["chosen"] if arm in first_with.values()}
-        write_atomically(FIGURES / f"train_faster_{task}.svg", ledger_plot([drawn], all_arms).svg())
+        write_atomically(FIGURES / f"train_faster_{experiment}.svg", ledger_plot([drawn], all_arms).svg())
     write_record(RESULTS, {"rows": rows}, indent=1)
     for row in rows:
         print(
-            f"{row['task']:22} {row['arm']:18} {row['ratio_to_plain']} [{row['ratio_low']}, {row['ratio_high']}]  "
+            f"{row['experiment']:22} {row['arm']:18} "
+            f"{row['ratio_to_plain']} [{row['ratio_low']}, {row['ratio_high']}]  "
             f"to {row['best_rival']} {row['ratio_to_best_rival']} [{row['rival_low']}, {row['rival_high']}]  "
             f"final return {row['final_return']} ({row['return_difference']:+} [{row['difference_low']}, "
             f"{row['difference_high']}])  mean {row['mean_return']}  jumps {row['jumps_held']}/{row['jumps_undone']}"
@@ -235,7 +244,7 @@ def results(output: Path) -> None:
 def main() -> None:
     parser = command_line(__doc__)
     parser.add_argument("stage", choices=("tune", "final", "results"))
-    parser.add_argument("task", nargs="?", help="one of those in train_faster.json")
+    parser.add_argument("experiment", nargs="?", help="one of those in train_faster.json")
     parser.add_argument(
         "--model", nargs="+", default=[], metavar="[NAME=]FOLDER", help="the forecaster, and those that arms name"
     )
@@ -247,15 +256,15 @@ def main() -> None:
         return
     models = {name: Path(folder) for name, _, folder in (given.rpartition("=") for given in arguments.model)}
     known = list(json.loads(SETTINGS.read_text()))
-    if arguments.task not in known:
-        parser.error(f"task: must be one of {', '.join(known)}, got {arguments.task}")
+    if arguments.experiment not in known:
+        parser.error(f"experiment: must be one of {', '.join(known)}, got {arguments.experiment}")
     if arguments.stage == "tune":
-        unknown = set(arguments.arms or ()) - set(json.loads(SETTINGS.read_text())[arguments.task]["arms"])
+        unknown = set(arguments.arms or ()) - set(json.loads(SETTINGS.read_text())[arguments.experiment]["arms"])
         if unknown:
             parser.error(f"--arms: {', '.join(sorted(unknown))} are not among the arms in {SETTINGS.name}")
-        tune(arguments.task, models, arguments.output, arguments.arms)
+        tune(arguments.experiment, models, arguments.output, arguments.arms)
     else:
-        final(arguments.task, models, arguments.output)
+        final(arguments.experiment, models, arguments.output)
 
 
 if __name__ == "__main__":
