@@ -106,11 +106,14 @@ def test_resume_keeps_finished_stages(
     shutil.copytree(finished_run, output)
     shutil.rmtree(output / "evaluation")
     (output / "report" / "report.html").unlink()
+    for stage in ("store.zarr", "model"):  # of a process that was killed just after publishing them
+        (output / f".{stage}.claim").touch()
     model = (output / "model" / "model.safetensors").stat().st_mtime_ns
     command = ["run", "--output", output, *RUN]
     assert run_tipl(*command) == 0  # what was cut off goes on
     assert (output / "model" / "model.safetensors").stat().st_mtime_ns == model
     assert (output / "report" / "report.html").exists()
+    assert list(output.glob(".*")) == []
     assert run_tipl(*command) == 2
     assert "choose another folder or pass --resume" in capsys.readouterr().err
     assert run_tipl("--quiet", *command, "--resume") == 0

@@ -194,6 +194,8 @@ def test_a_cut_off_goes_on(finished: Path, tmp_path: Path) -> None:
     partial = last.folder.path / ".model.partial" / "tb" / "events"
     partial.parent.mkdir(parents=True)
     partial.write_text("of a training that was cut off")
+    for kept in (first.store, first.folder.model, experiments(output)[1].folder.evaluation, last.folder.report.parent):
+        kept.with_name(f".{kept.name}.claim").touch()  # of a process that was killed just after publishing it
     said = []
     assert (
         reproduce(output, on_stage=lambda kind, path: said.append(kind), progress=False) == output / "reproduction.html"
@@ -202,6 +204,7 @@ def test_a_cut_off_goes_on(finished: Path, tmp_path: Path) -> None:
     after = written(output)
     names = [{path for path in it if "tfevents" not in path.name} for it in (before, after)]
     assert names[0] == names[1]
+    assert list(output.rglob(".*.claim")) == []
     for path in (first.folder.model / "config.json", experiments(output)[1].folder.results, first.store / "zarr.json"):
         assert after[path] == before[path]
     for path in (

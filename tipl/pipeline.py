@@ -15,7 +15,7 @@ from tipl.collecting.env_checks import check_can_learn
 from tipl.collecting.ppo_config import PPOConfig
 from tipl.collecting.settings import NOTHING, changed_settings, is_complete
 from tipl.files.manifest import write_manifest
-from tipl.files.publishing import claimed, made_aside, remove_left_behind
+from tipl.files.publishing import claimed, made_aside, remove_dead_claim, remove_left_behind
 from tipl.files.schema import plain_json
 from tipl.files.sealed import load_json, save_json
 from tipl.forecasting import training
@@ -143,6 +143,8 @@ def run_stages(
     Raises ValueError where the model is of other settings or of another store; FileExistsError where the evaluation of
     a model is there and the model is gone.
     """
+    for output in (store.path, folder.model, folder.evaluation, folder.report.parent):
+        remove_dead_claim(output)  # of a call that was killed just after publishing a stage, which is now kept
     forecaster = _trained(command, folder, store, train, seconds, names, num_threads, ray, progress)
     on_stage("model", folder.model)
 
