@@ -13,7 +13,7 @@ import pytest
 
 from tipl.files.locations import location, naming, read_file
 from tipl.files.manifest import check_folder
-from tipl.files.publishing import OutputInUse, claimed, published, remove_left_behind
+from tipl.files.publishing import OutputInUse, claimed, published, remove, remove_left_behind
 
 HOLD = """
 import sys, time
@@ -139,6 +139,20 @@ def test_an_output_that_is_made_again_leaves_nothing_of_a_dead_process(tmp_path:
     with pytest.raises(FileExistsError):
         make(tmp_path / "out")
     assert names_in(tmp_path) == [".other.1.partial", "out"]
+
+
+def test_a_failure_to_remove_a_folder_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "states").mkdir()
+    (tmp_path / "states" / "last").touch()
+
+    def fail(path: object, *, dir_fd: int | None = None) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+
+    monkeypatch.setattr(os, "unlink", fail)
+    with pytest.raises(OSError, match=r"Input/output error") as caught:
+        remove(tmp_path / "states")
+    assert str(tmp_path / "states") in str(caught.value)
+    assert "last" in str(caught.value)
 
 
 def test_a_file_url_is_a_path(tmp_path: Path) -> None:

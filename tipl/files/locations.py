@@ -198,10 +198,15 @@ def make_folder(path: Location) -> None:
 
 def remove_folder(path: Location) -> None:
     """Remove a folder with everything in it."""
-    if isinstance(path, Path):
-        shutil.rmtree(path)
-    else:
+    if not isinstance(path, Path):
         path.fs.rm(path.path, recursive=True)
+        return
+    try:
+        shutil.rmtree(path)
+    except OSError as error:  # which before Python 3.13 names a file without its folder
+        if error.errno is None or os.path.dirname(str(error.filename)):
+            raise
+        raise OSError(error.errno, f"{error.filename}: {error.strerror}", str(path)) from error
 
 
 def num_bytes(path: Location) -> int:

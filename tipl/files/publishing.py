@@ -14,13 +14,12 @@ import json
 import os
 import platform
 import re
-import shutil
 import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from tipl.files.locations import Location, make_folder, naming
+from tipl.files.locations import Location, make_folder, naming, remove_folder
 from tipl.files.manifest import write_manifest
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EBADF)  # EBADF: a folder on NFS
@@ -165,7 +164,7 @@ def _holder(file: int) -> str:
 def remove(path: Path) -> None:
     """Remove a file or a folder, if it exists."""
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
+        remove_folder(path)
     else:
         path.unlink(missing_ok=True)
 

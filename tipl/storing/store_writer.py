@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import fcntl
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any, TypeVar
 from numpy.typing import NDArray
 
 from tipl.files.locations import make_folder, naming
-from tipl.files.publishing import lock, remove_left_behind
+from tipl.files.publishing import lock, remove, remove_left_behind
 from tipl.storing.store_records import Commit, Trials, trial_name
 from tipl.storing.zarr_files import ZarrArray, crc32c
 
@@ -81,10 +80,7 @@ class Writer:
         path = self.trials.path
         if isinstance(path, Path):
             for left_behind in path.iterdir():
-                if left_behind.is_dir() and not left_behind.is_symlink():
-                    shutil.rmtree(left_behind)
-                else:
-                    left_behind.unlink()
+                remove(left_behind)
 
         def create(i: int) -> None:
             for array in self.trials.arrays:
