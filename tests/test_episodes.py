@@ -1,5 +1,8 @@
 """Running policies: returns against one environment at a time, and the states that are kept of them."""
 
+import threading
+from typing import Any
+
 import gymnasium
 import numpy as np
 import pytest
@@ -8,6 +11,7 @@ from factories import SPEC
 from numpy.typing import NDArray
 
 from tipl.collecting import episodes
+from tipl.collecting.envs import MujocoVectorEnv
 from tipl.collecting.episodes import _StateSample, episodic_returns, run_episodes
 from tipl.collecting.policy_network import mean_action
 from tipl.policy import ACTIVATIONS, Activation, PolicySpec
@@ -137,6 +141,49 @@ def test_policies_may_have_episodes_of_their_own(monkeypatch: pytest.MonkeyPatch
         np.testing.assert_array_equal(alone.states[0], states)
         np.testing.assert_array_equal(alone.states[0], in_group)
     np.testing.assert_array_equal(together.returns, grouped.returns)
+
+
+@pytest.mark.parametrize(
+    ("num_policies", "num_threads", "sizes"),
+    [(9, 2, [2, 2, 2, 1, 1, 1]), (9, 4, [2] + 7 * [1]), (3, 2, [2, 1]), (2, 8, [1, 1]), (9, 1, [2, 2, 2, 2, 1])],
+)
+def test_groups_run_side_by_side_and_are_alike_in_size(
+    num_policies: int, num_threads: int, sizes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(episodes, "ENVS_AT_ONCE", 4)
+    weights, seeds, ran = some_policies(num_policies), np.array([11, 12]), []
+    run_group = episodes._run_group
+
+    def noted(env_id: str, policy: PolicySpec, group: NDArray[np.float32], *rest: Any) -> episodes.Episodes:
+        ran.append((len(group), threading.current_thread() is threading.main_thread()))
+        return run_group(env_id, policy, group, *rest)
+
+    monkeypatch.setattr(episodes, "_run_group", noted)
+    together = run_episodes(ENV_ID, SPEC, weights, seeds, num_states=5, num_threads=num_threads)
+    assert sorted(ran) == sorted((size, num_threads == 1) for size in sizes)
+    for row, returns, states in zip(weights, together.returns, together.states, strict=True):
+        alone = run_episodes(ENV_ID, SPEC, row[None], seeds, num_states=5, num_threads=1)
+        np.testing.assert_array_equal(alone.returns[0], returns)
+        np.testing.assert_array_equal(alone.states[0], states)
+
+
+@pytest.mark.parametrize("kind", [ValueError, KeyboardInterrupt])
+def test_a_failure_or_an_interrupt_ends_all_groups(kind: type[BaseException], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(episodes, "ENVS_AT_ONCE", 4)
+    steps = []
+    step = MujocoVectorEnv.step
+
+    def failing(env: MujocoVectorEnv, *arguments: Any) -> Any:
+        steps.append(threading.get_ident())
+        if len(steps) == 40:
+            raise kind("of one group")
+        return step(env, *arguments)
+
+    monkeypatch.setattr(MujocoVectorEnv, "step", failing)
+    with pytest.raises(kind, match="of one group"):
+        run_episodes(ENV_ID, SPEC, np.zeros((40, SPEC.num_params), np.float32), np.array([11, 12]), num_threads=2)
+    assert len(steps) < 200
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("tipl-episodes")]
 
 
 @pytest.mark.slow

@@ -195,7 +195,7 @@ def make_vec(
     limit = registered_limit if max_episode_steps is None else max_episode_steps
     task = TASKS.get(env_id)
     env: VectorEnv
-    if task is not None and limit is not None and not kwargs:
+    if task is not None and limit is not None and is_batched(env_id, kwargs):
         env = MujocoVectorEnv(env_id, task, num_envs, seeds=checked, num_threads=num_threads, max_episode_steps=limit)
     else:
         env = GymnasiumVectorEnv(
@@ -203,6 +203,11 @@ def make_vec(
         )
     env.env_kwargs = dict(env_kwargs or {})
     return env
+
+
+def is_batched(env_id: str, env_kwargs: Mapping[str, Any] | None = None) -> bool:
+    """Return whether `make_vec` steps this environment in a `MujocoVectorEnv`."""
+    return env_id in TASKS and not set(env_kwargs or ()) - {"max_episode_steps"}
 
 
 def _spec(env_id: str) -> EnvSpec:

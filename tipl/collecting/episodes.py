@@ -14,8 +14,10 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import gymnasium
@@ -24,8 +26,9 @@ import torch
 from numpy.typing import NDArray
 from rich.progress import Progress
 
+from tipl import _core
 from tipl.cluster import Cluster
-from tipl.collecting.envs import make_vec
+from tipl.collecting.envs import is_batched, make_vec
 from tipl.collecting.policy_network import actions_of, mean_of_rows, mlp_rows, sampled_means, unclipped
 from tipl.collecting.vector_env import VectorEnv
 from tipl.policy import PolicySpec
@@ -68,17 +71,19 @@ def run_episodes(
 
     `episode_seeds` is (E,), the same for all policies, or (N, E). Policies and episodes step together in groups of up
     to `ENVS_AT_ONCE` simulations; an episode that has ended is not stepped further. On a cluster, workers take these
-    groups one by one, each with `num_threads` threads, by default 1. With `keep_diverged`, a policy whose network gives
-    numbers that are not finite ends there, and all its returns are NaN. `env_kwargs` are as in `make_vec`.
+    groups one by one, each with `num_threads` threads, by default 1. Here that many threads take them, by default one
+    for each CPU. With `keep_diverged`, a policy whose network gives numbers that are not finite ends there, and all its
+    returns are NaN. `env_kwargs` are as in `make_vec`.
 
     Raises ValueError for such a policy otherwise, and where the policies have not the environment's numbers of
     observations and actions, or not its kind of actions.
     """
     seeds = np.broadcast_to(episode_seeds, (len(weights), np.shape(episode_seeds)[-1]))
     num_episodes = seeds.shape[1]
-    at_once = max(1, ENVS_AT_ONCE // num_episodes)
-    starts = range(0, len(weights), at_once)
-    groups = [(weights[first : first + at_once], seeds[first : first + at_once]) for first in starts]
+    threads = num_threads or (_core.available_cpus() if cluster is None else 1)
+    # Other environments are stepped on this thread: they may not stand several.
+    side_by_side = threads if cluster is None and is_batched(env_id, env_kwargs) else 1
+    groups = _groups(weights, seeds, side_by_side)
     tick, poll = _no_tick, None
     if bar is not None:
         task = bar.add_task(f"evaluate {len(weights)} policies", total=seeds.size, note="")
@@ -87,17 +92,65 @@ def run_episodes(
         def poll(num_ended: int) -> None:
             bar.update(task, completed=sum(len(group) for group, _ in groups[:num_ended]) * num_episodes)
 
+    options = (keep_diverged, sampled, env_kwargs)
     if cluster is None:
-        run = functools.partial(
-            _run_group, tick=tick, keep_diverged=keep_diverged, sampled=sampled, env_kwargs=env_kwargs
-        )
-        parts = [run(env_id, policy, *group, num_states, num_threads) for group in groups]
+        each = max(1, threads // len(groups))
+        calls = [(env_id, policy, *group, num_states, each, tick) for group in groups]
+        parts = _side_by_side(calls, options, side_by_side)
     else:
-        threads = 1 if num_threads is None else num_threads
-        rest = (num_states, threads, _no_tick, _no_watch, keep_diverged, sampled, env_kwargs)
-        calls = [(env_id, policy, *group, *rest) for group in groups]
-        parts = cluster.map(_run_group, calls, num_cpus=threads, poll=poll)
+        rest = (num_states, threads, _no_tick, _no_watch, *options)
+        parts = cluster.map(_run_group, [(env_id, policy, *it, *rest) for it in groups], num_cpus=threads, poll=poll)
     return Episodes(np.concatenate([part.returns for part in parts]), [kept for part in parts for kept in part.states])
+
+
+def _groups(
+    weights: NDArray[np.float32], seeds: NDArray[np.int64], side_by_side: int
+) -> list[tuple[NDArray[np.float32], NDArray[np.int64]]]:
+    """Return the policies (N, p) and their episodes (N, E) in groups that step together, of which as many as
+    `side_by_side` run at once: alike in size, and where they are few, one for each of those or a multiple."""
+    at_once = max(1, ENVS_AT_ONCE // seeds.shape[1])
+    rounds = -(-len(weights) // (at_once * side_by_side))
+    count = max(1, min(len(weights), rounds * side_by_side))
+    return list(zip(np.array_split(weights, count), np.array_split(seeds, count), strict=True))
+
+
+class _Stopped(Exception):
+    """This group ends because another one failed, or because of an interrupt."""
+
+
+def _side_by_side(calls: Sequence[tuple[Any, ...]], options: tuple[Any, ...], threads: int) -> list[Episodes]:
+    """Return the results of the groups, `threads` of which run at once, each on a thread of its own.
+
+    So a group does not wait for the other's threads at each step, and Python's part of a step runs beside the
+    simulator's. If one group fails, or the caller is interrupted, the others end at their next step.
+    """
+    if threads == 1 or len(calls) == 1:
+        return [_run_group(*call, _no_watch, *options) for call in calls]
+    stop = threading.Event()
+
+    def watch(env: VectorEnv, running: NDArray[np.bool_], total: NDArray[np.float64]) -> None:
+        if stop.is_set():
+            raise _Stopped
+
+    def run(call: tuple[Any, ...]) -> Episodes:
+        try:
+            return _run_group(*call, watch, *options)
+        except BaseException:
+            stop.set()
+            raise
+
+    with ThreadPoolExecutor(threads, "tipl-episodes") as pool:
+        futures = [pool.submit(run, call) for call in calls]
+        try:
+            failed = [error for future in futures if (error := future.exception())]
+        except BaseException:  # an interrupt
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+            raise
+    for error in failed:
+        if not isinstance(error, _Stopped):
+            raise error
+    return [future.result() for future in futures]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,23 +281,22 @@ def _run_group(
         if difference:
             raise ValueError(f"evaluate: the policies of {env_id} {difference}")
         # A copy, because arrays from Ray's object store are read-only, and torch warns of those.
-        group, total = mlp_rows(policy, torch.from_numpy(weights.copy())), np.zeros(env.num_envs)
+        rows, total = mlp_rows(policy, torch.from_numpy(weights.copy())), np.zeros(env.num_envs)
         noise = _Noise(policy, episode_seeds) if sampled else None
         network = unclipped(policy) if sampled else policy
         sample = _StateSample(num_states, env.obs_dim, episode_seeds)
         obs = env.reset(seeds)
         running = np.ones(env.num_envs, bool)
+        busy = np.arange(len(rows))  # the policies with a running episode, which alone compute actions
         for _ in _while_any(running, env):
             watch(env, running, total)
-            # Only policies with a running episode compute actions: (M, E, obs_dim) -> (M, E, act_dim)
-            busy = np.flatnonzero(running.reshape(shape).any(1))
+            if not (still := running.reshape(shape)[busy].any(1)).all():
+                busy, rows = busy[still], rows[torch.from_numpy(still)]
             seen = obs.reshape(*shape, -1).astype(np.float32)
             sample.add(seen, running.reshape(shape))
             actions = np.zeros((*shape, env.act_dim))
-            everybody = len(busy) == len(group)
-            chosen = group if everybody else group[torch.from_numpy(busy)]
-            inputs = torch.from_numpy(seen if everybody else seen[busy])
-            means = mean_of_rows(network, chosen, inputs).numpy()
+            inputs = torch.from_numpy(seen[busy])
+            means = mean_of_rows(network, rows, inputs).numpy()
             if noise is not None:
                 drawn = noise.next()[busy]
                 means = sampled_means(policy, torch.from_numpy(weights[busy]), inputs, means, drawn)

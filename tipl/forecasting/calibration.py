@@ -4,6 +4,7 @@ Shapes  N trials, P prefixes, C forecasts for each trial, F features; h = prefix
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,6 +29,8 @@ CALIBRATION_HORIZONS = (0.1, 0.2, 0.4, 1.0)
 STRIDE_HORIZON = 0.2
 """The horizon at which strides are tried."""
 NUM_EPISODES = 5
+BYTES_AT_ONCE = 2**28
+"""How much weights may take that are run together, about: trials side by side keep the simulator busy to their end."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,35 +160,48 @@ def run_forecasts(
 
     If all trials shared their episodes, an easy one would move all returns together.
     """
-    policy, last = source.store.policy, source.num_checkpoints - 1
-    assert isinstance(policy, PolicySpec)
+    store, last = source.store, source.num_checkpoints - 1
+    assert isinstance(store.policy, PolicySpec)
     ends = sorted({max(MIN_PREFIX_END, prefix_end_of(share, source.num_checkpoints)) for share in CALIBRATION_PREFIXES})
-    max_len = forecaster.model.config.max_len
-    features, beats, gains = [], [], []
+    at_once = max(1, BYTES_AT_ONCE // (8 * len(ends) * store.policy.num_params * 4))
+    features, returns = [], []
     with progress_bar(progress) as bar:
-        task = bar.add_task("run forecasts", total=len(trials), note="")
-        for trial in trials:
-            path = source.path(trial)
-            seeds = np.random.default_rng((seed, trial)).integers(2**31, size=NUM_EPISODES)
-            forecasts = forecaster.forecast([path[: h + 1] for h in ends], [last - h for h in ends], layout=policy)
-            said, tried, ahead = [], [], []
-            for h, forecast in zip(ends, forecasts, strict=True):
-                horizons, step = _horizons(h, last)
-                refined = forecast.weights(horizons)
-                said.append(features_of(path[: h + 1], refined, forecast.in_basis(horizons), horizons, max_len))
-                tried.append(path[h] + np.array(STRIDES, np.float32)[:, None] * (refined[step] - path[h]))
-                ahead.append(refined)
-            weights = np.concatenate(tried + ahead)
-            store = source.store
-            returns = episodic_returns(
-                store.env_id, policy, weights, seeds, num_threads=num_threads, env_kwargs=store.env_kwargs
-            ).mean(1)
-            along = returns[: len(ends) * len(STRIDES)].reshape(len(ends), -1)  # the first is the prefix's end
-            gains.append(along - along[:, :1])
-            beats.append(returns[along.size :] > np.repeat(along[:, 0], [len(it) for it in ahead]))
-            features.append(np.concatenate(said))
-            bar.advance(task)
-    return Outcomes(np.array(features), np.array(beats), np.array(ends), np.array(gains))
+        for first in range(0, len(trials), at_once):
+            some = trials[first : first + at_once]
+            said, tried = zip(*(_tried(forecaster, source, trial, ends, last) for trial in some), strict=True)
+            seeds = [np.random.default_rng((seed, trial)).integers(2**31, size=NUM_EPISODES) for trial in some]
+            run = functools.partial(episodic_returns, num_threads=num_threads, env_kwargs=store.env_kwargs, bar=bar)
+            of_each = np.repeat(seeds, [len(it) for it in tried], axis=0)
+            returns.append(run(store.env_id, store.policy, np.concatenate(tried), of_each).mean(1))
+            features += said
+    return _outcomes(features, np.concatenate(returns), ends, last)
+
+
+def _tried(
+    forecaster: Forecaster, source: Source, trial: int, ends: Sequence[int], last: int
+) -> tuple[FloatArray, NDArray[np.float32]]:
+    """Return the features of a trial's forecasts (C, F) and the weights to run: strides of each prefix, then them."""
+    path = source.path(trial)
+    forecasts = forecaster.forecast([path[: h + 1] for h in ends], [last - h for h in ends], layout=source.store.policy)
+    said, strides, ahead = [], [], []
+    for h, forecast in zip(ends, forecasts, strict=True):
+        horizons, step = _horizons(h, last)
+        refined = forecast.weights(horizons)
+        in_basis = forecast.in_basis(horizons)
+        said.append(features_of(path[: h + 1], refined, in_basis, horizons, forecaster.model.config.max_len))
+        strides.append(path[h] + np.array(STRIDES, np.float32)[:, None] * (refined[step] - path[h]))
+        ahead.append(refined)
+    return np.concatenate(said), np.concatenate(strides + ahead)
+
+
+def _outcomes(features: Sequence[FloatArray], returns: FloatArray, ends: Sequence[int], last: int) -> Outcomes:
+    """Return the outcomes of each trial's forecasts, of the mean returns of all weights of `_tried`, in order."""
+    of_trials = returns.reshape(len(features), -1)
+    num_along = len(ends) * len(STRIDES)
+    along = of_trials[:, :num_along].reshape(len(features), len(ends), -1)  # the first is the prefix's end
+    lengths = [len(_horizons(h, last)[0]) for h in ends]
+    beats = of_trials[:, num_along:] > np.repeat(along[:, :, 0], lengths, axis=1)
+    return Outcomes(np.array(features), beats, np.array(ends), along - along[:, :, :1])
 
 
 def _horizons(prefix_end: int, last: int) -> tuple[NDArray[np.int64], int]:
