@@ -35,6 +35,7 @@ from numpy.typing import NDArray
 from tipl import _core
 from tipl.cluster import connected
 from tipl.collecting.episodes import policy_to_run, run_episodes
+from tipl.collecting.settings import warn_if_unfinished
 from tipl.files.locations import write_atomically
 from tipl.files.publishing import published
 from tipl.files.sealed import save_arrays
@@ -109,6 +110,8 @@ def _judged_results(
 ) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
     """Return what `evaluate` writes: results.json and coordinates.safetensors."""
     policy = policy_to_run("evaluate", store)
+    for it in (store,) if fresh is None else (store, fresh):
+        warn_if_unfinished("evaluate", it)
     source, started = source_to_judge(store, forecaster), time.perf_counter()
     judges = source if fresh is None else _all_of(fresh, source, forecaster)
     config.prefix_ends(source.num_checkpoints)  # refuses what could not be judged, before anything is read
@@ -199,7 +202,8 @@ def _all_of(fresh: Store, source: Source, forecaster: Forecaster) -> Source:
             f"evaluate: fresh must hold trials under other seeds than those of training, got {len(common)} that were "
             f"there, such as {common[0]}: collect with another --seed"
         )
-    return Source(fresh, Split([], [], list(range(fresh.num_trials))), source.num_checkpoints)
+    split = Split([], [], list(range(fresh.num_trials)))
+    return Source(fresh, split, source.num_checkpoints, store.num_checkpoints)
 
 
 def machine_record() -> dict[str, Any]:
