@@ -78,6 +78,8 @@ def evaluate(
     """
     output = Path(output)
     with published(output, "evaluate") as aside:
+        for it in (store,) if fresh is None else (store, fresh):
+            warn_if_unfinished("evaluate", it)
         results, coordinates = _judged_results(
             store,
             forecaster,
@@ -110,8 +112,6 @@ def _judged_results(
 ) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
     """Return what `evaluate` writes: results.json and coordinates.safetensors."""
     policy = policy_to_run("evaluate", store)
-    for it in (store,) if fresh is None else (store, fresh):
-        warn_if_unfinished("evaluate", it)
     source, started = source_to_judge(store, forecaster), time.perf_counter()
     judges = source if fresh is None else _all_of(fresh, source, forecaster)
     config.prefix_ends(source.num_checkpoints)  # refuses what could not be judged, before anything is read
@@ -127,8 +127,8 @@ def _judged_results(
     )
     seeds = {trial: episode_seeds(config, trial) for trial in heldout}
     with contextlib.nullcontext() if ray is None else connected(ray) as cluster, progress_bar(progress) as bar:
-        made = functools.partial(run_episodes, store.env_id, policy, env_kwargs=store.env_kwargs)
-        run = functools.partial(made, num_threads=num_threads, cluster=cluster, bar=bar)
+        where: dict[str, Any] = {"num_threads": num_threads, "cluster": cluster, "bar": bar}
+        run = functools.partial(run_episodes, store.env_id, policy, env_kwargs=store.env_kwargs, **where)
         bounds = action_bounds(store.env_id, store.env_kwargs)
         in_returns, diversity = judge_returns(policy, bounds, in_weights.cases, in_weights.policies, seeds, run)
     results = {

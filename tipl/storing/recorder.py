@@ -36,6 +36,7 @@ class Recorder:
     go on, and `restore` puts that back.
     """
 
+    # Over 60 lines because its docstring, the reference of all arguments, takes most of them.
     def __init__(
         self,
         path: str | Path,

@@ -106,8 +106,8 @@ def _check_zip(archive: zipfile.ZipFile, used: set[str]) -> None:
     names = archive.namelist()
     if is_torchscript(names):  # in a zip of Stable-Baselines3, whose own load could not read it either
         raise NotReadableError(
-            "holds a TorchScript export as its policy.pth, where Stable-Baselines3 saves a state_dict, and was not loaded: "
-            "import the export itself, or a zip that model.save() wrote"
+            "holds a TorchScript export as its policy.pth, where Stable-Baselines3 saves a state_dict, and was not "
+            "read: import the export itself, or a zip that model.save() wrote"
         )
     pickles = [name for name in names if name.lower().endswith(".pkl")]
     if not any(name.endswith("/data.pkl") for name in pickles):
