@@ -49,13 +49,22 @@ def flags(config: Any, prefix: str = "") -> list[str]:
     return words
 
 
-def make_store(path: Path, num_trials: int, num_checkpoints: int, env_id: str = ENV_ID, *, seed: int = 0) -> Store:
+def make_store(
+    path: Path,
+    num_trials: int,
+    num_checkpoints: int,
+    env_id: str = ENV_ID,
+    *,
+    seed: int = 0,
+    config: dict[str, Any] | None = None,
+) -> Store:
     """A store of paths that settle along a few directions, jittered, with returns that rise to about 1000."""
     rng = np.random.default_rng(seed + 1)
     t = np.linspace(0, 1, num_checkpoints)
     shapes = np.stack([1 - np.exp(-3 * t), t**1.5, np.sin(2 * t), t * (1 - t)], 1)  # (T, 4)
     seeds = range(seed, seed + num_trials)
-    store = Store.create(path, env_id=env_id, policy=SPEC, seeds=seeds, config={"total_timesteps": 100_000})
+    config = {"total_timesteps": 100_000} if config is None else config
+    store = Store.create(path, env_id=env_id, policy=SPEC, seeds=seeds, config=config)
     weights, returns = [], []
     for _ in range(num_trials):
         directions = rng.normal(size=(4, SPEC.num_params)) * np.array([1.0, 0.6, 0.4, 0.2])[:, None]

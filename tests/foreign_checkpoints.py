@@ -99,6 +99,23 @@ def sb3_zip(path: Path, state: dict[str, Tensor], **data: Any) -> Path:
     return path
 
 
+def ppo_zip(path: Path, num_timesteps: Any = 0, **settings: Any) -> Path:
+    """A zip of a PPO that sees three numbers and takes one action."""
+    torch.manual_seed(0)
+    sizes = {
+        "mlp_extractor.policy_net.0": (3, 8),
+        "mlp_extractor.policy_net.2": (8, 8),
+        "action_net": (8, 1),
+        "mlp_extractor.value_net.0": (3, 8),
+        "mlp_extractor.value_net.2": (8, 8),
+        "value_net": (8, 1),
+    }
+    state = {"log_std": torch.zeros(1)}
+    for name, (fan_in, fan_out) in sizes.items():
+        state |= prefixed(f"{name}.", nn.Linear(fan_in, fan_out).state_dict())
+    return sb3_zip(path, state, num_timesteps=num_timesteps, **settings)
+
+
 def damaged(whole: dict[str, Tensor], random: Any, changes: int) -> dict[str, Tensor]:
     """Return a state some of whose keys are lost or renamed, or have tensors of other shapes."""
     state, others = dict(whole), list(whole.values())

@@ -208,7 +208,7 @@ content(
 )
 content(
     "TorchScript as SB3's policy",
-    "is a TorchScript export, which is code",
+    "holds a TorchScript export as its policy.pth, .*: import the export itself, or a zip that model.save",
     lambda random: zip_bytes({"policy.pth": torchscript_zip(pickle.dumps({}, 2)), "data": b"{}"}),
     "model_1.zip",
 )

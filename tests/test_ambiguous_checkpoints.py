@@ -5,10 +5,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-import foreign_checkpoints
 import pytest
 import torch
-from foreign_checkpoints import ACT_DIM, OBS_DIM, CleanRL, RslRl, prefixed
+from foreign_checkpoints import ACT_DIM, OBS_DIM, CleanRL, RslRl, ppo_zip, prefixed
 from torch import Tensor, nn
 
 from tipl.policy import ParameterLayout, PolicySpec
@@ -33,17 +32,6 @@ def save(content: Any, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(content, path)
     return path
-
-
-def sb3_zip(path: Path, num_timesteps: Any = 0, **settings: Any) -> Path:
-    """A zip as PPO.save lays it out: policy.pth, and plain JSON in `data`."""
-    state = {"log_std": torch.zeros(1)} | mlp("mlp_extractor.policy_net.", 3, 8, 8) | mlp("action_net.", 8, 1)
-    state = {key.replace("action_net.0.", "action_net."): tensor for key, tensor in state.items()}
-    state |= mlp("mlp_extractor.value_net.", 3, 8, 8) | {
-        "value_net.weight": torch.ones(1, 8),
-        "value_net.bias": torch.ones(1),
-    }
-    return foreign_checkpoints.sb3_zip(path, state, num_timesteps=num_timesteps, **settings)
 
 
 ACTOR, CRITIC = mlp("", 3, 8, 2), mlp("", 3, 8, 1, seed=1)
@@ -254,19 +242,19 @@ KWARGS = {":type:": "<class 'dict'>", ":serialized:": "AA=="}
 
 
 def test_the_activation_of_an_own_policy_class_is_asked_for(tmp_path: Path) -> None:
-    path = sb3_zip(tmp_path / "x.zip", **OWN_CLASS)
+    path = ppo_zip(tmp_path / "x.zip", **OWN_CLASS)
     with pytest.raises(
         ValueError, match=r"x\.zip: its policy is of a class of its own, from __main__, .*: pass activation"
     ):
         import_checkpoints([path], tmp_path / "store")
     assert import_checkpoints([path], tmp_path / "store", activation="relu").policy == PolicySpec(3, 1, (8, 8), "relu")
     said = {"policy_kwargs": KWARGS | {"activation_fn": "<class 'torch.nn.modules.activation.ELU'>"}}
-    path = sb3_zip(tmp_path / "y.zip", **OWN_CLASS | said)
+    path = ppo_zip(tmp_path / "y.zip", **OWN_CLASS | said)
     assert find_actor_in(path, read_checkpoint_file(path)).policy == PolicySpec(3, 1, (8, 8), "elu")
-    path = sb3_zip(tmp_path / "z.zip", **SB3_CLASS)
+    path = ppo_zip(tmp_path / "z.zip", **SB3_CLASS)
     assert find_actor_in(path, read_checkpoint_file(path), "relu").policy == PolicySpec(3, 1, (8, 8), "tanh")
     for other in ("<class 'own.Tanh'>", "functools.partial(<class 'torch.nn.modules.activation.ELU'>, alpha=0.5)"):
-        path = sb3_zip(tmp_path / "other.zip", policy_kwargs=KWARGS | {"activation_fn": other})
+        path = ppo_zip(tmp_path / "other.zip", policy_kwargs=KWARGS | {"activation_fn": other})
         assert find_actor_in(path, read_checkpoint_file(path)).kind == "other"
 
 
@@ -292,14 +280,14 @@ def test_what_is_lost_is_in_the_note(tmp_path: Path) -> None:
     cleanrl, rsl_rl = save(CleanRL().state_dict(), tmp_path / "a.pt"), save(RslRl().release_5(), tmp_path / "b.pt")
     assert "does not save the statistics" in note(cleanrl, activation="tanh")
     assert "activation" not in note(rsl_rl, activation="elu")
-    assert note(sb3_zip(tmp_path / "plain.zip", **SB3_CLASS)) == ""
+    assert note(ppo_zip(tmp_path / "plain.zip", **SB3_CLASS)) == ""
     extractor = {"policy_kwargs": KWARGS | {"features_extractor_class": "<class 'own.Scaled'>"}}
-    assert "features extractor of the run's own, <class 'own.Scaled'>" in note(sb3_zip(tmp_path / "e.zip", **extractor))
+    assert "features extractor of the run's own, <class 'own.Scaled'>" in note(ppo_zip(tmp_path / "e.zip", **extractor))
 
 
 def test_notes_of_all_trials_are_kept(tmp_path: Path) -> None:
-    one = sb3_zip(tmp_path / "one" / "m_1.zip", 1)
-    other = sb3_zip(tmp_path / "other" / "m_1.zip", 1, _last_original_obs={})
+    one = ppo_zip(tmp_path / "one" / "m_1.zip", 1)
+    other = ppo_zip(tmp_path / "other" / "m_1.zip", 1, _last_original_obs={})
     stores = [import_checkpoints([path], tmp_path / f"store{i}").path for i, path in enumerate((one, other))]
     assert "VecNormalize" in import_checkpoints(stores, tmp_path / "joined").config["source"]["note"]
 
@@ -386,7 +374,7 @@ def test_sb3s_num_timesteps_count_where_they_grow(
     named: list[int], said: list[int], expected: list[int], note: str, tmp_path: Path
 ) -> None:
     for name, steps in zip(named, said, strict=True):
-        sb3_zip(tmp_path / "run" / f"ppo_{name}.zip", steps, **SB3_CLASS)
+        ppo_zip(tmp_path / "run" / f"ppo_{name}.zip", steps, **SB3_CLASS)
     store = import_checkpoints([tmp_path / "run"], tmp_path / "store")
     assert store.trial(0).env_steps.tolist() == expected
     written = store.config["source"].get("note", "")
@@ -418,14 +406,14 @@ def test_files_go_by_name_or_by_time_where_asked(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"seed1_b_7\.pt and seed1_c\.pt were modified at the same moment"):
         import_checkpoints([run], tmp_path / "none", order="mtime")
     for i, steps in enumerate((30, 20)):  # what the files say must agree
-        sb3_zip(tmp_path / "said" / f"{i}_{9 - i}.zip", steps)
+        ppo_zip(tmp_path / "said" / f"{i}_{9 - i}.zip", steps)
     with pytest.raises(ValueError, match=r"says that it is of step 20, but comes after .* of step 30"):
         import_checkpoints([tmp_path / "said"], tmp_path / "none", order="name")
 
 
 @pytest.mark.parametrize("steps", [-5, 2**63, True, "12"])
 def test_steps_in_files_must_be_steps(steps: Any, tmp_path: Path) -> None:
-    path = sb3_zip(tmp_path / "m_7.zip", steps)
+    path = ppo_zip(tmp_path / "m_7.zip", steps)
     if isinstance(steps, int) and not isinstance(steps, bool):
         with pytest.raises(RuntimeError, match=rf"m_7\.zip says num_timesteps {steps}, which must lie in \[0, 2\^63\)"):
             import_checkpoints([path], tmp_path / "store")
@@ -434,7 +422,7 @@ def test_steps_in_files_must_be_steps(steps: Any, tmp_path: Path) -> None:
 
 
 def test_a_template_of_another_activation_is_refused_for_imported_runs_too(tmp_path: Path) -> None:
-    store = import_checkpoints([sb3_zip(tmp_path / "m_1.zip")], tmp_path / "store")
+    store = import_checkpoints([ppo_zip(tmp_path / "m_1.zip")], tmp_path / "store")
     relu = KWARGS | {"activation_fn": "<class 'torch.nn.modules.activation.ReLU'>"}
     with pytest.raises(ValueError, match="the activation is relu instead of tanh"):
-        export_checkpoint(store.path, sb3_zip(tmp_path / "relu.zip", policy_kwargs=relu), tmp_path / "out.zip")
+        export_checkpoint(store.path, ppo_zip(tmp_path / "relu.zip", policy_kwargs=relu), tmp_path / "out.zip")

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from foreign_checkpoints import ppo_zip
 from hostile_files import mutated_pickles
-from test_ambiguous_checkpoints import sb3_zip
 
 import tipl
 from tipl.cli import main
@@ -203,7 +203,7 @@ STEPS = (64, 128)
 
 
 def run_of(folder: Path, **settings: Any) -> list[Path]:
-    return [sb3_zip(folder / f"rl_model_{step}_steps.zip", step, **settings) for step in STEPS]
+    return [ppo_zip(folder / f"rl_model_{step}_steps.zip", step, **settings) for step in STEPS]
 
 
 LAYOUTS = {
@@ -440,11 +440,11 @@ def test_a_recorder_folds_what_normalises_now(tmp_path):
 
 
 def test_json_of_a_zip_is_enough_to_know(tmp_path):
-    path = sb3_zip(tmp_path / "a.zip", 1, **SAID)
+    path = ppo_zip(tmp_path / "a.zip", 1, **SAID)
     with zipfile.ZipFile(io.BytesIO(path.read_bytes())) as archive:
         assert json.loads(archive.read("data"))["_last_original_obs"]
     assert read_checkpoint_file(path).normalised
-    assert not read_checkpoint_file(sb3_zip(tmp_path / "b.zip", 1)).normalised
+    assert not read_checkpoint_file(ppo_zip(tmp_path / "b.zip", 1)).normalised
 
 
 # ---- what would be imported
@@ -474,7 +474,7 @@ def test_a_dry_run_says_what_each_tensor_is_taken_for_and_writes_nothing(tmp_pat
 
 
 def test_a_dry_run_reads_the_weights_too(tmp_path):
-    path = sb3_zip(tmp_path / "a.zip", 1)
+    path = ppo_zip(tmp_path / "a.zip", 1)
     state = read_checkpoint_file(path)
     state.state["action_net.bias"][:] = np.nan
     path.write_bytes(state.to_bytes())

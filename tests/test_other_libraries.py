@@ -379,6 +379,27 @@ def test_a_last_layer_of_two_halves(library: str, tmp_path: Path) -> None:
     assert isinstance(tipl.import_checkpoints([path], tmp_path / "unsaid", **ignored).policy, ParameterLayout)
 
 
+@pytest.mark.parametrize("library", ["TorchRL", "rsl_rl"])
+def test_a_recorded_run_of_two_halves_is_judged_as_an_imported_one(library: str, tmp_path: Path) -> None:
+    squash = library != "rsl_rl"
+    said: dict[str, Any] = {"env_id": "InvertedPendulum-v5", "activation": "silu", "halves": True}
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with tipl.Recorder(tmp_path / "recorded", squash=squash, **said) as recorder:
+        for seed in range(2):
+            content = halves((4, 8, 1), library=library, seed=seed).content
+            saved(content, folder / f"model_{seed}.pt")
+            recorder.log(content.get("actor_state_dict", content), env_steps=seed)
+    imported = tipl.import_checkpoints([folder], tmp_path / "imported", **said, **({"squash": True} if squash else {}))
+    recorded = tipl.Store.open(tmp_path / "recorded")
+    assert recorded.policy == PolicySpec(4, 1, (8,), "silu", spread="halves", squash=squash)
+    assert recorded.policy == imported.policy
+    np.testing.assert_array_equal(recorded.trial(0).weights(), imported.trial(0).weights())
+    np.testing.assert_array_equal(
+        *(tipl.score(it, num_episodes=2, progress=False).returns for it in (recorded, imported))
+    )
+
+
 def test_a_layer_of_halves_is_refused_where_there_is_none(tmp_path: Path) -> None:
     path = saved(halves((4, 8, 2), library="TorchRL").content, tmp_path / "a.pt")
     with pytest.raises(ValueError, match="halves is for continuous actions, and discrete says logits: leave one"):
@@ -390,6 +411,18 @@ def test_a_layer_of_halves_is_refused_where_there_is_none(tmp_path: Path) -> Non
     for state in (odd, torchrl(SIZES).content, bare(0, 4, 8, 6, 4)):
         with pytest.raises(ValueError, match="halves says that the last layer has two outputs for each action, but"):
             tipl.import_checkpoints([saved(state, tmp_path / "b.pt")], tmp_path / "store", halves=True)
+        with (
+            tipl.Recorder(tmp_path / "recorded", halves=True) as recorder,
+            pytest.raises(
+                ValueError, match="log: policy: halves says that the last layer has two outputs for each action"
+            ),
+        ):
+            recorder.log(state, env_steps=0)
+    for discrete in (True, "logits"):
+        with pytest.raises(
+            ValueError, match=f"halves is for continuous actions, and discrete is {discrete!r}: leave one"
+        ):
+            tipl.Recorder(tmp_path / "recorded", halves=True, discrete=discrete)
 
 
 # ---- Flax and .npz

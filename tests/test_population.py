@@ -16,10 +16,12 @@ from ppo_checks import (
     ScriptedEnv,
     assert_logged,
     assert_updates_as_autograd,
+    population,
     random_update,
     row_of,
     updated,
     updated_beside_sb3,
+    value_is_third_observation,
 )
 from processes import ISAS, run_on
 
@@ -60,10 +62,6 @@ class TargetEnv(ScriptedEnv):
         reward = -((actions[:, 0] - 0.8 * self._obs[ids, 0] + 0.3) ** 2)
         self.elapsed[ids] += 1
         return self._observe(ids), reward, np.zeros(len(ids), np.bool_), self.elapsed[ids] == 16
-
-
-def population(seeds: Sequence[int], config: PPOConfig = SMALL, act_dim: int = 1, **kwargs: object) -> Population:
-    return Population(ScriptedEnv(len(seeds) * config.num_envs, act_dim), config, seeds, **kwargs)
 
 
 def path(seeds: Sequence[int], config: PPOConfig = SMALL, iterations: int = 3, **kwargs: object) -> NDArray[np.float32]:
@@ -112,11 +110,6 @@ def test_gae_equals_stable_baselines3() -> None:
     next_values = np.where(done, final_values, np.vstack([values[1:], last_values]))
     advantages = gae(rewards, values, next_values, terminated, done, gamma=0.9, gae_lambda=0.8)
     np.testing.assert_allclose(advantages, buffer.advantages, rtol=0, atol=2e-6)
-
-
-def value_is_third_observation(trials: Population) -> None:
-    """Make critics without hidden layers say V(obs) = 10 obs[2], which is the step in the episode."""
-    trials.params[:, trials.spec.num_params :] = [0.0, 0.0, 10.0, 0.0]
 
 
 def test_time_out_bootstraps_from_the_final_observation() -> None:

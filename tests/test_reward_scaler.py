@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 from gymnasium.spaces import Box
 from numpy.typing import NDArray
-from ppo_checks import SMALL
-from test_population import population, value_is_third_observation
+from ppo_checks import SMALL, population, value_is_third_observation
 
 from tipl.collecting.envs import make_vec
 from tipl.collecting.population import Population, environment_seeds

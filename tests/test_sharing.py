@@ -460,6 +460,37 @@ def test_a_read_that_breaks_off_says_where_and_what_to_do(
     assert seen.err.count("\n") == (0 if code == "EntryNotFound" else 1)  # no server is taken for damage
 
 
+@pytest.mark.parametrize(
+    ("token", "refusal", "said"),
+    [
+        (None, None, ": there is no such repository, or the token does not open it: `hf auth login` stores a token"),
+        (
+            "hf_old",
+            None,
+            ": 401, Invalid credentials in Authorization header; `hf auth login` stores a token, or set HF_",
+        ),
+        (TOKEN, Refused(403, "no", "GatedRepo"), " is gated: ask for access on the repository's page; `hf auth login`"),
+        (TOKEN, Refused(403, "no"), ": 403, no; `hf auth login` stores a token, or set HF_TOKEN"),
+    ],
+)
+def test_a_first_access_that_is_refused_says_so(
+    hub: Hub, small_store: Store, monkeypatch: pytest.MonkeyPatch, run_tipl: Callable[..., int], capsys,
+    token: str | None, refusal: Refused | None, said: str,
+) -> None:  # fmt: skip
+    tipl.push(small_store.path, "user/runs", private=True, progress=False)
+    monkeypatch.setenv("HF_TOKEN", token) if token else monkeypatch.delenv("HF_TOKEN")
+    hub.refusal = refusal
+    for read, name in ((Store.open, "zarr"), (tipl.load_zoo, "zoo")):
+        with pytest.raises(Unreachable, match=re.escape(f"hf://datasets/user/runs/{name}.json{said}")):
+            read("hf://datasets/user/runs")
+    capsys.readouterr()
+    assert run_tipl("verify", "hf://datasets/user/runs") == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+    assert not token or token not in error
+
+
 def test_a_push_that_broke_off_goes_on(hub: Hub, small_store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise Refused(403, "not now")

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any, Self, TypeAlias
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from tipl.collecting.envs import make_vec
 from tipl.collecting.episodes import misfit
+from tipl.collecting.policy_network import without_halves
 from tipl.files.locations import write_atomically
 from tipl.files.publishing import published
 from tipl.policy import Activation, Layout, PolicySpec
@@ -79,7 +81,8 @@ def export_onnx(
         bounds = _action_bounds(spec, *made)
         unnormalised = bool((record.get("source") or {}).get(UNNORMALISED))
         observations = _Observations.of(spec, actor, unnormalised, normaliser)
-        write_atomically(aside, _model(spec, row, observations, bounds))
+        spec, rows = without_halves(spec, torch.tensor(row)[None])
+        write_atomically(aside, _model(spec, rows[0].numpy(), observations, bounds))
     return output
 
 
@@ -200,7 +203,7 @@ def _model(
         graph.apply("Sub", graph.constant("observation.mean", mean))
         graph.apply("Div", graph.constant("observation.std", std))
     parameters = {
-        name: graph.constant(name, _of_means(spec, name, row[offset : offset + math.prod(shape)].reshape(shape)))
+        name: graph.constant(name, row[offset : offset + math.prod(shape)].reshape(shape))
         for name, (offset, shape) in spec.layout.items()
         if not name.startswith("log_std")
     }
@@ -226,11 +229,6 @@ def _model(
     onnx.checker.check_model(model, full_check=True)
     written: bytes = model.SerializeToString(deterministic=True)
     return written
-
-
-def _of_means(spec: PolicySpec, name: str, parameter: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return what of a parameter the deterministic policy uses: of a last layer of two halves, the first."""
-    return parameter[: spec.act_dim] if name.startswith("action_net.") else parameter
 
 
 def _act(graph: _Graph, spec: PolicySpec, bounds: tuple[Vector, Vector] | None) -> None:

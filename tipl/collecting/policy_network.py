@@ -46,16 +46,23 @@ def mlp_rows(spec: PolicySpec, weights: Tensor) -> Tensor:
     N = len(weights) if weights.ndim else 0
     if weights.shape != (N, spec.num_params):
         raise ValueError(f"mean_action: weights must have shape (N, {spec.num_params}), got {tuple(weights.shape)}")
+    spec, weights = without_halves(spec, weights)
     m = _mlp_size(spec)
-    if spec.spread == "halves":
-        of_means = (
-            it[:, : spec.act_dim] if name.startswith("action_net.") else it
-            for name, it in spec.unflatten(weights).items()
-        )
-        weights = torch.cat([it.flatten(1) for it in of_means], 1)
     if spec.spread != "parameter":
         return torch.nn.functional.pad(weights[:, :m], (spec.act_dim, 0))
     return weights[:, spec.num_params - m - spec.act_dim :].contiguous()
+
+
+def without_halves(spec: PolicySpec, weights: Tensor) -> tuple[PolicySpec, Tensor]:
+    """Return policies (N, p) of a last layer of two halves with its first half alone, which is all that the mean uses.
+
+    Policies of other kinds are returned as they are.
+    """
+    if spec.spread != "halves":
+        return spec, weights
+    of_means = dataclasses.replace(spec, spread="none")
+    parts, shapes = spec.unflatten(weights), of_means.shapes
+    return of_means, torch.cat([parts[name][:, : shape[0]].flatten(1) for name, shape in shapes.items()], 1)
 
 
 def mean_of_rows(spec: PolicySpec, rows: Tensor, obs: Tensor) -> Tensor:

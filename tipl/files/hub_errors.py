@@ -1,4 +1,4 @@
-"""What goes wrong on the Hugging Face hub, in one line each: huggingface_hub says it in several."""
+"""What goes wrong on the Hugging Face hub and on other servers, in one line each: their libraries say it in several."""
 
 import contextlib
 import importlib
@@ -92,9 +92,12 @@ def read_error(error: Exception, url: str) -> Exception:
     FileNotFoundError where the file is not there, `Unreachable` where the server does not answer or refuses.
     """
     if not url.startswith("hf://"):
-        return Unreachable(f"{url}: {line_of(error)}")
+        return _unreachable(error, url)
     from httpx2 import HTTPError
     from huggingface_hub import errors
+
+    if isinstance(error, FileNotFoundError) and isinstance(error.__cause__, errors.HfHubHTTPError):
+        error = error.__cause__  # its file system says no more than that nothing was found
 
     token = "`hf auth login` stores a token, or set HF_TOKEN"
     if isinstance(error, errors.EntryNotFoundError):
@@ -113,6 +116,33 @@ def read_error(error: Exception, url: str) -> Exception:
     return Unreachable(f"{url}: {line_of(error)}")
 
 
+def means_absence(error: FileNotFoundError) -> bool:
+    """Return whether a server said that there is nothing; otherwise it refused, or did not answer."""
+    return error.__cause__ is None or _status(error.__cause__) in (404, 410)
+
+
+def _status(error: BaseException) -> int | None:
+    """Return the status with which a server answered, as aiohttp's and httpx's exceptions say it."""
+    status = getattr(error, "status", getattr(getattr(error, "response", None), "status_code", None))
+    return status if isinstance(status, int) else None
+
+
+def _unreachable(error: Exception, url: str) -> "Unreachable":
+    """Return what to say where a server other than the hub refuses, or does not answer."""
+    found = error.__cause__ if isinstance(error, FileNotFoundError) and error.__cause__ else error
+    status, said = _status(found), line_of(getattr(found, "message", found))
+    is_refused = isinstance(found, PermissionError) or type(found).__name__ == "NoCredentialsError"
+    if status not in (401, 403) and not is_refused:
+        return Unreachable(f"{url}: {said}" if status is None else f"{url}: {status}, {said}")
+    answer = said if status is None else f"{status}, {said}"
+    scheme = url.partition("://")[0]
+    return Unreachable(f"{url}: access was refused ({answer}): {_ACCESS.get(scheme, _ASK)}")
+
+
+_ASK = "log in to that server, or ask its owner for access"
+_WEB = "check the address; where it asks for a login, download all of it and give the folder"
+_S3 = "set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, to a login that may use this bucket"
+_ACCESS = {"s3": _S3, "https": _WEB, "http": _WEB}
 _AGAIN = "try again, or copy all of it first with `tipl pull`"
 
 

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 
 from upath import UPath
 
-from tipl.files.hub_errors import read_error
+from tipl.files.hub_errors import means_absence, read_error
 
 Location: TypeAlias = Path | UPath
 
@@ -49,15 +49,32 @@ def _reached(path: Location) -> Iterator[None]:
     except (FileNotFoundError, ImportError, ValueError):
         raise
     except Exception as error:
-        if isinstance(error, OSError) and not str(path).startswith("hf://"):
+        is_told = isinstance(error, OSError) and not (isinstance(error, PermissionError) and error.errno is None)
+        if is_told and path.protocol != "hf":
             raise
         raise read_error(error, str(path)) from error
 
 
 def exists(path: Location) -> bool:
-    """Return whether there is a file or a folder. Raises OSError where the server of a URL does not answer."""
+    """Return whether there is a file or a folder. Raises OSError where the server of a URL does not answer.
+
+    Behind https:// and hf:// it is false also where the server refuses access, as some do to folders and to what is not
+    there; `check_access` tells one from the other.
+    """
     with contextlib.nullcontext() if isinstance(path, Path) else _reached(path):
         return path.exists()
+
+
+def check_access(path: Location) -> None:
+    """Raise `Unreachable` where the server of a URL refuses access to a file, or does not answer; else do nothing."""
+    if isinstance(path, Path):
+        return
+    with _reached(path):
+        try:
+            path.fs.info(path.path)
+        except FileNotFoundError as error:
+            if not means_absence(error):
+                raise read_error(error, str(path)) from error
 
 
 def local_path(path: "str | Location", name: str) -> Path:
@@ -111,7 +128,8 @@ def write_atomically(path: Location, data: bytes) -> None:
         with written_aside(path) as aside:
             aside.write_bytes(data)
     else:
-        path.write_bytes(data)
+        with _reached(path):
+            path.write_bytes(data)
 
 
 @contextlib.contextmanager
@@ -120,7 +138,8 @@ def written_aside(path: Location) -> Iterator[Path]:
     if not isinstance(path, Path):
         with tempfile.TemporaryDirectory() as folder:
             yield Path(folder) / path.name
-            path.fs.put_file(str(Path(folder) / path.name), path.path)
+            with _reached(path):
+                path.fs.put_file(str(Path(folder) / path.name), path.path)
         return
     aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:

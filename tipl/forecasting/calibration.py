@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tipl.collecting.episodes import can_run, episodic_returns
+from tipl.collecting.settings import warn_if_unfinished
 from tipl.files.locations import read_file, write_atomically
 from tipl.files.publishing import published
 from tipl.forecasting.confidence import STRIDES, Confidence, FloatArray, Strides, features_of
@@ -123,6 +124,7 @@ def _recalibrated(
     for store in stores:
         if not _can_run(store):
             raise ValueError(f"calibrate: the simulator cannot run the policies of {store.path}")
+        warn_if_unfinished("calibrate", store)
     sources = [source_to_judge(store, forecaster) for store in stores]
     config = TrainConfig(**{**forecaster.config["train"], "confidence_trials": num_trials})
     calibration = calibrate(forecaster, sources, config, num_threads=num_threads, progress=progress)

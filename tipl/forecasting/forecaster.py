@@ -39,6 +39,8 @@ class TrainedOn:
     policy: dict[str, Any]
     seeds: list[int]
     split: Split
+    path_length: int | None = None
+    """Checkpoints of each path, where they were thinned; None where they were not, or an older tipl trained."""
 
     def __post_init__(self) -> None:
         layout_from_dict(self.policy)
@@ -312,14 +314,15 @@ def source_to_judge(store: Store, forecaster: Forecaster) -> Source:
         raise ValueError("evaluate: the model is not from `tipl train`: its config.json holds no split of trials")
     known = forecaster.source_of(store)
     if known is not None:
-        source = Source(store, Split(**known["split"]), config["num_checkpoints"])
         is_thinned = config["train"]["num_checkpoints"] is not None
-        if store.num_checkpoints != source.num_checkpoints and not is_thinned:
+        found = store.num_checkpoints
+        length = known.get("path_length", found if is_thinned else config["num_checkpoints"])
+        if found != length:
             raise ValueError(
                 f"evaluate: the model does not fit the store {store.path}: it was trained on num_checkpoints = "
-                f"{source.num_checkpoints}, the store has {store.num_checkpoints}"
+                f"{length}, the store has {found}"
             )
-        return source
+        return Source(store, Split(**known["split"]), config["num_checkpoints"], length)
     for other in config["stores"]:
         if other["env_id"] == store.env_id and (common := sorted(set(other["seeds"]) & set(store.seeds))):
             raise ValueError(

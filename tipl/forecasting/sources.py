@@ -43,6 +43,9 @@ class Source:
     store: Store
     split: Split
     num_checkpoints: int
+    path_length: int | None = None
+    """Checkpoints of each path, of which T are looked at: a collection that goes on may add more meanwhile. None takes
+    what is there."""
 
     @classmethod
     def of(cls, store: Store, config: TrainConfig) -> "Source":
@@ -61,7 +64,7 @@ class Source:
                 f"train: num_checkpoints must be at most {first}, as the paths in {store.path} are long, got "
                 f"{config.num_checkpoints}"
             )
-        return cls(store, split, config.num_checkpoints or first)
+        return cls(store, split, config.num_checkpoints or first, first)
 
     def learned(self, config: TrainConfig) -> tuple[list[int], list[int]]:
         """Return the training and the validation trials that are read."""
@@ -69,7 +72,7 @@ class Source:
 
     def path(self, trial: int) -> NDArray[np.float32]:
         """Return the weights (T, p) of a trial, thinned evenly."""
-        return thin(self.store.trial(trial).weights(), self.num_checkpoints)
+        return thin(self.store.trial(trial).weights(stop=self.path_length), self.num_checkpoints)
 
 
 def thin(weights: NDArray[np.float32], num_checkpoints: int) -> NDArray[np.float32]:

@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from tipl import _core
 from tipl.cluster import connected
 from tipl.collecting.curves import EventFile
+from tipl.collecting.settings import warn_if_unfinished
 from tipl.files.locations import write_atomically
 from tipl.files.publishing import published, remove
 from tipl.forecasting.calibration import calibrate
@@ -222,6 +223,8 @@ def train(
     and gives the same bits if stores and versions are the same, with any number of threads (in bfloat16, with the same
     number of torch's). Otherwise it starts again.
 
+    Of an unfinished collection the checkpoints that are there are used, with a warning.
+
     Raises FileExistsError where `output` exists; OutputInUse where another process is making it; ValueError where a
     store has too few trials or checkpoints, or paths have different lengths.
     """
@@ -229,7 +232,10 @@ def train(
     if ray is not None and config.basis != "shared":
         raise ValueError(f"train: ray is for fitting a shared basis, but basis is {config.basis!r}")
     with published(output, "train", manifest=False, resumable=True) as aside:
-        sources = [Source.of(it, config) for it in ([store] if isinstance(store, Store) else store)]
+        stores = [store] if isinstance(store, Store) else store
+        for it in stores:
+            warn_if_unfinished("train", it)
+        sources = [Source.of(it, config) for it in stores]
         if not sources:
             raise ValueError("train: store must be a store or several, got none")
         forecaster, summary = _trained(sources, config, aside, num_threads=num_threads, ray=ray, progress=progress)
@@ -299,6 +305,7 @@ def _record_of(sources: Sequence[Source], config: TrainConfig) -> dict[str, Any]
             "policy": source.store.policy.to_dict(),
             "seeds": source.store.seeds,
             "split": dataclasses.asdict(source.split),
+            **({} if config.num_checkpoints is None else {"path_length": source.path_length}),
         }
         for source in sources
     ]

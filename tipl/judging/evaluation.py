@@ -35,6 +35,7 @@ from numpy.typing import NDArray
 from tipl import _core
 from tipl.cluster import connected
 from tipl.collecting.episodes import policy_to_run, run_episodes
+from tipl.collecting.settings import warn_if_unfinished
 from tipl.files.locations import write_atomically
 from tipl.files.publishing import published
 from tipl.files.sealed import save_arrays
@@ -77,6 +78,8 @@ def evaluate(
     """
     output = Path(output)
     with published(output, "evaluate") as aside:
+        for it in (store,) if fresh is None else (store, fresh):
+            warn_if_unfinished("evaluate", it)
         results, coordinates = _judged_results(
             store,
             forecaster,
@@ -124,8 +127,8 @@ def _judged_results(
     )
     seeds = {trial: episode_seeds(config, trial) for trial in heldout}
     with contextlib.nullcontext() if ray is None else connected(ray) as cluster, progress_bar(progress) as bar:
-        made = functools.partial(run_episodes, store.env_id, policy, env_kwargs=store.env_kwargs)
-        run = functools.partial(made, num_threads=num_threads, cluster=cluster, bar=bar)
+        where: dict[str, Any] = {"num_threads": num_threads, "cluster": cluster, "bar": bar}
+        run = functools.partial(run_episodes, store.env_id, policy, env_kwargs=store.env_kwargs, **where)
         bounds = action_bounds(store.env_id, store.env_kwargs)
         in_returns, diversity = judge_returns(policy, bounds, in_weights.cases, in_weights.policies, seeds, run)
     results = {
@@ -199,7 +202,8 @@ def _all_of(fresh: Store, source: Source, forecaster: Forecaster) -> Source:
             f"evaluate: fresh must hold trials under other seeds than those of training, got {len(common)} that were "
             f"there, such as {common[0]}: collect with another --seed"
         )
-    return Source(fresh, Split([], [], list(range(fresh.num_trials))), source.num_checkpoints)
+    split = Split([], [], list(range(fresh.num_trials)))
+    return Source(fresh, split, source.num_checkpoints, store.num_checkpoints)
 
 
 def machine_record() -> dict[str, Any]:

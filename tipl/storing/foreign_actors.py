@@ -41,6 +41,7 @@ from tipl.storing.actor_families import (
     match,
     normaliser_of,
 )
+from tipl.storing.statistic_names import in_key
 from tipl.storing.tensor_checks import check_apart, is_parameter, shown, to_float32
 
 State = Mapping[str, Tensor]
@@ -59,11 +60,6 @@ _MAYBE_ANOTHERS = re.compile(
 )
 """Parts of keys, between dots, that may name a network other than the actor."""
 _FLAX_KERNEL = re.compile(r"((?:.*\.)?Dense_)(\d+)\.kernel")
-_BESIDE_NETWORKS = re.compile(
-    r"([^.]*_)?(rms|running_mean_std|normali[sz]ers?|normali[sz]ation)(_[^.]*)?|(obs|observation|rew|reward|ret|return)s?_"
-    r"(norm|mean|var|std|stats?|statistics)(_[^.]*)?|(log_)?(alpha|temp|temperature|ent(ropy)?_coef)"
-)
-"""Parts of keys that may name statistics of observations or rewards, or SAC's temperature."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -346,7 +342,7 @@ def _doubt(shapes: Mapping[str, tuple[int, ...]], settings: Settings) -> str:
         beside = [key for key in shapes if key not in keys and not key.startswith(known)]
         if layers and beside and set(keys) <= set(shapes):
             return f"beside the actor of {family.kind} ({_some(keys)}) lies {_some(beside)}"
-    beside = [key for key in shapes if any(map(_BESIDE_NETWORKS.fullmatch, key.split(".")))]
+    beside = [key for key in shapes if in_key(key)]
     if beside:
         return f"{_some(beside)} may be statistics or a temperature: pass such keys as ignore"
     return _second_chain(shapes) or _twins(shapes)

@@ -36,6 +36,7 @@ class Recorder:
     go on, and `restore` puts that back.
     """
 
+    # Over 60 lines because its docstring, the reference of all arguments, takes most of them.
     def __init__(
         self,
         path: str | Path,
@@ -51,6 +52,7 @@ class Recorder:
         squash: bool = False,
         mean_limit: float | None = None,
         discrete: bool | Literal["logits", "values"] = False,
+        halves: bool = False,
     ) -> None:
         """Record into a new store at `path`, which the first `log` creates.
 
@@ -74,15 +76,23 @@ class Recorder:
             discrete: the policy chooses one of several discrete actions, as those of Stable-Baselines3's and CleanRL's
                 PPO can and DQN's do; without it, such a policy cannot be run in the simulator. An MLP with names of
                 its own needs "logits" or "values", what its outputs are, as in `import_checkpoints`.
+            halves: the last layer has two outputs for each action, first all means and then what becomes standard
+                deviations, as in `import_checkpoints`: TorchRL's NormalParamExtractor, and rsl_rl's
+                HeteroscedasticGaussianDistribution.
 
         Raises FileExistsError where `path` exists and `resume` is not set; RuntimeError where the store is damaged or
-        another recorder has it open; ValueError where it is not a recording of this environment.
+        another recorder has it open; ValueError where it is not a recording of this environment, or `discrete` and
+        `halves` are both set.
         """
         self.path = Path(path)
         self._env_id, self._config = env_id, dict(config or {})
         self._env_kwargs = None if env_kwargs is None else plain_json("Recorder: env_kwargs", env_kwargs)
+        if halves and discrete:
+            raise ValueError(
+                f"Recorder: halves is for continuous actions, and discrete is {discrete!r}: leave one of them out"
+            )
         outputs = None if isinstance(discrete, bool) else discrete
-        self._settings = Settings(activation, squash, mean_limit, bool(discrete), outputs)
+        self._settings = Settings(activation, squash, mean_limit, bool(discrete), outputs, halves)
         self._keys, self._note, self._unnormalised = actor, note or "", unnormalised
         self._store: Store | None = None
         self._actor: Actor | None = None

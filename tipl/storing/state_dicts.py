@@ -24,15 +24,12 @@ from torch import Tensor
 
 from tipl.storing.actor_families import RUNNING
 from tipl.storing.not_readable import NotReadableError
+from tipl.storing.statistic_names import is_entry
 from tipl.storing.tensor_checks import shown
 
 _SECTIONS = ("actor_state_dict", "model_state_dict", "state_dict", "model_weights")
 _BESIDE_THE_STATE = re.compile(r".*(optim|critic|sched|scaler|rng).*|rnd_.*|(privileged_)?obs_norm_state_dict|infos")
 """Entries that the libraries save beside a state, none of them the actor's."""
-_STATISTICS = re.compile(
-    r"(?!.*(rew|ret|value))(.*_)?((obs|observation|state)s?_?(rms|norm|mean|var|std|stat)|rms|running_mean_std|normali[sz]).*"
-)
-"""Entries that may be statistics of observations."""
 _SKRL = ("policy", "value", "observation_preprocessor", "state_preprocessor", "value_preprocessor")
 _TORCHRL = "actor_network_params."
 _COMPILED = "_orig_mod."
@@ -124,7 +121,7 @@ def _unread(content: Any) -> str:
     of the policy's, that would be lost; "" for none."""
     entries = content.items() if isinstance(content, Mapping) else ()
     for name, value in entries:
-        is_named = _STATISTICS.fullmatch(str(name)) is not None
+        is_named = is_entry(str(name))
         if not _BESIDE_THE_STATE.fullmatch(str(name)) and _has_numbers(value, lists=is_named):
             return (
                 f"its entry {shown(name)} may hold statistics of observations, which are read from "

@@ -34,7 +34,7 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from tipl.files.locations import Location, exists, location, make_folder, remove_folder
+from tipl.files.locations import Location, check_access, exists, location, make_folder, remove_folder
 from tipl.files.schema import plain_json
 from tipl.policy import Layout
 from tipl.storing.store_records import FORMAT, VERSION, StoreRecord, Trials, read_store_record, store_digest, trial_name
@@ -126,11 +126,13 @@ class Store:
         With `writable`, all trials or those of a range are open for appending. An append that a crash left committed in
         only some of these trials is undone, so that all of them have equally many checkpoints.
 
-        Raises FileNotFoundError where there is no store; RuntimeError where it is damaged or of another version;
-        StoreInUse, a RuntimeError, where another writer has the writable trials open.
+        Raises FileNotFoundError where there is no store; ConnectionError where the server of a URL does not answer or
+        refuses access; RuntimeError where the store is damaged or of another version; StoreInUse, a RuntimeError, where
+        another writer has the writable trials open.
         """
         path = location(path)
         if not exists(path / "zarr.json") and not exists(path / trial_name(0)):
+            check_access(path / "zarr.json")
             raise FileNotFoundError(f"open: there is no trajectory store at {path}")
         store = cls(path, *read_store_record(path))
         if writable:

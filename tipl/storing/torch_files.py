@@ -104,9 +104,10 @@ def load_torch(data: bytes, max_bytes: int | None = None) -> Any:
 def _check_zip(archive: zipfile.ZipFile, used: set[str]) -> None:
     """Raise NotReadableError unless torch may load the zip. The names that its pickles use are added to `used`."""
     names = archive.namelist()
-    if is_torchscript(names):  # within another file, such as a zip of Stable-Baselines3
+    if is_torchscript(names):  # in a zip of Stable-Baselines3, whose own load could not read it either
         raise NotReadableError(
-            "is a TorchScript export, which is code and was not loaded: save the module's state_dict() with torch.save"
+            "holds a TorchScript export as its policy.pth, where Stable-Baselines3 saves a state_dict, and was not "
+            "read: import the export itself, or a zip that model.save() wrote"
         )
     pickles = [name for name in names if name.lower().endswith(".pkl")]
     if not any(name.endswith("/data.pkl") for name in pickles):

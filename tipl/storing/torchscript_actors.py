@@ -21,6 +21,7 @@ from torch import Tensor
 from tipl.policy import ACTIVATIONS, PolicySpec
 from tipl.storing.actor_families import Settings, normaliser_of
 from tipl.storing.foreign_actors import NOT_THE_ACTORS, Actor, find_actor
+from tipl.storing.statistic_names import in_script
 from tipl.storing.tensor_checks import shown
 from tipl.storing.torchscript_files import TorchScript
 
@@ -28,8 +29,6 @@ _ACTIVATION = re.compile(r"torch\.nn\.modules\.activation\.(\w+)")
 _LINEAR = "torch.nn.modules.linear.Linear"
 _CONTAINERS = "torch.nn.modules.container."
 _IDENTITY = "torch.nn.modules.linear.Identity"
-_NORMALISER = re.compile(r"([^.]*_)?(rms|running_mean_std|normali[sz]er?s?|normali[sz]ation|preprocessor)(_[^.]*)?")
-_MEAN = re.compile(r"_?(obs_|observation_)?(running_)?mean")
 _CODE = (
     "the code of the TorchScript file was not read: what it does beside the layers, such as normalising observations, "
     "or squashing or rescaling actions, is not known"
@@ -182,9 +181,7 @@ def _statistics(state: Mapping[str, Tensor]) -> list[str]:
     """Return the keys that may be statistics of observations, by their names; critics' are not meant."""
     found = []
     for key, tensor in state.items():
-        *modules, leaf = key.split(".")
-        named = any(map(_NORMALISER.fullmatch, (*modules, leaf))) or _MEAN.fullmatch(leaf) is not None
-        if named and tensor.is_floating_point() and tensor.numel() and not NOT_THE_ACTORS.match(key):
+        if in_script(key) and tensor.is_floating_point() and tensor.numel() and not NOT_THE_ACTORS.match(key):
             found.append(key)
     return found
 

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from tipl.files.hub_errors import Unreachable
-from tipl.files.locations import Location, exists, location, read_file
+from tipl.files.locations import Location, check_access, exists, location, read_file
 from tipl.files.schema import parse, parse_json
 from tipl.files.sealed import json_digest
 from tipl.storing.store import Store
@@ -133,11 +133,13 @@ def load_zoo(path: str | Location | None = None) -> Zoo:
 
     By default it is the zoo that comes with tipl: four PPO runs of InvertedPendulum-v5. Only the index is read.
 
-    Raises FileNotFoundError where there is no zoo, RuntimeError where its index is damaged or of another version.
+    Raises FileNotFoundError where there is no zoo, ConnectionError where the server of a URL does not answer or refuses
+    access, RuntimeError where the index is damaged or of another version.
     """
     folder = location(INCLUDED if path is None else path)
     index = folder / INDEX
     if not exists(index):
+        check_access(index)
         text = str(folder)
         is_model = text.startswith("hf://") and not text.startswith("hf://datasets/")
         hint = f"; a zoo on the hub is hf://datasets/{text.removeprefix('hf://')}" if is_model else ""

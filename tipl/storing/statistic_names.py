@@ -1,0 +1,35 @@
+"""Names that may be those of statistics by which observations or rewards are normalised: import asks about them.
+
+Libraries name them as they like, and a word that gives them away in one place means nothing in another. So each place
+in which names are met has a pattern of its own.
+"""
+
+import re
+
+_RUNNING = "rms|running_mean_std"
+
+_KEY_PART = re.compile(
+    rf"([^.]*_)?({_RUNNING}|normali[sz]ers?|normali[sz]ation)(_[^.]*)?|(obs|observation|rew|reward|ret|return)s?_"
+    r"(norm|mean|var|std|stats?|statistics)(_[^.]*)?|(log_)?(alpha|temp|temperature|ent(ropy)?_coef)"
+)
+_ENTRY = re.compile(
+    rf"(?!.*(rew|ret|value))(.*_)?((obs|observation|state)s?_?(rms|norm|mean|var|std|stat)|{_RUNNING}|normali[sz]).*"
+)
+_SCRIPT_PART = re.compile(rf"([^.]*_)?({_RUNNING}|normali[sz]er?s?|normali[sz]ation|preprocessor)(_[^.]*)?")
+_SCRIPT_MEAN = re.compile(r"_?(obs_|observation_)?(running_)?mean")
+
+
+def in_key(key: str) -> bool:
+    """Return whether a state's key may be of statistics of observations or rewards, or of SAC's temperature."""
+    return any(map(_KEY_PART.fullmatch, key.split(".")))
+
+
+def is_entry(name: str) -> bool:
+    """Return whether an entry beside a state may be statistics of observations."""
+    return _ENTRY.fullmatch(name) is not None
+
+
+def in_script(key: str) -> bool:
+    """Return whether a tensor of a TorchScript file may be of statistics of observations."""
+    parts = key.split(".")
+    return any(map(_SCRIPT_PART.fullmatch, parts)) or _SCRIPT_MEAN.fullmatch(parts[-1]) is not None
