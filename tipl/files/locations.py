@@ -56,8 +56,25 @@ def _reached(path: Location) -> Iterator[None]:
 
 def exists(path: Location) -> bool:
     """Return whether there is a file or a folder. Raises OSError where the server of a URL does not answer."""
-    with contextlib.nullcontext() if isinstance(path, Path) else _reached(path):
+    if isinstance(path, Path):
         return path.exists()
+    with _reached(path):
+        return path.exists() or (path.protocol in ("http", "https") and _is_served(path))
+
+
+def _is_served(path: UPath) -> bool:
+    """Return whether a web server has the file; fsspec says that it has not also where the server fails or is away."""
+    try:
+        path.fs.cat_file(path.path, start=0, end=1)
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise read_error(error, str(path)) from error
+    except Exception as error:
+        if getattr(error, "status", 500) < 500:  # S3 answers 403 for what is not there
+            return False
+        raise
+    return True
 
 
 def local_path(path: "str | Location", name: str) -> Path:
