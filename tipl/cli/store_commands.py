@@ -147,7 +147,8 @@ class StoreCommands:
 
 @dataclasses.dataclass(frozen=True)
 class Import:
-    """Make a store of your own runs: checkpoints of Stable-Baselines3, CleanRL, rsl_rl, skrl, rl_games, TorchRL, Flax.
+    """Make a store of your own runs: checkpoints of Stable-Baselines3, CleanRL, rsl_rl, skrl, rl_games, TorchRL, Flax,
+    Brax.
 
     It also reads any other state_dict, and the weights of TorchScript files.
 
