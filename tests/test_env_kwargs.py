@@ -59,7 +59,7 @@ def test_a_store_keeps_them_and_one_without_is_as_before(tmp_path: Path, run_tip
     plain = store_of(tmp_path / "p.zarr", None)
     assert (plain.env_kwargs, plain.env) == ({}, ENV_ID)
     assert "env_kwargs" not in (plain.path / "zarr.json").read_text()  # so that an older tipl reads it
-    with pytest.raises(TypeError, match="create: env_kwargs and config must be plain JSON"):
+    with pytest.raises(ValueError, match="create: env_kwargs and config must be plain JSON"):
         store_of(tmp_path / "n.zarr", {"a": float("nan")})
 
 
@@ -125,16 +125,32 @@ def test_import_gives_them_to_a_store_that_lacks_them(tmp_path: Path, run_tipl: 
     capsys.readouterr()
     assert run_tipl("import", old.path, "--dry-run", *said) == 0
     assert 'env_kwargs {"reset_noise_scale": 0.3}' in capsys.readouterr().out
-    for text, message in (
-        ('{"no_such": 1}', "unexpected"),
-        ('{"a": NaN}', "import: env_kwargs must be a JSON object"),
-    ):
-        known = () if "NaN" in text else ("--env-id", ENV_ID)
-        assert run_tipl("import", old.path, "--output", tmp_path / "bad.zarr", *known, "--env-kwargs", text) == 2
-        error = capsys.readouterr().err
-        assert message in error
-        assert error.count("\n") == 1
-    assert not (tmp_path / "bad.zarr").exists()
+
+
+@pytest.mark.parametrize("command", ["import", "collect", "run", "accelerate", "score"])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"no_such": 1}', "refuses env_kwargs {'no_such': 1}"),
+        ('{"reset_noise_scale"', "env_kwargs must be a JSON object, such as .*: Expecting ':' delimiter"),
+        ("[1]", r"env_kwargs must be a JSON object, such as .*, got '\[1\]'$"),
+        ('{"a": NaN}', "env_kwargs must be a JSON object, .*: NaN is no number of JSON's"),
+        ('{"a": 1e999}', "env_kwargs must be a JSON object, .*: it must be plain JSON: Out of range"),
+        ('{"a": "\\ud800"}', "env_kwargs must be a JSON object, .*: it must be plain JSON: unexpected end of hex"),
+        ('{"a": ' + "[" * 400 + "]" * 400 + "}", "env_kwargs must be a JSON object, .*: recursion limit"),
+        ('{"a": {"b": 1, "b": 2}}', "env_kwargs must be a JSON object, .*: it gives 'b' twice"),
+    ],
+)
+def test_wrong_ones_end_a_command_in_one_line(
+    tmp_path: Path, run_tipl: Callable[..., int], capsys, command: str, text: str, message: str
+) -> None:
+    store = store_of(tmp_path / "old.zarr", None).path
+    sources = {"import": (store,), "score": (store,)}.get(command, ("--env-id", ENV_ID))
+    assert run_tipl(command, *sources, "--output", tmp_path / "bad", "--env-kwargs", text) == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error.strip())
+    assert error.count("\n") == 1
+    assert [it.name for it in tmp_path.iterdir()] == ["old.zarr"]  # nothing is left behind
 
 
 def test_a_recorder_keeps_them_and_goes_on_with_the_same_alone(tmp_path: Path) -> None:

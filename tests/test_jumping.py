@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import errno
 import functools
 import itertools
 import json
@@ -545,6 +546,42 @@ def test_accelerate_goes_on_where_it_was_cut_off(tmp_path, model, after, monkeyp
     assert files(tmp_path / "cut") == files(tmp_path / "whole")
     with pytest.raises(FileExistsError, match=r"accelerate: .*cut exists"):
         tipl.accelerate(tmp_path / "cut", model=model, jumps=jumps, **ACCELERATE)
+
+
+def test_accelerate_publishes_only_what_was_asked(tmp_path, monkeypatch):
+    plain = ACCELERATE | {"jumps": JumpConfig(max_jumps=0)}
+
+    def full(folder):
+        raise OSError(errno.ENOSPC, "No space left on device", str(folder))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("tipl.files.publishing.write_manifest", full)  # when all runs are finished
+        with pytest.raises(OSError, match="No space left"):
+            tipl.accelerate(tmp_path / "runs", **plain)
+    for other, message in (
+        ({"seed": 5}, "holds an unfinished collection with seed = 0, got 5"),
+        ({"jumps": JumpConfig(max_jumps=0, reach=2.0)}, "with jumps.reach = 5.0, got 2.0"),
+        ({"env_kwargs": {"reset_noise_scale": 0.1}}, "with env_kwargs.reset_noise_scale = nothing, got 0.1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tipl.accelerate(tmp_path / "runs", **plain | other)
+    ledger = tipl.accelerate(tmp_path / "runs", **plain)
+    assert tipl.verify(tmp_path / "runs").problems == []
+    assert ledger.to_dict() == tipl.accelerate(tmp_path / "whole", **plain).to_dict()
+    assert files(tmp_path / "runs") == files(tmp_path / "whole")
+
+
+def test_accelerate_leaves_nothing_where_it_refuses(tmp_path):
+    with pytest.raises(ValueError, match="num_trials must be an int of at least 1, got 0"):
+        tipl.accelerate(tmp_path / "runs", **ACCELERATE | {"jumps": JumpConfig(max_jumps=0), "num_trials": 0})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_ledger_that_is_not_there_is_refused(tmp_path, run_tipl, capsys):
+    tmp_path.joinpath("folder").mkdir()
+    for given, missing in (("nothing", "nothing"), ("folder", "folder/ledger.json")):
+        assert run_tipl("compare", tmp_path / given) == 2
+        assert f"{tmp_path / missing} does not exist; `tipl accelerate` writes it" in capsys.readouterr().err
 
 
 def test_accelerate_without_jumps_is_collect(tmp_path):

@@ -7,7 +7,9 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,7 @@ from tipl.collecting.description import describe_store
 from tipl.collecting.population import Population
 from tipl.collecting.resume import Unfinished
 from tipl.collecting.settings import is_complete
+from tipl.files.hub_errors import Unreachable
 from tipl.files.locations import location
 from tipl.forecasting.train_config import TrainConfig
 from tipl.forecasting.training import train
@@ -202,3 +205,31 @@ def test_a_server_that_does_not_answer(forget_connections, monkeypatch):
     with pytest.raises(OSError, match=r"s3://bucket/store: Could not connect to the endpoint URL"):
         location("s3://bucket/store")
     forget_connections()
+
+
+class Answering(BaseHTTPRequestHandler):
+    """Answers with the status that the path begins with."""
+
+    def do_GET(self) -> None:
+        self.send_response(int(self.path[1:4]))
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_a_web_server_that_fails_or_is_away_is_not_taken_for_one_without_the_store():
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answering) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        for status in (404, 403):  # S3 answers 403 for what is not there
+            with pytest.raises(FileNotFoundError, match=f"there is no trajectory store at {url}/{status}/s.zarr"):
+                Store.open(f"{url}/{status}/s.zarr")
+        with pytest.raises(Unreachable, match=f"{url}/500/s.zarr: 500, message='Internal Server Error'"):
+            Store.open(f"{url}/500/s.zarr")
+        server.shutdown()
+    with pytest.raises(Unreachable, match=f"{url}/200/s.zarr: Cannot connect to host"):
+        Store.open(f"{url}/200/s.zarr")

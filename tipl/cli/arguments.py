@@ -8,6 +8,7 @@ from tyro.conf import arg
 from tyro.constructors import PrimitiveConstructorSpec
 
 from tipl.files.locations import location
+from tipl.files.schema import plain_json
 
 
 def _local_path(texts: list[str]) -> Path:
@@ -38,14 +39,23 @@ def env_kwargs_of(command: str, text: str | None) -> dict[str, Any] | None:
     if text is None:
         return None
     try:
-        value = json.loads(text, parse_constant=_refuse)
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
-        raise ValueError(
-            f"{command}: env_kwargs must be a JSON object, such as '{{\"ctrl_cost_weight\": 0.05}}', got {text!r:.80}"
-        )
-    return value
+        value = plain_json("it", json.loads(text, parse_constant=_refuse, object_pairs_hook=_each_once))
+        if isinstance(value, dict):
+            return value
+        reason = ""
+    except (ValueError, RecursionError) as error:
+        reason = f": {error}"
+    expected = "a JSON object, such as '{\"ctrl_cost_weight\": 0.05}'"
+    raise ValueError(f"{command}: env_kwargs must be {expected}, got {text!r:.80}{reason}")
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object of JSON. Raises ValueError where it has two values for one name."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"it gives {max(names, key=names.count)!r:.40} twice")
+    return made
 
 
 def _refuse(constant: str) -> NoReturn:

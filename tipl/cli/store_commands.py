@@ -147,7 +147,8 @@ class StoreCommands:
 
 @dataclasses.dataclass(frozen=True)
 class Import:
-    """Make a store of your own runs: checkpoints of Stable-Baselines3, CleanRL, rsl_rl, skrl, rl_games, TorchRL, Flax.
+    """Make a store of your own runs: checkpoints of Stable-Baselines3, CleanRL, rsl_rl, skrl, rl_games, TorchRL, Flax,
+    Brax.
 
     It also reads any other state_dict, and the weights of TorchScript files.
 
@@ -204,7 +205,8 @@ class Import:
         if options["env_kwargs"]:
             from tipl.collecting.env_checks import check_env_kwargs
 
-            check_env_kwargs(self.env_id, options["env_kwargs"])
+            for env_id in self._env_ids():
+                check_env_kwargs(env_id, options["env_kwargs"])
         if dry_run:
             self._describe(sources, options)
             return
@@ -215,6 +217,12 @@ class Import:
         note = store.config["source"].get("note")
         if note:
             print(f"note       {note}")
+
+    def _env_ids(self) -> set[str]:
+        """Return the environment that was given, else those of the stores among the sources."""
+        if self.env_id != "unknown":
+            return {self.env_id}
+        return {tipl.Store.open(it).env_id for it in self.sources if (it / "zarr.json").exists()}
 
     def _describe(self, sources: tuple[Path, ...], options: dict[str, Any]) -> None:
         """Print what would be imported, or, where that is refused, what there is to choose from."""

@@ -15,7 +15,6 @@ run again. On a cluster, the trials of a worker that dies continue in the same w
 
 import contextlib
 import ctypes
-import dataclasses
 import math
 import time
 import warnings
@@ -33,7 +32,7 @@ from tipl.collecting.envs import make_vec
 from tipl.collecting.population import Population, environment_seeds
 from tipl.collecting.ppo_config import PPOConfig
 from tipl.collecting.resume import Unfinished
-from tipl.collecting.settings import num_checkpoints_asked, reopened
+from tipl.collecting.settings import config_of, num_checkpoints_asked, reopened
 from tipl.files.locations import Location, location
 from tipl.files.publishing import claimed
 from tipl.policy import ParameterLayout, PolicySpec
@@ -123,16 +122,16 @@ def collect(
         raise ValueError(f"collect: num_trials must be at most {MAX_TRIALS:,}, got {num_trials:,}")
     if init_seed is not None and init_seed >= 2**32:
         raise ValueError(f"collect: init_seed must lie below 2**32, as trial seeds do, got {init_seed}")
-    config = {
-        "num_trials": num_trials,
-        "total_timesteps": total_timesteps,
-        "seed": seed,
-        "shared_init": shared_init or init_seed is not None,
-        **({} if init_seed is None else {"init_seed": init_seed}),
-        **({} if record_critic is None else {"record_critic": True}),
-        **dict(settings or {}),
-        "ppo": dataclasses.asdict(ppo),
-    }
+    config = config_of(
+        num_trials=num_trials,
+        total_timesteps=total_timesteps,
+        seed=seed,
+        ppo=ppo,
+        shared_init=shared_init,
+        init_seed=init_seed,
+        record_critic=record_critic is not None,
+        more=settings,
+    )
     if ray is not None and population is not Population:
         raise ValueError("collect: population must be Population on a Ray cluster")
     critics = None if record_critic is None else location(record_critic)

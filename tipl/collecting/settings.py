@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 from tipl.collecting.ppo_config import PPOConfig
@@ -13,6 +14,30 @@ from tipl.storing.store import Store
 from tipl.subspace.prefix_end import MIN_PREFIX_END
 
 NOTHING = "nothing"
+
+
+def config_of(
+    *,
+    num_trials: int,
+    total_timesteps: int,
+    seed: int,
+    ppo: PPOConfig,
+    shared_init: bool = False,
+    init_seed: int | None = None,
+    record_critic: bool = False,
+    more: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Return the config of a collection's store; `more` are the settings of another population than PPO's own."""
+    return {
+        "num_trials": num_trials,
+        "total_timesteps": total_timesteps,
+        "seed": seed,
+        "shared_init": shared_init or init_seed is not None,
+        **({} if init_seed is None else {"init_seed": init_seed}),
+        **({"record_critic": True} if record_critic else {}),
+        **dict(more or {}),
+        "ppo": dataclasses.asdict(ppo),
+    }
 
 
 def num_checkpoints_asked(store: Store) -> int | None:
@@ -70,14 +95,19 @@ def reopened(output: Location, asked: dict[str, Any]) -> Store:
         raise FileExistsError(f"collect: {output} exists and is no store; choose another output or remove it") from None
     if is_complete(store):
         raise FileExistsError(f"collect: {output} exists and is complete; choose another output or remove it")
+    refuse_other_settings(store, asked)
+    return store
+
+
+def refuse_other_settings(store: Store, asked: dict[str, Any]) -> None:
+    """Raise ValueError unless the collection in `store` was begun with the settings `asked`."""
     ppo = dataclasses.asdict(PPOConfig()) | store.config["ppo"]  # an older store lacks settings that had no other value
     began = {"env_id": store.env_id, "env_kwargs": store.env_kwargs, **store.config, "ppo": ppo}
     for name, was, now in changed_settings(began, asked):
         raise ValueError(
-            f"collect: {output} holds an unfinished collection with {name} = {was}, got {now}; "
+            f"collect: {store.path} holds an unfinished collection with {name} = {was}, got {now}; "
             "give its arguments to go on with it, or choose another output"
         )
-    return store
 
 
 def flat_config(config: dict[str, Any]) -> dict[str, Any]:

@@ -61,8 +61,25 @@ def exists(path: Location) -> bool:
     Behind https:// and hf:// it is false also where the server refuses access, as some do to folders and to what is not
     there; `check_access` tells one from the other.
     """
-    with contextlib.nullcontext() if isinstance(path, Path) else _reached(path):
+    if isinstance(path, Path):
         return path.exists()
+    with _reached(path):
+        return path.exists() or (path.protocol in ("http", "https") and _is_served(path))
+
+
+def _is_served(path: UPath) -> bool:
+    """Return whether a web server has the file; fsspec says that it has not also where the server fails or is away."""
+    try:
+        path.fs.cat_file(path.path, start=0, end=1)
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise read_error(error, str(path)) from error
+    except Exception as error:
+        if getattr(error, "status", 500) < 500:  # S3 answers 403 for what is not there
+            return False
+        raise
+    return True
 
 
 def check_access(path: Location) -> None:

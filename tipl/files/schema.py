@@ -7,6 +7,7 @@ import math
 from typing import Any, TypeVar
 
 import pydantic
+import pydantic_core
 
 from tipl.files.locations import Location
 
@@ -25,11 +26,19 @@ def parse_json(data: bytes, path: Location) -> dict[str, Any]:
 
 
 def plain_json(name: str, value: Any) -> Any:
-    """Return `value` with the types that JSON gives it. Raises TypeError, naming `name`, where JSON cannot hold it."""
+    """Return `value` with the types that JSON gives it.
+
+    Raises TypeError, naming `name`, for a type that JSON does not have; ValueError for what `parse` could not read
+    back: numbers that are not finite, text that is no Unicode, very deep nesting.
+    """
     try:
-        return json.loads(json.dumps(value, allow_nan=False))
-    except (TypeError, ValueError, RecursionError) as error:
+        text = json.dumps(value, allow_nan=False)
+        pydantic_core.from_json(text)
+        return json.loads(text)
+    except TypeError as error:
         raise TypeError(f"{name} must be plain JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name} must be plain JSON: {error}") from error
 
 
 def is_plain_json(value: Any) -> bool:

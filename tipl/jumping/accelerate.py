@@ -1,15 +1,16 @@
 """Train a population of PPO runs that jump along forecasts of their own weights."""
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from tipl.collecting.collection import collect
 from tipl.collecting.ppo_config import PPOConfig
-from tipl.collecting.settings import is_complete
+from tipl.collecting.settings import config_of, is_complete, refuse_other_settings
 from tipl.files.locations import read_file
 from tipl.files.publishing import published
 from tipl.forecasting.forecaster import PRETRAINED, Forecaster
@@ -60,29 +61,47 @@ def accelerate(
     forecaster = Forecaster.load(folder) if jumps.max_jumps else None
     known = {} if forecaster is None else {"forecaster": _fingerprint(folder)}
     settings: dict[str, Any] = {"jumps": dataclasses.asdict(jumps), **known}
+    ppo = PPOConfig() if ppo is None else ppo
     with published(output, "accelerate", resumable=True) as aside:
         aside.mkdir(exist_ok=True)
         store = aside / STORE
-        if not (store.exists() and is_complete(Store.open(store)) and (aside / LEDGER).exists()):
-            collect(
-                store,
-                env_id=env_id,
-                env_kwargs=env_kwargs,
-                num_trials=num_trials,
-                total_timesteps=total_timesteps,
-                seed=seed,
-                ppo=ppo,
-                num_threads=num_threads,
-                tensorboard=tensorboard,
-                progress=progress,
-                population=functools.partial(
-                    JumpingPopulation,
-                    jumps=functools.partial(_jumps, forecaster=forecaster, config=jumps),
-                    finished=lambda ledger: ledger.save(aside / LEDGER),
-                ),
-                settings=settings,
+        if store.exists() and is_complete(Store.open(store)) and (aside / LEDGER).exists():  # but for the last rename
+            config = config_of(
+                num_trials=num_trials, total_timesteps=total_timesteps, seed=seed, ppo=ppo, more=settings
             )
+            asked = {"env_id": env_id, "env_kwargs": dict(env_kwargs or {}), **config}
+            refuse_other_settings(Store.open(store), asked)
+        else:
+            with _removed_if_empty(aside):
+                collect(
+                    store,
+                    env_id=env_id,
+                    env_kwargs=env_kwargs,
+                    num_trials=num_trials,
+                    total_timesteps=total_timesteps,
+                    seed=seed,
+                    ppo=ppo,
+                    num_threads=num_threads,
+                    tensorboard=tensorboard,
+                    progress=progress,
+                    population=functools.partial(
+                        JumpingPopulation,
+                        jumps=functools.partial(_jumps, forecaster=forecaster, config=jumps),
+                        finished=lambda ledger: ledger.save(aside / LEDGER),
+                    ),
+                    settings=settings,
+                )
     return Ledger.load(output / LEDGER)
+
+
+@contextlib.contextmanager
+def _removed_if_empty(folder: Path) -> Iterator[None]:
+    """Remove the folder after the context if nothing is in it, as where arguments are refused."""
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 def _jumps(learner: Learner, forecaster: Forecaster | None, config: JumpConfig) -> Jumps:

@@ -91,6 +91,10 @@ class Ledger:
 
         Raises FileNotFoundError, or RuntimeError where the file is damaged, or of another folder.
         """
+        if not path.exists():
+            raise FileNotFoundError(
+                f"Ledger.load: {path} does not exist; `tipl accelerate` writes it when all its runs are finished"
+            )
         if (path.parent / MANIFEST).exists():
             read_listed(path)
         try:

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from tipl.files.locations import Location, read_file, write_atomically
+from tipl.files.locations import Location, exists, read_file, write_atomically
 from tipl.storing.store import Store
 from tipl.storing.store_records import trial_name
 
@@ -27,14 +27,14 @@ def parts_of(folder: Location, names: Iterable[str]) -> list[str]:
     its arrays. Raises RuntimeError where a record is damaged.
     """
     found = [(name, match) for name in names if (match := _PART.fullmatch(name))]
-    if not (folder / ROOT).exists():
+    if not exists(folder / ROOT):
         return [name for name, _ in found if name == ROOT]
     trials = Store.open(folder).trials
     arrays = {array.name: array for array in trials.arrays}
 
     @functools.cache
     def num_checkpoints(i: int) -> int | None:
-        return trials.read_commit(i).num_checkpoints if (trials.folder(i) / ROOT).exists() else None
+        return trials.read_commit(i).num_checkpoints if exists(trials.folder(i) / ROOT) else None
 
     def is_part(name: str, match: re.Match[str]) -> bool:
         number = match["trial"] or match["of"]
