@@ -42,7 +42,7 @@ def location(path: "str | Location") -> Location:
 
 
 @contextlib.contextmanager
-def _reached(path: Location) -> Iterator[None]:
+def _reached(path: UPath) -> Iterator[None]:
     """Raise what the library that reads a URL raises, which may be anything, as an OSError of one line with the URL."""
     try:
         yield
