@@ -92,14 +92,20 @@ def run_episodes(
         def poll(num_ended: int) -> None:
             bar.update(task, completed=sum(len(group) for group, _ in groups[:num_ended]) * num_episodes)
 
-    options = (keep_diverged, sampled, env_kwargs)
+    calls: list[tuple[Any, ...]] = [(env_id, policy, *group, num_states) for group in groups]
     if cluster is None:
-        each = max(1, threads // len(groups))
-        calls = [(env_id, policy, *group, num_states, each, tick) for group in groups]
-        parts = _side_by_side(calls, options, side_by_side)
+        run = functools.partial(
+            _run_group,
+            num_threads=max(1, threads // len(groups)),
+            tick=tick,
+            keep_diverged=keep_diverged,
+            sampled=sampled,
+            env_kwargs=env_kwargs,
+        )
+        parts = _side_by_side(run, calls, side_by_side)
     else:
-        rest = (num_states, threads, _no_tick, _no_watch, *options)
-        parts = cluster.map(_run_group, [(env_id, policy, *it, *rest) for it in groups], num_cpus=threads, poll=poll)
+        rest = (threads, _no_tick, _no_watch, keep_diverged, sampled, env_kwargs)
+        parts = cluster.map(_run_group, [(*call, *rest) for call in calls], num_cpus=threads, poll=poll)
     return Episodes(np.concatenate([part.returns for part in parts]), [kept for part in parts for kept in part.states])
 
 
@@ -118,14 +124,14 @@ class _Stopped(Exception):
     """This group ends because another one failed, or because of an interrupt."""
 
 
-def _side_by_side(calls: Sequence[tuple[Any, ...]], options: tuple[Any, ...], threads: int) -> list[Episodes]:
-    """Return the results of the groups, `threads` of which run at once, each on a thread of its own.
+def _side_by_side(run_group: Callable[..., Episodes], calls: Sequence[tuple[Any, ...]], threads: int) -> list[Episodes]:
+    """Return what each call of `run_group` gives, `threads` of them at once, each on a thread of its own.
 
-    So a group does not wait for the other's threads at each step, and Python's part of a step runs beside the
-    simulator's. If one group fails, or the caller is interrupted, the others end at their next step.
+    So a group does not wait for another's threads at each step, and Python's part of its steps runs beside the
+    simulator's part of theirs. If one group fails, or the caller is interrupted, the others end at their next step.
     """
     if threads == 1 or len(calls) == 1:
-        return [_run_group(*call, _no_watch, *options) for call in calls]
+        return [run_group(*call) for call in calls]
     stop = threading.Event()
 
     def watch(env: VectorEnv, running: NDArray[np.bool_], total: NDArray[np.float64]) -> None:
@@ -134,7 +140,7 @@ def _side_by_side(calls: Sequence[tuple[Any, ...]], options: tuple[Any, ...], th
 
     def run(call: tuple[Any, ...]) -> Episodes:
         try:
-            return _run_group(*call, watch, *options)
+            return run_group(*call, watch=watch)
         except BaseException:
             stop.set()
             raise

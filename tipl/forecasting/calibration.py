@@ -166,7 +166,8 @@ def run_forecasts(
     assert isinstance(store.policy, PolicySpec)
     ends = sorted({max(MIN_PREFIX_END, prefix_end_of(share, source.num_checkpoints)) for share in CALIBRATION_PREFIXES})
     at_once = max(1, BYTES_AT_ONCE // (8 * len(ends) * store.policy.num_params * 4))
-    features, returns = [], []
+    features: list[FloatArray] = []
+    returns: list[FloatArray] = []
     with progress_bar(progress) as bar:
         for first in range(0, len(trials), at_once):
             some = trials[first : first + at_once]
