@@ -577,6 +577,37 @@ def test_accelerate_leaves_nothing_where_it_refuses(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.filterwarnings("ignore:.*has no checksum")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"returns": []}, "returns: List should have at least 1 item"),
+        ({"returns": [[1.0, 2.0], [1.0]]}, "returns must hold 2 numbers a row, one for each seed, got 1"),
+        ({"returns": [["a", "b"]]}, "returns.0.0.*: Input should be a valid number, got 'a'"),
+        ({"returns": [[math.inf, 1.0]]}, "returns.0.0.*: Input should be a finite number"),
+        ({"steps_per_iteration": 0}, "steps_per_iteration: Input should be greater than or equal to 1, got 0"),
+        ({"steps_per_iteration": "3"}, "steps_per_iteration: Input should be a valid integer, got '3'"),
+        ({"seeds": []}, "seeds: List should have at least 1 item"),
+        ({"seeds": 5}, "seeds: Input should be a valid array, got 5"),
+        ({"env_id": 5}, "env_id: Input should be a valid string, got 5"),
+        ({"env_kwargs": [1]}, "env_kwargs: Input should be an object"),
+        ({"jumps": [{"iteration": 1}]}, "jumps.0.run: Field required"),
+        ({"jumps": [{"run": 0, "iteration": 1, "ahead": "x"}]}, "jumps.0.ahead: Input should be a valid integer"),
+        ({"env_steps": {"judging": "x"}}, "env_steps.judging: Input should be a valid integer, got 'x'"),
+        ({"env_steps": {"judging": 0}}, "env_steps must name training, undone, judging, got judging"),
+        ({"more": 1}, "more: Unexpected keyword argument"),
+    ],
+)
+def test_a_ledger_of_anything_else_is_refused(tmp_path, change, message):
+    path = tmp_path / "ledger.json"
+    document = ledger_with(np.ones((2, 6))).to_dict()
+    path.write_text(json.dumps(document))
+    assert Ledger.load(path).to_dict() == document
+    path.write_text(json.dumps(document | change))
+    with pytest.raises(RuntimeError, match=rf"ledger\.json: .*{message}"):
+        Ledger.load(path)
+
+
 def test_a_ledger_that_is_not_there_is_refused(tmp_path, run_tipl, capsys):
     tmp_path.joinpath("folder").mkdir()
     for given, missing in (("nothing", "nothing"), ("folder", "folder/ledger.json")):

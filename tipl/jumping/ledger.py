@@ -3,13 +3,15 @@
 import dataclasses
 import math
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 from tipl.files.manifest import NAME as MANIFEST
 from tipl.files.manifest import read_listed
+from tipl.files.schema import parse
 from tipl.files.sealed import load_json, save_json
 from tipl.jumping.jumps import Jump
 
@@ -97,7 +99,25 @@ class Ledger:
             )
         if (path.parent / MANIFEST).exists():
             read_listed(path)
-        try:
-            return cls.from_dict(load_json(path, "Ledger.load"))
-        except (LookupError, TypeError, ValueError) as error:
-            raise RuntimeError(f"Ledger.load: {path} is damaged: {error}") from error
+        record = load_json(path, "Ledger.load")
+        parse(_Record, record, path)
+        return cls.from_dict(record)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Record:
+    """What the file of a ledger holds."""
+
+    env_id: str
+    seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+    steps_per_iteration: Annotated[int, Field(ge=1)]
+    env_steps: dict[str, Annotated[int, Field(ge=0)]]
+    returns: Annotated[list[list[Annotated[float, Field(allow_inf_nan=False)] | None]], Field(min_length=1)]
+    jumps: list[Jump]
+    env_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if odd := [row for row in self.returns if len(row) != len(self.seeds)]:
+            raise ValueError(f"returns must hold {len(self.seeds)} numbers a row, one for each seed, got {len(odd[0])}")
+        if set(self.env_steps) != set(PURPOSES):
+            raise ValueError(f"env_steps must name {', '.join(PURPOSES)}, got {', '.join(self.env_steps)}")
