@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,7 @@ from tipl.storing.exporter import export_checkpoint
 from tipl.storing.foreign_actors import Actor, find_actor
 from tipl.storing.foreign_files import read_checkpoint_file
 from tipl.storing.importer import import_checkpoints
+from tipl.storing.recorder import Recorder
 from tipl.storing.store import Store
 
 OBS = torch.randn(50, OBS_DIM, generator=torch.Generator().manual_seed(0))
@@ -196,6 +198,33 @@ def test_folders_are_trials_and_stores_join(tmp_path: Path) -> None:
         np.testing.assert_array_equal(joined.trial(i).weights(), one.trial(i % 2).weights())
         assert joined.trial(i).env_steps.tolist() == [0, 50, 100]
     assert joined.config["source"]["actor"] == one.config["source"]["actor"]
+
+
+def test_a_run_has_the_same_seed_wherever_it_is_imported_from(tmp_path: Path) -> None:
+    folders = [save_run(tmp_path / f"run{k}", lambda i, k=k: plain_state(10 * k + i)) for k in range(3)]
+    store = import_checkpoints(folders, tmp_path / "store")
+    assert len(set(store.seeds)) == 3
+    copied = [shutil.copytree(folder, tmp_path / "elsewhere" / folder.name) for folder in folders]
+    again = import_checkpoints([copied[2], copied[0]], tmp_path / "again", num_checkpoints=2)
+    assert again.seeds == [store.seeds[2], store.seeds[0]]
+    assert import_checkpoints([store.path], tmp_path / "copy").seeds == store.seeds
+    joined = import_checkpoints([again.path, folders[1]], tmp_path / "joined", num_checkpoints=2)
+    assert joined.seeds == [*again.seeds, store.seeds[1]]
+
+
+def test_runs_that_began_alike_and_recordings_have_seeds_of_their_own(tmp_path: Path) -> None:
+    def makes(k: int) -> Callable[[int], Any]:
+        return lambda i: plain_state(10 * k + i if i else 0)
+
+    alike = [save_run(tmp_path / f"run{k}", makes(k)) for k in range(3)]
+    assert len(set(import_checkpoints(alike, tmp_path / "alike").seeds)) == 3
+    for k in range(2):
+        with Recorder(tmp_path / f"{k}.zarr", env_id="Hopper-v5") as recorder:
+            recorder.log(plain_state(k), env_steps=0)
+    recorded = [import_checkpoints([tmp_path / f"{k}.zarr"], tmp_path / f"copy{k}").seeds for k in range(2)]
+    assert recorded[0] != recorded[1]
+    both = import_checkpoints([tmp_path / "0.zarr", tmp_path / "1.zarr"], tmp_path / "both")
+    assert both.seeds == [seed for seeds in recorded for seed in seeds]
 
 
 def test_long_runs_are_read_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

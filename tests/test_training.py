@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -446,6 +447,10 @@ def test_several_stores_teach_one_forecaster(tmp_path: Path) -> None:
         train([short, long], tmp_path / "shared", dataclasses.replace(config, basis="shared"), progress=False)
     with pytest.raises(ValueError, match="a store or several, got none"):
         train([], tmp_path / "none", TINY)
+    copy = Store.open(shutil.copytree(short.path, tmp_path / "copy.zarr"))
+    with pytest.raises(ValueError, match=r"short.zarr and .*copy.zarr hold the same runs: give one of them"):
+        train([short, long, copy], tmp_path / "twice", config)
+    assert not (tmp_path / "twice").exists()
 
 
 def test_thinning_is_even_and_starts_at_theta_0() -> None:

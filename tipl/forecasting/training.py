@@ -238,6 +238,7 @@ def train(
         sources = [Source.of(it, config) for it in stores]
         if not sources:
             raise ValueError("train: store must be a store or several, got none")
+        _refuse_repeated([source.store for source in sources])
         forecaster, summary = _trained(sources, config, aside, num_threads=num_threads, ray=ray, progress=progress)
         write_atomically(aside / "training.json", (json.dumps(summary) + "\n").encode())
         forecaster.save(aside)
@@ -295,6 +296,15 @@ def _trained(
     if refined is not None:
         summary |= {"refined_error": refined.error, "unrefined_error": refined.unrefined_error}
     return dataclasses.replace(forecaster, config=_record_of(sources, config)), summary
+
+
+def _refuse_repeated(stores: Sequence[Store]) -> None:
+    """Raise ValueError where two stores hold the same: what one of them holds out, the other might teach."""
+    path_of: dict[str, Any] = {}
+    for store in stores:
+        before = path_of.setdefault(store.fingerprint(), store.path)
+        if before is not store.path:
+            raise ValueError(f"train: the stores {before} and {store.path} hold the same runs: give one of them")
 
 
 def _record_of(sources: Sequence[Source], config: TrainConfig) -> dict[str, Any]:

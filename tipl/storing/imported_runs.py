@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import fnmatch
+import hashlib
 import os
 import re
 from collections.abc import Sequence
@@ -163,6 +164,8 @@ class Run(Protocol):
     policy: Layout
     source: dict[str, Any]
     num_checkpoints: int
+    seed: int | None
+    """The one that it was trained with, where that is known."""
 
     def read(self, start: int, stop: int) -> Rows: ...
 
@@ -179,6 +182,7 @@ class FileRun:
     """
 
     env_id = "unknown"
+    seed: int | None = None
 
     def __init__(self, name: str, paths: Sequence[Path], reading: Reading) -> None:
         self.name, self.reading = shown(name), reading
@@ -262,6 +266,8 @@ class StoredRun:
         self.source = {name: value for name, value in store.config.get("source", {}).items() if name != "trials"}
         self.num_checkpoints = trial.num_checkpoints
         self.trial = trial
+        is_number = "source" in store.config and trial.seed < store.num_trials  # a recording's, or an older import's
+        self.seed = None if is_number else trial.seed
 
     def read(self, start: int, stop: int) -> Rows:
         part = slice(start, stop)
@@ -338,6 +344,26 @@ def first_file(sources: Sequence[Path], pattern: str) -> Path | None:
     """Return the first checkpoint file among the sources, None where they are stores or hold none."""
     files = [file for it in sources for file in (_checkpoints(it, pattern) if it.is_dir() else [it])]
     return files[0] if files and not (sources[0] / "zarr.json").exists() else None
+
+
+def seeds_of(runs: Sequence[Run], length: int) -> list[int]:
+    """Return a seed for each run, by which a model knows again the runs that it was trained on, wherever they lie.
+
+    A run of unknown seed has a number made of its first weights; several that began with the same weights have numbers
+    made of their first and last ones.
+    """
+    seeds = [_number_of(run.read(0, 1)) if run.seed is None else run.seed for run in runs]
+    count = collections.Counter(seeds)
+    return [
+        seed if count[seed] == 1 else _number_of(run.read(0, 1), run.read(length - 1, length))
+        for run, seed in zip(runs, seeds, strict=True)
+    ]
+
+
+def _number_of(*rows: Rows) -> int:
+    """Return a number below 2**48 that follows from the weights alone."""
+    digest = hashlib.sha256(b"".join(weights.tobytes() for weights, _, _ in rows)).digest()
+    return int.from_bytes(digest[:6], "big")
 
 
 def common_length(runs: Sequence[Run], num_checkpoints: int | None) -> int:

@@ -16,7 +16,16 @@ from tipl.files.publishing import published, refuse_existing
 from tipl.policy import Layout, Outputs
 from tipl.storing.foreign_actors import roles_of
 from tipl.storing.foreign_files import read_checkpoint_file
-from tipl.storing.imported_runs import FileRun, Reading, Run, check_equal, common_length, first_file, runs_of
+from tipl.storing.imported_runs import (
+    FileRun,
+    Reading,
+    Run,
+    check_equal,
+    common_length,
+    first_file,
+    runs_of,
+    seeds_of,
+)
 from tipl.storing.store import UNNORMALISED, Store
 from tipl.storing.tensor_checks import shown
 
@@ -106,7 +115,7 @@ def import_checkpoints(
             env_id=plan.env_id,
             env_kwargs=plan.env_kwargs,
             policy=plan.policy,
-            seeds=range(len(plan.runs)),
+            seeds=seeds_of(plan.runs, plan.length),
             config={"source": plan.source},
         )
         with store:
