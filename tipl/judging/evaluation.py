@@ -78,8 +78,7 @@ def evaluate(
     """
     output = Path(output)
     with published(output, "evaluate") as aside:
-        for it in (store,) if fresh is None else (store, fresh):
-            warn_if_unfinished("evaluate", it)
+        warn_if_unfinished("evaluate", store)
         results, coordinates = _judged_results(
             store,
             forecaster,
@@ -114,6 +113,8 @@ def _judged_results(
     policy = policy_to_run("evaluate", store)
     source, started = source_to_judge(store, forecaster), time.perf_counter()
     judges = source if fresh is None else _all_of(fresh, source, forecaster)
+    if fresh is not None:
+        warn_if_unfinished("evaluate", fresh)
     config.prefix_ends(source.num_checkpoints)  # refuses what could not be judged, before anything is read
     heldout = judges.split.heldout[: config.max_trials]
     in_weights = judge_weights(
