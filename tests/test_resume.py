@@ -427,9 +427,7 @@ def test_cut_off_after_the_last_checkpoint(tmp_path, whole, iterations, monkeypa
 
 def test_cut_off_while_the_store_is_created(tmp_path, whole, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(
-            sys.modules["tipl.storing.store_writer"].shutil, "rmtree", lambda *_, **__: None
-        )  # killed: nothing is tidied
+        patch.setattr(shutil, "rmtree", lambda *_, **__: None)  # killed: nothing is tidied
         patch.setattr(sys.modules["tipl.storing.store"], "write_group", lambda *_: (_ for _ in ()).throw(SystemExit()))
         with pytest.raises(SystemExit):
             run(tmp_path / "store")
