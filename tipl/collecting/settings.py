@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +10,6 @@ from tipl.collecting.ppo_config import PPOConfig
 from tipl.collecting.resume import Unfinished
 from tipl.files.locations import Location
 from tipl.storing.store import Store
-from tipl.subspace.prefix_end import MIN_PREFIX_END
 
 NOTHING = "nothing"
 
@@ -55,25 +53,6 @@ def is_complete(store: Store) -> bool:
     """Return whether the store is final, that is, not an unfinished collection. Imported stores are always final."""
     asked = num_checkpoints_asked(store)
     return not Unfinished(store).exists() and (asked is None or store.num_checkpoints >= asked)
-
-
-def warn_if_unfinished(stage: str, store: Store) -> None:
-    """Warn that the store is an unfinished collection, of which only what is there is used; a finished one is silent.
-
-    Raises ValueError where nothing can be learned from it yet: its paths differ in length, or are too short.
-    """
-    if is_complete(store):
-        return
-    commits = store.commits(range(store.num_trials))
-    low, high = min(commits), max(commits)
-    number = f"{low}" if low == high else f"{low} to {high}"
-    asked = num_checkpoints_asked(store)
-    number += "" if asked is None else f" of {asked}"
-    found = f"{stage}: {store.path} is an unfinished collection: {number} checkpoints of each of {len(store)} trials"
-    goes_on = "the same `tipl collect` goes on with it"
-    if low != high or low < MIN_PREFIX_END + 2:
-        raise ValueError(f"{found} are there, and all need equally many, at least {MIN_PREFIX_END + 2}; {goes_on}")
-    warnings.warn(f"{found} are there, and only these are used; {goes_on}", stacklevel=3)
 
 
 def changed_settings(began: dict[str, Any], asked: dict[str, Any]) -> list[tuple[str, Any, Any]]:

@@ -12,12 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tipl.collecting.episodes import can_run, episodic_returns
-from tipl.collecting.settings import warn_if_unfinished
 from tipl.files.locations import read_file, write_atomically
 from tipl.files.publishing import published
 from tipl.forecasting.confidence import STRIDES, Confidence, FloatArray, Strides, features_of
 from tipl.forecasting.forecaster import PRETRAINED, Forecaster, source_to_judge
-from tipl.forecasting.sources import Source
+from tipl.forecasting.sources import Source, warn_if_unfinished
 from tipl.forecasting.train_config import TrainConfig
 from tipl.policy import PolicySpec
 from tipl.progress import progress_bar

@@ -1,12 +1,15 @@
 """Stores as the forecaster sees them: which trials teach, which choose, which judge, and how paths are thinned."""
 
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tipl.collecting.settings import is_complete, num_checkpoints_asked
 from tipl.forecasting.train_config import TrainConfig
 from tipl.storing.store import Store
+from tipl.subspace.prefix_end import MIN_PREFIX_END
 
 
 @dataclass(frozen=True)
@@ -78,3 +81,22 @@ class Source:
 def thin(weights: NDArray[np.float32], num_checkpoints: int) -> NDArray[np.float32]:
     """Return T = num_checkpoints rows of (T', p), evenly spaced from the first on, as far apart as T' allows."""
     return weights[:: (len(weights) - 1) // (num_checkpoints - 1)][:num_checkpoints]
+
+
+def warn_if_unfinished(stage: str, store: Store) -> None:
+    """Warn that the store is an unfinished collection, of which only what is there is used; a finished one is silent.
+
+    Raises ValueError where nothing can be learned from it yet: its paths differ in length, or are too short.
+    """
+    if is_complete(store):
+        return
+    commits = store.commits(range(store.num_trials))
+    low, high = min(commits), max(commits)
+    number = f"{low}" if low == high else f"{low} to {high}"
+    asked = num_checkpoints_asked(store)
+    number += "" if asked is None else f" of {asked}"
+    found = f"{stage}: {store.path} is an unfinished collection: {number} checkpoints of each of {len(store)} trials"
+    goes_on = "the same `tipl collect` goes on with it"
+    if low != high or low < MIN_PREFIX_END + 2:
+        raise ValueError(f"{found} are there, and all need equally many, at least {MIN_PREFIX_END + 2}; {goes_on}")
+    warnings.warn(f"{found} are there, and only these are used; {goes_on}", stacklevel=3)

@@ -26,14 +26,13 @@ from torch.nn import functional as F
 from tipl import _core
 from tipl.cluster import connected
 from tipl.collecting.curves import EventFile
-from tipl.collecting.settings import warn_if_unfinished
 from tipl.files.locations import write_atomically
 from tipl.files.publishing import published, remove
 from tipl.forecasting.calibration import calibrate
 from tipl.forecasting.forecaster import Forecaster
 from tipl.forecasting.refiner_training import train_refiner
 from tipl.forecasting.rollout_gradient import RolloutGradient
-from tipl.forecasting.sources import Source
+from tipl.forecasting.sources import Source, warn_if_unfinished
 from tipl.forecasting.train_config import TrainConfig
 from tipl.forecasting.training_data import Batch, Draws, TrainingData, load_training_data
 from tipl.forecasting.training_state import SavedState, pack, part_of, take_step, unpack

@@ -35,12 +35,11 @@ from numpy.typing import NDArray
 from tipl import _core
 from tipl.cluster import connected
 from tipl.collecting.episodes import policy_to_run, run_episodes
-from tipl.collecting.settings import warn_if_unfinished
 from tipl.files.locations import write_atomically
 from tipl.files.publishing import published
 from tipl.files.sealed import save_arrays
 from tipl.forecasting.forecaster import Forecaster, source_to_judge
-from tipl.forecasting.sources import Source, Split
+from tipl.forecasting.sources import Source, Split, warn_if_unfinished
 from tipl.judging.action_metrics import action_bounds
 from tipl.judging.evaluate_config import EvaluateConfig
 from tipl.judging.return_judgement import NUM_STATES, ReturnJudgement, episode_seeds, judge_returns
