@@ -10,6 +10,7 @@ import contextlib
 import copy
 import dataclasses
 import importlib.metadata
+import itertools
 import json
 import math
 import time
@@ -237,7 +238,7 @@ def train(
         sources = [Source.of(it, config) for it in stores]
         if not sources:
             raise ValueError("train: store must be a store or several, got none")
-        _refuse_repeated([source.store for source in sources])
+        _refuse_repeated(stores)
         forecaster, summary = _trained(sources, config, aside, num_threads=num_threads, ray=ray, progress=progress)
         write_atomically(aside / "training.json", (json.dumps(summary) + "\n").encode())
         forecaster.save(aside)
@@ -299,11 +300,9 @@ def _trained(
 
 def _refuse_repeated(stores: Sequence[Store]) -> None:
     """Raise ValueError where two stores hold the same: what one of them holds out, the other might teach."""
-    path_of: dict[str, Any] = {}
-    for store in stores:
-        before = path_of.setdefault(store.fingerprint(), store.path)
-        if before is not store.path:
-            raise ValueError(f"train: the stores {before} and {store.path} hold the same runs: give one of them")
+    for one, other in itertools.combinations(stores, 2):
+        if one.digest == other.digest and one.fingerprint() == other.fingerprint():
+            raise ValueError(f"train: the stores {one.path} and {other.path} hold the same runs: give one of them")
 
 
 def _record_of(sources: Sequence[Source], config: TrainConfig) -> dict[str, Any]:

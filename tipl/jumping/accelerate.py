@@ -65,22 +65,18 @@ def accelerate(
     with published(output, "accelerate", resumable=True) as aside:
         aside.mkdir(exist_ok=True)
         store = aside / STORE
-        if store.exists() and is_complete(Store.open(store)) and (aside / LEDGER).exists():  # but for the last rename
-            config = config_of(
-                num_trials=num_trials, total_timesteps=total_timesteps, seed=seed, ppo=ppo, more=settings
-            )
-            asked = {"env_id": env_id, "env_kwargs": dict(env_kwargs or {}), **config}
-            refuse_other_settings(Store.open(store), asked)
+        asked: dict[str, Any] = {"num_trials": num_trials, "total_timesteps": total_timesteps, "seed": seed, "ppo": ppo}
+        there = Store.open(store) if store.exists() and (aside / LEDGER).exists() else None
+        if there is not None and is_complete(there):  # all but the last rename is done
+            made_in = {"env_id": env_id, "env_kwargs": dict(env_kwargs or {})}
+            refuse_other_settings(there, made_in | config_of(**asked, more=settings))
         else:
             with _removed_if_empty(aside):
                 collect(
                     store,
                     env_id=env_id,
                     env_kwargs=env_kwargs,
-                    num_trials=num_trials,
-                    total_timesteps=total_timesteps,
-                    seed=seed,
-                    ppo=ppo,
+                    **asked,
                     num_threads=num_threads,
                     tensorboard=tensorboard,
                     progress=progress,
