@@ -2,11 +2,14 @@
 
     python studies/compare_sb3_curves.py                             # hours of SB3; continues where it was stopped
     python studies/compare_sb3_curves.py --env-ids Hopper-v5 --num-sb3 5 --output curves
+    python studies/compare_sb3_curves.py --normalize --env-ids HalfCheetah-v5 Hopper-v5 --total-timesteps 150000 \
+        --output docs/figures/learning_curves_normalized
 
 A point of a curve is the mean return of the training episodes (with stochastic actions) that ended in one window of
-steps. Both use SB3's default hyperparameters; SB3 runs with one thread per process. The figure shows the interquartile
-mean (IQM) over runs with the 95 % interval of a percentile bootstrap, as Agarwal et al. 2021 (arXiv 2108.13264)
-recommend.
+steps, with rewards as the environment gives them. Both use SB3's default hyperparameters; SB3 runs with one thread per
+process. With --normalize both also normalise observations and rewards, SB3 with VecNormalize. The figure shows the
+interquartile mean (IQM) over runs with the 95 % interval of a percentile bootstrap, as Agarwal et al. 2021 (arXiv
+2108.13264) recommend.
 
 Writes all runs' curves to OUTPUT.json and the figure to OUTPUT.svg, and prints where the intervals do not overlap.
 Needs stable-baselines3.
@@ -36,7 +39,6 @@ from tipl.progress import progress_bar
 from tipl.report.intervals import Bootstrap
 
 Curves = NDArray[np.float64]  # (runs, windows), NaN where no episode ended
-PPO = PPOConfig()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +54,8 @@ class Settings:
     """Our trials, with seeds 0, 1, ..."""
     window: int = 5
     """PPO iterations (of 2048 steps) between two points of a curve."""
+    normalize: bool = False
+    """Normalise observations and rewards on both sides."""
     num_processes: int = 2
     """SB3 runs at a time, and threads of ours."""
     output: Path = Path("docs/figures/learning_curves")
@@ -63,7 +67,11 @@ class Settings:
 
     @property
     def window_steps(self) -> int:
-        return self.window * PPO.num_steps
+        return self.window * self.ppo.num_steps
+
+    @property
+    def ppo(self) -> PPOConfig:
+        return PPOConfig(normalize_observations=self.normalize, normalize_rewards=self.normalize)
 
 
 class Record:
@@ -71,7 +79,9 @@ class Record:
 
     def __init__(self, settings: Settings) -> None:
         self.path = settings.output.with_suffix(".json")
-        fixed = {"total_timesteps": settings.total_timesteps, "window": settings.window}
+        fixed: dict[str, Any] = {"total_timesteps": settings.total_timesteps, "window": settings.window}
+        if settings.normalize:
+            fixed["normalize"] = True
         packages = ("stable-baselines3", "gymnasium", "mujoco", "torch", "numpy")
         self.content: dict[str, Any] = {"settings": fixed, "versions": {name: version(name) for name in packages}}
         if self.path.exists():
@@ -103,6 +113,8 @@ def sb3_curve(settings: Settings, env_id: str, seed: int) -> Curves:
     torch.set_num_threads(1)
     from stable_baselines3 import PPO as SB3PPO
     from stable_baselines3.common.callbacks import BaseCallback
+    from stable_baselines3.common.env_util import make_vec_env
+    from stable_baselines3.common.vec_env import VecNormalize
 
     returns: list[list[float]] = [[] for _ in range(settings.num_windows)]
 
@@ -113,7 +125,8 @@ def sb3_curve(settings: Settings, env_id: str, seed: int) -> Curves:
                     returns[(self.num_timesteps - 1) // settings.window_steps].append(info["episode"]["r"])
             return True
 
-    model = SB3PPO("MlpPolicy", env_id, seed=seed, device="cpu")
+    env = make_vec_env(env_id, seed=seed)  # whose Monitor sees rewards as they are
+    model = SB3PPO("MlpPolicy", VecNormalize(env) if settings.normalize else env, seed=seed, device="cpu")
     model.learn(settings.num_windows * settings.window_steps, callback=Episodes())
     return np.array([np.mean(window) if window else np.nan for window in returns])
 
@@ -121,7 +134,7 @@ def sb3_curve(settings: Settings, env_id: str, seed: int) -> Curves:
 def our_curves(settings: Settings, env_id: str, seeds: list[int]) -> Curves:
     """Return the curves (trials, windows) of one population."""
     env = make_vec(env_id, len(seeds), seeds=seeds, num_threads=settings.num_processes)
-    population = Population(env, PPO, seeds, num_threads=settings.num_processes)
+    population = Population(env, settings.ppo, seeds, num_threads=settings.num_processes)
     curves = np.empty((len(seeds), settings.num_windows))
     with progress_bar(True) as bar:
         task = bar.add_task(f"{env_id}: tipl", total=settings.num_windows, note="")

@@ -571,6 +571,12 @@ def test_accelerate_publishes_only_what_was_asked(tmp_path, monkeypatch):
     assert files(tmp_path / "runs") == files(tmp_path / "whole")
 
 
+def test_accelerate_says_that_runs_are_too_short_to_jump(tmp_path, model):
+    with pytest.warns(UserWarning, match=r"after jumps.start = 6 iterations, and total_timesteps = 192 makes 6"):
+        short = tipl.accelerate(tmp_path / "short", model=model, **ACCELERATE | {"total_timesteps": 32 * 6})
+    assert not short.jumps
+
+
 def test_accelerate_leaves_nothing_where_it_refuses(tmp_path):
     with pytest.raises(ValueError, match="num_trials must be an int of at least 1, got 0"):
         tipl.accelerate(tmp_path / "runs", **ACCELERATE | {"jumps": JumpConfig(max_jumps=0), "num_trials": 0})

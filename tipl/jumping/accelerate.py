@@ -4,6 +4,8 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import math
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -82,7 +84,13 @@ def accelerate(
                     progress=progress,
                     population=functools.partial(
                         JumpingPopulation,
-                        jumps=functools.partial(_jumps, forecaster=forecaster, config=jumps),
+                        jumps=functools.partial(
+                            _jumps,
+                            forecaster=forecaster,
+                            config=jumps,
+                            total_timesteps=total_timesteps,
+                            batch_size=ppo.batch_size,
+                        ),
                         finished=lambda ledger: ledger.save(aside / LEDGER),
                     ),
                     settings=settings,
@@ -100,9 +108,18 @@ def _removed_if_empty(folder: Path) -> Iterator[None]:
             folder.rmdir()
 
 
-def _jumps(learner: Learner, forecaster: Forecaster | None, config: JumpConfig) -> Jumps:
+def _jumps(
+    learner: Learner, forecaster: Forecaster | None, config: JumpConfig, total_timesteps: int, batch_size: int
+) -> Jumps:
     if forecaster is None:
         return Jumps.none(learner)
+    num_iterations = math.ceil(total_timesteps / batch_size)
+    if num_iterations <= config.start:
+        warnings.warn(
+            f"accelerate: no run will jump: the first jump comes after jumps.start = {config.start} iterations, and "
+            f"total_timesteps = {total_timesteps} makes {num_iterations}",
+            stacklevel=2,
+        )
     return Jumps.by_forecasts(learner, forecaster, config)
 
 
