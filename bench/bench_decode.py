@@ -1,4 +1,4 @@
-"""Decoding step by step: `tipl.Decoder` beside PyTorch eager, torch.compile and llama.cpp, on the same random models.
+"""Decoding step by step: `tipl.Decoder` beside PyTorch, ONNX Runtime and llama.cpp, on the same random models.
 
 A rollout observes one token and makes max_len decode steps from an empty cache. Answers are compared first; then all
 take turns on all cores. The roof of a step is reading the weights and, on average, half the full cache, or its flops.
@@ -19,6 +19,7 @@ import torch
 from llama_peer import open_llama_cpp
 from measure import Clock, Row, rows_of, side_by_side
 from numpy.typing import NDArray
+from onnxruntime_peer import OnnxRuntimeRollout
 from record import Record
 from roofs import Roofs
 from torch.nn import functional as F
@@ -142,6 +143,8 @@ def bench_rollout(record: Record, roofs: Roofs, size: str, batch_size: int) -> N
         torch._dynamo.reset()
         rollouts["torch.compile"] = TorchRollout(case.model, case.start, compiled=True)
         assert_close("torch.compile", rollouts["torch.compile"](16), expected, ERROR["fp32"])
+    rollouts["ONNX Runtime"] = OnnxRuntimeRollout(case.model, case.start)
+    assert_close("ONNX Runtime", rollouts["ONNX Runtime"](16), expected, ERROR["fp32"])
 
     path = np.concatenate([case.start, expected], axis=1)
     head = (path[:, -1] - path[:, -2]) / case.config.out_scale - case.model.head.bias.numpy()

@@ -2,7 +2,7 @@
 
     python studies/compare_sb3_curves.py                             # hours of SB3; continues where it was stopped
     python studies/compare_sb3_curves.py --env-ids Hopper-v5 --num-sb3 5 --output curves
-    python studies/compare_sb3_curves.py --normalize --env-ids HalfCheetah-v5 Hopper-v5 --total-timesteps 150000 \
+    python studies/compare_sb3_curves.py --normalize --env-ids HalfCheetah-v5 Hopper-v5 --total-timesteps 102400 \
         --output docs/figures/learning_curves_normalized
 
 A point of a curve is the mean return of the training episodes (with stochastic actions) that ended in one window of
