@@ -90,13 +90,16 @@ def randomized_svd(rows: torch.Tensor) -> Directions:
 
 
 def dask_compressed(rows: torch.Tensor) -> Directions:
-    """In blocks of 2,048 rows, whose products dask's threads share; with as many power iterations as torch."""
+    """In blocks of 4,096 rows, shared by dask's threads; the fastest of those tried whose error is like the others'.
+
+    Its default iterator, "power", loses a third of the accuracy in float32; a second iteration takes twice as long.
+    """
     import dask.array
     from threadpoolctl import threadpool_limits
 
-    blocks = dask.array.from_array(rows.numpy(), chunks=(2048, -1))
+    blocks = dask.array.from_array(rows.numpy(), chunks=(4096, -1))
     with threadpool_limits(1):
-        *_, directions = dask.array.linalg.svd_compressed(blocks, K, n_power_iter=2, seed=0)
+        *_, directions = dask.array.linalg.svd_compressed(blocks, K, iterator="QR", n_power_iter=1, seed=0)
         return np.asarray(directions.compute(), dtype=np.float32)
 
 
@@ -148,7 +151,10 @@ def bench_fit(matrix: Path, record: Record, roofs: Roofs) -> None:
         fits["dask svd_compressed"] = partial(dask_compressed, rows)
     clocks = clocks_of(fits, warm=matrix)
     excess: dict[str, float] = {}
-    for name, tolerated in {"one-pass": 1.03, "two-pass": 1.005, "torch.svd_lowrank niter=2": 1.01}.items():
+    tolerances = {"one-pass": 1.03, "two-pass": 1.005, "torch.svd_lowrank niter=2": 1.01, "dask svd_compressed": 1.03}
+    for name, tolerated in tolerances.items():
+        if name not in fits:
+            continue
         excess[name] = residual(rows.numpy(), fits[name]()) / OPTIMUM[n, p]
         assert excess[name] < tolerated, f"{name}: {excess[name]:.4f} times the optimum"
     record.say(f"svd {n}x{p}, residual over the optimum: {', '.join(f'{k} {v:.4f}' for k, v in excess.items())}")
