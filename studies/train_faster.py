@@ -87,18 +87,18 @@ def movers(setting: Setting, forecaster: Forecaster | None) -> Callable[[Learner
 
 
 def train(
-    experiment: str, given: dict[str, Any], setting: Setting, forecaster: Forecaster | None, final: bool
+    experiment: str, given: dict[str, Any], ppo_settings: dict[str, Any], moves: Callable[[Learner], Any], final: bool
 ) -> Ledger:
-    """Return the ledger of one setting on the tuning seeds, or on the final ones."""
+    """Return the ledger of one setting on the tuning seeds, or on the final ones; `moves` makes what moves weights."""
     seeds = trial_seeds(
         given["final_seed" if final else "tuning_seed"], given["final_runs" if final else "tuning_runs"]
     )
     shared = PPOConfig(**given["ppo"])
-    ppo = dataclasses.replace(shared, **setting.get("ppo", {}))
+    ppo = dataclasses.replace(shared, **ppo_settings)
     task = given.get("task", experiment)
     env = make_vec(task, len(seeds) * ppo.num_envs, seeds=environment_seeds(seeds, ppo.num_envs), num_threads=None)
     iterations = given["iterations"] * shared.num_steps // ppo.num_steps  # as many env steps, whatever the arm
-    population = JumpingPopulation(env, ppo, seeds, num_iterations=iterations, jumps=movers(setting, forecaster))
+    population = JumpingPopulation(env, ppo, seeds, num_iterations=iterations, jumps=moves)
     for _ in range(iterations):
         population.iterate()
     env.close()
@@ -120,7 +120,8 @@ def ledger_of(
         if needs and model is None:
             raise SystemExit(f"--model {name and f'{name}='}FOLDER is needed for {arm}")
         start = time.perf_counter()
-        ledger = train(experiment, given, setting, Forecaster.load(model) if model else None, final)
+        moves = movers(setting, Forecaster.load(model) if model else None)
+        ledger = train(experiment, given, setting.get("ppo", {}), moves, final)
         path.parent.mkdir(parents=True, exist_ok=True)
         ledger.save(path)
         print(f"{experiment} {arm} {setting}: {time.perf_counter() - start:.0f} s", flush=True)
