@@ -90,14 +90,15 @@ def randomized_svd(rows: torch.Tensor) -> Directions:
 
 
 def dask_compressed(rows: torch.Tensor) -> Directions:
-    """In blocks of 4,096 rows, shared by dask's threads; the fastest of those tried whose error is like the others'.
+    """In blocks of 4,096 rows, shared by dask's threads, the most that gives both threads one of the smaller matrix.
 
-    Its default iterator, "power", loses a third of the accuracy in float32; a second iteration takes twice as long.
+    Larger blocks are at most 4 % faster, smaller ones are slower. Its default iterator, "power", leaves 21 to 40 % more
+    error than the best directions in float32; a second iteration of "QR" takes some 20 % longer.
     """
     import dask.array
     from threadpoolctl import threadpool_limits
 
-    blocks = dask.array.from_array(rows.numpy(), chunks=(4096, -1))
+    blocks = dask.array.from_array(rows.numpy(), chunks=(4096, -1), name=False)  # a name would be a hash of all rows
     with threadpool_limits(1):
         *_, directions = dask.array.linalg.svd_compressed(blocks, K, iterator="QR", n_power_iter=1, seed=0)
         return np.asarray(directions.compute(), dtype=np.float32)

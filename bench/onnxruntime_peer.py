@@ -1,6 +1,6 @@
 """ONNX Runtime as a decoder beside `tipl.Decoder`: one graph for a step, its fused attention, caches written in place.
 
-Shapes  L layers, B sequences, H heads, T slots, D head_dim, d = d_model, k = n_components.
+Shapes  B sequences, k = n_components.
 """
 
 import itertools
@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from tipl import TrajectoryTransformer, _core
 
 Floats = NDArray[np.float32]
+CACHES = ("keys", "values")
+"""Beginnings of the caches' names, which a layer's number follows."""
 ONNX_TYPES = {"float32": TensorProto.FLOAT, "int32": TensorProto.INT32, "int64": TensorProto.INT64}
 
 
@@ -55,7 +57,7 @@ def step_graph(model: TrajectoryTransformer, arrays: dict[str, NDArray[np.generi
     z = graph.add("Add", [z, graph.add("Gather", [graph.constant(model.pos.weight), "pos"])])
     for i, block in enumerate(model.blocks):
         qkv = graph.linear(graph.norm(z, block.norm1), block.qkv)
-        caches = [f"keys{i}", f"values{i}"]
+        caches = [f"{kind}{i}" for kind in CACHES]
         y = f"attended{i}"
         graph.add(
             "GroupQueryAttention",
@@ -73,7 +75,7 @@ def step_graph(model: TrajectoryTransformer, arrays: dict[str, NDArray[np.generi
     def described(name: str, like: str) -> object:
         return helper.make_tensor_value_info(name, ONNX_TYPES[arrays[like].dtype.name], arrays[like].shape)
 
-    outputs = [described("y", "x"), *(described(f"new_{name}", name) for name in arrays if name[0] in "kv")]
+    outputs = [described("y", "x"), *(described(f"new_{name}", name) for name in arrays if name.startswith(CACHES))]
     inputs = [described(name, name) for name in arrays]
     made = helper.make_graph(graph.nodes, "step", inputs, outputs, graph.weights)
     opsets = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
@@ -87,7 +89,7 @@ class OnnxRuntimeRollout:
         config, batch_size = model.config, len(start)
         self.config, self.start = config, start
         cache = (batch_size, config.n_head, config.max_len, config.d_model // config.n_head)
-        names = [f"{kind}{i}" for i in range(config.n_layer) for kind in ("keys", "values")]
+        names = [f"{kind}{i}" for i in range(config.n_layer) for kind in CACHES]
         self.arrays: dict[str, NDArray[np.generic]] = {
             "x": start.copy(),
             "last": start.copy(),
@@ -110,7 +112,7 @@ class OnnxRuntimeRollout:
         """Return what binds last, x and y to the three tokens, beginning with `turn`, and each cache to itself."""
         last, x, y = (self.tokens[(turn + i) % 3] for i in range(3))
         arrays = self.arrays | {"last": last, "x": x}
-        outputs = {"y": y, **{f"new_{name}": array for name, array in arrays.items() if name[0] in "kv"}}
+        outputs = {"y": y, **{f"new_{name}": array for name, array in arrays.items() if name.startswith(CACHES)}}
         binding = self.session.io_binding()
         for bind, bound in ((binding.bind_input, arrays), (binding.bind_output, outputs)):
             for name, array in bound.items():

@@ -15,15 +15,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import train_faster
 from study import command_line, interval
 
 from tipl.forecasting.forecaster import Forecaster
 from tipl.jumping.jump_config import JumpConfig
 from tipl.jumping.jumps import Jumps
-from tipl.jumping.learner import Learner, PopulationLearner, Singles
+from tipl.jumping.learner import PopulationLearner, Singles
 from tipl.jumping.ledger import Ledger
+from tipl.report.comparison import compare
 from tipl.report.intervals import Bootstrap, Estimate
 
 TASK, SEED, RUNS = "InvertedDoublePendulum-v5", 424242, 16
@@ -40,26 +40,17 @@ CHANGES: dict[str, dict[str, Any]] = {
 """Arm -> what differs from the chosen jump."""
 
 
-class MomentsAnew:
-    """A population's trials as a learner whose optimiser starts anew where weights are replaced."""
-
-    def __init__(self, learner: PopulationLearner) -> None:
-        self._learner = learner
+class MomentsAnew(PopulationLearner):
+    """A population's trials, whose optimiser starts anew where weights are replaced."""
 
     def replace(self, run: int, weights: Singles) -> None:
-        self._learner.replace(run, weights)
-        self._learner.population.moments[:, run] = 0.0
-        self._learner.population.num_updates[run] = 0
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._learner, name)
+        super().replace(run, weights)
+        self.population.moments[:, run] = 0.0
+        self.population.num_updates[run] = 0
 
 
-def jumps_of(learner: Learner, forecaster: Forecaster, config: JumpConfig, anew: bool) -> Jumps:
-    if anew:
-        assert isinstance(learner, PopulationLearner)
-        learner = MomentsAnew(learner)
-    return Jumps.by_forecasts(learner, forecaster, config)
+def jumps_of(learner: PopulationLearner, forecaster: Forecaster, config: JumpConfig, anew: bool) -> Jumps:
+    return Jumps.by_forecasts(MomentsAnew(learner.population) if anew else learner, forecaster, config)
 
 
 def shown(it: Estimate) -> str:
@@ -88,15 +79,13 @@ def main() -> None:
             train_faster.train(TASK, given, chosen["ppo"], moves, final=False).save(path)
             print(f"{arm}: trained", flush=True)
         ledgers[arm] = Ledger.load(path)
-    plain, bootstrap = ledgers["no jump"].curves(), Bootstrap(RUNS)
-    for arm, ledger in ledgers.items():
-        curves = ledger.curves()
-        means = shown(bootstrap.estimate(np.nanmean(curves, 1) - np.nanmean(plain, 1)))
-        finals = shown(bootstrap.estimate(np.nanmean(curves[:, -5:], 1) - np.nanmean(plain[:, -5:], 1)))
-        held = [jump.held for jump in ledger.jumps]
+    areas = {arm: ledger.curves().mean(1) for arm, ledger in ledgers.items()}
+    for arm, found in compare(ledgers, "no jump").items():
+        more = Bootstrap(RUNS).estimate(areas[arm] - areas["no jump"])
+        held = [jump.held for jump in ledgers[arm].jumps]
         print(
-            f"{arm:28} mean return {np.nanmean(curves):5.0f}, {means} more; final return "
-            f"{np.nanmean(curves[:, -5:]):5.0f}, {finals} more; "
+            f"{arm:28} mean return {found.mean_return:5.0f}, {shown(more)} more; final return "
+            f"{found.final_return:5.0f}, {shown(found.gain)} more; "
             f"jumps {held.count(True)} held, {held.count(False)} undone"
         )
 

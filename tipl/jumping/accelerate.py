@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import math
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,7 +18,7 @@ from tipl.forecasting.forecaster import PRETRAINED, Forecaster
 from tipl.jumping.jump_config import JumpConfig
 from tipl.jumping.jumping_population import JumpingPopulation
 from tipl.jumping.jumps import Jumps
-from tipl.jumping.learner import Learner
+from tipl.jumping.learner import PopulationLearner
 from tipl.jumping.ledger import Ledger
 from tipl.storing.store import Store
 
@@ -85,11 +84,7 @@ def accelerate(
                     population=functools.partial(
                         JumpingPopulation,
                         jumps=functools.partial(
-                            _jumps,
-                            forecaster=forecaster,
-                            config=jumps,
-                            total_timesteps=total_timesteps,
-                            batch_size=ppo.batch_size,
+                            _jumps, forecaster=forecaster, config=jumps, total_timesteps=total_timesteps
                         ),
                         finished=lambda ledger: ledger.save(aside / LEDGER),
                     ),
@@ -109,12 +104,12 @@ def _removed_if_empty(folder: Path) -> Iterator[None]:
 
 
 def _jumps(
-    learner: Learner, forecaster: Forecaster | None, config: JumpConfig, total_timesteps: int, batch_size: int
+    learner: PopulationLearner, forecaster: Forecaster | None, config: JumpConfig, total_timesteps: int
 ) -> Jumps:
     if forecaster is None:
         return Jumps.none(learner)
-    num_iterations = math.ceil(total_timesteps / batch_size)
-    if num_iterations <= config.start:
+    num_iterations = learner.population.num_iterations
+    if num_iterations is not None and num_iterations <= config.start:
         warnings.warn(
             f"accelerate: no run will jump: the first jump comes after jumps.start = {config.start} iterations, and "
             f"total_timesteps = {total_timesteps} makes {num_iterations}",

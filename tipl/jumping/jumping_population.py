@@ -13,7 +13,7 @@ from tipl.collecting.population_records import IterationStats, KeptTrials, Popul
 from tipl.collecting.ppo_config import PPOConfig
 from tipl.collecting.vector_env import VectorEnv
 from tipl.jumping.jumps import Jump, Jumps, Test, Walk
-from tipl.jumping.learner import Learner, PopulationLearner
+from tipl.jumping.learner import PopulationLearner
 from tipl.jumping.ledger import Ledger
 
 PREFIX = "jumps."
@@ -35,7 +35,7 @@ class JumpingPopulation(Population):
         config: PPOConfig,
         seeds: Sequence[int],
         *,
-        jumps: Callable[[Learner], Jumps],
+        jumps: Callable[[PopulationLearner], Jumps],
         finished: Callable[[Ledger], None] | None = None,
         **rest: Any,
     ) -> None:
