@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from factories import ENV_ID, TINY_PPO, everything
 
+import tipl.collecting.checkpoint_appender
 import tipl.storing.zarr_files
 from tipl.collecting.collection import collect, trial_seeds
 from tipl.collecting.population import Population
@@ -174,7 +175,31 @@ def test_a_failing_iteration_keeps_what_was_committed(tmp_path, monkeypatch):
     np.testing.assert_array_equal(Store.open(tmp_path / "store").trial(2).env_steps, [0, 32, 64])
 
 
-@pytest.mark.parametrize("num_files", [40, 95])  # in the second append, in the last
+@pytest.mark.parametrize(
+    ("save_seconds", "kept_back", "rows"),
+    [(0.0, 2**20, [2, 1, 1, 1]), (1e9, 2**20, [5]), (1e9, 2 * 3 * 4 * 370, [2, 2, 1])],
+)
+def test_checkpoints_are_appended_together_until_a_state_is_saved(tmp_path, monkeypatch, save_seconds, kept_back, rows):
+    plain = collect_tiny(tmp_path / "plain")
+    assert plain.policy.num_params == 370
+    appended, append = [], Store.append
+
+    def counting(store: Store, weights: np.ndarray, *rest: np.ndarray) -> None:
+        appended.append(weights.shape[1])
+        append(store, weights, *rest)
+
+    monkeypatch.setattr(Store, "append", counting)
+    monkeypatch.setattr(sys.modules["tipl.collecting.collection"], "SAVE_SECONDS", save_seconds)
+    monkeypatch.setattr(tipl.collecting.checkpoint_appender, "KEPT_BACK", kept_back)
+    store = collect_tiny(tmp_path / "store")
+    assert appended == rows
+    for i in range(3):
+        np.testing.assert_array_equal(store.trial(i).weights(), plain.trial(i).weights())
+        np.testing.assert_array_equal(store.trial(i).env_steps, plain.trial(i).env_steps)
+        np.testing.assert_array_equal(store.trial(i).episodic_return, plain.trial(i).episodic_return)
+
+
+@pytest.mark.parametrize("num_files", [40, 75])  # in the second append, in the last
 def test_a_full_disk_keeps_what_was_committed(tmp_path, monkeypatch, num_files):
     write, count = tipl.storing.zarr_files.write_atomically, iter(range(1000))
 
@@ -184,6 +209,7 @@ def test_a_full_disk_keeps_what_was_committed(tmp_path, monkeypatch, num_files):
         write(path, data)
 
     monkeypatch.setattr(tipl.storing.zarr_files, "write_atomically", failing)
+    monkeypatch.setattr(sys.modules["tipl.collecting.collection"], "SAVE_SECONDS", 0.0)
     with pytest.raises(RuntimeError, match=r"collect: failed: OSError: .*No space left on device; \d of 5") as caught:
         collect_tiny(tmp_path / "store")
     store = Store.open(tmp_path / "store")

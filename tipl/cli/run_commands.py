@@ -69,11 +69,11 @@ class Demo:
         Run(
             self.output,
             env_id="InvertedPendulum-v5",
-            num_trials=256,
+            num_trials=224,
             total_timesteps=50 * 512,
             resume=self.resume,
             ppo=PPOConfig(num_steps=512, num_minibatches=8),
-            train=TrainConfig(heldout_fraction=0.15),
+            train=TrainConfig(heldout_fraction=0.12, confidence_trials=16),
             evaluate=EvaluateConfig(num_episodes=2),
         ).run()
 

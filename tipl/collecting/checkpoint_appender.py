@@ -15,6 +15,8 @@ from tipl.collecting.population_records import IterationStats, PopulationState
 from tipl.collecting.resume import Unfinished
 from tipl.storing.store import Store, Trial
 
+KEPT_BACK = 32 * 2**20  # bytes of rows that are kept back at most, for all trials together
+
 Columns = tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.float64]]  # weights, env_steps, episodic_return
 
 
@@ -32,9 +34,12 @@ class CheckpointAppender:
     """Appends a population's checkpoints on a separate thread; a failure is raised by the next append, or on exit.
 
     Where the store already has a checkpoint, because it came after the last saved state, the two are compared instead,
-    and a difference raises RuntimeError. A population's state is saved at most every `save_seconds`. Behind a URL,
-    where writing a file takes a request, rows are kept back until they fill a chunk. With a `critic_store` the critics'
-    weights are appended to that one.
+    and a difference raises RuntimeError. With a `critic_store` the critics' weights are appended to that one.
+
+    A population's state is saved every `save_seconds`, and rows are kept back until then, until they fill a chunk or
+    take `KEPT_BACK` bytes: an append writes every trial's last chunk whole, and what was appended after the last saved
+    state would be computed again in any case. Behind a URL, where writing a file takes a request, they are kept back
+    until they fill a chunk.
     """
 
     def __init__(
@@ -52,7 +57,7 @@ class CheckpointAppender:
         self._there = [[it.trial(i) for i in trials] for it in self._stores]  # as they were at the start
         self._states = Unfinished(store).states(trials)
         self._saved_at = time.monotonic()
-        self._rows_at_once = 1 if isinstance(store.path, Path) else self._there[0][0].chunk_rows
+        self._chunk_rows, self._is_local = self._there[0][0].chunk_rows, isinstance(store.path, Path)
         self._rows: list[Row] = []  # not yet passed to the thread
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="tipl-append")
         self._pending: Future[None] | None = None
@@ -66,10 +71,12 @@ class CheckpointAppender:
         episodic_return = np.full((N, 1), np.nan) if stats is None else stats.episodic_return[:, None]
         k = population.env_steps // self._batch_size
         self._rows.append(Row(k, [(part[:, None], env_steps, episodic_return) for part in parts], stats))
-        if (k + 1) % self._rows_at_once == 0:
+        # The initial state need not be saved: the seeds give it again.
+        is_due = k > 0 and time.monotonic() - self._saved_at >= self._save_seconds
+        is_much = len(self._rows) * sum(part.nbytes for part in parts) >= KEPT_BACK
+        if (k + 1) % self._chunk_rows == 0 or (self._is_local and (is_due or is_much)):
             state = None
-            # The initial state need not be saved: the seeds give it again.
-            if k and time.monotonic() - self._saved_at >= self._save_seconds:
+            if is_due:
                 state, self._saved_at = population.get_state(), time.monotonic()
             self._hand_over(state)
 
