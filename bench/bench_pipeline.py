@@ -30,7 +30,7 @@ def demo(folder: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore")  # SB3's
 def bench_demo(record: Record, tmp_path: Path) -> None:
-    """Collect 256 runs, train the forecaster, judge it on 38 held-out runs, write the report."""
+    """Collect 224 runs, train the forecaster, judge it on 27 held-out runs, write the report."""
     cores = _core.available_cpus()
     with ProcessPoolExecutor(cores, get_context("spawn")) as processes:
 
