@@ -61,6 +61,7 @@ def accelerate(
     output, folder = Path(output), PRETRAINED if model is None else Path(model)
     forecaster = Forecaster.load(folder) if jumps.max_jumps else None
     known = {} if forecaster is None else {"forecaster": _fingerprint(folder)}
+    jumps = jumps.with_start(pretrained=model is None)
     settings: dict[str, Any] = {"jumps": dataclasses.asdict(jumps), **known}
     ppo = PPOConfig() if ppo is None else ppo
     with published(output, "accelerate", resumable=True) as aside:
@@ -109,7 +110,7 @@ def _jumps(
     if forecaster is None:
         return Jumps.none(learner)
     num_iterations = learner.population.num_iterations
-    if num_iterations is not None and num_iterations <= config.start:
+    if num_iterations is not None and config.start is not None and num_iterations <= config.start:
         warnings.warn(
             f"accelerate: no run will jump: the first jump comes after jumps.start = {config.start} iterations, and "
             f"total_timesteps = {total_timesteps} makes {num_iterations}",

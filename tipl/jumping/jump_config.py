@@ -5,6 +5,7 @@ import math
 
 from tipl.subspace.prefix_end import MIN_PREFIX_END
 
+START, PRETRAINED_START = 6, 12  # iterations before the first jump: by default, and with the included forecaster
 MIN_ROWS = 2 * (MIN_PREFIX_END + 1)
 """The least number of checkpoints that a path is thinned to: half of them still make a prefix basis."""
 
@@ -13,8 +14,9 @@ MIN_ROWS = 2 * (MIN_PREFIX_END + 1)
 class JumpConfig:
     """When a run jumps, how far, what a jump changes, and what it must hold against."""
 
-    start: int = 6
-    """Iterations before the first jump. Each jump, whether it holds or not, doubles the wait for the next one."""
+    start: int | None = None
+    """Iterations before the first jump; by default 6, and 12 with the forecaster that comes with tipl, which needs to
+    see more of a run. Each jump, whether it holds or not, doubles the wait for the next one."""
     reach: float = 5.0
     """A jump goes this many times as far ahead as the run has walked since the last one."""
     max_jumps: int = 1
@@ -38,6 +40,8 @@ class JumpConfig:
     def __post_init__(self) -> None:
         for name, least in (("start", MIN_PREFIX_END), ("max_jumps", 0), ("max_undone", 0), ("test_iterations", 1)):
             value = getattr(self, name)
+            if name == "start" and value is None:
+                continue
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"JumpConfig: {name} must be an int of at least {least}, got {value!r}")
         if not 0.0 < self.reach < math.inf:
@@ -48,3 +52,9 @@ class JumpConfig:
             raise ValueError(f"JumpConfig: margin must be finite, got {self.margin}")
         if self.max_rows < MIN_ROWS or self.max_rows % 2:
             raise ValueError(f"JumpConfig: max_rows must be even and at least {MIN_ROWS}, got {self.max_rows}")
+
+    def with_start(self, *, pretrained: bool) -> "JumpConfig":
+        """Return these settings with the number of iterations before the first jump."""
+        if self.start is not None:
+            return self
+        return dataclasses.replace(self, start=PRETRAINED_START if pretrained else START)
