@@ -390,6 +390,27 @@ def test_threads_do_not_change_a_bit(n_head, batch, dtype, cache_dtype):
     assert np.array_equal(path(1, 2), alone[:1])
 
 
+@pytest.mark.slow
+@cpu_only
+def test_beside_busy_processes_paths_have_the_same_bits():
+    """Passes run on two threads or on one there, whichever is quicker (csrc/cpu/team_choice.h)."""
+    config = ModelConfig(n_head=4, n_layer=4, d_model=128, d_ff=512, max_len=256)
+    model, x = make_model(config), make_paths(config, 8, 1)
+    alone, together = (decoder_of_model(model, 8, num_threads=n) for n in (1, 2))
+    alone.prefill(x)
+    expected = alone.generate(200)
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(_core.available_cpus() // 2)]
+    try:
+        for _ in range(10):
+            together.reset()
+            together.prefill(x)
+            assert np.array_equal(together.generate(200), expected)
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+
+
 @modes
 def test_a_reset_decoder_forgets(dtype, cache_dtype):
     model, x = make_model(SMALL_MODEL), make_paths(SMALL_MODEL, 2, 30)

@@ -577,6 +577,15 @@ def test_accelerate_says_that_runs_are_too_short_to_jump(tmp_path, model):
     assert not short.jumps
 
 
+@pytest.mark.slow
+def test_runs_jump_later_with_the_included_forecaster(tmp_path):
+    runs = {"env_id": ACCELERATE["env_id"], "num_trials": 2, "total_timesteps": 32 * 15, "ppo": ACCELERATE["ppo"]}
+    ledger = tipl.accelerate(tmp_path / "runs", progress=False, **runs)
+    assert [(jump.run, jump.iteration) for jump in ledger.jumps] == [(0, 12), (1, 12)]
+    early = tipl.accelerate(tmp_path / "early", jumps=JumpConfig(start=7), progress=False, **runs)
+    assert min(jump.iteration for jump in early.jumps) == 7
+
+
 def test_accelerate_leaves_nothing_where_it_refuses(tmp_path):
     with pytest.raises(ValueError, match="num_trials must be an int of at least 1, got 0"):
         tipl.accelerate(tmp_path / "runs", **ACCELERATE | {"jumps": JumpConfig(max_jumps=0), "num_trials": 0})

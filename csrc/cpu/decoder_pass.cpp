@@ -1,6 +1,8 @@
 #include "cpu/decoder_pass.h"
 
 #include <algorithm>
+#include <bit>
+#include <chrono>
 #include <cmath>
 #include <iterator>
 
@@ -154,15 +156,19 @@ void DecoderPass::run(Sequences &sequences, Poll &poll) {
     products += config_.products() * (groups_[group + 1] - groups_[group]) +
                 2.0 * config_.n_layer * config_.d_model * static_cast<double>(slots);
   }
-  team_size_ = products < kSharedProducts ? 1 : pool_.size();
+  const bool is_shared = products >= kSharedProducts && pool_.size() > 1;
+  TeamChoice &choice = team_choices_[std::bit_width(rows_.size())];
+  team_size_ = is_shared && !choice.alone() ? pool_.size() : 1;
   const bool halves = team_size_ == 2 && halved(config_) && std::ssize(rows_) <= kOwnRows;
   stopped_ = false;
+  const auto begin = std::chrono::steady_clock::now();
   if (team_size_ > 1) {
     pool_.run([&](int rank) noexcept { halves ? run_in_halves(rank, poll) : run_on_all(rank, poll); });
   } else {
     run_on_all(0, poll);
   }
   if (stopped_) throw Interrupted();
+  if (is_shared) choice.took(products, std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count());
   const ptrdiff_t k = config_.n_components;
   for (ptrdiff_t m = 0; m < std::ssize(rows_); ++m) {
     const auto [sequence, slot] = rows_[m];

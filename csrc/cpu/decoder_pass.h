@@ -8,6 +8,7 @@
 // Bits    Only the sums of proj and fc2 are split, where halved(config): into two halves, for every number of threads.
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <optional>
@@ -17,6 +18,7 @@
 #include "cpu/aligned.h"
 #include "cpu/decode_kernels.h"
 #include "cpu/parallel.h"
+#include "cpu/team_choice.h"
 #include "cpu/weights.h"
 #include "decoder_config.h"
 #include "forward_pass.h"
@@ -96,8 +98,9 @@ class DecoderPass final : public ForwardPass {
   std::vector<int> groups_;      // (sequences + 1), the first row of each sequence, then M
   std::vector<ptrdiff_t> work_;  // (sequences + 1), slots that a head reads for all sequences before each
   bool stopped_ = false;         // whether to stop; rank 0 writes it before a barrier, all read it after it
-  int team_size_ = 1;            // ranks at work: all, or 1 where the pass is too small to share
-  const ptrdiff_t max_rows_;     // the largest M
+  int team_size_ = 1;            // ranks at work: all, or 1 where the pass is too small to share or others take cores
+  std::array<TeamChoice, 32> team_choices_;  // by the number of binary digits of M: passes of like size
+  const ptrdiff_t max_rows_;                 // the largest M
   const int token_stride_, d_stride_, qkv_stride_, ff_stride_, k_stride_;
   AlignedFloats token_;     // (M, 2k + 1), u in transformer.py
   AlignedFloats z_;         // (M, d), the residual stream

@@ -1,0 +1,60 @@
+// Whether passes run on all threads or on one, learned from how long they take.
+//
+// Threads that meet at barriers wait for one another: where another process shares the cores, each time slice that it
+// takes from one thread stops all. Passes on all threads whose mean time, over a window, is far above their fastest are
+// such passes. Then a window is run on one thread, and what was quicker goes on for a while before both are tried
+// again. Without other processes nothing is ever tried. Results have the same bits either way.
+#pragma once
+
+#include <algorithm>
+#include <limits>
+
+namespace tipl {
+
+class TeamChoice {
+ public:
+  // Whether the next pass is to run on one thread.
+  bool alone() const noexcept { return state_ == State::kTrial || state_ == State::kAlone; }
+
+  // Tells of a pass of so many multiplications, run as alone() said.
+  void took(double products, double seconds) noexcept {
+    products_ += products;
+    seconds_ += seconds;
+    fastest_ = std::min(fastest_, seconds / products);
+    if (seconds_ < (state_ == State::kWatched || state_ == State::kTrial ? kWindow : patience_)) return;
+    const double mean = seconds_ / products_;
+    switch (state_) {
+      case State::kWatched:
+        if (mean > kDisturbed * fastest_) {
+          shared_ = mean;
+          state_ = State::kTrial;
+        } else {
+          patience_ = kPatience;
+        }
+        break;
+      case State::kTrial:
+        state_ = mean < shared_ ? State::kAlone : State::kShared;
+        break;
+      case State::kAlone:
+      case State::kShared:
+        patience_ = std::min(2.0 * patience_, kMostPatience);
+        state_ = State::kWatched;
+        break;
+    }
+    products_ = seconds_ = 0.0;
+    fastest_ = std::numeric_limits<double>::infinity();
+  }
+
+ private:
+  static constexpr double kWindow = 0.01, kPatience = 0.1, kMostPatience = 1.6;  // seconds
+  static constexpr double kDisturbed = 1.5;  // times as long as the fastest pass; on a quiet machine it is 1.1
+
+  // kWatched: on all threads, and fast so far. kTrial: a window on one. kAlone, kShared: what was quicker, on one
+  // thread or on all, until the patience ends.
+  enum class State { kWatched, kTrial, kAlone, kShared } state_ = State::kWatched;
+  double products_ = 0.0, seconds_ = 0.0;                                    // of the passes since the state began
+  double fastest_ = std::numeric_limits<double>::infinity(), shared_ = 0.0;  // seconds a multiplication
+  double patience_ = kPatience;
+};
+
+}  // namespace tipl
