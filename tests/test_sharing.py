@@ -381,14 +381,17 @@ def test_each_mistake_ends_in_one_line(
     hub.repository("user/empty").commit("main", {"README.md": b"# Hello"})
     (tmp_path / "there").mkdir()
     for arguments, message in [
-        (["pull", "user/none", "out"], "there is no user/none, or it is private"),
-        (["pull", "user/runs", "out", "--revision", "no"], "user/runs has no revision no"),
-        (["pull", "user/runs", "there"], "pull: output there exists already"),
-        (["pull", "user/empty", "out"], "pull: the dataset repository user/empty holds no store, zoo or model of tipl"),
-        (["pull", "a/b/c", "out"], "pull: repo_id must be user/name, got 'a/b/c'"),
+        (["pull", "user/none", "--output", "out"], "there is no user/none, or it is private"),
+        (["pull", "user/runs", "--output", "out", "--revision", "no"], "user/runs has no revision no"),
+        (["pull", "user/runs", "--output", "there"], "pull: output there exists already"),
+        (
+            ["pull", "user/empty", "--output", "out"],
+            "pull: the dataset repository user/empty holds no store, zoo or model of tipl",
+        ),
+        (["pull", "a/b/c", "--output", "out"], "pull: repo_id must be user/name, got 'a/b/c'"),
         (["push", store, "runs"], "push: repo_id must be user/name, got 'runs'"),
         (["push", store, "user/a..b"], "a..b"),
-        (["pull", "user/runs", "s3://bucket/out"], "output must be a local path"),
+        (["pull", "user/runs", "--output", "s3://bucket/out"], "output must be a local path"),
         (["push", tmp_path / "none", "user/x"], f"push: {tmp_path}/none must be the folder of a store"),
         (["push", tmp_path, "user/x"], f"push: {tmp_path} must be the folder of a store, of a zoo or of a model"),
         (["push", store, "other/x"], f"{at}other/x: 403, You don't have the rights to create"),
@@ -402,9 +405,9 @@ def test_each_mistake_ends_in_one_line(
     hub.tokens.clear()
     assert "401, Invalid credentials in Authorization header" in refused("push", store, "user/x")
     hub.refusal = Refused(403, "This repository is gated", "GatedRepo")
-    assert "user/runs is gated: ask for access on its page" in refused("pull", "user/runs", "out")
+    assert "user/runs is gated: ask for access on its page" in refused("pull", "user/runs", "--output", "out")
     hub.refusal = Refused(418, "I am a teapot")
-    assert "user/runs: 418, I am a teapot" in refused("pull", "user/runs", "out")
+    assert "user/runs: 418, I am a teapot" in refused("pull", "user/runs", "--output", "out")
     monkeypatch.delenv("HF_TOKEN")
     assert "push: there is no token for the Hugging Face hub: `hf auth login`" in refused("push", store, "user/x")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["there"]
@@ -589,7 +592,9 @@ def test_the_commands(
     assert re.fullmatch(r"pushed     http://.*/datasets/user/runs\n", capsys.readouterr().out)
     assert hub.repository("user/runs").private
     assert b"license: mit" in hub.repository("user/runs").files("v1")["README.md"]
-    assert run_tipl("pull", "user/runs", tmp_path / "out", "--revision", "v1", "--repo-type", "dataset") == 0
+    assert (
+        run_tipl("pull", "user/runs", "--output", tmp_path / "out", "--revision", "v1", "--repo-type", "dataset") == 0
+    )
     assert capsys.readouterr().out == f"pulled     {tmp_path}/out\n"
     assert files_of(tmp_path / "out") == files_of(small_store.path)
 
