@@ -1,5 +1,6 @@
 """Stores, zoos and models go to the Hugging Face hub and come back the same; what goes wrong is said in one line."""
 
+import errno
 import hashlib
 import io
 import json
@@ -543,6 +544,23 @@ def test_an_upload_that_fails_says_why(hub: Hub, small_store: Store, monkeypatch
     with pytest.raises(PermissionError, match=r"user/runs: 403, the quota is used up"):
         tipl.push(small_store.path, "user/runs", progress=False)
     assert hub.repository("user/runs").files().keys() == {".gitattributes"}
+
+
+def test_a_disk_that_fails_is_named_by_the_folder(
+    hub: Hub, small_store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")  # as a write says it, without a file
+
+    tipl.push(small_store.path, "user/runs", progress=False)
+    with monkeypatch.context() as patch:
+        patch.setattr("huggingface_hub.file_download.http_get", fail)
+        with pytest.raises(OSError, match=rf"No space left on device: '{tmp_path}/out'"):
+            tipl.pull("user/runs", tmp_path / "out", progress=False)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(Path, "read_bytes", fail)
+    with pytest.raises(OSError, match=rf"No space left on device: '{small_store.path}'"):
+        tipl.push(small_store.path, "user/runs", progress=False)
 
 
 def test_without_the_extra(small_store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
