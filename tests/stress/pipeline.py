@@ -25,7 +25,9 @@ import safetensors.torch
 import torch
 import tyro
 from factories import ENV_ID, TINY_EVALUATE, TINY_PPO, TINY_TRAIN, flags
+from hub_server import TOKEN, USER, Server
 
+import tipl
 from tipl import _core, cli
 from tipl.cli import run_commands
 from tipl.report.plots import Plot
@@ -114,6 +116,7 @@ COMMANDS = {
             resumes=True,
         ),
         Command("zoo", lambda p: ["zoo", p.of("collect"), p.of("import"), "--license", "mit"], "zoo"),
+        Command("pull", lambda p: ["pull", p.repo_id], "pulled.zarr"),
         Command("store info", lambda p: ["store", "info", p.of("collect")], "plot.svg", "--plot"),
         Command("score", lambda p: ["score", p.of("collect"), "--num-episodes", 1, "--every", 6], "scores.json"),
         Command(
@@ -137,6 +140,8 @@ class Pipeline:
         self.checkpoints, self.tensors = folder / "checkpoints", folder / "tensors"
         self.sketch = folder / "sketch.safetensors"
         self.unfinished = folder / "unfinished" / "store.zarr"
+        self.repo_id = f"{USER}/seed-{seed}"
+        """The repository on the hub that `pull` gets."""
         self.seconds: dict[str, float] = {}
         self.contents: dict[str, dict[str, str]] = {}
         self.operations: dict[str, dict[str, int]] = {}
@@ -151,9 +156,15 @@ class Pipeline:
         for name, command in COMMANDS.items():
             if name == "import":
                 self._make_inputs()
+            elif name == "pull":
+                self.push()
             self.of(name).parent.mkdir(parents=True)
             work(command, self, self.of(name))()
         (self.folder / "modules.txt").write_text("\n".join(sys.modules))
+
+    def push(self) -> None:
+        """Put the store that `collect` made on the hub, in a child as all else."""
+        tipl.push(self.of("collect"), self.repo_id, progress=False)
 
     def _make_inputs(self) -> None:
         """Write the first trial as Stable-Baselines3 names its tensors, and a sketch of its rows."""
@@ -247,6 +258,7 @@ def make_twins(cache: Path) -> tuple[Pipeline, Pipeline]:
     Raises RuntimeError where a command fails, or gives another output the second time.
     """
     make_small()
+    start_hub(cache / "hub")
     folder = cache / _version()
     pipeline, twin = Pipeline(folder / "pipeline"), Pipeline(folder / "twin", seed=1)
     notes = folder / "notes.json"
@@ -262,9 +274,19 @@ def make_twins(cache: Path) -> tuple[Pipeline, Pipeline]:
         for it in (pipeline, twin):
             _leave_unfinished(it, nth=2 * pipeline.operations["collect"]["n"] // 3)
         notes.write_text(json.dumps([pipeline.seconds, pipeline.contents, pipeline.operations]))
+    else:
+        _checked("push", children.run(pipeline.push, Setting()))
     import_all(pipeline.folder / "modules.txt")
     pipeline.seconds, pipeline.contents, pipeline.operations = json.loads(notes.read_text())
     return pipeline, twin
+
+
+def start_hub(home: Path) -> None:
+    """Let huggingface_hub, which is to be imported after this, ask a hub that a child serves as long as we live."""
+    server = Server()  # it listens already
+    children.start(server.serve_forever, Setting())
+    server.server_close()
+    os.environ |= {"HF_ENDPOINT": server.url, "HF_TOKEN": TOKEN, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
 
 
 def import_all(listing: Path) -> None:
