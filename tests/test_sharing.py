@@ -4,9 +4,12 @@ import errno
 import hashlib
 import io
 import json
+import os
 import re
 import shutil
+import signal
 import socket
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -521,6 +524,59 @@ def test_a_push_that_broke_off_goes_on(hub: Hub, small_store: Store, monkeypatch
     hub.repository("user/runs").branches["begun"] = hub.repository("user/runs").branches["main"]  # and then cut off
     push(revision="begun", license="mit")
     assert b"license: mit" in hub.repository("user/runs").files("begun")["README.md"]
+
+
+PUSHES = """
+import os, signal, sys
+import httpx2, huggingface_hub.hf_api, tipl.sharing.hub
+
+count, send = 0, httpx2.Client.send
+
+def send_or_die(*arguments, **named):
+    global count
+    count += 1
+    if count == nth:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return send(*arguments, **named)
+
+httpx2.Client.send = send_or_die
+for line in sys.stdin:
+    nth = int(line)
+    child = os.fork()
+    if child == 0:
+        tipl.push(sys.argv[1], "user/runs", progress=False)
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+"""For every line of its input, pushes in a child that dies at its n-th request, and prints how the child ended."""
+
+
+@pytest.mark.slow
+def test_a_push_that_was_killed_at_any_request_goes_on(hub: Hub, small_store: Store, tmp_path: Path) -> None:
+    tipl.push(small_store.path, "user/runs", progress=False)
+    whole, num_requests = hub.repository("user/runs").files(), len(hub.requests)
+    assert sum(request.startswith("PUT /lfs/") for request in hub.requests) > 1
+    environment = os.environ | {
+        "HF_ENDPOINT": constants.ENDPOINT, "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1"
+    }  # fmt: skip
+    with subprocess.Popen(
+        [sys.executable, "-c", PUSHES, str(small_store.path)],
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as pushes:
+        assert pushes.stdin is not None
+        assert pushes.stdout is not None
+        for nth in range(1, num_requests + 2):
+            hub.repositories.clear()
+            hub.objects.clear()
+            print(nth, file=pushes.stdin, flush=True)
+            assert int(pushes.stdout.readline()) == (-signal.SIGKILL if nth <= num_requests else 0)
+            tipl.push(small_store.path, "user/runs", progress=False)
+            assert hub.repository("user/runs").files() == whole
+            assert len(hub.repository("user/runs").commits) == 2
+        pushes.stdin.close()
 
 
 def test_no_network(hub: Hub, small_store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
