@@ -151,7 +151,7 @@ def pull(
                 here.update(names)
         remove(aside / ".cache")  # huggingface_hub's notes on what it loaded
         with _named(aside, repo_id):
-            _refuse_damage("pull", aside, progress)
+            _refuse_damage("pull", aside, progress, f"what arrived of {repo_id} for {output}")
         for name in files_in(aside):
             with open(aside / name, "rb") as file:
                 os.fsync(file.fileno())  # before the folder gets its name
@@ -169,12 +169,12 @@ def _check_repo_id(command: str, repo_id: str) -> None:
         raise ValueError(f"{command}: repo_id must be user/name, got {repo_id!r:.80}")
 
 
-def _refuse_damage(command: str, folder: Path, progress: bool) -> None:
-    """Raise RuntimeError where a file in `folder` is damaged."""
+def _refuse_damage(command: str, folder: Path, progress: bool, name: str | None = None) -> None:
+    """Raise RuntimeError where a file in `folder`, which the message calls `name`, is damaged."""
     problems = verify(folder, progress=progress).problems
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise RuntimeError(f"{command}: {folder} is damaged: {problems[0]}{more}")
+        raise RuntimeError(f"{command}: {name or folder} is damaged: {problems[0]}{more}")
 
 
 @contextlib.contextmanager
