@@ -297,6 +297,8 @@ def test_damage_is_not_pulled(
         tipl.pull("user/bad", tmp_path / "out", progress=False)
     is_index = file in ("zarr.json", "zoo.json")
     assert (file in str(refused.value)) or (is_index and loss == "missing")
+    if file == "trial_0001/weights/c.0.0":
+        assert f"what arrived of user/bad for {tmp_path}/out is damaged" in str(refused.value)
     assert ".out.partial" not in str(refused.value)
     assert list(tmp_path.iterdir()) == []
 
