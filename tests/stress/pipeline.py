@@ -1,9 +1,9 @@
 """A tiny pipeline: the commands of tipl on a few trials of a small policy, in a second or less each.
 
-Commands are run in a fork of this process, by `tipl.cli.main`, as typed, but for four things: the sizes that `demo` and
+Commands are run in a fork of this process, by `tipl.cli.main`, as typed, but for six things: the sizes that `demo` and
 `reproduce` have built in; the seconds between two saved states of a collection, which are none, so that every iteration
-saves one; the parsing of arguments, which is done once; and the drawing of figures, which takes most of a report's
-seconds and touches no file.
+saves one; the parsing of arguments and the search for an OpenGL that works, which are done once; the drawing of
+figures, which takes most of a report's seconds and touches no file; and the hub, which is one of our own.
 """
 
 import dataclasses
@@ -25,9 +25,12 @@ import safetensors.torch
 import torch
 import tyro
 from factories import ENV_ID, TINY_EVALUATE, TINY_PPO, TINY_TRAIN, flags
+from hub_server import TOKEN, USER, Server
 
+import tipl
 from tipl import _core, cli
 from tipl.cli import run_commands
+from tipl.collecting.offscreen import offscreen_platform
 from tipl.report.plots import Plot
 from tipl.reproduction import TaskSettings
 from tipl.storing.store import Store
@@ -114,6 +117,15 @@ COMMANDS = {
             resumes=True,
         ),
         Command("zoo", lambda p: ["zoo", p.of("collect"), p.of("import"), "--license", "mit"], "zoo"),
+        Command("pull", lambda p: ["pull", p.repo_id], "pulled.zarr"),
+        Command(
+            "video",
+            lambda p: [
+                *("video", "--store", p.of("collect"), "--model", p.of("train"), "--prefix", 0.5),
+                *("--seconds", 0.2, "--width", 64, "--height", 64),
+            ],
+            "film.mp4",
+        ),
         Command("store info", lambda p: ["store", "info", p.of("collect")], "plot.svg", "--plot"),
         Command("score", lambda p: ["score", p.of("collect"), "--num-episodes", 1, "--every", 6], "scores.json"),
         Command(
@@ -137,6 +149,8 @@ class Pipeline:
         self.checkpoints, self.tensors = folder / "checkpoints", folder / "tensors"
         self.sketch = folder / "sketch.safetensors"
         self.unfinished = folder / "unfinished" / "store.zarr"
+        self.repo_id = f"{USER}/seed-{seed}"
+        """The repository on the hub that `pull` gets."""
         self.seconds: dict[str, float] = {}
         self.contents: dict[str, dict[str, str]] = {}
         self.operations: dict[str, dict[str, int]] = {}
@@ -151,9 +165,15 @@ class Pipeline:
         for name, command in COMMANDS.items():
             if name == "import":
                 self._make_inputs()
+            elif name == "pull":
+                self.push()
             self.of(name).parent.mkdir(parents=True)
             work(command, self, self.of(name))()
         (self.folder / "modules.txt").write_text("\n".join(sys.modules))
+
+    def push(self) -> None:
+        """Put the store that `collect` made on the hub, in a child as all else."""
+        tipl.push(self.of("collect"), self.repo_id, progress=False)
 
     def _make_inputs(self) -> None:
         """Write the first trial as Stable-Baselines3 names its tensors, and a sketch of its rows."""
@@ -239,6 +259,11 @@ def make_small() -> None:
     Plot.png = lambda plot, *_: f"a picture of {plot.name}".encode()  # type: ignore[method-assign]
     Plot.svg = Plot.png  # type: ignore[method-assign, assignment]
     Plot.svgs = lambda plot: [f"<svg><!-- {plot.name} --></svg>"]  # type: ignore[method-assign]
+    try:
+        offscreen_platform()  # found once for all forks, by processes that it starts
+    except RuntimeError as error:
+        print(f"stress: video is left out: {error}", flush=True)
+        del COMMANDS["video"]
 
 
 def make_twins(cache: Path) -> tuple[Pipeline, Pipeline]:
@@ -247,6 +272,7 @@ def make_twins(cache: Path) -> tuple[Pipeline, Pipeline]:
     Raises RuntimeError where a command fails, or gives another output the second time.
     """
     make_small()
+    start_hub(cache / "hub")
     folder = cache / _version()
     pipeline, twin = Pipeline(folder / "pipeline"), Pipeline(folder / "twin", seed=1)
     notes = folder / "notes.json"
@@ -262,15 +288,29 @@ def make_twins(cache: Path) -> tuple[Pipeline, Pipeline]:
         for it in (pipeline, twin):
             _leave_unfinished(it, nth=2 * pipeline.operations["collect"]["n"] // 3)
         notes.write_text(json.dumps([pipeline.seconds, pipeline.contents, pipeline.operations]))
+    else:
+        _checked("push", children.run(pipeline.push, Setting()))
     import_all(pipeline.folder / "modules.txt")
     pipeline.seconds, pipeline.contents, pipeline.operations = json.loads(notes.read_text())
     return pipeline, twin
 
 
+def start_hub(home: Path) -> None:
+    """Let huggingface_hub, which is to be imported after this, ask a hub that a child serves as long as we live."""
+    server = Server()  # it listens already
+    children.start(server.serve_forever, Setting())
+    server.server_close()
+    os.environ |= {"HF_ENDPOINT": server.url, "HF_TOKEN": TOKEN, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
+
+
+OPENGL = ("OpenGL", "mujoco.egl", "mujoco.osmesa")
+"""Modules that open a display when they are imported, which no fork can share."""
+
+
 def import_all(listing: Path) -> None:
     """Import here what `listing` says that commands import, so that children need not."""
     for name in listing.read_text().split():
-        if name not in sys.modules and not name.startswith(("__", "ray")):
+        if name not in sys.modules and not name.startswith(("__", "ray", *OPENGL)):
             try:
                 importlib.import_module(name)
             except Exception as error:
@@ -315,6 +355,7 @@ def _version() -> str:
     sources = [it for it in sorted(Path(cli.__file__).parent.parent.rglob("*")) if it.suffix in kinds]
     native = Path(_core.__file__)
     state = hashlib.blake2b(digest_size=8)
+    state.update(f"{sorted(COMMANDS)} {len(os.sched_getaffinity(0))}".encode())  # x264 notes its number of threads
     for file in (*sources, native, Path(__file__), Path(content_module.__file__)):
         state.update(file.read_bytes())
     return state.hexdigest()

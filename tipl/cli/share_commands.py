@@ -50,12 +50,12 @@ class Pull:
 
     It needs the extra `hub` (pip install 'tipl[hub]').
 
-    Example: tipl pull user/cheetah-runs runs/cheetah.zarr
+    Example: tipl pull user/cheetah-runs --output runs/cheetah.zarr
     """
 
     repo_id: tyro.conf.Positional[str]
     """The repository, user/name."""
-    output: tyro.conf.Positional[PathArg]
+    output: PathArg
     """Where it goes; must not exist."""
     revision: str | None = None
     """A branch, a tag or a commit; by default the newest commit of the main branch."""

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tipl.collecting.settings import is_complete
 from tipl.files.hub_errors import check_installed, hub_errors, line_of
-from tipl.files.locations import local_path
+from tipl.files.locations import local_path, naming
 from tipl.files.publishing import published, remove
 from tipl.progress import progress_bar
 from tipl.sharing.cards import CARD, card_of
@@ -83,7 +83,7 @@ def push(
         )
     _refuse_damage("push", folder, progress)
     card = card_of(kind, folder, repo_id, license)
-    with hub_errors("push", repo_id, revision):
+    with naming(folder), hub_errors("push", repo_id, revision):
         _refuse_card(card, kind)
         url = api.create_repo(repo_id, private=private or None, repo_type=kind.repo_type, exist_ok=True)
         branch = _branch(api, repo_id, kind, revision, private=private)
@@ -128,7 +128,7 @@ def pull(
 
     _check_repo_id("pull", repo_id)
     output, api = local_path(output, "pull: output"), HfApi(library_name="tipl")
-    with published(output, "pull", manifest=False) as aside:
+    with naming(output), published(output, "pull", manifest=False) as aside:
         with hub_errors("pull", repo_id, revision):
             repo_type, commit = _found(api, repo_id, repo_type, revision)
             sizes = {name: it.size for name, it in _files(api, repo_id, repo_type, commit).items()}
@@ -151,7 +151,7 @@ def pull(
                 here.update(names)
         remove(aside / ".cache")  # huggingface_hub's notes on what it loaded
         with _named(aside, repo_id):
-            _refuse_damage("pull", aside, progress)
+            _refuse_damage("pull", aside, progress, f"what arrived of {repo_id} for {output}")
         for name in files_in(aside):
             with open(aside / name, "rb") as file:
                 os.fsync(file.fileno())  # before the folder gets its name
@@ -169,12 +169,12 @@ def _check_repo_id(command: str, repo_id: str) -> None:
         raise ValueError(f"{command}: repo_id must be user/name, got {repo_id!r:.80}")
 
 
-def _refuse_damage(command: str, folder: Path, progress: bool) -> None:
-    """Raise RuntimeError where a file in `folder` is damaged."""
+def _refuse_damage(command: str, folder: Path, progress: bool, name: str | None = None) -> None:
+    """Raise RuntimeError where a file in `folder`, which the message calls `name`, is damaged."""
     problems = verify(folder, progress=progress).problems
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise RuntimeError(f"{command}: {folder} is damaged: {problems[0]}{more}")
+        raise RuntimeError(f"{command}: {name or folder} is damaged: {problems[0]}{more}")
 
 
 @contextlib.contextmanager
