@@ -20,7 +20,7 @@ class TeamChoice {
   void took(double products, double seconds) noexcept {
     products_ += products;
     seconds_ += seconds;
-    fastest_ = std::min(fastest_, seconds / products);
+    if (!alone()) fastest_ = std::min(fastest_, seconds / products);
     if (seconds_ < (state_ == State::kWatched || state_ == State::kTrial ? kWindow : patience_)) return;
     const double mean = seconds_ / products_;
     switch (state_) {
@@ -42,11 +42,10 @@ class TeamChoice {
         break;
     }
     products_ = seconds_ = 0.0;
-    fastest_ = std::numeric_limits<double>::infinity();
   }
 
  private:
-  static constexpr double kWindow = 0.01, kPatience = 0.1, kMostPatience = 1.6;  // seconds
+  static constexpr double kWindow = 0.04, kPatience = 0.4, kMostPatience = 3.2;  // seconds
   static constexpr double kDisturbed = 1.5;  // times as long as the fastest pass; on a quiet machine it is 1.1
 
   // kWatched: on all threads, and fast so far. kTrial: a window on one. kAlone, kShared: what was quicker, on one
