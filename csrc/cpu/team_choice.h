@@ -1,9 +1,9 @@
 // Whether passes run on all threads or on one, learned from how long they take.
 //
 // Threads that meet at barriers wait for one another: where another process shares the cores, each time slice that it
-// takes from one thread stops all. Passes on all threads whose mean time, over a window, is far above their fastest are
-// such passes. Then a window is run on one thread, and what was quicker goes on for a while before both are tried
-// again. Without other processes nothing is ever tried. Results have the same bits either way.
+// takes from one thread stops all. Passes on all threads whose mean time, over a window, is far above the fastest are
+// such passes. After a few such windows one is run on one thread, and what was quicker goes on for a while before both
+// are tried again. Without other processes nothing is ever tried. Results have the same bits either way.
 #pragma once
 
 #include <algorithm>
@@ -25,11 +25,12 @@ class TeamChoice {
     const double mean = seconds_ / products_;
     switch (state_) {
       case State::kWatched:
-        if (mean > kDisturbed * fastest_) {
+        if (mean <= kDisturbed * fastest_) {
+          patience_ = kPatience;
+          strikes_ = 0;
+        } else if (++strikes_ >= kStrikes) {
           shared_ = mean;
           state_ = State::kTrial;
-        } else {
-          patience_ = kPatience;
         }
         break;
       case State::kTrial:
@@ -38,6 +39,7 @@ class TeamChoice {
       case State::kAlone:
       case State::kShared:
         patience_ = std::min(2.0 * patience_, kMostPatience);
+        strikes_ = kStrikes - 1;
         state_ = State::kWatched;
         break;
     }
@@ -45,8 +47,9 @@ class TeamChoice {
   }
 
  private:
-  static constexpr double kWindow = 0.04, kPatience = 0.4, kMostPatience = 3.2;  // seconds
-  static constexpr double kDisturbed = 1.5;  // times as long as the fastest pass; on a quiet machine it is 1.1
+  static constexpr double kWindow = 0.04, kPatience = 0.4, kMostPatience = 3.2;  // seconds; time slices take 3 ms
+  static constexpr double kDisturbed = 2.0;  // times as long as the fastest pass; on a quiet machine windows are below
+  static constexpr int kStrikes = 3;         // disturbed windows, one after the other, before one thread is tried
 
   // kWatched: on all threads, and fast so far. kTrial: a window on one. kAlone, kShared: what was quicker, on one
   // thread or on all, until the patience ends.
@@ -54,6 +57,7 @@ class TeamChoice {
   double products_ = 0.0, seconds_ = 0.0;                                    // of the passes since the state began
   double fastest_ = std::numeric_limits<double>::infinity(), shared_ = 0.0;  // seconds a multiplication
   double patience_ = kPatience;
+  int strikes_ = 0;
 };
 
 }  // namespace tipl
