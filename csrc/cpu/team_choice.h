@@ -3,7 +3,7 @@
 // Threads that meet at barriers wait for one another: where another process shares the cores, each time slice that it
 // takes from one thread stops all. Passes on all threads whose mean time, over a window, is far above the fastest are
 // such passes. After a few such windows one is run on one thread, and what was quicker goes on for a while before both
-// are tried again. Without other processes nothing is ever tried. Results have the same bits either way.
+// are tried again. Without other processes that hardly ever happens. Results have the same bits either way.
 #pragma once
 
 #include <algorithm>
