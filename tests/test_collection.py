@@ -193,10 +193,8 @@ def test_checkpoints_are_appended_together_until_a_state_is_saved(tmp_path, monk
     monkeypatch.setattr(tipl.collecting.checkpoint_appender, "KEPT_BACK", kept_back)
     store = collect_tiny(tmp_path / "store")
     assert appended == rows
-    for i in range(3):
-        np.testing.assert_array_equal(store.trial(i).weights(), plain.trial(i).weights())
-        np.testing.assert_array_equal(store.trial(i).env_steps, plain.trial(i).env_steps)
-        np.testing.assert_array_equal(store.trial(i).episodic_return, plain.trial(i).episodic_return)
+    for a, b in zip(everything(store), everything(plain), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.parametrize("num_files", [40, 75])  # in the second append, in the last

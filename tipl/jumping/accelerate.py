@@ -110,10 +110,10 @@ def _jumps(
     if forecaster is None:
         return Jumps.none(learner)
     num_iterations = learner.population.num_iterations
-    if num_iterations is not None and config.start is not None and num_iterations <= config.start:
+    if num_iterations is not None and num_iterations <= config.first_jump:
         warnings.warn(
-            f"accelerate: no run will jump: the first jump comes after jumps.start = {config.start} iterations, and "
-            f"total_timesteps = {total_timesteps} makes {num_iterations}",
+            f"accelerate: no run will jump: the first jump comes after jumps.start = {config.first_jump} iterations, "
+            f"and total_timesteps = {total_timesteps} makes {num_iterations}",
             stacklevel=2,
         )
     return Jumps.by_forecasts(learner, forecaster, config)

@@ -38,10 +38,12 @@ class JumpConfig:
     """The most checkpoints of a run's path that a forecast sees, an even number; a longer path is thinned."""
 
     def __post_init__(self) -> None:
-        for name, least in (("start", MIN_PREFIX_END), ("max_jumps", 0), ("max_undone", 0), ("test_iterations", 1)):
-            value = getattr(self, name)
-            if name == "start" and value is None:
-                continue
+        for name, value, least in (
+            ("start", self.first_jump, MIN_PREFIX_END),
+            ("max_jumps", self.max_jumps, 0),
+            ("max_undone", self.max_undone, 0),
+            ("test_iterations", self.test_iterations, 1),
+        ):
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"JumpConfig: {name} must be an int of at least {least}, got {value!r}")
         if not 0.0 < self.reach < math.inf:
@@ -53,8 +55,13 @@ class JumpConfig:
         if self.max_rows < MIN_ROWS or self.max_rows % 2:
             raise ValueError(f"JumpConfig: max_rows must be even and at least {MIN_ROWS}, got {self.max_rows}")
 
+    @property
+    def first_jump(self) -> int:
+        """Iterations before the first jump."""
+        return START if self.start is None else self.start
+
     def with_start(self, *, pretrained: bool) -> "JumpConfig":
-        """Return these settings with the number of iterations before the first jump."""
-        if self.start is not None:
-            return self
-        return dataclasses.replace(self, start=PRETRAINED_START if pretrained else START)
+        """Return these settings with the default of `start` filled in."""
+        return dataclasses.replace(
+            self, start=PRETRAINED_START if pretrained and self.start is None else self.first_jump
+        )

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from tipl.forecasting.forecaster import Forecaster
 from tipl.judging.predictors import Predictor
-from tipl.jumping.jump_config import MIN_ROWS, START, JumpConfig
+from tipl.jumping.jump_config import MIN_ROWS, JumpConfig
 from tipl.jumping.learner import Learner, Singles
 from tipl.policy import Layout
 from tipl.subspace.prefix import Prefix
@@ -160,8 +160,7 @@ class Growing:
         config = self.config
         if walk.num_held >= config.max_jumps or walk.num_undone >= config.max_undone:
             return 0
-        start = START if config.start is None else config.start
-        if walk.since_jump < start * 2 ** (walk.num_held + walk.num_undone):
+        if walk.since_jump < config.first_jump * 2 ** (walk.num_held + walk.num_undone):
             return 0
         return max(1, round(config.reach * walk.since_jump))
 
