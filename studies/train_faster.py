@@ -8,10 +8,10 @@
 seeds, the settings that each arm tries and, after `tune`, those that it chose. `tune` tries the settings of each arm,
 equally many of every arm that is tuned, on the same tuning seeds (those "on" another arm begin with what it chose) and
 chooses the largest mean return over all iterations; an only setting is chosen without a trial. An arm that names a
-"forecaster" takes that of `--model NAME=FOLDER`; one that is "zero-shot" never saw the task, and its arm is not tuned:
-it jumps by the defaults of `tipl accelerate`. `final` trains the chosen ones on fresh seeds, paired, and writes a
-ledger for each arm. `results` makes docs/results/train_faster.json and docs/figures/train_faster_<experiment>.svg of
-the ledgers; rows and figures of experiments without ledgers stay. What is there is not computed again.
+"forecaster" takes that of `--model NAME=FOLDER`; one that is "zero-shot" never saw the task, and its arm is not tuned.
+`final` trains the chosen ones on fresh seeds, paired, and writes a ledger for each arm. `results` makes
+docs/results/train_faster.json and docs/figures/train_faster_<experiment>.svg of the ledgers; rows and figures of
+experiments without ledgers stay. What is there is not computed again.
 
 Returns are those of training, with noise on the actions, of every iteration that the run paid for, undone ones too. The
 target is plain PPO's mean return over its last 5 iterations. A ratio to plain is the part of plain PPO's env steps
@@ -64,7 +64,7 @@ def random_forecaster(like: Forecaster) -> Forecaster:
     for i, parameter in enumerate(model.parameters()):
         values = np.random.default_rng(i).normal(0.0, 0.1, parameter.shape).astype(np.float32)
         parameter.data.copy_(parameter.data.new_tensor(values))
-    return Forecaster(model.eval())
+    return Forecaster(model.eval(), config=like.config)
 
 
 def movers(setting: Setting, forecaster: Forecaster | None) -> Callable[[Learner], Any]:

@@ -35,7 +35,7 @@ from tipl.jumping.rivals import (
     rank_one,
     trimming_and_boosting,
 )
-from tipl.policy import ParameterLayout
+from tipl.policy import ParameterLayout, PolicySpec
 from tipl.storing.store import Store
 
 LAYOUT = ParameterLayout((("log_std", (1,)), ("weight", (3, 2))))
@@ -572,9 +572,27 @@ def test_accelerate_publishes_only_what_was_asked(tmp_path, monkeypatch):
 
 
 def test_accelerate_says_that_runs_are_too_short_to_jump(tmp_path, model):
-    with pytest.warns(UserWarning, match=r"after jumps.start = 6 iterations, and total_timesteps = 192 makes 6"):
-        short = tipl.accelerate(tmp_path / "short", model=model, **ACCELERATE | {"total_timesteps": 32 * 6})
+    with pytest.warns(UserWarning, match=r"after jumps.start = 12 iterations, and total_timesteps = 384 makes 12"):
+        short = tipl.accelerate(tmp_path / "short", model=model, **ACCELERATE | {"total_timesteps": 32 * 12})
     assert not short.jumps
+
+
+def test_the_first_jump_comes_early_only_with_a_forecaster_of_the_tasks_own_runs():
+    own, critic = PolicySpec(3, 1, (4,)), ParameterLayout((("w", (4, 3)),))
+    other = PolicySpec(5, 1, (4,))
+
+    def start_with(*stores, start=None):
+        config = {"stores": [{"env_id": env_id, "policy": policy.to_dict()} for env_id, policy in stores]}
+        learner = Line()
+        learner.actor, learner.critic = own, None
+        return Jumps.by_forecasts(
+            learner, Forecaster(random_model(MODEL_CONFIG), config=config), JumpConfig(start=start)
+        ).config.start
+
+    assert start_with(("A-v5", own)) == start_with(("A-v5", critic), ("A-v5", own)) == 6
+    assert start_with(("A-v5", other)) == start_with(("A-v5", own), ("B-v5", other)) == 12
+    assert start_with(("A-v5", own), ("B-v5", own)) == start_with() == 12
+    assert start_with(("A-v5", own), start=4) == start_with(start=9) - 5 == 4
 
 
 @pytest.mark.slow

@@ -145,6 +145,12 @@ class Forecaster:
                 return dict(source)
         return None
 
+    def knows_task_of(self, policy: Layout) -> bool:
+        """Return whether it was trained on runs of one task alone, with policies of this size, their critics beside."""
+        stores = self.config.get("stores", [])
+        sizes = {layout_from_dict(source["policy"]).num_params for source in stores}
+        return len({source["env_id"] for source in stores}) == 1 and policy.num_params in sizes
+
     def layout_of(self, num_params: int) -> Layout:
         """Return the layout of those policies with `num_params` weights that the forecaster was trained on.
 

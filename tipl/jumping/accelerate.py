@@ -61,7 +61,6 @@ def accelerate(
     output, folder = Path(output), PRETRAINED if model is None else Path(model)
     forecaster = Forecaster.load(folder) if jumps.max_jumps else None
     known = {} if forecaster is None else {"forecaster": _fingerprint(folder)}
-    jumps = jumps.with_start(pretrained=model is None)
     settings: dict[str, Any] = {"jumps": dataclasses.asdict(jumps), **known}
     ppo = PPOConfig() if ppo is None else ppo
     with published(output, "accelerate", resumable=True) as aside:
@@ -109,14 +108,15 @@ def _jumps(
 ) -> Jumps:
     if forecaster is None:
         return Jumps.none(learner)
-    num_iterations = learner.population.num_iterations
-    if num_iterations is not None and num_iterations <= config.first_jump:
+    jumps = Jumps.by_forecasts(learner, forecaster, config)
+    num_iterations, start = learner.population.num_iterations, jumps.config.start
+    if num_iterations is not None and start is not None and num_iterations <= start:
         warnings.warn(
-            f"accelerate: no run will jump: the first jump comes after jumps.start = {config.first_jump} iterations, "
-            f"and total_timesteps = {total_timesteps} makes {num_iterations}",
+            f"accelerate: no run will jump: the first jump comes after jumps.start = {start} iterations, and "
+            f"total_timesteps = {total_timesteps} makes {num_iterations}",
             stacklevel=2,
         )
-    return Jumps.by_forecasts(learner, forecaster, config)
+    return jumps
 
 
 def _fingerprint(folder: Path) -> str:

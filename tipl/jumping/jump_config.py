@@ -5,7 +5,7 @@ import math
 
 from tipl.subspace.prefix_end import MIN_PREFIX_END
 
-START, PRETRAINED_START = 6, 12  # iterations before the first jump: by default, and with the included forecaster
+START, LATE_START = 6, 12  # iterations before the first jump: with a forecaster of the task's own runs, and any other
 MIN_ROWS = 2 * (MIN_PREFIX_END + 1)
 """The least number of checkpoints that a path is thinned to: half of them still make a prefix basis."""
 
@@ -15,8 +15,9 @@ class JumpConfig:
     """When a run jumps, how far, what a jump changes, and what it must hold against."""
 
     start: int | None = None
-    """Iterations before the first jump; by default 6, and 12 with the forecaster that comes with tipl, which needs to
-    see more of a run. Each jump, whether it holds or not, doubles the wait for the next one."""
+    """Iterations before the first jump. By default 6 where the forecaster was trained on runs of one task alone, with
+    policies of this size, and 12 with any other, such as the one that comes with tipl: it needs to see more of a run.
+    Each jump, whether it holds or not, doubles the wait for the next one."""
     reach: float = 5.0
     """A jump goes this many times as far ahead as the run has walked since the last one."""
     max_jumps: int = 1
@@ -39,7 +40,7 @@ class JumpConfig:
 
     def __post_init__(self) -> None:
         for name, value, least in (
-            ("start", self.first_jump, MIN_PREFIX_END),
+            ("start", START if self.start is None else self.start, MIN_PREFIX_END),
             ("max_jumps", self.max_jumps, 0),
             ("max_undone", self.max_undone, 0),
             ("test_iterations", self.test_iterations, 1),
@@ -55,13 +56,6 @@ class JumpConfig:
         if self.max_rows < MIN_ROWS or self.max_rows % 2:
             raise ValueError(f"JumpConfig: max_rows must be even and at least {MIN_ROWS}, got {self.max_rows}")
 
-    @property
-    def first_jump(self) -> int:
-        """Iterations before the first jump."""
-        return START if self.start is None else self.start
-
-    def with_start(self, *, pretrained: bool) -> "JumpConfig":
-        """Return these settings with the default of `start` filled in."""
-        return dataclasses.replace(
-            self, start=PRETRAINED_START if pretrained and self.start is None else self.first_jump
-        )
+    def with_start(self, *, late: bool) -> "JumpConfig":
+        """Return these settings with the default of `start` filled in; `late` where no forecaster of the task's own."""
+        return self if self.start is not None else dataclasses.replace(self, start=LATE_START if late else START)

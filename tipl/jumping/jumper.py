@@ -51,7 +51,6 @@ class Jumper:
         Raises ValueError where it is not clear which parameters are the actor's.
         """
         learner = TorchLearner(policy, optimizer, actor=actor, activation=activation, normalisers=normalisers)
-        config = config.with_start(pretrained=model is None)
         if not isinstance(model, Forecaster):
             model = Forecaster.load(PRETRAINED if model is None else model)
         self._jumps = Jumps.by_forecasts(learner, model, config)

@@ -160,7 +160,8 @@ class Growing:
         config = self.config
         if walk.num_held >= config.max_jumps or walk.num_undone >= config.max_undone:
             return 0
-        if walk.since_jump < config.first_jump * 2 ** (walk.num_held + walk.num_undone):
+        assert config.start is not None, "with_start"
+        if walk.since_jump < config.start * 2 ** (walk.num_held + walk.num_undone):
             return 0
         return max(1, round(config.reach * walk.since_jump))
 
@@ -227,6 +228,7 @@ class Jumps:
     @classmethod
     def by_forecasts(cls, learner: Learner, forecaster: Forecaster, config: JumpConfig) -> "Jumps":
         """Return jumps along a forecaster's forecasts; none, with a warning, where it does not fit the runs."""
+        config = config.with_start(late=not forecaster.knows_task_of(learner.actor))
         config = dataclasses.replace(config, max_rows=min(config.max_rows, rows_of(forecaster)))
         try:
             actor = Forecasts(forecaster, learner.actor)
