@@ -523,7 +523,7 @@ def files(path: Path) -> dict[str, bytes]:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*checks")
 @pytest.mark.parametrize("after", [0, 4, 8])
-def test_accelerate_goes_on_where_it_was_cut_off(tmp_path, model, after, monkeypatch):
+def test_accelerate_goes_on_where_it_was_cut_off(tmp_path, model, after, monkeypatch, capsys):
     jumps = JumpConfig(start=3, max_jumps=3)
     monkeypatch.setattr(sys.modules["tipl.collecting.collection"], "SAVE_SECONDS", 0.0)
     whole = tipl.accelerate(tmp_path / "whole", model=model, jumps=jumps, **ACCELERATE)
@@ -541,7 +541,9 @@ def test_accelerate_goes_on_where_it_was_cut_off(tmp_path, model, after, monkeyp
         with pytest.raises(KeyboardInterrupt):
             tipl.accelerate(tmp_path / "cut", model=model, jumps=jumps, **ACCELERATE)
     assert not (tmp_path / "cut").exists()
-    ledger = tipl.accelerate(tmp_path / "cut", model=model, jumps=jumps, **ACCELERATE)
+    ledger = tipl.accelerate(tmp_path / "cut", model=model, jumps=jumps, **ACCELERATE | {"progress": True})
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(": ")[0] for line in lines] == 2 * [f"{tmp_path}/cut/store.zarr"]  # goes on, and is finished
     assert ledger.to_dict() == whole.to_dict()
     assert files(tmp_path / "cut") == files(tmp_path / "whole")
     with pytest.raises(FileExistsError, match=r"accelerate: .*cut exists"):

@@ -68,6 +68,7 @@ def collect(
     progress: bool = True,
     population: PopulationFactory = Population,
     settings: Mapping[str, Any] | None = None,
+    shown_path: Path | None = None,
 ) -> Store:
     """Run PPO on `num_trials` independent trials and return the store of their checkpoints, written to `output`.
 
@@ -98,6 +99,7 @@ def collect(
         progress: show a bar on stderr, or lines where that is no terminal, and one line at the end.
         population, settings: what learns, called as `Population` is, and the settings, plain JSON, that make it
             another one; they are kept in the store's config. Not on a cluster.
+        shown_path: where the store will lie once it is complete, for the lines on stderr; by default `output`.
 
     Raises:
         FileExistsError: `output` is a complete collection or no store at all, or `tensorboard` holds the curves of
@@ -158,7 +160,9 @@ def collect(
             if trials_per_shard is None:
                 trials_per_shard = _default_trials_per_shard(num_trials, cluster)
             shards = _shards(num_trials, Unfinished(store).begin(trials_per_shard))
-            display = CollectionDisplay(env_id, store, shards, num_iterations, ppo.batch_size, shown=progress)
+            display = CollectionDisplay(
+                env_id, store, shards, num_iterations, ppo.batch_size, path=shown_path or store.path, shown=progress
+            )
             with display:
                 if cluster is None:
                     for shard in shards:

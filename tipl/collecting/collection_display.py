@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
+from tipl.files.locations import Location
 from tipl.progress import SlowProgress
 from tipl.storing.store import Store
 
@@ -17,8 +18,17 @@ class CollectionDisplay:
     """The progress with the rate and the mean return, and one line at the end."""
 
     def __init__(
-        self, title: str, store: Store, shards: list[range], num_iterations: int, batch_size: int, *, shown: bool
+        self,
+        title: str,
+        store: Store,
+        shards: list[range],
+        num_iterations: int,
+        batch_size: int,
+        *,
+        path: Location,
+        shown: bool,
     ) -> None:
+        """Show the collection of `store`, which lies or will lie at `path`."""
         self._console = Console(stderr=True, quiet=not shown)
         self._progress = SlowProgress(
             TextColumn("{task.description}"),
@@ -29,7 +39,7 @@ class CollectionDisplay:
             shown=shown,
             note="figures",
         )
-        self._store, self._shards, self._batch_size = store, shards, batch_size
+        self._store, self._path, self._shards, self._batch_size = store, path, shards, batch_size
         self._task = self._progress.add_task(title, total=num_iterations * len(shards), figures="")
         self._num_iterations = num_iterations
         self._num_steps, self._steps_there = 0, 0
@@ -42,10 +52,7 @@ class CollectionDisplay:
         if num_checkpoints == 0:
             return
         which = "" if len(self._shards) == 1 else f" of the trials {trials.start} to {trials.stop - 1}"
-        line = (
-            f"{self._store.path}: {num_checkpoints} checkpoints{which} are there; goes on after iteration "
-            f"{num_iterations}"
-        )
+        line = f"{self._path}: {num_checkpoints} checkpoints{which} are there; goes on after iteration {num_iterations}"
         if num_iterations == 0 and num_checkpoints > 1:
             line += ", since no state was saved: what is there is computed once more and compared"
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -73,7 +80,7 @@ class CollectionDisplay:
         """Print the line at the end: what is in the store, the time, the rate."""
         seconds = time.perf_counter() - self._start
         steps = f", {self._rate()}" if self._num_steps else ""
-        line = f"{store.path}: {store.summary()}; {seconds:,.0f} s{steps}"
+        line = f"{self._path}: {store.summary()}; {seconds:,.0f} s{steps}"
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def _rate(self) -> str:

@@ -89,6 +89,7 @@ def accelerate(
                         finished=lambda ledger: ledger.save(aside / LEDGER),
                     ),
                     settings=settings,
+                    shown_path=output / STORE,
                 )
     return Ledger.load(output / LEDGER)
 
