@@ -1,7 +1,8 @@
 """Collecting trajectories: PPO iterations of a population beside Stable-Baselines3's PPO; the simulator is the roof.
 
 All use all cores; the population and SB3 learn with SB3's default hyperparameters. SB3 runs in its fastest setting
-here, one process with one thread on each core. The simulator is `mujoco.batch` alone, without observations, rewards or
+here, one process with one thread on each core. EnvPool with CleanRL's PPO, where it is installed, trains one policy
+in 64 environments, with large minibatches. The simulator is `mujoco.batch` alone, without observations, rewards or
 resets; from time to time its simulations return to their initial states, so that none stays fallen.
 """
 
@@ -13,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -34,8 +36,16 @@ from tipl.collecting.population import Population
 from tipl.policy import PolicySpec
 from tipl.subspace.basis import SKETCH_TRIALS, _sketch
 
-ENV_IDS = ("HalfCheetah-v5", "InvertedPendulum-v5", "Hopper-v5")
-NUM_TRIALS, SB3_STEPS, SIMULATED_STEPS, RESTORED_EVERY = 64, 4096, 512, 16
+NUM_TRIALS = {
+    "HalfCheetah-v5": 64,
+    "InvertedPendulum-v5": 64,
+    "Hopper-v5": 64,
+    "Walker2d-v5": 64,
+    "Ant-v5": 16,
+    "Humanoid-v5": 16,
+}
+SB3_STEPS, SIMULATED_STEPS, RESTORED_EVERY = 4096, 512, 16
+ENVPOOL_ENVS, ENVPOOL_STEPS = 64, 512
 
 
 @functools.cache
@@ -61,17 +71,15 @@ def seconds_a_step(work: Callable[[], object], num_steps: int) -> Clock:
     return run
 
 
-def simulation(env_id: str) -> Callable[[], None]:
-    """Return a function that steps NUM_TRIALS simulations SIMULATED_STEPS times, with the environment's frame skip."""
-    env, task = make_vec(env_id, NUM_TRIALS, seeds=range(NUM_TRIALS)), TASKS[env_id]
+def simulation(env_id: str, number: int) -> Callable[[], None]:
+    """Return a function that steps simulations SIMULATED_STEPS times, with the environment's frame skip."""
+    env, task = make_vec(env_id, number, seeds=range(number)), TASKS[env_id]
     assert isinstance(env, MujocoVectorEnv)
     env.reset()
     begin = env.get_state().simulations
-    batch = Batch(task.load_model(), NUM_TRIALS, _core.available_cpus())
+    batch = Batch(task.load_model(), number, _core.available_cpus())
     ctrl = batch.bind("ctrl")
-    actions = np.random.default_rng(0).uniform(
-        env.action_low, env.action_high, (SIMULATED_STEPS, NUM_TRIALS, env.act_dim)
-    )
+    actions = np.random.default_rng(0).uniform(env.action_low, env.action_high, (SIMULATED_STEPS, number, env.act_dim))
 
     def simulate() -> None:
         for t, action in enumerate(actions):
@@ -84,10 +92,11 @@ def simulation(env_id: str) -> Callable[[], None]:
 
 
 def record_beside_simulator(
-    record: Record, suite: str, env_id: str, case: str, clocks: dict[str, Clock], rounds: tuple[int, int]
+    record: Record, suite: str, env_id: str, case: str, number: int, clocks: dict[str, Clock], rounds: tuple[int, int]
 ) -> None:
-    """Record env steps/s of "tipl" beside the other clocks' and, as the roof, those of `mujoco.batch` alone."""
-    clocks = {**clocks, "mujoco.batch": seconds_a_step(simulation(env_id), SIMULATED_STEPS * NUM_TRIALS)}
+    """Record env steps/s of "tipl" beside the other clocks' and, as the roof, those of `mujoco.batch` alone with as
+    many simulations as it has, `number`."""
+    clocks = {**clocks, "mujoco.batch": seconds_a_step(simulation(env_id, number), SIMULATED_STEPS * number)}
 
     def measure() -> list[Row]:
         rates = {name: 1 / s for name, s in side_by_side(clocks, rounds=rounds).items()}
@@ -98,15 +107,16 @@ def record_beside_simulator(
     record(measure)
 
 
-@pytest.mark.parametrize("env_id", ENV_IDS)
+@pytest.mark.parametrize("env_id", NUM_TRIALS)
 def bench_population(env_id: str, record: Record) -> None:
-    seeds, cores = range(NUM_TRIALS), _core.available_cpus()
-    env = make_vec(env_id, NUM_TRIALS, seeds=seeds)
+    number, cores = NUM_TRIALS[env_id], _core.available_cpus()
+    seeds = range(number)
+    env = make_vec(env_id, number, seeds=seeds)
     population = Population(env, PPOConfig(), seeds)
     before = population.weights()
     seconds = population.iterate().seconds
     assert (population.weights() != before).any(axis=1).all()  # every trial has learned something
-    steps = NUM_TRIALS * PPOConfig().num_steps
+    steps = number * PPOConfig().num_steps
     parts = ", ".join(f"{name} {1e6 * s / steps:.2f}" for name, s in seconds.items())
     record.say(f"collect {env_id}, microseconds an env step in the first iteration: {parts}")
     with ProcessPoolExecutor(cores, get_context("spawn")) as processes:
@@ -119,7 +129,12 @@ def bench_population(env_id: str, record: Record) -> None:
             "tipl": seconds_a_step(population.iterate, steps),
             "Stable-Baselines3": seconds_a_step(sb3, cores * SB3_STEPS),
         }
-        record_beside_simulator(record, "collect", env_id, f"{env_id} {NUM_TRIALS}", clocks, (5, 20))
+        if find_spec("envpool"):
+            from envpool_peer import EnvPoolPPO
+
+            peer = EnvPoolPPO(env_id, ENVPOOL_ENVS, ENVPOOL_STEPS)
+            clocks["EnvPool, CleanRL's PPO"] = seconds_a_step(peer.iterate, ENVPOOL_ENVS * ENVPOOL_STEPS)
+        record_beside_simulator(record, "collect", env_id, f"{env_id} {number}", number, clocks, (5, 20))
     env.close()
 
 

@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from onnxruntime_peer import OnnxRuntimeRollout
 from record import Record
 from roofs import Roofs
 from torch.nn import functional as F
-from torch_peers import TorchRollout
+from torch_peers import AOTInductorRollout, TorchRollout
 
 from tipl import Decoder, ModelConfig, TrajectoryTransformer, _core
 
@@ -130,7 +131,7 @@ def assert_close(name: str, answer: NDArray[np.float32], expected: NDArray[np.fl
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
 @pytest.mark.parametrize("batch_size", [1, 8, 32, 128], ids="b{}".format)
 @pytest.mark.parametrize("size", SIZES)
-def bench_rollout(record: Record, roofs: Roofs, size: str, batch_size: int) -> None:
+def bench_rollout(record: Record, roofs: Roofs, size: str, batch_size: int, tmp_path: Path) -> None:
     case = Case(size, batch_size)
     modes = ("fp32", "bf16", "int8") if batch_size == 1 else ("fp32", "bf16+cache")
     rollouts: dict[str, Rollout] = {mode: case.ours(mode) for mode in modes}
@@ -142,7 +143,9 @@ def bench_rollout(record: Record, roofs: Roofs, size: str, batch_size: int) -> N
     if batch_size <= 32:
         torch._dynamo.reset()
         rollouts["torch.compile"] = TorchRollout(case.model, case.start, compiled=True)
-        assert_close("torch.compile", rollouts["torch.compile"](16), expected, ERROR["fp32"])
+        rollouts["AOTInductor"] = AOTInductorRollout(case.model, case.start, tmp_path)
+        for name in ("torch.compile", "AOTInductor"):
+            assert_close(name, rollouts[name](16), expected, ERROR["fp32"])
     rollouts["ONNX Runtime"] = OnnxRuntimeRollout(case.model, case.start)
     assert_close("ONNX Runtime", rollouts["ONNX Runtime"](16), expected, ERROR["fp32"])
 

@@ -58,4 +58,4 @@ def bench_episodes(env_id: str, record: Record) -> None:
             "tipl": seconds_a_step(functools.partial(run_episodes, env_id, policy, weights, seeds), STEPS),
             "Stable-Baselines3": seconds_a_step(sb3, cores * sb3_episodes * length),
         }
-        record_beside_simulator(record, "evaluate", env_id, f"{env_id}, 64 policies", clocks, (3, 10))
+        record_beside_simulator(record, "evaluate", env_id, f"{env_id}, 64 policies", 64, clocks, (3, 10))

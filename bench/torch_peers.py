@@ -1,4 +1,4 @@
-"""PyTorch as a decoder beside `tipl.Decoder`: eager, compiled, and as a CUDA graph, on the device where the model is.
+"""PyTorch as a decoder beside `tipl.Decoder`: eager, compiled, compiled ahead of time, and as a CUDA graph.
 
 Each peer is a callable: `peer(n)` makes n decode steps of B sequences from empty caches, believing its own predictions,
 and returns them.
@@ -6,10 +6,14 @@ and returns them.
 Shapes  L layers, B sequences, H heads, T slots, D head_dim, k = n_components; every cache is allocated once.
 """
 
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch._inductor import aoti_compile_and_package, aoti_load_package
 from torch.nn import functional as F
 
 from tipl import TrajectoryTransformer
@@ -26,7 +30,8 @@ class TorchStep(nn.Module):
         self.model = model
         shape = (config.n_layer, batch_size, config.n_head, config.max_len, config.d_model // config.n_head)
         device = model.pos.weight.device
-        self.keys, self.values = (list(torch.zeros(shape, device=device)) for _ in range(2))  # L times (B, H, T, D)
+        self.keys: Iterable[Tensor] = list(torch.zeros(shape, device=device))  # L times (B, H, T, D)
+        self.values: Iterable[Tensor] = list(torch.zeros(shape, device=device))
 
     def forward(self, x: Tensor, last: Tensor, pos: Tensor, slot: int) -> Tensor:
         """Return the prediction (B, 1, k) that follows x (B, 1, k) at `slot`; pos (1,) is the slot as a tensor."""
@@ -79,6 +84,33 @@ class TorchRollout:
             last, x = x, self.step(x, last, self.positions[t], 0 if self.compiled else t)
             path.append(x)
         return torch.cat(path, 1).cpu().numpy()
+
+
+class Caches(nn.Module):
+    """Tensors as buffers: an exported step may write to its buffers alone."""
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        super().__init__()
+        for i, tensor in enumerate(tensors):
+            self.register_buffer(str(i), tensor)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return self.buffers()
+
+
+class AOTInductorRollout(TorchRollout):
+    """The compiled step as a library of machine code, without Python between its kernels."""
+
+    def __init__(self, model: TrajectoryTransformer, start: Floats, folder: Path) -> None:
+        super().__init__(model, start)
+        step = CompiledStep(model, len(start)).eval()
+        keys, values = step.keys, step.values
+        del step.keys, step.values  # a module cannot take the place of a list
+        step.keys, step.values = Caches(list(keys)), Caches(list(values))
+        with torch.no_grad():
+            exported = torch.export.export(step, (self.start, self.start, self.positions[0], 0))
+        package = aoti_compile_and_package(exported, package_path=str(folder / "step.pt2"))
+        self.step, self.compiled = aoti_load_package(package), True
 
 
 class GraphRollout:
