@@ -1,4 +1,4 @@
-"""Decoding step by step: `tipl.Decoder` beside PyTorch, ONNX Runtime and llama.cpp, on the same random models.
+"""Decoding step by step: `tipl.Decoder` beside PyTorch, IREE, ONNX Runtime and llama.cpp, on the same random models.
 
 A rollout observes one token and makes max_len decode steps from an empty cache. Answers are compared first; then all
 take turns on all cores. The roof of a step is reading the weights and, on average, half the full cache, or its flops.
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from iree_peer import IreeRollout
 from llama_peer import open_llama_cpp
 from measure import Clock, Row, rows_of, side_by_side
 from numpy.typing import NDArray
@@ -144,7 +145,8 @@ def bench_rollout(record: Record, roofs: Roofs, size: str, batch_size: int, tmp_
         torch._dynamo.reset()
         rollouts["torch.compile"] = TorchRollout(case.model, case.start, compiled=True)
         rollouts["AOTInductor"] = AOTInductorRollout(case.model, case.start, tmp_path)
-        for name in ("torch.compile", "AOTInductor"):
+        rollouts["IREE"] = IreeRollout(case.model, case.start, tmp_path)
+        for name in ("torch.compile", "AOTInductor", "IREE"):
             assert_close(name, rollouts[name](16), expected, ERROR["fp32"])
     rollouts["ONNX Runtime"] = OnnxRuntimeRollout(case.model, case.start)
     assert_close("ONNX Runtime", rollouts["ONNX Runtime"](16), expected, ERROR["fp32"])

@@ -90,7 +90,7 @@ class Decoded:
             " / ".join(mode.values()),
             " / ".join(number(self.cases[case]["ours"]) for case in cases),
             self.peer_us(group, "torch eager"),
-            self.peer_us(group, "torch.compile", "AOTInductor"),
+            self.peer_us(group, "torch.compile", "AOTInductor", "IREE"),
             self.peer_us(group, "ONNX Runtime"),
             self.peer_us(group, "llama.cpp f32", "llama.cpp f16", "llama.cpp q8_0"),
             " / ".join(self.ratio(case, "torch eager") for case in cases),
@@ -103,7 +103,7 @@ class Decoded:
 
 
 HEADER = """\
-| model | batch | precision | tipl | torch eager | torch.compile / AOTInductor | ONNX Runtime | \
+| model | batch | precision | tipl | torch eager | torch.compile / AOTInductor / IREE | ONNX Runtime | \
 llama.cpp f32 / f16 / q8 | x torch eager | x ONNX Runtime | x llama.cpp, like precision | x tipl fp32 | \
 % of the roof that binds |
 |---|---|---|---|---|---|---|---|---|---|---|---|---|"""

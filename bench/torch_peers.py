@@ -50,6 +50,18 @@ class TorchStep(nn.Module):
         return F.scaled_dot_product_attention(q, keys[:, :, : slot + 1], values[:, :, : slot + 1])
 
 
+class Caches(nn.Module):
+    """Tensors as buffers: an exported step may write to its buffers alone."""
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        super().__init__()
+        for i, tensor in enumerate(tensors):
+            self.register_buffer(str(i), tensor)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return self.buffers()
+
+
 class CompiledStep(TorchStep):
     """The same for torch.compile: shapes never change, so that it compiles once; a mask hides unused cache slots."""
 
@@ -57,6 +69,15 @@ class CompiledStep(TorchStep):
         super().__init__(model, batch_size)
         slots = model.config.max_len
         self.register_buffer("mask", torch.ones(slots, slots, dtype=torch.bool, device=model.pos.weight.device).tril())
+
+    @torch.no_grad()
+    def exported(self, start: Tensor) -> torch.export.ExportedProgram:
+        """Return the step as torch.export has it, for batches like `start`; its caches become buffers."""
+        keys, values = list(self.keys), list(self.values)
+        del self.keys, self.values  # a module cannot take the place of a list
+        self.keys, self.values = Caches(keys), Caches(values)
+        position = torch.zeros(1, dtype=torch.long)
+        return torch.export.export(self, (start, start.clone(), position, 0))  # one tensor twice would be one input
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, pos: Tensor, slot: int) -> Tensor:
         keys.index_copy_(2, pos, k)
@@ -86,30 +107,13 @@ class TorchRollout:
         return torch.cat(path, 1).cpu().numpy()
 
 
-class Caches(nn.Module):
-    """Tensors as buffers: an exported step may write to its buffers alone."""
-
-    def __init__(self, tensors: list[Tensor]) -> None:
-        super().__init__()
-        for i, tensor in enumerate(tensors):
-            self.register_buffer(str(i), tensor)
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return self.buffers()
-
-
 class AOTInductorRollout(TorchRollout):
     """The compiled step as a library of machine code, without Python between its kernels."""
 
     def __init__(self, model: TrajectoryTransformer, start: Floats, folder: Path) -> None:
         super().__init__(model, start)
         step = CompiledStep(model, len(start)).eval()
-        keys, values = step.keys, step.values
-        del step.keys, step.values  # a module cannot take the place of a list
-        step.keys, step.values = Caches(list(keys)), Caches(list(values))
-        with torch.no_grad():
-            exported = torch.export.export(step, (self.start, self.start, self.positions[0], 0))
-        package = aoti_compile_and_package(exported, package_path=str(folder / "step.pt2"))
+        package = aoti_compile_and_package(step.exported(self.start), package_path=str(folder / "step.pt2"))
         self.step, self.compiled = aoti_load_package(package), True
 
 
