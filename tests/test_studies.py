@@ -28,6 +28,7 @@ sys.path.append(str(Path(__file__).parent.parent / "studies"))
 import autoencoder
 import calibration
 import choose_d
+import compare_libraries
 import compare_representations as study
 import pool_gains
 import representations as coders
@@ -387,3 +388,34 @@ def test_every_arm_tries_equally_many_settings():
 def test_settings_of_a_grid():
     settings = train_faster.settings_of({"ppo.learning_rate": [1.0, 2.0], "move": "outer", "step": [1.5]})
     assert settings == [{"ppo": {"learning_rate": rate}, "move": "outer", "step": 1.5} for rate in (1.0, 2.0)]
+
+
+@pytest.mark.filterwarnings("ignore")  # Stable-Baselines3's
+def test_libraries_are_compared(tmp_path, monkeypatch, capsys):
+    output = tmp_path / "libraries.json"
+    command = ["compare_libraries.py", "--seconds", "0.5", "--output", str(output)]
+    for names in (["sb3-ppo", "sb3-dqn"], ["sb3-ppo", "cleanrl"]):
+        monkeypatch.setattr(sys, "argv", [*command, *names])
+        compare_libraries.main()
+    rows = {row["name"]: row for row in json.loads(output.read_text())["rows"]}
+    assert list(rows) == ["sb3-ppo", "sb3-dqn", "cleanrl"]
+    for row in rows.values():
+        assert 0.0 < row["actions"]["greatest"] < 10.0
+        assert row["actions"]["difference"] < 1e-6
+        assert row["exported_actions"] == 0.0
+        assert row["returns"]["difference"] == row["exported_returns"]["difference"] == 0.0
+        assert min(row["returns"]["library"]) > 0.0
+    assert rows["sb3-dqn"]["actions"]["other_choices"] == 0
+    monkeypatch.setattr(sys, "argv", [*command, "a3c"])
+    with pytest.raises(SystemExit):
+        compare_libraries.main()
+    assert "NAME: must be of sb3-ppo, " in capsys.readouterr().err
+
+
+def test_a_policy_that_acts_otherwise_is_seen(tmp_path):
+    trained = compare_libraries.ROWS["cleanrl"][1](0.5, tmp_path)
+    load = trained.load
+    other = dataclasses.replace(trained, load=lambda path: compare_libraries.Policy(lambda obs: load(path)(obs) + 0.5))
+    row = compare_libraries.compare(other, tmp_path)
+    assert row["actions"]["difference"] == pytest.approx(0.5, abs=1e-6)
+    assert row["returns"]["difference"] > 0.0
