@@ -663,7 +663,7 @@ def test_generate_runs_without_the_gil_and_refuses_a_second_caller():
 
 
 SCRIPT = """
-import dataclasses, os, signal, threading
+import dataclasses, os, signal, threading, time
 import numpy as np, reference
 from tipl.forecasting.decoder import Decoder
 
@@ -729,6 +729,44 @@ held = set(decoder.position.tolist())
 assert len(held) == 1 and held < set(range(1, 8)), held
 decoder.generate(1)
 assert set(decoder.position.tolist()) == {held.pop() + 1}
+"""
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+@cpu_only
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_an_interrupted_path_goes_on_with_the_same_bits(num_threads):
+    """Passes of one layer, each long enough to be stopped in the middle."""
+    done = run_python(
+        SCRIPT
+        + f"""
+config = dataclasses.replace(reference.SMALL_MODEL, n_layer=1, max_len=40)
+weights = reference.random_forecaster(config, 0)
+prefix = np.random.default_rng(0).standard_normal((2000, 2, 5), np.float32)
+
+def decoder():
+    made = Decoder(config, weights, len(prefix), num_threads={num_threads})
+    made.prefill(prefix)
+    return made
+
+begin = time.perf_counter()
+path, seconds = decoder().generate(30), time.perf_counter() - begin
+interrupted = []
+for share in np.linspace(0.1, 0.9, 12):
+    cut = decoder()
+    threading.Timer(share * seconds, os.kill, (os.getpid(), signal.SIGINT)).start()
+    try:
+        cut.generate(30)
+        time.sleep(seconds)
+    except KeyboardInterrupt:
+        pass
+    (position,) = set(cut.position.tolist())
+    if position < 32:
+        interrupted.append(position)
+        assert np.array_equal(cut.generate(32 - position), path[:, position - 2:]), (interrupted, share)
+assert interrupted
 """
     )
     assert done.returncode == 0, done.stderr

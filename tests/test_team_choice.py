@@ -77,3 +77,12 @@ def test_all_threads_go_on_when_the_other_process_has_ended(program):
     was_alone, _ = choices(program, shared, times(ALONE, 40_000))
     assert was_alone[:10_000].mean() > 0.9
     assert not was_alone[30_000:].any()
+
+
+@pytest.mark.parametrize("alone", [0.8, 3.2], ids=["16 threads", "64 threads"])
+def test_trials_of_long_passes_are_rare(program, alone):
+    shared = np.full(2000, 0.12)
+    shared[:5] = 0.05
+    was_alone, seconds = choices(program, shared, np.full(2000, alone))
+    assert was_alone.any()
+    assert seconds.sum() < 1.12 * shared.sum()

@@ -168,7 +168,7 @@ void DecoderPass::run(Sequences &sequences, Poll &poll) {
   } else {
     run_on_all(0, poll);
   }
-  if (stopped_) throw Interrupted();
+  if (poll.stopped(0)) throw Interrupted();  // in the last layer too, where some rank may have skipped its work
   if (is_shared) choice.took(products, std::chrono::duration<double>(Clock::now() - begin).count());
   const ptrdiff_t k = config_.n_components;
   for (ptrdiff_t m = 0; m < std::ssize(rows_); ++m) {
@@ -187,7 +187,7 @@ void DecoderPass::barrier(int rank) noexcept {
 }
 
 // If the call should stop, each rank skips the rest of its work once it knows. All leave together at the next layer,
-// where rank 0 has passed on the answer through stopped_.
+// where rank 0 has passed on the answer through stopped_, or after the last one.
 void DecoderPass::run_on_all(int rank, Poll &poll) noexcept {
   linear(rank, poll, weights_.embed, token_.data(), token_stride_, Epilogue::kAdd, z_.data(), d_stride_);
   barrier(rank);
