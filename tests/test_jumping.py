@@ -574,27 +574,33 @@ def test_accelerate_publishes_only_what_was_asked(tmp_path, monkeypatch):
 
 
 def test_accelerate_says_that_runs_are_too_short_to_jump(tmp_path, model):
-    with pytest.warns(UserWarning, match=r"after jumps.start = 12 iterations, and total_timesteps = 384 makes 12"):
+    said = r"comes after 12 iterations \(jumps.start\), and total_timesteps = 384 makes 12"
+    with pytest.warns(UserWarning, match=said):
         short = tipl.accelerate(tmp_path / "short", model=model, **ACCELERATE | {"total_timesteps": 32 * 12})
     assert not short.jumps
 
 
-def test_the_first_jump_comes_early_only_with_a_forecaster_of_the_tasks_own_runs():
+def test_the_first_jump_comes_early_only_with_a_forecaster_of_the_task_alone():
     own, critic = PolicySpec(3, 1, (4,)), ParameterLayout((("w", (4, 3)),))
     other = PolicySpec(5, 1, (4,))
 
-    def start_with(*stores, start=None):
-        config = {"stores": [{"env_id": env_id, "policy": policy.to_dict()} for env_id, policy in stores]}
+    def start_with(*stores, env_id="unknown", start=None):
+        config = {"stores": [{"env_id": task, "policy": policy.to_dict()} for task, policy in stores]}
+        forecaster = Forecaster(random_model(MODEL_CONFIG), config=config)
         learner = Line()
         learner.actor, learner.critic = own, None
-        return Jumps.by_forecasts(
-            learner, Forecaster(random_model(MODEL_CONFIG), config=config), JumpConfig(start=start)
-        ).config.start
+        return Jumps.by_forecasts(learner, forecaster, JumpConfig(start=start), env_id).first_jump
 
-    assert start_with(("A-v5", own)) == start_with(("A-v5", critic), ("A-v5", own)) == 6
-    assert start_with(("A-v5", other)) == start_with(("A-v5", own), ("B-v5", other)) == 12
-    assert start_with(("A-v5", own), ("B-v5", own)) == start_with() == 12
-    assert start_with(("A-v5", own), start=4) == start_with(start=9) - 5 == 4
+    for env_id in ("A-v5", "A-v4", "unknown"):
+        assert start_with(("A-v5", own), env_id=env_id) == 6
+        assert start_with(("A-v5", critic), ("A-v4", own), env_id=env_id) == 6
+        assert start_with(("A-v5", own), ("B-v5", own), env_id=env_id) == 12
+        assert start_with(env_id=env_id) == start_with(("unknown", own), env_id=env_id) == 12
+        assert start_with(("A-v5", own), env_id=env_id, start=4) == 4
+        assert start_with(env_id=env_id, start=9) == 9
+    assert start_with(("A-v5", other), env_id="unknown") == 12
+    assert start_with(("A-v5", other), env_id="A-v5") == 6
+    assert start_with(("A-v5", own), env_id="B-v5") == start_with(("AB-v5", own), env_id="A-v5") == 12
 
 
 @pytest.mark.slow
@@ -602,6 +608,7 @@ def test_runs_jump_later_with_the_included_forecaster(tmp_path):
     runs = {"env_id": ACCELERATE["env_id"], "num_trials": 2, "total_timesteps": 32 * 15, "ppo": ACCELERATE["ppo"]}
     ledger = tipl.accelerate(tmp_path / "runs", progress=False, **runs)
     assert [(jump.run, jump.iteration) for jump in ledger.jumps] == [(0, 12), (1, 12)]
+    assert Store.open(tmp_path / "runs" / "store.zarr").config["jumps"]["start"] == 12
     early = tipl.accelerate(tmp_path / "early", jumps=JumpConfig(start=7), progress=False, **runs)
     assert min(jump.iteration for jump in early.jumps) == 7
 

@@ -522,6 +522,13 @@ def test_a_jump_that_does_not_hold_is_put_back(monkeypatch):
     assert model.num_timesteps == 8 * NUM_STEPS
 
 
+def test_a_run_too_short_to_jump_is_told_so():
+    model = sb3.PPO("MlpPolicy", ENV_ID, n_steps=16, batch_size=16, n_epochs=1, device="cpu")
+    told = r"JumpCallback: no run will jump: .* 12 iterations \(config.start\), and total_timesteps = 192 makes 12"
+    with pytest.warns(UserWarning, match=told):
+        model.learn(12 * 16, callback=JumpCallback())
+
+
 def test_jumps_need_an_on_policy_algorithm():
     model = sb3.SAC("MlpPolicy", ENV_ID, device="cpu", learning_starts=8)
     with pytest.raises(TypeError, match="JumpCallback: the algorithm must be on-policy, as PPO is, got SAC"):

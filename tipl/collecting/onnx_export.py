@@ -25,7 +25,7 @@ from tipl.policy import Activation, Layout, PolicySpec
 from tipl.storing.actor_families import STATISTICS
 from tipl.storing.exporter import layout_and_actor, needed_statistics, row_and_record
 from tipl.storing.foreign_actors import Actor
-from tipl.storing.store import UNNORMALISED
+from tipl.storing.store import UNKNOWN, UNNORMALISED
 
 Vector: TypeAlias = NDArray[np.float64]
 
@@ -145,7 +145,7 @@ def _action_bounds(spec: PolicySpec, env_id: Any, env_kwargs: Any) -> tuple[Vect
     """Return the least and the greatest action (act_dim,), of discrete ones (1,); or None for no bounds."""
     if env_id == "none":
         return None
-    if not isinstance(env_id, str) or env_id == "unknown":
+    if not isinstance(env_id, str) or env_id == UNKNOWN:
         raise ValueError(
             "export: env_id must be given, whose action space the actions are clipped to; "
             '"none" leaves them as they are'

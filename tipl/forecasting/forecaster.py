@@ -4,6 +4,7 @@ Shapes  B trials, p weights, k = n_components, h = prefix_end, n = horizon.
 """
 
 import dataclasses
+import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +25,7 @@ from tipl.forecasting.sources import Source, Split
 from tipl.forecasting.train_config import TrainConfig
 from tipl.forecasting.transformer import BareFolder, TrajectoryTransformer, load_model, save_model
 from tipl.policy import Layout, layout_from_dict
-from tipl.storing.store import Store
+from tipl.storing.store import UNKNOWN, Store
 from tipl.subspace.basis import Basis, Centre
 
 PRETRAINED = Path(__file__).with_name("pretrained")
@@ -145,11 +146,17 @@ class Forecaster:
                 return dict(source)
         return None
 
-    def knows_task_of(self, policy: Layout) -> bool:
-        """Return whether it was trained on runs of one task alone, with policies of this size, their critics beside."""
+    def is_of_task(self, env_id: str, policy: Layout | None = None) -> bool:
+        """Return whether it was trained on runs of this task alone, in whatever version of it.
+
+        Where the task is UNKNOWN, it must have been trained on one task alone, and on policies as large as `policy`.
+        """
         stores = self.config.get("stores", [])
+        tasks = {_unversioned(source["env_id"]) for source in stores}
+        if env_id != UNKNOWN:
+            return tasks == {_unversioned(env_id)}
         sizes = {layout_from_dict(source["policy"]).num_params for source in stores}
-        return len({source["env_id"] for source in stores}) == 1 and policy.num_params in sizes
+        return len(tasks) == 1 and UNKNOWN not in tasks and policy is not None and policy.num_params in sizes
 
     def layout_of(self, num_params: int) -> Layout:
         """Return the layout of those policies with `num_params` weights that the forecaster was trained on.
@@ -342,3 +349,8 @@ def source_to_judge(store: Store, forecaster: Forecaster) -> Source:
         )
     length = min(store.num_checkpoints, config["num_checkpoints"])
     return Source.of(store, TrainConfig(**{**config["train"], "num_checkpoints": length, "in_sample": False}))
+
+
+def _unversioned(env_id: str) -> str:
+    """Return "Hopper" for "Hopper-v5"."""
+    return re.sub(r"-v\d+$", "", env_id)

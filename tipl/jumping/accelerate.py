@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from tipl.files.publishing import published
 from tipl.forecasting.forecaster import PRETRAINED, Forecaster
 from tipl.jumping.jump_config import JumpConfig
 from tipl.jumping.jumping_population import JumpingPopulation
-from tipl.jumping.jumps import Jumps
+from tipl.jumping.jumps import Jumps, warn_if_too_short
 from tipl.jumping.learner import PopulationLearner
 from tipl.jumping.ledger import Ledger
 from tipl.storing.store import Store
@@ -61,6 +60,7 @@ def accelerate(
     output, folder = Path(output), PRETRAINED if model is None else Path(model)
     forecaster = Forecaster.load(folder) if jumps.max_jumps else None
     known = {} if forecaster is None else {"forecaster": _fingerprint(folder)}
+    jumps = jumps.with_start(late=forecaster is None or not forecaster.is_of_task(env_id))
     settings: dict[str, Any] = {"jumps": dataclasses.asdict(jumps), **known}
     ppo = PPOConfig() if ppo is None else ppo
     with published(output, "accelerate", resumable=True) as aside:
@@ -110,12 +110,9 @@ def _jumps(
     if forecaster is None:
         return Jumps.none(learner)
     jumps = Jumps.by_forecasts(learner, forecaster, config)
-    num_iterations, start = learner.population.num_iterations, jumps.config.start
-    if num_iterations is not None and start is not None and num_iterations <= start:
-        warnings.warn(
-            f"accelerate: no run will jump: the first jump comes after jumps.start = {start} iterations, and "
-            f"total_timesteps = {total_timesteps} makes {num_iterations}",
-            stacklevel=2,
+    if learner.population.num_iterations is not None:
+        warn_if_too_short(
+            "accelerate", "jumps.start", jumps.first_jump, total_timesteps, learner.population.num_iterations
         )
     return jumps
 

@@ -5,7 +5,7 @@ import math
 
 from tipl.subspace.prefix_end import MIN_PREFIX_END
 
-START, LATE_START = 6, 12  # iterations before the first jump: with a forecaster of the task's own runs, and any other
+START, LATE_START = 6, 12  # iterations before the first jump: with a forecaster of this task alone, and with any other
 MIN_ROWS = 2 * (MIN_PREFIX_END + 1)
 """The least number of checkpoints that a path is thinned to: half of them still make a prefix basis."""
 
@@ -15,9 +15,9 @@ class JumpConfig:
     """When a run jumps, how far, what a jump changes, and what it must hold against."""
 
     start: int | None = None
-    """Iterations before the first jump. By default 6 where the forecaster was trained on runs of one task alone, with
-    policies of this size, and 12 with any other, such as the one that comes with tipl: it needs to see more of a run.
-    Each jump, whether it holds or not, doubles the wait for the next one."""
+    """Iterations before the first jump. By default 6 with a forecaster that was trained on runs of this task alone, and
+    12 with any other, such as the one that comes with tipl: it needs to see more of a run. Each jump, whether it holds
+    or not, doubles the wait for the next one."""
     reach: float = 5.0
     """A jump goes this many times as far ahead as the run has walked since the last one."""
     max_jumps: int = 1
@@ -57,5 +57,5 @@ class JumpConfig:
             raise ValueError(f"JumpConfig: max_rows must be even and at least {MIN_ROWS}, got {self.max_rows}")
 
     def with_start(self, *, late: bool) -> "JumpConfig":
-        """Return these settings with the default of `start` filled in; `late` where no forecaster of the task's own."""
+        """Return these settings with the default of `start` filled in, the one for any other forecaster if `late`."""
         return self if self.start is not None else dataclasses.replace(self, start=LATE_START if late else START)

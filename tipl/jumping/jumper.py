@@ -12,6 +12,7 @@ from tipl.forecasting.forecaster import PRETRAINED, Forecaster
 from tipl.jumping.jump_config import JumpConfig
 from tipl.jumping.jumps import Jump, Jumps
 from tipl.jumping.learner import TorchLearner
+from tipl.storing.store import UNKNOWN
 
 
 class Jumper:
@@ -34,6 +35,7 @@ class Jumper:
         *,
         model: Forecaster | str | Path | None = None,
         config: JumpConfig = JumpConfig(),
+        env_id: str = UNKNOWN,
         actor: str | Sequence[str] | None = None,
         activation: str | None = None,
         normalisers: Mapping[str, Any] | None = None,
@@ -45,6 +47,7 @@ class Jumper:
             model: a forecaster or its folder, by default the one that comes with tipl. Where it does not fit, the run
                 never jumps, and a warning says so.
             config: when to jump, how far, and what a jump must hold against.
+            env_id: the task's Gymnasium id, by which the default of `config.start` goes.
             actor, activation: where the actor's parameters are, as in `Recorder`.
             normalisers: objects by name whose attributes are put back too, such as running means of observations.
 
@@ -53,7 +56,7 @@ class Jumper:
         learner = TorchLearner(policy, optimizer, actor=actor, activation=activation, normalisers=normalisers)
         if not isinstance(model, Forecaster):
             model = Forecaster.load(PRETRAINED if model is None else model)
-        self._jumps = Jumps.by_forecasts(learner, model, config)
+        self._jumps = Jumps.by_forecasts(learner, model, config, env_id)
 
     def step(self, episode_returns: Sequence[float] | float, *, is_last: bool = False) -> Jump | None:
         """Judge the last jump, undo it if need be, and jump if it is time; call this after each update.
@@ -78,6 +81,11 @@ class Jumper:
     def jumps(self) -> list[Jump]:
         """All jumps so far."""
         return list(self._jumps.jumps)
+
+    @property
+    def first_jump(self) -> int:
+        """Iterations before the first jump."""
+        return self._jumps.first_jump
 
     @property
     def iterations_lost(self) -> int:

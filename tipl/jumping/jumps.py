@@ -21,9 +21,10 @@ from numpy.typing import NDArray
 
 from tipl.forecasting.forecaster import Forecaster
 from tipl.judging.predictors import Predictor
-from tipl.jumping.jump_config import MIN_ROWS, JumpConfig
+from tipl.jumping.jump_config import MIN_ROWS, START, JumpConfig
 from tipl.jumping.learner import Learner, Singles
 from tipl.policy import Layout
+from tipl.storing.store import UNKNOWN
 from tipl.subspace.prefix import Prefix
 from tipl.subspace.prefix_end import MIN_PREFIX_END
 
@@ -226,9 +227,14 @@ class Jumps:
         return cls(learner, Growing(JumpConfig(max_jumps=0)), None)
 
     @classmethod
-    def by_forecasts(cls, learner: Learner, forecaster: Forecaster, config: JumpConfig) -> "Jumps":
-        """Return jumps along a forecaster's forecasts; none, with a warning, where it does not fit the runs."""
-        config = config.with_start(late=not forecaster.knows_task_of(learner.actor))
+    def by_forecasts(
+        cls, learner: Learner, forecaster: Forecaster, config: JumpConfig, env_id: str = UNKNOWN
+    ) -> "Jumps":
+        """Return jumps along a forecaster's forecasts; none, with a warning, where it does not fit the runs.
+
+        `env_id` says which task the runs learn, for the default of `config.start`.
+        """
+        config = config.with_start(late=not forecaster.is_of_task(env_id, learner.actor))
         config = dataclasses.replace(config, max_rows=min(config.max_rows, rows_of(forecaster)))
         try:
             actor = Forecasts(forecaster, learner.actor)
@@ -237,6 +243,11 @@ class Jumps:
             warnings.warn(f"no jumps: the forecaster does not fit: {error}", stacklevel=2)
             return cls(learner, Growing(config), None, None, config)
         return cls(learner, Growing(config), actor, critic, config)
+
+    @property
+    def first_jump(self) -> int:
+        """Iterations before the first jump along a forecast."""
+        return START if self.config.start is None else self.config.start
 
     def after_iteration(self, episodic_return: Sequence[float] | NDArray[np.float64], *, is_last: bool = False) -> None:
         """Judge, undo and make jumps; call this after each iteration's update.
@@ -319,6 +330,16 @@ class Jumps:
             least = path[-1, self._log_std] - np.float32(self.config.log_std_drop)
             weights[self._log_std] = np.maximum(weights[self._log_std], least)
         return weights
+
+
+def warn_if_too_short(owner: str, option: str, first_jump: int, total_timesteps: int, num_iterations: int) -> None:
+    """Warn where training ends before a run can jump; `option` is what sets `first_jump`."""
+    if num_iterations <= first_jump:
+        warnings.warn(
+            f"{owner}: no run will jump: the first jump comes after {first_jump} iterations ({option}), and "
+            f"total_timesteps = {total_timesteps} makes {num_iterations}",
+            stacklevel=3,
+        )
 
 
 def rows_of(forecaster: Forecaster) -> int:

@@ -26,7 +26,7 @@ from tipl.report.drawing import Mark, Panel, Plot, short_count
 from tipl.report.intervals import Bootstrap, Estimate
 from tipl.report.plot_file import plot_path, write_plot
 from tipl.report.results import FloatArray
-from tipl.storing.store import Store
+from tipl.storing.store import UNKNOWN, Store
 
 MAX_BYTES = 2**28  # of weights that are run together
 
@@ -127,7 +127,7 @@ def score(
     as they were, or all of a trial diverged.
     """
     policy = policy_to_run("score", store)
-    if store.env_id == "unknown":
+    if store.env_id == UNKNOWN:
         raise ValueError(f"score: {store.path} does not know its environment: import the runs again with env_id")
     for name, value in (("num_episodes", num_episodes), ("every", every)):
         if value < 1:

@@ -8,8 +8,8 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from tipl.forecasting.forecaster import Forecaster
 from tipl.jumping.jump_config import JumpConfig
 from tipl.jumping.jumper import Jumper
-from tipl.jumping.jumps import Jump
-from tipl.sb3.policies import activation_of
+from tipl.jumping.jumps import Jump, warn_if_too_short
+from tipl.sb3.policies import activation_of, env_id_of
 
 
 class JumpCallback(BaseCallback):
@@ -52,10 +52,13 @@ class JumpCallback(BaseCallback):
             self.model.policy.optimizer,
             model=self._forecaster,
             config=self._config,
+            env_id=env_id_of(self.training_env),
             activation=activation_of(self.model.policy),
             normalisers=normalisers,
         )
         self._seen_updates = self.model._n_updates
+        steps, to_go = self.model.n_steps * self.model.n_envs, self.model._total_timesteps - self.model.num_timesteps
+        warn_if_too_short("JumpCallback", "config.start", self._jumper.first_jump, to_go, -(-to_go // steps))
 
     # SB3 has no hook after an update: the next hook is the start of another rollout.
     def _on_rollout_start(self) -> None:

@@ -1,11 +1,13 @@
-"""What the policies of Stable-Baselines3 say of themselves."""
+"""What the policies and environments of Stable-Baselines3 say of themselves."""
 
 import math
 
 import torch
 from gymnasium.spaces import Discrete
+from stable_baselines3.common.vec_env import VecEnv
 
 from tipl.storing.actor_families import Settings
+from tipl.storing.store import UNKNOWN
 
 
 def settings_of(policy: torch.nn.Module) -> Settings:
@@ -27,3 +29,9 @@ def activation_of(policy: torch.nn.Module) -> str | None:
     if activation is None or getattr(activation, "__module__", "") != torch.nn.Tanh.__module__:
         return None if activation is None else repr(activation)
     return str(activation.__name__).lower()
+
+
+def env_id_of(env: VecEnv) -> str:
+    """Return the Gymnasium id of the environments, UNKNOWN where gymnasium.make did not make them."""
+    spec = env.get_attr("spec")[0]
+    return UNKNOWN if spec is None else str(spec.id)

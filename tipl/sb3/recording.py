@@ -13,7 +13,7 @@ from stable_baselines3.common.vec_env import VecEnvWrapper
 
 from tipl.files.schema import is_plain_json
 from tipl.sb3 import full_state
-from tipl.sb3.policies import settings_of
+from tipl.sb3.policies import env_id_of, settings_of
 from tipl.storing.foreign_actors import find_actor
 from tipl.storing.observation_statistics import FOLDED_NOTE, live_statistics
 from tipl.storing.recorder import Recorder
@@ -95,7 +95,7 @@ class RecorderCallback(BaseCallback):
         said = settings_of(self.model.policy)
         recorder = Recorder(
             self.path,
-            env_id=self.env_id or self._own_env_id(),
+            env_id=self.env_id or env_id_of(self.training_env),
             env_kwargs=self._env_kwargs if resume and _is_without_kwargs(self.path) else self._made_with()[0],
             actor=self._actor,
             resume=resume,
@@ -267,10 +267,6 @@ class RecorderCallback(BaseCallback):
         }
         changes += [f"made with {name}={shown(repr(it[name]))}" for it in made for name in it if name not in kept]
         return kept, list(dict.fromkeys(changes))
-
-    def _own_env_id(self) -> str:
-        spec = self.training_env.get_attr("spec")[0]
-        return "unknown" if spec is None else str(spec.id)
 
 
 def _arguments(spec: Any, registered: Any) -> dict[str, Any]:

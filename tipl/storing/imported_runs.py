@@ -19,7 +19,7 @@ from tipl.storing.foreign_actors import Actor, differences, roles_of
 from tipl.storing.foreign_files import SUFFIXES, CheckpointFile, find_actor_in, read_checkpoint_file
 from tipl.storing.import_notes import activation_missing, source_record
 from tipl.storing.observation_statistics import FOLDED_NOTE, ObservationStatistics, find_statistics, read_statistics
-from tipl.storing.store import UNNORMALISED, Store, Trial
+from tipl.storing.store import UNKNOWN, UNNORMALISED, Store, Trial
 from tipl.storing.tensor_checks import shown
 
 _INSIDE = ("checkpoints", "nn")
@@ -181,7 +181,7 @@ class FileRun:
     the store exists, for its weights. Keeping the weights from the first reading could exceed the memory.
     """
 
-    env_id = "unknown"
+    env_id = UNKNOWN
     seed: int | None = None
 
     def __init__(self, name: str, paths: Sequence[Path], reading: Reading) -> None:

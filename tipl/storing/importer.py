@@ -26,7 +26,7 @@ from tipl.storing.imported_runs import (
     runs_of,
     seeds_of,
 )
-from tipl.storing.store import UNNORMALISED, Store
+from tipl.storing.store import UNKNOWN, UNNORMALISED, Store
 from tipl.storing.tensor_checks import shown
 
 BLOCK_BYTES = 2**26  # of weights that are read and then appended together
@@ -37,7 +37,7 @@ def import_checkpoints(
     sources: Sequence[str | Path],
     output: str | Path,
     *,
-    env_id: str = "unknown",
+    env_id: str = UNKNOWN,
     env_kwargs: Mapping[str, Any] | None = None,
     pattern: str = "*",
     activation: str | None = None,
@@ -129,7 +129,7 @@ def import_checkpoints(
 def describe_import(
     sources: Sequence[str | Path],
     *,
-    env_id: str = "unknown",
+    env_id: str = UNKNOWN,
     env_kwargs: Mapping[str, Any] | None = None,
     pattern: str = "*",
     activation: str | None = None,
@@ -209,7 +209,7 @@ class _Plan:
         if reading.num_checkpoints is not None and reading.num_checkpoints < 1:
             raise ValueError(f"import: num_checkpoints must be at least 1, got {reading.num_checkpoints}")
         runs = runs_of(sources, pattern, reading)
-        env_ids = {run.env_id for run in runs} - {"unknown"} if env_id == "unknown" else {env_id}
+        env_ids = {run.env_id for run in runs} - {UNKNOWN} if env_id == UNKNOWN else {env_id}
         if len(env_ids) > 1:
             raise ValueError(
                 f"import: the stores are of several env_ids, {sorted(env_ids)}; pass one if they are the same"
@@ -228,4 +228,4 @@ class _Plan:
         if any(run.source.get(UNNORMALISED) for run in runs):
             source[UNNORMALISED] = True
         source |= {"note": "; ".join(notes)} if notes else {}
-        return cls(runs, "".join(env_ids) or "unknown", kwargs[0], length, source)
+        return cls(runs, "".join(env_ids) or UNKNOWN, kwargs[0], length, source)

@@ -20,7 +20,7 @@ from tipl.storing.import_notes import activation_missing, source_record
 from tipl.storing.observation_statistics import live_statistics
 from tipl.storing.run_state import encode_state, load_state, put_back, save_state
 from tipl.storing.state_tree import set_global_random_states
-from tipl.storing.store import UNNORMALISED, Store, env_of
+from tipl.storing.store import UNKNOWN, UNNORMALISED, Store, env_of
 
 
 class Recorder:
@@ -41,7 +41,7 @@ class Recorder:
         self,
         path: str | Path,
         *,
-        env_id: str = "unknown",
+        env_id: str = UNKNOWN,
         env_kwargs: Mapping[str, Any] | None = None,
         activation: str | None = None,
         actor: str | Sequence[str] | None = None,

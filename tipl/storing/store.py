@@ -45,6 +45,8 @@ CHUNK_BYTES = 2**18
 
 Result = TypeVar("Result")
 
+UNKNOWN = "unknown"
+"""The env_id of runs whose task nobody has said."""
 
 UNNORMALISED = "unnormalised"
 """Entry of the config's "source": the policies saw normalised observations, and the store lacks the statistics."""
