@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -177,10 +178,18 @@ def test_a_failing_iteration_keeps_what_was_committed(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("save_seconds", "kept_back", "rows"),
-    [(0.0, 2**20, [2, 1, 1, 1]), (1e9, 2**20, [5]), (1e9, 2 * 3 * 4 * 370, [2, 2, 1])],
+    [(0.0, 2**20, [2, 1, 1, 1]), (9.0, 2**20, [2, 1, 2]), (9.0, 3 * 4 * 370, [1, 1, 1, 1, 1])],
 )
 def test_checkpoints_are_appended_together_until_a_state_is_saved(tmp_path, monkeypatch, save_seconds, kept_back, rows):
-    plain = collect_tiny(tmp_path / "plain")
+    """Iterations of a second: states are saved after 1, 2, 4 and then every 9 of them."""
+    plain, now, iterate = collect_tiny(tmp_path / "plain"), [0.0], Population.iterate
+
+    def slow(population: Population):
+        now[0] += 1.0
+        return iterate(population)
+
+    monkeypatch.setattr(Population, "iterate", slow)
+    monkeypatch.setattr("tipl.collecting.checkpoint_appender.time", SimpleNamespace(monotonic=lambda: now[0]))
     assert plain.policy.num_params == 370
     appended, append = [], Store.append
 

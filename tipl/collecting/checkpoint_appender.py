@@ -36,10 +36,10 @@ class CheckpointAppender:
     Where the store already has a checkpoint, because it came after the last saved state, the two are compared instead,
     and a difference raises RuntimeError. With a `critic_store` the critics' weights are appended to that one.
 
-    A population's state is saved every `save_seconds`, and rows are kept back until then, until they fill a chunk or
-    take `KEPT_BACK` bytes: an append writes every trial's last chunk whole, and what was appended after the last saved
-    state would be computed again in any case. Behind a URL, where writing a file takes a request, they are kept back
-    until they fill a chunk.
+    A population's state is saved every `save_seconds`, at first more often, so that a run that is cut off early goes on
+    too. Rows are kept back until then, until they fill a chunk or take `KEPT_BACK` bytes: an append writes every
+    trial's last chunk whole, and what was appended after the last saved state would be computed again in any case.
+    Behind a URL, where writing a file takes a request, they are kept back until they fill a chunk.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class CheckpointAppender:
         self._save_seconds = save_seconds
         self._there = [[it.trial(i) for i in trials] for it in self._stores]  # as they were at the start
         self._states = Unfinished(store).states(trials)
-        self._saved_at = time.monotonic()
+        self._begun_at = self._saved_at = time.monotonic()
         self._chunk_rows, self._is_local = self._there[0][0].chunk_rows, isinstance(store.path, Path)
         self._rows: list[Row] = []  # not yet passed to the thread
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="tipl-append")
@@ -72,7 +72,8 @@ class CheckpointAppender:
         k = population.env_steps // self._batch_size
         self._rows.append(Row(k, [(part[:, None], env_steps, episodic_return) for part in parts], stats))
         # The initial state need not be saved: the seeds give it again.
-        is_due = k > 0 and time.monotonic() - self._saved_at >= self._save_seconds
+        wait = min(self._save_seconds, self._saved_at - self._begun_at)
+        is_due = k > 0 and time.monotonic() - self._saved_at >= wait
         is_much = len(self._rows) * sum(part.nbytes for part in parts) >= KEPT_BACK
         if (k + 1) % self._chunk_rows == 0 or (self._is_local and (is_due or is_much)):
             state = None
