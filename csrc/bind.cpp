@@ -133,6 +133,17 @@ bool pool_barriers_hold(BoundPool &pool, int rounds) {
   });
 }
 
+// For the tests of calls: rank 0 waits while the others sleep, which no answer of the poll shortens.
+double pool_sleeps(BoundPool &pool, double seconds) {
+  const InUse::Hold hold(pool.in_use, "sleeps", "the pool");
+  return without_gil([&](Poll &poll) {
+    pool.run(poll, [&](int rank) {
+      if (rank != 0) std::this_thread::sleep_for(std::chrono::duration<double>(seconds));
+    });
+    return seconds;
+  });
+}
+
 void bind_engine(py::module_ &m) {
   m.def("isa", [] { return chosen_isa(); }, "The instruction set in use: baseline, avx2, avx512 or avx512bf16.");
   m.def(
@@ -151,7 +162,8 @@ void bind_engine(py::module_ &m) {
       .def("owners", &pool_owners, py::arg("items"), py::arg("fail_at") = std::vector<ptrdiff_t>(),
            "The rank that ran each item, int32 (items,). The items in `fail_at` throw on their threads.")
       .def("barriers_hold", &pool_barriers_hold, py::arg("rounds"),
-           "Whether no rank ever passed a barrier before all had reached it.");
+           "Whether no rank ever passed a barrier before all had reached it.")
+      .def("sleeps", &pool_sleeps, py::arg("seconds"), "Sleeps on all threads but the one that waits for them.");
 }
 
 }  // namespace

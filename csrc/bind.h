@@ -61,14 +61,25 @@ class WithoutGil {
   PyThreadState *thread_;
 };
 
-// Runs work(poll) without the GIL and returns its result. Throws what a signal handler raised meanwhile.
+// Runs work(poll) without the GIL and returns its result. Throws what a signal handler raised meanwhile, also where the
+// work was done before it could stop.
 template <class Work>
 auto without_gil(const Work &work) {
   try {
     WithoutGil gil;
     const Poll::Stop stop = [&] { return gil.signal_raised(); };
     Poll poll(stop);
-    return work(poll);
+    const auto finish = [&] {
+      if (poll.was_stopped()) throw Interrupted();
+    };
+    if constexpr (std::is_void_v<decltype(work(poll))>) {
+      work(poll);
+      finish();
+    } else {
+      auto result = work(poll);
+      finish();
+      return result;
+    }
   } catch (const Interrupted &) {
     throw py::error_already_set();
   }

@@ -70,6 +70,8 @@ class Poll {
 
   // Whether to stop. Costs about 20 ns.
   bool stopped(int rank);
+  // Whether the answer was to stop, without asking again.
+  bool was_stopped() const noexcept { return stopped_.load(std::memory_order_relaxed); }
   // Throws Interrupted if the call should stop.
   void operator()(int rank) {
     if (stopped(rank)) throw Interrupted();

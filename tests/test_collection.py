@@ -143,7 +143,7 @@ def test_ctrl_c_keeps_what_was_committed(tmp_path):
         _, stderr = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == -signal.SIGINT  # how Python ends on a KeyboardInterrupt
+    assert process.returncode == -signal.SIGINT, stderr  # how Python ends on a KeyboardInterrupt
     store = Store.open(path)
     num_rows = store.num_checkpoints
     assert num_rows >= 4
@@ -189,7 +189,9 @@ def test_checkpoints_are_appended_together_until_a_state_is_saved(tmp_path, monk
         return iterate(population)
 
     monkeypatch.setattr(Population, "iterate", slow)
-    monkeypatch.setattr("tipl.collecting.checkpoint_appender.time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(
+        "tipl.collecting.checkpoint_appender.time", SimpleNamespace(monotonic=lambda: now[0], time=lambda: 0.0)
+    )
     assert plain.policy.num_params == 370
     appended, append = [], Store.append
 

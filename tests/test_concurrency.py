@@ -204,6 +204,12 @@ def test_ctrl_c_reaches_every_loop(work):
     stopped(ENDLESS_WORK[work], 0.1)
 
 
+def test_ctrl_c_is_not_lost_where_the_work_is_done_before_it_can_stop():
+    pool = _core.ThreadPool(2)
+    stopped(lambda: pool.sleeps(0.4), 0.1)
+    assert pool.sleeps(0.0) == 0.0
+
+
 def test_interrupted_groups_have_taken_equally_many_rows():
     grouped = GroupedSVD(GROUPS, 2, num_threads=1).partial_fit(ENDLESS[:300])
     seconds, seen = 0.05, {300}

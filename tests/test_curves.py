@@ -1,15 +1,17 @@
 """TensorBoard curves: read back with TensorBoard's own reader, they are what the iterations gave."""
 
 import dataclasses
+import itertools
 import os
 import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from factories import TINY_PPO
+from factories import ENV_ID, TINY_PPO
 from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
 
 from tipl.collecting.collection import collect
@@ -60,6 +62,16 @@ def test_tensorboard_reads_back_every_figure_of_every_trial_and_their_mean(tmp_p
             expected = [column.mean() if name == "mean" else column[int(name[-4:])] for column in given]
             assert steps == [32, 64, 96, 128]
             np.testing.assert_allclose(values, expected, rtol=1e-6)  # TensorBoard's scalars are float32
+
+
+def test_points_have_the_times_at_which_their_iterations_ended(tmp_path, monkeypatch):
+    times = itertools.count(1000.0)
+    clock = SimpleNamespace(time=lambda: next(times), monotonic=lambda: 0.0)
+    monkeypatch.setattr("tipl.collecting.checkpoint_appender.time", clock)
+    tiny = {"env_id": ENV_ID, "num_trials": 2, "total_timesteps": 4 * 32, "ppo": TINY_PPO, "progress": False}
+    collect(tmp_path / "store", tensorboard=tmp_path / "tb", **tiny)
+    points = EventAccumulator(str(tmp_path / "tb" / "mean")).Reload().Scalars("charts/SPS")
+    assert [(point.step, point.wall_time) for point in points] == [(32 * k, 1000.0 + k) for k in range(1, 5)]
 
 
 def test_what_is_not_known_has_no_point_and_no_part_in_the_mean(tmp_path):

@@ -49,9 +49,9 @@ class TeamChoice {
 
  private:
   static constexpr double kWindow = 0.04, kPatience = 0.4, kMostPatience = 3.2;  // seconds; time slices take 3 ms
-  static constexpr double kDisturbed = 2.0;  // times as long as the fastest pass; on a quiet machine windows are below
+  static constexpr double kDisturbed = 2.0;   // times as long as the fastest pass; on a quiet machine windows are below
   static constexpr double kTrialShare = 0.1;  // the most of the time, from one trial to the next, that a trial takes
-  static constexpr int kStrikes = 3;         // disturbed windows, one after the other, before one thread is tried
+  static constexpr int kStrikes = 3;          // disturbed windows, one after the other, before one thread is tried
 
   // kWatched: on all threads, and fast so far. kTrial: a window on one. kAlone, kShared: what was quicker, on one
   // thread or on all, until the patience ends.

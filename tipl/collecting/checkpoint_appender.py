@@ -28,6 +28,8 @@ class Row(NamedTuple):
     """For each store."""
     stats: IterationStats | None
     """Figures of the iteration before it."""
+    now: float
+    """When it was made, in seconds since the epoch."""
 
 
 class CheckpointAppender:
@@ -70,7 +72,7 @@ class CheckpointAppender:
         env_steps = np.full((N, 1), population.env_steps, np.int64)
         episodic_return = np.full((N, 1), np.nan) if stats is None else stats.episodic_return[:, None]
         k = population.env_steps // self._batch_size
-        self._rows.append(Row(k, [(part[:, None], env_steps, episodic_return) for part in parts], stats))
+        self._rows.append(Row(k, [(part[:, None], env_steps, episodic_return) for part in parts], stats, time.time()))
         # The initial state need not be saved: the seeds give it again.
         wait = min(self._save_seconds, self._saved_at - self._begun_at)
         is_due = k > 0 and time.monotonic() - self._saved_at >= wait
@@ -98,7 +100,7 @@ class CheckpointAppender:
                 store.append(*(new[0] if len(new) == 1 else (np.concatenate(x, 1) for x in zip(*new, strict=True))))
         for row in rows:
             if self._curves is not None and row.stats is not None:
-                self._curves.write(row.number * self._batch_size, row.stats, self._batch_size)
+                self._curves.write(row.number * self._batch_size, row.stats, self._batch_size, row.now)
         if state is not None:
             self._states.save(state, rows[-1].number + 1)
 

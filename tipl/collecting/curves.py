@@ -48,8 +48,10 @@ class Curves:
                 raise FileExistsError(f"tensorboard: {run} holds the curves of another collection; choose a new folder")
         self._files: list[EventFile] | None = None  # None until the first write, empty after a failure
 
-    def write(self, env_steps: int, stats: IterationStats, num_steps: int) -> None:
+    def write(self, env_steps: int, stats: IterationStats, num_steps: int, now: float | None = None) -> None:
         """Append a point at `env_steps` to every curve: figures of the last `num_steps` steps. NaN gets no point.
+
+        `now` is when these steps ended, in seconds since the epoch, where that is not now.
 
         If writing fails, for example on a full disk, it warns and writes nothing more, so that learning continues.
         """
@@ -63,7 +65,7 @@ class Curves:
         for file, column in zip(
             self._files, columns.T.tolist(), strict=False
         ):  # without `mean`, the last one is unused
-            if not file.write(env_steps, dict(zip(TAGS, column, strict=True))):
+            if not file.write(env_steps, dict(zip(TAGS, column, strict=True)), now):
                 self._files = []
                 return
 
@@ -75,15 +77,16 @@ class EventFile:
         self._folder, self._first_step = folder, first_step
         self._path: Path | None = None  # None until the first write
 
-    def write(self, step: int, values: Mapping[str, float]) -> bool:
+    def write(self, step: int, values: Mapping[str, float], now: float | None = None) -> bool:
         """Append a point to every curve whose value is not NaN; return whether that succeeded, and warn if not."""
+        now = time.time() if now is None else now
         try:
             if self._path is None:
                 self._folder.mkdir(parents=True, exist_ok=True)
-                now = time.time()  # TensorBoard reads files in the order of their names
-                self._path = self._folder / f"events.out.tfevents.{now:017.6f}"
-                _append(self._path, _opening(now, self._first_step))
-            _append(self._path, [_point(time.time(), step, values)])
+                begun = time.time()  # TensorBoard reads files in the order of their names
+                self._path = self._folder / f"events.out.tfevents.{begun:017.6f}"
+                _append(self._path, _opening(min(now, begun), self._first_step))
+            _append(self._path, [_point(now, step, values)])
         except OSError as error:
             warnings.warn(f"no more curves are written to {self._folder}: {error.strerror or error}", stacklevel=2)
             return False
