@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import safetensors.numpy
 from factories import TINY_EVALUATE, TINY_PPO, TINY_TRAIN, flags
+from processes import run_python
 
 import tipl.progress
 from tipl import pipeline
@@ -216,6 +217,20 @@ def test_ctrl_c_in_the_middle_of_a_collection_keeps_what_was_committed(tmp_path:
         assert store.trial(i).weights().shape[0] == store.trial(i).num_checkpoints
 
 
+@pytest.mark.parametrize("module", ["numpy", "tyro", "tipl.progress", "tipl.cli.commands", "tipl.files.locations"])
+def test_ctrl_c_before_all_is_imported_is_one_line(module: str) -> None:
+    code = (
+        "import signal, sys; from tipl.cli import main\n"
+        "class Interrupt:\n"
+        "    def find_spec(self, name, *_):\n"
+        f"        if name == {module!r}: signal.raise_signal(signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Interrupt())\n"
+        "sys.argv = ['tipl', 'verify', '.']; main()"
+    )
+    done = run_python(code)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "tipl: interrupted.\n")
+
+
 def test_help_teaches(run_tipl: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
     assert run_tipl("--help") == 0
     text = capsys.readouterr().out
@@ -283,8 +298,8 @@ def test_a_store_is_drawn_and_its_curves_go_where_they_are_asked_for(
 def test_output_that_nobody_reads_any_more_is_no_error(size: int) -> None:
     """As behind `| head`: a text that waits in the buffer until the end, and one that does not fit into it."""
     code = (
-        "import sys; from tipl import cli; sys.argv = ['tipl', 'verify', '.']; "
-        f"cli.Verify.run = lambda _: print({size} * 'x', 'x'); cli.main()"
+        "import sys; from tipl.cli import main, store_commands; sys.argv = ['tipl', 'verify', '.']; "
+        f"store_commands.Verify.run = lambda _: print({size} * 'x', 'x'); main()"
     )
     reading, writing = os.pipe()
     os.close(reading)
