@@ -46,6 +46,10 @@ def positions_and_speeds(env_id: str, states: NDArray[np.float64]) -> NDArray[np
 # ---------------------------------------------------------------- the episodes
 
 
+def test_every_seed_that_a_video_takes_can_be_run() -> None:
+    assert record_episodes(ENV_ID, SPEC, random_policies(SPEC), 2**63 - 1).lengths.min() > 0
+
+
 def test_what_is_recorded_is_what_is_judged() -> None:
     weights = random_policies(SPEC)
     recording = record_episodes(ENV_ID, SPEC, weights, 11)
@@ -237,7 +241,8 @@ def test_a_failure_leaves_nothing(store: Store, stand_ins: SimpleNamespace, tmp_
         ({"policies": {"a": np.zeros(SPEC.num_params)}}, TypeError, "must be a float32 array, got float64"),
         ({"policies": {"a": [0.0]}}, TypeError, "must be a float32 array, got list"),
         ({"policies": {"a": np.full(SPEC.num_params, np.nan, np.float32)}}, ValueError, "got NaN or Inf"),
-        ({"seed": -1}, ValueError, "seed must not be negative, got -1"),
+        ({"seed": -1}, ValueError, r"seed must lie in \[0, 2\*\*63\), got -1"),
+        ({"seed": 2**63}, ValueError, r"seed must lie in \[0, 2\*\*63\), got 9223372036854775808"),
         ({"seconds": 0.0}, ValueError, r"seconds must be positive, got 0\.0"),
         ({"width": 101}, ValueError, r"width must be even and lie in \[64, 2048\], got 101"),
         ({"height": 4000}, ValueError, r"height must be even and lie in \[64, 2048\], got 4000"),

@@ -132,6 +132,8 @@ def score(
     for name, value in (("num_episodes", num_episodes), ("every", every)):
         if value < 1:
             raise ValueError(f"score: {name} must be at least 1, got {value}")
+    if seed < 0:
+        raise ValueError(f"score: seed must not be negative, got {seed}")
     if sampled and not can_sample(policy):
         raise ValueError(f"score: sampled needs policies with a distribution of their own, got {policy}")
     env_kwargs = dict(store.env_kwargs if env_kwargs is None else env_kwargs)

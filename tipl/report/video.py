@@ -167,8 +167,8 @@ def _send(writer: Any, picture: Frame) -> None:
 
 def _check_numbers(*, seed: int, seconds: float, width: int, height: int) -> None:
     """Raise ValueError where an argument of `record_video` is out of range."""
-    if seed < 0:
-        raise ValueError(f"record_video: seed must not be negative, got {seed}")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"record_video: seed must lie in [0, 2**63), got {seed}")
     if not 0.0 < seconds < math.inf:
         raise ValueError(f"record_video: seconds must be positive, got {seconds}")
     for name, value in (("width", width), ("height", height)):
