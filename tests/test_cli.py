@@ -166,6 +166,19 @@ def test_resume_goes_on_after_a_training_that_was_cut_off(
         (["run", "--env-id", "FrozenLake-v1", "--output", "OUT"], "the observations of FrozenLake-v1 must be a Box"),
         (["collect", "--num-trials", "0", "--output", "OUT"], "num_trials"),
         (["collect", "--output", "STORE"], "exists"),
+        (
+            ["collect", "--output", "."],
+            "collect: output must end in the name of what is made, such as runs/new, got",
+        ),
+        (["collect", "--output", "FILE/y"], "/y cannot be made: "),
+        (["collect", "--output", "OUT", "--record-critic", "."], "collect: record_critic must end in the name"),
+        (["collect", "--output", "OUT/y", "--tensorboard", "FILE/y"], "run.json is a file"),
+        (["train", "--store", "STORE", "--output", "/"], "train: output must end in the name of what is made"),
+        (["train", "--store", "STORE", "--output", "FILE/y", "--heldout-fraction", "0"], "run.json is a file, not a"),
+        (["pull", "user/x", "--output", ""], "pull: output must end in the name of what is made"),
+        (["video", "--store", "STORE", "--output", "FILE/y.mp4"], "run.json is a file, not a folder"),
+        (["store", "info", "STORE", "--plot", "FILE/y.svg"], "run.json is a file, not a folder"),
+        (["report", "--store", "STORE", "--evaluation", "NONE", "--output", ".", "--overwrite"], "report: output must"),
         (["run", "--output", "OUT", "--total-timesteps", "2048"], "prefix 0.2 of a path of 2 checkpoints"),
         (["train", "--store", "NONE", "--output", "OUT"], "there is no trajectory store"),
         (["evaluate", "--store", "STORE", "--model", "NONE", "--output", "OUT"], "is no model folder"),
@@ -185,9 +198,11 @@ def test_a_mistake_is_one_line_and_leaves_nothing(
 ) -> None:  # fmt: skip
     places = {
         "OUT": tmp_path / "out", "NONE": tmp_path / "none", "STORE": finished_run / "store.zarr",
-        "MODEL": finished_run / "model",
+        "MODEL": finished_run / "model", "FILE": finished_run / "run.json",
     }  # fmt: skip
-    assert run_tipl(*[places.get(argument, argument) for argument in arguments]) == 2
+    for name, place in places.items():
+        arguments = [str(place) + it.removeprefix(name) if it.startswith(name) else it for it in arguments]
+    assert run_tipl(*arguments) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1
     assert lines[0].startswith("tipl: error: ")

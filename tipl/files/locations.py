@@ -227,9 +227,22 @@ def _fill(file: int, views: list[memoryview]) -> int:
 
 
 def make_folder(path: Location) -> None:
-    """Make a local folder and its parents unless they exist; behind a URL, do nothing."""
+    """Make a local folder and its parents unless they exist; at a URL, do nothing.
+
+    Raises NotADirectoryError where a file is in the way.
+    """
     if isinstance(path, Path):
+        if file := file_in_the_way(path):
+            raise NotADirectoryError(f"{file} is a file, not a folder")
         path.mkdir(parents=True, exist_ok=True)
+
+
+def file_in_the_way(folder: Path) -> Path | None:
+    """Return the file that stands in the place of a folder or of one above it; None where there is none."""
+    for path in (folder, *folder.parents):
+        if os.path.lexists(path):
+            return None if path.is_dir() else path
+    return None
 
 
 def remove_folder(path: Location) -> None:
