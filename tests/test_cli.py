@@ -176,7 +176,6 @@ def test_resume_goes_on_after_a_training_that_was_cut_off(
         (["train", "--store", "STORE", "--output", "/"], "train: output must end in the name of what is made"),
         (["train", "--store", "STORE", "--output", "FILE/y", "--heldout-fraction", "0"], "run.json is a file, not a"),
         (["pull", "user/x", "--output", ""], "pull: output must end in the name of what is made"),
-        (["video", "--store", "STORE", "--output", "FILE/y.mp4"], "run.json is a file, not a folder"),
         (["store", "info", "STORE", "--plot", "FILE/y.svg"], "run.json is a file, not a folder"),
         (["report", "--store", "STORE", "--evaluation", "NONE", "--output", ".", "--overwrite"], "report: output must"),
         (["run", "--output", "OUT", "--total-timesteps", "2048"], "prefix 0.2 of a path of 2 checkpoints"),
@@ -184,7 +183,18 @@ def test_resume_goes_on_after_a_training_that_was_cut_off(
         (["evaluate", "--store", "STORE", "--model", "NONE", "--output", "OUT"], "is no model folder"),
         (["evaluate", "--store", "STORE", "--model", "MODEL", "--fresh", "STORE", "--output", "OUT"], "other seeds"),
         (["rollout", "--model", "MODEL", "--store", "STORE", "--trial", "9", "--output", "OUT"], "trial"),
-        (["rollout", "--model", "MODEL", "--store", "STORE", "--prefix", "0.1", "--output", "OUT"], "at least 4"),
+        (
+            ["rollout", "--model", "MODEL", "--store", "STORE", "--prefix", "0.1", "--output", "OUT"],
+            "rollout: prefix 0.1 of a path of 11 checkpoints must hold at least 4, got 2: choose a larger prefix",
+        ),
+        (
+            ["rollout", "--model", "MODEL", "--store", "STORE", "--prefix", "1", "--output", "OUT"],
+            "rollout: prefix 1 of a path of 11 checkpoints must leave room for a forecast: it holds 11",
+        ),
+        (
+            ["rollout", "--model", "MODEL", "--store", "STORE", "--horizon", "8", "--output", "OUT"],
+            "prefix 0.4 of a path of 11 checkpoints: horizon must lie in [1, 6], because the prefix holds 5",
+        ),
         (["report", "--store", "STORE", "--evaluation", "NONE", "--output", "OUT"], "does not exist"),
         (["import", "NONE", "--output", "OUT"], "there is no"),
         (["import", "MODEL", "--output", "OUT", "--pattern", "*.json"], "holds no checkpoint"),

@@ -380,6 +380,42 @@ def test_a_real_file_holds_the_pictures_in_the_tasks_own_time(store: Store, tmp_
     assert [it.name for it in tmp_path.iterdir()] == ["video.mp4"]
 
 
+@pytest.mark.parametrize(
+    ("env_id", "num_checkpoints", "arguments", "message"),
+    [
+        (ENV_ID, 20, ["--prefix", 1], "video: prefix 1 of a path of 20 checkpoints leaves nothing to forecast: choose"),
+        (
+            ENV_ID,
+            20,
+            ["--every", 25],
+            "video: prefix 0.4 of every 25 of 20 checkpoints must hold at least 4, got 1: choose",
+        ),
+        (ENV_ID, 5, [], "video: prefix 0.4 of a path of 5 checkpoints must hold at least 4, got 3: choose a larger"),
+        (ENV_ID, 200, ["--every", 1], "video: prefix 0.4 of a path of 200 checkpoints must leave room for a forecast"),
+        (ENV_ID, 100, ["--every", 1], "cannot be continued to the end: the model knows paths of 51; choose a larger"),
+        (
+            "CartPole-v1",
+            5,
+            [],
+            "env_id must be a MuJoCo task of Gymnasium's, whose state can be read, got 'CartPole-v1'",
+        ),
+        (ENV_ID, 20, ["--output", "file/y.mp4"], "y.mp4 cannot be made: file is a file, not a folder"),
+    ],
+)
+def test_the_command_says_first_what_is_wrong(
+    env_id, num_checkpoints, arguments, message, tmp_path, run_tipl, capsys, monkeypatch
+) -> None:
+    monkeypatch.setattr(offscreen, "offscreen_platform", lambda: "egl")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    make_store(tmp_path / "store.zarr", 1, num_checkpoints, env_id)
+    assert run_tipl("video", "--store", "store.zarr", "--output", "video.mp4", *arguments) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert len(said.splitlines()) == 1
+    assert {it.name for it in tmp_path.iterdir()} == {"file", "store.zarr"}
+
+
 @pytest.mark.slow
 def test_the_command_films_a_trial(
     stand_ins: SimpleNamespace, tmp_path: Path, run_tipl: Callable[..., int], capsys, monkeypatch
