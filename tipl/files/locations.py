@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 
 from upath import UPath
 
-from tipl.files.hub_errors import means_absence, read_error
+from tipl.files.hub_errors import check_token, means_absence, read_error
 
 Location: TypeAlias = Path | UPath
 
@@ -32,6 +32,9 @@ def location(path: "str | Location") -> Location:
     """
     if isinstance(path, UPath) or "://" not in str(path):
         return path if isinstance(path, UPath) else Path(path)
+    if str(path).startswith("hf://"):
+        with contextlib.suppress(ImportError):  # which is said below
+            check_token(str(path))
     try:
         url = UPath(path, use_listings_cache=False)  # other processes write there too
         url.fs.invalidate_cache()  # huggingface_hub's file system has a cache of its own

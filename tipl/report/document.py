@@ -77,7 +77,9 @@ def write_report(
         raise FileExistsError(f"write_report: output must be a folder, but {output} is a file")
     if output.exists() and any(output.iterdir()) and not overwrite:
         remove_dead_claim(output)
-        raise FileExistsError(f"write_report: {output} exists and is not empty; pass overwrite=True to write there")
+        raise FileExistsError(
+            f"write_report: {output} exists and is not empty; choose another folder, or overwrite it (--overwrite)"
+        )
 
     results = read_results(evaluation / "results.json")
     check_folder(evaluation)

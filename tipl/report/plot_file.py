@@ -19,7 +19,7 @@ def plot_path(owner: str, path: str | Path, *, overwrite: bool) -> Path:
     check_output(path, owner, "plot")
     if path.exists() and not overwrite:
         remove_dead_claim(path)
-        raise FileExistsError(f"{owner}: {path} exists; choose another file, or overwrite it")
+        raise FileExistsError(f"{owner}: {path} exists; choose another file, or overwrite it (--overwrite)")
     return path
 
 

@@ -128,7 +128,9 @@ def score(
     """
     policy = policy_to_run("score", store)
     if store.env_id == UNKNOWN:
-        raise ValueError(f"score: {store.path} does not know its environment: import the runs again with env_id")
+        raise ValueError(
+            f"score: {store.path} does not know its environment: import the runs again with env_id (--env-id)"
+        )
     for name, value in (("num_episodes", num_episodes), ("every", every)):
         if value < 1:
             raise ValueError(f"score: {name} must be at least 1, got {value}")
