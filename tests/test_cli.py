@@ -175,7 +175,6 @@ def test_resume_goes_on_after_a_training_that_was_cut_off(
         (["collect", "--output", "OUT/y", "--tensorboard", "FILE/y"], "run.json is a file"),
         (["train", "--store", "STORE", "--output", "/"], "train: output must end in the name of what is made"),
         (["train", "--store", "STORE", "--output", "FILE/y", "--heldout-fraction", "0"], "run.json is a file, not a"),
-        (["pull", "user/x", "--output", ""], "pull: output must end in the name of what is made"),
         (["store", "info", "STORE", "--plot", "FILE/y.svg"], "run.json is a file, not a folder"),
         (["report", "--store", "STORE", "--evaluation", "NONE", "--output", ".", "--overwrite"], "report: output must"),
         (["run", "--output", "OUT", "--total-timesteps", "2048"], "prefix 0.2 of a path of 2 checkpoints"),

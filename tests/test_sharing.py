@@ -390,6 +390,8 @@ def test_each_mistake_ends_in_one_line(
         (["pull", "user/none", "--output", "out"], "there is no user/none, or it is private"),
         (["pull", "user/runs", "--output", "out", "--revision", "no"], "user/runs has no revision no"),
         (["pull", "user/runs", "--output", "there"], "pull: output there exists already"),
+        (["pull", "user/runs", "--output", ""], "pull: output must end in the name of what is made"),
+        (["pull", "user/none", "--output", "there/a/b"], "there is no user/none, or it is private"),
         (
             ["pull", "user/empty", "--output", "out"],
             "pull: the dataset repository user/empty holds no store, zoo or model of tipl",
@@ -416,7 +418,7 @@ def test_each_mistake_ends_in_one_line(
     assert "user/runs: 418, I am a teapot" in refused("pull", "user/runs", "--output", "out")
     monkeypatch.delenv("HF_TOKEN")
     assert "push: there is no token for the Hugging Face hub: `hf auth login`" in refused("push", store, "user/x")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["there"]
+    assert [path.name for path in tmp_path.rglob("*")] == ["there"]
 
 
 def test_python_refuses_urls_where_paths_are_local(
