@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import safetensors.numpy
 from factories import TINY_EVALUATE, TINY_PPO, TINY_TRAIN, flags
+from processes import run_python
 
 import tipl.progress
 from tipl import pipeline
@@ -165,12 +166,34 @@ def test_resume_goes_on_after_a_training_that_was_cut_off(
         (["run", "--env-id", "FrozenLake-v1", "--output", "OUT"], "the observations of FrozenLake-v1 must be a Box"),
         (["collect", "--num-trials", "0", "--output", "OUT"], "num_trials"),
         (["collect", "--output", "STORE"], "exists"),
+        (
+            ["collect", "--output", "."],
+            "collect: output must end in the name of what is made, such as runs/new, got",
+        ),
+        (["collect", "--output", "FILE/y"], "/y cannot be made: "),
+        (["collect", "--output", "OUT", "--record-critic", "."], "collect: record_critic must end in the name"),
+        (["collect", "--output", "OUT/y", "--tensorboard", "FILE/y"], "run.json is a file"),
+        (["train", "--store", "STORE", "--output", "/"], "train: output must end in the name of what is made"),
+        (["train", "--store", "STORE", "--output", "FILE/y", "--heldout-fraction", "0"], "run.json is a file, not a"),
+        (["store", "info", "STORE", "--plot", "FILE/y.svg"], "run.json is a file, not a folder"),
+        (["report", "--store", "STORE", "--evaluation", "NONE", "--output", ".", "--overwrite"], "report: output must"),
         (["run", "--output", "OUT", "--total-timesteps", "2048"], "prefix 0.2 of a path of 2 checkpoints"),
         (["train", "--store", "NONE", "--output", "OUT"], "there is no trajectory store"),
         (["evaluate", "--store", "STORE", "--model", "NONE", "--output", "OUT"], "is no model folder"),
         (["evaluate", "--store", "STORE", "--model", "MODEL", "--fresh", "STORE", "--output", "OUT"], "other seeds"),
         (["rollout", "--model", "MODEL", "--store", "STORE", "--trial", "9", "--output", "OUT"], "trial"),
-        (["rollout", "--model", "MODEL", "--store", "STORE", "--prefix", "0.1", "--output", "OUT"], "at least 4"),
+        (
+            ["rollout", "--model", "MODEL", "--store", "STORE", "--prefix", "0.1", "--output", "OUT"],
+            "rollout: prefix 0.1 of a path of 11 checkpoints must hold at least 4, got 2: choose a larger prefix",
+        ),
+        (
+            ["rollout", "--model", "MODEL", "--store", "STORE", "--prefix", "1", "--output", "OUT"],
+            "rollout: prefix 1 of a path of 11 checkpoints must leave room for a forecast: it holds 11",
+        ),
+        (
+            ["rollout", "--model", "MODEL", "--store", "STORE", "--horizon", "8", "--output", "OUT"],
+            "prefix 0.4 of a path of 11 checkpoints: horizon must lie in [1, 6], because the prefix holds 5",
+        ),
         (["report", "--store", "STORE", "--evaluation", "NONE", "--output", "OUT"], "does not exist"),
         (["import", "NONE", "--output", "OUT"], "there is no"),
         (["import", "MODEL", "--output", "OUT", "--pattern", "*.json"], "holds no checkpoint"),
@@ -184,9 +207,11 @@ def test_a_mistake_is_one_line_and_leaves_nothing(
 ) -> None:  # fmt: skip
     places = {
         "OUT": tmp_path / "out", "NONE": tmp_path / "none", "STORE": finished_run / "store.zarr",
-        "MODEL": finished_run / "model",
+        "MODEL": finished_run / "model", "FILE": finished_run / "run.json",
     }  # fmt: skip
-    assert run_tipl(*[places.get(argument, argument) for argument in arguments]) == 2
+    for name, place in places.items():
+        arguments = [str(place) + it.removeprefix(name) if it.startswith(name) else it for it in arguments]
+    assert run_tipl(*arguments) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1
     assert lines[0].startswith("tipl: error: ")
@@ -214,6 +239,20 @@ def test_ctrl_c_in_the_middle_of_a_collection_keeps_what_was_committed(tmp_path:
     assert store.num_checkpoints > 3
     for i in range(3):
         assert store.trial(i).weights().shape[0] == store.trial(i).num_checkpoints
+
+
+@pytest.mark.parametrize("module", ["numpy", "tyro", "tipl.progress", "tipl.cli.commands", "tipl.files.locations"])
+def test_ctrl_c_before_all_is_imported_is_one_line(module: str) -> None:
+    code = (
+        "import signal, sys; from tipl.cli import main\n"
+        "class Interrupt:\n"
+        "    def find_spec(self, name, *_):\n"
+        f"        if name == {module!r}: signal.raise_signal(signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Interrupt())\n"
+        "sys.argv = ['tipl', 'verify', '.']; main()"
+    )
+    done = run_python(code)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "tipl: interrupted.\n")
 
 
 def test_help_teaches(run_tipl: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
@@ -283,8 +322,8 @@ def test_a_store_is_drawn_and_its_curves_go_where_they_are_asked_for(
 def test_output_that_nobody_reads_any_more_is_no_error(size: int) -> None:
     """As behind `| head`: a text that waits in the buffer until the end, and one that does not fit into it."""
     code = (
-        "import sys; from tipl import cli; sys.argv = ['tipl', 'verify', '.']; "
-        f"cli.Verify.run = lambda _: print({size} * 'x', 'x'); cli.main()"
+        "import sys; from tipl.cli import main, store_commands; sys.argv = ['tipl', 'verify', '.']; "
+        f"store_commands.Verify.run = lambda _: print({size} * 'x', 'x'); main()"
     )
     reading, writing = os.pipe()
     os.close(reading)

@@ -16,7 +16,7 @@ from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser
 
 import tipl
-from tipl.cli import Command
+from tipl.cli.commands import Command
 
 sys.path.append(str(Path(__file__).parents[1] / "bench"))
 import table

@@ -5,6 +5,7 @@ All 21 MuJoCo tasks are bit-equal in observation, reward, terminated and truncat
 
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -407,6 +408,52 @@ def test_a_state_of_another_task_is_refused() -> None:
 def test_making_an_environment_prints_and_writes_nothing(tmp_path: Any, monkeypatch: Any, capfd: Any) -> None:
     monkeypatch.chdir(tmp_path)  # MuJoCo writes its MUJOCO_LOG.TXT into the working directory
     make_vec("HalfCheetah-v4", 1, seeds=[0]).reset()
+    make_vec("HalfCheetah-v5", 1, seeds=[0], env_kwargs={"ctrl_cost_weight": 0.2}).reset()  # Gymnasium's own
+    assert list(tmp_path.iterdir()) == []
+    assert capfd.readouterr() == ("", "")
+
+
+def test_making_environments_on_several_threads_prints_and_writes_nothing(
+    tmp_path: Any, monkeypatch: Any, capfd: Any
+) -> None:
+    """As `run_episodes` does. MuJoCo has one handler of warnings for the whole process."""
+    monkeypatch.chdir(tmp_path)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda seed: make_vec("HalfCheetah-v5", 1, seeds=[seed], num_threads=1), range(48)))
+    assert mujoco.get_mju_user_warning() is None
+    assert list(tmp_path.iterdir()) == []
+    assert capfd.readouterr() == ("", "")
+
+
+def blow_up(env: VectorEnv) -> None:
+    """Step simulations that are too fast for any time step."""
+    env.reset()
+    if isinstance(env, MujocoVectorEnv):
+        state = env.get_state()
+        state.simulations[:, 1:] = 1e20
+        env.set_state(state)
+    else:
+        env._envs[0].unwrapped.data.qvel[:] = 1e20  # type: ignore[attr-defined]
+    env.step(np.zeros((env.num_envs, env.act_dim)))
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"ctrl_cost_weight": 0.2}])
+def test_the_simulators_warnings_are_pythons_and_no_file(
+    kwargs: dict[str, float], tmp_path: Any, monkeypatch: Any, capfd: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    env = make_vec("HalfCheetah-v5", 8, seeds=range(8), env_kwargs=kwargs)
+    with pytest.warns(RuntimeWarning, match=r"MuJoCo: Nan, Inf or huge value in Q\w+ at DOF \d+\. .* unstable\.$"):
+        blow_up(env)
+    said: list[str] = []
+    mujoco.set_mju_user_warning(said.append)  # of a program that has a handler of its own
+    try:
+        blow_up(make_vec("HalfCheetah-v5", 8, seeds=range(8), env_kwargs=kwargs))
+        assert mujoco.get_mju_user_warning() == said.append
+    finally:
+        mujoco.set_mju_user_warning(None)
+    assert said
+    assert all("Nan, Inf or huge value" in text for text in said)
     assert list(tmp_path.iterdir()) == []
     assert capfd.readouterr() == ("", "")
 

@@ -214,4 +214,6 @@ def test_rejections(tiny_store: Store, forecaster: Forecaster, tmp_path: Path) -
         evaluate(store, Forecaster(forecaster.model), tmp_path / "evaluation", QUICK, progress=False)
     with pytest.raises(ValueError, match=r"prefixes must be shares of the path in \(0, 1\), got \(1.5,\)"):
         EvaluateConfig(prefixes=(1.5,))
+    with pytest.raises(ValueError, match=r"EvaluateConfig: seed must not be negative, got -1"):
+        EvaluateConfig(seed=-1)
     assert not (tmp_path / "evaluation").exists()

@@ -5,13 +5,14 @@ import errno
 import fcntl
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tipl.files.locations import location, naming, read_file
+from tipl.files.locations import location, make_folder, naming, read_file
 from tipl.files.manifest import check_folder
 from tipl.files.publishing import OutputInUse, claimed, published, remove, remove_left_behind
 
@@ -65,6 +66,46 @@ def test_a_failure_leaves_nothing_and_blocks_nothing(tmp_path: Path, error: Base
         raise error
     assert names_in(tmp_path) == []
     make(tmp_path / "model")
+
+
+def test_after_a_failure_folders_that_were_made_for_nothing_are_gone(tmp_path: Path) -> None:
+    (tmp_path / "before").mkdir()
+    for failing in (published, claimed):
+        with pytest.raises(KeyboardInterrupt), failing(tmp_path / "before" / "a" / "b" / "model", "train"):
+            raise KeyboardInterrupt
+        assert names_in(tmp_path) == ["before"]
+        assert names_in(tmp_path / "before") == []
+    with pytest.raises(KeyboardInterrupt), published(tmp_path / "a" / "b" / "model", "train"):
+        (tmp_path / "a" / "other").write_text("")
+        raise KeyboardInterrupt
+    assert names_in(tmp_path / "a") == ["other"]
+
+
+@pytest.mark.parametrize("output", ["", ".", "/", "..", "a/.."])
+def test_an_output_without_a_name_is_refused(output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    expected = (
+        rf"train: output must end in the name of what is made, such as runs/new, got '{re.escape(output or '.')}'"
+    )
+    with pytest.raises(ValueError, match=expected):
+        make(Path(output))
+    with pytest.raises(ValueError, match=expected), claimed(Path(output), "train"):
+        pass
+    assert names_in(tmp_path) == []
+
+
+@pytest.mark.parametrize("rest", ["model", "deep/model"])
+def test_a_file_in_the_place_of_a_folder_is_named(rest: str, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    expected = rf"train: output {file}/{rest} cannot be made: {file} is a file, not a folder"
+    with pytest.raises(NotADirectoryError, match=expected):
+        make(file / rest)
+    with pytest.raises(NotADirectoryError, match=expected), claimed(file / rest, "train"):
+        pass
+    with pytest.raises(NotADirectoryError, match=rf"{file} is a file, not a folder"):
+        make_folder(file / rest)
+    assert names_in(tmp_path) == ["file"]
 
 
 def test_what_is_resumable_is_kept_for_the_next_call(tmp_path: Path) -> None:

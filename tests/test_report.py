@@ -334,7 +334,7 @@ def test_an_existing_report_is_kept(tiny: Run) -> None:
     tiny.output.mkdir()
     kept, stale = tiny.output / "report.html", tiny.output / "coordinates.png"
     kept.write_text("mine")
-    with pytest.raises(FileExistsError, match=r"report exists and is not empty; pass overwrite=True"):
+    with pytest.raises(FileExistsError, match=r"report exists and is not empty; choose another folder"):
         tiny.report()
     assert kept.read_text() == "mine"
     stale.write_text("of an earlier report")

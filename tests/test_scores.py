@@ -67,6 +67,7 @@ def test_what_cannot_be_scored_is_refused(tmp_path):
     for arguments, message in (
         ({"num_episodes": 0}, "num_episodes must be at least 1"),
         ({"every": 0}, "every must be"),
+        ({"seed": -1}, "seed must not be negative, got -1"),
     ):
         with pytest.raises(ValueError, match=f"score: {message}"):
             tipl.score(store, **arguments)

@@ -358,7 +358,7 @@ def test_a_model_folder_with_other_files_is_refused(hub: Hub, tmp_path: Path, na
     message = rf"user/evil/manifest.json lists '{re.escape(name)}', which is no file of a model folder"
     with pytest.raises(RuntimeError, match=message):
         tipl.pull("user/evil", tmp_path / "folder" / "out", progress=False)
-    assert [path.name for path in tmp_path.rglob("*")] == ["folder"]
+    assert list(tmp_path.iterdir()) == []
 
 
 # Mistakes, each in one line
@@ -390,6 +390,8 @@ def test_each_mistake_ends_in_one_line(
         (["pull", "user/none", "--output", "out"], "there is no user/none, or it is private"),
         (["pull", "user/runs", "--output", "out", "--revision", "no"], "user/runs has no revision no"),
         (["pull", "user/runs", "--output", "there"], "pull: output there exists already"),
+        (["pull", "user/runs", "--output", ""], "pull: output must end in the name of what is made"),
+        (["pull", "user/none", "--output", "there/a/b"], "there is no user/none, or it is private"),
         (
             ["pull", "user/empty", "--output", "out"],
             "pull: the dataset repository user/empty holds no store, zoo or model of tipl",
@@ -398,7 +400,7 @@ def test_each_mistake_ends_in_one_line(
         (["push", store, "runs"], "push: repo_id must be user/name, got 'runs'"),
         (["push", store, "user/a..b"], "a..b"),
         (["pull", "user/runs", "--output", "s3://bucket/out"], "output must be a local path"),
-        (["push", tmp_path / "none", "user/x"], f"push: {tmp_path}/none must be the folder of a store"),
+        (["push", tmp_path / "none", "user/x"], f"push: there is no folder {tmp_path}/none"),
         (["push", tmp_path, "user/x"], f"push: {tmp_path} must be the folder of a store, of a zoo or of a model"),
         (["push", store, "other/x"], f"{at}other/x: 403, You don't have the rights to create"),
         (
@@ -416,7 +418,7 @@ def test_each_mistake_ends_in_one_line(
     assert "user/runs: 418, I am a teapot" in refused("pull", "user/runs", "--output", "out")
     monkeypatch.delenv("HF_TOKEN")
     assert "push: there is no token for the Hugging Face hub: `hf auth login`" in refused("push", store, "user/x")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["there"]
+    assert [path.name for path in tmp_path.rglob("*")] == ["there"]
 
 
 def test_python_refuses_urls_where_paths_are_local(
@@ -467,6 +469,26 @@ def test_a_read_that_breaks_off_says_where_and_what_to_do(
     seen = capsys.readouterr()
     assert said in seen.out + seen.err
     assert seen.err.count("\n") == (0 if code == "EntryNotFound" else 1)  # no server is taken for damage
+
+
+@pytest.mark.parametrize("token", ["hf_tokén", "hf_\x01"])
+def test_a_token_that_no_header_can_hold_is_named_and_not_shown(
+    hub: Hub, small_store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_tipl: Callable[..., int], capsys,
+    token: str,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("HF_TOKEN", token)
+    for who, *arguments in (
+        ("pull", "pull", "user/x", "--output", tmp_path / "out"),
+        ("push", "push", small_store.path, "user/x"),
+        ("hf://datasets/user/x", "store", "info", "hf://datasets/user/x"),
+        ("hf://datasets/user/x", "verify", "hf://datasets/user/x"),
+    ):
+        assert run_tipl(*arguments) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"tipl: error: {who}: the token for the Hugging Face hub (HF_TOKEN, or that of `hf ")
+        assert error.count("\n") == 1
+        assert "hf_" not in error
+    assert hub.requests == []
 
 
 @pytest.mark.parametrize(
@@ -648,6 +670,15 @@ def test_an_unfinished_collection_is_not_pushed(hub: Hub, tmp_path: Path) -> Non
     store.close()
     with pytest.raises(ValueError, match=r"push: .*unfinished is an unfinished collection; `tipl collect` finishes it"):
         tipl.push(store.path, "user/x", progress=False)
+    config = document["attributes"]["config"] | {"jumps": {"max_jumps": 0}}
+    jumping = Store.create(tmp_path / "jumping", env_id=store.env_id, policy=store.policy, seeds=[1], config=config)
+    jumping.close()
+    for share in (
+        lambda: tipl.push(jumping.path, "user/x", progress=False),
+        lambda: tipl.make_zoo([jumping.path], tmp_path / "zoo", progress=False),
+    ):
+        with pytest.raises(ValueError, match=r"jumping is an unfinished collection; `tipl accelerate` finishes it"):
+            share()
     assert hub.requests == []
 
 

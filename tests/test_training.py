@@ -422,6 +422,8 @@ def test_rejections(tmp_path: Path) -> None:
         ("trust", -0.1, r"must lie in \[0, 1\], got -0.1"),
         ("learning_rate", float("nan"), "must be positive and finite, got nan"),
         ("mixing", -1.0, "must be finite and not negative, got -1.0"),
+        ("seed", -1, r"must lie in \[0, 2\*\*63\), got -1"),
+        ("seed", 2**63, r"must lie in \[0, 2\*\*63\), got 9223372036854775808"),
     ):
         with pytest.raises(ValueError, match=f"TrainConfig: {name} {message}"):
             TrainConfig(**{name: value})

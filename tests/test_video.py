@@ -46,6 +46,10 @@ def positions_and_speeds(env_id: str, states: NDArray[np.float64]) -> NDArray[np
 # ---------------------------------------------------------------- the episodes
 
 
+def test_every_seed_that_a_video_takes_can_be_run() -> None:
+    assert record_episodes(ENV_ID, SPEC, random_policies(SPEC), 2**63 - 1).lengths.min() > 0
+
+
 def test_what_is_recorded_is_what_is_judged() -> None:
     weights = random_policies(SPEC)
     recording = record_episodes(ENV_ID, SPEC, weights, 11)
@@ -237,7 +241,8 @@ def test_a_failure_leaves_nothing(store: Store, stand_ins: SimpleNamespace, tmp_
         ({"policies": {"a": np.zeros(SPEC.num_params)}}, TypeError, "must be a float32 array, got float64"),
         ({"policies": {"a": [0.0]}}, TypeError, "must be a float32 array, got list"),
         ({"policies": {"a": np.full(SPEC.num_params, np.nan, np.float32)}}, ValueError, "got NaN or Inf"),
-        ({"seed": -1}, ValueError, "seed must not be negative, got -1"),
+        ({"seed": -1}, ValueError, r"seed must lie in \[0, 2\*\*63\), got -1"),
+        ({"seed": 2**63}, ValueError, r"seed must lie in \[0, 2\*\*63\), got 9223372036854775808"),
         ({"seconds": 0.0}, ValueError, r"seconds must be positive, got 0\.0"),
         ({"width": 101}, ValueError, r"width must be even and lie in \[64, 2048\], got 101"),
         ({"height": 4000}, ValueError, r"height must be even and lie in \[64, 2048\], got 4000"),
@@ -373,6 +378,42 @@ def test_a_real_file_holds_the_pictures_in_the_tasks_own_time(store: Store, tmp_
     assert len(frames) == min(longest, 10) + 1 + 38  # the first 0.4 s, and 1.5 s of the last picture
     np.testing.assert_allclose(frames[3][100, 50], (200, 60, 20), atol=12)
     assert [it.name for it in tmp_path.iterdir()] == ["video.mp4"]
+
+
+@pytest.mark.parametrize(
+    ("env_id", "num_checkpoints", "arguments", "message"),
+    [
+        (ENV_ID, 20, ["--prefix", 1], "video: prefix 1 of a path of 20 checkpoints leaves nothing to forecast: choose"),
+        (
+            ENV_ID,
+            20,
+            ["--every", 25],
+            "video: prefix 0.4 of every 25 of 20 checkpoints must hold at least 4, got 1: choose",
+        ),
+        (ENV_ID, 5, [], "video: prefix 0.4 of a path of 5 checkpoints must hold at least 4, got 3: choose a larger"),
+        (ENV_ID, 200, ["--every", 1], "video: prefix 0.4 of a path of 200 checkpoints must leave room for a forecast"),
+        (ENV_ID, 100, ["--every", 1], "cannot be continued to the end: the model knows paths of 51; choose a larger"),
+        (
+            "CartPole-v1",
+            5,
+            [],
+            "env_id must be a MuJoCo task of Gymnasium's, whose state can be read, got 'CartPole-v1'",
+        ),
+        (ENV_ID, 20, ["--output", "file/y.mp4"], "y.mp4 cannot be made: file is a file, not a folder"),
+    ],
+)
+def test_the_command_says_first_what_is_wrong(
+    env_id, num_checkpoints, arguments, message, tmp_path, run_tipl, capsys, monkeypatch
+) -> None:
+    monkeypatch.setattr(offscreen, "offscreen_platform", lambda: "egl")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    make_store(tmp_path / "store.zarr", 1, num_checkpoints, env_id)
+    assert run_tipl("video", "--store", "store.zarr", "--output", "video.mp4", *arguments) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert len(said.splitlines()) == 1
+    assert {it.name for it in tmp_path.iterdir()} == {"file", "store.zarr"}
 
 
 @pytest.mark.slow

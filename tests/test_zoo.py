@@ -15,7 +15,7 @@ import tyro
 from factories import TINY_PPO, make_store
 
 import tipl
-from tipl.cli import Command
+from tipl.cli.commands import Command
 from tipl.files.locations import location
 from tipl.files.sealed import json_digest
 from tipl.policy import PolicySpec

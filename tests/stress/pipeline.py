@@ -29,7 +29,7 @@ from hub_server import TOKEN, USER, Server
 
 import tipl
 from tipl import _core, cli
-from tipl.cli import run_commands
+from tipl.cli import commands, run_commands
 from tipl.collecting.offscreen import offscreen_platform
 from tipl.report.plots import Plot
 from tipl.reproduction import TaskSettings
@@ -231,7 +231,7 @@ def as_typed(arguments: Sequence[str]) -> Callable[[], None]:
 
 
 def _main(command: object) -> None:
-    cli.tyro.cli = lambda *_, **__: command  # type: ignore[attr-defined]
+    tyro.cli = lambda *_, **__: command  # type: ignore[assignment]
     cli.main()
 
 
@@ -240,7 +240,7 @@ _PARSE = tyro.cli  # which `_main` puts something else in the place of
 
 @cache
 def _parsed(arguments: tuple[str, ...]) -> Any:
-    return _PARSE(cli.Command, args=list(arguments))
+    return _PARSE(commands.Command, args=list(arguments))
 
 
 def make_small() -> None:

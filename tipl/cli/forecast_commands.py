@@ -208,7 +208,9 @@ class Video:
 
         offscreen_platform()  # before mujoco is imported: see there
         from tipl.judging.return_judgement import episode_seeds
+        from tipl.report.video import simulation_of
 
+        simulation_of(tipl.Store.open(self.store))  # a task that cannot be filmed is refused before the forecast
         found = TrialForecast.of(
             "video",
             self.store,

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import tipl
-from tipl.subspace.prefix_end import prefix_end_of
+from tipl.subspace.prefix_end import MIN_PREFIX_END, prefix_end_of
 
 if TYPE_CHECKING:
     from tipl.forecasting.forecast import Ahead
@@ -82,7 +82,10 @@ class TrialForecast:
             raise ValueError(f"{owner}: every must be at least 1, got {every}")
         path = of_trial.weights()[::every]
         prefix_end = prefix_end_of(prefix, len(path))
-        horizon = len(path) - 1 - prefix_end if horizon is None else horizon
+        shown = f"prefix {prefix:g} of a path of {len(path)} checkpoints"
+        if every > 1:
+            shown = f"prefix {prefix:g} of every {every} of {of_trial.num_checkpoints} checkpoints"
+        horizon = _checked_horizon(f"{owner}: {shown}", prefix_end, len(path), horizon, max_len)
         observed = path[: prefix_end + 1]
         (forecast,) = check_and_forecast(forecaster, observed, horizon, layout=opened.policy, device=device)
         return cls(opened, forecaster, trial, every, path, prefix_end, forecast.at())
@@ -113,6 +116,37 @@ class TrialForecast:
             "linear": Linear.fit(training, self.prefix_end).forecast(prefix, self.horizons),
             "mean_path": MeanPath.fit(coordinates).forecast(prefix, horizons),
         }
+
+
+def _checked_horizon(shown: str, prefix_end: int, length: int, horizon: int | None, max_len: int) -> int:
+    """Return how many checkpoints to forecast after a prefix, by default to the end of a path of `length` checkpoints.
+
+    Raises ValueError, beginning with `shown`, the prefix in words, where it is too short or leaves no room for them.
+    """
+    held, room = prefix_end + 1, max_len - 1 - prefix_end
+    if prefix_end < MIN_PREFIX_END:
+        least = MIN_PREFIX_END + 1
+        raise ValueError(f"{shown} must hold at least {least}, got {held}: choose a larger prefix or a smaller every")
+    if room < 1:
+        raise ValueError(
+            f"{shown} must leave room for a forecast: it holds {held}, and the model knows paths of {max_len}; choose "
+            "a smaller prefix or a larger every"
+        )
+    if horizon is None:
+        if held == length:
+            raise ValueError(f"{shown} leaves nothing to forecast: choose a smaller prefix, or a horizon up to {room}")
+        if length > max_len:
+            raise ValueError(
+                f"{shown} cannot be continued to the end: the model knows paths of {max_len}; choose a larger every, "
+                f"or a horizon up to {room}"
+            )
+        return length - held
+    if not 1 <= horizon <= room:
+        raise ValueError(
+            f"{shown}: horizon must lie in [1, {room}], because the prefix holds {held} and the model knows paths of "
+            f"{max_len}, got {horizon}"
+        )
+    return horizon
 
 
 def check_prefix(owner: str, prefix: float) -> None:

@@ -34,7 +34,7 @@ from tipl.collecting.ppo_config import PPOConfig
 from tipl.collecting.resume import Unfinished
 from tipl.collecting.settings import config_of, num_checkpoints_asked, reopened
 from tipl.files.locations import Location, location
-from tipl.files.publishing import claimed
+from tipl.files.publishing import check_output, claimed
 from tipl.policy import ParameterLayout, PolicySpec
 from tipl.storing.store import Store
 from tipl.storing.store_writer import StoreInUse
@@ -137,6 +137,8 @@ def collect(
     if ray is not None and population is not Population:
         raise ValueError("collect: population must be Population on a Ray cluster")
     critics = None if record_critic is None else location(record_critic)
+    if critics is not None:
+        check_output(critics, "collect", "record_critic")
     num_iterations = math.ceil(total_timesteps / ppo.batch_size)
     with claimed(output, "collect"):
         asked = {"env_id": env_id, "env_kwargs": env_kwargs, **config}

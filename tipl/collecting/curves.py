@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tipl.collecting.population_records import IterationStats
+from tipl.files.locations import file_in_the_way
 from tipl.storing.store_records import trial_name
 
 LOSSES = ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac", "explained_variance")
@@ -38,8 +39,8 @@ class Curves:
         """
         self.folder = Path(folder)
         self.runs = [*(self.folder / trial_name(i) for i in trials), *([self.folder / "mean"] if mean else [])]
-        if self.folder.exists() and not self.folder.is_dir():
-            raise NotADirectoryError(f"tensorboard: {self.folder} must be a folder, but it is a file")
+        if file := file_in_the_way(self.folder):
+            raise NotADirectoryError(f"tensorboard: {self.folder} must be a folder, but {file} is a file")
         self.folder.mkdir(parents=True, exist_ok=True)
         if not os.access(self.folder, os.W_OK | os.X_OK):
             raise PermissionError(f"tensorboard: the folder {self.folder} cannot be written")

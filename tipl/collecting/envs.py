@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from tipl.collecting.gymnasium_env import GymnasiumVectorEnv
 from tipl.collecting.mujoco_tasks import TASKS, Bools, Floats, MujocoTask, Rows
+from tipl.collecting.simulator_warnings import simulator_warnings
 from tipl.collecting.vector_env import Ids, VectorEnv, checked_seeds, kind_of
 
 MAX_THREADS = 1024
@@ -195,12 +196,15 @@ def make_vec(
     limit = registered_limit if max_episode_steps is None else max_episode_steps
     task = TASKS.get(env_id)
     env: VectorEnv
-    if task is not None and limit is not None and is_batched(env_id, kwargs):
-        env = MujocoVectorEnv(env_id, task, num_envs, seeds=checked, num_threads=num_threads, max_episode_steps=limit)
-    else:
-        env = GymnasiumVectorEnv(
-            env_id, num_envs, seeds=checked, max_episode_steps=max_episode_steps, env_kwargs=kwargs
-        )
+    with simulator_warnings():
+        if task is not None and limit is not None and is_batched(env_id, kwargs):
+            env = MujocoVectorEnv(
+                env_id, task, num_envs, seeds=checked, num_threads=num_threads, max_episode_steps=limit
+            )
+        else:
+            env = GymnasiumVectorEnv(
+                env_id, num_envs, seeds=checked, max_episode_steps=max_episode_steps, env_kwargs=kwargs
+            )
     env.env_kwargs = dict(env_kwargs or {})
     return env
 

@@ -220,7 +220,8 @@ def policy_to_run(owner: str, store: Store) -> PolicySpec:
     if store.is_unnormalised:
         raise ValueError(
             f"{owner}: the runs in {store.path} saw observations through VecNormalize, and the store lacks its "
-            "statistics, without which the policies act otherwise: import the checkpoint files again with normaliser"
+            "statistics, without which the policies act otherwise: import the checkpoint files again with normaliser "
+            "(--normaliser)"
         )
     return store.policy
 

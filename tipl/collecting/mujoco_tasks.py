@@ -24,6 +24,8 @@ import mujoco
 import numpy as np
 from numpy.typing import NDArray
 
+from tipl.collecting.simulator_warnings import simulator_warnings
+
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 
@@ -76,14 +78,8 @@ class MujocoTask:
     def load_model(self) -> Any:
         """Return the task's mujoco.MjModel, from the installed gymnasium package."""
         path = Path(gymnasium.__file__).parent / "envs" / "mujoco" / "assets" / self.model_file
-        # Some of these files use deprecated attributes. MuJoCo would warn on stderr and in a MUJOCO_LOG.TXT in the
-        # working directory, but the user cannot change these files.
-        previous = mujoco.get_mju_user_warning()
-        mujoco.set_mju_user_warning(lambda text: None)
-        try:
+        with simulator_warnings():
             return mujoco.MjModel.from_xml_path(str(path))
-        finally:
-            mujoco.set_mju_user_warning(previous)
 
 
 # Reset noise.

@@ -58,21 +58,25 @@ def open_renderer(model: Any, width: int, height: int) -> Iterator[Render]:
     platform = offscreen_platform()
     import mujoco
 
+    from tipl.collecting.simulator_warnings import simulator_warnings
+
     context = importlib.import_module(f"mujoco.{platform}").GLContext(width, height)
     context.make_current()
     model.vis.global_.offwidth, model.vis.global_.offheight = width, height
-    on_card = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_150)
-    mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, on_card)
-    scene, data, option = mujoco.MjvScene(model, maxgeom=10_000), mujoco.MjData(model), mujoco.MjvOption()
-    camera, area = _camera(model, data), mujoco.MjrRect(0, 0, width, height)
+    with simulator_warnings():
+        on_card = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_150)
+        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, on_card)
+        scene, data, option = mujoco.MjvScene(model, maxgeom=10_000), mujoco.MjData(model), mujoco.MjvOption()
+        camera, area = _camera(model, data), mujoco.MjrRect(0, 0, width, height)
 
     def render(state: NDArray[np.float64]) -> Frame:
-        mujoco.mj_setState(model, data, state, mujoco.mjtState.mjSTATE_INTEGRATION)
-        mujoco.mj_forward(model, data)
-        mujoco.mjv_updateScene(model, data, option, None, camera, mujoco.mjtCatBit.mjCAT_ALL, scene)
-        mujoco.mjr_render(area, scene, on_card)
-        picture = np.empty((height, width, 3), np.uint8)
-        mujoco.mjr_readPixels(picture, None, area, on_card)
+        with simulator_warnings():
+            mujoco.mj_setState(model, data, state, mujoco.mjtState.mjSTATE_INTEGRATION)
+            mujoco.mj_forward(model, data)
+            mujoco.mjv_updateScene(model, data, option, None, camera, mujoco.mjtCatBit.mjCAT_ALL, scene)
+            mujoco.mjr_render(area, scene, on_card)
+            picture = np.empty((height, width, 3), np.uint8)
+            mujoco.mjr_readPixels(picture, None, area, on_card)
         return picture[::-1]  # OpenGL's first row is the lowest
 
     try:

@@ -55,6 +55,13 @@ def is_complete(store: Store) -> bool:
     return not Unfinished(store).exists() and (asked is None or store.num_checkpoints >= asked)
 
 
+def refuse_unfinished(owner: str, store: Store) -> None:
+    """Raise ValueError, which begins with `owner`, where the store is an unfinished collection."""
+    if not is_complete(store):
+        command = "accelerate" if "jumps" in store.config else "collect"
+        raise ValueError(f"{owner}: {store.path} is an unfinished collection; `tipl {command}` finishes it")
+
+
 def changed_settings(began: dict[str, Any], asked: dict[str, Any]) -> list[tuple[str, Any, Any]]:
     """Return (dotted name, value in `began`, value in `asked`) of every setting that differs.
 

@@ -16,6 +16,7 @@ from gymnasium.spaces import Discrete
 from numpy.typing import NDArray
 
 from tipl.collecting.mujoco_tasks import Bools, Floats
+from tipl.collecting.simulator_warnings import simulator_warnings
 from tipl.collecting.spaces import ActionSpace, bounds
 
 Ids = NDArray[np.intp]
@@ -76,7 +77,8 @@ class VectorEnv(ABC):
         """
         if seeds is not None:
             self._seed(checked_seeds("reset", seeds, self.num_envs))
-        self._obs[:] = self._restart(self._all)
+        with simulator_warnings():
+            self._obs[:] = self._restart(self._all)
         self._started = True
         return self._obs.copy()
 
@@ -94,13 +96,14 @@ class VectorEnv(ABC):
         index = slice(None) if ids is self._all else ids
         reward = np.zeros(self.num_envs)
         terminated, truncated = np.zeros(self.num_envs, np.bool_), np.zeros(self.num_envs, np.bool_)
-        if ids.size:
-            clipped = np.clip(actions[index], self.action_low, self.action_high)
-            self._obs[index], reward[index], terminated[index], truncated[index] = self._advance(clipped, ids)
-        final_obs = self._obs.copy()
-        ended = np.flatnonzero(terminated | truncated)
-        if ended.size:
-            self._obs[ended] = self._restart(ended)
+        with simulator_warnings():
+            if ids.size:
+                clipped = np.clip(actions[index], self.action_low, self.action_high)
+                self._obs[index], reward[index], terminated[index], truncated[index] = self._advance(clipped, ids)
+            final_obs = self._obs.copy()
+            ended = np.flatnonzero(terminated | truncated)
+            if ended.size:
+                self._obs[ended] = self._restart(ended)
         return Step(self._obs.copy(), reward, terminated, truncated, final_obs)
 
     def _checked_ids(self, actions: Floats, active: Bools | None) -> Ids:

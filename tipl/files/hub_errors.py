@@ -17,6 +17,18 @@ def check_installed(command: str) -> None:
         raise ValueError(f"{command}: the package huggingface_hub is not installed: pip install 'tipl[hub]'") from None
 
 
+def check_token(who: str) -> None:
+    """Raise ValueError, which begins with `who`, where the user's token holds what no HTTP header can."""
+    from huggingface_hub import get_token
+
+    token = get_token() or ""
+    if not (token.isascii() and token.isprintable()):
+        raise ValueError(
+            f"{who}: the token for the Hugging Face hub (HF_TOKEN, or that of `hf auth login`) must hold printable "
+            "ASCII characters alone, and holds others: copy it again"
+        )
+
+
 @contextlib.contextmanager
 def hub_errors(command: str, repo_id: str, revision: str | None) -> Iterator[None]:
     """Raise what huggingface_hub raises as an error of one line, and hide its progress bars, for tipl has its own."""

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 
 from upath import UPath
 
-from tipl.files.hub_errors import means_absence, read_error
+from tipl.files.hub_errors import check_token, means_absence, read_error
 
 Location: TypeAlias = Path | UPath
 
@@ -32,6 +32,9 @@ def location(path: "str | Location") -> Location:
     """
     if isinstance(path, UPath) or "://" not in str(path):
         return path if isinstance(path, UPath) else Path(path)
+    if str(path).startswith("hf://"):
+        with contextlib.suppress(ImportError):  # which is said below
+            check_token(str(path))
     try:
         url = UPath(path, use_listings_cache=False)  # other processes write there too
         url.fs.invalidate_cache()  # huggingface_hub's file system has a cache of its own
@@ -227,9 +230,22 @@ def _fill(file: int, views: list[memoryview]) -> int:
 
 
 def make_folder(path: Location) -> None:
-    """Make a local folder and its parents unless they exist; behind a URL, do nothing."""
+    """Make a local folder and its parents unless they exist; at a URL, do nothing.
+
+    Raises NotADirectoryError where a file is in the way.
+    """
     if isinstance(path, Path):
+        if file := file_in_the_way(path):
+            raise NotADirectoryError(f"{file} is a file, not a folder")
         path.mkdir(parents=True, exist_ok=True)
+
+
+def file_in_the_way(folder: Path) -> Path | None:
+    """Return the file that stands in the place of a folder or of one above it; None where there is none."""
+    for path in (folder, *folder.parents):
+        if os.path.lexists(path):
+            return None if path.is_dir() else path
+    return None
 
 
 def remove_folder(path: Location) -> None:

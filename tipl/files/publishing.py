@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from tipl.files.locations import Location, make_folder, naming, remove_folder
+from tipl.files.locations import Location, file_in_the_way, make_folder, naming, remove_folder
 from tipl.files.manifest import write_manifest
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EBADF)  # EBADF: a folder on NFS
@@ -40,7 +40,6 @@ def published(output: Path, command: str, *, manifest: bool = True, resumable: b
     Raises FileExistsError where `output` exists, OutputInUse where another process is making it.
     """
     refuse_existing(output, command)
-    make_folder(output.parent)
     with claimed(output, command):
         refuse_existing(output, command)  # another process may have made it since the first check
         with made_aside(output, resumable=resumable) as aside:
@@ -68,10 +67,23 @@ def made_aside(output: Path, *, resumable: bool = False) -> Iterator[Path]:
 
 
 def refuse_existing(output: Location, command: str) -> None:
-    """Raise FileExistsError where `output` exists."""
+    """Raise FileExistsError where `output` exists, and what `check_output` does."""
+    check_output(output, command)
     if output.exists():
         remove_dead_claim(output)
         raise FileExistsError(f"{command}: output {output} exists already; choose another one or remove it")
+
+
+def check_output(output: Location, command: str, name: str = "output") -> None:
+    """Raise ValueError where an output, the argument `name`, is no path to something new, as . and / are not;
+    NotADirectoryError where a file is in the place of a folder above it.
+    """
+    if not isinstance(output, Path):
+        return
+    if output.name in ("", ".."):
+        raise ValueError(f"{command}: {name} must end in the name of what is made, such as runs/new, got '{output}'")
+    if file := file_in_the_way(output.parent):
+        raise NotADirectoryError(f"{command}: {name} {output} cannot be made: {file} is a file, not a folder")
 
 
 def remove_dead_claim(output: Location) -> None:
@@ -83,14 +95,35 @@ def remove_dead_claim(output: Location) -> None:
 
 @contextlib.contextmanager
 def claimed(output: Location, command: str) -> Iterator[None]:
-    """Keep other processes from making `output` as long as the context lasts. Behind a URL this has no effect.
+    """Keep other processes from making `output` as long as the context lasts. At a URL this has no effect.
 
-    Raises OutputInUse, which names the other process, where one has claimed it.
+    Folders above it are made, and removed again if nothing has been made in them.
+
+    Raises OutputInUse, which names the other process, where one has claimed it, and what `check_output` does.
     """
     if not isinstance(output, Path):
         yield
         return
-    make_folder(output.parent)
+    check_output(output, command)
+    with _folders_above(output), _claim(output, command):
+        yield
+
+
+@contextlib.contextmanager
+def _folders_above(output: Path) -> Iterator[None]:
+    """Make the folders above `output`; in the end remove those that were made here and are empty."""
+    missing = [folder for folder in output.parents if not folder.exists()]
+    try:
+        make_folder(output.parent)
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # of the first that is not empty
+            for folder in missing:
+                folder.rmdir()
+
+
+@contextlib.contextmanager
+def _claim(output: Path, command: str) -> Iterator[None]:
     path = _claim_of(output)
     file = _locked_file(path, output, command)
     try:

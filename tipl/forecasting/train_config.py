@@ -89,6 +89,8 @@ class TrainConfig:
         for name in ("teacher_forced", "trust"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"TrainConfig: {name} must lie in [0, 1], got {getattr(self, name)}")
+        if not 0 <= self.seed < 2**63:  # torch's generator takes no more bits
+            raise ValueError(f"TrainConfig: seed must lie in [0, 2**63), got {self.seed}")
         if not 0.0 < self.learning_rate < math.inf:
             raise ValueError(f"TrainConfig: learning_rate must be positive and finite, got {self.learning_rate}")
         for name in ("weight_decay", "noise", "mixing"):

@@ -230,7 +230,8 @@ def load_training_data(sources: Sequence[Source], config: TrainConfig, cluster: 
         if source.num_checkpoints != num_checkpoints:
             raise ValueError(
                 f"train: the stores must hold paths of one length, {sources[0].store.path} has {num_checkpoints} "
-                f"checkpoints, {source.store.path} has {source.num_checkpoints}: choose num_checkpoints"
+                f"checkpoints, {source.store.path} has {source.num_checkpoints}: choose num_checkpoints "
+                "(--num-checkpoints)"
             )
     last = num_checkpoints - 2  # the last prefix that leaves a checkpoint to forecast
     if last < MIN_PREFIX_END:

@@ -32,6 +32,8 @@ class EvaluateConfig:
             raise ValueError(f"EvaluateConfig: num_episodes must be at least 1, got {self.num_episodes}")
         if self.max_trials is not None and self.max_trials < 1:
             raise ValueError(f"EvaluateConfig: max_trials must be at least 1, got {self.max_trials}")
+        if self.seed < 0:
+            raise ValueError(f"EvaluateConfig: seed must not be negative, got {self.seed}")
 
     def prefix_ends(self, num_checkpoints: int) -> list[int]:
         """Return the index h at which each prefix ends.

@@ -20,7 +20,7 @@ import numpy as np
 from tipl.files.locations import write_atomically
 from tipl.files.manifest import NAME as MANIFEST
 from tipl.files.manifest import check_folder, write_manifest
-from tipl.files.publishing import claimed, published, remove, remove_dead_claim
+from tipl.files.publishing import check_output, claimed, published, remove, remove_dead_claim
 from tipl.report import page, plots, run_plots, verdict
 from tipl.report.confidence import confidence_section
 from tipl.report.drawing import NBSP, Plot
@@ -72,11 +72,14 @@ def write_report(
     results are missing, RuntimeError where a file is damaged, ValueError where the results are not about this store.
     """
     output, evaluation = Path(output), Path(evaluation)
+    check_output(output, "write_report")
     if output.exists() and not output.is_dir():
         raise FileExistsError(f"write_report: output must be a folder, but {output} is a file")
     if output.exists() and any(output.iterdir()) and not overwrite:
         remove_dead_claim(output)
-        raise FileExistsError(f"write_report: {output} exists and is not empty; pass overwrite=True to write there")
+        raise FileExistsError(
+            f"write_report: {output} exists and is not empty; choose another folder, or overwrite it (--overwrite)"
+        )
 
     results = read_results(evaluation / "results.json")
     check_folder(evaluation)

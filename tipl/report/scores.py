@@ -128,10 +128,14 @@ def score(
     """
     policy = policy_to_run("score", store)
     if store.env_id == UNKNOWN:
-        raise ValueError(f"score: {store.path} does not know its environment: import the runs again with env_id")
+        raise ValueError(
+            f"score: {store.path} does not know its environment: import the runs again with env_id (--env-id)"
+        )
     for name, value in (("num_episodes", num_episodes), ("every", every)):
         if value < 1:
             raise ValueError(f"score: {name} must be at least 1, got {value}")
+    if seed < 0:
+        raise ValueError(f"score: seed must not be negative, got {seed}")
     if sampled and not can_sample(policy):
         raise ValueError(f"score: sampled needs policies with a distribution of their own, got {policy}")
     env_kwargs = dict(store.env_kwargs if env_kwargs is None else env_kwargs)

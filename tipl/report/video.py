@@ -70,11 +70,7 @@ def record_video(
     refuse_existing(path, "record_video")
     _check_numbers(seed=seed, seconds=seconds, width=width, height=height)
     policy, kwargs = policy_to_run("record_video", store), store.env_kwargs
-    with contextlib.closing(make_vec(store.env_id, 1, seeds=[seed], num_threads=1, env_kwargs=kwargs)) as env:
-        try:
-            model, step_seconds = env.simulation()
-        except ValueError as error:
-            raise ValueError(f"record_video: {error}") from None
+    model, step_seconds = simulation_of(store)
     weights = _checked(policies, policy.num_params)
     ffmpeg = _ffmpeg()
     with published(path, "record_video") as aside, open_renderer(model, width, height) as render:
@@ -86,6 +82,15 @@ def record_video(
             pictures = film(recording, list(policies), shown, step_seconds, render)
             _write(ffmpeg, aside, pictures, 1 / (step_seconds * every), lambda: bar.advance(drawing))
     return dict(zip(policies, recording.returns[-1].tolist(), strict=True))
+
+
+def simulation_of(store: Store) -> tuple[Any, float]:
+    """Return MuJoCo's model of a store's task and the seconds of a step. Raises ValueError where it has none."""
+    with contextlib.closing(make_vec(store.env_id, 1, seeds=[0], num_threads=1, env_kwargs=store.env_kwargs)) as env:
+        try:
+            return env.simulation()
+        except ValueError as error:
+            raise ValueError(f"record_video: {error}") from None
 
 
 def shown_steps(length: int, every: int, limit: int) -> list[int]:
@@ -167,8 +172,8 @@ def _send(writer: Any, picture: Frame) -> None:
 
 def _check_numbers(*, seed: int, seconds: float, width: int, height: int) -> None:
     """Raise ValueError where an argument of `record_video` is out of range."""
-    if seed < 0:
-        raise ValueError(f"record_video: seed must not be negative, got {seed}")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"record_video: seed must lie in [0, 2**63), got {seed}")
     if not 0.0 < seconds < math.inf:
         raise ValueError(f"record_video: seconds must be positive, got {seconds}")
     for name, value in (("width", width), ("height", height)):

@@ -15,8 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tipl.collecting.settings import is_complete
-from tipl.files.hub_errors import check_installed, hub_errors, line_of
+from tipl.collecting.settings import refuse_unfinished
+from tipl.files.hub_errors import check_installed, check_token, hub_errors, line_of
 from tipl.files.locations import local_path, naming
 from tipl.files.publishing import published, remove
 from tipl.progress import progress_bar
@@ -63,20 +63,24 @@ def push(
         overwrite: Replace all that the branch holds. Its history keeps what was there.
         progress: Show how far it is on stderr.
 
-    Raises ValueError where `path` is none of these, the collection is unfinished, there is no token, the hub does not
-    know the licence, or huggingface_hub is not installed; RuntimeError where a file is damaged; FileExistsError where
-    the branch holds other files already; OSError where the hub cannot be reached or refuses.
+    Raises FileNotFoundError where there is no `path`; ValueError where it is none of these, the collection is
+    unfinished, there is no token or it cannot be one, the hub does not know the licence, or huggingface_hub is not
+    installed; RuntimeError where a file is damaged; FileExistsError where the branch holds other files already; OSError
+    where the hub cannot be reached or refuses.
     """
     check_installed("push")
+    check_token("push")
     from huggingface_hub import HfApi, get_token
 
     _check_repo_id("push", repo_id)
     folder, api = local_path(path, "push: path"), HfApi(library_name="tipl")
+    if not folder.exists():
+        raise FileNotFoundError(f"push: there is no folder {path}")
     kind = kind_among([it.name for it in folder.iterdir()]) if folder.is_dir() else None
     if kind is None:
         raise ValueError(f"push: {path} must be the folder of a store, of a zoo or of a model with its manifest.json")
-    if kind.name == "store" and not is_complete(Store.open(folder)):
-        raise ValueError(f"push: {path} is an unfinished collection; `tipl collect` finishes it")
+    if kind.name == "store":
+        refuse_unfinished("push", Store.open(folder))
     if get_token() is None:
         raise ValueError(
             "push: there is no token for the Hugging Face hub: `hf auth login` stores one, or set HF_TOKEN"
@@ -124,6 +128,7 @@ def pull(
     not installed; RuntimeError where a file is damaged; OSError where the hub cannot be reached or refuses.
     """
     check_installed("pull")
+    check_token("pull")
     from huggingface_hub import HfApi
 
     _check_repo_id("pull", repo_id)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tipl.collecting.settings import is_complete
+from tipl.collecting.settings import refuse_unfinished
 from tipl.files.locations import Location, local_path, location
 from tipl.files.publishing import published
 from tipl.files.sealed import save_json
@@ -40,8 +40,7 @@ def make_zoo(
         raise TypeError(f"zoo: stores must be a list of stores, got one path, {stores}")
     opened = [it if isinstance(it, Store) else _opened(it) for it in stores]
     for store in opened:
-        if not is_complete(store):
-            raise ValueError(f"zoo: {store.path} is an unfinished collection; `tipl collect` finishes it")
+        refuse_unfinished("zoo", store)
         problems = verify_store(store.path, progress=progress).problems
         if problems:
             raise RuntimeError(f"zoo: {store.path} is damaged: {problems[0]}")

@@ -54,7 +54,7 @@ def in_order(run: str, paths: Sequence[Path], order: str = STEP) -> tuple[list[P
         if step == next_step:
             raise ValueError(
                 f"import: {run}: {shown(path.name)} and {shown(next_path.name)} are both of step {step}: name the "
-                "files, or choose them with a pattern"
+                "files, or choose them with a pattern (--pattern)"
             )
     return [path for _, path in ordered], [step for step, _ in ordered]
 
@@ -111,7 +111,7 @@ def chosen_steps(
     )
 
 
-_HOW = "say with order which number it is, such as 'iter_([0-9]+)', or to go by name or mtime"
+_HOW = "say with order (--order) which number it is, such as 'iter_([0-9]+)', or to go by name or mtime"
 
 
 def _range(steps: Sequence[int]) -> str:
@@ -149,14 +149,14 @@ def _steps_in_names(run: str, paths: Sequence[Path]) -> list[str] | None:
     if without:
         raise ValueError(
             f"import: {run}: {shown(without[0].name)} has no number of steps in its name, as the others have: name the "
-            "files, or choose them with a pattern"
+            "files, or choose them with a pattern (--pattern)"
         )
     kinds = {(*words, path.suffix): path for path, (words, _) in zip(paths, split, strict=True)}
     if len(kinds) > 1:
         one, other = [shown(path.name) for path in kinds.values()][:2]
         raise ValueError(
             f"import: {run}: {one} and {other} are named differently, as if of several runs: choose the files with a "
-            f"pattern, or {_HOW}"
+            f"pattern (--pattern), or {_HOW}"
         )
     words, columns = split[0][0], list(zip(*(numbers for _, numbers in split), strict=True))
     varying = [i for i, column in enumerate(columns) if len(set(column)) > 1] or [len(columns) - 1]

@@ -295,8 +295,8 @@ def how_to_choose(keys: Iterable[str]) -> str:
     """Return the end of a message that tells the caller how to choose the actor's keys among these."""
     groups = dict.fromkeys(key[: key.find(".") + 1] or key for key in keys)
     return (
-        f'choose with actor the beginnings of its keys, some of {_some(groups)}, or "" for all but the critics\', or '
-        "leave keys out with ignore"
+        f'choose with actor (--actor) the beginnings of its keys, some of {_some(groups)}, or "" for all but the '
+        "critics', or leave keys out with ignore (--ignore)"
     )
 
 

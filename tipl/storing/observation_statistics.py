@@ -144,7 +144,7 @@ def find_statistics(paths: Sequence[Path]) -> dict[Path, Path]:
     several = ", ".join(map(shown, (general or sorted(found))[:4]))
     raise ValueError(
         f"it is not clear which statistics of VecNormalize belong to {shown(missing)}: {several}; choose one for all "
-        "with normaliser"
+        "with normaliser (--normaliser)"
     )
 
 
