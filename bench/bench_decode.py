@@ -129,7 +129,7 @@ def assert_close(name: str, answer: NDArray[np.float32], expected: NDArray[np.fl
     assert error < tolerance, f"{name}: relative error {error:.2g}, tolerated {tolerance:.2g}"
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning:iree")
 @pytest.mark.parametrize("batch_size", [1, 8, 32, 128], ids="b{}".format)
 @pytest.mark.parametrize("size", SIZES)
 def bench_rollout(record: Record, roofs: Roofs, size: str, batch_size: int, tmp_path: Path) -> None:

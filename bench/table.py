@@ -69,6 +69,8 @@ class Decoded:
     def __init__(self, rows: list[dict[str, Any]]) -> None:
         self.rows = {(row["case"], row["peer"]): row for row in rows if row["suite"] == "decode"}
         self.cases = {case: row for (case, _), row in self.rows.items()}
+        measured = {peer for _, peer in self.rows}
+        self.compiled = [peer for peer in ("torch.compile", "AOTInductor", "IREE") if peer in measured]
 
     def peer_us(self, group: str, *peers: str) -> str:
         """A peer's time does not depend on our mode; fp32 is in every group."""
@@ -90,7 +92,7 @@ class Decoded:
             " / ".join(mode.values()),
             " / ".join(number(self.cases[case]["ours"]) for case in cases),
             self.peer_us(group, "torch eager"),
-            self.peer_us(group, "torch.compile", "AOTInductor", "IREE"),
+            self.peer_us(group, *self.compiled),
             self.peer_us(group, "ONNX Runtime"),
             self.peer_us(group, "llama.cpp f32", "llama.cpp f16", "llama.cpp q8_0"),
             " / ".join(self.ratio(case, "torch eager") for case in cases),
@@ -103,7 +105,7 @@ class Decoded:
 
 
 HEADER = """\
-| model | batch | precision | tipl | torch eager | torch.compile / AOTInductor / IREE | ONNX Runtime | \
+| model | batch | precision | tipl | torch eager | {compiled} | ONNX Runtime | \
 llama.cpp f32 / f16 / q8 | x torch eager | x ONNX Runtime | x llama.cpp, like precision | x tipl fp32 | \
 % of the roof that binds |
 |---|---|---|---|---|---|---|---|---|---|---|---|---|"""
@@ -116,7 +118,7 @@ def decode_table(record: dict[str, Any]) -> list[str]:
     return [
         "Microseconds a step, medians of one run; (≥ target).",
         "",
-        HEADER,
+        HEADER.format(compiled=" / ".join(decoded.compiled)),
         *(decoded.line(group) for group in groups),
         "",
         *([f"Speed beside our own: {'; '.join(others)}.", ""] if others else []),
