@@ -50,7 +50,7 @@ stress: $(VENV)/.develop  ## Kills, disk faults, damage, races, hostile input: t
 stress-smoke: $(VENV)/.develop  ## Some of them, in two minutes
 	$(BIN)/python -m tests.stress --scale smoke
 
-bench: $(VENV)/.bench  ## Time the engine beside its peers, half an hour; ratios must not fall below bench/baseline.json's
+bench: $(VENV)/.bench  ## Time the engine beside its peers, most of an hour; ratios must not fall below bench/baseline.json's
 	$(BIN)/python -m pytest bench
 
 lint: $(VENV)/.develop  ## ruff, ruff format, mypy --strict, import-linter, clang-format: all only check
