@@ -135,6 +135,7 @@ bool pool_barriers_hold(BoundPool &pool, int rounds) {
 
 // For the tests of calls: rank 0 waits while the others sleep, which no answer of the poll shortens.
 double pool_sleeps(BoundPool &pool, double seconds) {
+  check(seconds >= 0.0 && seconds <= 60.0, "sleeps: seconds must lie in [0, 60], got ", seconds);
   const InUse::Hold hold(pool.in_use, "sleeps", "the pool");
   return without_gil([&](Poll &poll) {
     pool.run(poll, [&](int rank) {

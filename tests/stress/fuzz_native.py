@@ -15,6 +15,7 @@ same objects, and what only one thread can tell of their state is not checked.
 
 import argparse
 import json
+import math
 import mmap
 import os
 import random
@@ -176,13 +177,15 @@ class Fuzzer:
         threads = self.scalar(self.random.randint(1, 3))
         right(self.call("ThreadPool", _core.ThreadPool, threads).size == threads)
 
-    def call_owners_barriers_hold_size(self) -> None:
+    def call_owners_barriers_hold_sleeps_size(self) -> None:
         items = self.scalar(self.random.randint(0, 9))
         if isinstance(items, int) and items > 10**6:
             items = -items  # so many are really counted
         owners = self.call("owners", self.pool.owners, items, self.scalar([]))
         right(owners.shape == (items,) and self.pool.size == 2)
         right(self.call("barriers_hold", self.pool.barriers_hold, self.random.randint(-1, 3)))
+        seconds = self.random.choice([-1.0, 0.0, 0.001, 61.0, math.inf, math.nan])
+        right(self.call("sleeps", self.pool.sleeps, seconds) == seconds)
 
     def call_InUse_Turn(self) -> None:
         objects = self.scalar([self.in_use, _core.InUse()])
