@@ -269,11 +269,11 @@ def test_a_signal_handler_that_forks_ends_the_call_in_the_child_alone():
 children = []
 signal.signal(signal.SIGALRM, lambda *_: children.append(os.fork()))
 signal.setitimer(signal.ITIMER_REAL, 0.1)
-forked = refused(lambda: svd.partial_fit(rows[:300_000]), "forked this process in the middle of a call")
+forked = refused(lambda: svd.partial_fit(rows[:1_500_000]), "forked this process in the middle of a call")
 if children == [0]:
     os._exit(0 if forked and refused(lambda: svd.n_samples_seen_, "in use when this process was forked") else 1)
 assert not forked and exit_code(children[0]) == 0
-assert svd.n_samples_seen_ == 300_300
+assert svd.n_samples_seen_ == 1_500_300
 
 decoder = Decoder(reference.SMALL_MODEL, reference.random_forecaster(reference.SMALL_MODEL, 0), 64, num_threads=2)
 decoder.prefill(np.ones((64, 4, 5), np.float32))
