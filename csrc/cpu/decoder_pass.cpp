@@ -168,7 +168,7 @@ void DecoderPass::run(Sequences &sequences, Poll &poll) {
   } else {
     run_on_all(0, poll);
   }
-  if (poll.stopped(0)) throw Interrupted();  // in the last layer too, where some rank may have skipped its work
+  if (poll.was_stopped()) throw Interrupted();  // in the last layer too, where some rank may have skipped its work
   if (is_shared) choice.took(products, std::chrono::duration<double>(Clock::now() - begin).count());
   const ptrdiff_t k = config_.n_components;
   for (ptrdiff_t m = 0; m < std::ssize(rows_); ++m) {
