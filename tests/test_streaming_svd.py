@@ -3,6 +3,7 @@
 import functools
 import re
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from processes import ISAS, run_on
 from svd_checks import EPS, EPS64, SIZES, assert_orthonormal, chunks, largest_angle, random_rows, results, stream
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from tipl import _core
 from tipl.subspace.running_gram import gram
@@ -948,3 +950,26 @@ def test_the_seed_chooses_the_directions_that_complete_the_components(n):
 def test_the_seed_changes_nothing_of_rows_that_are_kept_as_they_are():
     rows = random_rows(100, 40)
     assert results(StreamingSVD(3, seed=1).fit(rows)) == results(StreamingSVD(3, seed=2).fit(rows))
+
+
+@cpu_only
+def test_a_fit_computes_with_one_blas_thread_and_leaves_the_number_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others would wait busily for their next call, on the cores of the next pass."""
+
+    def blas_threads() -> list[int]:
+        return [library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"]
+
+    seen, eigh = [], np.linalg.eigh
+
+    def watched(matrix: np.ndarray) -> Any:
+        seen.append(blas_threads())
+        return eigh(matrix)
+
+    rows = random_rows(300, 200)
+    monkeypatch.setattr(np.linalg, "eigh", watched)
+    with threadpool_limits(3, "blas"):
+        before = blas_threads()
+        StreamingSVD(5, passes=2).fit(rows).components_  # noqa: B018
+        assert blas_threads() == before
+    assert len(seen) == 4
+    assert all(threads == [1] * len(before) for threads in seen)

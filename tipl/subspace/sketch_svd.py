@@ -23,7 +23,9 @@ Exact   Up to 256 rows are kept as they are, and their Gram matrix in float64 gi
         l = p.
 """
 
+import contextlib
 import dataclasses
+import functools
 import warnings
 from typing import Any
 
@@ -106,25 +108,44 @@ def products(
     return np.asarray(cuda_engine().products(where, X, Y, origin, cuda_index, first_row))
 
 
+@functools.cache
+def _blas_libraries() -> Any:
+    from threadpoolctl import ThreadpoolController  # takes 20 ms
+
+    return ThreadpoolController().select(user_api="blas")
+
+
+def _one_blas_thread() -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which NumPy's linear algebra runs on one thread.
+
+    The idle threads of OpenBLAS wait busily for the next call, for some 25 ms, on the cores that the engine's next pass
+    wants; and a second thread saves nothing where there are a few hundred unknowns.
+    """
+    limited: contextlib.AbstractContextManager[Any] = _blas_libraries().limit(limits=1)
+    return limited
+
+
 def factors_of(core: _core.RowSketch, n_components: int | float, center: bool, seed: int, num_threads: int) -> Factors:
-    rows = core.exact_rows()
-    if len(rows):
-        return _of_rows(rows, core.exact_origin(), n_components, center, seed, num_threads)
-    settled = core.snapshot()
-    if settled.range_size == settled.num_features:
-        return _of_all_columns(settled, n_components, center, seed, num_threads)
-    return _of_sketch(settled, n_components, center, seed, num_threads)
+    with _one_blas_thread():
+        rows = core.exact_rows()
+        if len(rows):
+            return _of_rows(rows, core.exact_origin(), n_components, center, seed, num_threads)
+        settled = core.snapshot()
+        if settled.range_size == settled.num_features:
+            return _of_all_columns(settled, n_components, center, seed, num_threads)
+        return _of_sketch(settled, n_components, center, seed, num_threads)
 
 
 def leading_directions(
     core: _core.RowSketch, n_components: int | float, center: bool, seed: int, num_threads: int
 ) -> NDArray[np.float32]:
     """Return the leading directions and a few more, (more than k, p): the start of the next pass."""
-    settled = core.snapshot()
-    projection = _Projection(settled, center, _resolved(settled, _HINTED), num_threads)
-    k = projection.number_of(n_components)
-    more = min(k + max(8, k // 4), core.range_size)
-    return projection.directions(more, seed)[: max(k, projection.rank)]
+    with _one_blas_thread():
+        settled = core.snapshot()
+        projection = _Projection(settled, center, _resolved(settled, _HINTED), num_threads)
+        k = projection.number_of(n_components)
+        more = min(k + max(8, k // 4), core.range_size)
+        return projection.directions(more, seed)[: max(k, projection.rank)]
 
 
 def _of_rows(
