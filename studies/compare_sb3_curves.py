@@ -172,6 +172,7 @@ def compare(settings: Settings, record: Record) -> None:
     """Print each task's verdict, and draw the figure."""
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import EngFormatter
 
     steps = settings.window_steps * np.arange(1, settings.num_windows + 1)
     figure, axes = plt.subplots(
@@ -198,8 +199,9 @@ def compare(settings: Settings, record: Record) -> None:
                 f"tipl {ours[at]:.1f} [{our_low[at]:.1f}, {our_high[at]:.1f}]"
             )
         ax.set(title=env_id, xlabel="environment steps")
+        ax.xaxis.set_major_formatter(EngFormatter(sep=""))
         ax.legend(frameon=False, fontsize="small")
-    axes[0, 0].set_ylabel("return of training episodes: IQM, 95 %")
+    axes[0, 0].set_ylabel("training return: IQM, 95 %")
     path = settings.output.with_suffix(".svg")
     with plt.rc_context({"svg.hashsalt": "tipl", "svg.fonttype": "none"}):
         figure.savefig(path, metadata={"Date": None})
