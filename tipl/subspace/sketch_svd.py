@@ -65,6 +65,23 @@ _ROUNDING_LATER = 3.2e-6
 """The same in a later pass, where the worst of 14,000 matrices had an error of 3e-6."""
 
 
+@functools.cache
+def _blas_libraries() -> Any:
+    from threadpoolctl import ThreadpoolController  # takes 20 ms
+
+    return ThreadpoolController().select(user_api="blas")
+
+
+def _one_blas_thread() -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which NumPy's linear algebra runs on one thread.
+
+    The idle threads of OpenBLAS wait busily for the next call, for some 25 ms, on the cores that the engine's next pass
+    wants; and a second thread saves nothing where there are a few hundred unknowns.
+    """
+    limited: contextlib.AbstractContextManager[Any] = _blas_libraries().limit(limits=1)
+    return limited
+
+
 @dataclasses.dataclass(frozen=True)
 class Factors:
     components: NDArray[np.float32]  # (k, p)
@@ -81,7 +98,8 @@ class Factors:
 
     def project(self, X: Rows, num_threads: int, cuda_index: int | None = None) -> NDArray[np.float32]:
         """Return the coordinates (n, k) of the rows of X (n, p): (X - mean) components^T, summed in float64."""
-        mean_coordinates = self.components.astype(np.float64) @ self.mean
+        with _one_blas_thread():
+            mean_coordinates = self.components.astype(np.float64) @ self.mean
         blocks = row_blocks("transform", X, cuda_index=cuda_index)
         parts = [
             products("transform", block, self.components, None, num_threads, first_row, cuda_index) - mean_coordinates
@@ -106,23 +124,6 @@ def products(
     if cuda_index is None:
         return _core.products(where, X, Y, origin, num_threads, first_row)
     return np.asarray(cuda_engine().products(where, X, Y, origin, cuda_index, first_row))
-
-
-@functools.cache
-def _blas_libraries() -> Any:
-    from threadpoolctl import ThreadpoolController  # takes 20 ms
-
-    return ThreadpoolController().select(user_api="blas")
-
-
-def _one_blas_thread() -> contextlib.AbstractContextManager[Any]:
-    """Return a context in which NumPy's linear algebra runs on one thread.
-
-    The idle threads of OpenBLAS wait busily for the next call, for some 25 ms, on the cores that the engine's next pass
-    wants; and a second thread saves nothing where there are a few hundred unknowns.
-    """
-    limited: contextlib.AbstractContextManager[Any] = _blas_libraries().limit(limits=1)
-    return limited
 
 
 def factors_of(core: _core.RowSketch, n_components: int | float, center: bool, seed: int, num_threads: int) -> Factors:
