@@ -334,7 +334,7 @@ def test_a_pattern_says_which_number_it_is(tmp_path: Path) -> None:
     assert env_steps([run], tmp_path / "a", order=r"iter_([0-9]+)")[0] == [3, 20]
     assert env_steps([run], tmp_path / "b", order=r"(?<=iter_)\d+")[0] == [3, 20]
     for pattern, message in (
-        ("(", r"order must be step, name, mtime or a regular expression, got '\('"),
+        ("(", r"order must be step, stated, name, mtime or a regular expression, got '\('"),
         ("nothing", r"order 'nothing' finds no step in r12\.5_iter_20_a\.pt"),
         ("r([0-9.]+)", r"the step in r12\.5_iter_20_a\.pt must be a whole number, got 12\.5"),
     ):

@@ -230,7 +230,8 @@ def test_runs_that_began_alike_and_recordings_have_seeds_of_their_own(tmp_path: 
 def test_long_runs_are_read_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tipl.storing.importer.BLOCK_BYTES", 1)
     folder = save_run(tmp_path / "run", lambda i: {"w": torch.full((3,), float(i))}, count=7)
-    store = import_checkpoints([folder, folder], tmp_path / "store", num_checkpoints=5)
+    other = save_run(tmp_path / "other", lambda i: {"w": torch.full((3,), float(i))}, count=7)
+    store = import_checkpoints([folder, other], tmp_path / "store", num_checkpoints=5)
     assert store.trial(1).weights()[:, 0].tolist() == [0, 1, 2, 3, 4]
 
 
@@ -436,7 +437,7 @@ def test_sources_that_make_no_trial(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"iter_b\.pt says that it is of step 50, but comes after .*iter_a\.pt of step 100"
     ):
-        import_checkpoints([folder], out, pattern="iter_*", activation="elu")
+        import_checkpoints([folder], out, pattern="iter_*", activation="elu", order="name")
     assert not out.exists()
 
 

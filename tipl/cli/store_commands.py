@@ -186,8 +186,9 @@ class Import:
     ignore: tuple[str, ...] = ()
     """Patterns of keys that are not weights of the policy, such as 'obs_rms.*', if a file holds any."""
     order: str = "step"
-    """What orders the files of a folder: step, the one number in which their names differ; name; mtime, the time of
-    modification; or a regular expression that finds the step in each name, such as 'iter_([0-9]+)'."""
+    """What orders the files of a folder: step, the one number in which their names differ, or if that is not clear what
+    they state; stated, what they state in any case; name; mtime, the time of modification; or a regular expression that
+    finds the step in each name, such as 'iter_([0-9]+)'."""
     normaliser: PathArg | None = None
     """The file with VecNormalize's statistics, which are folded into the first layer; "none" if observations were not
     normalised. By default the file beside the checkpoints, if the run's files say that it used VecNormalize."""

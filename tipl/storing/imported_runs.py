@@ -73,6 +73,10 @@ class Reading:
         known = read_checkpoint_file(paths[0], max_bytes=self.max_bytes).step_in_name
         return known if known and all(re.search(known, path.name) for path in paths) else STEP
 
+    def stated(self, paths: Sequence[Path]) -> list[int | None]:
+        """Return the step that each file states."""
+        return [read_checkpoint_file(path, max_bytes=self.max_bytes).env_steps for path in paths]
+
     def normalisers(self, paths: Sequence[Path], actor: Actor) -> "_Normalisers":
         """Return the statistics of a run's checkpoints (in order), of which the last says whether it was normalised."""
         if str(self.normaliser) == "none":
@@ -187,9 +191,9 @@ class FileRun:
     def __init__(self, name: str, paths: Sequence[Path], reading: Reading) -> None:
         self.name, self.reading = shown(name), reading
         self.env_kwargs: dict[str, Any] = {}  # the files do not say them
-        ordered, named = in_order(self.name, paths, reading.order_of(paths))
+        order = in_order(self.name, paths, lambda: reading.stated(paths), reading.order_of(paths))
         self.num_checkpoints = len(paths)
-        self.paths = ordered[: reading.num_checkpoints]
+        self.paths = order.paths[: reading.num_checkpoints]
         first, self.actor = reading.read(self.paths[0], None)
         unsaid = first.activation_of(self.actor) is None and reading.activation is None
         if isinstance(self.actor.policy, PolicySpec) and unsaid:
@@ -209,16 +213,17 @@ class FileRun:
             file = self._read_alike(path)
             self.said.append(file.env_steps)
             notes |= dict.fromkeys(file.notes_of(self.actor))
-        if named is not None and is_pattern(reading.order):
-            self.steps, note = named[: len(self.paths)], ""
+        if order.named is not None and is_pattern(reading.order):
+            self.steps, note = order.named[: len(self.paths)], ""
         else:
             self.steps, note = chosen_steps(
                 self.paths,
-                None if named is None else named[: len(self.paths)],
+                None if order.named is None else order.named[: len(self.paths)],
                 self.said,
                 reading.order,
                 said_by=first.said_by,
                 is_unit=first.said_by not in ("iter", "step"),
+                is_marked=order.is_marked,
             )
         squashes = isinstance(self.policy, PolicySpec) and self.policy.squash and self.actor.kind != "brax"
         squashes = squashes and first.activation is None and reading.squash is None
@@ -287,6 +292,9 @@ def runs_of(sources: list[Path], pattern: str, reading: Reading) -> list[Run]:
             source.stat()
         except FileNotFoundError as error:
             raise FileNotFoundError(f"import: there is no {shown(source)}") from error
+    for i, source in enumerate(sources):
+        if any(os.path.samefile(source, other) for other in sources[:i]):
+            raise ValueError(f"import: {shown(source)} is given twice")
     folders = [source for source in sources if source.is_dir()]
     files = [source for source in sources if not source.is_dir()]
     if files and folders:
@@ -319,13 +327,23 @@ def runs_of(sources: list[Path], pattern: str, reading: Reading) -> list[Run]:
 
 def _checkpoints(folder: Path, pattern: str) -> list[Path]:
     """Return the files that the pattern and their suffixes say are a run's checkpoints: in its folder, or where skrl
-    and rl_games put them in it. Pickles are meant only where there is nothing else: SB3 writes some beside its zips."""
+    and rl_games put them in it. Pickles are meant only where there is nothing else: SB3 writes some beside its zips.
+    Raises ValueError where there are some in several of these places."""
     for suffixes in (SUFFIXES, (_PICKLE,)):
+        found = []
         for place in (folder, *(folder / name for name in _INSIDE)):
             # Paths that are not files, such as broken links, stay in the list, so that reading them raises an error.
             names = sorted(path for path in place.glob(pattern) if not path.name.startswith("."))
             if paths := [path for path in names if path.suffix.lower() in suffixes]:
-                return paths
+                found.append(paths)
+        if len(found) > 1:
+            own, inner = ("itself" if it[0].parent == folder else f"in {it[0].parent.name}" for it in found[:2])
+            raise ValueError(
+                f"import: {shown(folder)} holds checkpoints {own}, like {shown(found[0][0].name)}, and {inner}: name "
+                "the folder or the files that are the run"
+            )
+        if found:
+            return found[0]
     return []
 
 

@@ -57,9 +57,9 @@ def import_checkpoints(
     model_*.pt, parameters of Flax, Brax and MuJoCo Playground, state_dicts in .safetensors, .pt and .pth, and
     TorchScript; without running a pickle or other code.
     `foreign_actors` describes which tensors are the actor's. The files of a folder are ordered by the step in their
-    names, the one number in which the names differ; names without numbers are sorted. `env_steps` are the files' own
-    counts (SB3's num_timesteps, rsl_rl's iteration) if these grow, otherwise the steps in the names, otherwise the
-    index. The files hold no returns, so `episodic_return` is NaN. The statistics of VecNormalize are folded into the
+    names, the one number in which the names differ. Where that is not clear they are ordered by the steps that they
+    state (SB3's num_timesteps, rsl_rl's iteration), or, if they state none and their names hold no numbers, by their
+    names. `env_steps` are what the files state if that grows, otherwise the steps in the names, otherwise the index. The files hold no returns, so `episodic_return` is NaN. The statistics of VecNormalize are folded into the
     first layer where they lie beside the checkpoints (`observation_statistics`); without them `evaluate` refuses the
     policies of such a run. The config's source["note"] says what a user must know, such as statistics that no file
     holds.
@@ -83,9 +83,9 @@ def import_checkpoints(
             deviations, where no key says it: TorchRL's NormalParamExtractor, and rsl_rl's
             HeteroscedasticGaussianDistribution. Brax's files need not say it.
         ignore: glob pattern of keys, or several, that are no weights of the policy, such as "obs_rms.*".
-        order: what orders the files of a trial: "step", the steps in their names; "name"; "mtime", the time of
-            modification; or a regular expression searched in each name, whose group, or without one the whole match, is
-            the step.
+        order: what orders the files of a trial: "step", the steps in their names, or if these are not clear what the
+            files state; "stated", what the files state in any case; "name"; "mtime", the time of modification; or a
+            regular expression searched in each name, whose group, or without one the whole match, is the step.
         normaliser: the file with VecNormalize's statistics of all checkpoints; "none" if the policies saw observations
             as they were. By default what lies beside the checkpoints, for runs that say that they used VecNormalize.
         num_checkpoints: take only the first so many of each trial; by default all, if all trials have equally many.
