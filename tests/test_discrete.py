@@ -356,7 +356,7 @@ def test_actions_that_are_not_whole_are_refused() -> None:
 def test_policies_of_another_kind_or_size_are_refused(
     env_id: str, policy: PolicySpec, message: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(ValueError, match=f"^evaluate: the policies {message}"):
+    with pytest.raises(ValueError, match=f"^the policies {message}"):
         episodic_returns(env_id, policy, weights_of(policy, 1), np.arange(1))
     assert not can_run(env_id, policy)
     with pytest.raises(ValueError, match=f"^export: a policy {message}"):

@@ -473,3 +473,22 @@ def test_export_refuses_what_does_not_fit(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError, match="exists already"):
         export_checkpoint(store, like, out)
     assert out.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"max_bytes": -1}, ValueError, "import: max_bytes must be at least 1, got -1"),
+        ({"num_checkpoints": "1"}, TypeError, "import: num_checkpoints must be an int, got '1'"),
+        ({"order": None}, TypeError, "import: order must be a str, got None"),
+        ({"env_id": None}, TypeError, "import: env_id must be a str, got None"),
+    ],
+)
+def test_an_argument_of_another_kind_is_named(
+    arguments: dict[str, Any], error: type[Exception], message: str, tmp_path: Path
+) -> None:
+    folder = save_run(tmp_path / "run", lambda i: {"w": torch.full((3,), float(i))}, count=2)
+    with pytest.raises(error, match=f"^{re.escape(message)}$"):
+        import_checkpoints([folder], tmp_path / "store", **arguments)
+    with pytest.raises(TypeError, match=r"^import: sources must be a list of paths, got '.*run'$"):
+        import_checkpoints(str(folder), tmp_path / "store")

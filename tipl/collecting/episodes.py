@@ -80,6 +80,8 @@ def run_episodes(
     """
     seeds = np.broadcast_to(episode_seeds, (len(weights), np.shape(episode_seeds)[-1]))
     num_episodes = seeds.shape[1]
+    if num_threads is not None and num_threads < 1:
+        raise ValueError(f"num_threads must be at least 1, got {num_threads}")
     threads = num_threads or (_core.available_cpus() if cluster is None else 1)
     # Other environments are stepped on this thread: they may not stand several.
     side_by_side = threads if cluster is None and is_batched(env_id, env_kwargs) else 1
@@ -286,7 +288,7 @@ def _run_group(
     with contextlib.closing(env):
         difference = misfit(policy, env)
         if difference:
-            raise ValueError(f"evaluate: the policies of {env_id} {difference}")
+            raise ValueError(f"the policies of {env_id} {difference}")
         # A copy, because arrays from Ray's object store are read-only, and torch warns of those.
         rows, total = mlp_rows(policy, torch.from_numpy(weights.copy())), np.zeros(env.num_envs)
         noise = _Noise(policy, episode_seeds) if sampled else None

@@ -55,14 +55,16 @@ def import_checkpoints(
 
     Reads the .zip of Stable-Baselines3 and sb3-contrib (PPO, A2C, SAC, TD3, ...), CleanRL's .cleanrl_model, rsl_rl's
     model_*.pt, parameters of Flax, Brax and MuJoCo Playground, state_dicts in .safetensors, .pt and .pth, and
-    TorchScript; without running a pickle or other code.
-    `foreign_actors` describes which tensors are the actor's. The files of a folder are ordered by the step in their
-    names, the one number in which the names differ. Where that is not clear they are ordered by the steps that they
-    state (SB3's num_timesteps, rsl_rl's iteration), or, if they state none and their names hold no numbers, by their
-    names. `env_steps` are what the files state if that grows, otherwise the steps in the names, otherwise the index. The files hold no returns, so `episodic_return` is NaN. The statistics of VecNormalize are folded into the
-    first layer where they lie beside the checkpoints (`observation_statistics`); without them `evaluate` refuses the
-    policies of such a run. The config's source["note"] says what a user must know, such as statistics that no file
-    holds.
+    TorchScript; without running a pickle or other code. `foreign_actors` describes which tensors are the actor's.
+
+    The files of a folder are ordered by the step in their names, the one number in which the names differ. Where that
+    is not clear they are ordered by the steps that they state (SB3's num_timesteps, rsl_rl's iteration), or, if they
+    state none and their names hold no numbers, by their names. `env_steps` are what the files state if that grows,
+    otherwise the steps in the names, otherwise the index. The files hold no returns, so `episodic_return` is NaN.
+
+    The statistics of VecNormalize are folded into the first layer where they lie beside the checkpoints
+    (`observation_statistics`); without them `evaluate` refuses the policies of such a run. The config's source["note"]
+    says what a user must know, such as statistics that no file holds.
 
     Args:
         sources: folders, one for each trial; or files, which together are one trial; or stores (from `Recorder`,
@@ -108,7 +110,7 @@ def import_checkpoints(
     reading = Reading(
         activation, actor, discrete, squash, halves, _patterns(ignore), order, normaliser, num_checkpoints, max_bytes
     )
-    plan = _Plan.of([Path(source) for source in sources], env_id, env_kwargs, pattern, reading)
+    plan = _Plan.of(_paths(sources), env_id, env_kwargs, pattern, reading)
     with published(output, "import", manifest=False) as aside:
         store = Store.create(
             aside,
@@ -151,7 +153,7 @@ def describe_import(
     reading = Reading(
         activation, actor, discrete, squash, halves, _patterns(ignore), order, normaliser, num_checkpoints, max_bytes
     )
-    plan = _Plan.of([Path(source) for source in sources], env_id, env_kwargs, pattern, reading)
+    plan = _Plan.of(_paths(sources), env_id, env_kwargs, pattern, reading)
     for run in plan.runs:
         for i in range(plan.length):
             run.read(i, i + 1)  # refuses what the import would
@@ -174,11 +176,17 @@ def describe_first_file(
     That is what there is to choose from where `describe_import` refuses. Raises what it raises where no file can be
     read.
     """
-    path = first_file([Path(source) for source in sources], pattern)
+    path = first_file(_paths(sources), pattern)
     if path is None:
         return []
     roles = roles_of(read_checkpoint_file(path, max_bytes=max_bytes).state, None)
     return [("file", shown(path)), *(("tensor", f"{shown(key)} {shape}: {role}") for key, shape, role in roles)]
+
+
+def _paths(sources: Sequence[str | Path]) -> list[Path]:
+    if isinstance(sources, str | Path):
+        raise TypeError(f"import: sources must be a list of paths, got {str(sources)!r}")
+    return [Path(source) for source in sources]
 
 
 def _patterns(ignore: str | Sequence[str]) -> tuple[str, ...]:
@@ -206,8 +214,14 @@ class _Plan:
         cls, sources: list[Path], env_id: str, env_kwargs: Mapping[str, Any] | None, pattern: str, reading: "Reading"
     ) -> "_Plan":
         """Return the plan. Raises what `import_checkpoints` says."""
-        if reading.num_checkpoints is not None and reading.num_checkpoints < 1:
-            raise ValueError(f"import: num_checkpoints must be at least 1, got {reading.num_checkpoints}")
+        for name, value in (("num_checkpoints", reading.num_checkpoints), ("max_bytes", reading.max_bytes)):
+            if value is not None and not isinstance(value, int):
+                raise TypeError(f"import: {name} must be an int, got {value!r}")
+            if value is not None and value < 1:
+                raise ValueError(f"import: {name} must be at least 1, got {value}")
+        for name, text in (("env_id", env_id), ("pattern", pattern), ("order", reading.order)):
+            if not isinstance(text, str):
+                raise TypeError(f"import: {name} must be a str, got {text!r}")
         runs = runs_of(sources, pattern, reading)
         env_ids = {run.env_id for run in runs} - {UNKNOWN} if env_id == UNKNOWN else {env_id}
         if len(env_ids) > 1:

@@ -79,7 +79,9 @@ def read_inert(
     except PickleError:
         raise
     except Exception as error:  # pickletools raises many kinds, the machine IndexError, KeyError and TypeError
-        raise PickleError(f"is damaged: {type(error).__name__}: {str(error)[:200]}") from error
+        is_binary = data[:1] == b"\x80"  # as all of Python 3's are by default
+        what = "is damaged" if is_binary else "is damaged, or no pickle"
+        raise PickleError(f"{what}: {type(error).__name__}: {str(error)[:200]}") from error
     return machine.answer()
 
 
