@@ -1,5 +1,6 @@
 """The report: its figures, its numbers against slow ones, what it refuses, and that it needs nothing but itself."""
 
+import base64
 import math
 import re
 from pathlib import Path
@@ -354,6 +355,34 @@ def test_nothing_is_written_of_damaged_results(tiny: Run) -> None:
     tiny.write()
     with pytest.raises(RuntimeError, match=r"results\.json is damaged or not of tipl: rows\[5\] lacks 'wpe'"):
         tiny.report()
+    assert not tiny.output.exists()
+
+
+def test_videos_stand_in_the_page(tiny: Run, tmp_path: Path) -> None:
+    films = [tmp_path / "trial3.mp4", tmp_path / "trial<4>.mp4"]
+    for i, film in enumerate(films):
+        film.write_bytes(b"\0\0\0\x18ftypisom" + bytes([i]) * 1000)
+    tiny.report(videos=films)
+    page = Page((tiny.output / "report.html").read_text())
+    sources = [attrs["src"] or "" for name, attrs in page.elements if name == "video"]
+    for film, source in zip(films, sources, strict=True):
+        assert base64.b64decode(source.removeprefix("data:video/mp4;base64,")) == film.read_bytes()
+        assert film.name in page.text
+
+
+def test_what_is_no_video_of_a_page_is_refused(tiny: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    film = tmp_path / "film.mp4"
+    with pytest.raises(FileNotFoundError, match=r"film\.mp4"):
+        tiny.report(videos=[film])
+    film.write_bytes(b"\x89PNG, not a film")
+    with pytest.raises(ValueError, match=r"videos must be \.mp4 files, and .*film\.mp4 is none"):
+        tiny.report(videos=[film])
+    film.write_bytes(b"\0\0\0\x18ftypisom")
+    monkeypatch.setattr("tipl.report.document.MAX_VIDEO_BYTES", 20)
+    other = film.with_name("other.mp4")
+    other.write_bytes(film.read_bytes())
+    with pytest.raises(ValueError, match=r"the videos have 24 bytes, and a page has at most 20"):
+        tiny.report(videos=[film, other])
     assert not tiny.output.exists()
 
 

@@ -291,6 +291,8 @@ class Report:
     output: PathArg
     model: PathArg | None = None
     """The model folder; adds the training curve."""
+    video: tuple[PathArg, ...] = ()
+    """Files written by `tipl video`, which the page shows."""
     overwrite: bool = False
     """Replace the report if it exists."""
 
@@ -300,6 +302,7 @@ class Report:
             evaluation=self.evaluation,
             store=tipl.Store.open(self.store),
             training=None if self.model is None else self.model / "training.json",
+            videos=self.video,
             overwrite=self.overwrite,
         )
         print(f"report     {page}")

@@ -7,6 +7,7 @@ means and their intervals, `plots` and `run_plots` the figures, `forecast_plot` 
 the spectra of paths; `page` makes the HTML, `drawing` the pictures.
 """
 
+import base64
 import dataclasses
 import json
 import math
@@ -17,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from tipl.files.locations import write_atomically
+from tipl.files.locations import read_file, write_atomically
 from tipl.files.manifest import NAME as MANIFEST
 from tipl.files.manifest import check_folder, write_manifest
 from tipl.files.publishing import check_output, claimed, published, remove, remove_dead_claim
@@ -60,16 +61,28 @@ FIGURES = (
 )
 
 
+MAX_VIDEO_BYTES = 2**25
+"""Of all videos in a page, which holds them as text a third longer."""
+
+
 def write_report(
-    output: Path, *, evaluation: Path, store: Store, training: Path | None = None, overwrite: bool = False
+    output: Path,
+    *,
+    evaluation: Path,
+    store: Store,
+    training: Path | None = None,
+    videos: Sequence[Path] = (),
+    overwrite: bool = False,
 ) -> Path:
     """Write `report.html` and its figures as PNG files into the folder `output`; return the path of the page.
 
     `evaluation` is the folder that `tipl evaluate` wrote, `store` holds the trials that it judged, `training` is the
-    model's file `training.json`. Writing begins once the whole report has been made, and the page is written last.
+    model's file `training.json`, `videos` are .mp4 files of `tipl video` that the page shows. Writing begins once the
+    whole report has been made, and the page is written last.
 
     Raises FileExistsError where `output` is not an empty folder and `overwrite` is not set, FileNotFoundError where
-    results are missing, RuntimeError where a file is damaged, ValueError where the results are not about this store.
+    results or videos are missing, RuntimeError where a file is damaged, ValueError where the results are not about this
+    store, or a video is no .mp4 file or too long for a page.
     """
     output, evaluation = Path(output), Path(evaluation)
     check_output(output, "write_report")
@@ -88,7 +101,7 @@ def write_report(
     coordinates = evaluation / "coordinates.safetensors"
     paths = read_coordinates(coordinates) if coordinates.exists() else []
 
-    report = _Report(results, store, losses, paths)
+    report = _Report(results, store, losses, paths, _read_videos(videos))
     body = report.body()  # fills report.plots
     files = {f"{plot.name}.png": plot.png() for plot in report.plots}
     html = page.document(f"tipl: {results.env_id}", body)
@@ -105,6 +118,18 @@ def write_report(
             remove(output / name)  # left by an earlier report that had this figure
         write_manifest(output)
     return output / "report.html"
+
+
+def _read_videos(paths: Sequence[Path]) -> dict[str, bytes]:
+    """Return what the files of videos hold, by their names."""
+    read: dict[str, bytes] = {}
+    for path in map(Path, paths):
+        read[path.name] = read_file(path, max_bytes=MAX_VIDEO_BYTES)
+        if read[path.name][4:8] != b"ftyp":
+            raise ValueError(f"write_report: videos must be .mp4 files, and {path} is none")
+    if (size := sum(map(len, read.values()))) > MAX_VIDEO_BYTES:
+        raise ValueError(f"write_report: the videos have {size:,} bytes, and a page has at most {MAX_VIDEO_BYTES:,}")
+    return read
 
 
 def _write_files(folder: Path, figures: Mapping[str, bytes], html: bytes) -> None:
@@ -131,12 +156,18 @@ class _Report:
     """Builds the page from top to bottom, and collects its figures in `plots`."""
 
     def __init__(
-        self, results: Results, store: Store, training: Training | None, paths: Sequence[CoordinatePath]
+        self,
+        results: Results,
+        store: Store,
+        training: Training | None,
+        paths: Sequence[CoordinatePath],
+        videos: Mapping[str, bytes],
     ) -> None:
         self.results = results
         self.store = store
         self.training = training
         self.paths = paths
+        self.videos = videos
         self.bootstrap = Bootstrap(len(results.trials))
         self.gains = {f: captured_gain(results, self.bootstrap, f) for f in results.prefixes}
         self.plots: list[Plot] = []
@@ -146,6 +177,7 @@ class _Report:
             ("verdict", "Verdict", verdict.verdict(self.results, self.bootstrap, self.gains)),
             ("weights", "Weights", self._weights()),
             ("returns", "Returns", returns_section(self.results, self.bootstrap, self.gains, self._figure)),
+            *([("videos", "Videos", self._videos())] if self.videos else []),
             ("actions", "Actions", self._actions()),
             ("confidence", "Confidence", confidence_section(self.results, self.bootstrap, self._figure)),
             ("dynamics", "Dynamics or the average?", dynamics_section(self.results, self.bootstrap, self._figure)),
@@ -290,6 +322,18 @@ class _Report:
                 ),
             ]
         return page.join(*parts, element("details", element("summary", "At the end of the path"), page.join(*tables)))
+
+    # ------------------------------------------------------------------------------------------- videos
+
+    def _videos(self) -> Html:
+        figures = (
+            Html(
+                f'<figure><video controls loop muted playsinline src="data:video/mp4;base64,'
+                f'{base64.b64encode(content).decode()}"></video>{element("figcaption", name)}</figure>'
+            )
+            for name, content in self.videos.items()
+        )
+        return page.join(element("p", "Policies side by side, from the same start (`tipl video`)."), *figures)
 
     # ------------------------------------------------------------------------------------------- runs
 

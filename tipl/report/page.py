@@ -216,6 +216,7 @@ td[colspan]{text-align:left;white-space:normal}
 td.best{background:var(--tint)}
 .quiet{color:var(--muted)}
 figure{margin:8px 0 26px}
+video{max-width:100%;height:auto;display:block;border-radius:8px}
 .panels{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,400px),1fr));gap:10px 20px}
 .matrix{grid-template-columns:repeat(4,1fr);gap:10px 12px}
 @media (max-width:900px){.matrix{grid-template-columns:repeat(2,1fr)}}
