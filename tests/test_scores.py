@@ -216,3 +216,25 @@ def test_env_kwargs_are_those_of_the_environment(tmp_path: Path, run_tipl: Calla
     }.items():
         assert run_tipl(*command, text) == 2
         assert re.search(expected, capsys.readouterr().err)
+
+
+def test_a_copy_of_the_store_has_the_returns_that_it_lacks(tmp_path, monkeypatch):
+    store = store_of(tmp_path / "s.zarr")
+    scores = tipl.score(store, num_episodes=2, progress=False)
+    monkeypatch.setattr(module, "MAX_BYTES", 1)  # checkpoint by checkpoint
+    filled = scores.fill(store, tmp_path / "filled.zarr")
+    for i in range(store.num_trials):
+        trial, before = filled.trial(i), store.trial(i)
+        np.testing.assert_array_equal(trial.weights(), before.weights())
+        np.testing.assert_array_equal(trial.env_steps, before.env_steps)
+        np.testing.assert_array_equal(trial.episodic_return, scores.returns[i].mean(1))
+        assert trial.seed == before.seed
+    assert filled.config == {"filled_returns": {"by": "tipl score", "num_episodes": 2, "sampled": False}}
+    again = scores.fill(filled, tmp_path / "again.zarr")  # what is there stays
+    np.testing.assert_array_equal(again.trial(1).episodic_return, filled.trial(1).episodic_return)
+    with pytest.raises(FileExistsError, match=r"filled\.zarr exists already"):
+        scores.fill(store, tmp_path / "filled.zarr")
+    some = tipl.score(store, num_episodes=2, every=2, progress=False)
+    with pytest.raises(ValueError, match="the scores are not of every checkpoint of the store"):
+        some.fill(store, tmp_path / "some.zarr")
+    assert not (tmp_path / "some.zarr").exists()

@@ -14,7 +14,7 @@ import tipl
 from tipl.cli.arguments import EnvKwargsArg, FreshArg, PathArg, RayArg, StoreArg, env_kwargs_of
 from tipl.cli.printing import end_of_path_table, training_line
 from tipl.cli.trial_forecast import TrialForecast, check_prefix
-from tipl.files.publishing import published
+from tipl.files.publishing import published, refuse_existing
 from tipl.files.sealed import save_arrays
 from tipl.forecasting.train_config import TrainConfig
 from tipl.judging.evaluate_config import EvaluateConfig
@@ -322,6 +322,8 @@ class Score:
     """A store that `tipl collect`, `tipl import` or a recorder wrote."""
     output: PathArg | None = None
     """Write all returns into this JSON file; must not exist."""
+    filled: PathArg | None = None
+    """Write a copy of the store, with these returns where it holds none, as of imported runs; must not exist."""
     num_episodes: int = 5
     """Episodes of each checkpoint."""
     every: int = 1
@@ -347,9 +349,14 @@ class Score:
             plot_path("score", self.plot, overwrite=self.overwrite)
             if self.plot == self.output:
                 raise ValueError(f"score: output and plot must be two files, got {self.plot} for both")
+        if self.filled is not None:
+            refuse_existing(self.filled, "score")
+            if self.every != 1:
+                raise ValueError(f"score: filled needs the returns of every checkpoint, got every = {self.every}")
         with contextlib.nullcontext() if self.output is None else published(self.output, "score") as aside:
+            store = tipl.Store.open(self.store)
             scores = tipl.score(
-                tipl.Store.open(self.store),
+                store,
                 num_episodes=self.num_episodes,
                 every=self.every,
                 seed=self.seed,
@@ -371,6 +378,9 @@ class Score:
         print(f"{'scores':<10} {earlier} of {len(scores.best)} runs had a policy that beats their last beyond chance")
         if self.output is not None:
             print(f"{'output':<10} {self.output}")
+        if self.filled is not None:
+            scores.fill(store, self.filled)
+            print(f"{'filled':<10} {self.filled}")
         if self.plot is not None:
             tipl.plot_scores(scores, self.plot, overwrite=self.overwrite)
             print(f"{'plot':<10} {self.plot}")

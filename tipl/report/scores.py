@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from tipl.collecting.episodes import policy_to_run, run_episodes
 from tipl.collecting.policy_network import can_sample
+from tipl.files.publishing import published, refuse_existing
 from tipl.files.sealed import save_json
 from tipl.progress import progress_bar
 from tipl.report.drawing import Mark, Panel, Plot, short_count
@@ -95,6 +96,43 @@ class Scores:
     def save(self, path: Path) -> None:
         """Write the scores as JSON with a checksum to `path`, whole or not at all."""
         save_json(path, self.to_dict())
+
+    def fill(self, store: Store, output: str | Path) -> Store:
+        """Return a new store at `output`: `store`, with the mean returns of these scores where it has none.
+
+        Imported runs have no returns; with these, reports and plots have learning curves. The new store's config says
+        where they come from ("filled_returns"). Raises FileExistsError where `output` exists; ValueError where these
+        scores are not of every checkpoint of this store.
+        """
+        output = Path(output)
+        refuse_existing(output, "score")
+        steps = [store.trial(i).env_steps for i in range(store.num_trials)]
+        if store.env_id != self.env_id or [it.tolist() for it in steps] != self.env_steps.tolist():
+            raise ValueError(f"score: the scores are not of every checkpoint of the store {store.path}")
+        made = {"by": "tipl score", "num_episodes": self.returns.shape[2], "sampled": self.sampled}
+        means = self.returns.mean(2)
+        with published(output, "score", manifest=False) as aside:
+            seeds = [store.trial(i).seed for i in range(store.num_trials)]
+            filled = Store.create(
+                aside,
+                env_id=store.env_id,
+                env_kwargs=store.env_kwargs,
+                policy=store.policy,
+                seeds=seeds,
+                config=store.config | {"filled_returns": made},
+            )
+            with filled:
+                block = max(1, MAX_BYTES // (4 * store.policy.num_params * store.num_trials))
+                for start in range(0, store.num_checkpoints, block):
+                    part = slice(start, min(start + block, store.num_checkpoints))
+                    trials = [store.trial(i) for i in range(store.num_trials)]
+                    known = np.stack([trial.episodic_return[part] for trial in trials])
+                    filled.append(
+                        np.stack([trial.weights(part.start, part.stop) for trial in trials]),
+                        np.stack([trial.env_steps[part] for trial in trials]),
+                        np.where(np.isnan(known), means[:, part], known),
+                    )
+        return Store.open(output)
 
 
 def _number(value: float) -> float | None:
