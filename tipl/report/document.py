@@ -333,7 +333,8 @@ class _Report:
             )
             for name, content in self.videos.items()
         )
-        return page.join(element("p", "Policies side by side, from the same start (`tipl video`)."), *figures)
+        words = element("p", "Policies side by side, from the same start, filmed by ", element("code", "tipl video"), ".")
+        return page.join(words, *figures)
 
     # ------------------------------------------------------------------------------------------- runs
 
