@@ -333,7 +333,9 @@ class _Report:
             )
             for name, content in self.videos.items()
         )
-        words = element("p", "Policies side by side, from the same start, filmed by ", element("code", "tipl video"), ".")
+        words = element(
+            "p", "Policies side by side, from the same start, filmed by ", element("code", "tipl video"), "."
+        )
         return page.join(words, *figures)
 
     # ------------------------------------------------------------------------------------------- runs
