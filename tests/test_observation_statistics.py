@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from foreign_checkpoints import ppo_zip
 from hostile_files import mutated_pickles
@@ -308,6 +309,46 @@ def test_statistics_beside_a_run_that_does_not_say_so_are_not_used_but_named(tmp
     assert not store.is_unnormalised
     used = import_checkpoints([tmp_path / "run"], tmp_path / "used", normaliser=tmp_path / "run" / "vec_normalize.pkl")
     assert used.trial(0).weights().tobytes() != store.trial(0).weights().tobytes()
+
+
+def save_policy(path: Path, state: dict[str, torch.Tensor]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".safetensors":
+        safetensors.torch.save_file(state, path)
+    else:
+        torch.save(state, path)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".pt", ".safetensors"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_statistics_beside_a_policy_alone_are_asked_about(suffix, layout, tmp_path):
+    """A policy that was saved without its model cannot say whether it saw normalised observations."""
+    run = tmp_path / "run"
+    state = read_checkpoint_file(ppo_zip(tmp_path / "a.zip")).state
+    files = [save_policy(run / f"rl_model_{step}_steps{suffix}", state) for step in STEPS]
+    for name in LAYOUTS[layout]:
+        pickled(VecNormalize(), run / name)
+    with pytest.raises(
+        ValueError, match=r"^import: .*\.pkl lies beside .* does not say .*say with normaliser .* none if"
+    ):
+        import_checkpoints([run], tmp_path / "store", activation="tanh")
+    assert not (tmp_path / "store").exists()
+    plain = import_checkpoints([run], tmp_path / "none", activation="tanh", normaliser="none")
+    assert "note" not in plain.config["source"]
+    folded = import_checkpoints([run], tmp_path / "folded", activation="tanh", normaliser=run / [*LAYOUTS[layout]][0])
+    assert "folded into the first layer" in folded.config["source"]["note"]
+    assert plain.trial(0).weights().tobytes() != folded.trial(0).weights().tobytes()
+    with pytest.raises(
+        ValueError, match=r"not clear which .*\(--normaliser\), or none if they belong to no checkpoint"
+    ):
+        pickled(VecNormalize(), run / "a" / "vec_normalize.pkl")
+        pickled(VecNormalize(), run / "b" / "vec_normalize.pkl")
+        import_checkpoints([save_policy(run / f"other{suffix}", state)], tmp_path / "store", activation="tanh")
+    save_policy(tmp_path / "cnn" / f"a{suffix}", {"w": torch.ones(2)})
+    pickled(VecNormalize(), tmp_path / "cnn" / "vec_normalize.pkl")
+    import_checkpoints([tmp_path / "cnn"], tmp_path / "cnn_store")  # that no first layer could take in
+    assert len(files) == 2
 
 
 def test_statistics_that_could_belong_to_another_checkpoint_are_refused_with_the_choice(tmp_path):
