@@ -336,7 +336,9 @@ def test_statistics_beside_a_policy_alone_are_asked_about(suffix, layout, tmp_pa
     assert not (tmp_path / "store").exists()
     plain = import_checkpoints([run], tmp_path / "none", activation="tanh", normaliser="none")
     assert "note" not in plain.config["source"]
-    folded = import_checkpoints([run], tmp_path / "folded", activation="tanh", normaliser=run / [*LAYOUTS[layout]][0])
+    folded = import_checkpoints(
+        [run], tmp_path / "folded", activation="tanh", normaliser=run / next(iter(LAYOUTS[layout]))
+    )
     assert "folded into the first layer" in folded.config["source"]["note"]
     assert plain.trial(0).weights().tobytes() != folded.trial(0).weights().tobytes()
     with pytest.raises(

@@ -56,11 +56,11 @@ class Reading:
                 raise ValueError(f"import: {shown(path)}: ignore {pattern!r} matches none of its tensors")
             for key in ignored:
                 del file.state[key]
-        if contradiction := file.contradiction(self.activation):
-            raise ValueError(f"import: {shown(path)}: {contradiction}")
         if statistics is not None:
             file.state |= statistics.to_state()
         found = find_actor_in(path, file, self.activation, self.actor, self.discrete, self.squash is True, self.halves)
+        if contradiction := file.contradiction(self.activation):
+            raise ValueError(f"import: {shown(path)}: {contradiction}")
         if self.squash is not None and found.kind != "torchrl":
             raise ValueError(
                 f"import: {shown(path)}: squash is for the policies of TorchRL, whose files do not say it; this one is "

@@ -71,10 +71,20 @@ def live_statistics(normaliser: Any) -> ObservationStatistics | None:
     if getattr(normaliser, "norm_obs", True) is False:
         return None
     running = getattr(normaliser, "obs_rms", normaliser)
-    if not (hasattr(running, "mean") and hasattr(running, "var")):
+    mean, var = getattr(running, "mean", None), getattr(running, "var", None)
+    if mean is None or var is None or callable(mean):  # an array's
         raise ValueError(f"normaliser must have obs_rms, or mean and var, got {type(normaliser).__name__}")
     epsilon, clip = getattr(normaliser, "epsilon", 1e-8), getattr(normaliser, "clip_obs", np.inf)
-    return statistics_of(running.mean, running.var, epsilon=epsilon, clip=clip)
+    try:
+        mean, var = (np.asarray(it.cpu() if isinstance(it, Tensor) else it, np.float64) for it in (mean, var))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"normaliser must have mean and var that are arrays, got {mean!r:.40} and {var!r:.40}"
+        ) from error
+    try:
+        return statistics_of(mean, var, epsilon=epsilon, clip=clip)
+    except ValueError as error:
+        raise ValueError(f"normaliser: {error}") from error
 
 
 def read_statistics(path: str | Path) -> ObservationStatistics | None:

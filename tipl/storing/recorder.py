@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, SupportsFloat
 
 import numpy as np
 import torch
@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tipl.files.schema import plain_json
-from tipl.policy import ACTIVATIONS, PolicySpec
+from tipl.policy import PolicySpec
 from tipl.storing.actor_families import STATISTICS, Settings
 from tipl.storing.foreign_actors import Actor, differences, find_actor
 from tipl.storing.import_notes import activation_missing, source_record
+from tipl.storing.live_modules import Seen, seen_in
 from tipl.storing.observation_statistics import live_statistics
 from tipl.storing.run_state import encode_state, load_state, put_back, save_state
 from tipl.storing.state_tree import set_global_random_states
@@ -60,8 +61,10 @@ class Recorder:
             env_id: the Gymnasium id; `tipl evaluate` needs it.
             env_kwargs: the arguments with which the environment was made, beside its id, as plain JSON; all that runs
                 the policies later uses them.
-            activation: between the policy's layers, tanh, relu, elu or silu; by default that of the policy's modules.
-                It must be given where these have none, or several, and the simulator can run the policy.
+            activation: between the policy's layers, tanh, relu, elu or silu; by default that of the modules between
+                them. It must be given where these show none and the simulator can run the policy. Any other text, such
+                as "other", records a policy that the simulator would misread, whose modules do something else: its
+                weights are then kept and not run.
             actor: prefix of the actor's keys, or several, where the policy holds other networks too; "" takes all
                 parameters but critics'.
             resume: append to the store that an earlier recorder left at `path`, if there is one.
@@ -130,16 +133,16 @@ class Recorder:
         is NaN or Inf, or env_steps does not grow; TypeError where an entry of `state` is none of these. After an
         OSError (a full disk) earlier checkpoints are intact, and a recorder with `resume` continues from them.
         """
-        tensors = _tensors(policy, normaliser)
+        tensors = _tensors("log", policy, normaliser)
+        if not isinstance(env_steps, int | np.integer) or isinstance(env_steps, bool):
+            raise TypeError(f"log: env_steps must be an int, got {env_steps!r:.80}")
+        if not (episodic_return is None or isinstance(episodic_return, SupportsFloat)):
+            raise TypeError(f"log: episodic_return must be a number or None, got {episodic_return!r:.80}")
         if env_steps <= self.env_steps:
             raise ValueError(f"log: env_steps must grow: {self.env_steps} are recorded, got {env_steps}")
         try:
             if self._actor is None:
-                if self._settings.activation is None:
-                    self._settings = dataclasses.replace(self._settings, activation=self._activation_of(policy))
-                self._actor = self._first(tensors)
-                if self._settings.activation is None and isinstance(self._actor.policy, PolicySpec):
-                    raise ValueError(activation_missing(self._actor.policy))
+                self._actor = self._begin(policy, tensors)
             if (self._actor.normaliser == STATISTICS) != (f"{STATISTICS}_mean" in tensors):
                 raise ValueError("normaliser must be given in every call or in none")
             weights = self._actor.flatten(tensors)
@@ -194,7 +197,7 @@ class Recorder:
         if self._store is None or not self._store.num_checkpoints:
             return False
         try:
-            tensors = _tensors(policy, normaliser)
+            tensors = _tensors("Recorder", policy, normaliser)
             actor = self._first(tensors)
             weights = actor.flatten(tensors)
         except ValueError as error:
@@ -232,15 +235,28 @@ class Recorder:
         self._store.append(weights[None, None], np.array([[env_steps]], np.int64), returns)
         self.env_steps = env_steps
 
-    def _activation_of(self, policy: torch.nn.Module | Mapping[str, Tensor]) -> str | None:
-        """Return the one kind of activation among the policy's modules, or that of the recording that is resumed; None
-        where neither says one."""
-        modules = policy.modules() if isinstance(policy, torch.nn.Module) else ()
-        names = {type(module).__name__.lower() for module in modules} & set(ACTIVATIONS)
-        if len(names) == 1:
-            return names.pop()
+    def _begin(self, policy: torch.nn.Module | Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> Actor:
+        """Return the actor of a recording that begins or goes on, whose activation is known where it can be run.
+
+        Raises ValueError where nothing says it, or the policy's modules say that the simulator would act otherwise.
+        """
+        seen = Seen()
+        if isinstance(policy, torch.nn.Module):
+            seen = seen_in(policy, find_actor(tensors, self._settings, self._keys))
+        if self._settings.activation is not None:
+            actor = self._first(tensors)
+            if contradiction := seen.contradiction(self._settings.activation):
+                raise ValueError(contradiction)
+            return actor
         recorded = None if self._store is None else self._store.policy
-        return recorded.activation if isinstance(recorded, PolicySpec) else None
+        known = recorded.activation if isinstance(recorded, PolicySpec) else None
+        if seen.doubt and (seen.is_certain or known is None):
+            raise ValueError(seen.question())
+        self._settings = dataclasses.replace(self._settings, activation=seen.activation or known)
+        actor = self._first(tensors)
+        if self._settings.activation is None and isinstance(actor.policy, PolicySpec):
+            raise ValueError(activation_missing(actor.policy))
+        return actor
 
     def _first(self, state: Mapping[str, Tensor]) -> Actor:
         """Return the actor in `state`, which must equal that of the recording if one is resumed."""
@@ -278,9 +294,17 @@ class Recorder:
         return store
 
 
-def _tensors(policy: torch.nn.Module | Mapping[str, Tensor], normaliser: Any) -> dict[str, Tensor]:
-    """Return the policy's tensors, and beside them the statistics of what normalises its observations."""
+def _tensors(owner: str, policy: torch.nn.Module | Mapping[str, Tensor], normaliser: Any) -> dict[str, Tensor]:
+    """Return the policy's tensors, and beside them the statistics of what normalises its observations.
+
+    Raises TypeError for another policy, ValueError for another normaliser; error texts begin with `owner`.
+    """
+    if not isinstance(policy, torch.nn.Module | Mapping):
+        raise TypeError(f"{owner}: policy must be a torch.nn.Module or a state_dict, got {type(policy).__name__}")
     state = policy.state_dict() if isinstance(policy, torch.nn.Module) else policy
     tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
-    statistics = None if normaliser is None else live_statistics(normaliser)
+    try:
+        statistics = None if normaliser is None else live_statistics(normaliser)
+    except ValueError as error:
+        raise ValueError(f"{owner}: {error}") from error
     return tensors if statistics is None else tensors | statistics.to_state()
