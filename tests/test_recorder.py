@@ -311,7 +311,8 @@ def test_what_is_recorded_of_any_modules_acts_as_they_do(tmp_path: Path) -> None
         usual = kinds[random.integers(4)]
         rare = [kinds[random.integers(len(kinds))] if random.random() < 0.15 else usual for _ in range(2)]
         behind = [kinds[random.integers(len(kinds))]()] if random.random() < 0.2 else []
-        policy = Gaussian(*actor_of(*(it() for it in rare), behind=behind), critic=kinds[random.integers(len(kinds))]())
+        between = [rare[0]()] * 2 if rare[0] is rare[1] else [it() for it in rare]  # one module may act twice
+        policy = Gaussian(*actor_of(*between, behind=behind), critic=kinds[random.integers(len(kinds))]())
         with tipl.Recorder(tmp_path / str(i)) as recorder:
             try:
                 recorder.log(policy, env_steps=0)

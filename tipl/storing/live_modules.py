@@ -96,7 +96,7 @@ def _in_order(path: str, module: nn.Module, layers: Sequence[str]) -> Iterator[_
     if path in layers:
         yield path
         return
-    children = [(f"{path}.{name}" if path else name, child) for name, child in module.named_children()]
+    children = [(f"{path}.{name}" if path else name, child) for name, child in _parts(module)]
     is_list = isinstance(module, nn.ModuleList) and any(name in layers for name, _ in children)
     is_row = isinstance(module, nn.Sequential) or is_list
     for name, child in children:
@@ -108,6 +108,11 @@ def _in_order(path: str, module: nn.Module, layers: Sequence[str]) -> Iterator[_
             yield from _expanded(child)
 
 
+def _parts(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return a module's parts by their names, one that is used twice too, which torch's named_children gives once."""
+    return [(name, part) for name, part in module._modules.items() if part is not None]
+
+
 def _holds(path: str, layers: Sequence[str]) -> bool:
     return any(layer.startswith(f"{path}.") for layer in layers)
 
@@ -115,7 +120,7 @@ def _holds(path: str, layers: Sequence[str]) -> bool:
 def _expanded(module: nn.Module) -> Iterator[nn.Module]:
     """Yield the modules of which a torch.nn.Sequential consists, or the module itself."""
     if isinstance(module, nn.Sequential):
-        for child in module.children():
+        for _, child in _parts(module):
             yield from _expanded(child)
     else:
         yield module

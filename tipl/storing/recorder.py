@@ -18,7 +18,7 @@ from tipl.storing.actor_families import STATISTICS, Settings
 from tipl.storing.foreign_actors import Actor, differences, find_actor
 from tipl.storing.import_notes import activation_missing, source_record
 from tipl.storing.live_modules import Seen, seen_in
-from tipl.storing.observation_statistics import live_statistics
+from tipl.storing.observation_statistics import live_note, live_statistics
 from tipl.storing.run_state import encode_state, load_state, put_back, save_state
 from tipl.storing.state_tree import set_global_random_states
 from tipl.storing.store import UNKNOWN, UNNORMALISED, Store, env_of
@@ -49,7 +49,7 @@ class Recorder:
         resume: bool = False,
         config: Mapping[str, Any] | None = None,
         note: str | None = None,
-        unnormalised: bool = False,
+        unnormalised: bool | str = False,
         squash: bool = False,
         mean_limit: float | None = None,
         discrete: bool | Literal["logits", "values"] = False,
@@ -71,7 +71,7 @@ class Recorder:
             config: the run's settings, plain JSON, kept in the store.
             note: what a user of the store must know, kept in its config and shown by `tipl import`.
             unnormalised: the policy sees observations that are normalised, and `log` is not told how: it cannot be run
-                in the simulator.
+                in the simulator. A text says in words for what other reason it cannot, such as a wrapper's changes.
             squash: the actions of a policy of Stable-Baselines3's PPO or A2C with gSDE (squash_output=True), or of
                 TorchRL's (TanhNormal), are the tanh of its mean. Those of SAC and TD3 always are.
             mean_limit: to what a policy of Stable-Baselines3's SAC with gSDE clips its mean (clip_mean); without it,
@@ -122,9 +122,9 @@ class Recorder:
             env_steps: environment steps that it has learned from; must grow from call to call.
             episodic_return: mean return of the last episodes; None or NaN where no episode has ended.
             normaliser: what normalises the policy's observations: a VecNormalize, a NormalizeObservation of
-                Gymnasium's, or any object with `mean` and `var` (obs_dim,). Its statistics as they are now are folded
-                into the first layer, so that each checkpoint acts on observations as the environment gives them; what
-                it clips is not clipped. Given in every call or in none.
+                Gymnasium's, environments wrapped in one of these, or any object with `mean` and `var` (obs_dim,). Its
+                statistics as they are now are folded into the first layer, so that each checkpoint acts on observations
+                as the environment gives them; what is clipped is not clipped. Given in every call or in none.
             state: all else that training needs to go on, for `restore`: by name, objects with a state_dict (modules,
                 optimisers, schedulers), generators of random numbers, and trees of tensors, arrays and plain values.
                 The random numbers of Python, NumPy and torch are kept with it. Only the newest state is kept.
@@ -150,7 +150,8 @@ class Recorder:
             raise ValueError(f"log: policy: {error}") from error
         encoded = None if state is None else encode_state(state)
         if self._store is None:
-            self._store = self._create(self._actor)
+            folded = live_note(normaliser) if self._actor.normaliser == STATISTICS else ""
+            self._store = self._create(self._actor, folded)
         if encoded is not None:
             save_state(self._store, encoded, weights, int(env_steps), episodic_return)
         self._append(weights, env_steps, np.nan if episodic_return is None else episodic_return)
@@ -270,9 +271,10 @@ class Recorder:
                 raise ValueError(f"it does not fit {self.path}: {reason}")
         return found
 
-    def _create(self, actor: Actor) -> Store:
-        source = source_record(actor, "recorder", self._note)
-        config = {**self._config, "source": source | ({UNNORMALISED: True} if self._unnormalised else {})}
+    def _create(self, actor: Actor, folded: str) -> Store:
+        source = source_record(actor, "recorder", folded, self._note)
+        marked = {UNNORMALISED: self._unnormalised} if self._unnormalised else {}
+        config = {**self._config, "source": source | marked}
         return Store.create(
             self.path,
             env_id=self._env_id,
