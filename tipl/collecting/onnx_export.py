@@ -77,13 +77,13 @@ def export_onnx(
         row, record = row_and_record(weights, checkpoint, trial)
         layout, actor = layout_and_actor(record)
         spec = _mlp(policy, layout, len(row), (record.get("source") or {}).get("note", ""))
-        made = (record.get("env_id"), record.get("env_kwargs")) if env_id is None else (env_id, None)
-        bounds = _action_bounds(spec, *made)
         unnormalised = (record.get("source") or {}).get(UNNORMALISED)
         if isinstance(unnormalised, str) and str(normaliser) != "none":
             raise ValueError(
                 f'export: {unnormalised}; normaliser="none" makes a model of the network alone, between these wrappers'
             )
+        made = (record.get("env_id"), record.get("env_kwargs")) if env_id is None else (env_id, None)
+        bounds = _action_bounds(spec, *made)
         observations = _Observations.of(spec, actor, bool(unnormalised), normaliser)
         spec, rows = without_halves(spec, torch.tensor(row)[None])
         write_atomically(aside, _model(spec, rows[0].numpy(), observations, bounds))
