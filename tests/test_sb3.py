@@ -149,8 +149,8 @@ def test_round_trip(runs: Path, hasty_nowcaster: None, run_tipl: Callable[..., i
     run("evaluate", "--store", store, "--model", model, "--output", tmp_path / "evaluation", *flags(TINY_EVALUATE))
 
 
-def sb3_return(model: Any, seed: int) -> float:
-    env, total, over = gymnasium.make(ENV_ID), 0.0, False
+def sb3_return(model: Any, seed: int, env_id: str = ENV_ID) -> float:
+    env, total, over = gymnasium.make(env_id), 0.0, False
     obs, _ = env.reset(seed=seed)
     while not over:
         action, _ = model.predict(obs, deterministic=True)
@@ -404,6 +404,8 @@ def test_policies_of_an_own_class_are_not_taken_for_sb3s(tmp_path: Path) -> None
         tipl.import_checkpoints([tmp_path / "own.zip"], tmp_path / "store")
     store = tipl.import_checkpoints([tmp_path / "own.zip"], tmp_path / "store", activation="relu")
     assert store.policy == PolicySpec(4, 1, (64, 64), "relu")
+    for it in (store, Store.open(tmp_path / "run")):
+        assert "of a class of its own, from test_sb3: what that does beside" in it.config["source"]["note"]
     named_alike = ppo(policy_kwargs={"activation_fn": Tanh})
     named_alike.learn(NUM_STEPS, callback=RecorderCallback(tmp_path / "alike"))
     assert isinstance(Store.open(tmp_path / "alike").policy, ParameterLayout)
@@ -651,6 +653,9 @@ def test_wrappers_of_the_registered_environment_are_the_simulators_too(tmp_path:
             model.learn(64, callback=RecorderCallback(tmp_path / str(len(kwargs)), **kwargs))
             store = Store.open(tmp_path / str(len(kwargs)))
             assert (store.env_id, store.is_unnormalised) == ("Doubled-v0", False)
+            scores = tipl.score(store, num_episodes=1, progress=False)
+            seed = int(np.random.default_rng((0, 0)).integers(2**31, size=5)[0])
+            assert scores.returns[0, -1, 0] == sb3_return(model, seed, "Doubled-v0")
     finally:
         del gymnasium.registry["Doubled-v0"]
 

@@ -19,6 +19,7 @@ from tipl.sb3 import full_state
 from tipl.sb3.policies import env_id_of, settings_of
 from tipl.storing.actor_families import Settings
 from tipl.storing.foreign_actors import find_actor
+from tipl.storing.foreign_files import OWN_CLASS, SB3_LIBRARIES
 from tipl.storing.live_modules import seen_in
 from tipl.storing.live_wrappers import Wrapping, changing_wrappers, effect_of_class, wrapping_of
 from tipl.storing.observation_statistics import live_statistics
@@ -224,6 +225,9 @@ class RecorderCallback(BaseCallback):
     def _note(self, misread: str) -> str | None:
         """Return in words how the run's environment differs from the simulator's; None where no difference is known."""
         notes = [misread] if misread else []
+        module = type(self.model.policy).__module__
+        if not misread and not f"{module}.".startswith(SB3_LIBRARIES):
+            notes.append(OWN_CLASS.format(module=shown(module)))
         if self._normaliser is not None:
             notes += self._wrapping.clips
         elif self._is_normalised():

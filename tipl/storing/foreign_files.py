@@ -55,8 +55,9 @@ _SBX = (
     "is a zip of SBX, or of Stable-Baselines3 without a policy.pth: its policy is a pickle, which was not loaded, "
     "because loading it could run code: save model.policy.actor_state.params with flax.serialization.to_bytes"
 )
+OWN_CLASS = "the policy is of a class of its own, from {module}: what that does beside the layers is not known"
 _JSON_BYTES = 2**25  # most bytes of a safetensors header or SB3's settings; parsed, these take up to 25 times as much
-_LIBRARIES = ("stable_baselines3.", "sb3_contrib.")
+SB3_LIBRARIES = ("stable_baselines3.", "sb3_contrib.")
 _CLIP_MEAN = 2.0  # SB3's default
 _PICKLED = {":type:", ":serialized:"}
 _DISCRETE = ".spaces.discrete.Discrete'>"  # of gymnasium, or of gym in older files
@@ -282,7 +283,7 @@ def _read_sb3(archive: zipfile.ZipFile, data: bytes, max_bytes: int | None) -> C
     kwargs = kwargs if isinstance(kwargs, dict) else {}
     chosen = _named(kwargs, "activation_fn")
     module = _named(settings.get("policy_class"), "__module__")
-    own_class = "" if f"{module}.".startswith(_LIBRARIES) else module
+    own_class = "" if f"{module}.".startswith(SB3_LIBRARIES) else module
     found = find_state(policy, is_cleanrl=False)
     is_on_policy = any(key.startswith(("action_net.", "mlp_extractor.")) for key in found.state)
     default = ("tanh" if is_on_policy else "relu") if says_kwargs and not own_class else None
@@ -301,7 +302,7 @@ def _read_sb3(archive: zipfile.ZipFile, data: bytes, max_bytes: int | None) -> C
         doubt=found.doubt,
         own_class=own_class,
         normalised=_saw_normalised(settings, is_on_policy=is_on_policy),
-        note=before,
+        note=before or (OWN_CLASS.format(module=shown(own_class)) if own_class else ""),
         before=before,
         _content=(data, policy),
     )
@@ -364,7 +365,7 @@ def _before_the_layers(settings: Mapping[str, Any], kwargs: Mapping[str, Any]) -
     Neither a Dict of vectors nor a features extractor without parameters shows in the policy's tensors.
     """
     extractor = _named(kwargs, "features_extractor_class")
-    if extractor and not extractor.startswith(tuple(f"<class '{library}" for library in _LIBRARIES)):
+    if extractor and not extractor.startswith(tuple(f"<class '{library}" for library in SB3_LIBRARIES)):
         return f"observations pass through a features extractor of the run's own, {shown(extractor)}, not run here"
     return space_not_run(_named(settings.get("observation_space"), ":type:"))
 

@@ -12,14 +12,13 @@ from torch import nn
 
 from tipl.policy import ACTIVATIONS, PolicySpec
 from tipl.storing.foreign_actors import Actor
-from tipl.storing.foreign_files import space_not_run
+from tipl.storing.foreign_files import SB3_LIBRARIES, space_not_run
 from tipl.storing.tensor_checks import shown
 
 _ACTIVATIONS: dict[type[nn.Module], str] = {nn.Tanh: "tanh", nn.ReLU: "relu", nn.ELU: "elu", nn.SiLU: "silu"}
 _NO_EFFECT = (nn.Identity, nn.Flatten, nn.Unflatten)  # on a vector's numbers
 _BOUNDED = (nn.Tanh, nn.Hardtanh, nn.Sigmoid, nn.Softsign)
 _HALVES = "NormalParamExtractor"  # TorchRL's, which parts means and deviations
-_LIBRARIES = ("stable_baselines3.", "sb3_contrib.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,6 +202,6 @@ def _before_the_layers(policy: nn.Module, actor: Actor) -> str:
     for module in policy.modules():
         kinds = {it.__name__ for it in type(module).__mro__}
         own = type(module).__module__
-        if "BaseFeaturesExtractor" in kinds and not f"{own}.".startswith(_LIBRARIES):
+        if "BaseFeaturesExtractor" in kinds and not f"{own}.".startswith(SB3_LIBRARIES):
             return f"its observations pass through a features extractor of its own, {shown(type(module).__name__)}"
     return space_not_run(str(type(getattr(policy, "observation_space", None))))
