@@ -247,6 +247,28 @@ def test_an_actor_whose_modules_do_something_else_is_refused_or_kept_without_bei
     assert Store.open(tmp_path / "said").policy == PolicySpec(3, 2, (4, 4))
 
 
+def test_a_recording_that_was_run_so_far_does_not_go_on_in_silence(tmp_path: Path) -> None:
+    policy = Gaussian(*actor_of(nn.Tanh(), nn.Tanh()))
+    with tipl.Recorder(tmp_path / "run") as recorder:
+        recorder.log(policy, env_steps=0)
+    with (
+        tipl.Recorder(tmp_path / "run", activation="other", resume=True) as recorder,
+        pytest.raises(ValueError, match=r"does not fit .*run: it was recorded as one that the simulator runs, which"),
+    ):
+        recorder.log(policy, env_steps=1)
+    for why, said in (
+        (True, "its policies saw normalised observations"),
+        ("frames were stacked", "frames were stacked"),
+    ):
+        with pytest.warns(UserWarning, match=f"does not say that the simulator must not run its policies: {said}"):
+            tipl.Recorder(tmp_path / "run", unnormalised=why, resume=True).close()
+    with tipl.Recorder(tmp_path / "marked", unnormalised="frames were stacked", env_id="Hopper-v5") as recorder:
+        recorder.log(policy, env_steps=0)
+    tipl.Recorder(tmp_path / "marked", unnormalised="frames were stacked", env_id="Hopper-v5", resume=True).close()
+    with pytest.raises(ValueError, match=r"^score: the policies in .*marked cannot be run: frames were stacked$"):
+        tipl.score(Store.open(tmp_path / "marked"), progress=False)
+
+
 def test_only_the_caller_knows_what_modules_of_their_own_do(tmp_path: Path) -> None:
     policy = Gaussian(*actor_of(Swish(), Swish()))
     with (

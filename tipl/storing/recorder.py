@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -268,6 +269,8 @@ class Recorder:
                 return recorded  # by a tipl that did not know this kind
             if found != recorded:
                 reason = differences(recorded.policy, found.policy) or "its keys or its normaliser are others"
+                if found.kind == "other" and recorded.keys == found.keys:
+                    reason = "it was recorded as one that the simulator runs, which it is not: choose another path"
                 raise ValueError(f"it does not fit {self.path}: {reason}")
         return found
 
@@ -291,6 +294,17 @@ class Recorder:
         if store.config.get("source", {}).get("format") != "recorder" or store.env != env:
             store.close()
             raise ValueError(f"Recorder: {self.path} must be a recording of {env} to append to, got {store!r}")
+        if self._unnormalised and not store.is_unnormalised:
+            why = (
+                self._unnormalised
+                if isinstance(self._unnormalised, str)
+                else "its policies saw normalised observations"
+            )
+            warnings.warn(
+                f"Recorder: {self.path}, recorded by another tipl or otherwise, does not say that the simulator must "
+                f"not run its policies: {why}",
+                stacklevel=3,
+            )
         if store.num_checkpoints:
             self.env_steps = int(store.trial(0).env_steps[-1])
         return store
