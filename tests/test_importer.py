@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from foreign_checkpoints import ACT_DIM, OBS_DIM, CleanRL, RslRl
+from foreign_checkpoints import ACT_DIM, OBS_DIM, CleanRL, RslRl, ppo_zip
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import tipl
 from tipl.collecting.policy_network import mean_action
 from tipl.files.sealed import save_arrays
 from tipl.policy import ParameterLayout, PolicySpec
@@ -306,6 +307,101 @@ def test_pickles_in_the_settings_of_an_sb3_zip_are_not_decoded(tmp_path: Path) -
         archive.writestr("data", '{"num_timesteps": 12, "policy_kwargs": {":serialized:": "not base64, not a pickle"}}')
     store = import_checkpoints([tmp_path / "a.zip"], tmp_path / "store")
     assert store.trial(0).env_steps.tolist() == [12]
+
+
+def without_data(path: Path) -> Path:
+    """Take the settings out of a zip of SB3's."""
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist() if name != "data"}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return path
+
+
+UNSAID = {
+    "no policy_kwargs": {"policy_kwargs": None},
+    "policy_kwargs of another kind": {"policy_kwargs": "dict(activation_fn=nn.ReLU)"},
+    "a pickle alone": {"policy_kwargs": {":type:": "<class 'dict'>", ":serialized:": "gASV"}},
+}
+
+
+@pytest.mark.parametrize("kind", ["no data", *UNSAID])
+def test_the_activation_of_an_sb3_zip_that_says_none_is_asked_for(kind: str, tmp_path: Path) -> None:
+    path = ppo_zip(tmp_path / "a.zip", 1, **UNSAID.get(kind, {}))
+    if kind == "no data":
+        without_data(path)
+    with pytest.raises(
+        ValueError, match=r"a\.zip: activation must be given, one of .*; the library's default is tanh$"
+    ):
+        import_checkpoints([path], tmp_path / "store")
+    for activation in ("relu", "tanh"):
+        store = import_checkpoints([path], tmp_path / activation, activation=activation)
+        assert store.policy == PolicySpec(3, 1, (8, 8), activation)
+        again = export_checkpoint(store.path, path, tmp_path / f"{activation}.zip")
+        assert torch.equal(read_checkpoint_file(again).state["log_std"], read_checkpoint_file(path).state["log_std"])
+
+
+@pytest.mark.parametrize("pickled", [False, True])
+def test_an_activation_that_contradicts_an_sb3_zip_is_refused(pickled: bool, tmp_path: Path) -> None:
+    beside = {":type:": "<class 'dict'>", ":serialized:": "gASV", "net_arch": "[8, 8]"} if pickled else {}
+
+    def zip_of(name: str, said: str | None) -> Path:
+        chosen = {} if said is None else {"activation_fn": said}
+        return ppo_zip(tmp_path / f"{name}.zip", 1, policy_kwargs=beside | chosen)
+
+    named = "<class 'torch.nn.modules.activation.{}'>"
+    for said, activation in ((None, "tanh"), (named.format("ReLU"), "relu"), (named.format("LeakyReLU"), "leakyrelu")):
+        path = zip_of("a", said)
+        default = ", the default of Stable-Baselines3 for this policy" if said is None else ""
+        with pytest.raises(
+            ValueError, match=rf"a\.zip: activation says elu, but the zip says {activation}{default}: leave it out$"
+        ):
+            import_checkpoints([path], tmp_path / "store", activation="elu")
+        assert (
+            import_checkpoints([path], tmp_path / f"{activation}0").policy
+            == import_checkpoints([path], tmp_path / f"{activation}1", activation=activation).policy
+        )
+    own = zip_of("own", "<class '__main__.Swish'>")  # what it does only the caller can say
+    assert isinstance(import_checkpoints([own], tmp_path / "unsaid").policy, ParameterLayout)
+    said = import_checkpoints([own], tmp_path / "said", activation="silu")
+    assert said.policy == PolicySpec(3, 1, (8, 8), "silu")
+    export_checkpoint(said.path, own, tmp_path / "exported.zip")
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        (
+            {"policy_kwargs": {"features_extractor_class": "<class 'own.Scaled'>"}},
+            r"a features extractor of the run's own, <class 'own\.Scaled'>",
+        ),
+        ({"observation_space": {":type:": "<class 'gymnasium.spaces.dict.Dict'>"}}, "observations are a Dict"),
+        ({"observation_space": {":type:": "<class 'gym.spaces.discrete.Discrete'>"}}, "are of a Discrete space"),
+    ],
+)
+def test_policies_behind_something_without_parameters_are_forecast_but_not_run(
+    settings: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    path = ppo_zip(tmp_path / "a.zip", 1, **settings)
+    store = import_checkpoints([path], tmp_path / "store", env_id="InvertedPendulum-v5")
+    assert isinstance(store.policy, ParameterLayout)
+    with pytest.raises(ValueError, match=rf"^score: .*{reason}.*cannot run these policies") as refused:
+        tipl.score(store, progress=False)
+    assert "\n" not in str(refused.value)
+    with pytest.raises(ValueError, match=rf"must be an MLP for ONNX.*{reason}"):
+        tipl.export_onnx(store.path, tmp_path / "a.onnx")
+    weights = store.trial(0).weights()[0] + 1
+    again = export_checkpoint(weights, path, tmp_path / "b.zip")
+    np.testing.assert_array_equal(import_checkpoints([again], tmp_path / "again").trial(0).weights()[0], weights)
+    kinds = ("box.Box", "dict.Dict")
+    box, both = (
+        ppo_zip(tmp_path / f"{kind}.zip", 1, observation_space={":type:": f"<class 'gymnasium.spaces.{kind}'>"})
+        for kind in kinds
+    )
+    assert import_checkpoints([box], tmp_path / "box").policy == PolicySpec(3, 1, (8, 8))
+    with pytest.raises(ValueError, match="does not fit"):
+        import_checkpoints([box, both], tmp_path / "mixed")
 
 
 @pytest.mark.parametrize("name", ["a.pt", "a.zip", "a.safetensors"])

@@ -11,10 +11,14 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import gymnasium
+import gymnasium.wrappers as wrappers
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from foreign_checkpoints import ppo_zip
+from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv
 from hostile_files import mutated_pickles
 
 import tipl
@@ -26,6 +30,7 @@ from tipl.storing.exporter import export_checkpoint
 from tipl.storing.foreign_files import find_actor_in, read_checkpoint_file
 from tipl.storing.importer import describe_import, import_checkpoints
 from tipl.storing.inert_pickle import Made, Name, PickleError, array_of, number_of, read_inert
+from tipl.storing.live_wrappers import wrapping_of
 from tipl.storing.observation_statistics import find_statistics, live_statistics, read_statistics
 from tipl.storing.store import Store
 
@@ -310,6 +315,48 @@ def test_statistics_beside_a_run_that_does_not_say_so_are_not_used_but_named(tmp
     assert used.trial(0).weights().tobytes() != store.trial(0).weights().tobytes()
 
 
+def save_policy(path: Path, state: dict[str, torch.Tensor]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".safetensors":
+        safetensors.torch.save_file(state, path)
+    else:
+        torch.save(state, path)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".pt", ".safetensors"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_statistics_beside_a_policy_alone_are_asked_about(suffix, layout, tmp_path):
+    """A policy that was saved without its model cannot say whether it saw normalised observations."""
+    run = tmp_path / "run"
+    state = read_checkpoint_file(ppo_zip(tmp_path / "a.zip")).state
+    files = [save_policy(run / f"rl_model_{step}_steps{suffix}", state) for step in STEPS]
+    for name in LAYOUTS[layout]:
+        pickled(VecNormalize(), run / name)
+    with pytest.raises(
+        ValueError, match=r"^import: .*\.pkl lies beside .* does not say .*say with normaliser .* none if"
+    ):
+        import_checkpoints([run], tmp_path / "store", activation="tanh")
+    assert not (tmp_path / "store").exists()
+    plain = import_checkpoints([run], tmp_path / "none", activation="tanh", normaliser="none")
+    assert "note" not in plain.config["source"]
+    folded = import_checkpoints(
+        [run], tmp_path / "folded", activation="tanh", normaliser=run / next(iter(LAYOUTS[layout]))
+    )
+    assert "folded into the first layer" in folded.config["source"]["note"]
+    assert plain.trial(0).weights().tobytes() != folded.trial(0).weights().tobytes()
+    with pytest.raises(
+        ValueError, match=r"not clear which .*\(--normaliser\), or none if they belong to no checkpoint"
+    ):
+        pickled(VecNormalize(), run / "a" / "vec_normalize.pkl")
+        pickled(VecNormalize(), run / "b" / "vec_normalize.pkl")
+        import_checkpoints([save_policy(run / f"other{suffix}", state)], tmp_path / "store", activation="tanh")
+    save_policy(tmp_path / "cnn" / f"a{suffix}", {"w": torch.ones(2)})
+    pickled(VecNormalize(), tmp_path / "cnn" / "vec_normalize.pkl")
+    import_checkpoints([tmp_path / "cnn"], tmp_path / "cnn_store")  # that no first layer could take in
+    assert len(files) == 2
+
+
 def test_statistics_that_could_belong_to_another_checkpoint_are_refused_with_the_choice(tmp_path):
     run = tmp_path / "run"
     files = run_of(run, **SAID)
@@ -426,7 +473,10 @@ def test_a_recorder_folds_what_normalises_now(tmp_path):
         with pytest.raises(ValueError, match="normaliser must have obs_rms, or mean and var, got object"):
             recorder.log(agent, env_steps=2, normaliser=object())
     store = Store.open(tmp_path / "a.zarr")
-    assert "statistics" not in store.config["source"].get("note", "")
+    assert (
+        "statistics of VecNormalize are folded into the first layer of each checkpoint; what VecNormalize clips, "
+        "observations beyond 10 standard deviations, is not clipped"
+    ) in store.config["source"]["note"]
     obs = torch.randn(1, 9, OBS_DIM)
     running = normaliser.obs_rms
     seen = (obs.double() - torch.from_numpy(running.mean)) / torch.from_numpy(np.sqrt(running.var + 1e-8))
@@ -437,6 +487,151 @@ def test_a_recorder_folds_what_normalises_now(tmp_path):
         pytest.raises(ValueError, match="its keys or its normaliser are others"),
     ):
         recorder.log(agent, env_steps=5)
+
+
+class Env(gymnasium.Env):
+    """Observations and actions of the sizes of `Agent`."""
+
+    observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (OBS_DIM,), np.float32)
+    action_space = gymnasium.spaces.Box(-1.0, 1.0, (2,))
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        super().reset(seed=seed)
+        return self.np_random.normal(2.0, 3.0, OBS_DIM).astype(np.float32), {}
+
+    def step(self, action: Any) -> Any:
+        return self.np_random.normal(2.0, 3.0, OBS_DIM).astype(np.float32), 1.0, False, False, {}
+
+
+def cleanrls(function: Any = lambda obs: np.clip(obs, -10, 10)) -> Any:
+    """The wrappers of CleanRL's ppo_continuous_action.py."""
+    env = wrappers.FlattenObservation(Env())
+    env = wrappers.ClipAction(wrappers.RecordEpisodeStatistics(env))
+    env = wrappers.NormalizeObservation(env)
+    env = wrappers.TransformObservation(env, function, env.observation_space)
+    return wrappers.TransformReward(wrappers.NormalizeReward(env), lambda reward: float(np.clip(reward, -10, 10)))
+
+
+def used(env: Any) -> Any:
+    env.reset(seed=0)
+    for _ in range(5):
+        env.step(env.action_space.sample())
+    return env
+
+
+AS_NORMALISER = {
+    "NormalizeObservation": lambda: wrappers.NormalizeObservation(Env()),
+    "its statistics": lambda: wrappers.NormalizeObservation(Env()).obs_rms,
+    "CleanRL's wrappers": cleanrls,
+    "CleanRL's envs": lambda: SyncVectorEnv([cleanrls]),
+    "watched envs": lambda: wrappers.vector.RecordEpisodeStatistics(SyncVectorEnv([cleanrls])),
+    "a vector's": lambda: wrappers.vector.NormalizeObservation(SyncVectorEnv([Env] * 3)),
+    "within a vector's": lambda: wrappers.vector.NormalizeReward(
+        wrappers.vector.NormalizeObservation(SyncVectorEnv([Env] * 3))
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # Gymnasium's, of spaces
+@pytest.mark.parametrize("kind", AS_NORMALISER)
+def test_a_recorder_looks_for_the_normaliser_in_environments(kind, tmp_path):
+    normaliser, agent = AS_NORMALISER[kind](), Agent()
+    if hasattr(normaliser, "step"):
+        used(normaliser)
+    with tipl.Recorder(tmp_path / "run") as recorder:
+        for step in range(2):
+            recorder.log(agent, env_steps=step, normaliser=normaliser)
+            if hasattr(normaliser, "step"):
+                used(normaliser)
+        recorder.log(agent, env_steps=2, normaliser=normaliser)
+    store = Store.open(recorder.path)
+    note = store.config["source"]["note"]
+    assert "are folded into the first layer of each checkpoint" in note
+    assert ("what TransformObservation clips, normalised observations beyond [-10, 10], is not clipped" in note) == (
+        "CleanRL" in kind or kind == "watched envs"
+    )
+    running = normaliser
+    while not hasattr(running, "mean"):
+        running = vars(running).get("obs_rms") or (running.envs[0] if hasattr(running, "envs") else running.env)
+    obs = torch.randn(1, 9, OBS_DIM)
+    seen = (obs.double() - torch.from_numpy(running.mean)) / torch.from_numpy(np.sqrt(running.var + 1e-8))
+    row = torch.from_numpy(store.trial(0).weights()[-1:].copy())
+    torch.testing.assert_close(mean_action(store.policy, row, obs)[0], agent.actor_mean(seen.float())[0].detach())
+
+
+REFUSED_NORMALISERS = {
+    "several": (
+        lambda: SyncVectorEnv([cleanrls, cleanrls]),
+        "NormalizeObservation, of which each of the 2 environments has one with other statistics: pass the one",
+    ),
+    "none": (Env, "and so must an environment's wrapper, got Env without"),
+    "none in a vector": (lambda: SyncVectorEnv([Env, Env]), "wrapper, got SyncVectorEnv without"),
+    "twice": (lambda: wrappers.NormalizeObservation(cleanrls()), None),  # it is named itself
+    "twice, within": (
+        lambda: wrappers.NormalizeReward(wrappers.NormalizeObservation(cleanrls())),
+        "NormalizeObservation over NormalizeObservation, which normalise twice",
+    ),
+    "more than a clip": (
+        lambda: cleanrls(lambda obs: np.clip(2 * obs, -10, 10)),
+        "TransformObservation, which changes observations: pass the one NormalizeObservation",
+    ),
+    "another function": (lambda: cleanrls(np.tanh), "TransformObservation, which changes observations"),
+    "actions": (
+        lambda: wrappers.TransformAction(cleanrls(), lambda action: -action, Env.action_space),
+        "TransformAction, which changes actions: pass",
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", REFUSED_NORMALISERS)
+def test_a_normaliser_that_is_not_clear_is_refused_with_what_was_found(kind, tmp_path):
+    make, message = REFUSED_NORMALISERS[kind]
+    with tipl.Recorder(tmp_path / "run") as recorder:
+        if message is None:
+            recorder.log(Agent(), env_steps=0, normaliser=used(make()))
+            return
+        with pytest.raises(ValueError, match=rf"^log: normaliser.*{message}") as refused:
+            recorder.log(Agent(), env_steps=0, normaliser=used(make()))
+    assert "\n" not in str(refused.value)
+    assert not recorder.path.exists()
+
+
+def test_environments_in_other_processes_show_no_statistics(tmp_path):
+    envs = AsyncVectorEnv([cleanrls])
+    try:
+        with (
+            tipl.Recorder(tmp_path / "run") as recorder,
+            pytest.raises(ValueError, match=r"^log: normaliser: the environments of AsyncVectorEnv run in other proc"),
+        ):
+            recorder.log(Agent(), env_steps=0, normaliser=envs)
+    finally:
+        envs.close()
+
+
+@pytest.mark.parametrize(
+    ("function", "limits"),
+    [
+        (lambda obs: np.clip(obs, -10, 10), "[-10, 10]"),
+        (lambda x: np.clip(x, -2.5, 5), "[-2.5, 5]"),
+        (lambda obs: obs.clip(-5, 5), "[-5, 5]"),
+        (lambda obs: np.clip(obs, -10, 10) * 2, ""),
+        (lambda obs: np.clip(obs + 1, -10, 10), ""),
+        (lambda obs: np.clip(obs, obs, 10), ""),
+        (lambda obs: np.maximum(obs, 0), ""),
+        (lambda obs: -obs.clip(-5, 5), ""),
+        (lambda obs: obs, ""),
+        (lambda obs, low=1: np.clip(obs, -low, low), ""),
+        (np.tanh, ""),
+    ],
+)
+def test_functions_that_clip_and_do_nothing_else_are_known_by_their_code(function, limits):
+    env = wrappers.TransformObservation(wrappers.NormalizeObservation(Env()), function, Env.observation_space)
+    found = wrapping_of(env)
+    assert found.clips == (
+        (f"what TransformObservation clips, normalised observations beyond {limits}, is not clipped",) if limits else ()
+    )
+    assert bool(found.changes) == (not limits)
 
 
 def test_json_of_a_zip_is_enough_to_know(tmp_path):

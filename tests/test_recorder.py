@@ -1,6 +1,8 @@
 """The recorder: what it appends, where it goes on, and what it refuses."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from torch import nn
 
 import tipl
 import tipl.storing.exporter
+from tipl.collecting.policy_network import mean_action
 from tipl.collecting.settings import is_complete, num_checkpoints_asked
 from tipl.files.sealed import save_arrays
 from tipl.policy import ParameterLayout, PolicySpec
@@ -162,14 +165,212 @@ def test_the_activation_is_that_of_the_modules_or_asked_for(tmp_path: Path) -> N
     with tipl.Recorder(tmp_path / "relu") as recorder:
         recorder.log(agent(nn.ReLU(), nn.ReLU()), env_steps=0)
     assert Store.open(tmp_path / "relu").policy == PolicySpec(3, 2, (4, 4), "relu")
-    mixed = agent(nn.ReLU(), nn.Tanh())
-    for policy in (mixed, dict(agent(nn.ReLU(), nn.ReLU()).state_dict())):
+    state = dict(agent(nn.ReLU(), nn.ReLU()).state_dict())
+    with (
+        tipl.Recorder(tmp_path / "none") as recorder,
+        pytest.raises(ValueError, match=r"^log: policy: activation must be given, one of .*default is tanh$"),
+    ):
+        recorder.log(state, env_steps=0)
+    assert not (tmp_path / "none").exists()
+    with tipl.Recorder(tmp_path / "elu", activation="elu") as recorder:
+        recorder.log(state, env_steps=0)
+    assert Store.open(tmp_path / "elu").policy == PolicySpec(3, 2, (4, 4), "elu")
+    with (
+        tipl.Recorder(tmp_path / "none", activation="elu") as recorder,
+        pytest.raises(ValueError, match=r"^log: policy: activation says elu, but relu lies between its layers: leave"),
+    ):
+        recorder.log(agent(nn.ReLU(), nn.ReLU()), env_steps=0)
+
+
+class Gaussian(nn.Module):
+    """A policy with CleanRL's names, whose mean is that of any modules."""
+
+    def __init__(self, *actor: nn.Module, critic: nn.Module | None = None) -> None:
+        super().__init__()
+        self.actor_mean, self.actor_logstd = nn.Sequential(*actor), nn.Parameter(torch.zeros(1, 2))
+        if critic is not None:
+            self.critic = nn.Sequential(nn.Linear(3, 4), critic, nn.Linear(4, 1))
+
+
+class Swish(nn.Module):
+    """A user's own SiLU."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * torch.sigmoid(x)
+
+
+class Tanh(nn.Module):
+    """A user's own module that is named like torch's."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * x
+
+
+def actor_of(*between: nn.Module, behind: Any = ()) -> list[nn.Module]:
+    first, second = between
+    return [nn.Linear(3, 4), first, nn.Linear(4, 4), second, nn.Linear(4, 2), *behind]
+
+
+MISREAD = {
+    "leaky, then tanh": (actor_of(nn.LeakyReLU(), nn.Tanh()), "LeakyReLU"),
+    "tanh behind": (
+        actor_of(nn.Tanh(), nn.Tanh(), behind=[nn.Tanh()]),
+        r"Tanh\(\) lies behind the last layer",
+    ),
+    "elu of another kind": (actor_of(nn.ELU(0.3), nn.ELU(0.3)), r"ELU\(alpha=0\.3\) lies between two of its layers"),
+    "dropout": (actor_of(nn.Sequential(nn.Tanh(), nn.Dropout()), nn.Tanh()), r"Dropout\(p=0\.5"),
+    "no activation": (actor_of(nn.Tanh(), nn.Identity()), "nothing lies between two of its layers"),
+    "two in a row": (actor_of(nn.Sequential(nn.Tanh(), nn.Tanh()), nn.Tanh()), r"Tanh\(\) lies between two"),
+    "two kinds": (actor_of(nn.ReLU(), nn.Tanh()), "relu and tanh lie between its layers"),
+    "a user's own behind": (actor_of(nn.Tanh(), nn.Tanh(), behind=[Tanh()]), r"Tanh\(\) lies behind the last layer"),
+}
+
+
+@pytest.mark.parametrize("kind", MISREAD)
+def test_an_actor_whose_modules_do_something_else_is_refused_or_kept_without_being_run(
+    kind: str, tmp_path: Path
+) -> None:
+    actor, found = MISREAD[kind]
+    policy = Gaussian(*actor, critic=nn.Tanh())
+    for said in (None, "tanh"):
         with (
-            tipl.Recorder(tmp_path / "none") as recorder,
-            pytest.raises(ValueError, match=r"^log: policy: activation must be given, one of .*default is tanh$"),
+            tipl.Recorder(tmp_path / "refused", activation=said) as recorder,
+            pytest.raises(ValueError, match=rf"^log: policy: .*{found}.*: .*; pass activation=\"other\" to") as refused,
         ):
             recorder.log(policy, env_steps=0)
-        assert not (tmp_path / "none").exists()
-    with tipl.Recorder(tmp_path / "elu", activation="elu") as recorder:
-        recorder.log(mixed, env_steps=0)
-    assert Store.open(tmp_path / "elu").policy == PolicySpec(3, 2, (4, 4), "elu")
+        assert "\n" not in str(refused.value)
+    with tipl.Recorder(tmp_path / "kept", activation="other") as recorder:
+        recorder.log(policy, env_steps=0)
+    assert isinstance(Store.open(tmp_path / "kept").policy, ParameterLayout)
+    with tipl.Recorder(tmp_path / "said", activation="tanh") as recorder:
+        recorder.log(policy.state_dict(), env_steps=0)
+    assert Store.open(tmp_path / "said").policy == PolicySpec(3, 2, (4, 4))
+
+
+def test_a_recording_that_was_run_so_far_does_not_go_on_in_silence(tmp_path: Path) -> None:
+    policy = Gaussian(*actor_of(nn.Tanh(), nn.Tanh()))
+    with tipl.Recorder(tmp_path / "run") as recorder:
+        recorder.log(policy, env_steps=0)
+    with (
+        tipl.Recorder(tmp_path / "run", activation="other", resume=True) as recorder,
+        pytest.raises(ValueError, match=r"does not fit .*run: it was recorded as one that the simulator runs, which"),
+    ):
+        recorder.log(policy, env_steps=1)
+    for why, said in (
+        (True, "its policies saw normalised observations"),
+        ("frames were stacked", "frames were stacked"),
+    ):
+        with pytest.warns(UserWarning, match=f"does not say that the simulator must not run its policies: {said}"):
+            tipl.Recorder(tmp_path / "run", unnormalised=why, resume=True).close()
+    with tipl.Recorder(tmp_path / "marked", unnormalised="frames were stacked", env_id="Hopper-v5") as recorder:
+        recorder.log(policy, env_steps=0)
+    tipl.Recorder(tmp_path / "marked", unnormalised="frames were stacked", env_id="Hopper-v5", resume=True).close()
+    with pytest.raises(ValueError, match=r"^score: the policies in .*marked cannot be run: frames were stacked$"):
+        tipl.score(Store.open(tmp_path / "marked"), progress=False)
+
+
+def test_only_the_caller_knows_what_modules_of_their_own_do(tmp_path: Path) -> None:
+    policy = Gaussian(*actor_of(Swish(), Swish()))
+    with (
+        tipl.Recorder(tmp_path / "none") as recorder,
+        pytest.raises(ValueError, match=r"Swish\(\) lies between two of its layers: pass activation, one of tanh, "),
+    ):
+        recorder.log(policy, env_steps=0)
+    for start, said in ((0, "silu"), (1, None)):  # the recording says it when it goes on
+        with tipl.Recorder(tmp_path / "silu", activation=said, resume=True) as recorder:
+            recorder.log(policy, env_steps=start)
+    assert Store.open(tmp_path / "silu").policy == PolicySpec(3, 2, (4, 4), "silu")
+
+
+class Functional(nn.Module):
+    """A policy with skrl's names, whose code joins its layers."""
+
+    def __init__(self, *others: nn.Module, critic: nn.Module) -> None:
+        super().__init__()
+        self.net = nn.ModuleList([nn.Linear(3, 4)])
+        self.policy_layer, self.log_std_parameter = nn.Linear(4, 2), nn.Parameter(torch.zeros(2))
+        self.value_layer = nn.Sequential(critic)
+        for i, other in enumerate(others):
+            setattr(self, f"other{i}", other)
+
+
+@pytest.mark.parametrize(
+    ("others", "activation"),
+    [
+        ((nn.ELU(),), "elu"),
+        ((nn.ELU(), nn.ELU()), "elu"),
+        ((), None),
+        ((nn.ELU(), nn.Tanh()), None),
+        ((nn.GELU(),), None),
+    ],
+)
+def test_where_code_joins_the_layers_the_one_activation_beside_them_is_meant(
+    others: Any, activation: str | None, tmp_path: Path
+) -> None:
+    policy = Functional(*others, critic=nn.Tanh())
+    with tipl.Recorder(tmp_path / "run") as recorder:
+        if activation is None:
+            with pytest.raises(ValueError, match=r"^log: policy: .*activation(,| must be given,) one of tanh"):
+                recorder.log(policy, env_steps=0)
+        else:
+            recorder.log(policy, env_steps=0)
+            assert Store.open(tmp_path / "run").policy == PolicySpec(3, 2, (4,), activation)
+    with tipl.Recorder(tmp_path / "relu", activation="relu") as recorder:
+        if activation is None:
+            recorder.log(policy, env_steps=0)
+
+
+def test_what_is_recorded_of_any_modules_acts_as_they_do(tmp_path: Path) -> None:
+    """Of generated actors each is refused, or its recording gives the actions of the module itself."""
+    torch.manual_seed(0)
+    random = np.random.default_rng(0)
+    kinds = [
+        nn.Tanh, nn.ReLU, nn.ELU, nn.SiLU, nn.LeakyReLU, nn.GELU, nn.Mish, nn.Softplus, nn.Identity, nn.Hardtanh, Swish,
+        Tanh, lambda: nn.ELU(0.5), lambda: nn.Sequential(nn.Tanh(), nn.Identity()), lambda: nn.Sequential(nn.ReLU6()),
+    ]  # fmt: skip
+    obs, taken = torch.randn(1, 9, 3), 0
+    for i in range(150):
+        usual = kinds[random.integers(4)]
+        rare = [kinds[random.integers(len(kinds))] if random.random() < 0.15 else usual for _ in range(2)]
+        behind = [kinds[random.integers(len(kinds))]()] if random.random() < 0.2 else []
+        between = [rare[0]()] * 2 if rare[0] is rare[1] else [it() for it in rare]  # one module may act twice
+        policy = Gaussian(*actor_of(*between, behind=behind), critic=kinds[random.integers(len(kinds))]())
+        with tipl.Recorder(tmp_path / str(i)) as recorder:
+            try:
+                recorder.log(policy, env_steps=0)
+            except ValueError:
+                continue
+        store = Store.open(tmp_path / str(i))
+        row = torch.from_numpy(store.trial(0).weights().copy())
+        torch.testing.assert_close(mean_action(store.policy, row, obs)[0], policy.actor_mean(obs)[0].detach())
+        taken += 1
+    assert taken > 60
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"policy": 5}, "policy must be a torch.nn.Module or a state_dict, got int"),
+        ({"policy": [1]}, "policy must be a torch.nn.Module or a state_dict, got list"),
+        ({"normaliser": np.ones(3)}, "normaliser must have obs_rms, or mean and var, got ndarray"),
+        ({"normaliser": torch.ones(3)}, "normaliser must have obs_rms, or mean and var, got Tensor"),
+        ({"normaliser": (np.zeros(3), np.ones(3))}, "normaliser must have obs_rms, or mean and var, got tuple"),
+        ({"normaliser": object()}, "normaliser must have obs_rms, or mean and var, got object"),
+        ({"normaliser": SimpleNamespace(mean="a", var=[1.0])}, "normaliser must have mean and var that are arrays"),
+        (
+            {"normaliser": SimpleNamespace(mean=np.ones(2), var=np.ones(3))},
+            "normaliser: mean and variance must be of one",
+        ),
+        ({"normaliser": SimpleNamespace(mean=np.ones(2), var=np.ones(2))}, "must exist with 3 numbers"),
+        ({"episodic_return": "x"}, "episodic_return must be a number or None, got 'x'"),
+        ({"env_steps": "x"}, "env_steps must be an int, got 'x'"),
+    ],
+)
+def test_arguments_of_a_wrong_kind_are_named(arguments: dict[str, Any], message: str, tmp_path: Path) -> None:
+    good = {"policy": Gaussian(*actor_of(nn.Tanh(), nn.Tanh())), "env_steps": 0}
+    with (
+        tipl.Recorder(tmp_path / "run") as recorder,
+        pytest.raises((ValueError, TypeError), match=rf"^log: .*{message}"),
+    ):
+        recorder.log(**(good | arguments))
+    assert not (tmp_path / "run").exists()

@@ -25,7 +25,15 @@ from stable_baselines3.common.callbacks import BaseCallback, CallbackList, Check
 from stable_baselines3.common.evaluation import evaluate_policy  # noqa: E402
 from stable_baselines3.common.monitor import Monitor  # noqa: E402
 from stable_baselines3.common.policies import ActorCriticPolicy  # noqa: E402
-from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecMonitor, VecNormalize  # noqa: E402
+from stable_baselines3.common.torch_layers import FlattenExtractor  # noqa: E402
+from stable_baselines3.common.vec_env import (  # noqa: E402
+    DummyVecEnv,
+    SubprocVecEnv,
+    VecEnvWrapper,
+    VecFrameStack,
+    VecMonitor,
+    VecNormalize,
+)
 
 from tipl.sb3 import JumpCallback, RecorderCallback  # noqa: E402
 
@@ -141,8 +149,8 @@ def test_round_trip(runs: Path, hasty_nowcaster: None, run_tipl: Callable[..., i
     run("evaluate", "--store", store, "--model", model, "--output", tmp_path / "evaluation", *flags(TINY_EVALUATE))
 
 
-def sb3_return(model: Any, seed: int) -> float:
-    env, total, over = gymnasium.make(ENV_ID), 0.0, False
+def sb3_return(model: Any, seed: int, env_id: str = ENV_ID) -> float:
+    env, total, over = gymnasium.make(env_id), 0.0, False
     obs, _ = env.reset(seed=seed)
     while not over:
         action, _ = model.predict(obs, deterministic=True)
@@ -317,7 +325,11 @@ def test_a_model_of_another_layout_lets_the_store_go(tmp_path: Path) -> None:
             "but made with g=2.0: the simulator",
         ),
         (lambda: gymnasium.make("Pendulum-v1", max_episode_steps=-1), "but made without its time limit: the simulator"),
-        (lambda: wrappers.NormalizeObservation(gymnasium.make("Pendulum-v1")), "but wrapped in NormalizeObservation:"),
+        (
+            lambda: wrappers.NormalizeObservation(gymnasium.make("Pendulum-v1")),
+            "of NormalizeObservation are folded into",
+        ),
+        (lambda: wrappers.NormalizeReward(gymnasium.make("Pendulum-v1")), "but wrapped in NormalizeReward:"),
         (lambda: wrappers.RescaleAction(gymnasium.make("Pendulum-v1"), -1, 1), "but wrapped in RescaleAction:"),
         (
             lambda: VecFrameStack(DummyVecEnv([lambda: gymnasium.make("Pendulum-v1")]), 2),
@@ -392,6 +404,8 @@ def test_policies_of_an_own_class_are_not_taken_for_sb3s(tmp_path: Path) -> None
         tipl.import_checkpoints([tmp_path / "own.zip"], tmp_path / "store")
     store = tipl.import_checkpoints([tmp_path / "own.zip"], tmp_path / "store", activation="relu")
     assert store.policy == PolicySpec(4, 1, (64, 64), "relu")
+    for it in (store, Store.open(tmp_path / "run")):
+        assert "of a class of its own, from test_sb3: what that does beside" in it.config["source"]["note"]
     named_alike = ppo(policy_kwargs={"activation_fn": Tanh})
     named_alike.learn(NUM_STEPS, callback=RecorderCallback(tmp_path / "alike"))
     assert isinstance(Store.open(tmp_path / "alike").policy, ParameterLayout)
@@ -493,6 +507,225 @@ def test_a_normalised_run_can_be_resumed_and_other_normalisers_are_said(tmp_path
     store = Store.open(tmp_path / "stacked")
     assert store.is_unnormalised
     assert "whose statistics are not recorded" in store.config["source"]["note"]
+
+
+def clipped(env: Any) -> Any:
+    return wrappers.TransformObservation(env, lambda obs: np.clip(obs, -10, 10), env.observation_space)
+
+
+def scaled(env: Any) -> Any:
+    return wrappers.TransformObservation(env, lambda obs: np.clip(obs * 2, -10, 10), env.observation_space)
+
+
+class Own(gymnasium.ObservationWrapper):
+    def observation(self, obs: Any) -> Any:
+        return 2 * obs
+
+
+class Shift(gymnasium.ActionWrapper):
+    def action(self, action: Any) -> Any:
+        return action + 0.1
+
+
+class Shaped(gymnasium.Wrapper):
+    """Another reward, the same observations and actions."""
+
+    def step(self, action: Any) -> Any:
+        obs, reward, *rest = super().step(action)
+        return obs, float(reward) + 1.0, *rest
+
+
+class OwnVec(VecEnvWrapper):
+    def reset(self) -> Any:
+        return 2 * self.venv.reset()
+
+    def step_wait(self) -> Any:
+        obs, *rest = self.venv.step_wait()
+        return 2 * obs, *rest
+
+
+def normalised(env: Any = None) -> Any:
+    return wrappers.NormalizeObservation(gymnasium.make(ENV_ID) if env is None else env)
+
+
+def frozen(mean: float = 0.5) -> Any:
+    env = normalised()
+    env.obs_rms.mean, env.update_running_mean = np.full(4, mean), False
+    return env
+
+
+FOLDED_WRAPPERS = {
+    "NormalizeObservation": normalised,
+    "in a vector": lambda: DummyVecEnv([normalised]),
+    "watched": lambda: DummyVecEnv([lambda: Monitor(wrappers.RecordEpisodeStatistics(normalised()))]),
+    "CleanRL's": lambda: wrappers.NormalizeReward(
+        clipped(normalised(wrappers.FlattenObservation(gymnasium.make(ENV_ID))))
+    ),
+    "with a reward of one's own": lambda: Shaped(normalised()),
+    "frozen in two environments": lambda: DummyVecEnv([frozen, frozen]),
+    "VecNormalize without observations": lambda: VecNormalize(DummyVecEnv([normalised]), norm_obs=False),
+}
+
+
+@pytest.mark.parametrize("kind", FOLDED_WRAPPERS)
+def test_gymnasiums_statistics_are_recorded_live(kind: str, tmp_path: Path) -> None:
+    model = sb3.PPO("MlpPolicy", FOLDED_WRAPPERS[kind](), n_steps=64, n_epochs=1, seed=0, device="cpu")
+    model.learn(128, callback=RecorderCallback(tmp_path / "run"))
+    store = Store.open(tmp_path / "run")
+    note = store.config["source"]["note"]
+    assert not store.is_unnormalised
+    assert note.startswith("the observation statistics of NormalizeObservation are folded into the first layer")
+    assert ("beyond [-10, 10], is not clipped" in note) == (kind == "CleanRL's")
+    assert "wrapped in NormalizeObservation" not in note
+    assert "wrapped in TransformObservation" not in note
+    assert ("wrapped in NormalizeReward" in note) == (kind == "CleanRL's")
+    assert ("wrapped in Shaped" in note) == ("of one's own" in kind)
+    env = model.env.envs[0]
+    while not isinstance(env, wrappers.NormalizeObservation):
+        env = env.env
+    seen = ((OBS - env.obs_rms.mean) / np.sqrt(env.obs_rms.var + env.epsilon)).astype(np.float32)
+    row = torch.from_numpy(store.trial(0).weights()[-1:].copy())
+    ours = mean_action(store.policy, row, torch.from_numpy(OBS)[None])[0].clip(-3, 3)
+    np.testing.assert_allclose(ours, model.predict(seen, deterministic=True)[0], atol=1e-5)
+    tipl.score(store, num_episodes=1, progress=False)
+    before = store.num_checkpoints
+    model.learn(64, callback=RecorderCallback(tmp_path / "run", resume=True), reset_num_timesteps=False)
+    assert store.num_checkpoints > before
+
+
+MARKED_WRAPPERS = {
+    "several with their own statistics": (
+        lambda: DummyVecEnv([normalised, normalised]),
+        "NormalizeObservation, of which each of the 2 environments has one with other statistics",
+    ),
+    "some": (lambda: DummyVecEnv([normalised, lambda: gymnasium.make(ENV_ID)]), "NormalizeObservation, of which each"),
+    "frozen apart": (lambda: DummyVecEnv([frozen, lambda: frozen(0.7)]), "NormalizeObservation, of which each"),
+    "actions": (lambda: wrappers.RescaleAction(gymnasium.make(ENV_ID), -1, 1), "RescaleAction, which changes actions"),
+    "own actions": (lambda: Shift(normalised()), "Shift, which changes actions"),
+    "own observations": (lambda: Own(gymnasium.make(ENV_ID)), "Own, which changes observations"),
+    "own over normalised": (lambda: Own(normalised()), "Own, which changes observations"),
+    "normalised over own": (lambda: normalised(Own(gymnasium.make(ENV_ID))), "Own, which changes observations"),
+    "more than a clip": (lambda: scaled(normalised()), "TransformObservation, which changes observations"),
+    "a clip before": (lambda: normalised(clipped(gymnasium.make(ENV_ID))), "TransformObservation, which changes obs"),
+    "delay": (lambda: wrappers.DelayObservation(gymnasium.make(ENV_ID), 1), "DelayObservation, which changes"),
+    "time": (lambda: wrappers.TimeAwareObservation(gymnasium.make(ENV_ID)), "TimeAwareObservation, which changes obs"),
+    "twice": (lambda: VecNormalize(DummyVecEnv([normalised])), "VecNormalize over NormalizeObservation, which norm"),
+    "frames": (lambda: VecFrameStack(DummyVecEnv([normalised]), 2), "VecFrameStack, which changes observations"),
+    "a vector's own": (
+        lambda: OwnVec(VecNormalize(DummyVecEnv([lambda: gymnasium.make(ENV_ID)]))),
+        "OwnVec, which changes observations or actions, as far as is known",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", MARKED_WRAPPERS)
+def test_policies_behind_other_wrappers_are_recorded_and_not_judged(kind: str, tmp_path: Path) -> None:
+    make, reason = MARKED_WRAPPERS[kind]
+    model = sb3.PPO("MlpPolicy", make(), n_steps=64, n_epochs=1, seed=0, device="cpu")
+    model.learn(64, callback=RecorderCallback(tmp_path / "run"))
+    joined = tipl.import_checkpoints([tmp_path / "run"], tmp_path / "joined")
+    for store in (Store.open(tmp_path / "run"), joined):
+        np.testing.assert_array_equal(store.trial(0).weights()[-1], actor_of(model))
+        assert store.is_unnormalised
+        with pytest.raises(ValueError, match=rf"^score: the policies in .* cannot be run: .* in {reason}") as refused:
+            tipl.score(store, progress=False)
+        assert "\n" not in str(refused.value)
+        with pytest.raises(ValueError, match=rf"^export: .* in {reason}"):
+            tipl.export_onnx(store.path, tmp_path / "a.onnx")
+
+
+def test_wrappers_in_other_processes_are_seen_by_their_names(tmp_path: Path) -> None:
+    env = SubprocVecEnv([normalised, normalised])
+    try:
+        model = sb3.PPO("MlpPolicy", env, n_steps=32, n_epochs=1, batch_size=32, seed=0, device="cpu")
+        model.learn(64, callback=RecorderCallback(tmp_path / "run"))
+    finally:
+        env.close()
+    with pytest.raises(ValueError, match="wrapped in NormalizeObservation, in another process, which changes obs"):
+        tipl.score(Store.open(tmp_path / "run"), progress=False)
+
+
+def test_wrappers_of_the_registered_environment_are_the_simulators_too(tmp_path: Path) -> None:
+    gymnasium.register("Doubled-v0", lambda **kwargs: Own(gymnasium.make(ENV_ID, **kwargs)), max_episode_steps=1000)
+    try:
+        for kwargs, env in (({}, "Doubled-v0"), ({"env_id": "Doubled-v0"}, Own(gymnasium.make(ENV_ID)))):
+            model = sb3.PPO("MlpPolicy", env, n_steps=64, n_epochs=1, seed=0, device="cpu")
+            model.learn(64, callback=RecorderCallback(tmp_path / str(len(kwargs)), **kwargs))
+            store = Store.open(tmp_path / str(len(kwargs)))
+            assert (store.env_id, store.is_unnormalised) == ("Doubled-v0", False)
+            scores = tipl.score(store, num_episodes=1, progress=False)
+            seed = int(np.random.default_rng((0, 0)).integers(2**31, size=5)[0])
+            assert scores.returns[0, -1, 0] == sb3_return(model, seed, "Doubled-v0")
+    finally:
+        del gymnasium.registry["Doubled-v0"]
+
+
+class Tripled(FlattenExtractor):
+    def forward(self, observations: torch.Tensor) -> torch.Tensor:
+        return 3 * super().forward(observations)
+
+
+class Pair(gymnasium.Env):
+    """Observations are a Dict of two vectors."""
+
+    observation_space = gymnasium.spaces.Dict({name: gymnasium.spaces.Box(-1, 1, (2,)) for name in ("a", "b")})
+    action_space = gymnasium.spaces.Box(-3, 3, (1,))
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        super().reset(seed=seed)
+        return self.observation_space.sample(), {}
+
+    def step(self, action: Any) -> Any:
+        return self.observation_space.sample(), 1.0, False, True, {}
+
+
+class Dropping(ActorCriticPolicy):
+    """Its activation_fn does not say all of its network."""
+
+    def _build_mlp_extractor(self) -> None:
+        super()._build_mlp_extractor()
+        self.mlp_extractor.policy_net.append(torch.nn.Dropout())
+
+
+@pytest.mark.parametrize(
+    ("policy", "make", "kwargs", "reason"),
+    [
+        (
+            "MlpPolicy",
+            lambda: gymnasium.make(ENV_ID),
+            {"features_extractor_class": Tripled},
+            "pass through a features extractor of (its|the run's) own, .*Tripled",
+        ),
+        ("MultiInputPolicy", Pair, {}, "observations are a Dict, whose entries SB3's MultiInputPolicy joins"),
+        (Dropping, lambda: gymnasium.make(ENV_ID), {}, r"Dropout\(p=0\.5, inplace=False\) lies between"),
+    ],
+)
+def test_policies_that_are_more_than_their_layers_are_forecast_and_not_judged(
+    policy: Any, make: Any, kwargs: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    model = sb3.PPO(policy, make(), n_steps=64, n_epochs=1, seed=0, device="cpu", policy_kwargs=kwargs)
+    model.learn(64, callback=RecorderCallback(tmp_path / "recorded"))
+    model.save(tmp_path / "a.zip")
+    stores = [Store.open(tmp_path / "recorded")]
+    if policy is not Dropping:  # an import asks for the activation of a class of its own
+        stores.append(tipl.import_checkpoints([tmp_path / "a.zip"], tmp_path / "imported", env_id=ENV_ID))
+    for store in stores:
+        assert isinstance(store.policy, ParameterLayout)
+        with pytest.raises(ValueError, match=rf"^score: .*{reason}") as refused:
+            tipl.score(store, progress=False)
+        assert "\n" not in str(refused.value)
+        with pytest.raises(ValueError, match=rf"must be an MLP for ONNX.*{reason}"):
+            tipl.export_onnx(store.path, tmp_path / "a.onnx")
+        np.testing.assert_array_equal(store.trial(0).weights()[-1], actor_of(model))
+        tipl.export_checkpoint(store.path, tmp_path / "a.zip", tmp_path / f"{store.path.name}.zip")
+    if policy is not Dropping:
+        again = sb3.PPO.load(tmp_path / "imported.zip", device="cpu")
+        np.testing.assert_array_equal(actor_of(again), actor_of(model))
+    with (
+        tipl.Recorder(tmp_path / "own") as recorder,
+        pytest.raises(ValueError, match=rf'^log: policy: .*{reason}.*activation="other"'),
+    ):
+        recorder.log(model.policy, env_steps=0)
 
 
 def test_a_jump_that_does_not_hold_is_put_back(monkeypatch):

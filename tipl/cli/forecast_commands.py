@@ -376,6 +376,8 @@ class Score:
             print(f"{'diverged':<10} trial {trial}, checkpoint {at}: its actions are not finite, and it is left out")
         earlier = sum(it.beats_last for it in scores.best)
         print(f"{'scores':<10} {earlier} of {len(scores.best)} runs had a policy that beats their last beyond chance")
+        if note := (tipl.Store.open(self.store).config.get("source") or {}).get("note"):
+            print(f"{'note':<10} {note}")
         if self.output is not None:
             print(f"{'output':<10} {self.output}")
         if self.filled is not None:

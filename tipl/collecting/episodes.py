@@ -32,7 +32,7 @@ from tipl.collecting.envs import is_batched, make_vec
 from tipl.collecting.policy_network import actions_of, mean_of_rows, mlp_rows, sampled_means, unclipped
 from tipl.collecting.vector_env import VectorEnv
 from tipl.policy import PolicySpec
-from tipl.storing.store import Store
+from tipl.storing.store import UNNORMALISED, Store
 
 LONG_EPISODE = 100_000
 """Steps after which an episode may be one that never ends, of which a warning is given."""
@@ -211,7 +211,7 @@ def policy_to_run(owner: str, store: Store) -> PolicySpec:
     """Return the policy of a store's checkpoints, as they act; error texts begin with `owner`.
 
     Raises ValueError where the simulator cannot run them: they are of another kind, or saw normalised observations
-    whose statistics the store lacks.
+    whose statistics the store lacks, or observations that wrappers had changed otherwise.
     """
     if not isinstance(store.policy, PolicySpec):
         note = (store.config.get("source") or {}).get("note", "")
@@ -219,7 +219,10 @@ def policy_to_run(owner: str, store: Store) -> PolicySpec:
             f"{owner}: the simulator can run only MLPs that it knows, and the store {store.path} holds others"
             f"{f' ({note})' if note else ''}; `tipl.judging.weight_judgement.weight_errors` judges their weights"
         )
-    if store.is_unnormalised:
+    reason = (store.config.get("source") or {}).get(UNNORMALISED)
+    if isinstance(reason, str):
+        raise ValueError(f"{owner}: the policies in {store.path} cannot be run: {reason}")
+    if reason:
         raise ValueError(
             f"{owner}: the runs in {store.path} saw observations through VecNormalize, and the store lacks its "
             "statistics, without which the policies act otherwise: import the checkpoint files again with normaliser "

@@ -76,11 +76,15 @@ def export_onnx(
     with published(output, "export") as aside:
         row, record = row_and_record(weights, checkpoint, trial)
         layout, actor = layout_and_actor(record)
-        spec = _mlp(policy, layout, len(row))
+        spec = _mlp(policy, layout, len(row), (record.get("source") or {}).get("note", ""))
+        unnormalised = (record.get("source") or {}).get(UNNORMALISED)
+        if isinstance(unnormalised, str) and str(normaliser) != "none":
+            raise ValueError(
+                f'export: {unnormalised}; normaliser="none" makes a model of the network alone, between these wrappers'
+            )
         made = (record.get("env_id"), record.get("env_kwargs")) if env_id is None else (env_id, None)
         bounds = _action_bounds(spec, *made)
-        unnormalised = bool((record.get("source") or {}).get(UNNORMALISED))
-        observations = _Observations.of(spec, actor, unnormalised, normaliser)
+        observations = _Observations.of(spec, actor, bool(unnormalised), normaliser)
         spec, rows = without_halves(spec, torch.tensor(row)[None])
         write_atomically(aside, _model(spec, rows[0].numpy(), observations, bounds))
     return output
@@ -122,7 +126,7 @@ class _Observations:
         )
 
 
-def _mlp(policy: PolicySpec | None, layout: Layout | None, num_params: int) -> PolicySpec:
+def _mlp(policy: PolicySpec | None, layout: Layout | None, num_params: int, note: str) -> PolicySpec:
     """Return the layout of the weights: `layout`, or `policy` where their file says none.
 
     Raises ValueError where it is not known, no MLP's, or of another size.
@@ -135,6 +139,7 @@ def _mlp(policy: PolicySpec | None, layout: Layout | None, num_params: int) -> P
     if not isinstance(spec, PolicySpec):
         raise ValueError(
             "export: the policy must be an MLP for ONNX; of this one only its own library knows the network"
+            f"{f' ({note})' if note else ''}"
         )
     if num_params != spec.num_params:
         raise ValueError(f"export: weights must have shape (p,) = ({spec.num_params},), got ({num_params},)")

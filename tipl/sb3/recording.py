@@ -1,5 +1,7 @@
 """The callback that records runs of Stable-Baselines3, and lets those that were cut off go on."""
 
+import contextlib
+import dataclasses
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,15 +9,20 @@ from typing import Any
 
 import gymnasium
 import numpy as np
+from gymnasium.envs.registration import load_env_creator
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
-from stable_baselines3.common.vec_env import VecEnvWrapper
+from stable_baselines3.common.vec_env import VecEnvWrapper, VecNormalize
 
 from tipl.files.schema import is_plain_json
 from tipl.sb3 import full_state
 from tipl.sb3.policies import env_id_of, settings_of
+from tipl.storing.actor_families import Settings
 from tipl.storing.foreign_actors import find_actor
-from tipl.storing.observation_statistics import FOLDED_NOTE, live_statistics
+from tipl.storing.foreign_files import OWN_CLASS, SB3_LIBRARIES
+from tipl.storing.live_modules import seen_in
+from tipl.storing.live_wrappers import Wrapping, changing_wrappers, effect_of_class, wrapping_of
+from tipl.storing.observation_statistics import live_statistics
 from tipl.storing.recorder import Recorder
 from tipl.storing.state_tree import global_random_states, set_global_random_states
 from tipl.storing.store import Store
@@ -78,7 +85,8 @@ class RecorderCallback(BaseCallback):
         self.path, self.env_id, self.every, self.resume, self.config = Path(path), env_id, every, resume, config
         self._env_kwargs, self._actor, self._full_state = env_kwargs, actor, full_state
         self._recorder: Recorder | None = None
-        self._normaliser: Any = None  # the VecNormalize whose statistics are folded into each checkpoint
+        self._wrapping = Wrapping()
+        self._normaliser: Any = None  # the wrapper whose statistics are folded into each checkpoint
         self._recorded_update: int | None = None  # model._n_updates at the last checkpoint; it counts epochs
         self._earlier_steps = 0  # env steps of earlier learn() calls, where this one starts its count again
         self._at_rollout: tuple[dict[str, Any], dict[str, Any]] | None = None
@@ -91,8 +99,9 @@ class RecorderCallback(BaseCallback):
         once_more = self._recorder is not None  # learn() again with this callback
         resume = self.resume or once_more
         interrupted = resume and _close_open_recorder(self.path)
+        self._wrapping = self._find_wrapping()
         self._normaliser = self._find_normaliser()
-        said = settings_of(self.model.policy)
+        said, misread = self._settings()
         recorder = Recorder(
             self.path,
             env_id=self.env_id or env_id_of(self.training_env),
@@ -100,8 +109,8 @@ class RecorderCallback(BaseCallback):
             actor=self._actor,
             resume=resume,
             config={"algorithm": type(self.model).__name__, "seed": self.model.seed, **(self.config or {})},
-            note=self._note(),
-            unnormalised=self._normaliser is None and self._is_normalised(),
+            note=self._note(misread),
+            unnormalised=self._why_not_run() or (self._normaliser is None and self._is_normalised()),
             activation=said.activation,
             squash=said.squash,
             mean_limit=said.mean_limit,
@@ -200,13 +209,30 @@ class RecorderCallback(BaseCallback):
                 )
         return state
 
-    def _note(self) -> str | None:
+    def _settings(self) -> tuple[Settings, str]:
+        """Return what the policy says of how it acts, and in words what the simulator would misread in its modules;
+        the activation is then none of the simulator's, so that the policy is not run."""
+        policy, said = self.model.policy, settings_of(self.model.policy)
+        try:
+            seen = seen_in(policy, find_actor(policy.state_dict(), said, self._actor))
+        except ValueError:  # the recorder raises it again
+            return said, ""
+        if not seen.contradiction(said.activation or ""):
+            return said, ""
+        found = seen.doubt or f"{seen.activation} lies between its layers, where its activation_fn is {said.activation}"
+        return dataclasses.replace(said, activation=found), found
+
+    def _note(self, misread: str) -> str | None:
         """Return in words how the run's environment differs from the simulator's; None where no difference is known."""
-        notes = []
+        notes = [misread] if misread else []
+        module = type(self.model.policy).__module__
+        if not misread and not f"{module}.".startswith(SB3_LIBRARIES):
+            notes.append(OWN_CLASS.format(module=shown(module)))
         if self._normaliser is not None:
-            notes.append(FOLDED_NOTE.format(clip=self._normaliser.clip_obs))
+            notes += self._wrapping.clips
         elif self._is_normalised():
-            notes.append("observations were normalised by VecNormalize, whose statistics are not recorded")
+            name = type(self._wrapping.normaliser).__name__
+            notes.append(f"observations were normalised by {name}, whose statistics are not recorded")
         changes = self._wrappers() + self._made_with()[1]
         if changes:
             notes.append(
@@ -215,22 +241,64 @@ class RecorderCallback(BaseCallback):
             )
         return "; ".join(notes) or None
 
+    def _find_wrapping(self) -> Wrapping:
+        """Return what the environments' wrappers do beyond those of the registered environment."""
+        found = wrapping_of(self.training_env)
+        if found.changes or not (found.normaliser is None or isinstance(found.normaliser, VecNormalize)):
+            found = wrapping_of(self.training_env, self._registered_wrappers())
+        return dataclasses.replace(found, changes=(*found.changes, *self._hidden_wrappers()))
+
+    def _registered_wrappers(self) -> set[str]:
+        """Return the names of the wrappers that the environment has where it is made by its id."""
+        env_id = self.env_id or env_id_of(self.training_env)
+        if env_id not in gymnasium.registry:
+            return set()
+        try:
+            with contextlib.closing(gymnasium.make(env_id, **self._made_with()[0])) as env:
+                return changing_wrappers(env)
+        except Exception:  # what an environment raises that is made otherwise than the run's
+            return set()
+
+    def _hidden_wrappers(self) -> list[str]:
+        """Return in words the wrappers of environments in other processes that change observations or actions."""
+        if "envs" in vars(self.training_env.unwrapped):
+            return []
+        changes: dict[str, None] = {}
+        for spec in self.training_env.get_attr("spec"):
+            registered = None if spec is None else gymnasium.registry.get(spec.id)
+            known = len(() if registered is None else registered.additional_wrappers)
+            for it in () if spec is None else spec.additional_wrappers[known:]:
+                with contextlib.suppress(Exception):  # a class that cannot be imported here
+                    if effect := effect_of_class(load_env_creator(it.entry_point)):  # type: ignore[arg-type]
+                        changes[f"{it.name}, in another process, which changes {effect}"] = None
+        return list(changes)
+
+    def _why_not_run(self) -> str:
+        """Return in words why a simulator that lacks the environments' wrappers cannot run the policy, or ""."""
+        if not self._wrapping.changes:
+            return ""
+        return (
+            f"their environment was wrapped in {'; in '.join(self._wrapping.changes)}: the simulator, without this, "
+            "would give other returns; to judge such runs, register the environment with its wrappers under its own id"
+        )
+
     def _find_normaliser(self) -> Any:
-        """Return the VecNormalize whose statistics are folded into the policy's first layer, or None."""
-        normaliser = self.model.get_vec_normalize_env()
+        """Return the wrapper whose statistics are folded into the policy's first layer, or None."""
+        normaliser = self._wrapping.normaliser
+        if normaliser is None or self._wrapping.changes:
+            return None
         try:
             statistics = live_statistics(normaliser)
             if statistics is None:
                 return None
             state = self.model.policy.state_dict() | statistics.to_state()
-            find_actor(state, settings_of(self.model.policy), self._actor).flatten(state)
+            find_actor(state, self._settings()[0], self._actor).flatten(state)
         except ValueError:
             return None  # none, or of a Dict; not an MLP that they could be folded into; another number of observations
         return normaliser
 
     def _is_normalised(self) -> bool:
-        normaliser = self.model.get_vec_normalize_env()
-        return normaliser is not None and bool(normaliser.norm_obs)
+        return self._wrapping.normaliser is not None
 
     def _wrappers(self) -> list[str]:
         """Return in words the wrappers around the vector of environments that may change what a policy does."""
@@ -256,7 +324,7 @@ class RecorderCallback(BaseCallback):
             changes += [
                 f"wrapped in {it.name}"
                 for it in (() if spec is None else spec.additional_wrappers[len(wrappers) :])
-                if it.name not in _ONLY_WATCH
+                if it.name not in _ONLY_WATCH and (self._normaliser is None or it.name not in self._wrapping.names)
             ]
         if self._env_kwargs is not None:
             return dict(self._env_kwargs), list(dict.fromkeys(changes))

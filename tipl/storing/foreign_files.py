@@ -55,9 +55,11 @@ _SBX = (
     "is a zip of SBX, or of Stable-Baselines3 without a policy.pth: its policy is a pickle, which was not loaded, "
     "because loading it could run code: save model.policy.actor_state.params with flax.serialization.to_bytes"
 )
+OWN_CLASS = "the policy is of a class of its own, from {module}: what that does beside the layers is not known"
 _JSON_BYTES = 2**25  # most bytes of a safetensors header or SB3's settings; parsed, these take up to 25 times as much
-_LIBRARIES = ("stable_baselines3.", "sb3_contrib.")
+SB3_LIBRARIES = ("stable_baselines3.", "sb3_contrib.")
 _CLIP_MEAN = 2.0  # SB3's default
+_PICKLED = {":type:", ":serialized:"}
 _DISCRETE = ".spaces.discrete.Discrete'>"  # of gymnasium, or of gym in older files
 
 
@@ -71,6 +73,8 @@ class CheckpointFile:
     """SB3's num_timesteps, rl_games' frame, rsl_rl's iteration or Flax's step; None where the file does not say."""
     activation: str | None = None
     """None where the file does not say."""
+    is_default: bool = False
+    """Whether SB3 says the activation by saying none, which leaves its default."""
     squash: bool = False
     """Whether SB3 says that a policy with gSDE takes the tanh of its mean; those of SAC and TD3 always do."""
     mean_limit: float | None = None
@@ -90,6 +94,8 @@ class CheckpointFile:
     """A regular expression whose group is the step in the names that the library gives its files."""
     note: str = ""
     """What a user of the weights must know about them."""
+    before: str = ""
+    """What SB3 says to lie between the observations and the layers that the simulator does not run; "" for nothing."""
     script: TorchScript | None = None
     """What a TorchScript file holds beside `state`."""
     _content: Any = None
@@ -98,6 +104,18 @@ class CheckpointFile:
     def activation_of(self, actor: Actor) -> str | None:
         """Return what the file says of the activation between the actor's layers; None where it does not say it."""
         return self.activation if self.script is None else activation_said(self.script, actor)
+
+    @property
+    def is_activation_known(self) -> bool:
+        """Whether the file says one of torch's own activations, and not a class or a function of the run's own."""
+        return self.activation is not None and self.activation.isidentifier()
+
+    def contradiction(self, activation: str | None) -> str:
+        """Return in words how SB3's settings contradict the activation that the caller gives; "" where they do not."""
+        if self.format != "sb3" or activation is None or not self.is_activation_known or self.activation == activation:
+            return ""
+        default = ", the default of Stable-Baselines3 for this policy" if self.is_default else ""
+        return f"activation says {activation}, but the zip says {self.activation}{default}: leave it out"
 
     def notes_of(self, actor: Actor) -> list[str]:
         """Return what a user of the actor's weights must know about them."""
@@ -196,9 +214,9 @@ def find_actor_in(
             )
         if file.doubt and actor is None:
             raise ValueError(f"{file.doubt}: {how_to_choose(file.state)}")
-        settings = Settings(
-            file.activation or activation, file.squash or squash, file.mean_limit, file.discrete, discrete, halves
-        )
+        # An activation that is none of the simulator's makes the actor one that is not run.
+        said = file.before or (file.activation if file.is_activation_known or activation is None else activation)
+        settings = Settings(said or activation, file.squash or squash, file.mean_limit, file.discrete, discrete, halves)
         if file.script is not None:
             return find_scripted_actor(file.script, file.state, settings, actor)
         found = find_actor(file.state, settings, actor)
@@ -260,26 +278,32 @@ def _read_sb3(archive: zipfile.ZipFile, data: bytes, max_bytes: int | None) -> C
     if not isinstance(settings, dict):
         raise NotReadableError("is damaged: its member data, the settings, is no JSON object")
     kwargs = settings.get("policy_kwargs")
+    # SB3 writes what JSON cannot hold as a pickle, and beside it the entries' names.
+    says_kwargs = isinstance(kwargs, dict) and not (":serialized:" in kwargs and kwargs.keys() <= _PICKLED)
     kwargs = kwargs if isinstance(kwargs, dict) else {}
     chosen = _named(kwargs, "activation_fn")
     module = _named(settings.get("policy_class"), "__module__")
-    own_class = "" if f"{module}.".startswith(_LIBRARIES) else module
+    own_class = "" if f"{module}.".startswith(SB3_LIBRARIES) else module
     found = find_state(policy, is_cleanrl=False)
     is_on_policy = any(key.startswith(("action_net.", "mlp_extractor.")) for key in found.state)
-    default = "tanh" if is_on_policy else "relu"
+    default = ("tanh" if is_on_policy else "relu") if says_kwargs and not own_class else None
+    before = _before_the_layers(settings, kwargs)
     return CheckpointFile(
         "sb3",
         found.state,
         step_of(settings.get("num_timesteps"), "num_timesteps"),
-        _activation(chosen) if chosen else None if own_class else default,
-        kwargs.get("squash_output") is True,
-        _mean_limit(kwargs),
+        _activation(chosen) if chosen else default,
+        is_default=not chosen,
+        squash=kwargs.get("squash_output") is True,
+        mean_limit=_mean_limit(kwargs),
         # Masks, which no file holds, decide with sb3-contrib's MaskablePPO which actions there are.
-        _named(settings.get("action_space"), ":type:").endswith(_DISCRETE) and ".maskable." not in f"{module}.",
-        found.doubt,
-        own_class,
-        _saw_normalised(settings, is_on_policy=is_on_policy),
-        note=_sb3_note(kwargs),
+        discrete=_named(settings.get("action_space"), ":type:").endswith(_DISCRETE)
+        and ".maskable." not in f"{module}.",
+        doubt=found.doubt,
+        own_class=own_class,
+        normalised=_saw_normalised(settings, is_on_policy=is_on_policy),
+        note=before or (OWN_CLASS.format(module=shown(own_class)) if own_class else ""),
+        before=before,
         _content=(data, policy),
     )
 
@@ -335,11 +359,26 @@ def _mean_limit(kwargs: Mapping[str, Any]) -> float | None:
     return float(limit) if is_number and 0.0 < limit < math.inf else None
 
 
-def _sb3_note(kwargs: Mapping[str, Any]) -> str:
+def _before_the_layers(settings: Mapping[str, Any], kwargs: Mapping[str, Any]) -> str:
+    """Return in words what lies between the observations and the policy's layers that is not run here, "" for nothing.
+
+    Neither a Dict of vectors nor a features extractor without parameters shows in the policy's tensors.
+    """
     extractor = _named(kwargs, "features_extractor_class")
-    if not extractor or extractor.startswith(tuple(f"<class '{library}" for library in _LIBRARIES)):
+    if extractor and not extractor.startswith(tuple(f"<class '{library}" for library in SB3_LIBRARIES)):
+        return f"observations pass through a features extractor of the run's own, {shown(extractor)}, not run here"
+    return space_not_run(_named(settings.get("observation_space"), ":type:"))
+
+
+def space_not_run(kind: str) -> str:
+    """Return in words what SB3 does to observations of a space that are not vectors, which is not done here, "" for
+    other spaces; `kind` is the text of the space's class."""
+    found = re.search(r"\.spaces\.\w+\.(Dict|Discrete|MultiDiscrete|MultiBinary)'>$", kind)
+    if found is None:
         return ""
-    return f"observations pass through a features extractor of the run's own, {shown(extractor)}, not run here"
+    if found[1] == "Dict":
+        return "observations are a Dict, whose entries SB3's MultiInputPolicy joins, which is not done here"
+    return f"observations are of a {found[1]} space, which SB3 turns into vectors, which is not done here"
 
 
 def _read_torch(data: bytes, max_bytes: int | None, *, is_cleanrl: bool) -> CheckpointFile:

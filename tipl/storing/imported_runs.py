@@ -59,6 +59,8 @@ class Reading:
         if statistics is not None:
             file.state |= statistics.to_state()
         found = find_actor_in(path, file, self.activation, self.actor, self.discrete, self.squash is True, self.halves)
+        if contradiction := file.contradiction(self.activation):
+            raise ValueError(f"import: {shown(path)}: {contradiction}")
         if self.squash is not None and found.kind != "torchrl":
             raise ValueError(
                 f"import: {shown(path)}: squash is for the policies of TorchRL, whose files do not say it; this one is "
@@ -85,7 +87,7 @@ class Reading:
             return _Normalisers.of(dict.fromkeys(paths, Path(self.normaliser)))
         last = read_checkpoint_file(paths[-1], max_bytes=self.max_bytes)
         if last.format != "sb3":
-            return _Normalisers()
+            return _of_a_policy_alone(paths, actor)
         try:
             found = find_statistics(paths)
         except ValueError as error:
@@ -108,6 +110,24 @@ class Reading:
             note=f"{shown(unused)} lies beside the checkpoints, which do not say that they used it: its statistics "
             "are not folded in; pass it as normaliser if they did"
         )
+
+
+def _of_a_policy_alone(paths: Sequence[Path], actor: Actor) -> "_Normalisers":
+    """Return no statistics for files that are no zips of SB3's, and so do not say whether they saw normalised
+    observations. Raises ValueError where the simulator could run their policies and VecNormalize's lie beside them."""
+    if actor.normaliser or not isinstance(actor.policy, PolicySpec):
+        return _Normalisers()
+    try:
+        found = find_statistics(paths)
+    except ValueError as error:
+        raise ValueError(f"import: {error}, or none if they belong to no checkpoint here") from error
+    if found:
+        path, statistics = next(iter(found.items()))
+        raise ValueError(
+            f"import: {shown(statistics)} lies beside {shown(path)}, which does not say whether its policy saw "
+            "observations through that VecNormalize: say with normaliser (--normaliser) the file, or none if it did not"
+        )
+    return _Normalisers()
 
 
 _NOT_FOLDED = (
@@ -195,7 +215,7 @@ class FileRun:
         self.num_checkpoints = len(paths)
         self.paths = order.paths[: reading.num_checkpoints]
         first, self.actor = reading.read(self.paths[0], None)
-        unsaid = first.activation_of(self.actor) is None and reading.activation is None
+        unsaid = not first.before and first.activation_of(self.actor) is None and reading.activation is None
         if isinstance(self.actor.policy, PolicySpec) and unsaid:
             raise ValueError(f"import: {shown(self.paths[0])}: {activation_missing(self.actor.policy)}")
         if self.actor.kind == "torchrl" and reading.squash is None:

@@ -239,7 +239,7 @@ class _Plan:
         length = common_length(runs, reading.num_checkpoints)
         source = {**runs[0].source, "trials": [run.name for run in runs]}
         notes = dict.fromkeys(run.source["note"] for run in runs if "note" in run.source)
-        if any(run.source.get(UNNORMALISED) for run in runs):
-            source[UNNORMALISED] = True
+        if unrunnable := [why for run in runs if (why := run.source.get(UNNORMALISED))]:
+            source[UNNORMALISED] = unrunnable[0]  # True, or why in words
         source |= {"note": "; ".join(notes)} if notes else {}
         return cls(runs, "".join(env_ids) or UNKNOWN, kwargs[0], length, source)

@@ -22,6 +22,7 @@ from torch import Tensor
 from tipl.files.locations import read_file
 from tipl.storing.actor_families import STATISTICS
 from tipl.storing.inert_pickle import MAX_BYTES, Made, Name, PickleError, array_of, number_of, read_inert
+from tipl.storing.live_wrappers import is_wrapping, normaliser_in, vars_of
 from tipl.storing.tensor_checks import shown
 
 FOLDED_NOTE = (
@@ -65,16 +66,44 @@ def statistics_of(mean: Any, var: Any, *, epsilon: float, clip: float) -> Observ
 
 
 def live_statistics(normaliser: Any) -> ObservationStatistics | None:
-    """Return the statistics that a normaliser has now: a VecNormalize, a NormalizeObservation of Gymnasium's, or any
-    object with `mean` and `var` (obs_dim,), such as their `obs_rms`; None where it leaves observations as they are.
-    Raises ValueError where it has none."""
+    """Return the statistics that a normaliser has now: a VecNormalize, a NormalizeObservation of Gymnasium's, an
+    environment or a vector of them that has one such wrapper, or any object with `mean` and `var` (obs_dim,), such as
+    their `obs_rms`; None where it leaves observations as they are. Raises ValueError where it has none, or several."""
+    normaliser, _ = _found(normaliser)
     if getattr(normaliser, "norm_obs", True) is False:
         return None
     running = getattr(normaliser, "obs_rms", normaliser)
-    if not (hasattr(running, "mean") and hasattr(running, "var")):
+    mean, var = getattr(running, "mean", None), getattr(running, "var", None)
+    if mean is None or var is None or callable(mean):  # an array's
         raise ValueError(f"normaliser must have obs_rms, or mean and var, got {type(normaliser).__name__}")
     epsilon, clip = getattr(normaliser, "epsilon", 1e-8), getattr(normaliser, "clip_obs", np.inf)
-    return statistics_of(running.mean, running.var, epsilon=epsilon, clip=clip)
+    try:
+        mean, var = (np.asarray(it.cpu() if isinstance(it, Tensor) else it, np.float64) for it in (mean, var))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"normaliser must have mean and var that are arrays, got {mean!r:.40} and {var!r:.40}"
+        ) from error
+    try:
+        return statistics_of(mean, var, epsilon=epsilon, clip=clip)
+    except ValueError as error:
+        raise ValueError(f"normaliser: {error}") from error
+
+
+def live_note(normaliser: Any) -> str:
+    """Return what a user of policies must know into which the statistics that `live_statistics` gives are folded."""
+    found, clips = _found(normaliser)
+    if type(found).__name__ == "VecNormalize":
+        return "; ".join(filter(None, (FOLDED_NOTE.format(clip=found.clip_obs), clips)))
+    lost = clips or "where observations were clipped after that, they are not clipped"
+    name = type(found).__name__
+    return f"the observation statistics of {name} are folded into the first layer of each checkpoint; {lost}"
+
+
+def _found(normaliser: Any) -> tuple[Any, str]:
+    """Return the object that has the statistics, in an environment the wrapper, and in words what clips behind it."""
+    if "obs_rms" in vars_of(normaliser) or "norm_obs" in vars_of(normaliser) or not is_wrapping(normaliser):
+        return normaliser, ""
+    return normaliser_in(normaliser)
 
 
 def read_statistics(path: str | Path) -> ObservationStatistics | None:

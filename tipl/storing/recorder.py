@@ -2,10 +2,11 @@
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, SupportsFloat
 
 import numpy as np
 import torch
@@ -13,11 +14,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tipl.files.schema import plain_json
-from tipl.policy import ACTIVATIONS, PolicySpec
+from tipl.policy import PolicySpec
 from tipl.storing.actor_families import STATISTICS, Settings
 from tipl.storing.foreign_actors import Actor, differences, find_actor
 from tipl.storing.import_notes import activation_missing, source_record
-from tipl.storing.observation_statistics import live_statistics
+from tipl.storing.live_modules import Seen, seen_in
+from tipl.storing.observation_statistics import live_note, live_statistics
 from tipl.storing.run_state import encode_state, load_state, put_back, save_state
 from tipl.storing.state_tree import set_global_random_states
 from tipl.storing.store import UNKNOWN, UNNORMALISED, Store, env_of
@@ -48,7 +50,7 @@ class Recorder:
         resume: bool = False,
         config: Mapping[str, Any] | None = None,
         note: str | None = None,
-        unnormalised: bool = False,
+        unnormalised: bool | str = False,
         squash: bool = False,
         mean_limit: float | None = None,
         discrete: bool | Literal["logits", "values"] = False,
@@ -60,15 +62,17 @@ class Recorder:
             env_id: the Gymnasium id; `tipl evaluate` needs it.
             env_kwargs: the arguments with which the environment was made, beside its id, as plain JSON; all that runs
                 the policies later uses them.
-            activation: between the policy's layers, tanh, relu, elu or silu; by default that of the policy's modules.
-                It must be given where these have none, or several, and the simulator can run the policy.
+            activation: between the policy's layers, tanh, relu, elu or silu; by default that of the modules between
+                them. It must be given where these show none and the simulator can run the policy. Any other text, such
+                as "other", records a policy that the simulator would misread, whose modules do something else: its
+                weights are then kept and not run.
             actor: prefix of the actor's keys, or several, where the policy holds other networks too; "" takes all
                 parameters but critics'.
             resume: append to the store that an earlier recorder left at `path`, if there is one.
             config: the run's settings, plain JSON, kept in the store.
             note: what a user of the store must know, kept in its config and shown by `tipl import`.
             unnormalised: the policy sees observations that are normalised, and `log` is not told how: it cannot be run
-                in the simulator.
+                in the simulator. A text says in words for what other reason it cannot, such as a wrapper's changes.
             squash: the actions of a policy of Stable-Baselines3's PPO or A2C with gSDE (squash_output=True), or of
                 TorchRL's (TanhNormal), are the tanh of its mean. Those of SAC and TD3 always are.
             mean_limit: to what a policy of Stable-Baselines3's SAC with gSDE clips its mean (clip_mean); without it,
@@ -119,9 +123,9 @@ class Recorder:
             env_steps: environment steps that it has learned from; must grow from call to call.
             episodic_return: mean return of the last episodes; None or NaN where no episode has ended.
             normaliser: what normalises the policy's observations: a VecNormalize, a NormalizeObservation of
-                Gymnasium's, or any object with `mean` and `var` (obs_dim,). Its statistics as they are now are folded
-                into the first layer, so that each checkpoint acts on observations as the environment gives them; what
-                it clips is not clipped. Given in every call or in none.
+                Gymnasium's, environments wrapped in one of these, or any object with `mean` and `var` (obs_dim,). Its
+                statistics as they are now are folded into the first layer, so that each checkpoint acts on observations
+                as the environment gives them; what is clipped is not clipped. Given in every call or in none.
             state: all else that training needs to go on, for `restore`: by name, objects with a state_dict (modules,
                 optimisers, schedulers), generators of random numbers, and trees of tensors, arrays and plain values.
                 The random numbers of Python, NumPy and torch are kept with it. Only the newest state is kept.
@@ -130,16 +134,16 @@ class Recorder:
         is NaN or Inf, or env_steps does not grow; TypeError where an entry of `state` is none of these. After an
         OSError (a full disk) earlier checkpoints are intact, and a recorder with `resume` continues from them.
         """
-        tensors = _tensors(policy, normaliser)
+        tensors = _tensors("log", policy, normaliser)
+        if not isinstance(env_steps, int | np.integer) or isinstance(env_steps, bool):
+            raise TypeError(f"log: env_steps must be an int, got {env_steps!r:.80}")
+        if not (episodic_return is None or isinstance(episodic_return, SupportsFloat)):
+            raise TypeError(f"log: episodic_return must be a number or None, got {episodic_return!r:.80}")
         if env_steps <= self.env_steps:
             raise ValueError(f"log: env_steps must grow: {self.env_steps} are recorded, got {env_steps}")
         try:
             if self._actor is None:
-                if self._settings.activation is None:
-                    self._settings = dataclasses.replace(self._settings, activation=self._activation_of(policy))
-                self._actor = self._first(tensors)
-                if self._settings.activation is None and isinstance(self._actor.policy, PolicySpec):
-                    raise ValueError(activation_missing(self._actor.policy))
+                self._actor = self._begin(policy, tensors)
             if (self._actor.normaliser == STATISTICS) != (f"{STATISTICS}_mean" in tensors):
                 raise ValueError("normaliser must be given in every call or in none")
             weights = self._actor.flatten(tensors)
@@ -147,7 +151,8 @@ class Recorder:
             raise ValueError(f"log: policy: {error}") from error
         encoded = None if state is None else encode_state(state)
         if self._store is None:
-            self._store = self._create(self._actor)
+            folded = live_note(normaliser) if self._actor.normaliser == STATISTICS else ""
+            self._store = self._create(self._actor, folded)
         if encoded is not None:
             save_state(self._store, encoded, weights, int(env_steps), episodic_return)
         self._append(weights, env_steps, np.nan if episodic_return is None else episodic_return)
@@ -194,7 +199,7 @@ class Recorder:
         if self._store is None or not self._store.num_checkpoints:
             return False
         try:
-            tensors = _tensors(policy, normaliser)
+            tensors = _tensors("Recorder", policy, normaliser)
             actor = self._first(tensors)
             weights = actor.flatten(tensors)
         except ValueError as error:
@@ -232,15 +237,28 @@ class Recorder:
         self._store.append(weights[None, None], np.array([[env_steps]], np.int64), returns)
         self.env_steps = env_steps
 
-    def _activation_of(self, policy: torch.nn.Module | Mapping[str, Tensor]) -> str | None:
-        """Return the one kind of activation among the policy's modules, or that of the recording that is resumed; None
-        where neither says one."""
-        modules = policy.modules() if isinstance(policy, torch.nn.Module) else ()
-        names = {type(module).__name__.lower() for module in modules} & set(ACTIVATIONS)
-        if len(names) == 1:
-            return names.pop()
+    def _begin(self, policy: torch.nn.Module | Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> Actor:
+        """Return the actor of a recording that begins or goes on, whose activation is known where it can be run.
+
+        Raises ValueError where nothing says it, or the policy's modules say that the simulator would act otherwise.
+        """
+        seen = Seen()
+        if isinstance(policy, torch.nn.Module):
+            seen = seen_in(policy, find_actor(tensors, self._settings, self._keys))
+        if self._settings.activation is not None:
+            actor = self._first(tensors)
+            if contradiction := seen.contradiction(self._settings.activation):
+                raise ValueError(contradiction)
+            return actor
         recorded = None if self._store is None else self._store.policy
-        return recorded.activation if isinstance(recorded, PolicySpec) else None
+        known = recorded.activation if isinstance(recorded, PolicySpec) else None
+        if seen.doubt and (seen.is_certain or known is None):
+            raise ValueError(seen.question())
+        self._settings = dataclasses.replace(self._settings, activation=seen.activation or known)
+        actor = self._first(tensors)
+        if self._settings.activation is None and isinstance(actor.policy, PolicySpec):
+            raise ValueError(activation_missing(actor.policy))
+        return actor
 
     def _first(self, state: Mapping[str, Tensor]) -> Actor:
         """Return the actor in `state`, which must equal that of the recording if one is resumed."""
@@ -251,12 +269,15 @@ class Recorder:
                 return recorded  # by a tipl that did not know this kind
             if found != recorded:
                 reason = differences(recorded.policy, found.policy) or "its keys or its normaliser are others"
+                if found.kind == "other" and recorded.keys == found.keys:
+                    reason = "it was recorded as one that the simulator runs, which it is not: choose another path"
                 raise ValueError(f"it does not fit {self.path}: {reason}")
         return found
 
-    def _create(self, actor: Actor) -> Store:
-        source = source_record(actor, "recorder", self._note)
-        config = {**self._config, "source": source | ({UNNORMALISED: True} if self._unnormalised else {})}
+    def _create(self, actor: Actor, folded: str) -> Store:
+        source = source_record(actor, "recorder", folded, self._note)
+        marked = {UNNORMALISED: self._unnormalised} if self._unnormalised else {}
+        config = {**self._config, "source": source | marked}
         return Store.create(
             self.path,
             env_id=self._env_id,
@@ -273,14 +294,33 @@ class Recorder:
         if store.config.get("source", {}).get("format") != "recorder" or store.env != env:
             store.close()
             raise ValueError(f"Recorder: {self.path} must be a recording of {env} to append to, got {store!r}")
+        if self._unnormalised and not store.is_unnormalised:
+            why = (
+                self._unnormalised
+                if isinstance(self._unnormalised, str)
+                else "its policies saw normalised observations"
+            )
+            warnings.warn(
+                f"Recorder: {self.path}, recorded by another tipl or otherwise, does not say that the simulator must "
+                f"not run its policies: {why}",
+                stacklevel=3,
+            )
         if store.num_checkpoints:
             self.env_steps = int(store.trial(0).env_steps[-1])
         return store
 
 
-def _tensors(policy: torch.nn.Module | Mapping[str, Tensor], normaliser: Any) -> dict[str, Tensor]:
-    """Return the policy's tensors, and beside them the statistics of what normalises its observations."""
+def _tensors(owner: str, policy: torch.nn.Module | Mapping[str, Tensor], normaliser: Any) -> dict[str, Tensor]:
+    """Return the policy's tensors, and beside them the statistics of what normalises its observations.
+
+    Raises TypeError for another policy, ValueError for another normaliser; error texts begin with `owner`.
+    """
+    if not isinstance(policy, torch.nn.Module | Mapping):
+        raise TypeError(f"{owner}: policy must be a torch.nn.Module or a state_dict, got {type(policy).__name__}")
     state = policy.state_dict() if isinstance(policy, torch.nn.Module) else policy
     tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
-    statistics = None if normaliser is None else live_statistics(normaliser)
+    try:
+        statistics = None if normaliser is None else live_statistics(normaliser)
+    except ValueError as error:
+        raise ValueError(f"{owner}: {error}") from error
     return tensors if statistics is None else tensors | statistics.to_state()

@@ -49,7 +49,8 @@ UNKNOWN = "unknown"
 """The env_id of runs whose task nobody has said."""
 
 UNNORMALISED = "unnormalised"
-"""Entry of the config's "source": the policies saw normalised observations, and the store lacks the statistics."""
+"""Entry of the config's "source": True where the policies saw observations through VecNormalize and the store lacks the
+statistics, or in words what else lay between them and the environment, so that they cannot be run."""
 
 
 class Store:
@@ -149,7 +150,8 @@ class Store:
 
     @property
     def is_unnormalised(self) -> bool:
-        """Whether the policies saw normalised observations whose statistics the store lacks: none can be run."""
+        """Whether the policies saw other observations than the environment's, or their actions were changed, in ways
+        that the store does not hold: none can be run."""
         return bool((self.config.get("source") or {}).get(UNNORMALISED))
 
     @property
