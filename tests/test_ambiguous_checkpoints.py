@@ -67,8 +67,8 @@ NETWORKS: dict[str, tuple[Any, str, str | tuple[str, ...], list[str]]] = {
         "1.",
         [f"1.{key}" for key in ACTOR],
     ),
-    "critic behind a prefix": (
-        prefixed("agent.actor.", ACTOR) | prefixed("agent.critic.", CRITIC),
+    "critic behind a prefix that not all share": (
+        prefixed("agent.actor.", ACTOR) | prefixed("agent.critic.", CRITIC) | mlp("encoder.", 3, 3),
         r"\[agent\.critic\.0\.weight, .*\] may be a critic's or another network's",
         "agent.actor.",
         [f"agent.actor.{key}" for key in ACTOR],
@@ -108,12 +108,6 @@ NETWORKS: dict[str, tuple[Any, str, str | tuple[str, ...], list[str]]] = {
         r"beside the actor of cleanrl \(.*\) lies \[log_std, actor\.0\.weight, ",
         ("log_std", "actor."),
         list(PolicySpec(OBS_DIM, ACT_DIM, (8,)).shapes),
-    ),
-    "CleanRL's agent inside another module": (
-        prefixed("module.", dict(CleanRL().state_dict())),
-        r"\[module\.critic\.0\.weight, .*\] may be a critic's",
-        "module.",
-        list(PolicySpec(OBS_DIM, ACT_DIM, (8, 8)).shapes),
     ),
 }  # fmt: skip
 

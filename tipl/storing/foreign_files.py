@@ -265,7 +265,7 @@ def _read_sb3(archive: zipfile.ZipFile, data: bytes, max_bytes: int | None) -> C
     module = _named(settings.get("policy_class"), "__module__")
     own_class = "" if f"{module}.".startswith(_LIBRARIES) else module
     found = find_state(policy, is_cleanrl=False)
-    is_on_policy = any(key.startswith(("action_net.", "mlp_extractor.")) for key in found.state)
+    is_on_policy = any(f".{name}." in f".{key}" for name in ("action_net", "mlp_extractor") for key in found.state)
     default = "tanh" if is_on_policy else "relu"
     return CheckpointFile(
         "sb3",

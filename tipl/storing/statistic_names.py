@@ -5,6 +5,9 @@ in which names are met has a pattern of its own.
 """
 
 import re
+from collections.abc import Mapping
+
+from tipl.storing.key_roles import words
 
 _RUNNING = "rms|running_mean_std"
 
@@ -22,6 +25,29 @@ _SCRIPT_MEAN = re.compile(r"_?(obs_|observation_)?(running_)?mean")
 def in_key(key: str) -> bool:
     """Return whether a state's key may be of statistics of observations or rewards, or of SAC's temperature."""
     return any(map(_KEY_PART.fullmatch, key.split(".")))
+
+
+_MOMENT = frozenset({"mean", "var", "variance"})
+_SEEN = frozenset({"obs", "observation", "observations", "input", "inputs", "state", "states"})
+_SCALED_BY = frozenset({"scaler", "filter", "whitening", "whitener", "standardizer", "standardiser", "rms", "stats"})
+_SCALED_BY |= {"statistics", "normalizer", "normaliser", "zscore"}
+
+
+def may_be_statistics(shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Return the keys that may be of statistics of observations or rewards, or of SAC's temperature.
+
+    A mean or a variance is one unless it lies beside a weight, as in a batch normalisation between layers.
+    """
+    found = []
+    for key in shapes:
+        parent, dot, leaf = key.rpartition(".")
+        name, above = words(leaf), parent.rpartition(".")[2]
+        is_moment = bool(name & _MOMENT or (name & _SEEN and name & {"std", "stddev"}))
+        is_weight = bool(name & {"weight", "bias", "kernel"})
+        is_scaled = bool(words(above) & _SCALED_BY)
+        if in_key(key) or (not is_weight and (is_moment or is_scaled) and f"{parent}{dot}weight" not in shapes):
+            found.append(key)
+    return found
 
 
 def is_entry(name: str) -> bool:
