@@ -180,7 +180,7 @@ def find_actor(state: State, settings: Settings = Settings(), actor: str | Seque
     are the actor's.
     """
     prefixes = None if actor is None else prefixes_of(actor)
-    start = prefixes[0] if prefixes is not None and len(prefixes) == 1 else ""
+    start = prefixes[0][: prefixes[0].rfind(".") + 1] if prefixes is not None and len(prefixes) == 1 else ""
     names = {key: key for key in state} if prefixes is None else _chosen(state, prefixes, start)
     roots = [start + it for it in _shared_prefixes(names.values())]
     for root in roots:

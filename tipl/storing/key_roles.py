@@ -14,45 +14,50 @@ _DIGITS = re.compile(r"\d+")
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 
 
-def _words(text: str) -> frozenset[str]:
+def word_set(text: str) -> frozenset[str]:
+    """Return the words of a text."""
     return frozenset(text.split())
 
 
-ACTOR = _words("actor actors policy pi student")
-CRITIC = _words("critic critics")
-Q = _words("q qf qs qnet qnets qnetwork qfunc qfunction qvalue qvalues qhead quantile")
-VALUE = _words("value values baseline v vf vs vnet vnets vnetwork vfunc vfunction vhead")
-TARGET = _words("target targets targ tgt")
-COPY = _words("old ema polyak teacher ref reference frozen slow lagged prev previous")
-OTHER = _words("discriminator")
-OPTIMISER = _words("optim optims optimizer optimizers optimiser optimisers sched scheduler schedulers")
+ACTOR = word_set("actor actors policy pi student")
+CRITIC = word_set("critic critics")
+Q = word_set("q qf qs qnet qnets qnetwork qfunc qfunction qvalue qvalues qhead quantile")
+VALUE = word_set("value values baseline v vf vs vnet vnets vnetwork vfunc vfunction vhead")
+TARGET = word_set("target targets targ tgt")
+COPY = word_set("old ema polyak teacher ref reference frozen slow lagged prev previous")
+OTHER = word_set("discriminator")
+OPTIMISER = word_set(
+    "optim optims optimizer optimizers optimiser optimisers sched scheduler schedulers schedule schedules"
+)
 
-LAYER = _words(
+LAYER = word_set(
     "fc linear lin dense layer layers hidden h l net nets network networks mlp module modules model main seq sequential"
     " container params a"
 )
-BLOCK = _words("block blocks layer layers h stage stages res residual resblock cell")
-TRUNK = _words(
+BLOCK = word_set("block blocks layer layers h stage stages res residual resblock cell")
+TRUNK = word_set(
     "encoder enc features feature extractor trunk torso body base backbone shared stem embed embedding embeddings cnn "
     "cnns conv convs rnn lstm gru memory input in obs observation state"
 )
-SPREAD = _words("std logstd sigma var logvar scale stddev")
-HEAD = _words("mean means mu loc logits action actions act out output head heads final last")
-_INNER = _words(
-    "norm ln bn attn attention self query key value q k v proj dropout ff ffn ih hh weight kernel bias log up down gate "
-    "transformer to w residual"
+SPREAD = word_set("std logstd sigma var logvar scale stddev")
+HEAD = word_set("mean means mu loc logits action actions act out output head heads final last")
+_INNER = word_set(
+    "norm ln bn attn attention self query key value q k v proj dropout ff ffn ih hh weight kernel bias log up down"
+    " gate transformer to w residual"
 )
 NETWORK_PART = ACTOR | LAYER | BLOCK | TRUNK | SPREAD | HEAD | _INNER
 """Words that name one network or parts of it, none of which is another network's."""
 
-_NORMALISER = _words("normalizer normaliser normalization norm preprocessor rms running mean std var stats statistics")
-_BESIDE_CRITIC = (LAYER | TRUNK | TARGET | _NORMALISER | CRITIC) - _words("embed embedding embeddings main")
-_BESIDE_CRITIC |= _words(
+_NORMALISER = word_set(
+    "normalizer normaliser normalization norm preprocessor rms running mean std var stats statistics"
+)
+_BESIDE_CRITIC = (LAYER | TRUNK | TARGET | _NORMALISER | CRITIC) - word_set("embed embedding embeddings main")
+_BESIDE_CRITIC |= word_set(
     "aux auxiliary central asymmetric privileged twin double local online head heads out output func function fn q v "
     "value values dict weight weights bias ensemble logits"
 )
-_REWARD = _words("return returns ret reward rewards rew value values")
-_STATISTIC = _NORMALISER | _words("meanstd scaler stat normalizers normalisers")
+_REWARD = word_set("return returns ret reward rewards rew value values")
+_STATISTIC = _NORMALISER | word_set("meanstd scaler stat normalizers normalisers")
 _STATISTIC_LEAF = re.compile(
     r"_?(running_)?(mean|var|variance|std|m2|count|n|current_count|epsilon|eps)", re.IGNORECASE
 )
@@ -89,7 +94,7 @@ def names_optimiser(name: str) -> bool:
 def names_return_statistics(name: str) -> bool:
     """Return whether a name is one of statistics by which returns, rewards or values are normalised."""
     found = words(name)
-    return bool(found & _REWARD and found & _STATISTIC) and found <= _REWARD | _STATISTIC | _words("state dict")
+    return bool(found & _REWARD and found & _STATISTIC) and found <= _REWARD | _STATISTIC | word_set("state dict")
 
 
 def of_return_statistics(key: str) -> bool:

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Mapping
 
 from tipl.storing.actor_families import FAMILIES, begins_again
-from tipl.storing.key_roles import ACTOR, BLOCK, HEAD, NETWORK_PART, SPREAD, TRUNK, words
+from tipl.storing.key_roles import ACTOR, BLOCK, HEAD, NETWORK_PART, SPREAD, TRUNK, word_set, words
 from tipl.storing.tensor_checks import shown
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -79,7 +79,7 @@ def _is_librarys(shapes: Shapes) -> bool:
     """Return whether all keys are parts of one library's actor, by their beginnings, though it may be of another kind
     than those that the simulator can run."""
     for family in FAMILIES:
-        own = re.compile(rf"{re.escape(family.hidden)}\d+\.")
+        own = re.compile(rf"{re.escape(family.hidden)}\d+\.[^.]+$")
         around = tuple(it for it in (family.log_std, family.head, *family.encoders, *family.normalisers) if it)
         if all(own.match(key) or key.startswith(around) for key in shapes) and any(map(own.match, shapes)):
             return True
@@ -146,7 +146,7 @@ def _is_inner(group: _Group) -> bool:
     return any(not words(it.name) <= ACTOR | BLOCK | HEAD | _PLAIN for it in group.all())
 
 
-_PLAIN = frozenset({"fc", "linear", "lin", "dense", "net", "nets", "network", "mlp", "hidden", "l", "module", "log"})
+_PLAIN = word_set("fc linear lin dense net nets network mlp hidden l module log")
 
 
 def _shown(groups: list[_Group]) -> str:

@@ -5,9 +5,9 @@ in which names are met has a pattern of its own.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-from tipl.storing.key_roles import words
+from tipl.storing.key_roles import word_set, words
 
 _RUNNING = "rms|running_mean_std"
 
@@ -27,10 +27,11 @@ def in_key(key: str) -> bool:
     return any(map(_KEY_PART.fullmatch, key.split(".")))
 
 
-_MOMENT = frozenset({"mean", "var", "variance"})
-_SEEN = frozenset({"obs", "observation", "observations", "input", "inputs", "state", "states"})
-_SCALED_BY = frozenset({"scaler", "filter", "whitening", "whitener", "standardizer", "standardiser", "rms", "stats"})
-_SCALED_BY |= {"statistics", "normalizer", "normaliser", "zscore"}
+_MOMENT = word_set("mean var variance")
+_SEEN = word_set("obs observation observations input inputs state states")
+_SCALED_BY = word_set(
+    "scaler filter whitening whitener standardizer standardiser rms stats statistics normalizer normaliser zscore"
+)
 
 
 def may_be_statistics(shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
@@ -53,6 +54,20 @@ def may_be_statistics(shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
 def is_entry(name: str) -> bool:
     """Return whether an entry beside a state may be statistics of observations."""
     return _ENTRY.fullmatch(name) is not None
+
+
+_HARMLESS = word_set(
+    "returns return rewards reward ret rew loss losses history lr lrs betas args config cfg conf hparams kwargs score "
+    "scores episode episodes time times seed seeds metric metrics log logs eval evaluation wandb best success curve "
+    "length lengths step steps hyperparameters settings"
+)
+"""Words of entries beside a state whose lists of numbers are none of the policy's."""
+
+
+def is_list_of(path: Sequence[str]) -> bool:
+    """Return whether a list of numbers under these names beside a state may be of statistics of observations."""
+    is_observations = any(words(name) & _SEEN or is_entry(name) for name in path)
+    return is_observations or not any(words(name) & _HARMLESS for name in path)
 
 
 def in_script(key: str) -> bool:
