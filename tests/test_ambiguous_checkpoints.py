@@ -5,16 +5,17 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from foreign_checkpoints import ACT_DIM, OBS_DIM, CleanRL, RslRl, ppo_zip, prefixed
+from foreign_checkpoints import ACT_DIM, OBS_DIM, CleanRL, RslRl, ppo_zip, prefixed, sb3_zip
 from torch import Tensor, nn
 
 from tipl.policy import ParameterLayout, PolicySpec
 from tipl.storing.exporter import export_checkpoint
 from tipl.storing.foreign_actors import find_actor
 from tipl.storing.foreign_files import find_actor_in, read_checkpoint_file
-from tipl.storing.importer import import_checkpoints
+from tipl.storing.importer import describe_import, import_checkpoints
 from tipl.storing.recorder import Recorder
 from tipl.storing.store import Store
 
@@ -176,6 +177,113 @@ def test_what_is_one_network_needs_no_choice(state: dict[str, Tensor]) -> None:
     actor = find_actor(state)
     assert actor.kind == "other"
     assert not any("critic" in key or "target" in key or "memory_c" in key for key in actor.keys)
+
+
+@pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.", "agent.", "module._orig_mod.", "actor_critic.", "a.b."])
+@pytest.mark.parametrize("library", ["cleanrl", "rsl_rl 3", "rsl_rl 5", "sb3"])
+def test_a_prefix_of_all_keys_changes_nothing(library: str, wrapper: str, tmp_path: Path) -> None:
+    arguments: dict[str, Any] = {} if library == "sb3" else {"activation": "elu"}
+    for start in ("", wrapper):
+        path = tmp_path / f"model_1.{'zip' if library == 'sb3' else 'pt'}"
+        if library == "sb3":
+            state = read_checkpoint_file(ppo_zip(path, 5)).state
+            sb3_zip(path, prefixed(start, state), num_timesteps=5)
+        elif library == "cleanrl":
+            save(prefixed(start, dict(CleanRL().state_dict())), path)
+        else:
+            content = RslRl().release_3() if library == "rsl_rl 3" else RslRl().release_5()
+            name = "model_state_dict" if library == "rsl_rl 3" else "actor_state_dict"
+            save(content | {name: prefixed(start, content[name])}, path)
+        store = import_checkpoints([path], tmp_path / f"store{start}", **arguments)
+        if not start:
+            plain = store
+    assert store.policy == plain.policy
+    assert isinstance(store.policy, PolicySpec)
+    assert (store.trial(0).weights() == plain.trial(0).weights()).all()
+    assert store.config["source"].get("note") == plain.config["source"].get("note")
+    row = store.trial(0).weights()[0]
+    written = export_checkpoint(store.path, path, tmp_path / f"out{path.suffix}")
+    again = import_checkpoints([written], tmp_path / "again", **arguments)
+    np.testing.assert_allclose(again.trial(0).weights()[0], row, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("actor", "critic"),
+    [("Actor", "Critic"), ("actor", "CRITIC"), ("policy", "criticNet"), ("pi", "critic_1"), ("Policy", "TwinCritic")],
+)
+def test_a_critic_in_any_case_is_left_out(actor: str, critic: str, tmp_path: Path) -> None:
+    path = save(prefixed(f"{actor}.", ACTOR) | prefixed(f"{critic}.", CRITIC), tmp_path / "m_1.pt")
+    store = import_checkpoints([path], tmp_path / "store")
+    assert list(store.policy.shapes) == [f"{actor}.{key}" for key in ACTOR]
+    roles = dict(text.split(": ") for label, text in describe_import([path]) if label == "tensor")
+    assert {role for key, role in roles.items() if key.startswith(critic)} == {"a critic's"}
+
+
+@pytest.mark.parametrize(
+    ("actor", "other", "groups"),
+    [
+        ("policy.", "dynamics.", r"\[policy\., dynamics\.\] have layers of their own, and .* \[dynamics\.\] is the"),
+        ("generator.", "disc.", r"\[generator\., disc\.\] have layers of their own"),
+        ("net.", "mlp.", r"\[net\., mlp\.\] may each be the actor"),
+        ("policy.", "model.", r"\[policy\., model\.\] may each be the actor"),
+        ("policy.", "head_target.", r"\[head_target\.0\.weight, .*\] may be a critic's or another network's"),
+        ("policy.", "critic_free_head.", r"\[critic_free_head\.0\.weight, .*\] may be a critic's or another network's"),
+    ],
+)
+def test_networks_of_other_names_are_refused_and_can_be_chosen(
+    actor: str, other: str, groups: str, tmp_path: Path
+) -> None:
+    path = save(prefixed(actor, ACTOR) | prefixed(other, CRITIC), tmp_path / "m_1.pt")
+    with pytest.raises(ValueError, match=rf"m_1\.pt: {groups}.*\(--actor\).*\(--ignore\)$"):
+        import_checkpoints([path], tmp_path / "store")
+    chosen = import_checkpoints([path], tmp_path / "chosen", actor=actor)
+    left = import_checkpoints([path], tmp_path / "left", ignore=f"{other}*")
+    starred = import_checkpoints([path], tmp_path / "starred", actor=f"{actor}*")
+    for store in (chosen, left, starred):
+        assert list(store.policy.shapes) == [f"{actor}{key}" for key in ACTOR]
+    row = starred.trial(0).weights()[0]
+    after = torch.load(export_checkpoint(row + 1, path, tmp_path / "out.pt", actor=f"{actor}*"))
+    assert torch.equal(after[f"{actor}2.bias"], ACTOR["2.bias"] + 1)
+    assert torch.equal(after[f"{other}2.bias"], CRITIC["2.bias"])
+
+
+def test_a_second_head_is_refused(tmp_path: Path) -> None:
+    """As in minimalRL, and where the names of the heads say nothing."""
+    trunk = mlp("fc.", 3, 8)
+    for pi, v in (("fc_pi", "fc_v"), ("out1", "out2"), ("fc2", "fc3"), ("head", "tail")):
+        heads = {f"{name}.weight": torch.ones(size, 8) for name, size in ((pi, 2), (v, 1))}
+        path = save(trunk | heads, tmp_path / "m_1.pt")
+        with pytest.raises(ValueError, match=rf"m_1\.pt: .*{v}.*choose with actor"):
+            import_checkpoints([path], tmp_path / "store")
+        store = import_checkpoints([path], tmp_path / pi, actor=["fc.", f"{pi}."])
+        assert list(store.policy.shapes) == ["fc.0.weight", "fc.0.bias", f"{pi}.weight"]
+
+
+def test_an_actor_critic_can_be_chosen(tmp_path: Path) -> None:
+    """A container of both is neither a critic nor out of sight."""
+    agent, encoder = dict(CleanRL().state_dict()), mlp("enc.", 3, 8, 3)
+    for name in ("actor_critic_state_dict", "actor_critic", "ActorCritic"):
+        for beside in ({"encoder": encoder}, {"target_state_dict": agent}, {}):
+            path = save({name: agent, **beside, "optimizer": {}}, tmp_path / "m_1.pt")
+            with pytest.raises(ValueError, match=rf"it holds {name} \(\d+ tensors\).*some of \[{name}\."):
+                import_checkpoints([path], tmp_path / "none", activation="tanh")
+            store = tmp_path / f"{name}{list(beside)}"
+            policy = import_checkpoints([path], store, actor=f"{name}.", activation="tanh").policy
+            assert policy == PolicySpec(OBS_DIM, ACT_DIM, (8, 8))
+
+
+def test_a_long_prefix_may_hold_a_critic_too(tmp_path: Path) -> None:
+    """What lies behind the prefix chosen is a critic's by its name, or asked about."""
+    state = prefixed("agent.pi.", ACTOR) | prefixed("agent.vf.", CRITIC) | mlp("encoder.", 3, 3)
+    path = save(state, tmp_path / "m_1.pt")
+    store = import_checkpoints([path], tmp_path / "store", actor="agent.")
+    assert list(store.policy.shapes) == [f"agent.pi.{key}" for key in ACTOR]
+    path = save(prefixed("agent.", ACTOR) | prefixed("agent.critic_free.", CRITIC), tmp_path / "m_1.pt")
+    for actor in ("", "agent."):
+        with pytest.raises(ValueError, match=r"m_1\.pt: agent\.critic_free\.0\.weight may be a critic's .*longer"):
+            import_checkpoints([path], tmp_path / "none", actor=actor)
+    own = import_checkpoints([path], tmp_path / "own", actor=["agent.0.", "agent.2.", "agent.critic_free."])
+    assert len(own.policy.shapes) == len(ACTOR) + len(CRITIC)
 
 
 EXPANDED = torch.ones(1).expand(10**15)

@@ -37,21 +37,22 @@ LAYER = word_set(
 BLOCK = word_set("block blocks layer layers h stage stages res residual resblock cell")
 TRUNK = word_set(
     "encoder enc features feature extractor trunk torso body base backbone shared stem embed embedding embeddings cnn "
-    "cnns conv convs rnn lstm gru memory input in obs observation state"
+    "cnns conv convs rnn lstm gru memory"
 )
+_SEEN = word_set("input in obs observation state")
 SPREAD = word_set("std logstd sigma var logvar scale stddev")
 HEAD = word_set("mean means mu loc logits action actions act out output head heads final last")
-_INNER = word_set(
-    "norm ln bn attn attention self query key value q k v proj dropout ff ffn ih hh weight kernel bias log up down"
-    " gate transformer to w residual"
+INNER = word_set(
+    "norm ln bn attn attention self query key value q k v proj dropout ff ffn ih hh transformer to w res residual cell"
 )
-NETWORK_PART = ACTOR | LAYER | BLOCK | TRUNK | SPREAD | HEAD | _INNER
+"""Words for parts of layers, which need not follow each other in the order of the file."""
+NETWORK_PART = ACTOR | LAYER | BLOCK | TRUNK | _SEEN | SPREAD | HEAD | INNER | word_set("weight kernel bias log")
 """Words that name one network or parts of it, none of which is another network's."""
 
 _NORMALISER = word_set(
     "normalizer normaliser normalization norm preprocessor rms running mean std var stats statistics"
 )
-_BESIDE_CRITIC = (LAYER | TRUNK | TARGET | _NORMALISER | CRITIC) - word_set("embed embedding embeddings main")
+_BESIDE_CRITIC = (LAYER | TRUNK | _SEEN | TARGET | _NORMALISER | CRITIC) - word_set("embed embedding embeddings main")
 _BESIDE_CRITIC |= word_set(
     "aux auxiliary central asymmetric privileged twin double local online head heads out output func function fn q v "
     "value values dict weight weights bias ensemble logits"

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Mapping
 
 from tipl.storing.actor_families import FAMILIES, begins_again
-from tipl.storing.key_roles import ACTOR, BLOCK, HEAD, NETWORK_PART, SPREAD, TRUNK, word_set, words
+from tipl.storing.key_roles import ACTOR, BLOCK, HEAD, INNER, NETWORK_PART, SPREAD, TRUNK, words
 from tipl.storing.tensor_checks import shown
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -64,11 +64,12 @@ def _tree(shapes: Shapes, root: str) -> _Group:
     """Return the modules that have layers: parameters of two dimensions or more."""
     tree = _Group(root.removesuffix("."))
     for key, shape in shapes.items():
-        if len(shape) < 2 or (shape[0] == 1 and len(shape) == 2 and words(key.rpartition(".")[2]) & SPREAD):
+        is_layers = key.rpartition(".")[2].startswith(_OWN_NAMES)
+        if len(shape) < 2 or (shape[0] == 1 and not is_layers):  # such as CleanRL's log_std, and a position's embedding
             continue
         parts = key.split(".")
         group = tree
-        for part in parts[:-1] if parts[-1].startswith(_OWN_NAMES) else parts:
+        for part in parts[:-1] if is_layers else parts:
             group.layers.append(shape)
             group = group.children.setdefault(part, _Group(f"{group.path}.{part}".removeprefix(".")))
         group.layers.append(shape)
@@ -81,9 +82,19 @@ def _is_librarys(shapes: Shapes) -> bool:
     for family in FAMILIES:
         own = re.compile(rf"{re.escape(family.hidden)}\d+\.[^.]+$")
         around = tuple(it for it in (family.log_std, family.head, *family.encoders, *family.normalisers) if it)
-        if all(own.match(key) or key.startswith(around) for key in shapes) and any(map(own.match, shapes)):
-            return True
+        layers = [shape for key, shape in shapes.items() if own.match(key) and len(shape) == 2]
+        if layers and all(own.match(key) or key.startswith(around) for key in shapes):
+            return all(_fits_before(encoder, layers[0], shapes) for encoder in family.encoders)
     return False
+
+
+def _fits_before(encoder: str, first: tuple[int, ...], shapes: Shapes) -> bool:
+    """Return whether an encoder of a name that may be anything's, as CleanRL's network, gives what the MLP takes, and
+    takes something else."""
+    own = [shape for key, shape in shapes.items() if key.startswith(encoder) and len(shape) == 2]
+    if not own or "." in encoder.rstrip(".") or words(encoder) & TRUNK:
+        return True
+    return own[-1][0] == first[1] != own[0][1]
 
 
 def _is_numbered(shapes: Shapes) -> bool:
@@ -96,7 +107,7 @@ def _doubt(group: _Group, also: frozenset[str], is_numbered: bool) -> str:
     groups = list(inside.children.values())
     if len(groups) < 2:
         return ""
-    unknown = [it for it in groups if not words(it.name) <= NETWORK_PART | also]
+    unknown = [it for it in groups if not words(it.name) <= NETWORK_PART | also and "proj" not in words(it.name)]
     if unknown:
         return f"{_shown(groups)} have layers of their own, and nothing says that {_shown(unknown)} is the actor's"
     whole = [it for it in groups if it.children and len(it.layers) > 1 and not words(it.name) & TRUNK]
@@ -143,10 +154,7 @@ def _broken(groups: list[_Group], is_numbered: bool) -> str:
 
 def _is_inner(group: _Group) -> bool:
     """Return whether a layer is one of a kind that does not follow those before it in the file, as in attention."""
-    return any(not words(it.name) <= ACTOR | BLOCK | HEAD | _PLAIN for it in group.all())
-
-
-_PLAIN = word_set("fc linear lin dense net nets network mlp hidden l module log")
+    return any(words(it.name) & INNER for it in group.all())
 
 
 def _shown(groups: list[_Group]) -> str:
