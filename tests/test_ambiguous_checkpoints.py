@@ -15,7 +15,7 @@ from tipl.policy import ParameterLayout, PolicySpec
 from tipl.storing.exporter import export_checkpoint
 from tipl.storing.foreign_actors import find_actor
 from tipl.storing.foreign_files import find_actor_in, read_checkpoint_file
-from tipl.storing.importer import describe_import, import_checkpoints
+from tipl.storing.importer import describe_first_file, describe_import, import_checkpoints
 from tipl.storing.recorder import Recorder
 from tipl.storing.store import Store
 
@@ -270,6 +270,33 @@ def test_an_actor_critic_can_be_chosen(tmp_path: Path) -> None:
             store = tmp_path / f"{name}{list(beside)}"
             policy = import_checkpoints([path], store, actor=f"{name}.", activation="tanh").policy
             assert policy == PolicySpec(OBS_DIM, ACT_DIM, (8, 8))
+
+
+def test_the_table_has_a_part_for_each_tensor(tmp_path: Path) -> None:
+    state = prefixed("m.pi.", ACTOR) | prefixed("m.Critic.", CRITIC) | prefixed("m.pi_old.", ACTOR)
+    state |= {"m.optimizer.exp_avg": torch.ones(3), "m.steps": torch.tensor(3), "m.return_rms.mean": torch.ones(1)}
+    state |= prefixed("m.critic_free.", CRITIC) | {"m.obs_mean": torch.ones(3)} | prefixed("m.zork.", CRITIC)
+    path = save({key: tensor.clone() for key, tensor in state.items()}, tmp_path / "m_1.pt")
+    with pytest.raises(ValueError, match=r"m_1\.pt: \[m\.pi_old\.0\.weight"):
+        describe_import([path])
+    expected = {
+        "m.pi": "the actor's",
+        "m.Critic": "a critic's",
+        "m.pi_old": "a target network's",
+        "m.optimizer": "an optimiser's",
+        "m.steps": "a buffer's, such as a counter",
+        "m.return_rms": "statistics of returns or rewards",
+        "m.critic_free": "unknown, not chosen",
+        "m.obs_mean": "statistics or a temperature, not chosen",
+        "m.zork": "not chosen",
+    }
+    for lines in (describe_import([path], actor="m.pi."), describe_first_file([path])):
+        for label, text in lines:
+            if label == "tensor":
+                key, _, role = text.partition(": ")
+                group = ".".join(key.split(" ")[0].split(".")[:2])
+                is_chosen = len(lines) > len(state) + 1
+                assert role == (expected[group] if is_chosen or group != "m.pi" else "not chosen")
 
 
 def test_a_long_prefix_may_hold_a_critic_too(tmp_path: Path) -> None:

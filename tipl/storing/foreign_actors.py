@@ -59,6 +59,7 @@ _ROLES = {
     "target": "a target network's",
     "optimiser": "an optimiser's",
     "returns": "statistics of returns or rewards",
+    "doubt": "unknown, not chosen",
 }
 
 
@@ -338,18 +339,20 @@ def _known(root: str, shapes: Mapping[str, tuple[int, ...]], settings: Settings)
 
 
 def roles_of(state: State, actor: Actor | None) -> list[tuple[str, tuple[int, ...], str]]:
-    """Return key, shape and part in words of each floating-point tensor of a state and its actor, if found."""
+    """Return key, shape and part in words of each tensor of a state and its actor, if found."""
     names = {} if actor is None else dict(zip(actor.keys, actor.policy.shapes, strict=True))
     kind, normaliser = ("", "") if actor is None else (actor.kind, actor.normaliser)
     taken = {(state[key].data_ptr(), state[key].shape) for key in names if key in state}
     critics = tuple({prefix for it in FAMILIES if it.kind == kind for prefix in it.others})
     root = _shared_prefixes(state)[-1]
-    others = left_out_anywhere({key[len(root) :]: tuple(tensor.shape) for key, tensor in state.items()})
+    shapes = {key[len(root) :]: tuple(tensor.shape) for key, tensor in state.items()}
+    others, statistics = left_out_anywhere(shapes), set(may_be_statistics(shapes))
     roles = []
     for key, tensor in state.items():
+        name = key[len(root) :]
         if not tensor.is_floating_point() or not tensor.numel():
-            continue
-        if key in names:
+            role = "a buffer's, such as a counter"
+        elif key in names:
             role = "the actor's" if names[key] == key else f"the actor's {names[key]}"
         elif normaliser and key.startswith(normaliser):
             role = "the observation normaliser's, folded into the first layer"
@@ -357,8 +360,10 @@ def roles_of(state: State, actor: Actor | None) -> list[tuple[str, tuple[int, ..
             role = "the actor's once more"
         elif key.startswith(critics):
             role = "a critic's"
+        elif name in statistics and name not in others:
+            role = "statistics or a temperature, not chosen"
         else:
-            role = _ROLES.get(others.get(key[len(root) :], ""), "not chosen")
+            role = _ROLES.get(others.get(name, ""), "not chosen")
         roles.append((key, tuple(tensor.shape), role))
     return roles
 

@@ -37,7 +37,7 @@ _SCALED_BY = word_set(
 def may_be_statistics(shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
     """Return the keys that may be of statistics of observations or rewards, or of SAC's temperature.
 
-    A mean or a variance is one unless it lies beside a weight, as in a batch normalisation between layers.
+    A mean or a variance is one unless it lies beside a weight or a bias, as in a batch normalisation between layers.
     """
     found = []
     for key in shapes:
@@ -46,7 +46,8 @@ def may_be_statistics(shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
         is_moment = bool(name & _MOMENT or (name & _SEEN and name & {"std", "stddev"}))
         is_weight = bool(name & {"weight", "bias", "kernel"})
         is_scaled = bool(words(above) & _SCALED_BY)
-        if in_key(key) or (not is_weight and (is_moment or is_scaled) and f"{parent}{dot}weight" not in shapes):
+        is_layers = any(f"{parent}{dot}{it}" in shapes for it in ("weight", "bias", "gamma"))
+        if in_key(key) or (not is_weight and not is_layers and (is_moment or is_scaled)):
             found.append(key)
     return found
 
