@@ -168,6 +168,12 @@ def test_the_recorder_is_told_the_same_way(tmp_path: Path) -> None:
         {**mlp("features_extractor.", 3, 8), "log_std": torch.ones(2), **mlp("mlp_extractor.policy_net.", 8, 8),
          "action_net.weight": torch.ones(2, 8), "action_net.bias": torch.ones(2), "lstm_critic.weight": torch.ones(2)},
         prefixed("encoder.", mlp("", 3, 8)) | prefixed("actor.", ACTOR) | prefixed("aux_critic.", CRITIC),
+        {f"zork{i}.weight": torch.ones(3, 3) for i in range(3)},
+        {f"{it}.weight": torch.ones(8, 8) for it in ("affine1", "hidden_layer", "action_mean", "log_std_linear")},
+        mlp("preprocess.model.model.", 3, 8) | mlp("mu.model.", 8, 2) | {"sigma_param": torch.ones(2, 1)},  # Tianshou
+        mlp("pi.net.", 3, 8) | {f"pi.{it}_layer.weight": torch.ones(2, 8) for it in ("mu", "log_std")},  # Spinning Up
+        {f"{it}.weight": torch.ones(8, 8) for it in ("fc1", "fc2", "fc_mean", "fc_logstd")}
+        | {f"action_{it}": torch.ones(1, 2) for it in ("scale", "bias")},  # CleanRL's SAC
         {f"block{i}.{key}": tensor for i in range(2) for key, tensor in mlp("", 8, 8, 8).items()},
         {f"h.{i}.{name}.weight": torch.ones(8, 8) for i in range(2) for name in ("query", "key", "value")},
         {"std": torch.ones(2), **mlp("actor.", 3, 8, 2), **{f"memory_{it}.rnn": torch.ones(3) for it in "ac"}},

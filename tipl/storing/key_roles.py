@@ -5,6 +5,7 @@ words value and net. Words are compared without case. A name says something *sur
 where one is not, as in critic_free_head, it is in doubt, and import asks.
 """
 
+import functools
 import re
 from collections.abc import Iterable, Mapping
 
@@ -31,17 +32,17 @@ OPTIMISER = word_set(
 )
 
 LAYER = word_set(
-    "fc linear lin dense layer layers hidden h l net nets network networks mlp module modules model main seq sequential"
-    " container params a"
+    "fc linear lin dense affine fully connected layer layers hidden h l net nets network networks mlp module modules "
+    "model main seq sequential container params a"
 )
 BLOCK = word_set("block blocks layer layers h stage stages res residual resblock cell")
 TRUNK = word_set(
     "encoder enc features feature extractor trunk torso body base backbone shared stem embed embedding embeddings cnn "
-    "cnns conv convs rnn lstm gru memory"
+    "cnns conv convs rnn lstm gru memory preprocess"
 )
 _SEEN = word_set("input in obs observation state")
 SPREAD = word_set("std logstd sigma var logvar scale stddev")
-HEAD = word_set("mean means mu loc logits action actions act out output head heads final last")
+HEAD = word_set("mean means mu loc logits action actions act out output head heads final last dist")
 INNER = word_set(
     "norm ln bn attn attention self query key value q k v proj dropout ff ffn ih hh transformer to w res residual cell"
 )
@@ -70,6 +71,7 @@ _LIBRARIES_CRITICS = re.compile(
 """How the keys of critics begin that SB3, rsl_rl, rl_games and skrl name without the word."""
 
 
+@functools.lru_cache(maxsize=4096)
 def words(name: str) -> frozenset[str]:
     """Return the words of a part of a key, in small letters."""
     return frozenset(it.lower() for it in _WORD.findall(name))

@@ -64,8 +64,10 @@ def _tree(shapes: Shapes, root: str) -> _Group:
     """Return the modules that have layers: parameters of two dimensions or more."""
     tree = _Group(root.removesuffix("."))
     for key, shape in shapes.items():
-        is_layers = key.rpartition(".")[2].startswith(_OWN_NAMES)
-        if len(shape) < 2 or (shape[0] == 1 and not is_layers):  # such as CleanRL's log_std, and a position's embedding
+        leaf = key.rpartition(".")[2]
+        is_layers = leaf.startswith(_OWN_NAMES)
+        is_small = not is_layers and (1 in shape or words(leaf) & SPREAD)  # such as log_std, and a position's embedding
+        if len(shape) < 2 or is_small:
             continue
         parts = key.split(".")
         group = tree
@@ -108,7 +110,9 @@ def _doubt(group: _Group, also: frozenset[str], is_numbered: bool) -> str:
     if len(groups) < 2:
         return ""
     unknown = [it for it in groups if not words(it.name) <= NETWORK_PART | also and "proj" not in words(it.name)]
-    if unknown:
+    stems = {_DIGITS.sub("", it.name) for it in groups if len(it.layers) == 1}
+    are_numbered = len(stems) == 1 and all(len(it.layers) == 1 and _DIGITS.search(it.name) for it in groups)
+    if unknown and not are_numbered:
         return f"{_shown(groups)} have layers of their own, and nothing says that {_shown(unknown)} is the actor's"
     whole = [it for it in groups if it.children and len(it.layers) > 1 and not words(it.name) & TRUNK]
     if len(whole) > 1 and not _are_blocks(whole, inside.name):

@@ -114,7 +114,7 @@ def _of_rl_games(content: Mapping[Any, Any]) -> dict[str, Tensor] | None:
 
 def _of_skrl(content: Mapping[Any, Any]) -> dict[str, Tensor] | None:
     """Return the states of skrl's policy, value network and preprocessors together, or None where it is not skrl's."""
-    names = [name for name in content if name != "optimizer"]
+    names = [name for name in content if not names_optimiser(str(name))]
     parts = {name: _tensors_only(content[name]) for name in names}
     is_skrl = "policy" in parts and len(parts) > 1 and set(parts) <= set(_SKRL) and None not in parts.values()
     if not is_skrl:

@@ -24,9 +24,13 @@ _SCRIPT_MEAN = re.compile(r"_?(obs_|observation_)?(running_)?mean")
 
 def in_key(key: str) -> bool:
     """Return whether a state's key may be of statistics of observations or rewards, or of SAC's temperature."""
-    return any(map(_KEY_PART.fullmatch, key.split(".")))
+    parts = key.split(".")
+    temperature = words(parts[-1])
+    return any(map(_KEY_PART.fullmatch, parts)) or bool(temperature & _HEAT and temperature <= _TEMPERATURE)
 
 
+_HEAT = word_set("alpha temp temperature ent entropy")
+_TEMPERATURE = _HEAT | word_set("log coef coefficient")
 _MOMENT = word_set("mean var variance")
 _SEEN = word_set("obs observation observations input inputs state states")
 _SCALED_BY = word_set(
