@@ -168,6 +168,7 @@ def test_the_recorder_is_told_the_same_way(tmp_path: Path) -> None:
         {**mlp("features_extractor.", 3, 8), "log_std": torch.ones(2), **mlp("mlp_extractor.policy_net.", 8, 8),
          "action_net.weight": torch.ones(2, 8), "action_net.bias": torch.ones(2), "lstm_critic.weight": torch.ones(2)},
         prefixed("encoder.", mlp("", 3, 8)) | prefixed("actor.", ACTOR) | prefixed("aux_critic.", CRITIC),
+        mlp("actor.fusion.", 3, 8) | mlp("actor.goals.", 8, 2) | mlp("critic.fusion.", 3, 1),
         {f"zork{i}.weight": torch.ones(3, 3) for i in range(3)},
         {f"{it}.weight": torch.ones(8, 8) for it in ("affine1", "hidden_layer", "action_mean", "log_std_linear")},
         mlp("preprocess.model.model.", 3, 8) | mlp("mu.model.", 8, 2) | {"sigma_param": torch.ones(2, 1)},  # Tianshou
@@ -251,6 +252,14 @@ def test_networks_of_other_names_are_refused_and_can_be_chosen(
     after = torch.load(export_checkpoint(row + 1, path, tmp_path / "out.pt", actor=f"{actor}*"))
     assert torch.equal(after[f"{actor}2.bias"], ACTOR["2.bias"] + 1)
     assert torch.equal(after[f"{other}2.bias"], CRITIC["2.bias"])
+
+
+def test_two_networks_behind_a_prefix_called_actor_are_refused(tmp_path: Path) -> None:
+    path = save(prefixed("actor.pi.", ACTOR) | prefixed("actor.zork.", CRITIC), tmp_path / "m_1.pt")
+    with pytest.raises(
+        ValueError, match=r"\[actor\.zork\.\] is the actor's: choose .* some of \[actor\.pi\., actor\.zork\.\]"
+    ):
+        import_checkpoints([path], tmp_path / "store")
 
 
 def test_a_second_head_is_refused(tmp_path: Path) -> None:

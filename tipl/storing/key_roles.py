@@ -38,7 +38,7 @@ LAYER = word_set(
 BLOCK = word_set("block blocks layer layers h stage stages res residual resblock cell")
 TRUNK = word_set(
     "encoder enc features feature extractor trunk torso body base backbone shared stem embed embedding embeddings cnn "
-    "cnns conv convs rnn lstm gru memory preprocess"
+    "cnns conv convs rnn lstm gru memory preprocess wte wpe"
 )
 _SEEN = word_set("input in obs observation state")
 SPREAD = word_set("std logstd sigma var logvar scale stddev")

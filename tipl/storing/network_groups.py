@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Mapping
 
 from tipl.storing.actor_families import FAMILIES, begins_again
-from tipl.storing.key_roles import ACTOR, BLOCK, HEAD, INNER, NETWORK_PART, SPREAD, TRUNK, words
+from tipl.storing.key_roles import ACTOR, BLOCK, CRITIC, HEAD, INNER, NETWORK_PART, SPREAD, TRUNK, words
 from tipl.storing.tensor_checks import shown
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -57,7 +57,9 @@ def several_networks(
     any may have. With `is_mlp` the caller will take an MLP alone, so that its containers do not matter.
     """
     doubt = _second_chain(shapes, root) or _twins(shapes)
-    return doubt or ("" if is_mlp or _is_librarys(shapes) else _doubt(_tree(shapes, root), also, _is_numbered(shapes)))
+    return doubt or (
+        "" if is_mlp or _is_librarys(shapes) else _doubt(_tree(shapes, root), root, also, _is_numbered(shapes))
+    )
 
 
 def _tree(shapes: Shapes, root: str) -> _Group:
@@ -104,10 +106,10 @@ def _is_numbered(shapes: Shapes) -> bool:
     return any(f"{family.hidden}0.{family.names[0]}" in shapes for family in FAMILIES)
 
 
-def _doubt(group: _Group, also: frozenset[str], is_numbered: bool) -> str:
+def _doubt(group: _Group, root: str, also: frozenset[str], is_numbered: bool) -> str:
     inside = group.innermost()
     groups = list(inside.children.values())
-    if len(groups) < 2:
+    if len(groups) < 2 or _is_actors(inside, root):
         return ""
     unknown = [it for it in groups if not words(it.name) <= NETWORK_PART | also and "proj" not in words(it.name)]
     stems = {_DIGITS.sub("", it.name) for it in groups if len(it.layers) == 1}
@@ -123,9 +125,16 @@ def _doubt(group: _Group, also: frozenset[str], is_numbered: bool) -> str:
     if not _are_blocks(groups, inside.name) and (broken := _broken(groups, is_numbered)):
         return broken
     for it in groups:
-        if not words(it.name) & TRUNK and (doubt := _doubt(it, also, is_numbered)):
+        if not words(it.name) & TRUNK and (doubt := _doubt(it, root, also, is_numbered)):
             return doubt
     return ""
+
+
+def _is_actors(group: _Group, root: str) -> bool:
+    """Return whether a module lies in one called actor, which not all of the file does: whatever is in it is the
+    actor's."""
+    parts = f"{group.path}."[len(root) :].split(".")
+    return any("actor" in words(part) and not words(part) & CRITIC for part in parts)
 
 
 def _are_blocks(groups: list[_Group], parent: str) -> bool:
