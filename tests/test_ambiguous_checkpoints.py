@@ -254,6 +254,21 @@ def test_networks_of_other_names_are_refused_and_can_be_chosen(
     assert torch.equal(after[f"{other}2.bias"], CRITIC["2.bias"])
 
 
+def test_layers_in_the_order_of_the_alphabet_are_one_network(tmp_path: Path) -> None:
+    """As in safetensors."""
+    layers = {"action_out": (2, 8), "fc1": (8, 3), "fc10": (8, 5), "fc2": (5, 8)}
+    for names in (["action_out", "fc1", "fc2", "fc10"], ["fc1", "fc10", "fc2"]):
+        state = {f"{name}.weight": torch.ones(layers[name]) for name in sorted(names)}
+        assert len(find_actor(state).keys) == len(names)
+        with pytest.raises(ValueError, match="it may be another head or begin another network"):
+            find_actor(state | {"fc3.weight": torch.ones(1, 3)})
+
+
+def test_names_of_many_parts_are_no_trouble() -> None:
+    state = {f"fc{i}." + "1." * 20000 + "weight": torch.ones(3, 3) for i in range(2)}
+    assert len(find_actor(state).keys) == 2
+
+
 def test_two_networks_behind_a_prefix_called_actor_are_refused(tmp_path: Path) -> None:
     path = save(prefixed("actor.pi.", ACTOR) | prefixed("actor.zork.", CRITIC), tmp_path / "m_1.pt")
     with pytest.raises(

@@ -533,6 +533,12 @@ def test_the_step_of_a_flax_file_is_told(tmp_path: Path) -> None:
     )
 
 
+def test_nothing_is_taken_for_the_step_by_its_beginning(tmp_path: Path) -> None:
+    path = tmp_path / "m_1.npz"
+    np.savez(path, **{"step": np.int64(3), "step_net/kernel": np.ones((4, 2), np.float32), "log_std": np.ones(2)})
+    assert list(read_checkpoint_file(path).state) == ["step_net.kernel", "log_std"]
+
+
 def test_whole_numbers_in_a_kernel_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "quantised_1.npz"
     np.savez(path, **{"Dense_0/kernel": np.ones((4, 2), np.int32), "Dense_0/bias": np.ones(2, np.float32)})

@@ -20,6 +20,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 _FLAX_KERNEL = re.compile(r"((?:.*\.)?Dense_)(\d+)\.kernel")
 _OWN_NAMES = ("weight", "kernel", "bias", "in_proj", "embedding")
 _DIGITS = re.compile(r"\d+")
+_MAX_DEPTH = 32  # of modules in modules
 
 
 @dataclasses.dataclass
@@ -71,7 +72,7 @@ def _tree(shapes: Shapes, root: str) -> _Group:
         is_small = not is_layers and (1 in shape or words(leaf) & SPREAD)  # such as log_std, and a position's embedding
         if len(shape) < 2 or is_small:
             continue
-        parts = key.split(".")
+        parts = key.split(".", _MAX_DEPTH)
         group = tree
         for part in parts[:-1] if is_layers else parts:
             group.layers.append(shape)
@@ -120,7 +121,7 @@ def _doubt(group: _Group, root: str, also: frozenset[str], is_numbered: bool) ->
     if len(whole) > 1 and not _are_blocks(whole, inside.name):
         return f"{_shown(whole)} may each be the actor"
     heads = [it for it in groups if len(it.layers) == 1 and words(it.name) & HEAD and not words(it.name) & SPREAD]
-    if len(heads) > 1 and not any("." in it.name or it.name.isdigit() for it in heads):
+    if len(heads) > 1:
         return f"{_shown(heads)} may each be the actor's last layer"
     if not _are_blocks(groups, inside.name) and (broken := _broken(groups, is_numbered)):
         return broken
@@ -150,10 +151,22 @@ def _are_blocks(groups: list[_Group], parent: str) -> bool:
 
 
 def _broken(groups: list[_Group], is_numbered: bool) -> str:
-    """Return in words which of the layers, in the order of the file, does not take what the one before it gives."""
+    """Return in words which layer does not take what the one before it gives, "" where they make one chain.
+
+    Numbers in their names order them, else the file, whose order may be that of the alphabet: then it is enough that
+    one layer takes what none gives, and one gives what none takes.
+    """
     chain = [it for it in groups if not words(it.name) & (TRUNK | SPREAD)]
     if any(len(shape) != 2 for it in chain for shape in it.layers) or any(_is_inner(it) for it in chain):
         return ""
+    ends = [(it.layers[0][1], it.layers[-1][0]) for it in chain]
+    if len({_DIGITS.sub("", it.name) for it in chain}) == 1:
+        chain.sort(key=lambda it: [int(number) for number in _DIGITS.findall(it.name)])
+    elif not is_numbered:
+        first = [i for i, (takes, _) in enumerate(ends) if all(takes != gives for _, gives in ends[:i] + ends[i + 1 :])]
+        last = [i for i, (_, gives) in enumerate(ends) if all(takes != gives for takes, _ in ends[:i] + ends[i + 1 :])]
+        if len(first) == len(last) == 1:
+            return ""
     for i, (before, it) in enumerate(itertools.pairwise(chain)):
         takes, gives = it.layers[0][1], before.layers[-1][0]
         earlier = {chain[0].layers[0][1], *(other.layers[-1][0] for other in chain[:i])}
