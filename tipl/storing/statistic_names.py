@@ -61,18 +61,23 @@ def is_entry(name: str) -> bool:
     return _ENTRY.fullmatch(name) is not None
 
 
-_HARMLESS = word_set(
-    "returns return rewards reward ret rew loss losses history lr lrs betas args config cfg conf hparams kwargs score "
-    "scores episode episodes time times seed seeds metric metrics log logs eval evaluation wandb best success curve "
-    "length lengths step steps hyperparameters settings"
+_LOGGED = word_set(
+    "returns return rewards reward ret rew loss losses history score scores episode episodes metric metrics log logs"
+    " eval evaluation wandb success curve"
 )
-"""Words of entries beside a state whose lists of numbers are none of the policy's."""
+_SETTINGS = word_set(
+    "lr lrs betas args config cfg conf hparams hyperparameters kwargs settings seed seeds time times step steps best "
+    "length lengths"
+)
+"""Words of entries beside a state whose lists of numbers are none of the policy's, unless they are called a mean."""
 
 
 def is_list_of(path: Sequence[str]) -> bool:
     """Return whether a list of numbers under these names beside a state may be of statistics of observations."""
-    is_observations = any(words(name) & _SEEN or is_entry(name) for name in path)
-    return is_observations or not any(words(name) & _HARMLESS for name in path)
+    found = frozenset().union(*map(words, path))
+    if any(words(name) & _SEEN or is_entry(name) for name in path):
+        return True
+    return not found & _LOGGED and (bool(found & _MOMENT) or not found & _SETTINGS)
 
 
 def in_script(key: str) -> bool:
