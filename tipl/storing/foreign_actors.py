@@ -5,9 +5,10 @@ those of critics and target networks; a tensor under two keys counts once. Where
 libraries that `actor_families.py` lists, it gets the layout of a `PolicySpec`, so that the simulator can run it. Any
 other actor keeps its names, order and shapes, as a `ParameterLayout`. Rows are float32; float64 parameters are rounded.
 
-Nothing is guessed. A state is refused if some of its tensors may belong to another network (critics under an unknown
-prefix, a second policy, tensors besides those of a library's actor), until the caller gives the prefixes of the
-actor's keys. It is also refused if the actor has tensors that no row can hold (sparse, complex, integer weights).
+Nothing is guessed. A prefix that all keys share changes nothing. A state is refused if some of its tensors may belong
+to another network (by the words of their names, `key_roles.py`, or by their containers and shapes, `network_groups.py`)
+or to statistics of observations, until the caller gives the prefixes of the actor's keys or ignores some. It is also
+refused if the actor has tensors that no row can hold (sparse, complex, integer weights).
 
 rsl_rl, rl_games and skrl save the statistics with which they normalise observations: the network sees
 (obs - mean) / divisor. The row holds the first layer with that folded in, W / divisor and b - W mean / divisor, so that
