@@ -5,16 +5,17 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from foreign_checkpoints import ACT_DIM, OBS_DIM, CleanRL, RslRl, ppo_zip, prefixed
+from foreign_checkpoints import ACT_DIM, OBS_DIM, CleanRL, RslRl, ppo_zip, prefixed, sb3_zip
 from torch import Tensor, nn
 
 from tipl.policy import ParameterLayout, PolicySpec
 from tipl.storing.exporter import export_checkpoint
 from tipl.storing.foreign_actors import find_actor
 from tipl.storing.foreign_files import find_actor_in, read_checkpoint_file
-from tipl.storing.importer import import_checkpoints
+from tipl.storing.importer import describe_first_file, describe_import, import_checkpoints
 from tipl.storing.recorder import Recorder
 from tipl.storing.store import Store
 
@@ -67,8 +68,8 @@ NETWORKS: dict[str, tuple[Any, str, str | tuple[str, ...], list[str]]] = {
         "1.",
         [f"1.{key}" for key in ACTOR],
     ),
-    "critic behind a prefix": (
-        prefixed("agent.actor.", ACTOR) | prefixed("agent.critic.", CRITIC),
+    "critic behind a prefix that not all share": (
+        prefixed("agent.actor.", ACTOR) | prefixed("agent.critic.", CRITIC) | mlp("encoder.", 3, 3),
         r"\[agent\.critic\.0\.weight, .*\] may be a critic's or another network's",
         "agent.actor.",
         [f"agent.actor.{key}" for key in ACTOR],
@@ -108,12 +109,6 @@ NETWORKS: dict[str, tuple[Any, str, str | tuple[str, ...], list[str]]] = {
         r"beside the actor of cleanrl \(.*\) lies \[log_std, actor\.0\.weight, ",
         ("log_std", "actor."),
         list(PolicySpec(OBS_DIM, ACT_DIM, (8,)).shapes),
-    ),
-    "CleanRL's agent inside another module": (
-        prefixed("module.", dict(CleanRL().state_dict())),
-        r"\[module\.critic\.0\.weight, .*\] may be a critic's",
-        "module.",
-        list(PolicySpec(OBS_DIM, ACT_DIM, (8, 8)).shapes),
     ),
 }  # fmt: skip
 
@@ -173,6 +168,13 @@ def test_the_recorder_is_told_the_same_way(tmp_path: Path) -> None:
         {**mlp("features_extractor.", 3, 8), "log_std": torch.ones(2), **mlp("mlp_extractor.policy_net.", 8, 8),
          "action_net.weight": torch.ones(2, 8), "action_net.bias": torch.ones(2), "lstm_critic.weight": torch.ones(2)},
         prefixed("encoder.", mlp("", 3, 8)) | prefixed("actor.", ACTOR) | prefixed("aux_critic.", CRITIC),
+        mlp("actor.fusion.", 3, 8) | mlp("actor.goals.", 8, 2) | mlp("critic.fusion.", 3, 1),
+        {f"zork{i}.weight": torch.ones(3, 3) for i in range(3)},
+        {f"{it}.weight": torch.ones(8, 8) for it in ("affine1", "hidden_layer", "action_mean", "log_std_linear")},
+        mlp("preprocess.model.model.", 3, 8) | mlp("mu.model.", 8, 2) | {"sigma_param": torch.ones(2, 1)},  # Tianshou
+        mlp("pi.net.", 3, 8) | {f"pi.{it}_layer.weight": torch.ones(2, 8) for it in ("mu", "log_std")},  # Spinning Up
+        {f"{it}.weight": torch.ones(8, 8) for it in ("fc1", "fc2", "fc_mean", "fc_logstd")}
+        | {f"action_{it}": torch.ones(1, 2) for it in ("scale", "bias")},  # CleanRL's SAC
         {f"block{i}.{key}": tensor for i in range(2) for key, tensor in mlp("", 8, 8, 8).items()},
         {f"h.{i}.{name}.weight": torch.ones(8, 8) for i in range(2) for name in ("query", "key", "value")},
         {"std": torch.ones(2), **mlp("actor.", 3, 8, 2), **{f"memory_{it}.rnn": torch.ones(3) for it in "ac"}},
@@ -182,6 +184,163 @@ def test_what_is_one_network_needs_no_choice(state: dict[str, Tensor]) -> None:
     actor = find_actor(state)
     assert actor.kind == "other"
     assert not any("critic" in key or "target" in key or "memory_c" in key for key in actor.keys)
+
+
+@pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.", "agent.", "module._orig_mod.", "actor_critic.", "a.b."])
+@pytest.mark.parametrize("library", ["cleanrl", "rsl_rl 3", "rsl_rl 5", "sb3"])
+def test_a_prefix_of_all_keys_changes_nothing(library: str, wrapper: str, tmp_path: Path) -> None:
+    arguments: dict[str, Any] = {} if library == "sb3" else {"activation": "elu"}
+    for start in ("", wrapper):
+        path = tmp_path / f"model_1.{'zip' if library == 'sb3' else 'pt'}"
+        if library == "sb3":
+            state = read_checkpoint_file(ppo_zip(path, 5)).state
+            sb3_zip(path, prefixed(start, state), num_timesteps=5)
+        elif library == "cleanrl":
+            save(prefixed(start, dict(CleanRL().state_dict())), path)
+        else:
+            content = RslRl().release_3() if library == "rsl_rl 3" else RslRl().release_5()
+            name = "model_state_dict" if library == "rsl_rl 3" else "actor_state_dict"
+            save(content | {name: prefixed(start, content[name])}, path)
+        store = import_checkpoints([path], tmp_path / f"store{start}", **arguments)
+        if not start:
+            plain = store
+    assert store.policy == plain.policy
+    assert isinstance(store.policy, PolicySpec)
+    assert (store.trial(0).weights() == plain.trial(0).weights()).all()
+    assert store.config["source"].get("note") == plain.config["source"].get("note")
+    row = store.trial(0).weights()[0]
+    written = export_checkpoint(store.path, path, tmp_path / f"out{path.suffix}")
+    again = import_checkpoints([written], tmp_path / "again", **arguments)
+    np.testing.assert_allclose(again.trial(0).weights()[0], row, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("actor", "critic"),
+    [("Actor", "Critic"), ("actor", "CRITIC"), ("policy", "criticNet"), ("pi", "critic_1"), ("Policy", "TwinCritic")],
+)
+def test_a_critic_in_any_case_is_left_out(actor: str, critic: str, tmp_path: Path) -> None:
+    path = save(prefixed(f"{actor}.", ACTOR) | prefixed(f"{critic}.", CRITIC), tmp_path / "m_1.pt")
+    store = import_checkpoints([path], tmp_path / "store")
+    assert list(store.policy.shapes) == [f"{actor}.{key}" for key in ACTOR]
+    roles = dict(text.split(": ") for label, text in describe_import([path]) if label == "tensor")
+    assert {role for key, role in roles.items() if key.startswith(critic)} == {"a critic's"}
+
+
+@pytest.mark.parametrize(
+    ("actor", "other", "groups"),
+    [
+        ("policy.", "dynamics.", r"\[policy\., dynamics\.\] have layers of their own, and .* \[dynamics\.\] is the"),
+        ("generator.", "disc.", r"\[generator\., disc\.\] have layers of their own"),
+        ("net.", "mlp.", r"\[net\., mlp\.\] may each be the actor"),
+        ("policy.", "model.", r"\[policy\., model\.\] may each be the actor"),
+        ("policy.", "head_target.", r"\[head_target\.0\.weight, .*\] may be a critic's or another network's"),
+        ("policy.", "critic_free_head.", r"\[critic_free_head\.0\.weight, .*\] may be a critic's or another network's"),
+    ],
+)
+def test_networks_of_other_names_are_refused_and_can_be_chosen(
+    actor: str, other: str, groups: str, tmp_path: Path
+) -> None:
+    path = save(prefixed(actor, ACTOR) | prefixed(other, CRITIC), tmp_path / "m_1.pt")
+    with pytest.raises(ValueError, match=rf"m_1\.pt: {groups}.*\(--actor\).*\(--ignore\)$"):
+        import_checkpoints([path], tmp_path / "store")
+    chosen = import_checkpoints([path], tmp_path / "chosen", actor=actor)
+    left = import_checkpoints([path], tmp_path / "left", ignore=f"{other}*")
+    starred = import_checkpoints([path], tmp_path / "starred", actor=f"{actor}*")
+    for store in (chosen, left, starred):
+        assert list(store.policy.shapes) == [f"{actor}{key}" for key in ACTOR]
+    row = starred.trial(0).weights()[0]
+    after = torch.load(export_checkpoint(row + 1, path, tmp_path / "out.pt", actor=f"{actor}*"))
+    assert torch.equal(after[f"{actor}2.bias"], ACTOR["2.bias"] + 1)
+    assert torch.equal(after[f"{other}2.bias"], CRITIC["2.bias"])
+
+
+def test_layers_in_the_order_of_the_alphabet_are_one_network(tmp_path: Path) -> None:
+    """As in safetensors."""
+    layers = {"action_out": (2, 8), "fc1": (8, 3), "fc10": (8, 5), "fc2": (5, 8)}
+    for names in (["action_out", "fc1", "fc2", "fc10"], ["fc1", "fc10", "fc2"]):
+        state = {f"{name}.weight": torch.ones(layers[name]) for name in sorted(names)}
+        assert len(find_actor(state).keys) == len(names)
+        with pytest.raises(ValueError, match="it may be another head or begin another network"):
+            find_actor(state | {"fc3.weight": torch.ones(1, 3)})
+
+
+def test_names_of_many_parts_are_no_trouble() -> None:
+    state = {f"fc{i}." + "1." * 20000 + "weight": torch.ones(3, 3) for i in range(2)}
+    assert len(find_actor(state).keys) == 2
+
+
+def test_two_networks_behind_a_prefix_called_actor_are_refused(tmp_path: Path) -> None:
+    path = save(prefixed("actor.pi.", ACTOR) | prefixed("actor.zork.", CRITIC), tmp_path / "m_1.pt")
+    with pytest.raises(
+        ValueError, match=r"\[actor\.zork\.\] is the actor's: choose .* some of \[actor\.pi\., actor\.zork\.\]"
+    ):
+        import_checkpoints([path], tmp_path / "store")
+
+
+def test_a_second_head_is_refused(tmp_path: Path) -> None:
+    """As in minimalRL, and where the names of the heads say nothing."""
+    trunk = mlp("fc.", 3, 8)
+    for pi, v in (("fc_pi", "fc_v"), ("out1", "out2"), ("fc2", "fc3"), ("head", "tail")):
+        heads = {f"{name}.weight": torch.ones(size, 8) for name, size in ((pi, 2), (v, 1))}
+        path = save(trunk | heads, tmp_path / "m_1.pt")
+        with pytest.raises(ValueError, match=rf"m_1\.pt: .*{v}.*choose with actor"):
+            import_checkpoints([path], tmp_path / "store")
+        store = import_checkpoints([path], tmp_path / pi, actor=["fc.", f"{pi}."])
+        assert list(store.policy.shapes) == ["fc.0.weight", "fc.0.bias", f"{pi}.weight"]
+
+
+def test_an_actor_critic_can_be_chosen(tmp_path: Path) -> None:
+    """A container of both is neither a critic nor out of sight."""
+    agent, encoder = dict(CleanRL().state_dict()), mlp("enc.", 3, 8, 3)
+    for name in ("actor_critic_state_dict", "actor_critic", "ActorCritic"):
+        for beside in ({"encoder": encoder}, {"target_state_dict": agent}, {}):
+            path = save({name: agent, **beside, "optimizer": {}}, tmp_path / "m_1.pt")
+            with pytest.raises(ValueError, match=rf"it holds {name} \(\d+ tensors\).*some of \[{name}\."):
+                import_checkpoints([path], tmp_path / "none", activation="tanh")
+            store = tmp_path / f"{name}{list(beside)}"
+            policy = import_checkpoints([path], store, actor=f"{name}.", activation="tanh").policy
+            assert policy == PolicySpec(OBS_DIM, ACT_DIM, (8, 8))
+
+
+def test_the_table_has_a_part_for_each_tensor(tmp_path: Path) -> None:
+    state = prefixed("m.pi.", ACTOR) | prefixed("m.Critic.", CRITIC) | prefixed("m.pi_old.", ACTOR)
+    state |= {"m.optimizer.exp_avg": torch.ones(3), "m.steps": torch.tensor(3), "m.return_rms.mean": torch.ones(1)}
+    state |= prefixed("m.critic_free.", CRITIC) | {"m.obs_mean": torch.ones(3)} | prefixed("m.zork.", CRITIC)
+    path = save({key: tensor.clone() for key, tensor in state.items()}, tmp_path / "m_1.pt")
+    with pytest.raises(ValueError, match=r"m_1\.pt: \[m\.pi_old\.0\.weight"):
+        describe_import([path])
+    expected = {
+        "m.pi": "the actor's",
+        "m.Critic": "a critic's",
+        "m.pi_old": "a target network's",
+        "m.optimizer": "an optimiser's",
+        "m.steps": "a buffer's, such as a counter",
+        "m.return_rms": "statistics of returns or rewards",
+        "m.critic_free": "unknown, not chosen",
+        "m.obs_mean": "statistics or a temperature, not chosen",
+        "m.zork": "not chosen",
+    }
+    for lines in (describe_import([path], actor="m.pi."), describe_first_file([path])):
+        for label, text in lines:
+            if label == "tensor":
+                key, _, role = text.partition(": ")
+                group = ".".join(key.split(" ")[0].split(".")[:2])
+                is_chosen = len(lines) > len(state) + 1
+                assert role == (expected[group] if is_chosen or group != "m.pi" else "not chosen")
+
+
+def test_a_long_prefix_may_hold_a_critic_too(tmp_path: Path) -> None:
+    """What lies behind the prefix chosen is a critic's by its name, or asked about."""
+    state = prefixed("agent.pi.", ACTOR) | prefixed("agent.vf.", CRITIC) | mlp("encoder.", 3, 3)
+    path = save(state, tmp_path / "m_1.pt")
+    store = import_checkpoints([path], tmp_path / "store", actor="agent.")
+    assert list(store.policy.shapes) == [f"agent.pi.{key}" for key in ACTOR]
+    path = save(prefixed("agent.", ACTOR) | prefixed("agent.critic_free.", CRITIC), tmp_path / "m_1.pt")
+    for actor in ("", "agent."):
+        with pytest.raises(ValueError, match=r"m_1\.pt: agent\.critic_free\.0\.weight may be a critic's .*longer"):
+            import_checkpoints([path], tmp_path / "none", actor=actor)
+    own = import_checkpoints([path], tmp_path / "own", actor=["agent.0.", "agent.2.", "agent.critic_free."])
+    assert len(own.policy.shapes) == len(ACTOR) + len(CRITIC)
 
 
 EXPANDED = torch.ones(1).expand(10**15)

@@ -533,6 +533,12 @@ def test_the_step_of_a_flax_file_is_told(tmp_path: Path) -> None:
     )
 
 
+def test_nothing_is_taken_for_the_step_by_its_beginning(tmp_path: Path) -> None:
+    path = tmp_path / "m_1.npz"
+    np.savez(path, **{"step": np.int64(3), "step_net/kernel": np.ones((4, 2), np.float32), "log_std": np.ones(2)})
+    assert list(read_checkpoint_file(path).state) == ["step_net.kernel", "log_std"]
+
+
 def test_whole_numbers_in_a_kernel_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "quantised_1.npz"
     np.savez(path, **{"Dense_0/kernel": np.ones((4, 2), np.int32), "Dense_0/bias": np.ones(2, np.float32)})
@@ -778,6 +784,10 @@ def test_statistics_of_gymnasium_beside_a_state(kind: str, tmp_path: Path) -> No
         {"env_normalization_stats": {"obs": {"mean": [0.1, 0.2, 0.3, 0.4]}}},
         {"anything": np.zeros(4)},
         {"stats": {"of": {"observations": np.zeros(4)}}},
+        {"best": {"mean": [0.1, 0.2, 0.3, 0.4], "var": [1.0, 1.0, 1.0, 1.0]}},
+        {"args": {"obs_shift": [0.1, 0.2, 0.3, 0.4]}},
+        {"scaler": {"mean": torch.zeros(4), "var": torch.ones(4)}},
+        {"infos": {"obs_mean": torch.zeros(4)}},
     ],
     ids=str,
 )
@@ -790,5 +800,11 @@ def test_other_statistics_are_never_left_out_in_silence(beside: dict[str, Any], 
 
 def test_what_is_no_statistics_is_left_beside_the_state(tmp_path: Path) -> None:
     beside = {"norm_obs": True, "rng_state": np.arange(4), "returns": [1.0, 2.0], "ret_rms": [0.0, 1.0]}
+    beside |= {"scaler": {"scale": 65536.0, "growth_factor": 2.0, "growth_interval": 2000, "_growth_tracker": 3}}
+    beside |= {
+        "args": {"lrs": [0.1, 0.2], "hidden": [64, 64]},
+        "eval_history": {"mean": [0.5, 1.5]},
+        "return_rms": None,
+    }
     path = saved(cleanrl().content | beside, tmp_path / "ppo_1.cleanrl_model")
     assert tipl.import_checkpoints([path], tmp_path / "store", activation="tanh").num_trials == 1

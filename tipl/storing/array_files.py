@@ -31,7 +31,7 @@ _DTYPES = {str(it).removeprefix("torch."): it for it in (torch.float16, torch.bf
 _DTYPES |= {str(it).removeprefix("torch."): it for it in (torch.int8, torch.int16, torch.int32, torch.int64)}
 _DTYPES |= {str(it).removeprefix("torch."): it for it in (torch.uint8, torch.bool)}
 _CHUNKED = "__msgpack_chunked_array__"
-_BESIDE = ("opt_state.", "step")
+_BESIDE = "opt_state."
 _PARAMS = "params."
 
 
@@ -99,7 +99,7 @@ def npz_bytes(arrays: Mapping[str, Tensor]) -> bytes:
 
 def _state(named: list[tuple[str, Tensor]]) -> tuple[dict[str, Tensor], str]:
     """Return the tensors by name as torch would have them, and any doubt about which part is the policy's."""
-    named = [(name, tensor) for name, tensor in named if not name.startswith(_BESIDE)]
+    named = [(name, tensor) for name, tensor in named if name != "step" and not name.startswith(_BESIDE)]
     while named and all(name.startswith(_PARAMS) for name, _ in named):
         named = [(name.removeprefix(_PARAMS), tensor) for name, tensor in named]
     state = {name: it.T if name.endswith("kernel") and it.ndim == 2 else it for name, it in named}

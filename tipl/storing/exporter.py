@@ -14,7 +14,7 @@ from tipl.files.publishing import published
 from tipl.files.sealed import load_arrays
 from tipl.policy import Layout, PolicySpec, layout_from_dict
 from tipl.storing.actor_families import STATISTICS
-from tipl.storing.foreign_actors import Actor, differences
+from tipl.storing.foreign_actors import Actor, differences, prefixes_of
 from tipl.storing.foreign_files import CheckpointFile, find_actor_in, read_checkpoint_file
 from tipl.storing.observation_statistics import ObservationStatistics, find_statistics, read_statistics
 from tipl.storing.store import Store
@@ -172,8 +172,7 @@ def _actor_of_template(
     activation = policy.activation if isinstance(policy, PolicySpec) else None
     fits = known is not None and known.fits(template.state) and template.activation_of(known) in (None, activation)
     if keys is not None and not (known is not None and known.normaliser):  # its statistics are not in the weights
-        prefixes = (keys,) if isinstance(keys, str) else tuple(keys)
-        chosen = {key: it for key, it in template.state.items() if key.startswith((*prefixes, STATISTICS))}
+        chosen = {key: it for key, it in template.state.items() if key.startswith((*prefixes_of(keys), STATISTICS))}
         template = dataclasses.replace(template, state=chosen)
     try:
         squash, halves = (

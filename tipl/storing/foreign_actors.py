@@ -5,9 +5,10 @@ those of critics and target networks; a tensor under two keys counts once. Where
 libraries that `actor_families.py` lists, it gets the layout of a `PolicySpec`, so that the simulator can run it. Any
 other actor keeps its names, order and shapes, as a `ParameterLayout`. Rows are float32; float64 parameters are rounded.
 
-Nothing is guessed. A state is refused if some of its tensors may belong to another network (critics under an unknown
-prefix, a second policy, tensors besides those of a library's actor), until the caller gives the prefixes of the
-actor's keys. It is also refused if the actor has tensors that no row can hold (sparse, complex, integer weights).
+Nothing is guessed. A prefix that all keys share changes nothing. A state is refused if some of its tensors may belong
+to another network (by the words of their names, `key_roles.py`, or by their containers and shapes, `network_groups.py`)
+or to statistics of observations, until the caller gives the prefixes of the actor's keys or ignores some. It is also
+refused if the actor has tensors that no row can hold (sparse, complex, integer weights).
 
 rsl_rl, rl_games and skrl save the statistics with which they normalise observations: the network sees
 (obs - mean) / divisor. The row holds the first layer with that folded in, W / divisor and b - W mean / divisor, so that
@@ -19,8 +20,6 @@ or object holds, such as those of VecNormalize, where they are put beside the st
 """
 
 import dataclasses
-import itertools
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self
 
@@ -35,31 +34,34 @@ from tipl.storing.actor_families import (
     NORMALISERS,
     STATISTICS,
     Settings,
-    begins_again,
     families,
     layers_of,
     match,
     normaliser_of,
 )
-from tipl.storing.statistic_names import in_key
+from tipl.storing.key_roles import (
+    ACTOR,
+    CRITIC,
+    Q,
+    is_attention,
+    left_out,
+    left_out_anywhere,
+    may_be_anothers,
+    words,
+)
+from tipl.storing.network_groups import several_networks
+from tipl.storing.statistic_names import may_be_statistics
 from tipl.storing.tensor_checks import check_apart, is_parameter, shown, to_float32
 
 State = Mapping[str, Tensor]
 
-NOT_THE_ACTORS = re.compile(
-    r"([^.]*_)?critics?\d*(_[^.]*)?(\.|$)|value_net\.|vf_features_extractor\.|mlp_extractor\.value_net\.|memory_c\."
-    r"|critic_mlp\.|value\.|value_layer\.|value_mean_std\.|[^.]*_target\."
-)
-"""Prefixes of the keys of critics and target networks, as the libraries name them."""
-
-_TARGETS = re.compile(r"[^.]*_target\.")
-
-_Q_NETWORK = r"[qv]_?(nets?|networks?|func|head)|[qv]f|quantile_net"
-_MAYBE_ANOTHERS = re.compile(
-    rf"([^.]*_)?(critics?|values?|baseline|teacher|targets?|old|ema|discriminator|{_Q_NETWORK})\d*(_[^.]*)?|q\d+"
-)
-"""Parts of keys, between dots, that may name a network other than the actor."""
-_FLAX_KERNEL = re.compile(r"((?:.*\.)?Dense_)(\d+)\.kernel")
+_ROLES = {
+    "critic": "a critic's",
+    "target": "a target network's",
+    "optimiser": "an optimiser's",
+    "returns": "statistics of returns or rewards",
+    "doubt": "unknown, not chosen",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,63 +176,134 @@ def find_actor(state: State, settings: Settings = Settings(), actor: str | Seque
     """Return the actor in `state`, a dict of tensors.
 
     No state says which activation lies between the layers: `settings` do, by default that of the library whose names
-    the keys have. `actor` is the prefix of the actor's keys, or several; "" takes all tensors but the critics'.
+    the keys have. `actor` is the prefix of the actor's keys, or several, with or without a * at the end; "" takes all
+    tensors but those of critics, target networks and optimisers.
     Raises ValueError where there is no tensor of an actor, one cannot go into a row, or it is not clear which tensors
     are the actor's.
     """
-    prefixes = (actor,) if isinstance(actor, str) else ("",) if actor is None else tuple(actor)
-    root = prefixes[0] if len(prefixes) == 1 else ""
-    places: dict[str, Tensor] = {}  # by the key without the root, which is the library's name
+    prefixes = None if actor is None else prefixes_of(actor)
+    start = prefixes[0][: prefixes[0].rfind(".") + 1] if prefixes is not None and len(prefixes) == 1 else ""
+    names = {key: key for key in state} if prefixes is None else _chosen(state, prefixes, start)
+    roots = [start + it for it in _shared_prefixes(names.values())]
+    for root in roots:
+        shapes = _shapes(_places(state, {key: it[len(root) - len(start) :] for key, it in names.items()}))
+        found = None
+        if prefixes == (root,) and root.endswith("actor."):  # the whole key is what the library names
+            found = _known(root.removesuffix("actor."), {_longer(name): it for name, it in shapes.items()}, settings)
+        if found is None:
+            found = _known(root, shapes, settings)
+        if found is not None:
+            check_apart({key: state[key] for key in found.keys})
+            _check_statistics(state, found)
+            return found
+    places = _places(state, {key: it[len(root) - len(start) :] for key, it in names.items()})
+    if not places:
+        wanted = "" if prefixes is None else f" whose key begins with {' or '.join(map(shown, prefixes))}"
+        raise ValueError(f"no floating-point tensor of an actor{wanted} is there, got the keys {_some(state)}")
+    check_apart(places)
+    shapes = _shapes(places)
+    keys = [name if name.startswith(STATISTICS) else root + name for name in shapes]
+    _check_said(shapes, keys, settings)
+    doubt = _doubt(shapes, root, settings) if prefixes is None else ""
+    if doubt:
+        raise ValueError(f"{doubt}: {how_to_choose(keys)}")
+    if settings.outputs is not None:
+        raise ValueError(
+            f"discrete says that the outputs are {settings.outputs} of discrete actions, but {_some(keys)} are not "
+            "the layers of one MLP alone, with two actions or more, which the simulator could run: leave discrete out"
+        )
+    other_kind = Actor("other", ParameterLayout(tuple(zip(keys, shapes.values(), strict=True))), tuple(keys))
+    _check_statistics(state, other_kind)
+    return other_kind
+
+
+def prefixes_of(actor: str | Sequence[str]) -> tuple[str, ...]:
+    """Return the prefixes that the caller gives of the actor's keys, each with or without a * at its end."""
+    return tuple(it.removesuffix("*") for it in ((actor,) if isinstance(actor, str) else actor))
+
+
+def _chosen(state: State, prefixes: tuple[str, ...], start: str) -> dict[str, str]:
+    """Return what remains of the keys of the caller's choice without `start`, by key.
+
+    Those of critics, target networks and optimisers behind a prefix are left out. Raises ValueError where one may be.
+    """
+    chosen = {key: key if key.startswith(STATISTICS) else key[len(start) :] for key in state}
+    chosen = {key: name for key, name in chosen.items() if key.startswith((*prefixes, STATISTICS))}
+    for prefix in sorted(prefixes, key=len):  # the longest one that fits a key decides
+        behind = {key[len(prefix) :]: tuple(it.shape) for key, it in state.items() if key.startswith(prefix)}
+        roles = left_out_anywhere(behind)
+        is_critic = any(may_be_anothers(part) for part in prefix.split("."))
+        own = [name for name in behind if roles.get(name) in (None, "critic", "doubt")]
+        if is_critic or (own and all(words(name.partition(".")[0]) & Q for name in own)):  # DQN's policy
+            roles = {name: role for name, role in roles.items() if role not in ("critic", "doubt")}
+        for name, role in roles.items():
+            key = prefix + name
+            if any(len(it) > len(prefix) and key.startswith(it) for it in prefixes):
+                continue
+            if role == "doubt":
+                raise ValueError(
+                    f"{shown(key)} may be a critic's or another network's: choose with actor (--actor) longer "
+                    "beginnings of the actor's keys, or leave keys out with ignore (--ignore)"
+                )
+            chosen.pop(key, None)
+    return chosen
+
+
+def _shared_prefixes(names: Iterable[str]) -> list[str]:
+    """Return "" and every longer prefix, up to a dot, that all names share; none of a critic or another network."""
+    keys = [name for name in names if not name.startswith(STATISTICS)]
+    found = [""]
+    first = keys[0].split(".")[:-1] if keys else []
+    for part in first:
+        prefix = f"{found[-1]}{part}."
+        is_both = words(part) & ACTOR and words(part) & CRITIC
+        if not all(name.startswith(prefix) for name in keys) or (may_be_anothers(part) and not is_both):
+            break
+        found.append(prefix)
+    return found
+
+
+def _places(state: State, names: Mapping[str, str]) -> dict[str, Tensor]:
+    """Return the parameters by what remains of their keys, without those of critics and targets; one under two keys
+    counts once."""
+    others = left_out({name: tuple(state[key].shape) for key, name in names.items()})
+    places: dict[str, Tensor] = {}
     seen = set()
-    for key, tensor in state.items():
-        name = key if key.startswith(STATISTICS) else key[len(root) :]
-        is_meant = key.startswith((*prefixes, STATISTICS)) and not NOT_THE_ACTORS.match(name)
-        if is_meant and is_parameter(key, tensor):
+    for key, name in names.items():
+        tensor = state[key]
+        if name not in others and is_parameter(key, tensor):
             place = (tensor.data_ptr(), tensor.shape, tensor.stride())
             if place not in seen:
                 seen.add(place)
                 places[name] = tensor
-    if not places:
-        wanted = "" if actor is None else f" whose key begins with {' or '.join(map(shown, prefixes))}"
-        raise ValueError(f"no floating-point tensor of an actor{wanted} is there, got the keys {_some(state)}")
-    check_apart(places)
-    shapes = {name: tuple(tensor.shape) for name, tensor in places.items()}
-    found = None
-    if prefixes == (root,) and root.endswith("actor."):  # the whole key is what the library names
-        found = _known(root.removesuffix("actor."), {_longer(name): it for name, it in shapes.items()}, settings)
-    if found is None:
-        found = _known(root, shapes, settings)
-    if found is not None:
-        _check_statistics(state, found)
-        return found
+    return places
+
+
+def _shapes(places: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in places.items()}
+
+
+def _check_said(shapes: Mapping[str, tuple[int, ...]], keys: Sequence[str], settings: Settings) -> None:
+    """Raise ValueError where the actor is of no library, and the caller says what can be said of a library's only."""
     if f"{STATISTICS}_mean" in shapes:
         raise ValueError(
             "observation statistics can be folded into the first layer of an MLP of Stable-Baselines3's, of CleanRL's "
-            f"PPO or of one with names of its own, and this is none: {_some(shapes)}"
+            f"PPO or of one with names of its own, and this is none: {_some(keys)}"
         )
     if settings.halves:
         raise ValueError(
             "halves says that the last layer has two outputs for each action, but the keys are not those of such an "
-            f"actor of TorchRL, rsl_rl or Brax: {_some(shapes)}"
+            f"actor of TorchRL, rsl_rl or Brax: {_some(keys)}"
         )
     unsaid = dataclasses.replace(settings, outputs=None, discrete=True)
-    if settings.outputs is not None and (other := match(shapes, unsaid)) is not None:
-        raise ValueError(
-            f"discrete says that the outputs are {settings.outputs} of discrete actions, but the keys are those of a "
-            f"policy of {other.family.kind} whose outputs are {other.policy.outputs}"
-        )
-    doubt = _doubt(shapes, settings) if actor is None else ""
-    if doubt:
-        raise ValueError(f"{doubt}: {how_to_choose(shapes)}")
-    if settings.outputs is not None:
-        raise ValueError(
-            f"discrete says that the outputs are {settings.outputs} of discrete actions, but {_some(shapes)} are not "
-            "the layers of one MLP alone, with two actions or more, which the simulator could run: leave discrete out"
-        )
-    keys = tuple(root + name for name in shapes)
-    other_kind = Actor("other", ParameterLayout(tuple(zip(keys, shapes.values(), strict=True))), keys)
-    _check_statistics(state, other_kind)
-    return other_kind
+    starts = ("", *_shared_prefixes(keys)) if settings.outputs is not None else ()
+    for start in starts:
+        behind = {key[len(start) :]: shape for key, shape in zip(keys, shapes.values(), strict=True)}
+        if (other := match(behind, unsaid)) is not None:
+            raise ValueError(
+                f"discrete says that the outputs are {settings.outputs} of discrete actions, but the keys are those of "
+                f"a policy of {other.family.kind} whose outputs are {other.policy.outputs}"
+            )
 
 
 def _check_statistics(state: State, actor: Actor) -> None:
@@ -267,33 +340,40 @@ def _known(root: str, shapes: Mapping[str, tuple[int, ...]], settings: Settings)
 
 
 def roles_of(state: State, actor: Actor | None) -> list[tuple[str, tuple[int, ...], str]]:
-    """Return key, shape and part in words of each floating-point tensor of a state and its actor, if found."""
+    """Return key, shape and part in words of each tensor of a state and its actor, if found."""
     names = {} if actor is None else dict(zip(actor.keys, actor.policy.shapes, strict=True))
     kind, normaliser = ("", "") if actor is None else (actor.kind, actor.normaliser)
     taken = {(state[key].data_ptr(), state[key].shape) for key in names if key in state}
     critics = tuple({prefix for it in FAMILIES if it.kind == kind for prefix in it.others})
+    root = _shared_prefixes(state)[-1]
+    shapes = {key[len(root) :]: tuple(tensor.shape) for key, tensor in state.items()}
+    others, statistics = left_out_anywhere(shapes), set(may_be_statistics(shapes))
     roles = []
     for key, tensor in state.items():
+        name = key[len(root) :]
         if not tensor.is_floating_point() or not tensor.numel():
-            continue
-        if key in names:
+            role = "a buffer's, such as a counter"
+        elif key in names:
             role = "the actor's" if names[key] == key else f"the actor's {names[key]}"
         elif normaliser and key.startswith(normaliser):
             role = "the observation normaliser's, folded into the first layer"
         elif (tensor.data_ptr(), tensor.shape) in taken:
             role = "the actor's once more"
-        elif _TARGETS.match(key):
-            role = "a target network's"
+        elif key.startswith(critics):
+            role = "a critic's"
+        elif name in statistics and name not in others:
+            role = "statistics or a temperature, not chosen"
         else:
-            is_critics = NOT_THE_ACTORS.match(key) or key.startswith(critics)
-            role = "a critic's" if is_critics else "not chosen"
+            role = _ROLES.get(others.get(name, ""), "not chosen")
         roles.append((key, tuple(tensor.shape), role))
     return roles
 
 
 def how_to_choose(keys: Iterable[str]) -> str:
     """Return the end of a message that tells the caller how to choose the actor's keys among these."""
-    groups = dict.fromkeys(key[: key.find(".") + 1] or key for key in keys)
+    keys = list(keys)
+    root = _shared_prefixes(keys)[-1]
+    groups = dict.fromkeys(root + (key[len(root) : key.find(".", len(root)) + 1] or key[len(root) :]) for key in keys)
     return (
         f'choose with actor (--actor) the beginnings of its keys, some of {_some(groups)}, or "" for all but the '
         "critics', or leave keys out with ignore (--ignore)"
@@ -321,71 +401,33 @@ def differences(one: Layout, other: Layout) -> str:
     return "; ".join(found[:3]) + ("; ..." if len(found) > 3 else "")
 
 
-def _doubt(shapes: Mapping[str, tuple[int, ...]], settings: Settings) -> str:
+def _doubt(shapes: Mapping[str, tuple[int, ...]], root: str, settings: Settings) -> str:
     """Return in words why some of `shapes` may not be the actor's, or "" where there is no reason to doubt it."""
     parts = {part for key in shapes for part in key.split(".")}
     others = [
-        key
-        for key in shapes
-        if any(
-            _MAYBE_ANOTHERS.fullmatch(it) and it.replace("value", "key") not in parts - {it} for it in key.split(".")
-        )
+        key for key in shapes if any(may_be_anothers(it) and not is_attention(it, parts) for it in key.split("."))
     ]
-    is_dqn = all(re.match(rf"({_Q_NETWORK})\d*\.", key) for key in shapes)  # its Q network is its policy
+    statistics = may_be_statistics(shapes)
+    is_dqn = all(words(key.partition(".")[0]) & Q for key in shapes)  # its Q network is its policy
     if others and not is_dqn:
-        if match(shapes, dataclasses.replace(settings, outputs="logits")) is not None:  # skrl's, which do not say it
-            return f"{_some(others)} may be a critic's, beside a policy of discrete actions, which discrete would say"
-        return f"{_some(others)} may be a critic's or another network's"
+        why = "may be a critic's or another network's"
+    else:
+        others, why = statistics, "may be statistics or a temperature: pass such keys as ignore"
+    if others and match(shapes, dataclasses.replace(settings, outputs="logits")) is not None:  # as of skrl's
+        here = _some(root + it for it in others)
+        return f"{here} may be a critic's or statistics, beside a policy of discrete actions, which discrete would say"
+    if others and others != statistics:
+        return f"{_some(root + it for it in others)} {why}"
     for family in families(settings):
         layers, keys = layers_of(family, shapes)
         known = (*family.encoders, *family.normalisers, *family.others)
         beside = [key for key in shapes if key not in keys and not key.startswith(known)]
         if layers and beside and set(keys) <= set(shapes):
-            return f"beside the actor of {family.kind} ({_some(keys)}) lies {_some(beside)}"
-    beside = [key for key in shapes if in_key(key)]
-    if beside:
-        return f"{_some(beside)} may be statistics or a temperature: pass such keys as ignore"
-    return _second_chain(shapes) or _twins(shapes)
-
-
-def _second_chain(shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """Return in words which of the layers that Flax numbers in the order in which a module makes them does not follow
-    the one before, so that it may begin a critic; "" for none."""
-    chains: dict[str, list[tuple[int, str, tuple[int, ...]]]] = {}
-    for key, shape in shapes.items():
-        if (found := _FLAX_KERNEL.fullmatch(key)) is not None and len(shape) == 2:
-            chains.setdefault(found[1], []).append((int(found[2]), key, shape))
-    for chain in map(sorted, chains.values()):
-        _, first_key, first = chain[0]
-        for (_, before, last), (_, key, shape) in itertools.pairwise(chain):
-            if shape[1] != last[0]:
-                why = f"takes {shape[1]} numbers and {shown(before)} before it gives {last[0]}"
-            elif begins_again(first, shape):
-                why = f"has the shape of {shown(first_key)}"
-            else:
-                continue
-            return f"{shown(key)} {why}: it may begin a critic or another network"
-    return ""
-
-
-def _twins(shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """Return in words which two networks have equal shapes, or "" for none.
-
-    Repeated blocks of one network have equal shapes too, but a block has as many inputs as outputs.
-    """
-    keys = [key.split(".") for key in shapes]
-    while len({key[0] for key in keys}) == 1 and all(len(key) > 1 for key in keys):
-        keys = [key[1:] for key in keys]
-    networks: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
-    for key, shape in zip(keys, shapes.values(), strict=True):
-        networks.setdefault(key[0], []).append((".".join(key[1:]), shape))
-    seen: dict[tuple[tuple[str, tuple[int, ...]], ...], str] = {}
-    for name, network in networks.items():
-        matrices = [shape for _, shape in network if len(shape) == 2]
-        other = seen.setdefault(tuple(network), name)
-        if other != name and len(matrices) > 1 and matrices[0][1] != matrices[-1][0]:
-            return f"{shown(other)} and {shown(name)} are two networks of equal shapes"
-    return ""
+            here = _some(root + it for it in beside)
+            return f"beside the actor of {family.kind} ({_some(root + it for it in keys)}) lies {here}"
+    if statistics:
+        return f"{_some(root + it for it in statistics)} {why}"
+    return several_networks(shapes, root=root, also=Q if is_dqn else frozenset(), is_mlp=settings.outputs is not None)
 
 
 def _some(keys: Iterable[str]) -> str:

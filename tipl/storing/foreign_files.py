@@ -13,6 +13,7 @@ refused if it changes meanwhile. The sizes and objects that it declares are limi
 """
 
 import base64
+import fnmatch
 import io
 import json
 import math
@@ -42,7 +43,7 @@ from tipl.storing.brax_files import brax_bytes, is_brax, read_brax
 from tipl.storing.foreign_actors import Actor, find_actor, how_to_choose
 from tipl.storing.inert_pickle import PickleError, array_of, read_inert
 from tipl.storing.not_readable import NotReadableError
-from tipl.storing.state_dicts import find_state, step_of
+from tipl.storing.state_dicts import find_state, is_clear, step_of
 from tipl.storing.tensor_checks import shown
 from tipl.storing.torch_files import MAX_BYTES, check_directory, load_torch, open_zip
 from tipl.storing.torchscript_actors import activation_said, find_scripted_actor, notes_of
@@ -98,8 +99,24 @@ class CheckpointFile:
     """What SB3 says to lie between the observations and the layers that the simulator does not run; "" for nothing."""
     script: TorchScript | None = None
     """What a TorchScript file holds beside `state`."""
+    unread: tuple[str, ...] = ()
+    """Names, joined by dots, of what may be statistics of observations and is not in `state`."""
+    beside: tuple[str, ...] = ()
+    """Names of the file's entries that are not in `state`."""
     _content: Any = None
     """The rest of the file: a zip's bytes and its policy.pth, a safetensors file's metadata, torch.load's result ..."""
+
+    def leave_out(self, pattern: str) -> bool:
+        """Leave out of `state`, and of the doubts, what the pattern matches, by its name or that of an entry that it
+        lies in; return whether there is anything of that name."""
+        keys = [key for key in self.state if _matches(key, pattern, self.doubt)]
+        for key in keys:
+            del self.state[key]
+        unread = [name for name in self.unread if _matches(name, pattern, "entry")]
+        self.unread = tuple(name for name in self.unread if name not in unread)
+        if keys and self.doubt and is_clear(self.state):
+            self.doubt = ""
+        return bool(keys or unread) or any(_matches(name, pattern, "entry") for name in self.beside)
 
     def activation_of(self, actor: Actor) -> str | None:
         """Return what the file says of the activation between the actor's layers; None where it does not say it."""
@@ -214,6 +231,8 @@ def find_actor_in(
             )
         if file.doubt and actor is None:
             raise ValueError(f"{file.doubt}: {how_to_choose(file.state)}")
+        if file.unread and actor is None:
+            raise ValueError(_unread(file.unread))
         # An activation that is none of the simulator's makes the actor one that is not run.
         said = file.before or (file.activation if file.is_activation_known or activation is None else activation)
         settings = Settings(said or activation, file.squash or squash, file.mean_limit, file.discrete, discrete, halves)
@@ -228,6 +247,23 @@ def find_actor_in(
         return found
     except ValueError as error:
         raise ValueError(f"{shown(path)}: {error}") from error
+
+
+def _unread(names: Sequence[str]) -> str:
+    """Return in words what entries that were not read may hold, and how to say that they do not matter."""
+    entries = dict.fromkeys(f"{name.partition('.')[0]}{'.*' if '.' in name else ''}" for name in names)
+    return (
+        f"its entry {shown(names[0])} may hold statistics of observations, which are read from obs_rms with mean and "
+        f"var: pass {' and '.join(repr(shown(it)) for it in entries)} as ignore (--ignore) if it does not matter"
+    )
+
+
+def _matches(name: str, pattern: str, doubt: str) -> bool:
+    """Return whether a pattern matches a name or, in a file whose entries are in doubt, the entry that it lies in."""
+    entry = name.partition(".")[0]
+    return fnmatch.fnmatch(name, pattern) or (
+        bool(doubt) and (fnmatch.fnmatch(entry, pattern) or fnmatch.fnmatch(f"{entry}.", pattern))
+    )
 
 
 def _read(path: Path, max_bytes: int) -> bytes:
@@ -285,7 +321,7 @@ def _read_sb3(archive: zipfile.ZipFile, data: bytes, max_bytes: int | None) -> C
     module = _named(settings.get("policy_class"), "__module__")
     own_class = "" if f"{module}.".startswith(SB3_LIBRARIES) else module
     found = find_state(policy, is_cleanrl=False)
-    is_on_policy = any(key.startswith(("action_net.", "mlp_extractor.")) for key in found.state)
+    is_on_policy = any(f".{name}." in f".{key}" for name in ("action_net", "mlp_extractor") for key in found.state)
     default = ("tanh" if is_on_policy else "relu") if says_kwargs and not own_class else None
     before = _before_the_layers(settings, kwargs)
     return CheckpointFile(
@@ -392,6 +428,8 @@ def _read_torch(data: bytes, max_bytes: int | None, *, is_cleanrl: bool) -> Chec
         doubt=found.doubt,
         said_by=found.said_by,
         step_in_name=found.step_in_name,
+        unread=found.unread,
+        beside=found.beside,
         _content=content,
     )
 

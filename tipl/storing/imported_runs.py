@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import fnmatch
 import hashlib
 import os
 import re
@@ -51,11 +50,8 @@ class Reading:
     def read(self, path: Path, statistics: ObservationStatistics | None) -> tuple[CheckpointFile, Actor]:
         file = read_checkpoint_file(path, max_bytes=self.max_bytes)
         for pattern in self.ignore:
-            ignored = fnmatch.filter(file.state, pattern)
-            if not ignored:
+            if not file.leave_out(pattern):
                 raise ValueError(f"import: {shown(path)}: ignore {pattern!r} matches none of its tensors")
-            for key in ignored:
-                del file.state[key]
         if statistics is not None:
             file.state |= statistics.to_state()
         found = find_actor_in(path, file, self.activation, self.actor, self.discrete, self.squash is True, self.halves)

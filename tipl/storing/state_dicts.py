@@ -13,8 +13,7 @@
 The tensors are those of the content itself, so that writing to them changes what torch.save writes of it.
 """
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,16 +22,19 @@ import torch
 from torch import Tensor
 
 from tipl.storing.actor_families import RUNNING
+from tipl.storing.key_roles import CRITIC, names_critic, names_optimiser, names_return_statistics, words
 from tipl.storing.not_readable import NotReadableError
-from tipl.storing.statistic_names import is_entry
+from tipl.storing.statistic_names import is_entry, is_list_of, may_be_statistics
 from tipl.storing.tensor_checks import shown
 
 _SECTIONS = ("actor_state_dict", "model_state_dict", "state_dict", "model_weights")
-_BESIDE_THE_STATE = re.compile(r".*(optim|critic|sched|scaler|rng).*|rnd_.*|(privileged_)?obs_norm_state_dict|infos")
-"""Entries that the libraries save beside a state, none of them the actor's."""
+_NORMALISER = "obs_norm_state_dict"
+_OF_THE_CRITIC = "privileged_obs_norm_state_dict"
+_RL_GAMES_CRITIC = "assymetric_vf_nets"
 _SKRL = ("policy", "value", "observation_preprocessor", "state_preprocessor", "value_preprocessor")
 _TORCHRL = "actor_network_params."
 _COMPILED = "_orig_mod."
+_MAX_DEPTH = 5
 
 
 @dataclass(frozen=True)
@@ -47,26 +49,46 @@ class StateDict:
     """The entry that says the step: "iter", rsl_rl's iteration, or "frame", rl_games' count of env steps."""
     step_in_name: str = ""
     """A regular expression whose group is the step, or what grows with it, in the names that the library gives."""
+    unread: tuple[str, ...] = ()
+    """Names, joined by dots, of what is not in `state` and may be statistics of observations, or other numbers of the
+    policy's, that would be lost."""
+    beside: tuple[str, ...] = ()
+    """Names of the entries that are not in `state`."""
+
+
+def is_clear(keys: Iterable[str]) -> bool:
+    """Return whether keys, as they are named where there is a doubt, are all of one entry that can only be the
+    policy's."""
+    parts = {key.partition(".")[0] for key in keys}
+    return len(parts) == 1 and parts <= set(_SECTIONS)
 
 
 def find_state(content: Any, *, is_cleanrl: bool) -> StateDict:
     """Return the policy's state in the result of torch.load. Raises NotReadableError where there is none."""
     if isinstance(content, Mapping):
         if (state := _of_rl_games(content)) is not None:
-            return StateDict(
-                state, step=step_of(content.get("frame"), "frame"), said_by="frame", step_in_name=r"_ep_([0-9]+)_rew_"
-            )
+            others = {name: it for name, it in content.items() if name not in ("model", "env_state", _RL_GAMES_CRITIC)}
+            step, names = step_of(content.get("frame"), "frame"), tuple(map(str, others))
+            unread = tuple(_unread(others, tensors=True))
+            return StateDict(state, "", step, "frame", r"_ep_([0-9]+)_rew_", unread, names)
         if (state := _of_skrl(content)) is not None:
             return StateDict(state, step_in_name=r"^agent_([0-9]+)\.pt$")
         actor = {key: it for key, it in _tensors(content).items() if key.startswith(_TORCHRL)}
         if actor:
-            return StateDict({key.removeprefix(_TORCHRL): it for key, it in actor.items()})
+            state = {key.removeprefix(_TORCHRL): it for key, it in actor.items()}
+            shapes = {key: tuple(it.shape) for key, it in _tensors(content).items() if key not in actor}
+            lost = tuple(key for key in may_be_statistics(shapes) if max(shapes[key], default=1) > 1)
+            return StateDict(state, unread=lost, beside=tuple(shapes))
     running, rest = _without_running(content) if isinstance(content, Mapping) else ({}, content)
     state, doubt = _state(rest, is_cleanrl=is_cleanrl)
+    if not isinstance(content, Mapping) or not isinstance(rest, Mapping):
+        return StateDict(state | running, doubt)
     return StateDict(
         state | running,
-        doubt or _unread(rest),
-        step_of(content.get("iter"), "iter") if isinstance(content, Mapping) else None,
+        doubt,
+        step_of(content.get("iter"), "iter"),
+        unread=tuple(_unread(rest)),
+        beside=tuple(str(name) for name, it in rest.items() if not isinstance(it, Tensor)),
     )
 
 
@@ -92,7 +114,7 @@ def _of_rl_games(content: Mapping[Any, Any]) -> dict[str, Tensor] | None:
 
 def _of_skrl(content: Mapping[Any, Any]) -> dict[str, Tensor] | None:
     """Return the states of skrl's policy, value network and preprocessors together, or None where it is not skrl's."""
-    names = [name for name in content if name != "optimizer"]
+    names = [name for name in content if not names_optimiser(str(name))]
     parts = {name: _tensors_only(content[name]) for name in names}
     is_skrl = "policy" in parts and len(parts) > 1 and set(parts) <= set(_SKRL) and None not in parts.values()
     if not is_skrl:
@@ -116,29 +138,46 @@ def _without_running(content: Mapping[Any, Any]) -> tuple[dict[str, Tensor], Map
     return found, {key: value for key, value in content.items() if key not in own}
 
 
-def _unread(content: Any) -> str:
-    """Return in words which entry is in no layout known here and may hold statistics of observations, or other numbers
-    of the policy's, that would be lost; "" for none."""
-    entries = content.items() if isinstance(content, Mapping) else ()
-    for name, value in entries:
-        is_named = is_entry(str(name))
-        if not _BESIDE_THE_STATE.fullmatch(str(name)) and _has_numbers(value, lists=is_named):
-            return (
-                f"its entry {shown(name)} may hold statistics of observations, which are read from "
-                f"{RUNNING.removesuffix('.')} with mean and var; if it does not matter"
-            )
-    return ""
+def _is_beside(name: str, value: Any) -> bool:
+    """Return whether an entry is one that libraries save beside a state, none of it the actor's."""
+    is_optimisers = isinstance(value, Mapping) and value.keys() == {"state", "param_groups"}
+    is_critics = bool(words(name) & CRITIC) and names_critic(name)
+    is_random = bool(words(name) & {"rng", "rngs"}) or name.startswith("rnd_")  # rsl_rl's random network distillation
+    known = is_random or name == _OF_THE_CRITIC or names_return_statistics(name)
+    return known or is_optimisers or is_critics or names_optimiser(name)
 
 
-def _has_numbers(value: Any, *, lists: bool, depth: int = 4) -> bool:
-    """Return whether a value is an array of NumPy's, or with `lists` a list of numbers, or has such a part; tensors of
-    a dict are not meant."""
-    if isinstance(value, Mapping):
-        return depth > 0 and any(_has_numbers(part, lists=lists, depth=depth - 1) for part in value.values())
-    if isinstance(value, list | tuple):
-        numbers = lists and (_numbers(value) is not None or any(isinstance(it, Tensor) for it in value))
-        return numbers or (depth > 0 and any(_has_numbers(it, lists=lists, depth=depth - 1) for it in value))
-    return isinstance(value, np.ndarray)
+def _unread(content: Mapping[Any, Any], *, tensors: bool = False) -> Iterator[str]:
+    """Yield the names of what is in no layout known here and may hold statistics of observations, or other numbers of
+    the policy's, that would be lost: arrays, lists of numbers or tensors, and with `tensors` also other tensors."""
+    todo: list[tuple[tuple[str, ...], Any]] = [
+        ((str(name),), value) for name, value in content.items() if not _is_beside(str(name), value)
+    ]
+    seen: set[int] = set()
+    while todo:
+        path, value = todo.pop(0)
+        if isinstance(value, Mapping | list | tuple):
+            if id(value) in seen or len(path) > _MAX_DEPTH:
+                continue
+            seen.add(id(value))
+        if isinstance(value, Mapping):
+            todo += [((*path, str(name)), part) for name, part in value.items()]
+        elif isinstance(value, list | tuple):
+            if _is_lost(path, value):
+                yield ".".join(path)
+            else:
+                todo += [((*path, str(i)), it) for i, it in enumerate(value) if isinstance(it, Mapping | list | tuple)]
+        elif isinstance(value, np.ndarray) or (tensors and isinstance(value, Tensor) and value.ndim):
+            yield ".".join(path)
+
+
+def _is_lost(path: tuple[str, ...], values: Sequence[Any]) -> bool:
+    """Return whether a list of these names may hold numbers of the policy's."""
+    if any(isinstance(it, Tensor | np.ndarray) for it in values):
+        return True
+    is_named = any(map(is_entry, path))
+    is_statistics = is_named or (any(type(it) is float for it in values) and is_list_of(path))
+    return is_statistics and _numbers(values) is not None
 
 
 def _numbers(value: Any) -> Tensor | None:
@@ -167,22 +206,24 @@ def _state(content: Any, *, is_cleanrl: bool) -> tuple[dict[str, Tensor], str]:
     parts = dict(content) if isinstance(content, Mapping) else dict(enumerate(content))
     loose = _tensors(parts)
     seen: set[int] = set()
-    states = {
-        name: inside
+    nested = {
+        name: list(_nested(part, str(name), seen))
         for name, part in parts.items()
-        if not isinstance(part, Tensor) and not _BESIDE_THE_STATE.fullmatch(str(name))
-        if (inside := list(_nested(part, str(name), seen)))
+        if not isinstance(part, Tensor) and not _is_beside(str(name), part)
     }
+    states = {name: inside for name, inside in nested.items() if any(it.ndim or name != "infos" for _, it in inside)}
     sections = [name for name in _SECTIONS if name in states and isinstance(parts[name], Mapping)]
     if not states and loose:
         return loose, ""
     weights = [name for name, tensor in loose.items() if tensor.is_floating_point() and tensor.ndim]
-    if len(sections) == 1 and not weights and states.keys() == set(sections):
+    normaliser = parts.get(_NORMALISER)  # rsl_rl 2 saves it beside model_state_dict
+    is_normalised = sections == ["model_state_dict"] and isinstance(normaliser, Mapping)
+    if len(sections) == 1 and not weights and states.keys() - ({_NORMALISER} if is_normalised else ()) == set(sections):
         state = _tensors(parts[sections[0]])
-        normaliser = parts.get("obs_norm_state_dict")  # rsl_rl 2 saves it beside model_state_dict
-        if sections == ["model_state_dict"] and isinstance(normaliser, Mapping):
-            state |= {f"obs_norm_state_dict.{key}": value for key, value in _tensors(normaliser).items()}
-        if state:
+        is_whole = len(state) == len(states[sections[0]])
+        if is_normalised and isinstance(normaliser, Mapping):
+            state |= {f"{_NORMALISER}.{key}": value for key, value in _tensors(normaliser).items()}
+        if state and is_whole:
             return state, ""
     if not states:
         names = ", ".join(_SECTIONS)
@@ -190,7 +231,14 @@ def _state(content: Any, *, is_cleanrl: bool) -> tuple[dict[str, Tensor], str]:
     found = [f"{shown(name)} ({len(state)} tensors)" for name, state in states.items()]
     found += [f"the loose tensor {shown(name)}" for name in loose]
     everything = [*loose.items(), *(tensor for state in states.values() for tensor in state)]
-    return _by_name(everything), f"it holds {', '.join(found[:8])}, and it is not clear which is the policy's"
+    state = _by_name(everything)
+    doubt = f"it holds {', '.join(found[:8])}, and it is not clear which is the policy's"
+    others = [key for key in state if key.partition(".")[0] not in _SECTIONS]
+    if sections and (statistics := may_be_statistics({key: tuple(state[key].shape) for key in others})):
+        entry = statistics[0].partition(".")[0]
+        doubt += f" ({shown(entry)} may be statistics of observations: pass '{shown(entry)}*' as ignore if they do not "
+        doubt += "matter)"
+    return state, doubt
 
 
 def _nested(content: Any, name: str, seen: set[int], depth: int = 4) -> Iterator[tuple[str, Tensor]]:

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from tipl.policy import ACTIVATIONS, PolicySpec
 from tipl.storing.actor_families import Settings, normaliser_of
-from tipl.storing.foreign_actors import NOT_THE_ACTORS, Actor, find_actor
+from tipl.storing.foreign_actors import Actor, find_actor
+from tipl.storing.key_roles import left_out
 from tipl.storing.statistic_names import in_script
 from tipl.storing.tensor_checks import shown
 from tipl.storing.torchscript_files import TorchScript
@@ -151,7 +152,7 @@ def _elsewhere(classes: Mapping[str, str], actor: Actor, activation: str | None)
     judged = {layer.rpartition(".")[0] for layer in layers if layer.rpartition(".")[2].isdecimal()}
     for path, kind in classes.items():
         parent, _, name = path.rpartition(".")
-        if path in layers | around or (parent in judged and name.isdecimal()) or NOT_THE_ACTORS.match(f"{path}."):
+        if path in layers | around or (parent in judged and name.isdecimal()) or left_out({f"{path}.weight": ()}):
             continue
         match = _ACTIVATION.fullmatch(kind)
         is_activation = match is not None and activation in (None, match[1].lower())
@@ -179,11 +180,12 @@ def _refuse_statistics(state: Mapping[str, Tensor], found: Actor | None) -> None
 
 def _statistics(state: Mapping[str, Tensor]) -> list[str]:
     """Return the keys that may be statistics of observations, by their names; critics' are not meant."""
-    found = []
-    for key, tensor in state.items():
-        if in_script(key) and tensor.is_floating_point() and tensor.numel() and not NOT_THE_ACTORS.match(key):
-            found.append(key)
-    return found
+    others = left_out({key: tuple(tensor.shape) for key, tensor in state.items()})
+    return [
+        key
+        for key, tensor in state.items()
+        if in_script(key) and tensor.is_floating_point() and tensor.numel() and key not in others
+    ]
 
 
 def _epsilon(script: TorchScript, actor: Actor) -> float | None:
