@@ -133,3 +133,11 @@ def test_a_source_given_twice_is_refused(tmp_path: Path) -> None:
         (tmp_path / "x").mkdir(exist_ok=True)
         with pytest.raises(ValueError, match=r"import: .* is given twice"):
             import_checkpoints(sources, tmp_path / "store")
+
+
+def test_numbers_that_nothing_marks_as_steps_leave_a_note(tmp_path: Path) -> None:
+    for names, is_marked in ((["lr_1", "lr_2"], False), (["step_1", "step_2"], True)):
+        run = write_states(tmp_path / names[0], [f"{name}.safetensors" for name in names])
+        store = import_checkpoints([run], tmp_path / f"{names[0]}.zarr")
+        noted = "env_steps are the numbers in the names, which nothing marks as steps" in store.config["source"]["note"]
+        assert noted == (not is_marked)

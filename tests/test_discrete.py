@@ -115,8 +115,8 @@ def saved(kind: str, folder: Path, seed: int = 0, sizes: tuple[int, ...] = (3, 8
     if kind != "CleanRL":
         return sb3_zip(folder / f"m_{seed}_steps.zip", whole(kind, seed, sizes), num_timesteps=seed)
     folder.mkdir(parents=True, exist_ok=True)
-    torch.save(whole(kind, seed, sizes), folder / f"ppo_{seed}.cleanrl_model")
-    return folder / f"ppo_{seed}.cleanrl_model"
+    torch.save(whole(kind, seed, sizes), folder / f"step_{seed}.cleanrl_model")
+    return folder / f"step_{seed}.cleanrl_model"
 
 
 def network(kind: str, state: dict[str, Tensor], obs: Tensor) -> Tensor:

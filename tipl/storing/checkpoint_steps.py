@@ -142,9 +142,12 @@ def chosen_steps(
         may_say = len(paths) == 1 and _NUMBER.search(_ENV_ID.sub("", paths[0].stem))
         if named is None and (known or (order == STEP and may_say)):
             raise ValueError(f"import: {shown(paths[0])}: neither its name nor the file says the step: {_HOW}")
+        if named is not None:
+            note = "" if is_marked else "env_steps are the numbers in the names, which nothing marks as steps"
+            return list(named), note if len(paths) > 1 else ""
         by = "times of modification" if order == MTIME else "names"
-        note = "" if named is not None else f"env_steps are indices: the files are taken in the order of their {by}"
-        return list(range(len(paths)) if named is None else named), note if len(paths) > 1 else ""
+        note = f"env_steps are indices: the files are taken in the order of their {by}"
+        return list(range(len(paths))), note if len(paths) > 1 else ""
     if named == known:
         return known, ""
     falling = next((i for i, (one, other) in enumerate(itertools.pairwise(known)) if one >= other), None)
