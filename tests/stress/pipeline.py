@@ -88,7 +88,6 @@ COMMANDS = {
         Command(
             "import", lambda p: ["import", p.checkpoints, "--env-id", ENV_ID, "--activation", "tanh"], "imported.zarr"
         ),
-        Command("import stores", lambda p: ["import", p.of("collect"), p.of("collect")], "joined.zarr"),
         Command(
             "export",
             lambda p: ["export", p.of("rollout"), "--like", p.checkpoints / "policy_0.pt"],
@@ -115,6 +114,9 @@ COMMANDS = {
             ],
             "faster",
             resumes=True,
+        ),
+        Command(
+            "import stores", lambda p: ["import", p.of("collect"), p.of("accelerate") / "store.zarr"], "joined.zarr"
         ),
         Command("zoo", lambda p: ["zoo", p.of("collect"), p.of("import"), "--license", "mit"], "zoo"),
         Command("pull", lambda p: ["pull", p.repo_id], "pulled.zarr"),
