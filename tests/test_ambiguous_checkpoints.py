@@ -585,3 +585,43 @@ def test_a_template_of_another_activation_is_refused_for_imported_runs_too(tmp_p
     relu = KWARGS | {"activation_fn": "<class 'torch.nn.modules.activation.ReLU'>"}
     with pytest.raises(ValueError, match="the activation is relu instead of tanh"):
         export_checkpoint(store.path, ppo_zip(tmp_path / "relu.zip", policy_kwargs=relu), tmp_path / "out.zip")
+
+
+def test_logs_beside_a_state_are_not_asked_about(tmp_path: Path) -> None:
+    """Statistics are as many as a layer has inputs."""
+    content = {"model_state_dict": ACTOR, "approx_kl": [0.1, 0.2], "fps": [1.5] * (OBS_DIM + 1)}
+    path = save(content, tmp_path / "m_1.pt")
+    row = import_checkpoints([path], tmp_path / "store", activation="tanh").trial(0).weights()[0]
+    export_checkpoint(row + 1, path, tmp_path / "out.pt")
+    content["zork"] = [0.5] * next(iter(ACTOR.values())).shape[1]
+    save(content, path)
+    with pytest.raises(ValueError, match=r"its entry zork may hold statistics of observations, .* pass 'zork' as igno"):
+        import_checkpoints([path], tmp_path / "asked", activation="tanh")
+    export_checkpoint(row + 1, path, tmp_path / "again.pt")  # which leaves it as it is
+
+
+def test_a_recurrent_network_may_lie_between_two_layers(tmp_path: Path) -> None:
+    gru = {f"gru.{key}": it.detach() for key, it in nn.GRU(8, 4).state_dict().items()}
+    state = mlp("fc1.", 3, 8) | gru | mlp("fc2.", 4, 2)
+    state = {key.replace(".0.", "."): it for key, it in state.items()}
+    store = import_checkpoints([save(state, tmp_path / "m_1.pt")], tmp_path / "store")
+    assert list(store.policy.shapes) == list(state)
+
+
+@pytest.mark.parametrize("name", ["layers", "blocks", "h"])
+def test_two_networks_in_one_list_of_layers_are_asked_about(name: str, tmp_path: Path) -> None:
+    layers = [mlp("", *sizes) for sizes in ((11, 64), (64, 3), (11, 64), (64, 1))]
+    state = {f"{name}.{i}.{key.removeprefix('0.')}": it for i, layer in enumerate(layers) for key, it in layer.items()}
+    with pytest.raises(ValueError, match="it may be another head or begin another network"):
+        import_checkpoints([save(state, tmp_path / "m_1.pt")], tmp_path / "store")
+
+
+def test_an_actor_chosen_without_what_may_be_its_statistics_is_not_judged(tmp_path: Path) -> None:
+    for name in ("obs_mean", "normalizer.mean"):
+        state = prefixed("model.", CleanRL().state_dict()) | {name: torch.ones(OBS_DIM)}
+        path = save(state, tmp_path / f"{name}_1.pt")
+        chosen = {"actor": "model.", "activation": "tanh"}
+        store = import_checkpoints([path], tmp_path / name, **chosen)
+        assert f"{name}, which the actor chosen leaves out, may be of" in store.config["source"]["unnormalised"]
+        again = import_checkpoints([path], tmp_path / f"{name}2", ignore=f"{name.partition('.')[0]}*", **chosen)
+        assert "unnormalised" not in again.config["source"]

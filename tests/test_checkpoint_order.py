@@ -1,5 +1,6 @@
 """In which order the files of a run are taken, and at which env steps: names of any kind, with or without own steps."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -141,3 +142,27 @@ def test_numbers_that_nothing_marks_as_steps_leave_a_note(tmp_path: Path) -> Non
         store = import_checkpoints([run], tmp_path / f"{names[0]}.zarr")
         noted = "env_steps are the numbers in the names, which nothing marks as steps" in store.config["source"]["note"]
         assert noted == (not is_marked)
+
+
+@pytest.mark.parametrize("names", [["100", "200", "300"], ["model_iter1", "model_iter2", "model_iter10"]])
+def test_numbers_that_are_marked_or_alone_order_files_of_equal_counts(names: list[str], tmp_path: Path) -> None:
+    """A count that begins anew at each learn(), of equally many steps."""
+    run = write_zips(tmp_path / "run", {f"{name}.zip": 128 for name in names})
+    assert env_steps(run, tmp_path / "store") == [int(name.removeprefix("model_iter")) for name in names]
+
+
+def test_each_order_that_a_refusal_of_equal_counts_names_works(tmp_path: Path) -> None:
+    run = write_zips(tmp_path / "run", {f"ppo_{i}.zip": 128 for i in range(3)})
+    with pytest.raises(ValueError, match=r"such as 'iter_\(\[0-9\]\+\)', or to go by name or mtime$"):
+        env_steps(run, tmp_path / "store")
+    for i in range(3):
+        os.utime(run / f"ppo_{i}.zip", ns=(0, 10**9 * (3 - i)))
+    assert env_steps(run, tmp_path / "name", "name") == [0, 1, 2]
+    assert env_steps(run, tmp_path / "mtime", "mtime") == [0, 1, 2]
+    assert env_steps(run, tmp_path / "number", "ppo_([0-9]+)") == [0, 1, 2]
+
+
+def test_what_evaluation_callbacks_write_is_no_checkpoint(tmp_path: Path) -> None:
+    run = write_zips(tmp_path / "run", {"best_model.zip": 128})
+    np.savez(run / "evaluations.npz", results=np.ones((2, 3)))
+    assert env_steps(run, tmp_path / "store") == [128]

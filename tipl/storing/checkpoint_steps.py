@@ -17,6 +17,7 @@ from tipl.storing.tensor_checks import shown
 _NUMBER = re.compile(r"\d+(?:\.\d+)*(?:[eE]\d+|[kKmM](?![a-zA-Z]))?", re.ASCII)
 _ENV_ID = re.compile(r"-v\d+", re.ASCII)
 _RUN_BEFORE = re.compile(r"(seed|run|trial|rank|worker|env|agent|fold)s?[_=-]?$", re.IGNORECASE)
+_PROGRESS_BEFORE = re.compile(r"(epoch|ep|episode|iter|iteration|update|ckpt|checkpoint)s?[_=-]?$", re.IGNORECASE)
 _BESIDE_THE_STEP = re.compile(
     r"(epoch|ep|episode|iter|iteration|update|rew|reward|return|score|loss|kl|time)s?[_=-]*$", re.IGNORECASE
 )
@@ -67,7 +68,7 @@ def in_order(run: str, paths: Sequence[Path], stated: Stated, order: str = STEP)
     if order == STATED:
         found = _by_stated(paths, stated())
         if found is None:
-            raise ValueError(f"import: {run}: the files do not each state a step of their own: {_HOW}")
+            raise ValueError(f"import: {run}: the files do not each state a step of their own: {_HOW_ELSE}")
         return Order(found)
     if order != STEP:
         return _by_steps(run, paths, _matched(run, paths, order), is_marked=True)
@@ -152,6 +153,12 @@ def chosen_steps(
         return known, ""
     falling = next((i for i, (one, other) in enumerate(itertools.pairwise(known)) if one >= other), None)
     if named is None:
+        if falling is not None and order in (NAME, MTIME) and len(set(known)) == 1:
+            by = "names" if order == NAME else "times of modification"
+            said_range = f"what the files say ({said_by}), {_range(known)}"
+            return list(
+                range(len(paths))
+            ), f"env_steps are indices in the order of the {by}: {said_range}, does not grow"
         if falling is not None:
             raise ValueError(
                 f"import: {shown(paths[falling + 1])} says that it is of step {known[falling + 1]}, but comes after "
@@ -163,8 +170,9 @@ def chosen_steps(
         return known, f"env_steps are {files}, not {names}"
     if is_unit and falling is not None and not is_marked and not _begun_anew(named, known):
         one, other = (f"{shown(paths[i].name)} says that it is of step {known[i]}" for i in (falling, falling + 1))
+        how = _HOW_ELSE if len(set(known)) < len(known) else _HOW
         raise ValueError(
-            f"import: {one}, {other}: the numbers in the names are no steps, or the files are of several runs: {_HOW}"
+            f"import: {one}, {other}: the numbers in the names are no steps, or the files are of several runs: {how}"
         )
     return list(named), f"env_steps are {names}, not {files}, which " + (
         "differs" if falling is None else "does not grow"
@@ -177,7 +185,8 @@ def _begun_anew(named: Sequence[int], said: Sequence[int]) -> bool:
     return all(step - before in (count - last, count) for (before, step), (last, count) in pairs)
 
 
-_HOW = "say with order (--order) which number it is, such as 'iter_([0-9]+)', or to go by stated, name or mtime"
+_HOW_ELSE = "say with order (--order) which number it is, such as 'iter_([0-9]+)', or to go by name or mtime"
+_HOW = f"{_HOW_ELSE}, or by stated, what the files state"
 
 
 def _range(steps: Sequence[int]) -> str:
@@ -238,7 +247,8 @@ def _steps_in_names(run: str, paths: Sequence[Path]) -> tuple[list[str] | None, 
         raise _unclear(run, paths, "in a number that does not look like a step")
     if i not in marked_columns and (what := _not_a_step(words, columns, i, paths)):
         raise _unclear(run, paths, f"in a number that {what}")
-    return list(columns[i]), i in marked_columns
+    is_alone = not words[i] and not words[i + 1]
+    return list(columns[i]), i in marked_columns or is_alone or bool(_PROGRESS_BEFORE.search(words[i]))
 
 
 def _unclear(run: str, paths: Sequence[Path], what: str) -> ValueError:

@@ -72,6 +72,7 @@ def _exported(
     """Return the bytes of the file that `export_checkpoint` writes."""
     row, source = row_and_record(weights, checkpoint, trial)
     template = read_checkpoint_file(like, max_bytes=max_bytes)
+    template.unread = ()  # stays as it is
     try:
         folded = ((source.get("source") or {}).get("actor") or {}).get("normaliser") == STATISTICS
         if str(normaliser) != "none" and (folded or normaliser is not None):

@@ -47,6 +47,7 @@ from tipl.storing.key_roles import (
     left_out,
     left_out_anywhere,
     may_be_anothers,
+    of_return_statistics,
     words,
 )
 from tipl.storing.network_groups import several_networks
@@ -321,6 +322,22 @@ def _check_statistics(state: State, actor: Actor) -> None:
             f"it holds statistics of observations, {prefix}, which the actor chosen leaves out: choose the whole file, "
             f"without actor, or pass '{prefix}.*' as ignore if observations were not normalised"
         )
+
+
+def statistics_left_out(state: State, found: Actor, actor: str | Sequence[str] | None) -> str:
+    """Return the key of a tensor that the actor as the caller chose it leaves out, and that may be of statistics by
+    which its observations were normalised; "" for none."""
+    if actor is None or found.normaliser:
+        return ""
+    outside = {
+        key: tuple(it.shape)
+        for key, it in state.items()
+        if it.numel() > 1 and key not in found.keys and not key.startswith((*prefixes_of(actor), STATISTICS))
+    }
+    for key in may_be_statistics(outside):
+        if not of_return_statistics(key) and not any(may_be_anothers(part) for part in key.split(".")):
+            return key
+    return ""
 
 
 def _longer(name: str) -> str:

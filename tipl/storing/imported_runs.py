@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from tipl.policy import Layout, Outputs, PolicySpec
 from tipl.storing.checkpoint_steps import STEP, chosen_steps, in_order, is_pattern
-from tipl.storing.foreign_actors import Actor, differences, roles_of
+from tipl.storing.foreign_actors import Actor, differences, roles_of, statistics_left_out
 from tipl.storing.foreign_files import SUFFIXES, CheckpointFile, find_actor_in, read_checkpoint_file
 from tipl.storing.import_notes import activation_missing, source_record
 from tipl.storing.observation_statistics import FOLDED_NOTE, ObservationStatistics, find_statistics, read_statistics
@@ -22,6 +22,7 @@ from tipl.storing.store import UNKNOWN, UNNORMALISED, Store, Trial
 from tipl.storing.tensor_checks import shown
 
 _INSIDE = ("checkpoints", "nn")
+_NO_CHECKPOINTS = ("evaluations.npz",)  # SB3's EvalCallback writes it beside best_model.zip
 _PICKLE = ".pkl"
 Rows = tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.float64]]  # (b, p), (b,), (b,)
 
@@ -246,6 +247,12 @@ class FileRun:
         self.source = source_record(self.actor, first.format, *notes, note, _SQUASHED if squashes else "")
         if self.normalisers.unnormalised:
             self.source[UNNORMALISED] = True
+        if left_out := statistics_left_out(first.state, self.actor, reading.actor):
+            entry = shown(left_out.rpartition(".")[0] or left_out)
+            self.source[UNNORMALISED] = (
+                f"{shown(left_out)}, which the actor chosen leaves out, may be of statistics of observations: import "
+                f"the files again with ignore (--ignore '{entry}*') if observations were not normalised"
+            )
 
     def read(self, start: int, stop: int) -> Rows:
         weights = np.empty((stop - start, self.policy.num_params), np.float32)
@@ -349,7 +356,7 @@ def _checkpoints(folder: Path, pattern: str) -> list[Path]:
         found = []
         for place in (folder, *(folder / name for name in _INSIDE)):
             # Paths that are not files, such as broken links, stay in the list, so that reading them raises an error.
-            names = sorted(path for path in place.glob(pattern) if not path.name.startswith("."))
+            names = sorted(path for path in place.glob(pattern) if not path.name.startswith((".", *_NO_CHECKPOINTS)))
             if paths := [path for path in names if path.suffix.lower() in suffixes]:
                 found.append(paths)
         if len(found) > 1:

@@ -40,9 +40,10 @@ TRUNK = word_set(
     "encoder enc features feature extractor trunk torso body base backbone shared stem embed embedding embeddings cnn "
     "cnns conv convs rnn lstm gru memory preprocess wte wpe"
 )
+RECURRENT = word_set("rnn lstm gru memory")
 _SEEN = word_set("input in obs observation state")
 SPREAD = word_set("std logstd sigma var logvar scale stddev")
-HEAD = word_set("mean means mu loc logits action actions act out output head heads final last dist")
+HEAD = word_set("mean means mu loc logits action actions act out output head heads final last dist decoder")
 INNER = word_set(
     "norm ln bn attn attention self query key value q k v proj dropout ff ffn ih hh transformer to w res residual cell"
 )

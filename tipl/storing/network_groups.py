@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Mapping
 
 from tipl.storing.actor_families import FAMILIES, begins_again
-from tipl.storing.key_roles import ACTOR, BLOCK, CRITIC, HEAD, INNER, NETWORK_PART, SPREAD, TRUNK, words
+from tipl.storing.key_roles import ACTOR, BLOCK, CRITIC, HEAD, INNER, NETWORK_PART, RECURRENT, SPREAD, TRUNK, words
 from tipl.storing.tensor_checks import shown
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -144,7 +144,8 @@ def _are_blocks(groups: list[_Group], parent: str) -> bool:
     if len(names) > 1:
         return False
     name = words(names.pop() or parent)
-    return bool(name & BLOCK and name <= BLOCK) or all(
+    are_layers = all(not it.children and len(it.layers) == 1 and len(it.layers[0]) == 2 for it in groups)
+    return bool(name & BLOCK and name <= BLOCK and not are_layers) or all(
         it.layers == groups[0].layers and it.layers[0][-1] == it.layers[-1][0] and not name & (ACTOR | HEAD)
         for it in groups
     )
@@ -158,6 +159,8 @@ def _broken(groups: list[_Group], is_numbered: bool) -> str:
     """
     chain = [it for it in groups if not words(it.name) & (TRUNK | SPREAD)]
     if any(len(shape) != 2 for it in chain for shape in it.layers) or any(_is_inner(it) for it in chain):
+        return ""
+    if any(words(it.name) & RECURRENT for it in groups):  # which may lie between two of the layers
         return ""
     ends = [(it.layers[0][1], it.layers[-1][0]) for it in chain]
     if len({_DIGITS.sub("", it.name) for it in chain}) == 1:

@@ -13,7 +13,7 @@
 The tensors are those of the content itself, so that writing to them changes what torch.save writes of it.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,7 +87,7 @@ def find_state(content: Any, *, is_cleanrl: bool) -> StateDict:
         state | running,
         doubt,
         step_of(content.get("iter"), "iter"),
-        unread=tuple(_unread(rest)),
+        unread=tuple(_unread(rest, widths={it.shape[1] for it in state.values() if it.ndim == 2})),
         beside=tuple(str(name) for name, it in rest.items() if not isinstance(it, Tensor)),
     )
 
@@ -147,9 +147,14 @@ def _is_beside(name: str, value: Any) -> bool:
     return known or is_optimisers or is_critics or names_optimiser(name)
 
 
-def _unread(content: Mapping[Any, Any], *, tensors: bool = False) -> Iterator[str]:
+def _unread(
+    content: Mapping[Any, Any], *, tensors: bool = False, widths: Container[int] | None = None
+) -> Iterator[str]:
     """Yield the names of what is in no layout known here and may hold statistics of observations, or other numbers of
-    the policy's, that would be lost: arrays, lists of numbers or tensors, and with `tensors` also other tensors."""
+    the policy's, that would be lost: arrays, lists of numbers or tensors, and with `tensors` also other tensors.
+
+    `widths` are the numbers of inputs that the layers have, None for any: lists of other lengths are logs.
+    """
     todo: list[tuple[tuple[str, ...], Any]] = [
         ((str(name),), value) for name, value in content.items() if not _is_beside(str(name), value)
     ]
@@ -163,7 +168,7 @@ def _unread(content: Mapping[Any, Any], *, tensors: bool = False) -> Iterator[st
         if isinstance(value, Mapping):
             todo += [((*path, str(name)), part) for name, part in value.items()]
         elif isinstance(value, list | tuple):
-            if _is_lost(path, value):
+            if _is_lost(path, value) and (widths is None or len(value) in widths or _is_named(path)):
                 yield ".".join(path)
             else:
                 todo += [((*path, str(i)), it) for i, it in enumerate(value) if isinstance(it, Mapping | list | tuple)]
@@ -171,12 +176,16 @@ def _unread(content: Mapping[Any, Any], *, tensors: bool = False) -> Iterator[st
             yield ".".join(path)
 
 
+def _is_named(path: Sequence[str]) -> bool:
+    """Return whether a name says that what it names are statistics of observations."""
+    return any(map(is_entry, path))
+
+
 def _is_lost(path: tuple[str, ...], values: Sequence[Any]) -> bool:
     """Return whether a list of these names may hold numbers of the policy's."""
     if any(isinstance(it, Tensor | np.ndarray) for it in values):
         return True
-    is_named = any(map(is_entry, path))
-    is_statistics = is_named or (any(type(it) is float for it in values) and is_list_of(path))
+    is_statistics = _is_named(path) or (any(type(it) is float for it in values) and is_list_of(path))
     return is_statistics and _numbers(values) is not None
 
 
