@@ -51,7 +51,8 @@ def seconds_of(stacks: str) -> dict[str, Counter[str]]:
         files = [match["file"].rpartition("tipl/")[2] for match in ours]
         inside = files.index("pipeline.py") + 1 if "pipeline.py" in files else len(files)
         stage = next((STAGES[it.split("/")[0]] for it in files[inside:] if it.split("/")[0] in STAGES), "other")
-        function = ours[-1]["name"] if ours else "imports"
+        # What is defined inside a function belongs to it.
+        function = ours[-1]["name"].partition(".<locals>")[0] if ours else "imports"
         seconds[stage][function if stage != "other" else "imports and the rest"] += int(count) / RATE
     return seconds
 
@@ -70,7 +71,7 @@ def draw(seconds: dict[str, Counter[str]]) -> None:
             parts.append(("the rest", sum(seconds[stage].values()) - sum(value for _, value in parts)))
             left = 0.0
             for shade, (name, value) in enumerate(parts):
-                axes.barh(row, value, left=left, color=plt.colormaps["Blues"](0.75 - 0.14 * shade), edgecolor="white")
+                axes.barh(row, value, left=left, color=plt.colormaps["Blues"](0.6 - 0.12 * shade), edgecolor="white")
                 if value > 0.07 * longest:
                     label = f"{name.split('.')[-1]}\n{value:.0f} s"
                     axes.text(left + value / 2, row, label, ha="center", va="center", fontsize=7)
