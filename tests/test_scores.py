@@ -221,7 +221,7 @@ def test_env_kwargs_are_those_of_the_environment(tmp_path: Path, run_tipl: Calla
 def test_a_copy_of_the_store_has_the_returns_that_it_lacks(tmp_path, monkeypatch):
     store = store_of(tmp_path / "s.zarr")
     scores = tipl.score(store, num_episodes=2, progress=False)
-    monkeypatch.setattr(module, "MAX_BYTES", 1)  # checkpoint by checkpoint
+    monkeypatch.setattr("tipl.storing.importer.BLOCK_BYTES", 1)  # checkpoint by checkpoint
     filled = scores.fill(store, tmp_path / "filled.zarr")
     for i in range(store.num_trials):
         trial, before = filled.trial(i), store.trial(i)

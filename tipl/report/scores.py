@@ -20,13 +20,15 @@ from numpy.typing import NDArray
 
 from tipl.collecting.episodes import policy_to_run, run_episodes
 from tipl.collecting.policy_network import can_sample
-from tipl.files.publishing import published, refuse_existing
+from tipl.files.publishing import refuse_existing
 from tipl.files.sealed import save_json
 from tipl.progress import progress_bar
 from tipl.report.drawing import Mark, Panel, Plot, short_count
 from tipl.report.intervals import Bootstrap, Estimate
 from tipl.report.plot_file import plot_path, write_plot
 from tipl.report.results import FloatArray
+from tipl.storing.imported_runs import Rows, StoredRun
+from tipl.storing.importer import write_store
 from tipl.storing.store import UNKNOWN, Store
 
 MAX_BYTES = 2**28  # of weights that are run together
@@ -106,33 +108,27 @@ class Scores:
         """
         output = Path(output)
         refuse_existing(output, "score")
-        steps = [store.trial(i).env_steps for i in range(store.num_trials)]
-        if store.env_id != self.env_id or [it.tolist() for it in steps] != self.env_steps.tolist():
+        trials = [store.trial(i) for i in range(store.num_trials)]
+        if store.env_id != self.env_id or [it.env_steps.tolist() for it in trials] != self.env_steps.tolist():
             raise ValueError(f"score: the scores are not of every checkpoint of the store {store.path}")
         made = {"by": "tipl score", "num_episodes": self.returns.shape[2], "sampled": self.sampled}
-        means = self.returns.mean(2)
-        with published(output, "score", manifest=False) as aside:
-            seeds = [store.trial(i).seed for i in range(store.num_trials)]
-            filled = Store.create(
-                aside,
-                env_id=store.env_id,
-                env_kwargs=store.env_kwargs,
-                policy=store.policy,
-                seeds=seeds,
-                config=store.config | {"filled_returns": made},
-            )
-            with filled:
-                block = max(1, MAX_BYTES // (4 * store.policy.num_params * store.num_trials))
-                for start in range(0, store.num_checkpoints, block):
-                    part = slice(start, min(start + block, store.num_checkpoints))
-                    trials = [store.trial(i) for i in range(store.num_trials)]
-                    known = np.stack([trial.episodic_return[part] for trial in trials])
-                    filled.append(
-                        np.stack([trial.weights(part.start, part.stop) for trial in trials]),
-                        np.stack([trial.env_steps[part] for trial in trials]),
-                        np.where(np.isnan(known), means[:, part], known),
-                    )
-        return Store.open(output)
+        runs = [StoredRun(store, trial) for trial in trials]
+
+        def read(i: int, start: int, stop: int) -> Rows:
+            weights, env_steps, known = runs[i].read(start, stop)
+            return weights, env_steps, np.where(np.isnan(known), self.returns[i, start:stop].mean(1), known)
+
+        return write_store(
+            output,
+            "score",
+            [functools.partial(read, i) for i in range(store.num_trials)],
+            store.num_checkpoints,
+            env_id=store.env_id,
+            env_kwargs=store.env_kwargs,
+            policy=store.policy,
+            seeds=[trial.seed for trial in trials],
+            config=store.config | {"filled_returns": made},
+        )
 
 
 def _number(value: float) -> float | None:

@@ -72,16 +72,16 @@ def in_order(run: str, paths: Sequence[Path], stated: Stated, order: str = STEP)
         return Order(found)
     if order != STEP:
         return _by_steps(run, paths, _matched(run, paths, order), is_marked=True)
+    unclear = None
     try:
         texts, is_marked = _steps_in_names(run, paths)
         if texts is not None:
             return _by_steps(run, paths, texts, is_marked)
-    except ValueError:
-        found = _by_stated(paths, stated()) if len(paths) > 1 else None
-        if found is None:
-            raise
-        return Order(found)
+    except ValueError as error:
+        unclear = error
     found = _by_stated(paths, stated()) if len(paths) > 1 else None
+    if found is None and unclear is not None:
+        raise unclear
     return Order(list(paths) if found is None else found)
 
 
@@ -139,6 +139,7 @@ def chosen_steps(
     all there is and do not grow.
     """
     known = [step for step in said if step is not None]
+    by = "times of modification" if order == MTIME else "names"
     if len(known) < len(paths):
         may_say = len(paths) == 1 and _NUMBER.search(_ENV_ID.sub("", paths[0].stem))
         if named is None and (known or (order == STEP and may_say)):
@@ -146,37 +147,34 @@ def chosen_steps(
         if named is not None:
             note = "" if is_marked else "env_steps are the numbers in the names, which nothing marks as steps"
             return list(named), note if len(paths) > 1 else ""
-        by = "times of modification" if order == MTIME else "names"
         note = f"env_steps are indices: the files are taken in the order of their {by}"
         return list(range(len(paths))), note if len(paths) > 1 else ""
     if named == known:
         return known, ""
     falling = next((i for i, (one, other) in enumerate(itertools.pairwise(known)) if one >= other), None)
+    files = f"what the files say ({said_by}), {_range(known)}"
     if named is None:
-        if falling is not None and order in (NAME, MTIME) and len(set(known)) == 1:
-            by = "names" if order == NAME else "times of modification"
-            said_range = f"what the files say ({said_by}), {_range(known)}"
-            return list(
-                range(len(paths))
-            ), f"env_steps are indices in the order of the {by}: {said_range}, does not grow"
-        if falling is not None:
-            raise ValueError(
-                f"import: {shown(paths[falling + 1])} says that it is of step {known[falling + 1]}, but comes after "
-                f"{shown(paths[falling])} of step {known[falling]}: the names must hold the order"
-            )
-        return known, ""
-    names, files = f"the numbers in the names, {_range(named)}", f"what the files say ({said_by}), {_range(known)}"
-    if is_unit and falling is None:
-        return known, f"env_steps are {files}, not {names}"
-    if is_unit and falling is not None and not is_marked and not _begun_anew(named, known):
+        if falling is None:
+            return known, ""
+        if order in (NAME, MTIME) and len(set(known)) == 1:
+            note = f"env_steps are indices in the order of the {by}: {files}, does not grow"
+            return list(range(len(paths))), note
+        raise ValueError(
+            f"import: {shown(paths[falling + 1])} says that it is of step {known[falling + 1]}, but comes after "
+            f"{shown(paths[falling])} of step {known[falling]}: the names must hold the order"
+        )
+    names = f"the numbers in the names, {_range(named)}"
+    if falling is None:
+        if is_unit:
+            return known, f"env_steps are {files}, not {names}"
+        return list(named), f"env_steps are {names}, not {files}, which differs"
+    if is_unit and not is_marked and not _begun_anew(named, known):
         one, other = (f"{shown(paths[i].name)} says that it is of step {known[i]}" for i in (falling, falling + 1))
         how = _HOW_ELSE if len(set(known)) < len(known) else _HOW
         raise ValueError(
             f"import: {one}, {other}: the numbers in the names are no steps, or the files are of several runs: {how}"
         )
-    return list(named), f"env_steps are {names}, not {files}, which " + (
-        "differs" if falling is None else "does not grow"
-    )
+    return list(named), f"env_steps are {names}, not {files}, which does not grow"
 
 
 def _begun_anew(named: Sequence[int], said: Sequence[int]) -> bool:

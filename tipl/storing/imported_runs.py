@@ -310,14 +310,18 @@ def runs_of(sources: list[Path], pattern: str, reading: Reading) -> list[Run]:
     """Return the trials that the sources hold, in their order."""
     if not sources:
         raise ValueError("import: sources must be some folders or files, got none")
+    seen: set[tuple[int, int]] = set()
+    twice = None
     for source in sources:
         try:
-            source.stat()
+            found = source.stat()
         except FileNotFoundError as error:
             raise FileNotFoundError(f"import: there is no {shown(source)}") from error
-    for i, source in enumerate(sources):
-        if any(os.path.samefile(source, other) for other in sources[:i]):
-            raise ValueError(f"import: {shown(source)} is given twice")
+        place = found.st_dev, found.st_ino
+        twice = source if twice is None and place in seen else twice
+        seen.add(place)
+    if twice is not None:
+        raise ValueError(f"import: {shown(twice)} is given twice")
     folders = [source for source in sources if source.is_dir()]
     files = [source for source in sources if not source.is_dir()]
     if files and folders:

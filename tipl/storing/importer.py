@@ -6,7 +6,7 @@ tensor each part of a row came from.
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from tipl.storing.foreign_files import read_checkpoint_file
 from tipl.storing.imported_runs import (
     FileRun,
     Reading,
+    Rows,
     Run,
     check_equal,
     common_length,
@@ -111,20 +112,41 @@ def import_checkpoints(
         activation, actor, discrete, squash, halves, _patterns(ignore), order, normaliser, num_checkpoints, max_bytes
     )
     plan = _Plan.of(_paths(sources), env_id, env_kwargs, pattern, reading)
-    with published(output, "import", manifest=False) as aside:
-        store = Store.create(
-            aside,
-            env_id=plan.env_id,
-            env_kwargs=plan.env_kwargs,
-            policy=plan.policy,
-            seeds=seeds_of(plan.runs, plan.length),
-            config={"source": plan.source},
-        )
-        with store:
-            block = max(1, BLOCK_BYTES // (4 * plan.policy.num_params * len(plan.runs)))
-            for start in range(0, plan.length, block):
-                parts = [run.read(start, min(start + block, plan.length)) for run in plan.runs]
-                store.append(*(np.stack(column) for column in zip(*parts, strict=True)))
+    return write_store(
+        output,
+        "import",
+        [run.read for run in plan.runs],
+        plan.length,
+        env_id=plan.env_id,
+        env_kwargs=plan.env_kwargs,
+        policy=plan.policy,
+        seeds=seeds_of(plan.runs, plan.length),
+        config={"source": plan.source},
+    )
+
+
+def write_store(
+    output: Path,
+    command: str,
+    readers: Sequence[Callable[[int, int], Rows]],
+    num_checkpoints: int,
+    *,
+    policy: Layout,
+    **settings: Any,
+) -> Store:
+    """Return a new store of whole trials at `output`, made by `command`, whole or not at all.
+
+    Each trial's reader returns its checkpoints from one index to another. `settings` are further ones of
+    `Store.create`.
+    """
+    block = max(1, BLOCK_BYTES // (4 * policy.num_params * len(readers)))
+    with (
+        published(output, command, manifest=False) as aside,
+        Store.create(aside, policy=policy, **settings) as store,
+    ):
+        for start in range(0, num_checkpoints, block):
+            parts = [read(start, min(start + block, num_checkpoints)) for read in readers]
+            store.append(*(np.stack(column) for column in zip(*parts, strict=True)))
     return Store.open(output)
 
 
